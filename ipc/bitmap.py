@@ -1,0 +1,103 @@
+"""A dirty bitmap in shared memory with a summary, so that work follows what is dirty.
+
+Words are uint64, little endian, page *p* of the slot at word ``p // 64`` bit ``p % 64`` (the layout
+of KVM_GET_DIRTY_LOG). The summary has one bit a word-group of 64 words (4,096 pages, 16 MiB of guest
+memory): clear means that the group's words are all zero. A set summary bit promises nothing.
+Writers set the summary before the word, so that a writer that dies between leaves a set summary over
+a clean group, never the other way round.
+
+Only the coordinator writes a bitmap; consumers read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .shm import Segment
+
+__all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "summary_words", "word_count"]
+
+GROUP_WORDS = 64
+U64 = NDArray[np.uint64]
+
+
+def word_count(pages: int) -> int:
+    return -(-pages // 64)
+
+
+def summary_words(pages: int) -> int:
+    groups = -(-word_count(pages) // GROUP_WORDS)
+    return -(-groups // 64)
+
+
+def bitmap_bytes(pages: int) -> int:
+    """Bytes of one bitmap with its summary."""
+    return 8 * (word_count(pages) + summary_words(pages))
+
+
+class Bitmap:
+    """A view of one bitmap: ``words`` (uint64, [word_count]) and ``summary`` (uint64).
+
+    ``offset`` is the first byte within the segment, a multiple of 8.
+    """
+
+    def __init__(self, segment: Segment, offset: int, pages: int) -> None:
+        self.pages = pages
+        words = word_count(pages)
+        self.words: U64 = np.frombuffer(segment.buf, np.uint64, words, offset)
+        self.summary: U64 = np.frombuffer(segment.buf, np.uint64, summary_words(pages),
+                                          offset + 8 * words)
+        self.words_address = segment.address + offset
+        self.summary_address = self.words_address + 8 * words
+
+    def mark_range(self, first: int, count: int) -> None:
+        """Set ``count`` pages from ``first`` (a host write, or a slot whose ring lost count).
+
+        Raises IndexError outside the slot.
+        """
+        if first < 0 or count < 0 or first + count > self.pages:
+            raise IndexError(f"pages {first}..{first + count} are outside a slot of {self.pages} pages")
+        if count == 0:
+            return
+        last = first + count - 1
+        set_bits(self.summary, first // (64 * GROUP_WORDS), last // (64 * GROUP_WORDS))
+        set_bits(self.words, first, last)
+
+    def clear(self) -> None:
+        """All clean; words first, then the summary."""
+        self.words[:] = 0
+        self.summary[:] = 0
+
+    def count(self) -> int:
+        return int(np.bitwise_count(self.words).sum())
+
+    def get(self, page: int) -> bool:
+        return bool(int(self.words[page // 64]) >> (page % 64) & 1)
+
+    def bools(self) -> NDArray[np.bool_]:
+        """A copy, one bool a page, shape [pages]."""
+        return np.unpackbits(self.words.view(np.uint8), bitorder="little")[: self.pages].astype(bool)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        return dirty_ranges(self.words, self.pages)
+
+
+def set_bits(words: U64, first: int, last: int) -> None:
+    """Set bits first..last (both included) of a little-endian uint64 array."""
+    w0, w1 = first // 64, last // 64
+    low = (~0 << (first % 64)) & 0xFFFF_FFFF_FFFF_FFFF
+    high = 0xFFFF_FFFF_FFFF_FFFF >> (63 - last % 64)
+    if w0 == w1:
+        words[w0] |= np.uint64(low & high)
+        return
+    words[w0] |= np.uint64(low)
+    words[w0 + 1 : w1] = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+    words[w1] |= np.uint64(high)
+
+
+def dirty_ranges(words: U64, pages: int) -> list[tuple[int, int]]:
+    """Runs of set bits as (first page, count), ascending."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:pages]
+    edges = np.flatnonzero(np.diff(bits, prepend=0, append=0))
+    return [(int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,0 +1,44 @@
+"""futex(2) on shared memory: the wait and wake hypercalls across vCPU processes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+
+__all__ = ["wait", "wake"]
+
+_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
+_FUTEX_WAIT = 0
+_FUTEX_WAKE = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p,
+                     ctypes.c_void_p, ctypes.c_uint32]
+
+
+def wait(address: int, expected: int) -> bool:
+    """Sleep while the u32 at ``address`` is ``expected``.
+
+    True when woken or when the value differs; False when a signal interrupted the wait.
+    """
+    if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, None, None, 0) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error == errno.EAGAIN:
+        return True
+    if error == errno.EINTR:
+        return False
+    raise OSError(error, os.strerror(error))
+
+
+def wake(address: int, count: int) -> int:
+    """Wake at most ``count`` waiters; how many were."""
+    woken = _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, min(count, 0x7FFF_FFFF), None, None, 0)
+    if woken < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return int(woken)

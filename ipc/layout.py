@@ -1,0 +1,152 @@
+"""Byte layouts of what lies in shared memory: ring entries and control blocks.
+
+docs/protocol.md is the prose of this file; ``PROTOCOL_VERSION`` changes with either. Every field
+has one writer, named beside it: *c* the coordinator, *w* the vCPU worker. All fields are naturally
+aligned, so a store of one is a single machine store.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum, IntFlag
+
+__all__ = [
+    "CONTROL_MAGIC",
+    "DIRTY_GFN_F_DIRTY",
+    "DIRTY_GFN_F_RESET",
+    "MAX_SLOTS",
+    "MAX_VCPUS",
+    "NR_ADDRESS_SPACES",
+    "PROTOCOL_VERSION",
+    "SYSTEM_SLOT",
+    "DirtyGfn",
+    "MachineControl",
+    "ReaperState",
+    "VcpuControl",
+    "VcpuRequest",
+    "VcpuState",
+    "control_size",
+    "machine_control",
+    "vcpu_control",
+]
+
+PROTOCOL_VERSION = 1
+CONTROL_MAGIC = 0x4D4D5644_52414853  # "SHARDVMM"
+
+MAX_VCPUS = 256
+MAX_SLOTS = 500            # user slots: ids 0..499
+SYSTEM_SLOT = 510          # page tables, descriptor tables, boot information; never logged
+NR_ADDRESS_SPACES = 1      # as_id 0 only; an entry that names another is counted and dropped
+
+# Flags of a ring entry (Linux Documentation/virt/kvm/api.rst, 8.29 KVM_CAP_DIRTY_LOG_RING).
+DIRTY_GFN_F_DIRTY = 1
+DIRTY_GFN_F_RESET = 2
+
+
+class DirtyGfn(ctypes.Structure):
+    """``struct kvm_dirty_gfn``: 16 bytes."""
+
+    _fields_ = [
+        ("flags", ctypes.c_uint32),   # 0 free, 1 dirty (producer, release), 2 harvested (c, release)
+        ("slot", ctypes.c_uint32),    # as_id << 16 | slot id
+        ("offset", ctypes.c_uint64),  # page within the slot
+    ]
+
+
+class VcpuState(IntEnum):
+    NEW = 0         # process started, not ready
+    READY = 1       # set up, has not entered the guest
+    RUNNING = 2     # in the guest, or about to be
+    RING_FULL = 3   # out of the guest until its ring has been reset
+    WAITING = 4     # out of the guest in the wait hypercall
+    PAUSED = 5      # out of the guest on request
+    EXITED = 6      # the guest ended; the process still serves (reset, state)
+    DEAD = 7        # the process is gone (set by the coordinator)
+
+
+class VcpuRequest(IntFlag):
+    """What the coordinator wants of a vCPU; looked at before each guest entry."""
+
+    NONE = 0
+    PAUSE = 1       # stay out of the guest while set
+    STOP = 2        # end this vCPU now (reason in stop_reason)
+
+
+class ReaperState(IntEnum):
+    """``enum KVMDirtyRingReaperState`` of the seed."""
+
+    NONE = 0
+    WAIT = 1
+    REAPING = 2
+
+
+class VcpuControl(ctypes.Structure):
+    """Control block of one vCPU: one page in the machine's control segment."""
+
+    _fields_ = [
+        ("pid", ctypes.c_uint32),             # w
+        ("state", ctypes.c_uint32),           # w (VcpuState); c sets DEAD
+        ("request", ctypes.c_uint32),         # c (VcpuRequest)
+        ("kick_request", ctypes.c_uint32),    # c: raised by one for each kick
+        ("kick_ack", ctypes.c_uint32),        # w: the kick_request seen outside the guest
+        ("immediate_exit", ctypes.c_uint32),  # c sets, w clears (software CPUs; KVM has kvm_run's)
+        ("stop_reason", ctypes.c_uint32),     # c: an ExitReason, with request STOP
+        ("ring_entries", ctypes.c_uint32),    # c
+        ("exit_reason", ctypes.c_uint32),     # w (ExitReason)
+        ("exit_code", ctypes.c_int32),        # w
+        ("ring_generation", ctypes.c_uint32), # w: raised by one when the ring is rebuilt
+        ("_pad0", ctypes.c_uint32),
+        # --- ring indices: totals since the ring's (re)build, never wrapped -------------------
+        ("pushed_total", ctypes.c_uint64),    # w: entries pushed (software rings only)
+        ("fetch_total", ctypes.c_uint64),     # c: entries harvested (seed: kvm_fetch_index)
+        ("reset_total", ctypes.c_uint64),     # w: entries reset, as the reset call counted them
+        # --- statistics over the vCPU's life ------------------------------------------------
+        ("dirty_pages", ctypes.c_uint64),     # c: entries harvested from this vCPU
+        ("bad_entries", ctypes.c_uint64),     # c: entries dropped by the bounds checks
+        ("ring_full_exits", ctypes.c_uint64), # w
+        ("resets", ctypes.c_uint64),          # w: reset calls made
+        ("ring_rebuilds", ctypes.c_uint64),   # c: count mismatches answered by a new ring
+        ("guest_ns", ctypes.c_uint64),        # w: time inside the guest, ns
+        ("stalled_ns", ctypes.c_uint64),      # w: time out of the guest for a full ring, ns
+        ("guest_entries", ctypes.c_uint64),   # w: times the guest was entered
+        ("last_slot", ctypes.c_uint32),       # c: slot word of the last entry harvested
+        ("_pad1", ctypes.c_uint32),
+        ("last_offset", ctypes.c_uint64),     # c: its page offset
+    ]
+
+
+class MachineControl(ctypes.Structure):
+    """First page of the control segment."""
+
+    _fields_ = [
+        ("magic", ctypes.c_uint64),
+        ("version", ctypes.c_uint32),
+        ("vcpu_count", ctypes.c_uint32),
+        ("coordinator_pid", ctypes.c_uint32),
+        ("reaper_state", ctypes.c_uint32),        # ReaperState
+        ("reaper_iteration", ctypes.c_uint64),    # seed: reaper_iteration
+        ("reaped_pages", ctypes.c_uint64),
+        ("reap_ns", ctypes.c_uint64),             # time spent reaping, ns
+        ("flushes", ctypes.c_uint64),
+        ("publish_pending", ctypes.c_uint32),     # 1 while staging may hold unpublished pages
+        ("_pad0", ctypes.c_uint32),
+    ]
+
+
+assert ctypes.sizeof(DirtyGfn) == 16
+_PAGE = 4096
+
+
+def control_size(vcpus: int) -> int:
+    """Bytes of a control segment: the machine's page, then one page a vCPU."""
+    return _PAGE * (1 + vcpus)
+
+
+def machine_control(address: int) -> MachineControl:
+    """The machine's block of the control segment mapped at ``address`` (keep the mapping alive)."""
+    return MachineControl.from_address(address)
+
+
+def vcpu_control(address: int, index: int) -> VcpuControl:
+    """vCPU ``index``'s block of the control segment mapped at ``address``."""
+    return VcpuControl.from_address(address + _PAGE * (1 + index))

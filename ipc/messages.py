@@ -1,0 +1,251 @@
+"""Messages between coordinator and vCPU workers: msgspec tagged structs in MessagePack.
+
+Two sockets a worker, so that each is used by one thread alone (ZeroMQ sockets are not thread-safe):
+
+* **request** (coordinator ROUTER, worker DEALER, the worker's service thread): the coordinator asks,
+  each request is answered by exactly one :class:`Done` or :class:`Failed` with the same ``seq``.
+* **notify** (coordinator PULL, worker PUSH, the vCPU thread): :class:`Hello`, :class:`RingFull`,
+  :class:`KickAck`, :class:`Console`, :class:`Exited`.
+
+Pause, resume, stop and kick are not messages: they are a word in the control block, the
+immediate-exit flag and a signal (workers/worker.py), acknowledged by a notification.
+
+Decoding checks types and refuses unknown tags; unknown *fields* are ignored, so that a newer peer
+may add some. docs/protocol.md has a paragraph a message. Never pickle.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+from .layout import PROTOCOL_VERSION
+
+__all__ = [
+    "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
+    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "Request", "Reset",
+    "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "WorkerSpec",
+    "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
+]
+
+
+class MessageError(Exception):
+    """A frame that is not a message of this protocol."""
+
+
+class ExitReason(IntEnum):
+    """Why a vCPU is no longer running."""
+
+    NONE = 0
+    CODE = 1            # the guest wrote its exit code to port 0xf4
+    HALT = 2            # HLT at CPL 0 (nothing can wake it: there are no interrupts)
+    TRIPLE_FAULT = 3
+    EXCEPTION = 4       # a CPU exception the guest has no handler for
+    BAD_ADDRESS = 5     # touched an address outside RAM
+    UNKNOWN_PORT = 6
+    INTERNAL_ERROR = 7  # the accelerator gave up (KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY, …)
+    TIMEOUT = 8         # still running at the machine's timeout
+    STOPPED = 9         # ended on request
+    WORKER_DIED = 10    # the process is gone
+
+
+class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+class SlotSpec(Wire, frozen=True):
+    """A memory slot as a worker needs it."""
+
+    id: int
+    gpa: int                    # bytes
+    size: int                   # bytes
+    segment: str                # name of the shared-memory segment that backs it, whole
+    log: bool = False           # dirty logging on
+    log_segment: str = ""       # bitmap mode: this vCPU's own log buffer for the slot
+
+
+class WorkerSpec(Wire, frozen=True, kw_only=True):
+    """Everything a worker process is told at its start (JSON on an inherited pipe)."""
+
+    version: int = PROTOCOL_VERSION
+    machine: str
+    index: int
+    vcpu_count: int
+    accel: str                  # "kvm" | "unicorn" | "replay"
+    privilege: str = "user"     # "user" (CPL 3) | "kernel" (CPL 0)
+    ring_entries: int = 0       # 0: no ring, plain dirty bitmap
+    ring_segment: str = ""      # software rings: segment of ring_entries * 16 bytes
+    slots: list[SlotSpec]       # RAM
+    system_slot: SlotSpec       # never logged
+    control_segment: str
+    request_endpoint: str
+    notify_endpoint: str
+    fd_socket: str              # path of the Unix socket that takes the vCPU fd ("" if none wanted)
+    keeper_fd: int = -1         # inherited pipe: end of file means that nobody owns the machine any more
+    boot: dict[str, int]        # initial registers: rip, rsp, rdi, rsi, rdx, cr3, gdt_base, gdt_limit,
+                                # idt_base, idt_limit, tss_base (GPAs; vmm/boot.py makes them)
+
+
+# --- requests (coordinator -> worker) ---------------------------------------------------------
+
+
+class Request(Wire, frozen=True, tag_field="t"):
+    seq: int
+
+
+class Reset(Request, frozen=True, tag="reset"):
+    """Reset the ring. ``expected`` entries were harvested and not reset yet; the call is repeated
+    until that many are (since Linux 6.17 it may return short) or it returns 0. Done.value: entries
+    reset. A vCPU that waits at ring-full re-enters the guest afterwards."""
+
+    expected: int
+
+
+class SetMemslot(Request, frozen=True, tag="set-memslot"):
+    """Add a slot, or change its logging. The vCPU is paused."""
+
+    slot: SlotSpec
+
+
+class RemoveMemslot(Request, frozen=True, tag="remove-memslot"):
+    slot_id: int
+
+
+class GetLog(Request, frozen=True, tag="get-log"):
+    """Bitmap mode: KVM_GET_DIRTY_LOG of the slot into its log segment. Done.value: dirty pages."""
+
+    slot_id: int
+
+
+class ClearLog(Request, frozen=True, tag="clear-log"):
+    """Bitmap mode: re-protect the pages whose bits are set in the slot's log segment."""
+
+    slot_id: int
+
+
+class RebuildRing(Request, frozen=True, tag="rebuild-ring"):
+    """Replace a ring that has lost count: a fresh one, indices at zero, vCPU state kept. On kvm the
+    new vCPU fd is sent over the fd socket before Done."""
+
+
+class SendFd(Request, frozen=True, tag="send-fd"):
+    """Send the vCPU fd over the fd socket again (to a coordinator that replaces one that died).
+    Done.value: bytes of kvm_run, 0 when there is no fd to send."""
+
+
+class GetState(Request, frozen=True, tag="get-state"):
+    """Architectural state; the vCPU is out of the guest. Done.data: {name: value}."""
+
+
+class SetState(Request, frozen=True, tag="set-state"):
+    state: dict[str, Any]
+
+
+class Shutdown(Request, frozen=True, tag="shutdown"):
+    """Tear down and exit the process with status 0."""
+
+
+AnyRequest = (Reset | SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
+              | SetState | Shutdown)
+
+
+# --- replies (worker -> coordinator) -----------------------------------------------------------
+
+
+class Done(Wire, frozen=True, tag_field="t", tag="done"):
+    seq: int
+    value: int = 0
+    data: dict[str, Any] | None = None
+
+
+class Failed(Wire, frozen=True, tag_field="t", tag="failed"):
+    seq: int
+    error: str
+
+
+# --- notifications (worker -> coordinator) ---------------------------------------------------
+
+
+class Notification(Wire, frozen=True, tag_field="t"):
+    vcpu: int
+
+
+class Hello(Notification, frozen=True, tag="hello"):
+    """Set up and ready to enter the guest; the vCPU fd has been sent. ``error`` says why not."""
+
+    pid: int
+    version: int
+    kvm_run_size: int = 0       # bytes to map of the vCPU fd at offset 0
+    ring_entries: int = 0
+    error: str = ""
+
+
+class RingFull(Notification, frozen=True, tag="ring-full"):
+    """Soft-full: out of the guest until a Reset has freed entries."""
+
+
+class KickAck(Notification, frozen=True, tag="kick-ack"):
+    """Was outside the guest after kick number ``kick``."""
+
+    kick: int
+
+
+class Console(Notification, frozen=True, tag="console"):
+    data: bytes
+
+
+class Exited(Notification, frozen=True, tag="exited"):
+    """The guest ended on this vCPU. ``registers`` where there is something to look into."""
+
+    reason: ExitReason
+    code: int = 0
+    detail: str = ""
+    registers: dict[str, int] | None = None
+
+
+AnyNotification = Hello | RingFull | KickAck | Console | Exited
+AnyReply = Done | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(AnyRequest)
+_replies = msgspec.msgpack.Decoder(AnyReply)
+_notifications = msgspec.msgpack.Decoder(AnyNotification)
+_specs = msgspec.json.Decoder(WorkerSpec)
+
+
+def encode(message: Wire) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_request(frame: bytes) -> AnyRequest:
+    """Raises MessageError."""
+    try:
+        return _requests.decode(frame)
+    except msgspec.MsgspecError as exc:
+        raise MessageError(f"bad request: {exc}") from None
+
+
+def decode_reply(frame: bytes) -> AnyReply:
+    """Raises MessageError."""
+    try:
+        return _replies.decode(frame)
+    except msgspec.MsgspecError as exc:
+        raise MessageError(f"bad reply: {exc}") from None
+
+
+def decode_notification(frame: bytes) -> AnyNotification:
+    """Raises MessageError."""
+    try:
+        return _notifications.decode(frame)
+    except msgspec.MsgspecError as exc:
+        raise MessageError(f"bad notification: {exc}") from None
+
+
+def decode_spec(text: bytes) -> WorkerSpec:
+    """Raises MessageError."""
+    try:
+        return _specs.decode(text)
+    except msgspec.MsgspecError as exc:
+        raise MessageError(f"bad worker specification: {exc}") from None

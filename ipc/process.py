@@ -1,0 +1,54 @@
+"""Process plumbing: prctl, and clearing up after a machine that nobody owns any more."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+from .shm import list_segments, machine_prefix, unlink_segment
+
+__all__ = ["die_with_parent", "remove_machine_files", "set_name", "set_subreaper"]
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    argument = ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_ulong(value)
+    if _libc.prctl(option, argument, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def set_name(name: str) -> None:
+    """Name shown by ps and top (15 bytes)."""
+    _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def set_subreaper() -> None:
+    """Orphaned descendants become this process's children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(signum: int, parent: int) -> None:
+    """Be sent ``signum`` when the parent ends; at once if it is not ``parent`` any more."""
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signum)
+
+
+def remove_machine_files(machine: str, runtime_dir: Path) -> list[str]:
+    """Unlink every segment of ``machine`` and its runtime directory; what was removed. Idempotent,
+    safe to be done by several processes at once."""
+    removed = [name for name in list_segments(machine_prefix(machine)) if unlink_segment(name)]
+    if runtime_dir.is_dir():
+        with contextlib.suppress(OSError):
+            shutil.rmtree(runtime_dir)
+            removed.append(str(runtime_dir))
+    return removed

@@ -1,0 +1,149 @@
+"""POSIX shared-memory segments: made, opened, reserved and unlinked in one place.
+
+Names are ``/shardvmm-<uid>-<machine>-<what>``, so that every segment of a machine can be found by
+its prefix after a crash (``vmm gc``). Segments are mode 0600. A created segment is *reserved* with
+posix_fallocate: a full /dev/shm is then an error here (ENOSPC) and never a SIGBUS in a guest store.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+
+import posix_ipc
+
+__all__ = ["PAGE_SIZE", "Segment", "SegmentError", "free_bytes", "list_segments", "machine_prefix",
+           "segment_name", "unlink_segment"]
+
+PAGE_SIZE = 4096
+_SHM_DIR = Path("/dev/shm")
+
+
+class SegmentError(Exception):
+    """A segment could not be made or opened; the text is fit for a user."""
+
+
+def machine_prefix(machine: str) -> str:
+    """Prefix (without the leading slash) of every segment that belongs to ``machine``."""
+    return f"shardvmm-{os.getuid()}-{machine}-"
+
+
+def segment_name(machine: str, what: str) -> str:
+    return f"/{machine_prefix(machine)}{what}"
+
+
+def free_bytes() -> int:
+    """Bytes that /dev/shm can still give."""
+    st = os.statvfs(_SHM_DIR)
+    return st.f_bavail * st.f_frsize
+
+
+def list_segments(prefix: str) -> list[str]:
+    """Names (with the leading slash) of the existing segments that start with ``prefix``."""
+    if not _SHM_DIR.is_dir():
+        return []
+    return sorted(f"/{p.name}" for p in _SHM_DIR.iterdir() if p.name.startswith(prefix))
+
+
+def unlink_segment(name: str) -> bool:
+    """Remove the name; True if it was there. Mappings live on until they are closed."""
+    try:
+        posix_ipc.unlink_shared_memory(name)
+    except posix_ipc.ExistentialError:
+        return False
+    return True
+
+
+class Segment:
+    """One mapped shared-memory segment.
+
+    ``Segment.create`` makes and owns the name (closing unlinks it); ``Segment.open`` maps an
+    existing one. ``buf`` is the mmap; ``address`` its first byte in this process.
+    """
+
+    def __init__(self, name: str, fd: int, size: int, *, owner: bool) -> None:
+        self.name = name
+        self.size = size
+        self._owner = owner
+        self._closed = False
+        try:
+            self.buf = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(fd)
+        anchor = ctypes.c_char.from_buffer(self.buf)
+        self.address = ctypes.addressof(anchor)
+        del anchor  # an exported buffer would keep the mmap from closing
+
+    @classmethod
+    def create(cls, name: str, size: int, *, reserve: bool = True) -> Segment:
+        """Make a zero-filled segment of ``size`` bytes (rounded up to whole pages).
+
+        ``reserve=False`` leaves it sparse (only for memory known to be far larger than the host's).
+        Raises SegmentError when the name exists or /dev/shm has no room.
+        """
+        size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        try:
+            shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+        except posix_ipc.ExistentialError:
+            raise SegmentError(f"shared-memory segment {name} exists already (vmm gc clears "
+                               "left-over ones)") from None
+        except (posix_ipc.Error, OSError) as exc:
+            raise SegmentError(f"cannot make shared-memory segment {name}: {exc}") from None
+        try:
+            os.ftruncate(shm.fd, size)
+            if reserve:
+                os.posix_fallocate(shm.fd, 0, size)
+            return cls(name, shm.fd, size, owner=True)
+        except OSError as exc:
+            unlink_segment(name)
+            try:
+                os.close(shm.fd)
+            except OSError:
+                pass  # the constructor closed it
+            if exc.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise SegmentError(
+                    f"/dev/shm is too small: segment {name} needs {size >> 10} KiB, "
+                    f"{free_bytes() >> 10} KiB are free (mount -o remount,size=… /dev/shm, or less memory)"
+                ) from None
+            raise SegmentError(f"cannot size shared-memory segment {name}: {exc}") from None
+
+    @classmethod
+    def open(cls, name: str) -> Segment:
+        """Map an existing segment whole. Raises SegmentError when it is not there."""
+        try:
+            shm = posix_ipc.SharedMemory(name)
+        except (posix_ipc.Error, OSError) as exc:
+            raise SegmentError(f"cannot open shared-memory segment {name}: {exc}") from None
+        return cls(name, shm.fd, os.fstat(shm.fd).st_size, owner=False)
+
+    def unlink(self) -> None:
+        unlink_segment(self.name)
+        self._owner = False
+
+    def disown(self) -> None:
+        """Leave the name in place when this object is closed (somebody else owns it now)."""
+        self._owner = False
+
+    def close(self) -> None:
+        """Unlink the name if owned, then unmap. A buffer still exported (a numpy view a caller
+        holds) keeps the pages mapped until it is garbage; the name is gone all the same."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._owner:
+            unlink_segment(self.name)
+        try:
+            self.buf.close()
+        except BufferError:
+            pass  # a live numpy view: unmapped with its last reference
+
+    def __enter__(self) -> Segment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 tb: TracebackType | None) -> None:
+        self.close()

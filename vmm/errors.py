@@ -1,0 +1,30 @@
+"""Exit codes and the errors a user sees: one clear line each, never a traceback."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["ExitCode", "VmmError"]
+
+
+class ExitCode(IntEnum):
+    """Exit status of ``vmm``; a command ended by a signal exits with 128 + its number."""
+
+    OK = 0                # every vCPU ended with code 0 (and verification, if asked for, passed)
+    GUEST_FAILED = 1      # a vCPU ended with another code
+    BAD_INPUT = 2         # wrong configuration, option or environment; nothing was started
+    VERIFY_FAILED = 3     # a dirtied page was lost (or, for guests that promise it, a surplus one found)
+    GUEST_CRASHED = 4     # triple fault, exception, address outside RAM, unknown port, internal error
+    TIMEOUT = 5           # still running at `timeout:`
+    WORKER_DIED = 6       # a vCPU worker process ended unasked
+    NO_MACHINE = 7        # no running machine of that name, or it went away
+    STOPPED = 8           # ended on `vmm stop`
+    BUG = 70              # an unexpected exception
+
+
+class VmmError(Exception):
+    """Something a user can understand and act on."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.BAD_INPUT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,353 @@
+"""The run loop of one vCPU process.
+
+Two threads. The **vCPU thread** is the process's main thread: it enters the guest, because the
+kick signal (SIGUSR1) must interrupt exactly that thread. The **service thread** answers the
+coordinator's requests; above all it resets the ring *while the guest runs*, so that a reap in time
+costs the guest nothing but a TLB flush.
+
+No lost kick. The coordinator sets the request, then the immediate-exit flag, then signals. This
+loop clears the flag, then looks at the request. Whatever the order of the two, either the look sees
+the request or the entry sees the flag. A parked vCPU (paused, ring full, waiting) sleeps on an
+eventfd that the signal handler and the service thread write to; the coordinator repeats an
+unacknowledged kick, which covers the one wait that has no such fd (the futex of the wait
+hypercall).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import zmq
+
+from ipc import channel, futex, process
+from ipc.layout import VcpuRequest, VcpuState, vcpu_control
+from ipc.messages import (
+    ClearLog,
+    Console,
+    Done,
+    Exited,
+    ExitReason,
+    Failed,
+    GetLog,
+    GetState,
+    Hello,
+    KickAck,
+    MessageError,
+    Notification,
+    RebuildRing,
+    RemoveMemslot,
+    Reset,
+    RingFull,
+    SendFd,
+    SetMemslot,
+    SetState,
+    Shutdown,
+    WorkerSpec,
+    decode_request,
+    encode,
+)
+from ipc.shm import Segment, SegmentError
+
+from .accel import Accelerator, AccelError, Exit, ExitKind, load
+from .memory import GuestMemory
+from .ports import PortBus, PortEventKind
+
+__all__ = ["KICK_SIGNAL", "Worker", "main"]
+
+KICK_SIGNAL = signal.SIGUSR1
+_FD_TIMEOUT = 10.0          # seconds to hand the vCPU fd over
+_ORPHAN_GRACE = 3.0         # seconds an ownerless worker waits for a last Shutdown
+
+_HYPERCALL_YIELD, _HYPERCALL_WAIT, _HYPERCALL_WAKE, _HYPERCALL_SLEEP = range(4)
+
+
+class Worker:
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._notify = channel.connect(self._context, zmq.PUSH, spec.notify_endpoint)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._shutdown = False
+        self._ring_full = False
+        self._control_segment = Segment.open(spec.control_segment)
+        self.control = vcpu_control(self._control_segment.address, spec.index)
+        self.memory = GuestMemory()
+        self.ports = PortBus(lambda data: self._say(Console(spec.index, data)))
+        self.accel: Accelerator | None = None
+
+    # --- set-up ------------------------------------------------------------------------------
+
+    def set_up(self) -> bool:
+        """Build the vCPU and say Hello; False (and the reason said) when it cannot be had."""
+        spec = self.spec
+        self.control.pid = os.getpid()
+        try:
+            for slot in [*spec.slots, spec.system_slot]:
+                self.memory.add(slot)
+            self.accel = load(spec.accel)(spec, self.memory, self.control, self.ports)
+            if self.accel.vcpu_fd >= 0:
+                channel.send_fd(spec.fd_socket, spec.index, self.accel.vcpu_fd, _FD_TIMEOUT)
+        except (AccelError, SegmentError, OSError) as exc:
+            self._say(Hello(spec.index, os.getpid(), spec.version, error=str(exc)))
+            return False
+        self.control.state = VcpuState.READY
+        self._say(Hello(spec.index, os.getpid(), spec.version, kvm_run_size=self.accel.kvm_run_size,
+                        ring_entries=spec.ring_entries))
+        return True
+
+    def _say(self, message: Notification) -> None:
+        self._notify.send(encode(message))
+
+    # --- vCPU thread ---------------------------------------------------------------------------
+
+    def on_kick(self, signum: int, frame: FrameType | None) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def run(self) -> None:
+        """Run the guest to its end, then stay at the coordinator's service until Shutdown."""
+        accel = self.accel
+        assert accel is not None
+        control = self.control
+        while not self._shutdown:
+            accel.clear_immediate_exit()
+            if self._attend():
+                if control.request & VcpuRequest.STOP:
+                    self._end(Exit(ExitKind.END, reason=ExitReason(control.stop_reason),
+                                   registers=accel.registers()))
+                    break
+                self._stay_paused()
+                continue
+            control.state = VcpuState.RUNNING
+            control.guest_entries += 1
+            entered = time.perf_counter_ns()
+            leave = accel.run()
+            control.guest_ns += time.perf_counter_ns() - entered
+            if leave.kind is ExitKind.RING_FULL:
+                self._wait_for_reset()
+            elif leave.kind is ExitKind.PORT:
+                if not self._port_event(leave):
+                    break
+            elif leave.kind is ExitKind.END:
+                self._end(leave)
+                break
+        while not self._shutdown:
+            self._sleep()
+            self._attend()
+
+    def _attend(self) -> bool:
+        """Acknowledge a kick; then: does the coordinator want this vCPU to stay out of the guest?
+
+        In this order: the coordinator writes the request before the kick, so whoever acknowledges a
+        kick sees the request that came with it. (x86 keeps the order of stores and of loads.)
+        """
+        control = self.control
+        kick = control.kick_request
+        if kick != control.kick_ack:
+            control.kick_ack = kick
+            self._say(KickAck(self.spec.index, kick))
+        return control.request != 0 or self._shutdown
+
+    def _sleep(self, seconds: float | None = None) -> None:
+        """Until woken by the service thread, a kick, or the time."""
+        ready, _, _ = select.select([self._wake], [], [], seconds)
+        if ready:
+            os.eventfd_read(self._wake)
+
+    def _stay_paused(self) -> None:
+        control = self.control
+        while self._attend() and not self._shutdown and not control.request & VcpuRequest.STOP:
+            control.state = VcpuState.PAUSED
+            self._sleep()
+
+    def _wait_for_reset(self) -> None:
+        """KVM_EXIT_DIRTY_RING_FULL: tell the coordinator, stay out until the ring has been reset."""
+        control = self.control
+        began = time.perf_counter_ns()
+        control.ring_full_exits += 1
+        control.state = VcpuState.RING_FULL
+        self._ring_full = True
+        self._say(RingFull(self.spec.index))
+        while self._ring_full and not self._attend():
+            self._sleep()
+        control.stalled_ns += time.perf_counter_ns() - began
+
+    def _port_event(self, leave: Exit) -> bool:
+        """Act on a port write; False when it ended the vCPU."""
+        event = leave.event
+        assert event is not None
+        if event.kind is PortEventKind.EXIT:
+            code = event.value - (1 << 32) if event.value >> 31 else event.value
+            self._end(Exit(ExitKind.END, reason=ExitReason.CODE), code)
+            return False
+        if event.kind is PortEventKind.HYPERCALL:
+            try:
+                self._hypercall()
+            except KeyError as exc:
+                assert self.accel is not None
+                self._end(Exit(ExitKind.END, reason=ExitReason.BAD_ADDRESS,
+                               detail=f"hypercall: {exc.args[0]}", registers=self.accel.registers()))
+                return False
+        return True
+
+    def _hypercall(self) -> None:
+        accel = self.accel
+        assert accel is not None
+        number, rdi, rsi = accel.hypercall_args()
+        result = 0
+        if number == _HYPERCALL_YIELD:
+            os.sched_yield()
+        elif number == _HYPERCALL_WAIT:
+            self._wait_on(self.memory.host_address(rdi, 4), rsi)
+        elif number == _HYPERCALL_WAKE:
+            result = futex.wake(self.memory.host_address(rdi, 4), rsi & 0xFFFF_FFFF)
+        elif number == _HYPERCALL_SLEEP:
+            self._sleep_until(time.monotonic() + rdi / 1e6)
+        else:
+            result = 0xFFFF_FFFF
+        accel.set_hypercall_result(result)
+
+    def _wait_on(self, address: int, expected: int) -> None:
+        """Guest futex wait. What the coordinator wants is served in between."""
+        while not self._ends_in_hypercall():
+            self.control.state = VcpuState.WAITING
+            if futex.wait(address, expected):
+                return
+
+    def _sleep_until(self, deadline: float) -> None:
+        while not self._ends_in_hypercall():
+            self.control.state = VcpuState.WAITING
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            self._sleep(left)
+
+    def _ends_in_hypercall(self) -> bool:
+        """Serve kicks and pauses from within a hypercall; True when the vCPU is to end."""
+        if self._attend():
+            self._stay_paused()
+        return self._shutdown or bool(self.control.request & VcpuRequest.STOP)
+
+    def _end(self, leave: Exit, code: int = 0) -> None:
+        self.ports.flush()
+        self.control.exit_reason = leave.reason
+        self.control.exit_code = code
+        self.control.state = VcpuState.EXITED
+        self._say(Exited(self.spec.index, leave.reason, code, leave.detail, leave.registers))
+
+    # --- service thread --------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Answer requests until Shutdown, or until nobody owns the machine any more."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        sock = channel.connect(self._context, zmq.DEALER, self.spec.request_endpoint,
+                               identity=str(self.spec.index).encode())
+        poller = zmq.Poller()
+        poller.register(sock, zmq.POLLIN)
+        if self.spec.keeper_fd >= 0:
+            poller.register(self.spec.keeper_fd, zmq.POLLIN)
+        deadline: float | None = None
+        with sock:
+            while not self._shutdown:
+                timeout = None if deadline is None else int(max(0.0, deadline - time.monotonic()) * 1000)
+                events = dict(poller.poll(timeout))
+                if sock in events:
+                    self._serve_one(sock)
+                elif deadline is not None and time.monotonic() >= deadline:
+                    self._orphaned()
+                elif self.spec.keeper_fd in events:
+                    # The keeper is gone. A live coordinator ends the machine in order now.
+                    poller.unregister(self.spec.keeper_fd)
+                    deadline = time.monotonic() + _ORPHAN_GRACE
+
+    def _serve_one(self, sock: zmq.Socket[bytes]) -> None:
+        try:
+            request = decode_request(sock.recv())
+        except MessageError as exc:
+            print(f"vcpu {self.spec.index}: {exc}", file=sys.stderr)
+            return
+        accel = self.accel
+        assert accel is not None
+        control = self.control
+        value = 0
+        data = None
+        try:
+            match request:
+                case Reset(expected=expected):
+                    value = accel.reset_ring(expected) if expected else 0
+                    control.reset_total += value
+                    control.resets += 1 if expected else 0
+                    self._ring_full = False
+                    os.eventfd_write(self._wake, 1)
+                case SetMemslot(slot=slot):
+                    if slot.id not in self.memory.slots:
+                        self.memory.add(slot)
+                    accel.set_memslot(slot)
+                case RemoveMemslot(slot_id=slot_id):
+                    accel.remove_memslot(slot_id)
+                    self.memory.remove(slot_id)
+                case GetLog(slot_id=slot_id):
+                    value = accel.get_dirty_log(slot_id)
+                case ClearLog(slot_id=slot_id):
+                    accel.clear_dirty_log(slot_id)
+                case RebuildRing():
+                    accel.rebuild_ring()
+                    control.pushed_total = 0
+                    control.reset_total = 0
+                    control.ring_generation += 1
+                    self._ring_full = False
+                    if accel.vcpu_fd >= 0:
+                        channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
+                    os.eventfd_write(self._wake, 1)
+                case SendFd():
+                    if accel.vcpu_fd >= 0:
+                        channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
+                        value = accel.kvm_run_size
+                case GetState():
+                    data = accel.get_state()
+                case SetState(state=state):
+                    accel.set_state(state)
+                case Shutdown():
+                    self._shutdown = True
+        except (AccelError, SegmentError, OSError, KeyError) as exc:
+            sock.send(encode(Failed(request.seq, str(exc))))
+            return
+        sock.send(encode(Done(request.seq, value, data)))
+        if self._shutdown:
+            accel.interrupt()
+            os.eventfd_write(self._wake, 1)
+
+    def _orphaned(self) -> None:
+        """Keeper and coordinator are both gone: leave nothing behind, then go."""
+        process.remove_machine_files(self.spec.machine, Path(self.spec.fd_socket).parent)
+        os._exit(1)  # the vCPU thread may be deep in the guest; there is nobody left to tell
+
+    def close(self) -> None:
+        if self.accel is not None:
+            self.accel.close()
+        self.memory.close()
+        self._notify.close()
+        self._context.term()
+        os.close(self._wake)
+
+
+def main(spec: WorkerSpec) -> int:
+    """The process: 0 after an orderly Shutdown, 1 when the vCPU could not be set up."""
+    process.set_name(f"vcpu{spec.index}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what a Ctrl-C means
+    worker = Worker(spec)
+    signal.signal(KICK_SIGNAL, worker.on_kick)
+    ok = worker.set_up()
+    if ok:
+        service = threading.Thread(target=worker.serve, name="service", daemon=True)
+        service.start()
+        worker.run()
+        service.join()
+    worker.close()
+    return 0 if ok else 1
