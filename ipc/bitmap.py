@@ -64,6 +64,15 @@ class Bitmap:
         set_bits(self.summary, first // (64 * GROUP_WORDS), last // (64 * GROUP_WORDS))
         set_bits(self.words, first, last)
 
+    def merge(self, words: U64) -> None:
+        """OR in a plain bitmap without a summary (a kernel dirty log), shape [word_count]."""
+        dirty = np.flatnonzero(words)
+        if len(dirty) == 0:
+            return
+        for group in np.unique(dirty // GROUP_WORDS):
+            self.summary[group // 64] |= np.uint64(1 << (int(group) % 64))
+        self.words |= words
+
     def clear(self) -> None:
         """All clean; words first, then the summary."""
         self.words[:] = 0

@@ -129,7 +129,7 @@ class MachineControl(ctypes.Structure):
         ("reap_ns", ctypes.c_uint64),             # time spent reaping, ns
         ("flushes", ctypes.c_uint64),
         ("publish_pending", ctypes.c_uint32),     # 1 while staging may hold unpublished pages
-        ("_pad0", ctypes.c_uint32),
+        ("verify_in_round", ctypes.c_uint32),     # 1 while the verifier brings its copy up to date
     ]
 
 

@@ -124,9 +124,9 @@ class Segment:
         unlink_segment(self.name)
         self._owner = False
 
-    def disown(self) -> None:
-        """Leave the name in place when this object is closed (somebody else owns it now)."""
-        self._owner = False
+    def own(self) -> None:
+        """Closing unlinks the name from now on (its maker has died)."""
+        self._owner = True
 
     def close(self) -> None:
         """Unlink the name if owned, then unmap. A buffer still exported (a numpy view a caller

@@ -1,0 +1,62 @@
+"""Fixtures and the rules that hold for every test: KVM is required where CI says so, and nothing is
+left behind."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipc.shm import list_segments
+
+REQUIRE_KVM = os.environ.get("SHARDVMM_REQUIRE_KVM") == "1"
+
+
+def kvm_missing() -> str:
+    """Why KVM cannot be used here; empty when it can."""
+    from workers.kvm import probe
+
+    info = probe()
+    if info.reason:
+        return info.reason
+    return "" if info.ring_capability else "this kernel has no dirty rings"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("kvm")]
+    reason = kvm_missing() if marked else ""
+    if not reason:
+        return
+    if REQUIRE_KVM:
+        raise pytest.UsageError(f"SHARDVMM_REQUIRE_KVM=1, but {reason}")
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a runtime directory of its own (short: socket paths are limited)."""
+    path = Path("/tmp") / f"svt-{uuid.uuid4().hex[:8]}"
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
+    """No segment and no runtime file survives a test."""
+    prefix = f"shardvmm-{os.getuid()}-"
+    before = set(list_segments(prefix))
+    yield
+    left = sorted(set(list_segments(prefix)) - before)
+    machines = runtime_dir / "shardvmm"
+    files = sorted(str(p) for p in machines.rglob("*")) if machines.is_dir() else []
+    if machines.is_dir() and not files:
+        machines.rmdir()
+    if not files:
+        runtime_dir.rmdir()
+    assert not left, f"segments left behind: {left}"
+    assert not files, f"files left behind: {files}"

@@ -1,0 +1,43 @@
+"""Plain dirty bitmaps, where there is no ring (seed: kvm_log_sync, kvm_log_clear, per slot).
+
+Every shard has its own kernel bitmap. Per slot: get each shard's log into that shard's buffer, OR the
+buffers into staging, re-protect in every shard what its buffer says, publish. A page's bit is
+published only after it is protected again, as with rings (invariant 2); a coordinator that dies
+between finds the pages still dirty in the kernel, or still in staging.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ipc.messages import ClearLog, GetLog
+
+from .dirtylog import DirtyLog
+from .shards import Shard, Shards
+
+__all__ = ["gather_bitmaps"]
+
+
+def gather_bitmaps(shards: Shards, log: DirtyLog) -> int:
+    """Gather all logged slots of all shards; dirty pages, counted once a shard."""
+    total = 0
+    for slot_id, slot in log.slots.items():
+        if not slot.logged:
+            continue
+        got = shards.request([s for s in shards.all if s.alive], partial(_get, slot_id))
+        dirty = [s for s in shards.all if s.index in got and got[s.index].value]
+        for shard in dirty:
+            slot.staging.merge(slot.vcpu_logs[shard.index])
+            shard.control.dirty_pages += got[shard.index].value
+            total += got[shard.index].value
+        shards.request(dirty, partial(_clear, slot_id))
+    log.publish()
+    return total
+
+
+def _get(slot_id: int, seq: int, shard: Shard) -> GetLog:
+    return GetLog(seq, slot_id)
+
+
+def _clear(slot_id: int, seq: int, shard: Shard) -> ClearLog:
+    return ClearLog(seq, slot_id)

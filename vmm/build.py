@@ -1,0 +1,171 @@
+"""Build a machine's memory: segments, system slot, image, control blocks.
+
+``Parts`` owns what it made; leaving its ``with`` unlinks every name. A replacement coordinator opens
+the same parts instead of making them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ipc import channel
+from ipc.layout import (
+    CONTROL_MAGIC,
+    PROTOCOL_VERSION,
+    SYSTEM_SLOT,
+    MachineControl,
+    VcpuRequest,
+    control_size,
+    machine_control,
+    vcpu_control,
+)
+from ipc.messages import SlotSpec, WorkerSpec
+from ipc.shm import Segment, segment_name
+
+from . import boot, loader
+from .dirtylog import DirtyLog
+from .ram import MemorySlot
+from .shards import Shard
+from .spec import MachineSpec, RamSlot
+
+__all__ = ["Parts", "adopt_parts", "make_parts", "worker_spec"]
+
+
+@dataclass
+class Parts:
+    """Segments of a machine and the views of them."""
+
+    spec: MachineSpec
+    control_segment: Segment
+    system: Segment
+    log: DirtyLog
+    rings: list[Segment] = field(default_factory=list)
+    entry: int = 0
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def control(self) -> MachineControl:
+        return machine_control(self.control_segment.address)
+
+    def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
+        logs = 0 if self.spec.ring_entries else self.spec.vcpus
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create)
+
+    def close(self) -> None:
+        self.log.close()
+        self.stack.close()
+
+
+def _software_ring(spec: MachineSpec) -> bool:
+    return spec.accel != "kvm" and spec.ring_entries > 0
+
+
+def _top_gpa(spec: MachineSpec) -> int:
+    return max(s.gpa + s.size for s in spec.slots)
+
+
+def make_parts(spec: MachineSpec) -> Parts:
+    """Make every segment, load the image, write the boot structures.
+
+    Raises VmmError and SegmentError; nothing is left behind then.
+    """
+    image = loader.load_image(spec.image, spec.load_address)
+    loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
+    with contextlib.ExitStack() as stack:
+        def segment(what: str, size: int) -> Segment:
+            return stack.enter_context(Segment.create(segment_name(spec.name, what), size))
+
+        control = segment("control", control_size(spec.vcpus))
+        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)))
+        log = DirtyLog(spec.name)
+        stack.callback(log.close)
+        parts = Parts(spec, control, system, log, entry=image.entry)
+        for slot in spec.slots:
+            log.add_slot(parts.new_slot(slot, create=True))
+        if _software_ring(spec):
+            parts.rings = [segment(f"ring{i}", spec.ring_entries * 16) for i in range(spec.vcpus)]
+        _load(parts, image)
+        block = parts.control
+        block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
+        parts.stack = stack.pop_all()
+    return parts
+
+
+def _load(parts: Parts, image: loader.GuestImage) -> None:
+    spec = parts.spec
+    slots = boot.boot_slots([(s.id, s.gpa, s.size) for s in spec.slots],
+                            [(s.gpa, s.end) for s in image.segments],
+                            vcpu_count=spec.vcpus, stack_size=spec.stack_size)
+    view = memoryview(parts.system.buf)
+    try:
+        boot.write_system_slot(view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end,
+                               params=spec.params, cmdline=spec.cmdline, stack_size=spec.stack_size,
+                               top_gpa=_top_gpa(spec))
+    finally:
+        view.release()
+    for segment in image.segments:
+        for slot in spec.slots:
+            # A segment may span slots that touch.
+            first, last = max(segment.gpa, slot.gpa), min(segment.gpa + len(segment.data), slot.gpa + slot.size)
+            if first < last:
+                memory = parts.log.slots[slot.id].memory
+                memory[first - slot.gpa: last - slot.gpa] = np.frombuffer(
+                    segment.data, np.uint8)[first - segment.gpa: last - segment.gpa]
+
+
+def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> Parts:
+    """Open what a coordinator that died has left. From here on it is this process's to unlink."""
+    with contextlib.ExitStack() as stack:
+        def segment(what: str) -> Segment:
+            found = stack.enter_context(Segment.open(segment_name(spec.name, what)))
+            found.own()
+            return found
+
+        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name))
+        stack.callback(parts.log.close)
+        for slot in slots:
+            parts.log.add_slot(parts.new_slot(slot, create=False))
+        for client in clients:
+            parts.log.adopt_client(client)
+        if _software_ring(spec):
+            parts.rings = [segment(f"ring{i}") for i in range(spec.vcpus)]
+        parts.stack = stack.pop_all()
+    return parts
+
+
+def make_shards(parts: Parts) -> list[Shard]:
+    spec = parts.spec
+    shards = []
+    for index in range(spec.vcpus):
+        block = vcpu_control(parts.control_segment.address, index)
+        shard = Shard(index, block, spec.ring_entries)
+        if parts.rings:
+            shard.map_software_ring(parts.rings[index])
+        shards.append(shard)
+    return shards
+
+
+def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> WorkerSpec:
+    """What vCPU ``index``'s worker is told; its control block asks it to start paused."""
+    spec = parts.spec
+    block = vcpu_control(parts.control_segment.address, index)
+    block.ring_entries = spec.ring_entries
+    block.request = VcpuRequest.PAUSE
+    first = spec.slots[0]
+    return WorkerSpec(
+        machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
+        ring_entries=spec.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
+        slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
+        system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
+                             segment=parts.system.name),
+        control_segment=parts.control_segment.name,
+        request_endpoint=channel.endpoint(directory, "requests"),
+        notify_endpoint=channel.endpoint(directory, "notify"),
+        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd,
+        boot=boot.boot_registers(index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
+                                 stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
+    )

@@ -1,0 +1,182 @@
+"""The control socket: how the CLI and the Python API speak to a coordinator.
+
+JSON over a ZeroMQ ROUTER in the machine's runtime directory; docs/protocol.md has a paragraph a
+verb. A client sends ``{"v": 1, "id": n, "verb": …, …}`` and gets ``{"id": n, "result": {…}}`` or
+``{"id": n, "error": text, "code": exit status}``. A client that has sent ``follow`` also gets events,
+``{"event": …}``, as they happen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from ipc import channel
+
+from .errors import ExitCode, VmmError
+
+__all__ = ["CONTROL_VERSION", "ControlClient", "Verb", "decode_verb"]
+
+CONTROL_VERSION = 1
+_FOLLOW_HWM = 100_000   # events a slow follower may lag behind before some are dropped
+
+
+class Verb(msgspec.Struct, tag_field="verb", tag=lambda name: _dashed(name), forbid_unknown_fields=True):
+    v: int
+    id: int
+
+
+def _dashed(name: str) -> str:
+    return "".join("-" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+class Follow(Verb):
+    """Send events to this client from now on."""
+
+
+class Start(Verb):
+    """Let the vCPUs enter the guest for the first time."""
+
+
+class Status(Verb):
+    pass
+
+
+class Pause(Verb):
+    pass
+
+
+class Resume(Verb):
+    pass
+
+
+class Stop(Verb):
+    """End every vCPU (reason stopped); the reply is sent at once, ``ended`` follows as an event."""
+
+
+class Release(Verb):
+    """The machine has ended and its report was taken: go."""
+
+
+class LogStart(Verb):
+    slot: int
+
+
+class LogStop(Verb):
+    slot: int
+
+
+class Register(Verb):
+    client: str
+
+
+class Unregister(Verb):
+    client: str
+
+
+class Sync(Verb):
+    """Flush, then give this client what was dirtied since its last sync."""
+
+    client: str
+
+
+class Mark(Verb):
+    """A host write was made: these pages are dirty."""
+
+    slot: int
+    first: int
+    count: int
+
+
+class MemoryAdd(Verb):
+    slot: int
+    gpa: int
+    size: int
+    log: bool
+
+
+class MemoryRemove(Verb):
+    slot: int
+
+
+AnyVerb = (Follow | Start | Status | Pause | Resume | Stop | Release | LogStart | LogStop | Register
+           | Unregister | Sync | Mark | MemoryAdd | MemoryRemove)
+
+_verbs = msgspec.json.Decoder(AnyVerb)
+
+
+class _Envelope(msgspec.Struct):
+    """What can be read of a request that does not decode."""
+
+    v: int = 0
+    id: int = 0
+
+
+def decode_verb(frame: bytes) -> AnyVerb:
+    """Raises VmmError, with the request's id as ``request_id``."""
+    envelope = _Envelope()
+    try:
+        envelope = msgspec.json.decode(frame, type=_Envelope)
+        if envelope.v != CONTROL_VERSION:
+            raise VmmError(f"the machine speaks control protocol {CONTROL_VERSION}, not {envelope.v}")
+        return _verbs.decode(frame)
+    except msgspec.MsgspecError as exc:
+        error = VmmError(f"bad request: {exc}")
+        error.request_id = envelope.id  # type: ignore[attr-defined]
+        raise error from None
+
+
+class ControlClient:
+    """One connection to a coordinator. Not thread-safe."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._name = name
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._sock = channel.connect(self._context, zmq.DEALER, channel.endpoint(directory, "control"))
+        self._sock.linger = 0
+        self._sock.rcvhwm = _FOLLOW_HWM
+        self._ids = itertools.count(1)
+        self._events: deque[dict[str, Any]] = deque()
+
+    def ask(self, verb: type[Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
+        """Send one verb and wait for its answer. Raises VmmError."""
+        number = next(self._ids)
+        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, **arguments)))
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = self._receive(deadline - time.monotonic())
+            if answer is None:
+                raise VmmError(f"machine '{self._name}' did not answer within {timeout:.0f} s",
+                               ExitCode.NO_MACHINE)
+            if answer.get("id") != number:
+                if "event" in answer:
+                    self._events.append(answer)
+                continue
+            if "error" in answer:
+                raise VmmError(answer["error"], ExitCode(answer.get("code", ExitCode.BAD_INPUT)))
+            return dict(answer["result"])
+
+    def event(self, timeout: float) -> dict[str, Any] | None:
+        """The next event, or None when none came within ``timeout`` seconds."""
+        if self._events:
+            return self._events.popleft()
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = self._receive(deadline - time.monotonic())
+            if answer is None or "event" in answer:
+                return answer
+
+    def _receive(self, timeout: float) -> dict[str, Any] | None:
+        if not self._sock.poll(max(0, int(timeout * 1000))):
+            return None
+        return dict(msgspec.json.decode(self._sock.recv()))
+
+    def close(self) -> None:
+        self._sock.close()
+        self._context.term()

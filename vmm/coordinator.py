@@ -1,0 +1,628 @@
+"""The coordinator process: one loop, one thread, which is the machine's big lock.
+
+The loop sleeps in one poll: on notifications (above all ring-full), on the control socket, on the
+workers' pidfds, on its own signals, until the reaper, the verifier or the timeout is due.
+Run by the keeper (vmm/keeper.py) as ``python -m vmm.coordinator``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+import zmq
+
+from ipc import channel, process
+from ipc.layout import MAX_SLOTS, ReaperState, VcpuRequest, VcpuState
+from ipc.messages import (
+    AnyNotification,
+    Console,
+    Exited,
+    ExitReason,
+    RemoveMemslot,
+    RingFull,
+    SetMemslot,
+)
+from ipc.shm import SegmentError
+
+from . import boot, build, control
+from .errors import ExitCode, VmmError
+from .reaper import Reaper
+from .runtime import machine_dir
+from .shards import Shard, Shards
+from .spec import MachineSpec, RamSlot, decode_spec
+from .trace import Tracer
+from .verify import CLIENT as VERIFY_CLIENT
+from .verify import Verification, Verifier
+
+__all__ = ["Coordinator", "main"]
+
+_CRASHES = frozenset({ExitReason.TRIPLE_FAULT, ExitReason.EXCEPTION, ExitReason.BAD_ADDRESS,
+                      ExitReason.UNKNOWN_PORT, ExitReason.INTERNAL_ERROR, ExitReason.HALT})
+
+
+class Saved(msgspec.Struct):
+    """What a replacement coordinator must know beyond the shared memory (state.json)."""
+
+    slots: list[RamSlot]
+    clients: list[str]
+    elapsed: float
+    user_paused: bool
+    verification: Verification | None
+    exits: dict[int, Exited]
+    restarts: int
+    load_report: dict[str, Any] = {}
+
+
+class Coordinator:
+    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, *, recover: bool) -> None:
+        self.spec = spec
+        self.directory = directory
+        self._keeper_fd = keeper_fd
+        self._followers: set[bytes] = set()
+        self._started = 0.0
+        self._state = "starting"
+        self._user_paused = False
+        self._stop_asked = False
+        self._done = False
+        self._final: dict[str, Any] | None = None
+        self._restarts = 0
+        self._next_round = 0.0
+        self._round = 0
+        self.tracer = Tracer(spec.trace, spec.trace_file)
+        saved = self._load() if recover else None
+        if saved is None:
+            self.parts = build.make_parts(spec)
+        else:
+            self.parts = build.adopt_parts(spec, saved.slots, saved.clients)
+        self.log = self.parts.log
+        self.block = self.parts.control
+        self.block.coordinator_pid = os.getpid()
+        self.shards = Shards(directory, self._on_notification, self._on_death)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._control = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
+        self._signal_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.reaper = Reaper(spec.reaper, self.shards, self.log, self.block, self.tracer, self._on_rebuild,
+                             has_rings=spec.ring_entries > 0)
+        self.verifier: Verifier | None = None
+        if saved is None:
+            self._create()
+        else:
+            self._recover(saved)
+
+    # --- set-up ------------------------------------------------------------------------------
+
+    def _create(self) -> None:
+        for shard in build.make_shards(self.parts):
+            self.shards.spawn(shard, build.worker_spec(self.parts, shard.index, self.directory,
+                                                       self._keeper_fd))
+        self.shards.start_paused()
+        self.shards.await_hello()
+        if self.spec.verify is not None:
+            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block)
+        self._state = "ready"
+        self._save()
+
+    def _start(self) -> None:
+        """Let the vCPUs enter the guest for the first time."""
+        if self._state != "ready":
+            return
+        self._state = "running"
+        now = time.monotonic()
+        self._started = now
+        if self.spec.verify is not None:
+            self._next_round = now + self.spec.verify.interval
+        self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
+        self.shards.resume_all()
+        self._save()
+
+    def _recover(self, saved: Saved) -> None:
+        """Carry on where a coordinator that died left off (invariant 5).
+
+        Its harvest may have stopped anywhere. What it had harvested lies in staging, what it had not
+        is still in the rings; entries it had harvested and not reset are counted by the difference of
+        the two totals. So one ordinary reap, of every ring, puts all of it right.
+        """
+        self._restarts = saved.restarts + 1
+        self._started = time.monotonic() - saved.elapsed
+        for shard in build.make_shards(self.parts):
+            shard.exited = saved.exits.get(shard.index)
+            self.shards.all.append(shard)
+            try:
+                if shard.control.state == VcpuState.DEAD:
+                    raise ProcessLookupError
+                shard.watch(shard.control.pid)
+            except ProcessLookupError:
+                shard.bury()
+        if self.spec.accel == "kvm":
+            self.shards.adopt_fds([s for s in self.shards.all if s.alive])
+        # Whatever the predecessor was in the middle of, everybody is stopped first.
+        self.shards.pause_all()
+        if self.spec.verify is not None:
+            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
+                                     saved.verification or Verification())
+            self._next_round = time.monotonic()
+        for shard in self.shards.all:
+            # A message that the predecessor took with it: the control block still says so.
+            if shard.control.state == VcpuState.EXITED and shard.exited is None:
+                shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
+                                      shard.control.exit_code)
+            self.reaper.full.add(shard.index)
+        self.reaper.drain()
+        self.log.publish()
+        self._state = "running"
+        self._user_paused = saved.user_paused
+        if not self._user_paused:
+            self.shards.resume_all()
+        self._save()
+
+    def _save(self) -> None:
+        """Write state.json aside and rename it over."""
+        saved = Saved(slots=[self._slot_spec(i) for i in self.log.slots], clients=self.log.clients,
+                      elapsed=self._elapsed(), user_paused=self._user_paused,
+                      verification=self.verifier.result if self.verifier else None,
+                      exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
+                      restarts=self._restarts)
+        aside = self.directory / "state.json.new"
+        aside.write_bytes(msgspec.json.encode(saved))
+        aside.rename(self.directory / "state.json")
+
+    def _load(self) -> Saved | None:
+        try:
+            return msgspec.json.decode((self.directory / "state.json").read_bytes(), type=Saved)
+        except FileNotFoundError:
+            return None  # died before the machine was ready: the keeper does not ask for that
+
+    def _slot_spec(self, slot_id: int) -> RamSlot:
+        slot = self.log.slots[slot_id]
+        return RamSlot(slot_id, slot.spec.gpa, slot.spec.size, slot.logged)
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve the machine until it is over and released; its exit code."""
+        while not self._done:
+            now = time.monotonic()
+            if self._running():
+                self._run_due(now)
+            if self._state == "running" and not any(s.running for s in self.shards.all):
+                self._finish()
+                continue
+            self.reaper.wait()
+            self._wait(time.monotonic())
+        return int(self._report()["exit_code"])
+
+    def _running(self) -> bool:
+        return self._state == "running" and not self._user_paused
+
+    def _run_due(self, now: float) -> None:
+        """What is due in time, or asked for by a full ring."""
+        if self.spec.timeout is not None and now - self._started >= self.spec.timeout:
+            self._stop(ExitReason.TIMEOUT)
+        if self.reaper.full:
+            self.reaper.wake("ring full")
+        elif self.spec.ring_entries and self.reaper.schedule.left(now) == 0:
+            self.reaper.wake()
+        if self.verifier is not None and now >= self._next_round:
+            self._verify_round()
+
+    def _wait(self, now: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self.shards.notify, zmq.POLLIN)
+        poller.register(self._control, zmq.POLLIN)
+        poller.register(self._signal_fd, zmq.POLLIN)
+        by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
+        for fd in by_fd:
+            poller.register(fd, zmq.POLLIN)
+        for ready, _ in poller.poll(self._poll_ms(now)):
+            if ready is self.shards.notify:
+                self.shards.drain_notifications()
+            elif ready is self._control:
+                self._serve_control()
+            elif ready == self._signal_fd:
+                os.eventfd_read(self._signal_fd)
+                self._stop(ExitReason.STOPPED)
+                self._done = self._done or self._state in ("ready", "ended")
+            elif ready in by_fd:
+                self.shards.bury(by_fd[ready])
+
+    def _poll_ms(self, now: float) -> int | None:
+        """Time until something is due; None while nothing can be."""
+        if not self._running():
+            return None
+        waits = []
+        if self.spec.ring_entries:
+            waits.append(0.0 if self.reaper.full else self.reaper.schedule.left(now))
+        if self.verifier is not None:
+            waits.append(self._next_round - now)
+        if self.spec.timeout is not None and not self._stop_asked:
+            waits.append(self._started + self.spec.timeout - now)
+        return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
+
+    def ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler: the loop stops the machine in order."""
+        os.eventfd_write(self._signal_fd, 1)
+
+    # --- events from workers ---------------------------------------------------------------------
+
+    def _on_notification(self, message: AnyNotification) -> None:
+        if isinstance(message, RingFull):
+            if self.tracer.full:
+                self.tracer.full(message.vcpu)
+            self.reaper.full.add(message.vcpu)
+        elif isinstance(message, Console):
+            self._tell({"event": "console", "vcpu": message.vcpu,
+                        "data": message.data.decode("utf-8", "replace")})
+        elif isinstance(message, Exited):
+            self.shards.all[message.vcpu].exited = message
+            self._tell({"event": "exit", "vcpu": message.vcpu, "reason": _reason(message.reason),
+                        "code": message.code, "detail": message.detail})
+
+    def _on_death(self, shard: Shard) -> None:
+        """A worker's process ended. Its ring is still mapped here and will be harvested; a plain
+        bitmap died with it."""
+        if self._done or self._state == "ended":
+            return
+        self.reaper.full.discard(shard.index)
+        if not self.spec.ring_entries:
+            self.log.mark_logged_slots()
+        self._tell({"event": "exit", "vcpu": shard.index, "reason": _reason(ExitReason.WORKER_DIED),
+                    "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
+
+    def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
+        self._tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
+                    "pages_marked": pages})
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """To every follower; one that lags too far behind loses events, never holds the machine."""
+        frame = msgspec.json.encode(event)
+        for follower in list(self._followers):
+            try:
+                self._control.send_multipart([follower, frame], zmq.DONTWAIT)
+            except zmq.ZMQError as exc:
+                if exc.errno == zmq.EHOSTUNREACH:
+                    self._followers.discard(follower)
+
+    # --- verification, end ------------------------------------------------------------------------
+
+    def _verify_round(self) -> None:
+        assert self.verifier is not None
+        assert self.spec.verify is not None
+        with self.shards.all_paused():
+            self._drain_and_verify()
+            self._round += 1
+            boot.set_round(memoryview(self.parts.system.buf), self._round)
+        self._next_round = time.monotonic() + self.spec.verify.interval
+
+    def _drain_and_verify(self) -> None:
+        assert self.verifier is not None
+        self.reaper.drain()
+        self.verifier.round()
+        self._save()
+
+    def _stop(self, reason: ExitReason) -> None:
+        """Ask every vCPU to end. They do so at once, paused or not."""
+        if self._stop_asked or self._state != "running":
+            return
+        self._stop_asked = True
+        for shard in self.shards.all:
+            if shard.running:
+                shard.control.stop_reason = reason
+                shard.control.request |= VcpuRequest.STOP
+                shard.kick()
+
+    def _finish(self) -> None:
+        """Every vCPU has ended: what their rings still hold is reaped and checked."""
+        self.shards.drain_notifications()
+        if self.verifier is not None:
+            self._drain_and_verify()
+        else:
+            self.reaper.drain()
+        self._elapsed_at_end = self._elapsed()
+        self._state = "ended"
+        self._final = self._report()
+        self._tell({"event": "ended", "exit_code": self._final["exit_code"]})
+        self._done = not self.spec.linger
+
+    # --- report ---------------------------------------------------------------------------------------
+
+    _elapsed_at_end: float | None = None
+
+    def _elapsed(self) -> float:
+        if self._elapsed_at_end is not None:
+            return self._elapsed_at_end
+        return time.monotonic() - self._started if self._started else 0.0
+
+    def _report(self) -> dict[str, Any]:
+        spec, block = self.spec, self.block
+        state = "paused" if self._user_paused and self._state == "running" else self._state
+        verification: dict[str, Any] | None = None
+        if self.verifier is not None:
+            verification = {**msgspec.to_builtins(self.verifier.result), "ok": self.verifier.result.ok}
+        return {
+            "name": spec.name, "state": state, "elapsed_s": round(self._elapsed(), 6),
+            "exit_code": int(self._exit_code()), "accelerator": spec.accel,
+            "tracking": "ring" if spec.ring_entries else "bitmap", "ring_entries": spec.ring_entries,
+            "coordinator": {"pid": os.getpid(), "restarts": self._restarts},
+            "vcpus": [self._vcpu_report(s) for s in self.shards.all],
+            "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
+                       "iterations": block.reaper_iteration, "pages": block.reaped_pages,
+                       "microseconds": block.reap_ns // 1000, "flushes": block.flushes},
+            "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
+                       "dirty": self.log.dirty_pages(i), "logged": s.logged}
+                      for i, s in self.log.slots.items()],
+            "clients": self.log.clients,
+            "verification": verification,
+        }
+
+    def _vcpu_report(self, shard: Shard) -> dict[str, Any]:
+        block, exited = shard.control, shard.exited
+        return {
+            "index": shard.index, "pid": block.pid, "accelerator": self.spec.accel,
+            "state": VcpuState(block.state).name.lower().replace("_", "-"),
+            "exit_reason": _reason(ExitReason(block.exit_reason)), "exit_code": block.exit_code,
+            "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
+            "dirty_pages": block.dirty_pages, "ring_full_exits": block.ring_full_exits,
+            "resets": block.resets, "ring_rebuilds": block.ring_rebuilds, "bad_entries": block.bad_entries,
+            "guest_entries": block.guest_entries,
+            "guest_s": block.guest_ns / 1e9, "stalled_s": block.stalled_ns / 1e9,
+        }
+
+    def _exit_code(self) -> ExitCode:
+        """The worst of what happened, in the order of what a user must know first."""
+        reasons = {ExitReason(s.control.exit_reason) for s in self.shards.all}
+        if self.verifier is not None and not self.verifier.result.ok:
+            return ExitCode.VERIFY_FAILED
+        if ExitReason.WORKER_DIED in reasons:
+            return ExitCode.WORKER_DIED
+        if reasons & _CRASHES:
+            return ExitCode.GUEST_CRASHED
+        if ExitReason.TIMEOUT in reasons:
+            return ExitCode.TIMEOUT
+        if ExitReason.STOPPED in reasons:
+            return ExitCode.STOPPED
+        if any(s.control.exit_code for s in self.shards.all):
+            return ExitCode.GUEST_FAILED
+        return ExitCode.OK
+
+    # --- control socket ---------------------------------------------------------------------------------
+
+    def _serve_control(self) -> None:
+        while True:
+            try:
+                client, frame = self._control.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            except ValueError:
+                continue  # not a message of two frames: not from a client of ours
+            number = 0
+            try:
+                verb = control.decode_verb(frame)
+                number = verb.id
+                answer: dict[str, Any] = {"id": number, "result": self._serve(verb, client)}
+            except VmmError as exc:
+                answer = {"id": getattr(exc, "request_id", number), "error": str(exc),
+                          "code": int(exc.exit_code)}
+            except SegmentError as exc:
+                answer = {"id": number, "error": str(exc), "code": int(ExitCode.BAD_INPUT)}
+            try:
+                self._control.send_multipart([client, msgspec.json.encode(answer)], zmq.DONTWAIT)
+            except zmq.ZMQError:
+                pass  # the client has gone
+
+    def _serve(self, verb: control.Verb, client: bytes) -> dict[str, Any]:
+        match verb:
+            case control.Follow():
+                self._followers.add(client)
+            case control.Start():
+                self._start()
+            case control.Status():
+                return self._final if self._final is not None else self._report()
+            case control.Pause():
+                self._pause()
+            case control.Resume():
+                self._resume()
+            case control.Stop():
+                self._stop(ExitReason.STOPPED)
+                self._done = self._done or self._state in ("ready", "ended")
+            case control.Release():
+                self._done = self._done or self._state in ("ready", "ended")
+            case control.Register(client=name):
+                self._flush()
+                self.log.register(name)
+                self._save()
+            case control.Unregister(client=name):
+                self.log.unregister(name)
+                self._save()
+            case control.Sync(client=name):
+                return self._sync(name)
+            case control.Mark(slot=slot, first=first, count=count):
+                self.log.mark(slot, first, count)
+            case control.LogStart(slot=slot):
+                self._set_logging(slot, True)
+            case control.LogStop(slot=slot):
+                self._set_logging(slot, False)
+            case control.MemoryAdd(slot=slot, gpa=gpa, size=size, log=log):
+                self._add_slot(RamSlot(slot, gpa, size, log))
+            case control.MemoryRemove(slot=slot):
+                self._remove_slot(slot)
+        return {}
+
+    def _alive_running(self) -> None:
+        if self._state == "ended":
+            raise VmmError(f"machine '{self.spec.name}' has ended", ExitCode.NO_MACHINE)
+
+    def _pause(self) -> None:
+        self._alive_running()
+        if not self._user_paused:
+            self._user_paused = True
+            self.shards.pause_all()
+            self._save()
+
+    def _resume(self) -> None:
+        self._alive_running()
+        if self._user_paused:
+            self._user_paused = False
+            self.shards.resume_all()
+            self._save()
+
+    def _flush(self) -> None:
+        if self._state == "running":
+            self.reaper.flush()
+
+    def _sync(self, client: str) -> dict[str, Any]:
+        if client not in self.log.clients:
+            raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
+        if client == VERIFY_CLIENT:
+            raise VmmError(f"client '{client}' is the verifier's own")
+        self._flush()
+        taken = self.log.take(client)
+        return {"slots": {str(i): {"dirty": n, "pages": self.log.front(client, i).front.pages}
+                          for i, n in taken.items()}}
+
+    def _live(self) -> list[Shard]:
+        return [s for s in self.shards.all if s.alive]
+
+    def _slot(self, slot_id: int) -> Any:
+        if slot_id not in self.log.slots:
+            there = ", ".join(str(i) for i in self.log.slots)
+            raise VmmError(f"there is no memory slot {slot_id} (there are: {there})")
+        return self.log.slots[slot_id]
+
+    def _set_logging(self, slot_id: int, on: bool) -> None:
+        """Switch dirty logging of one slot. Switching it off reaps first: what was written while it
+        was on is in the log."""
+        self._alive_running()
+        slot = self._slot(slot_id)
+        if slot.logged == on:
+            return
+        with self.shards.all_paused():
+            self.reaper.drain()
+            slot.logged = on
+            self.shards.request(self._live(), lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            if on and self.verifier is not None:
+                self.verifier.forget(slot_id)
+                self.verifier.adopt(slot_id)
+            self._save()
+
+    def _add_slot(self, spec: RamSlot) -> None:
+        self._alive_running()
+        self._check_new_slot(spec)
+        slot = self.parts.new_slot(spec, create=True)
+        try:
+            with self.shards.all_paused():
+                self.shards.request(self._live(), lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+                self.log.add_slot(slot)
+                if self.verifier is not None:
+                    self.verifier.adopt(spec.id)
+                self._save()
+        except BaseException:
+            if spec.id not in self.log.slots:
+                slot.close()
+            raise
+
+    def _check_new_slot(self, spec: RamSlot) -> None:
+        where = f"slot {spec.id}"
+        if not 0 <= spec.id < MAX_SLOTS:
+            raise VmmError(f"{where}: slot ids are 0 to {MAX_SLOTS - 1}")
+        if spec.id in self.log.slots:
+            raise VmmError(f"{where}: there is one already")
+        if spec.size <= 0 or spec.size % 4096 or spec.gpa % 4096 or spec.gpa < 0:
+            raise VmmError(f"{where}: gpa {spec.gpa:#x} and size {spec.size:#x} must be multiples of 4096")
+        top = boot.mapped_top(max(s.gpa + s.size for s in self.spec.slots))
+        if spec.gpa + spec.size > top:
+            raise VmmError(f"{where}: ends at {spec.gpa + spec.size:#x}, the machine maps up to {top:#x}")
+        taken = [(f"slot {i}", s.spec.gpa, s.spec.size) for i, s in self.log.slots.items()]
+        taken.append(("the system area", boot.SYSTEM_GPA, max(self.parts.system.size, 0x100_0000)))
+        for what, gpa, size in taken:
+            if spec.gpa < gpa + size and gpa < spec.gpa + spec.size:
+                raise VmmError(f"{where}: [{spec.gpa:#x}, {spec.gpa + spec.size:#x}) overlaps {what} "
+                               f"[{gpa:#x}, {gpa + size:#x})")
+
+    def _remove_slot(self, slot_id: int) -> None:
+        """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every shard, resume. Nothing
+        can be dirtied between the last reap and the removal."""
+        self._alive_running()
+        self._slot(slot_id)
+        if len(self.log.slots) == 1:
+            raise VmmError(f"slot {slot_id} is the machine's only memory")
+        with self.shards.all_paused():
+            if self.verifier is not None:
+                self._drain_and_verify()
+                self.verifier.forget(slot_id)
+            self.reaper.drain()
+            slot = self.log.remove_slot(slot_id)
+            self.shards.request(self._live(), lambda seq, s: RemoveMemslot(seq, slot_id))
+            slot.close()
+            self._save()
+
+    # --- tear-down ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        self._done = True
+        self.shards.shut_down()
+        self.reaper.close()
+        self.shards.close()
+        if self.verifier is not None:
+            self.verifier.close()
+        self.parts.close()
+        self._control.close()
+        self._context.term()
+        os.close(self._signal_fd)
+        self.tracer.close()
+
+
+def _reason(reason: ExitReason) -> str:
+    return reason.name.lower().replace("_", "-")
+
+
+def _answer(status_fd: int, **fields: Any) -> None:
+    """One JSON line to whoever launches the machine (it may have gone)."""
+    try:
+        os.write(status_fd, msgspec.json.encode(fields) + b"\n")
+        os.close(status_fd)
+    except OSError:
+        pass
+
+
+def main(argv: list[str]) -> int:
+    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID [--recover]``; the specification is on
+    standard input."""
+    status_fd, keeper_fd, keeper_pid = (int(a) for a in argv[:3])
+    recover = "--recover" in argv
+    process.set_name("vmm-coordinator")
+    process.die_with_parent(signal.SIGTERM, keeper_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = decode_spec(sys.stdin.buffer.read())
+    coordinator: Coordinator | None = None
+
+    def early_stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, early_stop)
+    try:
+        coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd, recover=recover)
+    except (VmmError, SegmentError) as exc:
+        _answer(status_fd, error=str(exc), code=int(getattr(exc, "exit_code", ExitCode.BAD_INPUT)))
+        return int(getattr(exc, "exit_code", ExitCode.BAD_INPUT))
+    stop: Callable[[int, FrameType | None], None] = coordinator.ask_to_stop
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        _answer(status_fd, ready=True, pid=os.getpid())
+        return coordinator.run()
+    except VmmError as exc:
+        print(f"vmm: error: machine '{spec.name}': {exc}", file=sys.stderr)
+        return int(exc.exit_code)
+    finally:
+        coordinator.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""The dirty log: from staging to the slot bitmaps, and from there to each client's own.
+
+The order is design invariant 2: a page's bit leaves staging only after its re-protection has been
+acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sync` is the seed's
+``kvm_log_sync_global`` without its walk over slots not in use.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ipc import kernels
+from ipc.layout import MAX_SLOTS
+
+from .errors import VmmError
+from .ram import ClientBitmaps, MemorySlot
+
+__all__ = ["DirtyLog"]
+
+_CLIENT_NAME = re.compile(r"[a-z0-9_]{1,32}")
+
+
+class DirtyLog:
+    """All bitmaps of a machine. Single-threaded: the coordinator's loop is its lock."""
+
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
+        self.slots: dict[int, MemorySlot] = {}
+        self.table = kernels.slot_table(MAX_SLOTS)
+        self._clients: dict[str, dict[int, ClientBitmaps]] = {}
+        #: Removed slots that a client still holds bitmaps of: its next take reports them once more
+        #: (False), the one after that drops them (True).
+        self._retired: dict[tuple[str, int], bool] = {}
+
+    # --- slots ------------------------------------------------------------------------------
+
+    def add_slot(self, slot: MemorySlot) -> None:
+        slot_id = slot.spec.id
+        for client in self._clients:
+            if (client, slot_id) in self._retired:
+                self._drop(client, slot_id)
+        self.slots[slot_id] = slot
+        self.table[slot_id] = (slot.staging.words_address, slot.staging.summary_address, slot.pages)
+        for name, bitmaps in self._clients.items():
+            bitmaps[slot_id] = ClientBitmaps(self.machine, name, slot_id, slot.pages, create=True)
+
+    def remove_slot(self, slot_id: int) -> MemorySlot:
+        """Fold what is known of the slot into every client, then forget it. The guest is stopped and
+        the rings are empty (invariant 6). Each client sees the slot once more, at its next sync."""
+        self._fold(self.slots[slot_id])
+        self.table[slot_id] = 0
+        for name in self._clients:
+            self._retired[name, slot_id] = False
+        return self.slots.pop(slot_id)
+
+    # --- producer's side ---------------------------------------------------------------------
+
+    def publish(self) -> int:
+        """Staging to slot bitmaps, after the reset was acknowledged; bits that were new."""
+        fresh = 0
+        for slot in self.slots.values():
+            fresh += int(kernels.publish(slot.staging.words, slot.staging.summary,
+                                         slot.bitmap.words, slot.bitmap.summary))
+        return fresh
+
+    def mark_logged_slots(self) -> int:
+        """All pages of all logged slots dirty (invariant 3); the number of pages."""
+        pages = 0
+        for slot in self.slots.values():
+            if slot.logged:
+                slot.bitmap.mark_range(0, slot.pages)
+                pages += slot.pages
+        return pages
+
+    def mark(self, slot_id: int, first: int, count: int) -> None:
+        """A host write (invariant 7), after it was made. Raises VmmError outside the slot."""
+        if slot_id not in self.slots:
+            raise VmmError(f"there is no memory slot {slot_id}")
+        try:
+            self.slots[slot_id].bitmap.mark_range(first, count)
+        except IndexError as exc:
+            raise VmmError(f"slot {slot_id}: {exc}") from None
+
+    # --- clients -------------------------------------------------------------------------------
+
+    def register(self, client: str) -> None:
+        """Begin to gather for ``client``; idempotent. Raises VmmError for a bad name."""
+        if client in self._clients:
+            return
+        if not _CLIENT_NAME.fullmatch(client):
+            raise VmmError(f"client name '{client}': use 1 to 32 of a-z, 0-9 and _")
+        # What the slot bitmaps hold by now was dirtied before this client was there.
+        self._fold_all()
+        made: dict[int, ClientBitmaps] = {}
+        try:
+            for slot_id, slot in self.slots.items():
+                made[slot_id] = ClientBitmaps(self.machine, client, slot_id, slot.pages, create=True)
+        except BaseException:
+            for bitmaps in made.values():
+                bitmaps.close()
+            raise
+        self._clients[client] = made
+
+    def adopt_client(self, client: str) -> None:
+        """Open the bitmaps of a client of a coordinator that died."""
+        self._clients[client] = {slot_id: ClientBitmaps(self.machine, client, slot_id, slot.pages, create=False)
+                                 for slot_id, slot in self.slots.items()}
+
+    def unregister(self, client: str) -> None:
+        for slot_id in list(self._clients.get(client, {})):
+            self._drop(client, slot_id)
+        self._clients.pop(client, None)
+
+    @property
+    def clients(self) -> list[str]:
+        return sorted(self._clients)
+
+    def take(self, client: str) -> dict[int, int]:
+        """Fold the slot bitmaps into every client's, then give ``client`` its own: its front bitmaps
+        hold what was dirtied since its last take. {slot id: dirty pages}. The caller has flushed."""
+        self._fold_all()
+        taken: dict[int, int] = {}
+        for slot_id, maps in list(self._clients[client].items()):
+            if self._retired.get((client, slot_id)):
+                self._drop(client, slot_id)
+                continue
+            if (client, slot_id) in self._retired:
+                self._retired[client, slot_id] = True
+            kernels.clear(maps.front.words, maps.front.summary)
+            taken[slot_id] = int(kernels.publish(maps.gathering.words, maps.gathering.summary,
+                                                 maps.front.words, maps.front.summary))
+        return taken
+
+    def front(self, client: str, slot_id: int) -> ClientBitmaps:
+        return self._clients[client][slot_id]
+
+    def _fold_all(self) -> None:
+        for slot in self.slots.values():
+            self._fold(slot)
+
+    def _fold(self, slot: MemorySlot) -> None:
+        source = slot.bitmap
+        for bitmaps in self._clients.values():
+            target = bitmaps[slot.spec.id].gathering
+            kernels.fold(source.words, source.summary, target.words, target.summary)
+        kernels.clear(source.words, source.summary)
+
+    def _drop(self, client: str, slot_id: int) -> None:
+        self._retired.pop((client, slot_id), None)
+        self._clients[client].pop(slot_id).close()
+
+    # --- counts ----------------------------------------------------------------------------------
+
+    def dirty_pages(self, slot_id: int) -> int:
+        """Pages dirty and not yet folded to the clients."""
+        return self.slots[slot_id].bitmap.count()
+
+    def close(self) -> None:
+        for client in list(self._clients):
+            self.unregister(client)
+        for slot in self.slots.values():
+            slot.close()
+        self.slots.clear()

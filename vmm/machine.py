@@ -1,0 +1,359 @@
+"""``Machine``: launch a machine or attach to one, drive it, and look into its memory.
+
+    with Machine.launch(load_config("configs/quickstart.yaml")) as machine:
+        report = machine.wait()
+
+Everything the CLI does, it does with this class. Memory and bitmaps are numpy views of the machine's
+own shared memory, without copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ipc.bitmap import Bitmap
+from ipc.shm import Segment, SegmentError, segment_name
+
+from . import control
+from .errors import ExitCode, VmmError
+from .ram import ClientBitmaps
+from .runtime import is_running, machine_dir, machine_names
+from .spec import MachineSpec, encode_spec
+
+__all__ = ["Machine", "SyncResult", "list_machines"]
+
+_LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
+_END_TIMEOUT = 30.0
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """What was dirtied since the client's last sync."""
+
+    #: {slot id: [(first page, count), …]}, ascending.
+    slots: dict[int, list[tuple[int, int]]]
+    #: Dirty pages in all.
+    pages: int
+
+
+class Machine:
+    """A connection to one machine's coordinator. Not thread-safe; open one a thread.
+
+    A launched machine ends with its ``with`` (or ``close``), an attached one goes on.
+    """
+
+    def __init__(self, name: str, *, keeper: subprocess.Popen[bytes] | None = None, life_fd: int = -1) -> None:
+        self.name = name
+        self._keeper = keeper
+        self._life_fd = life_fd
+        self._client = control.ControlClient(machine_dir(name), name)
+        self._segments: dict[str, Segment] = {}
+        self._clients: dict[tuple[str, int], ClientBitmaps] = {}
+        self._report: dict[str, Any] | None = None
+        self._following = False
+
+    # --- launch, attach ----------------------------------------------------------------------
+
+    @classmethod
+    def launch(cls, config: Any, *, name: str | None = None, trace: list[str] | None = None,
+               trace_file: str = "", detach: bool = False, start: bool = True) -> Machine:
+        """Start a machine from a MachineConfig (vmm/config.py) or a MachineSpec.
+
+        A machine that is not detached ends when this process does. ``start=False`` leaves the vCPUs
+        before their first instruction until ``start()``. Raises VmmError, with nothing left behind.
+        """
+        if isinstance(config, MachineSpec):
+            spec = config
+        else:
+            from .plan import plan
+
+            spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
+        if name is not None:
+            spec = msgspec.structs.replace(spec, name=name)
+        if not _NAME.fullmatch(spec.name):
+            raise VmmError(f"machine name '{spec.name}': use a-z, 0-9 and dashes, at most 32 characters")
+        status_read, status_write = os.pipe2(os.O_CLOEXEC)
+        life_read, life_write = (-1, -1) if detach else os.pipe2(os.O_CLOEXEC)
+        inherited = [fd for fd in (status_write, life_read) if fd >= 0]
+        quiet = subprocess.DEVNULL if detach else None
+        try:
+            keeper = subprocess.Popen(
+                [sys.executable, "-m", "vmm.keeper", spec.name, str(status_write), str(life_read)],
+                stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, pass_fds=inherited,
+                start_new_session=True)
+            for fd in inherited:
+                os.close(fd)
+            assert keeper.stdin is not None
+            with contextlib.suppress(BrokenPipeError), keeper.stdin as pipe:
+                pipe.write(encode_spec(spec))
+            try:
+                _await_ready(spec.name, status_read)
+            except BaseException:
+                _close_fd(life_write)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    keeper.wait(_END_TIMEOUT)
+                raise
+        finally:
+            os.close(status_read)
+        machine = cls(spec.name, keeper=keeper, life_fd=life_write)
+        machine.follow()
+        if start:
+            machine.start()
+        return machine
+
+    @classmethod
+    def attach(cls, name: str) -> Machine:
+        """Connect to a running machine. Raises VmmError when there is none of that name."""
+        if not _NAME.fullmatch(name) or not is_running(name):
+            names = machine_names()
+            there = f"running: {', '.join(names)}" if names else "none is running"
+            raise VmmError(f"no machine named '{name}' ({there})", ExitCode.NO_MACHINE)
+        return cls(name)
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Let the vCPUs enter the guest for the first time."""
+        self._client.ask(control.Start)
+
+    def pause(self) -> None:
+        """Every vCPU is out of the guest when this returns, and stays so until ``resume``."""
+        self._client.ask(control.Pause)
+
+    def resume(self) -> None:
+        self._client.ask(control.Resume)
+
+    def stop(self) -> None:
+        """End every vCPU; ``wait`` then has the report. An ended machine is released."""
+        self._client.ask(control.Stop)
+
+    def status(self) -> dict[str, Any]:
+        """The report so far; the same document as ``wait`` returns."""
+        return self._client.ask(control.Status)
+
+    def follow(self) -> None:
+        """Have events sent to this client from now on."""
+        if not self._following:
+            self._client.ask(control.Follow)
+            self._following = True
+
+    def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
+        """Events as they come: console, exit, ring-rebuilt, ended (the last). Stops after ``timeout``
+        seconds without one. A machine that goes away in between raises VmmError."""
+        self.follow()
+        last = time.monotonic()
+        while timeout is None or time.monotonic() - last < timeout:
+            step = 0.5 if timeout is None else max(0.0, min(0.5, last + timeout - time.monotonic()))
+            event = self._client.event(step)
+            if event is not None:
+                last = time.monotonic()
+                yield event
+                if event["event"] == "ended":
+                    return
+            elif not is_running(self.name):
+                raise VmmError(f"machine '{self.name}' went away", ExitCode.NO_MACHINE)
+
+    def wait(self, timeout: float | None = None) -> dict[str, Any]:
+        """Until every vCPU has ended; the final report. Raises TimeoutError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.follow()
+        report = self.status()
+        while report["state"] != "ended":
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
+            for event in self.events(1.0 if left is None else min(left, 1.0)):
+                if event["event"] == "ended":
+                    break
+            report = self.status()
+        self._report = report
+        return report
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def _segment(self, what: str) -> Segment:
+        if what not in self._segments:
+            try:
+                self._segments[what] = Segment.open(segment_name(self.name, what))
+            except SegmentError as exc:
+                raise VmmError(str(exc), ExitCode.NO_MACHINE) from None
+        return self._segments[what]
+
+    def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
+        """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
+        view must call ``mark_dirty`` afterwards; ``write`` does both."""
+        view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
+        view.flags.writeable = writable
+        return view
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Bytes of guest memory within one slot. Raises VmmError outside RAM."""
+        slot, offset = self._locate(gpa, size)
+        return self.ram(slot)[offset:offset + size].tobytes()
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Write guest memory within one slot, and mark the pages dirty: KVM logs only the guest's own
+        stores. Raises VmmError outside RAM."""
+        slot, offset = self._locate(gpa, len(data))
+        self.ram(slot, writable=True)[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+        if data:
+            first = offset // 4096
+            self.mark_dirty(slot, first, (offset + len(data) - 1) // 4096 - first + 1)
+
+    def mark_dirty(self, slot: int, first: int, count: int) -> None:
+        """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after
+        the write: a mark that comes first can be synced away before it."""
+        self._client.ask(control.Mark, slot=slot, first=first, count=count)
+
+    def _locate(self, gpa: int, size: int) -> tuple[int, int]:
+        for slot in self.status()["slots"]:
+            if slot["gpa"] <= gpa and gpa + size <= slot["gpa"] + slot["size"]:
+                return slot["id"], gpa - slot["gpa"]
+        raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within one memory slot")
+
+    # --- dirty log ------------------------------------------------------------------------------------
+
+    def log_start(self, slot: int) -> None:
+        """Switch dirty logging of a slot on."""
+        self._client.ask(control.LogStart, slot=slot)
+
+    def log_stop(self, slot: int) -> None:
+        self._client.ask(control.LogStop, slot=slot)
+
+    def register(self, client: str) -> None:
+        """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent."""
+        self._client.ask(control.Register, client=client)
+
+    def unregister(self, client: str) -> None:
+        self._client.ask(control.Unregister, client=client)
+        for key in [k for k in self._clients if k[0] == client]:
+            self._clients.pop(key).close()
+
+    def sync(self, client: str) -> SyncResult:
+        """Flush, then take what was dirtied since this client's last sync (or its registration)."""
+        answer = self._client.ask(control.Sync, client=client)
+        slots = {int(i): s for i, s in answer["slots"].items()}
+        for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
+            self._clients.pop(key).close()
+        ranges = {}
+        for slot_id, counts in slots.items():
+            maps = self._maps(client, slot_id, counts["pages"])
+            ranges[slot_id] = maps.front.ranges() if counts["dirty"] else []
+        return SyncResult(ranges, sum(s["dirty"] for s in slots.values()))
+
+    def bitmap(self, slot: int, client: str) -> Bitmap:
+        """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
+        if (client, slot) not in self._clients:
+            raise VmmError(f"client '{client}' has not synced slot {slot} yet")
+        return self._clients[client, slot].front
+
+    def _maps(self, client: str, slot: int, pages: int) -> ClientBitmaps:
+        # A slot may have been removed and another added under its id since: compare the size.
+        found = self._clients.get((client, slot))
+        if found is None or found.front.pages != pages:
+            if found is not None:
+                found.close()
+            found = ClientBitmaps(self.name, client, slot, pages, create=False)
+            self._clients[client, slot] = found
+        return found
+
+    # --- memory slots -----------------------------------------------------------------------------------
+
+    def memory_add(self, slot: int, gpa: int, size: int, *, log: bool = True) -> None:
+        """Plug a memory slot in (bytes, multiples of 4096)."""
+        self._client.ask(control.MemoryAdd, slot=slot, gpa=gpa, size=size, log=log)
+
+    def memory_remove(self, slot: int) -> None:
+        """Unplug a slot: vCPUs stopped, rings reaped, bitmap synced, removed, resumed. What was dirty
+        in it is in each client's next sync."""
+        self._client.ask(control.MemoryRemove, slot=slot)
+        segment = self._segments.pop(f"ram{slot}", None)
+        if segment is not None:
+            segment.close()
+
+    # --- end ----------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Drop the connection; the machine goes on (a launched one until this process ends)."""
+        for maps in self._clients.values():
+            maps.close()
+        self._clients.clear()
+        for segment in self._segments.values():
+            segment.close()
+        self._segments.clear()
+        self._client.close()
+
+    def close(self) -> None:
+        """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
+        drop the connection to an attached one."""
+        if self._keeper is None:
+            self.detach()
+            return
+        keeper, self._keeper = self._keeper, None
+        with contextlib.suppress(VmmError):
+            self._client.ask(control.Stop, timeout=2.0)
+        with contextlib.suppress(VmmError):
+            self._client.ask(control.Release, timeout=2.0)
+        _close_fd(self._life_fd)    # the keeper ends what is still there
+        self.detach()
+        try:
+            keeper.wait(_END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            keeper.kill()
+            keeper.wait()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _close_fd(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _await_ready(name: str, fd: int) -> None:
+    """The coordinator's one line. Raises VmmError with what it says, or that it said nothing."""
+    deadline = time.monotonic() + _LAUNCH_TIMEOUT
+    text = b""
+    while not text.endswith(b"\n"):
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        chunk = os.read(fd, 65536) if ready else b""
+        if not chunk:
+            raise VmmError(f"machine '{name}' did not start", ExitCode.WORKER_DIED)
+        text += chunk
+    answer = msgspec.json.decode(text.splitlines()[0])
+    if "error" in answer:
+        raise VmmError(answer["error"], ExitCode(answer["code"]))
+
+
+def list_machines() -> list[dict[str, Any]]:
+    """Status of every running machine; one that does not answer is listed with state ``unknown``."""
+    found = []
+    for name in machine_names():
+        machine = Machine(name)
+        try:
+            found.append(machine._client.ask(control.Status, timeout=2.0))
+        except VmmError:
+            found.append({"name": name, "state": "unknown"})
+        finally:
+            machine.detach()
+    return found

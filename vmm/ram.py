@@ -1,0 +1,95 @@
+"""Guest RAM and its bitmaps: which segments a machine has, who is the owner, what they are called.
+
+Segment names after the machine's prefix (no dashes within): ``control``, ``system``, ``ram<slot>``,
+``log<slot>`` (staging and slot bitmap), ``ring<vcpu>`` (software rings), ``vlog<vcpu>.<slot>``
+(bitmap mode, a vCPU's own log buffer), ``client.<client>.<slot>``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipc.bitmap import Bitmap, bitmap_bytes, word_count
+from ipc.messages import SlotSpec
+from ipc.shm import Segment, segment_name
+
+from .spec import RamSlot
+
+__all__ = ["ClientBitmaps", "MemorySlot", "make_or_adopt"]
+
+
+def make_or_adopt(name: str, size: int, create: bool) -> Segment:
+    """A new segment, or the one that a coordinator that died has left; owned either way."""
+    if create:
+        return Segment.create(name, size)
+    segment = Segment.open(name)
+    segment.own()
+    return segment
+
+
+class MemorySlot:
+    """One RAM slot: its memory, the staging bitmap that harvests go to, and the slot bitmap that
+    consumers' bitmaps are folded from."""
+
+    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool) -> None:
+        self.machine = machine
+        self.spec = spec
+        self.pages = spec.pages
+        self.logged = spec.log
+        self._open: list[Segment] = []
+        try:
+            self.ram = self._segment(f"ram{spec.id}", spec.size, create)
+            log = self._segment(f"log{spec.id}", 2 * bitmap_bytes(self.pages), create)
+            self.staging = Bitmap(log, 0, self.pages)
+            self.bitmap = Bitmap(log, bitmap_bytes(self.pages), self.pages)
+            self.vcpu_logs: list[NDArray[np.uint64]] = []
+            self._vlog_names: list[str] = []
+            for vcpu in range(vcpu_logs):
+                segment = self._segment(f"vlog{vcpu}.{spec.id}", 8 * word_count(self.pages), create)
+                self._vlog_names.append(segment.name)
+                self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _segment(self, what: str, size: int, create: bool) -> Segment:
+        name = segment_name(self.machine, what)
+        segment = make_or_adopt(name, size, create)
+        self._open.append(segment)
+        return segment
+
+    def worker_spec(self, vcpu: int) -> SlotSpec:
+        return SlotSpec(id=self.spec.id, gpa=self.spec.gpa, size=self.spec.size, segment=self.ram.name,
+                        log=self.logged, log_segment=self._vlog_names[vcpu] if self._vlog_names else "")
+
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        """The slot's bytes, shape [size], no copy."""
+        return np.frombuffer(self.ram.buf, np.uint8, self.spec.size)
+
+    def close(self) -> None:
+        """Drop the views and the mappings; a created segment's name goes too."""
+        self.__dict__.pop("staging", None)
+        self.__dict__.pop("bitmap", None)
+        self.__dict__.pop("vcpu_logs", None)
+        for segment in self._open:
+            segment.close()
+        self._open.clear()
+
+
+class ClientBitmaps:
+    """A consumer's two bitmaps of one slot, in one segment: ``gathering``, which every sync of any
+    client folds into, and ``front``, what the client's own last sync took: stable until its next."""
+
+    def __init__(self, machine: str, client: str, slot: int, pages: int, *, create: bool) -> None:
+        name = segment_name(machine, f"client.{client}.{slot}")
+        size = 2 * bitmap_bytes(pages)
+        self.segment = make_or_adopt(name, size, create)
+        self.gathering = Bitmap(self.segment, 0, pages)
+        self.front = Bitmap(self.segment, bitmap_bytes(pages), pages)
+
+    def close(self) -> None:
+        self.__dict__.pop("gathering", None)
+        self.__dict__.pop("front", None)
+        self.segment.close()

@@ -1,0 +1,193 @@
+"""Reap and flush: the middle of a dirty page's way (seed: kvm_dirty_ring_reap and below).
+
+One reap is: harvest every ring into staging; reset in every owner; compare counts; publish staging
+into the slot bitmaps. The coordinator's single thread is the slots lock. A vCPU waiting at ring-full
+goes on as soon as its own ring is reset: whatever it dirties from then on is protected again and
+makes new entries, so invariant 2 does not need it to wait for the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ipc.layout import MachineControl, ReaperState
+from ipc.messages import Reset
+
+from .bitmaplog import gather_bitmaps
+from .dirtylog import DirtyLog
+from .shards import Shard, Shards
+from .spec import ReaperSpec
+from .trace import Tracer
+
+__all__ = ["Reaper", "Schedule"]
+
+_FILL_TARGET = 0.4      # wake when the fastest ring is expected to be this full
+_EMPTY_FULLS = 3        # full-but-empty reports in a row that mean a ring has lost count
+
+
+class Schedule:
+    """When to reap next.
+
+    ``fixed`` is the seed's constant sleep. ``adaptive`` learns each ring's dirtying rate (entries a
+    second; up at once, down by half a reap) and wakes when the fastest ring would be 40 % full, so that
+    twice the learnt rate still meets no soft-full, within ``min_interval``..``max_interval``.
+    """
+
+    def __init__(self, spec: ReaperSpec) -> None:
+        self._spec = spec
+        self._rates: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._due = 0.0
+
+    def learn(self, now: float, harvested: dict[int, int]) -> None:
+        """After a reap at ``now`` (monotonic seconds): {vCPU index: entries since its last}."""
+        for index, count in harvested.items():
+            elapsed = max(now - self._last.get(index, now - self._spec.max_interval), 1e-6)
+            rate = count / elapsed
+            self._rates[index] = max(rate, (self._rates.get(index, 0.0) + rate) / 2)
+            self._last[index] = now
+
+    def plan(self, now: float, soft_limits: dict[int, int]) -> float:
+        """Seconds until the next reap, from ``now``; remembers when it is due."""
+        spec = self._spec
+        wait = spec.interval
+        if spec.mode == "adaptive":
+            wait = min((_FILL_TARGET * limit / self._rates[index]
+                        for index, limit in soft_limits.items() if self._rates.get(index, 0.0) > 0),
+                       default=spec.max_interval)
+            wait = min(max(wait, spec.min_interval), spec.max_interval)
+        self._due = now + wait
+        return wait
+
+    def left(self, now: float) -> float:
+        return max(0.0, self._due - now)
+
+
+class Reaper:
+    """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3."""
+
+    def __init__(self, spec: ReaperSpec, shards: Shards, log: DirtyLog, control: MachineControl,
+                 tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *, has_rings: bool) -> None:
+        self.spec = spec
+        self.schedule = Schedule(spec)
+        self._shards = shards
+        self._log = log
+        self._control = control
+        self._trace = tracer
+        self._report_rebuild = report_rebuild
+        self._has_rings = has_rings
+        #: vCPUs that have reported a full ring and must be let go by the next reap.
+        self.full: set[int] = set()
+        if self._trace.reaper:
+            self._trace.reaper("init")
+
+    def wait(self) -> None:
+        """State WAIT: called before the coordinator sleeps in its poll."""
+        if self._control.reaper_state != ReaperState.WAIT:
+            self._control.reaper_state = ReaperState.WAIT
+            if self._trace.reaper:
+                self._trace.reaper("wait")
+
+    def wake(self, reason: str = "") -> None:
+        """State REAPING: a timed wake-up, or (``reason``) a kick of the reaper."""
+        if reason and self._trace.reaper_kick:
+            self._trace.reaper_kick(reason)
+        if self._trace.reaper:
+            self._trace.reaper("wakeup")
+        self._control.reaper_state = ReaperState.REAPING
+        self.reap()
+        self._control.reaper_iteration += 1
+
+    def reap(self) -> int:
+        """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
+        if not self._has_rings:
+            return 0
+        began = time.perf_counter_ns()
+        self._control.publish_pending = 1
+        harvested = {s.index: self._harvest(s) for s in self._shards.all if s.ring_address}
+        total = sum(harvested.values())
+        full, self.full = self.full, set()
+        owed = {s.index: s.outstanding for s in self._shards.all}
+        asked = [s for s in self._shards.all if s.alive and (owed[s.index] or s.index in full)]
+        self._shards.request(asked, lambda seq, s: Reset(seq, owed[s.index]))
+        broken = []
+        for shard in self._shards.all:
+            if not shard.ring_address:
+                continue
+            if not shard.alive:
+                # Nobody can write through a dead vCPU: its pages need no re-protection.
+                shard.control.reset_total = shard.control.fetch_total
+                continue
+            if shard.index in full:
+                shard.full_but_empty = 0 if owed[shard.index] else shard.full_but_empty + 1
+            if shard.outstanding or shard.full_but_empty >= _EMPTY_FULLS:
+                broken.append(shard)
+        for shard in broken:
+            self._lost_count(shard, owed[shard.index])
+        self._log.publish()
+        self._control.publish_pending = 0
+        took = time.perf_counter_ns() - began
+        self._control.reaped_pages += total
+        self._control.reap_ns += took
+        if total and self._trace.reap:
+            self._trace.reap(total, took // 1000)
+        now = time.monotonic()
+        self.schedule.learn(now, harvested)
+        self.schedule.plan(now, {s.index: s.soft_limit for s in self._shards.all if s.running})
+        return total
+
+    def _harvest(self, shard: Shard) -> int:
+        if self._trace.reap_vcpu:
+            self._trace.reap_vcpu(shard.index)
+        if not self._trace.page:
+            return shard.harvest(self._log.table)
+        pages = np.zeros(3 * shard.entries, np.uint64)
+        count = shard.harvest(self._log.table, pages)
+        for fetch, _, offset in pages[: 3 * count].reshape(-1, 3).tolist():
+            self._trace.page(shard.index, fetch, offset)
+        return count
+
+    def _lost_count(self, shard: Shard, owed: int) -> None:
+        """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may
+        be dirty. The vCPU stands still while its ring is replaced, so nothing escapes between."""
+        missing = shard.outstanding
+        self._shards.pause([shard])
+        self._shards.rebuild_ring(shard)
+        pages = self._log.mark_logged_slots()
+        if not self._shards.paused:
+            self._shards.resume([shard])
+        self._report_rebuild(shard.index, owed, owed - missing, pages)
+
+    def flush(self) -> int:
+        """Every page written before this call is in the slot bitmaps when it returns (seed:
+        kvm_dirty_ring_flush): kick every vCPU out of the guest, then reap every ring to its end.
+
+        A running vCPU dirties on behind the reap; what it wrote before the kick is behind it.
+        """
+        if self._trace.flush:
+            self._trace.flush(0)
+        self._shards.kick_all()
+        total = self.reap() if self._has_rings else gather_bitmaps(self._shards, self._log)
+        self._control.flushes += 1
+        if self._trace.flush:
+            self._trace.flush(1)
+        return total
+
+    def drain(self) -> int:
+        """With every vCPU paused: reap until a pass finds nothing; entries harvested."""
+        if not self._has_rings:
+            return gather_bitmaps(self._shards, self._log)
+        total = 0
+        while True:
+            count = self.reap()
+            total += count
+            if not count:
+                return total
+
+    def close(self) -> None:
+        self._control.reaper_state = ReaperState.NONE
+        if self._trace.reaper:
+            self._trace.reaper("exit")

@@ -1,0 +1,460 @@
+"""The vCPU workers as the coordinator sees them: start, kick, ask, harvest, bury.
+
+A worker is known by its pidfd, never by its pid: a signal to a pidfd cannot hit a stranger, and a
+coordinator that replaces one that died can watch workers that are not its children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from ipc import channel
+from ipc.layout import VcpuControl, VcpuRequest, VcpuState
+from ipc.messages import (
+    AnyNotification,
+    AnyRequest,
+    Done,
+    Exited,
+    ExitReason,
+    Failed,
+    Hello,
+    RebuildRing,
+    SendFd,
+    Shutdown,
+    WorkerSpec,
+    decode_notification,
+    decode_reply,
+    encode,
+)
+from ipc.shm import Segment
+
+from .errors import ExitCode, VmmError
+
+__all__ = ["Shard", "Shards", "WorkerGone"]
+
+_RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
+_IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
+_RING_RESERVE = 64 + 512    # entries the kernel keeps free: its own, and a PML buffer's on Intel
+_REPLY_TIMEOUT = 30.0       # seconds; a worker that does not answer by then is taken for dead
+_KICK_TIMEOUT = 30.0
+_KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/worker.py says why)
+_START_TIMEOUT = 30.0
+_STOP_TIMEOUT = 5.0
+_KICK_SIGNAL = signal.SIGUSR1
+
+
+class WorkerGone(Exception):
+    """The worker's process has ended."""
+
+
+class Shard:
+    """One vCPU worker."""
+
+    def __init__(self, index: int, control: VcpuControl, entries: int) -> None:
+        self.index = index
+        self.control = control
+        self.entries = entries
+        self.soft_limit = max(1, entries - _RING_RESERVE)
+        self.exited: Exited | None = None
+        self.pidfd = -1
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ring_address = 0
+        self._ring: Segment | mmap.mmap | None = None
+        self._run: mmap.mmap | None = None
+        self._immediate: ctypes.c_uint8 | None = None
+        self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
+        self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        #: Times in a row that the vCPU reported a full ring in which there was nothing to harvest.
+        self.full_but_empty = 0
+
+    # --- life ------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        return self.pidfd >= 0
+
+    @property
+    def running(self) -> bool:
+        """The guest has not ended on this vCPU."""
+        return self.alive and self.control.state != VcpuState.EXITED
+
+    def watch(self, pid: int) -> None:
+        self.pidfd = os.pidfd_open(pid)
+
+    def signal(self, signum: int) -> None:
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signum)
+            except ProcessLookupError:
+                pass  # its death is seen in the poll loop
+
+    def bury(self) -> None:
+        """The process is gone. Its ring stays mapped: what it logged can still be harvested."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        if self.process is not None:
+            self.process.wait()
+        if self.control.state != VcpuState.EXITED:
+            self.control.exit_reason = ExitReason.WORKER_DIED
+            self.control.state = VcpuState.DEAD
+
+    # --- ring ------------------------------------------------------------------------------------
+
+    def map_software_ring(self, segment: Segment) -> None:
+        self._ring = segment
+        self.ring_address = segment.address
+
+    def map_kvm(self, fd: int, run_size: int) -> None:
+        """Map the kernel's ring and kvm_run through the vCPU fd; the fd is closed."""
+        self.unmap()
+        try:
+            self._run = mmap.mmap(fd, run_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            anchor = ctypes.c_uint8.from_buffer(self._run, _IMMEDIATE_EXIT)
+            self._immediate = ctypes.c_uint8.from_address(ctypes.addressof(anchor))
+            del anchor
+            if self.entries:
+                self._ring = mmap.mmap(fd, self.entries * 16, mmap.MAP_SHARED,
+                                       mmap.PROT_READ | mmap.PROT_WRITE,
+                                       offset=_RING_PAGE_OFFSET * mmap.PAGESIZE)
+                byte = ctypes.c_char.from_buffer(self._ring)
+                self.ring_address = ctypes.addressof(byte)
+                del byte
+        finally:
+            os.close(fd)
+
+    def unmap(self) -> None:
+        self._immediate = None
+        self.ring_address = 0
+        for mapping in (self._ring, self._run):
+            if mapping is not None:
+                mapping.close()
+        self._ring = self._run = None
+
+    @property
+    def outstanding(self) -> int:
+        """Entries harvested and not reset yet."""
+        return int(self.control.fetch_total - self.control.reset_total)
+
+    def harvest(self, table: NDArray[np.uint64], pages: NDArray[np.uint64] | None = None) -> int:
+        """Harvest what is there into the staging bitmaps; the number of entries.
+
+        ``pages`` (3 * entries uint64) takes what was harvested, for tracing. The fetch index is
+        stored last: a coordinator that dies before has its successor harvest the same entries.
+        """
+        if not self.ring_address:
+            return 0
+        from ipc import kernels
+
+        control = self.control
+        out = self._harvested
+        out[2], out[3] = control.last_slot, control.last_offset
+        fetch = control.fetch_total
+        kernels.harvest(self.ring_address, self.entries, fetch, self.entries - self.outstanding, table, out,
+                        self._no_pages if pages is None else pages)
+        count = int(out[0])
+        if count:
+            control.last_slot, control.last_offset = int(out[2]), int(out[3])
+            control.bad_entries += int(out[1])
+            control.dirty_pages += count
+            control.fetch_total = fetch + count
+        return count
+
+    # --- kick ------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """Ask the vCPU out of the guest: request, immediate-exit flag, signal, in this order."""
+        self.control.kick_request = (self.control.kick_request + 1) & 0xFFFF_FFFF
+        self.prod()
+
+    def prod(self) -> None:
+        """The part of a kick that may be repeated."""
+        if self._immediate is not None:
+            self._immediate.value = 1
+        self.control.immediate_exit = 1
+        self.signal(_KICK_SIGNAL)
+
+    @property
+    def kick_pending(self) -> bool:
+        return self.running and self.control.kick_ack != self.control.kick_request
+
+
+class Shards:
+    """All workers of a machine, and the two sockets they are spoken to over.
+
+    ``on_notification`` is called for every notification but the set-up's; ``on_death`` with a shard
+    whose process ended.
+    """
+
+    def __init__(self, directory: Path, on_notification: Callable[[AnyNotification], None],
+                 on_death: Callable[[Shard], None]) -> None:
+        self.directory = directory
+        self.all: list[Shard] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self.notify = channel.bind(self._context, zmq.PULL, channel.endpoint(directory, "notify"))
+        self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"))
+        self._fds = channel.FdListener(directory / "fds")
+        self._on_notification = on_notification
+        self._on_death = on_death
+        self._seq = 0
+        self._early_fds: dict[int, int] = {}
+        self._pauses = 0
+
+    # --- start and end -----------------------------------------------------------------------
+
+    def spawn(self, shard: Shard, spec: WorkerSpec) -> None:
+        """Start the worker's process; it reads its specification from a pipe."""
+        read, write = os.pipe()
+        try:
+            inherited = [read] + ([spec.keeper_fd] if spec.keeper_fd >= 0 else [])
+            shard.process = subprocess.Popen([sys.executable, "-m", "workers", str(read)],
+                                             stdin=subprocess.DEVNULL, pass_fds=inherited,
+                                             start_new_session=True)
+            shard.watch(shard.process.pid)
+            self.all.append(shard)
+        finally:
+            os.close(read)
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(msgspec.json.encode(spec))
+
+    def await_hello(self) -> None:
+        """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
+        waiting = {shard.index for shard in self.all}
+        deadline = time.monotonic() + _START_TIMEOUT
+        while waiting:
+            self._poll(self.notify, deadline)
+            gone = next((s for s in self.all if s.index in waiting and not s.alive), None)
+            while self.notify.poll(0):
+                hello = decode_notification(self.notify.recv())
+                if not isinstance(hello, Hello):
+                    continue
+                if hello.error:
+                    raise VmmError(f"vcpu {hello.vcpu}: {hello.error}")
+                if hello.kvm_run_size:
+                    self._receive_fd(self.all[hello.vcpu], hello.kvm_run_size)
+                waiting.discard(hello.vcpu)
+                gone = None
+            if gone is not None:
+                raise VmmError(f"vcpu {gone.index}: its worker ended during set-up", ExitCode.WORKER_DIED)
+            if waiting and time.monotonic() > deadline:
+                raise VmmError(f"vcpu {min(waiting)}: its worker was not ready after "
+                               f"{_START_TIMEOUT:.0f} s", ExitCode.WORKER_DIED)
+
+    def _receive_fd(self, shard: Shard, run_size: int) -> None:
+        # Workers connect in any order: an fd is kept for the shard whose index came with it.
+        while shard.index not in self._early_fds:
+            index, fd = self._fds.receive(_START_TIMEOUT)
+            self._early_fds[index] = fd
+        shard.map_kvm(self._early_fds.pop(shard.index), run_size)
+
+    def shut_down(self) -> None:
+        """End every worker: asked first, killed if that does not help in time."""
+        live = [s for s in self.all if s.alive]
+        for shard in live:
+            shard.control.stop_reason = ExitReason.STOPPED
+            shard.control.request |= VcpuRequest.STOP
+            shard.kick()
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        try:
+            self.request(live, lambda seq, shard: Shutdown(seq), timeout=_STOP_TIMEOUT)
+            while any(s.alive for s in self.all) and time.monotonic() < deadline:
+                self._poll(None, deadline)
+        except VmmError:
+            pass
+        for shard in self.all:
+            if shard.alive:
+                shard.signal(signal.SIGKILL)
+                shard.bury()
+
+    def close(self) -> None:
+        for shard in self.all:
+            if shard.alive:
+                shard.signal(signal.SIGKILL)
+                shard.bury()
+            shard.unmap()
+        for fd in self._early_fds.values():
+            os.close(fd)
+        self._fds.close()
+        self.notify.close()
+        self._requests.close()
+        self._context.term()
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    def _poll(self, sock: zmq.Socket[bytes] | None, deadline: float) -> None:
+        """Until ``sock`` is readable, a worker has died, or a while (at most 10 ms) has passed."""
+        poller = zmq.Poller()
+        if sock is not None:
+            poller.register(sock, zmq.POLLIN)
+        by_fd = {s.pidfd: s for s in self.all if s.alive}
+        for fd in by_fd:
+            poller.register(fd, zmq.POLLIN)
+        left = max(0.0, min(_KICK_REPEAT_MS, (deadline - time.monotonic()) * 1000))
+        for ready, _ in poller.poll(int(left)):
+            if ready in by_fd:
+                self.bury(by_fd[ready])
+
+    def bury(self, shard: Shard) -> None:
+        shard.bury()
+        self._on_death(shard)
+
+    def drain_notifications(self) -> None:
+        while True:
+            try:
+                frame = self.notify.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._on_notification(decode_notification(frame))
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    def request(self, shards: Iterable[Shard], make: Callable[[int, Shard], AnyRequest], *,
+                timeout: float = _REPLY_TIMEOUT) -> dict[int, Done]:
+        """Send a request to each shard at once and gather the replies, {index: Done}.
+
+        A worker that dies meanwhile is missing from the result. Raises VmmError when one answers
+        with a failure, or not in time.
+        """
+        deadline = time.monotonic() + timeout
+        pending: dict[int, Shard] = {}
+        unsent: list[tuple[Shard, bytes]] = []
+        replies: dict[int, Done] = {}
+        for shard in shards:
+            self._seq += 1
+            pending[self._seq] = shard
+            unsent.append((shard, encode(make(self._seq, shard))))
+        failures: list[str] = []
+        while pending:
+            unsent = [(s, frame) for s, frame in unsent if s.alive and not self._send(s, frame)]
+            self._poll(self._requests, deadline)
+            while True:
+                try:
+                    _, frame = self._requests.recv_multipart(zmq.DONTWAIT)
+                except zmq.Again:
+                    break
+                reply = decode_reply(frame)
+                owner = pending.pop(reply.seq, None)
+                if owner is None:
+                    continue  # late: its request was given up
+                if isinstance(reply, Failed):
+                    failures.append(f"vcpu {owner.index}: {reply.error}")
+                else:
+                    replies[owner.index] = reply
+            pending = {seq: s for seq, s in pending.items() if s.alive}
+            if pending and time.monotonic() > deadline:
+                late = ", ".join(str(s.index) for s in pending.values())
+                raise VmmError(f"vcpu {late}: no answer from its worker within {timeout:.0f} s",
+                               ExitCode.WORKER_DIED)
+        if failures:
+            raise VmmError("; ".join(failures), ExitCode.WORKER_DIED)
+        return replies
+
+    def _send(self, shard: Shard, frame: bytes) -> bool:
+        """False while the worker has not connected yet (just started, or this coordinator has)."""
+        try:
+            self._requests.send_multipart([str(shard.index).encode(), frame], zmq.DONTWAIT)
+        except zmq.ZMQError as exc:
+            if exc.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    # --- kick, pause --------------------------------------------------------------------------------
+
+    def kick_all(self, shards: Sequence[Shard] | None = None) -> None:
+        """Every vCPU has been out of the guest at least once when this returns (seed:
+        kvm_cpu_synchronize_kick_all)."""
+        targets = [s for s in (self.all if shards is None else shards) if s.running]
+        for shard in targets:
+            shard.kick()
+        deadline = time.monotonic() + _KICK_TIMEOUT
+        while True:
+            waiting = [s for s in targets if s.kick_pending]
+            if not waiting:
+                return
+            if time.monotonic() > deadline:
+                late = ", ".join(str(s.index) for s in waiting)
+                raise VmmError(f"vcpu {late}: did not leave the guest within {_KICK_TIMEOUT:.0f} s",
+                               ExitCode.WORKER_DIED)
+            before = time.monotonic()
+            self._poll(self.notify, deadline)
+            self.drain_notifications()
+            if time.monotonic() - before >= _KICK_REPEAT_MS / 1000:
+                for shard in waiting:
+                    shard.prod()
+
+    def pause(self, shards: Sequence[Shard]) -> None:
+        """Out of the guest, and staying there: a vCPU that acknowledges the kick has seen the
+        request that was set before it (workers/worker.py)."""
+        for shard in shards:
+            shard.control.request |= VcpuRequest.PAUSE
+        self.kick_all(shards)
+
+    def resume(self, shards: Sequence[Shard]) -> None:
+        for shard in shards:
+            if shard.running:
+                shard.control.request &= ~VcpuRequest.PAUSE & 0xFFFF_FFFF
+                shard.kick()
+
+    @property
+    def paused(self) -> bool:
+        return self._pauses > 0
+
+    def pause_all(self) -> None:
+        """Pauses nest: as many resume_all are needed."""
+        self._pauses += 1
+        if self._pauses == 1:
+            self.pause(self.all)
+
+    def resume_all(self) -> None:
+        self._pauses -= 1
+        if self._pauses == 0:
+            self.resume(self.all)
+
+    @contextlib.contextmanager
+    def all_paused(self) -> Iterator[None]:
+        self.pause_all()
+        try:
+            yield
+        finally:
+            self.resume_all()
+
+    def start_paused(self) -> None:
+        """The workers were started with PAUSE in their control blocks."""
+        self._pauses = 1
+
+    # --- rings ------------------------------------------------------------------------------------
+
+    def rebuild_ring(self, shard: Shard) -> None:
+        """A fresh ring for a shard whose count was wrong; the vCPU is paused."""
+        software = isinstance(shard._ring, Segment)
+        run_size = 0 if shard._run is None else len(shard._run)
+        self.request([shard], lambda seq, s: RebuildRing(seq))
+        shard.control.fetch_total = 0
+        if not software and shard.alive:
+            self._receive_fd(shard, run_size)
+        shard.control.ring_rebuilds += 1
+        shard.full_but_empty = 0
+
+    def adopt_fds(self, shards: Sequence[Shard]) -> None:
+        """A replacement coordinator maps what its predecessor had mapped."""
+        replies: Mapping[int, Done] = self.request(shards, lambda seq, s: SendFd(seq))
+        for shard in shards:
+            reply = replies.get(shard.index)
+            if reply is not None and reply.value:
+                self._receive_fd(shard, reply.value)
+

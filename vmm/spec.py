@@ -1,0 +1,65 @@
+"""What a coordinator is told: a fully resolved machine, without defaults and without a YAML file.
+
+Made from a MachineConfig by :mod:`vmm.plan`; plain msgspec structs, so that neither the coordinator
+nor its replacement has to import the configuration layer.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["MachineSpec", "RamSlot", "ReaperSpec", "VerifySpec", "decode_spec", "encode_spec"]
+
+
+class RamSlot(msgspec.Struct, frozen=True):
+    id: int
+    gpa: int            # bytes
+    size: int           # bytes, a multiple of 4096
+    log: bool = True
+
+    @property
+    def pages(self) -> int:
+        return self.size // 4096
+
+
+class ReaperSpec(msgspec.Struct, frozen=True):
+    """All times in seconds."""
+
+    mode: str = "adaptive"      # "adaptive" | "fixed"
+    interval: float = 1.0       # fixed: the period (the seed sleeps 1 s)
+    min_interval: float = 0.001
+    max_interval: float = 1.0
+
+
+class VerifySpec(msgspec.Struct, frozen=True):
+    interval: float = 0.2       # seconds between rounds
+    inject: str = "none"        # "none" | "lost" | "extra": the verifier's own self-test
+    surplus_is_failure: bool = True  # false for guests that may store a value already there
+
+
+class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    accel: str                  # "kvm" | "unicorn"
+    vcpus: int
+    privilege: str              # "user" | "kernel"
+    ring_entries: int           # 0: plain dirty bitmap
+    slots: list[RamSlot]
+    image: str                  # absolute path
+    load_address: int | None    # flat binaries only
+    params: list[int]
+    cmdline: str
+    stack_size: int             # bytes a vCPU
+    reaper: ReaperSpec
+    verify: VerifySpec | None
+    timeout: float | None       # seconds
+    trace: list[str]
+    trace_file: str             # "" is standard error
+    linger: bool                # stay after the end until a client releases the machine
+
+
+def encode_spec(spec: MachineSpec) -> bytes:
+    return msgspec.json.encode(spec)
+
+
+def decode_spec(text: bytes) -> MachineSpec:
+    return msgspec.json.decode(text, type=MachineSpec)

@@ -1,0 +1,157 @@
+"""The verifier: proof, while the machine runs, that no dirtied page was lost.
+
+After the kernel's dirty_log_test, with an oracle that shares nothing with the log: a copy of RAM. A
+round ends with every vCPU paused and every ring drained. Then, for each page of each logged slot:
+
+* clean means unchanged since the last round. A changed clean page is **lost**.
+* dirty means changed. An unchanged dirty page is **surplus**, but for one a vCPU: the store that it
+  had logged and not yet retired when it was stopped, the last entry of its ring. That store may come
+  first in the next round, or never (the vCPU ended): the entry before the round is excused too.
+
+The copy lies in shared memory, so that a coordinator that replaces one that died goes on with the
+same reference and proves that the crash lost nothing. The dirty pages are copied after each round; a
+lost page is counted once and then copied too.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ipc.layout import MachineControl
+from ipc.shm import Segment, segment_name
+
+from .dirtylog import DirtyLog
+from .ram import make_or_adopt
+from .shards import Shard
+from .spec import VerifySpec
+
+__all__ = ["CLIENT", "Verification", "Verifier"]
+
+CLIENT = "verify"
+_PAGE = 4096
+_WORDS = _PAGE // 8
+_CHUNK = 4096       # pages compared at a time: 16 MiB, within the caches' reach
+
+
+class Verification(msgspec.Struct):
+    """What a machine's report says of it."""
+
+    rounds: int = 0
+    checked_pages: int = 0
+    dirty_pages: int = 0
+    lost_pages: int = 0
+    surplus_pages: int = 0
+    excused_pages: int = 0
+    injected: str = "none"
+    first_findings: list[str] = []
+    surplus_is_failure: bool = True
+
+    @property
+    def ok(self) -> bool:
+        return self.lost_pages == 0 and (self.surplus_pages == 0 or not self.surplus_is_failure)
+
+
+class Verifier:
+    """One round at a time, called by the coordinator with the guest stopped and the log drained."""
+
+    def __init__(self, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+                 resume: Verification | None = None) -> None:
+        self.result = Verification(surplus_is_failure=spec.surplus_is_failure)
+        self._inject = spec.inject
+        self._log = log
+        self._shards = shards
+        self._copies: dict[int, Segment] = {}
+        self._previous_last: set[tuple[int, int]] = set()
+        self._control = control
+        #: The first round of a replacement may find pages that its predecessor had copied already.
+        self._blind_to_surplus = resume is not None
+        if resume is not None:
+            self.result = resume
+            self._inject = "none" if resume.injected != "none" else spec.inject
+            for slot_id in log.slots:
+                self._copies[slot_id] = make_or_adopt(self._name(slot_id), 0, create=False)
+                if control.verify_in_round:
+                    maps = log.front(CLIENT, slot_id)
+                    maps.gathering.merge(maps.front.words)
+            return
+        log.register(CLIENT)
+        for slot_id in log.slots:
+            self.adopt(slot_id)
+
+    def _name(self, slot_id: int) -> str:
+        return segment_name(self._log.machine, f"copy{slot_id}")
+
+    def adopt(self, slot_id: int) -> None:
+        """Begin to watch a slot: its present contents are the reference (guest stopped, log taken)."""
+        self._copies[slot_id] = Segment.create(self._name(slot_id), self._log.slots[slot_id].spec.size)
+        self._copy(slot_id)[:] = self._pages(slot_id)
+
+    def forget(self, slot_id: int) -> None:
+        if slot_id in self._copies:
+            self._copies.pop(slot_id).close()
+
+    def _copy(self, slot_id: int) -> NDArray[np.uint64]:
+        segment = self._copies[slot_id]
+        return np.frombuffer(segment.buf, np.uint64).reshape(-1, _WORDS)
+
+    def close(self) -> None:
+        for slot_id in list(self._copies):
+            self.forget(slot_id)
+
+    def _pages(self, slot_id: int) -> NDArray[np.uint64]:
+        """The slot's memory, shape [pages, 512], dtype uint64, no copy."""
+        return self._log.slots[slot_id].memory.view(np.uint64).reshape(-1, _WORDS)
+
+    def _last_entries(self) -> set[tuple[int, int]]:
+        return {(s.control.last_slot & 0xFFFF, s.control.last_offset) for s in self._shards
+                if s.control.dirty_pages and s.ring_address}
+
+    def round(self) -> None:
+        result = self.result
+        result.rounds += 1
+        last = self._last_entries()
+        excused = last | self._previous_last
+        self._previous_last = last
+        self._log.take(CLIENT)
+        self._control.verify_in_round = 1
+        for slot_id in self._copies:
+            slot = self._log.slots[slot_id]
+            copy = self._copy(slot_id)
+            if not slot.logged:
+                continue
+            now = self._pages(slot_id)
+            dirty = self._log.front(CLIENT, slot_id).front.bools()
+            changed = np.empty(slot.pages, bool)
+            for first in range(0, slot.pages, _CHUNK):
+                part = slice(first, first + _CHUNK)
+                changed[part] = (now[part] != copy[part]).any(axis=1)
+            self._injection(dirty, changed)
+            lost = np.flatnonzero(changed & ~dirty)
+            surplus = np.flatnonzero(dirty & ~changed & (not self._blind_to_surplus))
+            excused_here = [p for p in surplus.tolist() if (slot_id, p) in excused]
+            result.checked_pages += slot.pages
+            result.dirty_pages += int(dirty.sum())
+            result.lost_pages += len(lost)
+            result.excused_pages += len(excused_here)
+            result.surplus_pages += len(surplus) - len(excused_here)
+            for kind, pages in (("lost", lost.tolist()), ("surplus", surplus.tolist())):
+                for page in pages:
+                    if len(result.first_findings) < 10 and page not in excused_here:
+                        result.first_findings.append(
+                            f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
+            update = dirty | changed
+            copy[update] = now[update]
+        self._control.verify_in_round = 0
+        self._blind_to_surplus = False
+
+    def _injection(self, dirty: NDArray[np.bool_], changed: NDArray[np.bool_]) -> None:
+        """The verifier's own test: falsify one bit, once, and be caught."""
+        if self._inject == "none" or self.result.injected != "none":
+            return
+        want = changed & dirty if self._inject == "lost" else ~changed & ~dirty
+        pages = np.flatnonzero(want)
+        if len(pages):
+            dirty[pages[0]] = self._inject == "extra"
+            self.result.injected = self._inject
