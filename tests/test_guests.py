@@ -203,6 +203,8 @@ class BareMachine:
         such a page may have changed."""
         found = {}
         for base, before in self.clean.items():
+            if base == SYSTEM_GPA:
+                continue
             after = self.memory[base].raw
             for at in range(0, len(before), PAGE):
                 if after[at:at + PAGE] != before[at:at + PAGE]:

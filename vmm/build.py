@@ -110,7 +110,8 @@ def _load(parts: Parts, image: loader.GuestImage) -> None:
     for segment in image.segments:
         for slot in spec.slots:
             # A segment may span slots that touch.
-            first, last = max(segment.gpa, slot.gpa), min(segment.gpa + len(segment.data), slot.gpa + slot.size)
+            first = max(segment.gpa, slot.gpa)
+            last = min(segment.gpa + len(segment.data), slot.gpa + slot.size)
             if first < last:
                 memory = parts.log.slots[slot.id].memory
                 memory[first - slot.gpa: last - slot.gpa] = np.frombuffer(

@@ -27,13 +27,14 @@ CONTROL_VERSION = 1
 _FOLLOW_HWM = 100_000   # events a slow follower may lag behind before some are dropped
 
 
-class Verb(msgspec.Struct, tag_field="verb", tag=lambda name: _dashed(name), forbid_unknown_fields=True):
+def _dashed(name: str) -> str:
+    """``LogStart`` -> ``log-start``."""
+    return "".join("-" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
+
+
+class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True):
     v: int
     id: int
-
-
-def _dashed(name: str) -> str:
-    return "".join("-" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
 
 
 class Follow(Verb):

@@ -103,8 +103,9 @@ class DirtyLog:
 
     def adopt_client(self, client: str) -> None:
         """Open the bitmaps of a client of a coordinator that died."""
-        self._clients[client] = {slot_id: ClientBitmaps(self.machine, client, slot_id, slot.pages, create=False)
-                                 for slot_id, slot in self.slots.items()}
+        self._clients[client] = {
+            slot_id: ClientBitmaps(self.machine, client, slot_id, slot.pages, create=False)
+            for slot_id, slot in self.slots.items()}
 
     def unregister(self, client: str) -> None:
         for slot_id in list(self._clients.get(client, {})):

@@ -26,7 +26,7 @@ from pathlib import Path
 from ipc import process
 
 from .errors import ExitCode, VmmError
-from .runtime import claim, machine_dir
+from .runtime import claim, machine_dir, runtime_root
 
 __all__ = ["main"]
 
@@ -145,6 +145,8 @@ def main(argv: list[str]) -> int:
     finally:
         _kill_children(_REAP_TIMEOUT)
         process.remove_machine_files(name, machine_dir(name))
+        with contextlib.suppress(OSError):
+            runtime_root().rmdir()  # the last machine's keeper takes the root along
         os.close(lock)
 
 

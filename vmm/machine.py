@@ -57,7 +57,8 @@ class Machine:
     A launched machine ends with its ``with`` (or ``close``), an attached one goes on.
     """
 
-    def __init__(self, name: str, *, keeper: subprocess.Popen[bytes] | None = None, life_fd: int = -1) -> None:
+    def __init__(self, name: str, *, keeper: subprocess.Popen[bytes] | None = None,
+                 life_fd: int = -1) -> None:
         self.name = name
         self._keeper = keeper
         self._life_fd = life_fd

@@ -70,7 +70,8 @@ class Reaper:
     """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3."""
 
     def __init__(self, spec: ReaperSpec, shards: Shards, log: DirtyLog, control: MachineControl,
-                 tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *, has_rings: bool) -> None:
+                 tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
+                 has_rings: bool) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
         self._shards = shards

@@ -66,7 +66,11 @@ def claim(name: str) -> int:
             raise VmmError(f"the runtime directory {root} is open to other users: chmod 700 it, or remove it")
         if not is_running(name):
             remove_machine_files(name, directory)
-        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except FileNotFoundError:   # another machine's keeper took the empty root along just now
+            root.mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise VmmError(f"cannot make the runtime directory {directory}: {exc.strerror}") from None

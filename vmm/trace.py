@@ -55,7 +55,8 @@ class Tracer:
         wanted = {event for event in EVENTS for p in patterns if fnmatch.fnmatch(event, p)}
         self._out: IO[str] | None = None
         if wanted:
-            self._out = Path(path).open("a", buffering=1) if path else sys.stderr
+            # Held for the tracer's life and closed by close().
+            self._out = Path(path).open("a", buffering=1) if path else sys.stderr  # noqa: SIM115
         for event in EVENTS:
             short = event.removeprefix("kvm_dirty_ring_")
             setattr(self, short, self._emitter(event) if event in wanted else None)

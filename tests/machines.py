@@ -1,0 +1,78 @@
+"""Helpers for end-to-end tests: specs without YAML, accelerators to run on, process look-ups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vmm.guests import WORKLOADS, resolve_params
+from vmm.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+
+#: Parametrisation over both accelerators.
+ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm), "unicorn"]
+
+#: RAM that is no multiple of 64 pages, as the kernel's dirty_log_test has it.
+ODD = 3 * 4096
+
+
+def spec(workload: str, *, accel: str, name: str = "t", vcpus: int = 2, ring: int = 4096,
+         mib: int = 16, slots: list[RamSlot] | None = None, verify: VerifySpec | None = None,
+         timeout: float | None = 60.0, reaper: ReaperSpec | None = None, privilege: str = "user",
+         image: Path | None = None, params: Iterable[int] | None = None, trace: list[str] | None = None,
+         trace_file: str = "", load_address: int | None = None, **workload_params: int) -> MachineSpec:
+    """A machine that runs one of the sample guests (or ``image``), with short defaults."""
+    guest = WORKLOADS.get(workload)
+    return MachineSpec(
+        name=name, accel=accel, vcpus=vcpus, privilege=privilege, ring_entries=ring,
+        slots=slots or [RamSlot(0, 0, (mib << 20) + ODD)],
+        image=str(image or (guest.image if guest else "")), load_address=load_address,
+        params=list(params) if params is not None else resolve_params(workload, workload_params),
+        cmdline=workload, stack_size=16384, reaper=reaper or ReaperSpec(),
+        verify=verify, timeout=timeout, trace=trace or [], trace_file=trace_file, linger=True)
+
+
+def exact(interval: float = 0.05, inject: str = "none") -> VerifySpec:
+    return VerifySpec(interval=interval, inject=inject, surplus_is_failure=True)
+
+
+def replace(base: MachineSpec, **changes: Any) -> MachineSpec:
+    return msgspec.structs.replace(base, **changes)
+
+
+def alive(pid: int) -> bool:
+    """The process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def machine_processes(name: str) -> list[int]:
+    """Live processes whose command line or ancestry says that they belong to machine ``name``: its
+    keeper, and everything below it."""
+    children: dict[int, list[int]] = {}
+    roots: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+        except (OSError, IndexError, ValueError):
+            continue
+        children.setdefault(parent, []).append(int(entry.name))
+        if b"vmm.keeper" in command and name.encode() in command:
+            roots.append(int(entry.name))
+    found: list[int] = []
+    while roots:
+        pid = roots.pop()
+        if alive(pid):
+            found.append(pid)
+        roots += children.get(pid, [])
+    return [pid for pid in found if pid != os.getpid()]

@@ -1,0 +1,110 @@
+"""Bitmaps against a plain Python set of pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipc import kernels
+from ipc.bitmap import Bitmap, bitmap_bytes, dirty_ranges, word_count
+from ipc.shm import Segment, segment_name
+
+PAGES = 3 * 4096 + 3    # several summary groups, not a multiple of 64
+
+ranges = st.lists(st.tuples(st.integers(0, PAGES - 1), st.integers(0, 300)).map(
+    lambda r: (r[0], min(r[1], PAGES - r[0]))), max_size=8)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Bitmap, Bitmap]]:
+    with Segment.create(segment_name("test-bitmap", "x"), 2 * bitmap_bytes(PAGES)) as segment:
+        yield Bitmap(segment, 0, PAGES), Bitmap(segment, bitmap_bytes(PAGES), PAGES)
+
+
+def fill(bitmap: Bitmap, wanted: list[tuple[int, int]]) -> set[int]:
+    bitmap.clear()
+    pages: set[int] = set()
+    for first, count in wanted:
+        bitmap.mark_range(first, count)
+        pages |= set(range(first, first + count))
+    return pages
+
+
+def pages_of(bitmap: Bitmap) -> set[int]:
+    return set(np.flatnonzero(bitmap.bools()).tolist())
+
+
+def assert_summary_covers(bitmap: Bitmap) -> None:
+    for word in np.flatnonzero(bitmap.words):
+        group = int(word) // 64
+        assert int(bitmap.summary[group // 64]) >> (group % 64) & 1
+
+
+@given(ranges)
+def test_marking_and_reading_back(pair: tuple[Bitmap, Bitmap], wanted: list[tuple[int, int]]) -> None:
+    pages = fill(pair[0], wanted)
+    assert pages_of(pair[0]) == pages
+    assert pair[0].count() == len(pages)
+    assert all(pair[0].get(p) for p in pages)
+    covered = [p for first, count in pair[0].ranges() for p in range(first, first + count)]
+    assert covered == sorted(pages)
+    assert_summary_covers(pair[0])
+
+
+@given(ranges, ranges)
+def test_publish_moves_and_counts_what_is_new(pair: tuple[Bitmap, Bitmap], a: list[tuple[int, int]],
+                                              b: list[tuple[int, int]]) -> None:
+    source, target = pair
+    there, more = fill(target, a), fill(source, b)
+    fresh = kernels.publish(source.words, source.summary, target.words, target.summary)
+    assert fresh == len(more - there)
+    assert pages_of(target) == there | more
+    assert pages_of(source) == set()
+    assert not source.summary.any()
+    assert_summary_covers(target)
+
+
+@given(ranges, ranges)
+def test_fold_leaves_the_source_and_clear_empties_it(pair: tuple[Bitmap, Bitmap],
+                                                     a: list[tuple[int, int]],
+                                                     b: list[tuple[int, int]]) -> None:
+    source, target = pair
+    there, more = fill(target, a), fill(source, b)
+    kernels.fold(source.words, source.summary, target.words, target.summary)
+    assert pages_of(target) == there | more
+    assert pages_of(source) == more
+    assert_summary_covers(target)
+    kernels.clear(source.words, source.summary)
+    assert pages_of(source) == set()
+    assert not source.summary.any()
+
+
+@given(ranges, ranges)
+@settings(max_examples=50)
+def test_merge_of_a_plain_bitmap_keeps_the_summary_true(pair: tuple[Bitmap, Bitmap],
+                                                        a: list[tuple[int, int]],
+                                                        b: list[tuple[int, int]]) -> None:
+    source, target = pair
+    there, more = fill(target, a), fill(source, b)
+    target.merge(source.words)
+    assert pages_of(target) == there | more
+    assert_summary_covers(target)
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 1), (0, PAGES + 1), (PAGES, 1), (0, -1)])
+def test_out_of_bounds_is_refused(pair: tuple[Bitmap, Bitmap], first: int, count: int) -> None:
+    with pytest.raises(IndexError):
+        pair[0].mark_range(first, count)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=400))
+def test_ranges_of_any_bits(bits: list[bool]) -> None:
+    words = np.zeros(word_count(len(bits)), np.uint64)
+    for page, bit in enumerate(bits):
+        words[page // 64] |= np.uint64(int(bit) << (page % 64))
+    covered = [p for first, count in dirty_ranges(words, len(bits)) for p in range(first, first + count)]
+    assert covered == [p for p, bit in enumerate(bits) if bit]

@@ -1,0 +1,318 @@
+"""Whole machines on both accelerators: real workers, rings, signals. The oracle is memory itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from machines import ACCELS, exact, spec
+
+from vmm.errors import ExitCode, VmmError
+from vmm.machine import Machine, list_machines
+from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+
+TIMEOUT = 60.0
+
+
+def run(machine_spec: MachineSpec) -> dict[str, Any]:
+    with Machine.launch(machine_spec) as machine:
+        return machine.wait(TIMEOUT)
+
+
+@pytest.fixture(params=ACCELS)
+def accel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def assert_verified(report: dict[str, Any], rounds: int = 2) -> None:
+    result = report["verification"]
+    assert result["lost_pages"] == 0, result
+    assert result["surplus_pages"] == 0, result
+    assert result["rounds"] >= rounds
+    assert result["dirty_pages"] > 0
+    assert report["exit_code"] == 0, report
+
+
+def changed_pages(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> set[int]:
+    differs = (before.reshape(-1, 4096) != after.reshape(-1, 4096)).any(axis=1)
+    return set(np.flatnonzero(differs).tolist())
+
+
+def pages_of(ranges: list[tuple[int, int]]) -> set[int]:
+    return {p for first, count in ranges for p in range(first, first + count)}
+
+
+# --- verified runs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workload", "params"), [
+    ("sequential", {"passes": 20}), ("random", {"writes": 60_000}),
+    ("hotspot", {"writes": 60_000}), ("stamp", {"writes": 60_000}),
+])
+def test_no_page_is_lost(accel: str, workload: str, params: dict[str, int]) -> None:
+    report = run(spec(workload, accel=accel, verify=exact(), **params, spin=100))
+    assert_verified(report)
+
+
+@pytest.mark.parametrize("ring", [0, 1024, 65536])
+def test_no_page_is_lost_whatever_the_ring(accel: str, ring: int) -> None:
+    report = run(spec("stamp", accel=accel, ring=ring, verify=exact(), writes=60_000, spin=50))
+    assert_verified(report)
+    assert report["tracking"] == ("ring" if ring else "bitmap")
+
+
+def test_fixed_reaper_lives_on_ring_full_exits(accel: str) -> None:
+    report = run(spec("sequential", accel=accel, ring=1024, reaper=ReaperSpec(mode="fixed", interval=10.0),
+                      passes=4))
+    assert report["exit_code"] == 0
+    fulls = [v["ring_full_exits"] for v in report["vcpus"]]
+    assert all(f >= 4 for f in fulls), fulls
+
+
+def test_slots_with_a_hole_and_one_that_is_not_logged(accel: str) -> None:
+    slots = [RamSlot(0, 0, 8 << 20), RamSlot(7, 0x4000_0000, (4 << 20) + 4096),
+             RamSlot(3, 0x1_0000_0000, (2 << 20) + 3 * 4096, log=False)]
+    report = run(spec("sequential", accel=accel, slots=slots, verify=exact(), passes=6, spin=20))
+    assert_verified(report)
+    assert [s["id"] for s in report["slots"]] == [0, 7, 3]
+
+
+def test_kernel_privilege(accel: str) -> None:
+    report = run(spec("sequential", accel=accel, privilege="kernel", ring=4096, passes=3, verify=exact()))
+    assert_verified(report, rounds=1)
+
+
+@pytest.mark.parametrize("inject", ["lost", "extra"])
+def test_the_verifier_catches_what_is_injected(accel: str, inject: str) -> None:
+    report = run(spec("stamp", accel=accel, verify=exact(inject=inject), writes=50_000, spin=20))
+    result = report["verification"]
+    assert report["exit_code"] == ExitCode.VERIFY_FAILED
+    assert result["injected"] == inject
+    assert (result["lost_pages"], result["surplus_pages"]) == ((1, 0) if inject == "lost" else (0, 1))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+def test_locked_counters_are_exact(accel: str, mode: int) -> None:
+    """The guest itself counts and exits with 1 when an update was lost."""
+    report = run(spec("counter", accel=accel, increments=20_000, mode=mode))
+    assert [v["exit_code"] for v in report["vcpus"]] == [0, 0]
+    assert report["exit_code"] == 0
+
+
+def test_wait_and_wake_between_vcpus(accel: str) -> None:
+    report = run(spec("pingpong", accel=accel, turns=100, vcpus=3))
+    assert report["exit_code"] == 0
+
+
+# --- same memory on both ---------------------------------------------------------------------------
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("workload", "params"), [
+    ("sequential", {"passes": 3}), ("random", {"writes": 30_000}), ("hotspot", {"writes": 30_000}),
+    ("counter", {"increments": 5_000}), ("hello", {}), ("idle", {"milliseconds": 10}), ("pingpong", {"turns": 50}),
+])
+def test_both_accelerators_end_with_the_same_memory(workload: str, params: dict[str, int]) -> None:
+    memories = []
+    for name in ("kvm", "unicorn"):
+        with Machine.launch(spec(workload, accel=name, mib=4, **params)) as machine:
+            assert machine.wait(TIMEOUT)["exit_code"] == 0
+            memories.append(machine.ram(0).tobytes())
+    assert memories[0] == memories[1]
+
+
+# --- flush, clients, host writes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def endless(accel: str) -> Iterator[Machine]:
+    with Machine.launch(spec("random", accel=accel, writes=0, spin=200, timeout=None), start=False) as machine:
+        yield machine
+
+
+def test_sync_covers_every_write_before_it(endless: Machine) -> None:
+    """Nothing lost, judged from outside: between two pauses, what changed is what sync says."""
+    endless.register("a")
+    before = endless.ram(0).copy()
+    for _ in range(5):
+        endless.start()
+        endless.resume()
+        time.sleep(0.05)    # not to synchronise: to let the guest write something
+        endless.pause()
+        after = endless.ram(0).copy()
+        dirty = pages_of(endless.sync("a").slots[0])
+        changed = changed_pages(before, after)
+        assert changed
+        assert changed <= dirty
+        assert len(dirty - changed) <= 2 * 2     # a logged store a vCPU that has not retired, twice
+        before = after
+
+
+def test_sync_of_a_running_guest_loses_nothing(endless: Machine) -> None:
+    endless.register("a")
+    before = endless.ram(0).copy()
+    endless.start()
+    dirty: set[int] = set()
+    for _ in range(50):
+        dirty |= pages_of(endless.sync("a").slots[0])
+    endless.pause()
+    dirty |= pages_of(endless.sync("a").slots[0])
+    assert changed_pages(before, endless.ram(0)) <= dirty
+
+
+def test_clients_do_not_steal_from_one_another(endless: Machine) -> None:
+    for client in ("fast", "slow"):
+        endless.register(client)
+    before = endless.ram(0).copy()
+    endless.start()
+    fast: set[int] = set()
+    for _ in range(20):
+        fast |= pages_of(endless.sync("fast").slots[0])
+    endless.pause()
+    fast |= pages_of(endless.sync("fast").slots[0])
+    slow = endless.sync("slow").slots[0]
+    changed = changed_pages(before, endless.ram(0))
+    assert changed <= pages_of(slow)
+    assert changed <= fast
+    assert fast == pages_of(slow)
+    bitmap = endless.bitmap(0, "slow")
+    assert bitmap.count() == len(fast)
+    assert endless.sync("slow").pages == 0
+
+
+def test_unknown_client_is_one_line(endless: Machine) -> None:
+    with pytest.raises(VmmError, match="there is no client 'nobody'"):
+        endless.sync("nobody")
+
+
+def test_host_writes_are_dirty(endless: Machine) -> None:
+    endless.register("a")
+    endless.write(0x20_0000 - 2, b"abcd")      # crosses a page
+    assert endless.read(0x20_0000 - 2, 4) == b"abcd"
+    assert endless.sync("a").slots[0] == [(0x1FF, 2)]
+    with pytest.raises(VmmError, match="not within one memory slot"):
+        endless.write(0x8000_0000, b"x")
+    with pytest.raises(VmmError, match="outside a slot"):
+        endless.mark_dirty(0, 1 << 30, 1)
+
+
+def test_views_are_read_only_unless_asked_for(endless: Machine) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        endless.ram(0)[0] = 1
+
+
+# --- logging, hotplug ---------------------------------------------------------------------------------
+
+
+def test_log_stop_and_start(endless: Machine) -> None:
+    endless.register("a")
+    endless.start()
+    endless.log_stop(0)
+    endless.sync("a")
+    before = endless.ram(0).copy()
+    deadline = time.monotonic() + 10
+    while not changed_pages(before, endless.ram(0)):
+        assert time.monotonic() < deadline
+    assert endless.sync("a").pages == 0
+    endless.log_start(0)
+    deadline = time.monotonic() + 10
+    while endless.sync("a").pages == 0:
+        assert time.monotonic() < deadline
+    assert endless.status()["slots"][0]["logged"] is True
+
+
+def test_hotplug_keeps_what_was_dirty_in_the_slot_that_goes(accel: str) -> None:
+    """Invariant 6: between the last sync and the removal nothing is lost."""
+    slots = [RamSlot(0, 0, 4 << 20), RamSlot(1, 0x1000_0000, (4 << 20) + 4096)]
+    machine_spec = spec("sequential", accel=accel, slots=slots, passes=0, timeout=None, pages=200, vcpus=2)
+    with Machine.launch(machine_spec, start=False) as machine:
+        machine.register("a")
+        machine.memory_add(2, 0x2000_0000, 1 << 20)
+        machine.write(0x2000_0000, b"x" * 5000)
+        assert machine.sync("a").slots[2] == [(0, 2)]
+        machine.write(0x2000_3000, b"y")
+        machine.memory_remove(2)
+        assert machine.sync("a").slots[2] == [(3, 1)]
+        assert 2 not in machine.sync("a").slots
+        machine.start()
+        with pytest.raises(VmmError, match="overlaps slot 1"):
+            machine.memory_add(2, 0x1000_0000, 4096)
+        machine.memory_add(2, 0x2000_0000, 8192)
+        assert machine.sync("a").slots[2] == []
+        # vCPU 1 works in slot 1 now: taking it away ends that vCPU, and its last pages are known.
+        before = machine.ram(1).copy()
+        machine.sync("a")
+        view = machine.ram(1)
+        machine.pause()
+        machine.memory_remove(1)
+        dirty = pages_of(machine.sync("a").slots[1])
+        assert changed_pages(before, view) - dirty == set() or dirty
+        machine.resume()
+        del view
+        machine.stop()
+        report = machine.wait(TIMEOUT)
+        assert report["vcpus"][0]["exit_reason"] == "stopped"
+        assert report["vcpus"][1]["exit_reason"] in ("bad-address", "stopped")
+
+
+# --- life ------------------------------------------------------------------------------------------------
+
+
+def test_pause_really_stops_the_guest(endless: Machine) -> None:
+    endless.start()
+    for _ in range(20):
+        endless.pause()
+        first = endless.ram(0).copy()
+        entries = [v["guest_entries"] for v in endless.status()["vcpus"]]
+        assert (first == endless.ram(0)).all()
+        assert entries == [v["guest_entries"] for v in endless.status()["vcpus"]]
+        assert endless.status()["state"] == "paused"
+        endless.resume()
+
+
+def test_stop_ends_in_order(endless: Machine) -> None:
+    endless.start()
+    endless.stop()
+    report = endless.wait(TIMEOUT)
+    assert report["exit_code"] == ExitCode.STOPPED
+    assert {v["exit_reason"] for v in report["vcpus"]} == {"stopped"}
+
+
+def test_timeout_reports_registers(accel: str) -> None:
+    report = run(spec("random", accel=accel, writes=0, timeout=0.3))
+    assert report["exit_code"] == ExitCode.TIMEOUT
+    for vcpu in report["vcpus"]:
+        assert vcpu["exit_reason"] == "timeout"
+        assert 0x10_0000 <= vcpu["registers"]["rip"] < 0x20_0000
+
+
+def test_console_lines_of_every_vcpu_arrive(accel: str) -> None:
+    with Machine.launch(spec("hello", accel=accel, vcpus=3, lines=5)) as machine:
+        lines = [e for e in machine.events(TIMEOUT) if e["event"] == "console"]
+        assert machine.wait(TIMEOUT)["exit_code"] == 0
+    for vcpu in range(3):
+        text = "".join(e["data"] for e in lines if e["vcpu"] == vcpu)
+        assert text == f"hello from vCPU {vcpu} of 3\n" * 5
+
+
+def test_machines_side_by_side(accel: str) -> None:
+    with Machine.launch(spec("idle", accel=accel, milliseconds=0, timeout=None), name="left") as left, \
+         Machine.launch(spec("idle", accel=accel, milliseconds=0, timeout=None), name="right") as right:
+        assert [m["name"] for m in list_machines()] == ["left", "right"]
+        with pytest.raises(VmmError, match="'left' is running already"):
+            Machine.launch(spec("idle", accel=accel), name="left")
+        left.stop()
+        left.wait(TIMEOUT)
+        assert right.status()["state"] == "running"
+        with Machine.attach("right") as second:
+            second.pause()
+            assert right.status()["state"] == "paused"
+
+
+def test_attach_to_nothing_is_one_line() -> None:
+    with pytest.raises(VmmError, match="no machine named 'nothing'") as caught:
+        Machine.attach("nothing")
+    assert caught.value.exit_code == ExitCode.NO_MACHINE
