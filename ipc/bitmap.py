@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from .shm import Segment
 
-__all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "summary_words", "word_count"]
+__all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "slot_table", "summary_words",
+           "word_count"]
 
 GROUP_WORDS = 64
 U64 = NDArray[np.uint64]
@@ -34,6 +35,12 @@ def summary_words(pages: int) -> int:
 def bitmap_bytes(pages: int) -> int:
     """Bytes of one bitmap with its summary."""
     return 8 * (word_count(pages) + summary_words(pages))
+
+
+def slot_table(max_slots: int) -> NDArray[np.uint64]:
+    """An empty slot table for the harvest kernel: uint64 [max_slots, 3], a row a slot id: address of
+    the staging words, address of the staging summary, pages (0: no such slot)."""
+    return np.zeros((max_slots, 3), np.uint64)
 
 
 class Bitmap:

@@ -2,13 +2,10 @@
 
 Import this module late (it costs about 0.4 s): the coordinator does so while its workers start.
 
-Slot table: uint64 array [MAX_SLOTS, 3], a row a slot id: address of the staging words, address of
-the staging summary, pages (0: no such slot). Everything a ring entry says is checked against it.
+Everything a ring entry says is checked against the slot table (ipc.bitmap.slot_table).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -18,7 +15,7 @@ from .atomics import load_acquire_u32, load_u32, load_u64, store_release_u32, st
 from .bitmap import GROUP_WORDS
 from .layout import DIRTY_GFN_F_DIRTY, DIRTY_GFN_F_RESET, NR_ADDRESS_SPACES
 
-__all__ = ["clear", "fold", "harvest", "publish", "slot_table"]
+__all__ = ["clear", "fold", "harvest", "publish"]
 
 _DIRTY = np.uint32(DIRTY_GFN_F_DIRTY)
 _RESET = np.uint32(DIRTY_GFN_F_RESET)
@@ -30,11 +27,6 @@ assert GROUP_WORDS * 64 == 1 << 12
 
 _u64_1d = types.Array(types.uint64, 1, "C")
 _u64_2d = types.Array(types.uint64, 2, "C")
-
-
-def slot_table(max_slots: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """An empty slot table, shape [max_slots, 3], dtype uint64."""
-    return np.zeros((max_slots, 3), np.uint64)
 
 
 @njit(types.uint64(types.uint64), cache=True, inline="always")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ipc import kernels
-from ipc.bitmap import Bitmap, bitmap_bytes
+from ipc.bitmap import Bitmap, bitmap_bytes, slot_table
 from ipc.layout import MAX_SLOTS
 from ipc.shm import Segment, segment_name
 
@@ -44,7 +44,7 @@ class Ring:
         self.guard = bytes(self.maps.size)
         self.staging: dict[int, Bitmap] = {}
         self.published: dict[int, Bitmap] = {}
-        self.table = kernels.slot_table(MAX_SLOTS)
+        self.table = slot_table(MAX_SLOTS)
         offset = 0
         for slot, pages in SLOTS.items():
             self.staging[slot] = Bitmap(self.maps, offset, pages)

@@ -45,8 +45,9 @@ All of the above but RAM lies in one memory slot of its own at ``SYSTEM_GPA``, n
 
     page 0          boot information
     page 1          IDT (32 gates), then their stubs
-    page 2 + i      vCPU i: TSS, GDT, and from the page's end downwards its exception stack
-    page 2 + n      PML4, page table of the slot's first 2 MiB, PDPTs, page directories
+    page 2 + 3 i    vCPU i: TSS, GDT, I/O permission bitmap, and from the end of its three pages
+                    downwards its exception stack
+    page 2 + 3 n     PML4, page table of the slot's first 2 MiB, PDPTs, page directories
 
 Every entry of every table has its accessed and dirty bits set beforehand, segment descriptors too:
 a page walk that set them would write into memory that nobody logs, and would cost an exit under some
@@ -95,7 +96,8 @@ _SLOTS_AT = 0x200
 # --- pages of the system slot ------------------------------------------------------------------
 _BOOT_INFO_PAGE = 0
 _IDT_PAGE = 1
-_VCPU_PAGE = 2
+_VCPU_PAGE = 2       # the first vCPU's first page
+_VCPU_PAGES = 3      # a vCPU: TSS, GDT, I/O permission bitmap, exception stack
 
 # --- x86: page-table entries (Intel SDM vol. 3, 4.5) ------------------------------------------
 _PTE_P = 1 << 0
@@ -121,8 +123,12 @@ _GDT = struct.pack(
 )
 _GDT_SIZE = len(_GDT) + 16   # and the TSS descriptor
 _TSS = struct.Struct("<I 3Q Q 7Q Q H H")  # reserved, RSP0-2, reserved, IST1-7, reserved x 2, I/O map
-_TSS_SIZE = 104
-_TSS_AT, _GDT_AT = 0x000, 0x080  # in the vCPU's page
+_TSS_AT, _GDT_AT = 0x000, 0x080  # in the vCPU's pages
+# A KVM that runs guests without hardware virtualisation (page-table based, nested) cannot give the
+# guest a real IOPL of 3 and decides by this bitmap: all zero, every port may be used at CPL 3.
+_IO_BITMAP_AT = 0x200
+_IO_BITMAP_SIZE = 0x10000 // 8
+_TSS_LIMIT = _IO_BITMAP_AT + _IO_BITMAP_SIZE    # and the byte of ones that must end the bitmap
 
 # --- x86: exceptions ---------------------------------------------------------------------------
 _VECTORS = 32
@@ -170,7 +176,7 @@ def _table_counts(top_gpa: int) -> tuple[int, int]:
 def system_size(vcpu_count: int, top_gpa: int) -> int:
     """Bytes of the system slot, a multiple of 4096. Raises BootError."""
     pointer_tables, directories = _table_counts(top_gpa)
-    return (_VCPU_PAGE + vcpu_count + 2 + pointer_tables + directories) * _PAGE
+    return (_VCPU_PAGE + vcpu_count * _VCPU_PAGES + 2 + pointer_tables + directories) * _PAGE
 
 
 def boot_info_gpa(vcpu_count: int = 0) -> int:
@@ -238,7 +244,7 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
     flat. ``cpl`` is 3 for ``privilege`` "user", 0 for "kernel".
     """
     user = privilege == "user"
-    page = SYSTEM_GPA + (_VCPU_PAGE + index) * _PAGE
+    page = SYSTEM_GPA + (_VCPU_PAGE + index * _VCPU_PAGES) * _PAGE
     return {
         "rip": entry,
         "rsp": stack_top,
@@ -247,7 +253,7 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
         "rdx": boot_info_gpa(),
         "rflags": _RFLAGS,
         "cr0": _CR0,
-        "cr3": SYSTEM_GPA + (_VCPU_PAGE + vcpu_count) * _PAGE,
+        "cr3": SYSTEM_GPA + (_VCPU_PAGE + vcpu_count * _VCPU_PAGES) * _PAGE,
         "cr4": _CR4,
         "efer": _EFER,
         "cpl": 3 if user else 0,
@@ -260,7 +266,7 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
         "idt_limit": _VECTORS * _GATE.size - 1,
         "tr_selector": _SEL_TSS,
         "tss_base": page + _TSS_AT,
-        "tss_limit": _TSS_SIZE - 1,
+        "tss_limit": _TSS_LIMIT,
     }
 
 
@@ -308,12 +314,13 @@ def _write_idt(buf: memoryview) -> None:
 
 
 def _write_vcpu_page(buf: memoryview, index: int) -> None:
-    base = (_VCPU_PAGE + index) * _PAGE
-    stack = SYSTEM_GPA + base + _PAGE  # RSP0 for gates without IST that an image might add
+    base = (_VCPU_PAGE + index * _VCPU_PAGES) * _PAGE
+    stack = SYSTEM_GPA + base + _VCPU_PAGES * _PAGE  # RSP0 for gates without IST that an image might add
     _TSS.pack_into(buf, base + _TSS_AT, 0, stack, 0, 0, 0, stack, 0, 0, 0, 0, 0, 0, 0, 0,
-                   _TSS_SIZE)          # I/O bitmap beyond the limit: IOPL alone decides
+                   _IO_BITMAP_AT)
+    buf[base + _TSS_LIMIT] = 0xFF
     tss = SYSTEM_GPA + base + _TSS_AT
-    descriptor = struct.pack("<HHBBBBII", _TSS_SIZE - 1, tss & 0xFFFF, tss >> 16 & 0xFF,
+    descriptor = struct.pack("<HHBBBBII", _TSS_LIMIT, tss & 0xFFFF, tss >> 16 & 0xFF,
                              0x8B,     # present, 64-bit TSS, busy (it is loaded already)
                              0, tss >> 24 & 0xFF, tss >> 32, 0)
     table = _GDT + descriptor
@@ -324,7 +331,7 @@ def _write_page_tables(buf: memoryview, vcpu_count: int, top_gpa: int) -> None:
     pointer_tables, directories = _table_counts(top_gpa)
     entries = np.frombuffer(buf, dtype="<u8", count=system_size(vcpu_count, top_gpa) // 8)
 
-    first = _VCPU_PAGE + vcpu_count
+    first = _VCPU_PAGE + vcpu_count * _VCPU_PAGES
     pml4, own_table, pdpt, directory = first, first + 1, first + 2, first + 2 + pointer_tables
 
     def fill(page: int, count: int, start: int, step: int, bits: int) -> None:

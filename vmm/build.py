@@ -45,6 +45,8 @@ class Parts:
     log: DirtyLog
     rings: list[Segment] = field(default_factory=list)
     entry: int = 0
+    #: Pages [first, end) of each slot that are the guest's to use: no image, no stacks.
+    usable: dict[int, tuple[int, int]] = field(default_factory=dict)
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -75,6 +77,7 @@ def make_parts(spec: MachineSpec) -> Parts:
     """
     image = loader.load_image(spec.image, spec.load_address)
     loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
+    slots = _boot_slots(spec, image)
     with contextlib.ExitStack() as stack:
         def segment(what: str, size: int) -> Segment:
             return stack.enter_context(Segment.create(segment_name(spec.name, what), size))
@@ -83,23 +86,30 @@ def make_parts(spec: MachineSpec) -> Parts:
         system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)))
         log = DirtyLog(spec.name)
         stack.callback(log.close)
-        parts = Parts(spec, control, system, log, entry=image.entry)
+        parts = Parts(spec, control, system, log, entry=image.entry, usable=_usable_pages(slots))
         for slot in spec.slots:
             log.add_slot(parts.new_slot(slot, create=True))
         if _software_ring(spec):
             parts.rings = [segment(f"ring{i}", spec.ring_entries * 16) for i in range(spec.vcpus)]
-        _load(parts, image)
+        _load(parts, image, slots)
         block = parts.control
         block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
         parts.stack = stack.pop_all()
     return parts
 
 
-def _load(parts: Parts, image: loader.GuestImage) -> None:
+def _boot_slots(spec: MachineSpec, image: loader.GuestImage) -> list[boot.BootSlot]:
+    return boot.boot_slots([(s.id, s.gpa, s.size) for s in spec.slots],
+                           [(s.gpa, s.end) for s in image.segments],
+                           vcpu_count=spec.vcpus, stack_size=spec.stack_size)
+
+
+def _usable_pages(slots: list[boot.BootSlot]) -> dict[int, tuple[int, int]]:
+    return {s.id: ((s.usable_start - s.gpa) // 4096, (s.usable_end - s.gpa) // 4096) for s in slots}
+
+
+def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) -> None:
     spec = parts.spec
-    slots = boot.boot_slots([(s.id, s.gpa, s.size) for s in spec.slots],
-                            [(s.gpa, s.end) for s in image.segments],
-                            vcpu_count=spec.vcpus, stack_size=spec.stack_size)
     view = memoryview(parts.system.buf)
     try:
         boot.write_system_slot(view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end,
@@ -126,7 +136,9 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             found.own()
             return found
 
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name))
+        image = loader.load_image(spec.image, spec.load_address)
+        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name), entry=image.entry,
+                      usable=_usable_pages(_boot_slots(spec, image)))
         stack.callback(parts.log.close)
         for slot in slots:
             parts.log.add_slot(parts.new_slot(slot, create=False))

@@ -58,7 +58,6 @@ class Saved(msgspec.Struct):
     verification: Verification | None
     exits: dict[int, Exited]
     restarts: int
-    load_report: dict[str, Any] = {}
 
 
 class Coordinator:
@@ -72,6 +71,7 @@ class Coordinator:
         self._user_paused = False
         self._stop_asked = False
         self._done = False
+        self._linger = spec.linger
         self._final: dict[str, Any] | None = None
         self._restarts = 0
         self._next_round = 0.0
@@ -104,9 +104,11 @@ class Coordinator:
             self.shards.spawn(shard, build.worker_spec(self.parts, shard.index, self.directory,
                                                        self._keeper_fd))
         self.shards.start_paused()
+        self.log.load_kernels()     # takes its time while the workers take theirs
         self.shards.await_hello()
         if self.spec.verify is not None:
-            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block)
+            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
+                                     self.parts.usable)
         self._state = "ready"
         self._save()
 
@@ -147,7 +149,7 @@ class Coordinator:
         self.shards.pause_all()
         if self.spec.verify is not None:
             self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
-                                     saved.verification or Verification())
+                                     self.parts.usable, saved.verification or Verification())
             self._next_round = time.monotonic()
         for shard in self.shards.all:
             # A message that the predecessor took with it: the control block still says so.
@@ -228,6 +230,7 @@ class Coordinator:
                 self._serve_control()
             elif ready == self._signal_fd:
                 os.eventfd_read(self._signal_fd)
+                self._linger = False
                 self._stop(ExitReason.STOPPED)
                 self._done = self._done or self._state in ("ready", "ended")
             elif ready in by_fd:
@@ -329,7 +332,7 @@ class Coordinator:
         self._state = "ended"
         self._final = self._report()
         self._tell({"event": "ended", "exit_code": self._final["exit_code"]})
-        self._done = not self.spec.linger
+        self._done = not self._linger
 
     # --- report ---------------------------------------------------------------------------------------
 

@@ -306,12 +306,11 @@ class Machine:
             self.detach()
             return
         keeper, self._keeper = self._keeper, None
-        with contextlib.suppress(VmmError):
-            self._client.ask(control.Stop, timeout=2.0)
-        with contextlib.suppress(VmmError):
-            self._client.ask(control.Release, timeout=2.0)
-        _close_fd(self._life_fd)    # the keeper ends what is still there
         self.detach()
+        if self._life_fd >= 0:
+            os.close(self._life_fd)     # the keeper sees it and has the machine end in order
+        else:
+            keeper.terminate()
         try:
             keeper.wait(_END_TIMEOUT)
         except subprocess.TimeoutExpired:

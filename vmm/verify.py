@@ -7,6 +7,9 @@ round ends with every vCPU paused and every ring drained. Then, for each page of
 * dirty means changed. An unchanged dirty page is **surplus**, but for one a vCPU: the store that it
   had logged and not yet retired when it was stopped, the last entry of its ring. That store may come
   first in the next round, or never (the vCPU ended): the entry before the round is excused too.
+  Only pages that are the guest's to use are held to this, not its image and stacks: a return address
+  is often the one that was there, and KVM logs a page when it first maps it writable, which the first
+  read or instruction fetch may do (arch/x86/kvm/mmu/spte.c, make_spte).
 
 The copy lies in shared memory, so that a coordinator that replaces one that died goes on with the
 same reference and proves that the crash lost nothing. The dirty pages are copied after each round; a
@@ -57,7 +60,7 @@ class Verifier:
     """One round at a time, called by the coordinator with the guest stopped and the log drained."""
 
     def __init__(self, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
-                 resume: Verification | None = None) -> None:
+                 usable: dict[int, tuple[int, int]], resume: Verification | None = None) -> None:
         self.result = Verification(surplus_is_failure=spec.surplus_is_failure)
         self._inject = spec.inject
         self._log = log
@@ -65,6 +68,7 @@ class Verifier:
         self._copies: dict[int, Segment] = {}
         self._previous_last: set[tuple[int, int]] = set()
         self._control = control
+        self._usable = usable
         #: The first round of a replacement may find pages that its predecessor had copied already.
         self._blind_to_surplus = resume is not None
         if resume is not None:
@@ -124,13 +128,15 @@ class Verifier:
             now = self._pages(slot_id)
             dirty = self._log.front(CLIENT, slot_id).front.bools()
             changed = np.empty(slot.pages, bool)
-            for first in range(0, slot.pages, _CHUNK):
-                part = slice(first, first + _CHUNK)
+            for at in range(0, slot.pages, _CHUNK):
+                part = slice(at, at + _CHUNK)
                 changed[part] = (now[part] != copy[part]).any(axis=1)
-            self._injection(dirty, changed)
+            self._injection(slot_id, dirty, changed)
             lost = np.flatnonzero(changed & ~dirty)
             surplus = np.flatnonzero(dirty & ~changed & (not self._blind_to_surplus))
-            excused_here = [p for p in surplus.tolist() if (slot_id, p) in excused]
+            first, end = self._usable.get(slot_id, (0, slot.pages))
+            excused_here = [p for p in surplus.tolist()
+                            if (slot_id, p) in excused or not first <= p < end]
             result.checked_pages += slot.pages
             result.dirty_pages += int(dirty.sum())
             result.lost_pages += len(lost)
@@ -146,12 +152,14 @@ class Verifier:
         self._control.verify_in_round = 0
         self._blind_to_surplus = False
 
-    def _injection(self, dirty: NDArray[np.bool_], changed: NDArray[np.bool_]) -> None:
+    def _injection(self, slot_id: int, dirty: NDArray[np.bool_],
+                   changed: NDArray[np.bool_]) -> None:
         """The verifier's own test: falsify one bit, once, and be caught."""
         if self._inject == "none" or self.result.injected != "none":
             return
         want = changed & dirty if self._inject == "lost" else ~changed & ~dirty
-        pages = np.flatnonzero(want)
+        first, end = self._usable.get(slot_id, (0, len(dirty)))
+        pages = first + np.flatnonzero(want[first:end])
         if len(pages):
             dirty[pages[0]] = self._inject == "extra"
             self.result.injected = self._inject
