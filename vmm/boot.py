@@ -44,10 +44,10 @@ The system slot
 All of the above but RAM lies in one memory slot of its own at ``SYSTEM_GPA``, never dirty-logged::
 
     page 0          boot information
-    page 1          IDT (32 gates), then their stubs
+    page 1          IDT (32 gates), then their stubs, then the syscall stub
     page 2 + 3 i    vCPU i: TSS, GDT, I/O permission bitmap, and from the end of its three pages
                     downwards its exception stack
-    page 2 + 3 n     PML4, page table of the slot's first 2 MiB, PDPTs, page directories
+    page 2 + 3 n    PML4, page table of the slot's first 2 MiB, PDPTs, page directories
 
 Every entry of every table has its accessed and dirty bits set beforehand, segment descriptors too:
 a page walk that set them would write into memory that nobody logs, and would cost an exit under some
@@ -137,6 +137,7 @@ _USER_VECTORS = frozenset({3, 4})  # int3 and into may be used at CPL 3, and rep
 _GATE = struct.Struct("<HHBBHII")
 _STUBS_AT = _VECTORS * _GATE.size
 _STUB_SIZE = 16
+_SYSCALL_AT = _STUBS_AT + _VECTORS * _STUB_SIZE
 
 # --- x86: control registers and flags ------------------------------------------------------------
 _CR0 = 0x8001_0033   # PG WP NE ET MP PE
@@ -241,7 +242,10 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
     """Registers of vCPU ``index`` before its first instruction; those not named are zero.
 
     ``cs``, ``ss`` and ``ds`` (for DS, ES, FS and GS) and ``tr_selector`` are selectors; segments are
-    flat. ``cpl`` is 3 for ``privilege`` "user", 0 for "kernel".
+    flat. ``cpl`` is 3 for ``privilege`` "user", 0 for "kernel". ``lstar`` is for MSR_LSTAR: KVM on
+    page tables alone enters it on ``syscall`` although EFER.SCE is clear. There waits a ud2 in a
+    supervisor page, so the vCPU ends in an exception all the same and does not run whatever lies at
+    address 0; RCX has the guest's RIP.
     """
     user = privilege == "user"
     page = SYSTEM_GPA + (_VCPU_PAGE + index * _VCPU_PAGES) * _PAGE
@@ -256,6 +260,7 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
         "cr3": SYSTEM_GPA + (_VCPU_PAGE + vcpu_count * _VCPU_PAGES) * _PAGE,
         "cr4": _CR4,
         "efer": _EFER,
+        "lstar": SYSTEM_GPA + _IDT_PAGE * _PAGE + _SYSCALL_AT,
         "cpl": 3 if user else 0,
         "cs": _SEL_USER_CODE if user else _SEL_KERNEL_CODE,
         "ss": _SEL_USER_DATA if user else _SEL_KERNEL_DATA,
@@ -311,6 +316,7 @@ def _write_idt(buf: memoryview) -> None:
                         1,                  # IST1
                         0x8E | dpl << 5,    # present, 64-bit interrupt gate
                         address >> 16 & 0xFFFF, address >> 32, 0)
+    buf[base + _SYSCALL_AT:base + _SYSCALL_AT + 2] = b"\x0f\x0b"  # ud2
 
 
 def _write_vcpu_page(buf: memoryview, index: int) -> None:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -88,7 +87,7 @@ class Coordinator:
         self.shards = Shards(directory, self._on_notification, self._on_death)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._control = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
-        self._signal_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.reaper = Reaper(spec.reaper, self.shards, self.log, self.block, self.tracer, self._on_rebuild,
                              has_rings=spec.ring_entries > 0)
         self.verifier: Verifier | None = None
@@ -229,7 +228,7 @@ class Coordinator:
             elif ready is self._control:
                 self._serve_control()
             elif ready == self._signal_fd:
-                os.eventfd_read(self._signal_fd)
+                os.read(self._signal_fd, 4096)
                 self._linger = False
                 self._stop(ExitReason.STOPPED)
                 self._done = self._done or self._state in ("ready", "ended")
@@ -249,9 +248,11 @@ class Coordinator:
             waits.append(self._started + self.spec.timeout - now)
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 
-    def ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: the loop stops the machine in order."""
-        os.eventfd_write(self._signal_fd, 1)
+    def catch_signals(self) -> None:
+        """SIGTERM wakes the loop, which stops the machine in order. Through the wakeup fd: a handler in
+        Python would not run while the poll is being entered."""
+        signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda signum, frame: None)
 
     # --- events from workers ---------------------------------------------------------------------
 
@@ -578,7 +579,9 @@ class Coordinator:
         self.parts.close()
         self._control.close()
         self._context.term()
+        signal.set_wakeup_fd(-1)
         os.close(self._signal_fd)
+        os.close(self._signal_write)
         self.tracer.close()
 
 
@@ -615,8 +618,7 @@ def main(argv: list[str]) -> int:
     except (VmmError, SegmentError) as exc:
         _answer(status_fd, error=str(exc), code=int(getattr(exc, "exit_code", ExitCode.BAD_INPUT)))
         return int(getattr(exc, "exit_code", ExitCode.BAD_INPUT))
-    stop: Callable[[int, FrameType | None], None] = coordinator.ask_to_stop
-    signal.signal(signal.SIGTERM, stop)
+    coordinator.catch_signals()
     try:
         _answer(status_fd, ready=True, pid=os.getpid())
         return coordinator.run()

@@ -92,8 +92,12 @@ class KvmAccelerator:
     def clear_dirty_log(self,i):
         p=self.memory.slots[i].spec.size//4096
         iob(self.vm,0xC018AEC0,bytearray(struct.pack('<IIQQ',i,p,0,self.memory.slots[i].log_address)))
-    def rebuild_ring(self): raise AccelError('no')
+    def rebuild_ring(self):
+        r=bytearray(144); iob(self.vcpu_fd,0x8090AE81,r); s=bytearray(312); iob(self.vcpu_fd,0x8138AE83,s)
+        f=bytearray(416); iob(self.vcpu_fd,0x81A0AE8C,f)
+        self.close(); self.build()
+        iob(self.vcpu_fd,0x4138AE84,s); iob(self.vcpu_fd,0x4090AE82,r); iob(self.vcpu_fd,0x41A0AE8D,f)
     def get_state(self): return {}
     def set_state(self,s): pass
     def close(self):
-        pass
+        for fd in (self.vcpu_fd,self.vm,self.kvm): os.close(fd)

@@ -7,10 +7,11 @@ costs the guest nothing but a TLB flush.
 
 No lost kick. The coordinator sets the request, then the immediate-exit flag, then signals. This
 loop clears the flag, then looks at the request. Whatever the order of the two, either the look sees
-the request or the entry sees the flag. A parked vCPU (paused, ring full, waiting) sleeps on an
-eventfd that the signal handler and the service thread write to; the coordinator repeats an
-unacknowledged kick, which covers the one wait that has no such fd (the futex of the wait
-hypercall).
+the request or the entry sees the flag. A parked vCPU (paused, ring full, waiting) sleeps on a
+pipe that the service thread and, through ``signal.set_wakeup_fd``, the signal itself write to (a
+handler in Python would be too late: it runs between bytecodes, not while select is being entered).
+The coordinator repeats an unacknowledged kick, which covers the one wait that has no such fd, the
+futex of the wait hypercall.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Worker:
         self.spec = spec
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._notify = channel.connect(self._context, zmq.PUSH, spec.notify_endpoint)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._shutdown = False
         self._ring_full = False
         self._control_segment = Segment.open(spec.control_segment)
@@ -107,8 +108,17 @@ class Worker:
 
     # --- vCPU thread ---------------------------------------------------------------------------
 
-    def on_kick(self, signum: int, frame: FrameType | None) -> None:
-        os.eventfd_write(self._wake, 1)
+    def catch_kicks(self) -> None:
+        """Have the kick signal interrupt this thread (the main one) and fill the wake pipe."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(KICK_SIGNAL, _on_kick)
+
+    def _wake_up(self) -> None:
+        """From the service thread: let the vCPU thread look around."""
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
 
     def run(self) -> None:
         """Run the guest to its end, then stay at the coordinator's service until Shutdown."""
@@ -158,7 +168,7 @@ class Worker:
         """Until woken by the service thread, a kick, or the time."""
         ready, _, _ = select.select([self._wake], [], [], seconds)
         if ready:
-            os.eventfd_read(self._wake)
+            os.read(self._wake, 4096)
 
     def _stay_paused(self) -> None:
         control = self.control
@@ -284,7 +294,7 @@ class Worker:
                     control.reset_total += value
                     control.resets += 1 if expected else 0
                     self._ring_full = False
-                    os.eventfd_write(self._wake, 1)
+                    self._wake_up()
                 case SetMemslot(slot=slot):
                     if slot.id not in self.memory.slots:
                         self.memory.add(slot)
@@ -304,7 +314,7 @@ class Worker:
                     self._ring_full = False
                     if accel.vcpu_fd >= 0:
                         channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
-                    os.eventfd_write(self._wake, 1)
+                    self._wake_up()
                 case SendFd():
                     if accel.vcpu_fd >= 0:
                         channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
@@ -321,7 +331,7 @@ class Worker:
         sock.send(encode(Done(request.seq, value, data)))
         if self._shutdown:
             accel.interrupt()
-            os.eventfd_write(self._wake, 1)
+            self._wake_up()
 
     def _orphaned(self) -> None:
         """Keeper and coordinator are both gone: leave nothing behind, then go."""
@@ -334,7 +344,13 @@ class Worker:
         self.memory.close()
         self._notify.close()
         self._context.term()
+        signal.set_wakeup_fd(-1)
         os.close(self._wake)
+        os.close(self._wake_write)
+
+
+def _on_kick(signum: int, frame: FrameType | None) -> None:
+    """Nothing to do: the signal has interrupted KVM_RUN and filled the wake pipe."""
 
 
 def main(spec: WorkerSpec) -> int:
@@ -342,7 +358,7 @@ def main(spec: WorkerSpec) -> int:
     process.set_name(f"vcpu{spec.index}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what a Ctrl-C means
     worker = Worker(spec)
-    signal.signal(KICK_SIGNAL, worker.on_kick)
+    worker.catch_kicks()
     ok = worker.set_up()
     if ok:
         service = threading.Thread(target=worker.serve, name="service", daemon=True)
