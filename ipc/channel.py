@@ -48,6 +48,7 @@ class FdListener:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        path.unlink(missing_ok=True)    # a coordinator that died has left its own
         try:
             self._sock.bind(str(path))
             self._sock.listen(64)

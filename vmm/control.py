@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ipc import channel
 
@@ -24,6 +25,7 @@ from .errors import ExitCode, VmmError
 __all__ = ["CONTROL_VERSION", "ControlClient", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 1
+_LOST: dict[str, Any] = {"lost": True}
 _FOLLOW_HWM = 100_000   # events a slow follower may lag behind before some are dropped
 
 
@@ -82,9 +84,11 @@ class Unregister(Verb):
 
 
 class Sync(Verb):
-    """Flush, then give this client what was dirtied since its last sync."""
+    """Flush, then give this client what was dirtied since its last sync. ``again``: the last one's
+    answer was not received; what it took is given once more, and nothing is lost."""
 
     client: str
+    again: bool = False
 
 
 class Mark(Verb):
@@ -142,19 +146,31 @@ class ControlClient:
         self._sock = channel.connect(self._context, zmq.DEALER, channel.endpoint(directory, "control"))
         self._sock.linger = 0
         self._sock.rcvhwm = _FOLLOW_HWM
+        # A coordinator that died took a request with it: the lost connection says so at once.
+        self._monitor = self._sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._poller = zmq.Poller()
+        self._poller.register(self._sock, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._following = False
         self._ids = itertools.count(1)
         self._events: deque[dict[str, Any]] = deque()
 
     def ask(self, verb: type[Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
-        """Send one verb and wait for its answer. Raises VmmError."""
-        number = next(self._ids)
-        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, **arguments)))
+        """Send one verb and wait for its answer; sent again when the coordinator died in between
+        (another one takes over, and every verb may be repeated). Raises VmmError."""
+        self._following = self._following or verb is Follow
+        number = self._send(verb, arguments)
         deadline = time.monotonic() + timeout
         while True:
             answer = self._receive(deadline - time.monotonic())
             if answer is None:
                 raise VmmError(f"machine '{self._name}' did not answer within {timeout:.0f} s",
                                ExitCode.NO_MACHINE)
+            if answer is _LOST:
+                if verb is Sync:
+                    arguments["again"] = True
+                number = self._send(verb, arguments)
+                continue
             if answer.get("id") != number:
                 if "event" in answer:
                     self._events.append(answer)
@@ -173,11 +189,25 @@ class ControlClient:
             if answer is None or "event" in answer:
                 return answer
 
+    def _send(self, verb: type[Verb], arguments: dict[str, Any]) -> int:
+        number = next(self._ids)
+        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, **arguments)))
+        return number
+
     def _receive(self, timeout: float) -> dict[str, Any] | None:
-        if not self._sock.poll(max(0, int(timeout * 1000))):
-            return None
-        return dict(msgspec.json.decode(self._sock.recv()))
+        """The next message; None when none came in time; _LOST when the connection broke."""
+        ready = dict(self._poller.poll(max(0, int(timeout * 1000))))
+        if self._sock in ready:
+            return dict(msgspec.json.decode(self._sock.recv()))
+        if self._monitor in ready:
+            recv_monitor_message(self._monitor)
+            if self._following:
+                self._send(Follow, {})
+            return _LOST
+        return None
 
     def close(self) -> None:
+        self._sock.disable_monitor()
+        self._monitor.close(linger=0)
         self._sock.close()
         self._context.term()

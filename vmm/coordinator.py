@@ -445,8 +445,8 @@ class Coordinator:
             case control.Unregister(client=name):
                 self.log.unregister(name)
                 self._save()
-            case control.Sync(client=name):
-                return self._sync(name)
+            case control.Sync(client=name, again=again):
+                return self._sync(name, again)
             case control.Mark(slot=slot, first=first, count=count):
                 self.log.mark(slot, first, count)
             case control.LogStart(slot=slot):
@@ -481,12 +481,14 @@ class Coordinator:
         if self._state == "running":
             self.reaper.flush()
 
-    def _sync(self, client: str) -> dict[str, Any]:
+    def _sync(self, client: str, again: bool) -> dict[str, Any]:
         if client not in self.log.clients:
             raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
         if client == VERIFY_CLIENT:
             raise VmmError(f"client '{client}' is the verifier's own")
         self._flush()
+        if again:
+            self.log.give_back(client)
         taken = self.log.take(client)
         return {"slots": {str(i): {"dirty": n, "pages": self.log.front(client, i).front.pages}
                           for i, n in taken.items()}}

@@ -144,6 +144,11 @@ class DirtyLog:
                                                  maps.front.words, maps.front.summary))
         return taken
 
+    def give_back(self, client: str) -> None:
+        """What the client's last take gave is given again by its next one (the answer was lost)."""
+        for maps in self._clients[client].values():
+            maps.gathering.merge(maps.front.words)
+
     def front(self, client: str, slot_id: int) -> ClientBitmaps:
         return self._clients[client][slot_id]
 
