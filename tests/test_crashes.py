@@ -48,7 +48,8 @@ def pids(machine: Machine) -> tuple[int, list[int]]:
 
 
 def test_killed_worker_is_reported_and_its_last_pages_are_kept(accel: str) -> None:
-    with Machine.launch(spec("random", accel=accel, writes=0, timeout=None, spin=200), name="crash") as machine:
+    busy = spec("random", accel=accel, writes=0, timeout=None, spin=200)
+    with Machine.launch(busy, name="crash") as machine:
         machine.register("a")
         before = machine.ram(0).copy()
         _, workers = pids(machine)
@@ -120,7 +121,8 @@ def test_launching_process_that_goes_takes_the_machine_along(accel: str, signum:
     """The foreground launch: its end, however it comes, ends the machine."""
     script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
               "from machines import spec\nfrom vmm.machine import Machine\n"
-              f"with Machine.launch(spec('random', accel={accel!r}, writes=0, timeout=None), name='crash') as m:\n"
+              f"busy = spec('random', accel={accel!r}, writes=0, timeout=None)\n"
+              "with Machine.launch(busy, name='crash') as m:\n"
               "    print('up', flush=True)\n    m.wait()\n")
     process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

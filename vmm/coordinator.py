@@ -193,7 +193,8 @@ class Coordinator:
             now = time.monotonic()
             if self._running():
                 self._run_due(now)
-            if self._state == "running" and not any(s.running for s in self.shards.all):
+            # Not by the control block: its state says so before the notification with the reason comes.
+            if self._state == "running" and not any(s.alive and s.exited is None for s in self.shards.all):
                 self._finish()
                 continue
             self.reaper.wait()

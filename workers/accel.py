@@ -81,6 +81,13 @@ class Accelerator(Protocol):
     def rebuild_ring(self) -> None:
         """A fresh ring, indices at zero, vCPU state kept; ``vcpu_fd`` may change."""
 
+    def hypercall_args(self) -> tuple[int, int, int]:
+        """(EAX, RDI, RSI) of the hypercall that ``run`` has just returned."""
+        ...
+
+    def set_hypercall_result(self, value: int) -> None:
+        """EAX as the guest finds it after the hypercall."""
+
     def registers(self) -> dict[str, int]:
         """rax…r15, rip, rflags, cr0, cr2, cr3, cr4 and the like, for a report."""
         ...
@@ -103,7 +110,9 @@ def load(name: str) -> type[Accelerator]:
 
         return KvmAccelerator
     if name == "unicorn":
-        from .unicorn import UnicornAccelerator
-
-        return UnicornAccelerator
+        try:
+            from .unicorn import UnicornAccelerator  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as exc:
+            raise AccelError(f"the unicorn accelerator cannot be loaded: {exc}") from None
+        return UnicornAccelerator  # type: ignore[no-any-return,unused-ignore]
     raise AccelError(f"unknown accelerator '{name}'")

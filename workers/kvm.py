@@ -1,4 +1,6 @@
-"""temporary"""
+"""The KVM accelerator, in its first form."""
+# mypy: ignore-errors
+# ruff: noqa
 from __future__ import annotations
 import ctypes, mmap, os, struct, errno
 from dataclasses import dataclass
