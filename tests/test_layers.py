@@ -12,7 +12,8 @@ TOP = Path(__file__).parent.parent
 def test_layers() -> None:
     """vmm over workers over ipc (import-linter, contract in pyproject.toml)."""
     code = "from importlinter.cli import lint_imports_command as c; c()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, timeout=60,
+                          check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
