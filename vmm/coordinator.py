@@ -209,7 +209,7 @@ class Coordinator:
         if self.spec.timeout is not None and now - self._started >= self.spec.timeout:
             self._stop(ExitReason.TIMEOUT)
         if self.reaper.full:
-            self.reaper.wake("ring full")
+            self.reaper.wake("ring-full")
         elif self.spec.ring_entries and self.reaper.schedule.left(now) == 0:
             self.reaper.wake()
         if self.verifier is not None and now >= self._next_round:

@@ -54,7 +54,7 @@ class DirtyLog:
         self.slots[slot_id] = slot
         self.table[slot_id] = (slot.staging.words_address, slot.staging.summary_address, slot.pages)
         for name, bitmaps in self._clients.items():
-            bitmaps[slot_id] = ClientBitmaps(self.machine, name, slot_id, slot.pages, create=True)
+            bitmaps[slot_id] = ClientBitmaps.make(self.machine, name, slot_id, slot.pages)
 
     def remove_slot(self, slot_id: int) -> MemorySlot:
         """Fold what is known of the slot into every client, then forget it. The guest is stopped and
@@ -106,7 +106,7 @@ class DirtyLog:
         made: dict[int, ClientBitmaps] = {}
         try:
             for slot_id, slot in self.slots.items():
-                made[slot_id] = ClientBitmaps(self.machine, client, slot_id, slot.pages, create=True)
+                made[slot_id] = ClientBitmaps.make(self.machine, client, slot_id, slot.pages)
         except BaseException:
             for bitmaps in made.values():
                 bitmaps.close()
@@ -116,7 +116,7 @@ class DirtyLog:
     def adopt_client(self, client: str) -> None:
         """Open the bitmaps of a client of a coordinator that died."""
         self._clients[client] = {
-            slot_id: ClientBitmaps(self.machine, client, slot_id, slot.pages, create=False)
+            slot_id: ClientBitmaps.make(self.machine, client, slot_id, slot.pages, create=False)
             for slot_id, slot in self.slots.items()}
 
     def unregister(self, client: str) -> None:

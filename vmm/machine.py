@@ -143,6 +143,10 @@ class Machine:
         """End every vCPU; ``wait`` then has the report. An ended machine is released."""
         self._client.ask(control.Stop)
 
+    def release(self) -> None:
+        """Let an ended machine go; its report is gone with it."""
+        self._client.ask(control.Release)
+
     def status(self) -> dict[str, Any]:
         """The report so far; the same document as ``wait`` returns."""
         return self._client.ask(control.Status)
@@ -269,7 +273,7 @@ class Machine:
         if found is None or found.front.pages != pages:
             if found is not None:
                 found.close()
-            found = ClientBitmaps(self.name, client, slot, pages, create=False)
+            found = ClientBitmaps.open(self.name, client, slot, pages)
             self._clients[client, slot] = found
         return found
 

@@ -2,14 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+from workers import kvm
 
-from .spec import MachineSpec
+from . import loader
+from .config import ConfigError, MachineConfig
+from .errors import VmmError
+from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
+from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+from .trace import check_patterns
 
-__all__ = ["plan"]
+__all__ = ["choose_accelerator", "plan"]
 
 
-def plan(config: Any, *, name: str | None = None, trace: list[str] | None = None, trace_file: str = "",
-         linger: bool = True) -> MachineSpec:
+def choose_accelerator(wanted: str) -> str:
+    """``auto`` is kvm where it can be used, else unicorn. Raises VmmError when ``kvm`` is asked for
+    and cannot be had."""
+    if wanted == "unicorn":
+        return wanted
+    info = kvm.probe()
+    if not info.reason:
+        return "kvm"
+    if wanted == "kvm":
+        raise VmmError(f"accel: kvm cannot be used here: {info.reason}")
+    return "unicorn"
+
+
+def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
+         trace_file: str = "", linger: bool = True) -> MachineSpec:
     """Resolve a MachineConfig. Raises VmmError, naming the key, when this host cannot run it."""
-    raise NotImplementedError
+    accel = choose_accelerator(config.accel)
+    entries = config.dirty_ring_size
+    if accel == "kvm" and entries:
+        info = kvm.probe()
+        if info.ring_capability is None:
+            entries = 0     # no ring in this kernel: the plain bitmap does the same work
+        elif entries > info.max_entries:
+            raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but this kernel's largest "
+                           f"ring has {info.max_entries}")
+    slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
+    image, params, exact = _guest(config)
+    try:
+        loaded = loader.load_image(image, config.guest.address)
+        loader.check_fits(loaded, [(s.gpa, s.size) for s in slots])
+    except loader.GuestImageError as exc:
+        raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
+    patterns = [*config.trace, *(trace or [])]
+    check_patterns(patterns)
+    verify = config.verify
+    return MachineSpec(
+        name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
+        ring_entries=entries, slots=slots, image=image, load_address=config.guest.address, params=params,
+        cmdline=config.guest.workload or "", stack_size=config.stack_size,
+        reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
+                          config.reaper.max_interval),
+        verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
+        timeout=config.timeout, trace=patterns, trace_file=trace_file, linger=linger)
+
+
+def _guest(config: MachineConfig) -> tuple[str, list[int], bool]:
+    """Image path, parameters, and whether each of its stores changes the page it dirties."""
+    guest = config.guest
+    if guest.workload is None:
+        values = list(guest.params.values()) if isinstance(guest.params, dict) else guest.params
+        return str(guest.image), values, False
+    assert isinstance(guest.params, dict)
+    try:
+        workload = get_workload(guest.workload)
+    except WorkloadError as exc:
+        raise ConfigError(f"{config.where('guest.workload')}: {exc}") from None
+    try:
+        params = resolve_params(guest.workload, guest.params)
+    except WorkloadError as exc:
+        raise ConfigError(f"{config.where('guest.params')}: {exc}") from None
+    return str(WORKLOADS[guest.workload].image), params, workload.exact

@@ -82,12 +82,21 @@ class ClientBitmaps:
     """A consumer's two bitmaps of one slot, in one segment: ``gathering``, which every sync of any
     client folds into, and ``front``, what the client's own last sync took: stable until its next."""
 
-    def __init__(self, machine: str, client: str, slot: int, pages: int, *, create: bool) -> None:
-        name = segment_name(machine, f"client.{client}.{slot}")
-        size = 2 * bitmap_bytes(pages)
-        self.segment = make_or_adopt(name, size, create)
+    def __init__(self, segment: Segment, pages: int) -> None:
+        self.segment = segment
         self.gathering = Bitmap(self.segment, 0, pages)
         self.front = Bitmap(self.segment, bitmap_bytes(pages), pages)
+
+    @classmethod
+    def make(cls, machine: str, client: str, slot: int, pages: int, *, create: bool = True) -> ClientBitmaps:
+        """The coordinator's: owned, made anew or taken over."""
+        name = segment_name(machine, f"client.{client}.{slot}")
+        return cls(make_or_adopt(name, 2 * bitmap_bytes(pages), create), pages)
+
+    @classmethod
+    def open(cls, machine: str, client: str, slot: int, pages: int) -> ClientBitmaps:
+        """A consumer's. Raises SegmentError."""
+        return cls(Segment.open(segment_name(machine, f"client.{client}.{slot}")), pages)
 
     def close(self) -> None:
         self.__dict__.pop("gathering", None)

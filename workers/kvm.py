@@ -19,7 +19,19 @@ def iob(fd,nr,buf):
 @dataclass
 class KvmInfo:
     present: bool=True; permitted: bool=True; ring_capability: str|None='ACQ_REL'; max_entries: int=65536; reason: str=''
-def probe(): return KvmInfo()
+def probe():
+    if not os.path.exists('/dev/kvm'):
+        return KvmInfo(False,False,None,0,'/dev/kvm is missing (no KVM in this kernel, or no virtualisation)')
+    try:
+        fd=os.open('/dev/kvm',os.O_RDWR|os.O_CLOEXEC)
+    except OSError as x:
+        return KvmInfo(True,False,None,0,f'/dev/kvm cannot be opened: {x.strerror} (add the user to group kvm)')
+    try:
+        for cap,name in ((223,'DIRTY_LOG_RING_ACQ_REL'),(192,'DIRTY_LOG_RING')):
+            n=ioctl(fd,0xAE03,cap)
+            if n: return KvmInfo(True,True,name,n//16,'')
+        return KvmInfo(True,True,None,0,'')
+    finally: os.close(fd)
 class KvmAccelerator:
     def __init__(self, spec, memory, control, ports):
         self.spec,self.memory,self.control,self.ports=spec,memory,control,ports

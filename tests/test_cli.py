@@ -1,0 +1,208 @@
+"""The command line as a user has it: exit status, one-line errors, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm.errors import ExitCode
+
+TOP = Path(__file__).parent.parent
+CONFIGS = sorted((TOP / "configs").glob("*.yaml"))
+TIMEOUT = 60
+
+
+def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True,
+                          timeout=TIMEOUT, check=False)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+GOOD = "memory:\n  - size: 4MiB\nguest:\n  workload: hello\n"
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_runs_and_verifies(config: Path) -> None:
+    done = vmm("launch", str(config), "--json", "--set", "accel=kvm")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["state"] == "ended"
+    if report["verification"]:
+        assert report["verification"]["lost_pages"] == 0
+        assert report["verification"]["surplus_pages"] == 0
+        assert report["verification"]["dirty_pages"] > 0
+
+
+@pytest.mark.parametrize(("text", "arguments", "fragments"), [
+    (GOOD + "vcpsu: 2\n", [], ["m.yaml:5: vcpsu: unknown key", "did you mean 'vcpus'"]),
+    (GOOD + "vcpus: two\n", [], ["m.yaml:5: vcpus: ", "not 'two'"]),
+    (GOOD + "vcpus: 0\n", [], ["m.yaml:5: vcpus: "]),
+    (GOOD + "vcpus: 257\n", [], ["m.yaml:5: vcpus: ", "256"]),
+    (GOOD + "vcpus: 2\nvcpus: 3\n", [], ["m.yaml:6: vcpus: given twice"]),
+    (GOOD + "dirty_ring_size: 1000\n", [],
+     ["m.yaml:5: dirty_ring_size: ", "power of two from 1024 to 65536"]),
+    (GOOD + "dirty_ring_size: 512\n", [], ["m.yaml:5: dirty_ring_size: ", "power of two from 1024 to 65536"]),
+    (GOOD + "dirty_ring_size: 131072\n", [], ["power of two from 1024 to 65536"]),
+    (GOOD + "timeout: soon\n", [], ["m.yaml:5: timeout: ", "is not a duration"]),
+    (GOOD, ["--set", "memory.0.size=4095"], ["--set memory.0.size=4095: memory.0.size",
+                                             "multiple of 4096"]),
+    (GOOD, ["--set", "memory.1.size=4096"], ["--set memory.1.size=4096: memory has no item 1"]),
+    (GOOD, ["--set", "vcpus"], ["--set vcpus: write key=value"]),
+    (GOOD, ["--set", "guest.workload=helo"], ["unknown workload 'helo'", "did you mean 'hello'"]),
+    (GOOD, ["--set", "guest.params.linse=1"], ["has no parameter 'linse'", "did you mean 'lines'"]),
+    (GOOD, ["--name", "No_Name"], ["machine name 'No_Name'"]),
+    (GOOD, ["--trace", "kvm_dirty_rings"], ["no such event", "kvm_dirty_ring_full"]),
+    ("memory:\n  - size: 4MiB\n  - {gpa: 0x3ff000, size: 4MiB}\nguest: {workload: hello}\n", [],
+     ["m.yaml:3: memory.1: ", "overlaps memory.0"]),
+    ("memory:\n  - {gpa: 0xf0000000, size: 4MiB}\nguest: {workload: hello}\n", [],
+     ["overlaps the system area"]),
+    ("memory:\n  - {size: 4MiB}\nguest: {image: nothing.elf}\n", [],
+     ["m.yaml:3: guest.image: ", "nothing.elf"]),
+    ("memory:\n  - {size: 4MiB}\nguest: {image: m.yaml}\n", [], ["guest.image: ", "not an ELF file"]),
+    ("memory:\n  - {gpa: 0x10000000, size: 4MiB}\nguest: {workload: hello}\n", [],
+     ["guest.image: ", "no memory at 0x100000"]),
+    ("memory:\n  - {size: 4MiB\n", [], ["m.yaml:", "not YAML"]),
+    ("- 1\n", [], ["must be a mapping"]),
+])
+def test_bad_input_is_one_clear_line(tmp_path: Path, text: str, arguments: list[str],
+                                     fragments: list[str]) -> None:
+    config = write(tmp_path / "m.yaml", text)
+    done = vmm("launch", config, *arguments)
+    assert done.returncode == ExitCode.BAD_INPUT, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("vmm: error: ")
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def test_missing_file_is_one_line() -> None:
+    done = vmm("launch", "/nowhere/m.yaml")
+    assert done.returncode == 2
+    assert done.stderr == "vmm: error: /nowhere/m.yaml: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.kvm
+def test_memory_larger_than_shm_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    config = write(tmp_path / "m.yaml", "memory:\n  - size: 4MiB\n  - {gpa: 0x100000000, size: 900GiB}\n"
+                                        "guest: {workload: hello}\n")
+    done = vmm("launch", config, "--set", "accel=kvm")
+    assert done.returncode == 2
+    assert "/dev/shm is too small" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["status", "pause", "resume", "stop", "sync"])
+def test_verbs_on_nothing_say_so(verb: str) -> None:
+    done = vmm(verb, "nobody")
+    assert done.returncode == ExitCode.NO_MACHINE
+    assert done.stderr == "vmm: error: no machine named 'nobody' (none is running)\n"
+
+
+@pytest.mark.kvm
+def test_the_verbs_on_a_detached_machine(tmp_path: Path) -> None:
+    config = write(tmp_path / "m.yaml", "vcpus: 2\nmemory:\n  - size: 8MiB\nguest:\n  workload: random\n"
+                                        "  params: {writes: 0, spin: 100}\n")
+
+    def ask(*arguments: str) -> Any:
+        done = vmm(*arguments, "--json")
+        assert done.returncode == 0, (arguments, done.stderr)
+        return json.loads(done.stdout)
+
+    try:
+        assert ask("launch", config, "--name", "back", "--detach") == {"name": "back"}
+        assert [m["name"] for m in ask("list")] == ["back"]
+        again = vmm("launch", config, "--name", "back")
+        assert again.returncode == 2
+        assert "'back' is running already" in again.stderr
+        ask("sync", "back")
+        ask("pause", "back")
+        assert ask("sync", "back")["pages"] > 0
+        assert ask("sync", "back")["pages"] == 0
+        assert ask("status", "back")["state"] == "paused"
+        ask("memory", "add", "back", "5", "0x10000000", "1MiB")
+        assert [s["id"] for s in ask("status", "back")["slots"]] == [0, 5]
+        ask("memory", "remove", "back", "5")
+        ask("log", "stop", "back", "0")
+        assert ask("status", "back")["slots"][0]["logged"] is False
+        ask("resume", "back")
+    finally:
+        ask("stop", "back")
+    assert ask("list") == []
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_machine_in_order_and_the_report_is_printed(tmp_path: Path, signum: int) -> None:
+    config = write(tmp_path / "m.yaml", "vcpus: 2\nmemory:\n  - size: 8MiB\nguest:\n  workload: random\n"
+                                        "  params: {writes: 0}\n")
+    trace = tmp_path / "trace"
+    process = subprocess.Popen([sys.executable, "-m", "vmm", "launch", config, "--json", "--trace",
+                                "kvm_dirty_ring_reap", "--trace-file", str(trace)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = 20.0
+    while not (trace.exists() and trace.stat().st_size):    # the guest runs and is reaped
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.02)
+        deadline -= 0.02
+        assert deadline > 0
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + signum, err
+    assert {v["exit_reason"] for v in json.loads(out)["vcpus"]} == {"stopped"}
+    assert err == ""
+
+
+@pytest.mark.kvm
+def test_trace_events_have_the_seeds_names_and_arguments(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    done = vmm("launch", str(TOP / "configs/tiny-ring.yaml"), "--json", "--trace", "kvm_dirty_ring_*",
+               "--trace-file", str(trace), "--set", "guest.params.writes=5000", "--set", "reaper.mode=fixed",
+               "--set", "accel=kvm", "--set", "verify=false")
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, str] = {}
+    pages = 0
+    for line in trace.read_text().splitlines():
+        stamp, event, *fields = line.split()
+        float(stamp)
+        seen.setdefault(event, " ".join(f.split("=")[0] for f in fields))
+        pages += event == "kvm_dirty_ring_page"
+    assert seen == {"kvm_dirty_ring_full": "id", "kvm_dirty_ring_reap_vcpu": "id",
+                    "kvm_dirty_ring_page": "vcpu fetch offset", "kvm_dirty_ring_reaper": "s",
+                    "kvm_dirty_ring_reap": "count t", "kvm_dirty_ring_reaper_kick": "reason"}
+    assert pages == sum(v["dirty_pages"] for v in json.loads(done.stdout)["vcpus"])
+
+
+def test_doctor_knows_this_host() -> None:
+    done = vmm("doctor", "--json")
+    findings = {f["name"]: f for f in json.loads(done.stdout)}
+    assert done.returncode == 0
+    assert findings["kvm"]["status"] == ("ok" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "absent")
+    assert {"/dev/shm", "cores", "userfaultfd", "left-overs", "unicorn"} <= set(findings)
+
+
+def test_help_schema_and_guests() -> None:
+    assert "launch" in vmm("--help").stdout
+    assert vmm("launch", "--no-such-option").returncode == 2
+    assert "memory" in json.loads(vmm("schema").stdout)["properties"]
+    assert "stamp" in json.loads(vmm("guests", "--json").stdout)
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    done = subprocess.run(f"{sys.executable} -m vmm schema | head -1", shell=True, capture_output=True,
+                          text=True, timeout=TIMEOUT, check=False)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""

@@ -1,0 +1,5 @@
+"""``python -m vmm`` is ``vmm``."""
+
+from .cli import main
+
+main()

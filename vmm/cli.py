@@ -1,0 +1,414 @@
+"""``vmm``: every verb is a few lines over :class:`vmm.machine.Machine`.
+
+Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import ExitCode, VmmError
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+__all__ = ["main"]
+
+_PROGRESS_S = 0.25
+
+
+class _Interrupted(Exception):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+    return option(function)
+
+
+def _on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the verb a Machine in place of its NAME, and close it afterwards."""
+
+    @functools.wraps(function)
+    def wrapper(name: str, **options: Any) -> Any:
+        from .machine import Machine
+
+        with Machine.attach(name) as machine:
+            return function(machine, **options)
+
+    return click.argument("name")(wrapper)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="shardvmm")
+def cli() -> None:
+    """Virtual machines whose vCPUs are processes, and every page they dirty."""
+
+
+# --- launch ------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override a key of the file, for example vcpus=8 or memory.0.size=1GiB.")
+@click.option("--name", help="Name of the machine (default: the file's).")
+@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+@click.option("--trace", "trace", multiple=True, metavar="PATTERN",
+              help="Switch trace events on, for example 'kvm_dirty_ring_*'.")
+@click.option("--trace-file", type=click.Path(dir_okay=False), default="",
+              help="Write trace lines there instead of standard error.")
+@_json_option
+def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
+           trace_file: str, as_json: bool) -> int:
+    """Launch the machine described in the file CONFIG and run it to its end."""
+    from .config import load_config
+    from .machine import Machine
+
+    if trace and detach and not trace_file:
+        raise VmmError("--trace with --detach needs --trace-file: nobody would see the lines")
+    machine_config = load_config(config, list(overrides))
+    machine = Machine.launch(machine_config, name=name, trace=list(trace),
+                             trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
+                             start=detach)
+    if detach:
+        machine.detach()
+        if as_json:
+            _print_json({"name": machine.name})
+        else:
+            click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
+        return ExitCode.OK
+    with machine:
+        return _run_in_foreground(machine, as_json)
+
+
+def _run_in_foreground(machine: Machine, as_json: bool) -> int:
+    """Show the machine until it ends; a signal stops it in order, and the report is still printed."""
+    stopped_by = 0
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise _Interrupted(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+    try:
+        machine.start()
+        _follow(machine, as_json)
+    except _Interrupted as exc:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)   # one is enough
+        stopped_by = exc.signum
+        machine.stop()
+    report = machine.wait(60.0)
+    if as_json:
+        _print_json(report)
+    else:
+        from .report import print_report, screen
+
+        print_report(report, screen())
+    return 128 + stopped_by if stopped_by else int(report["exit_code"])
+
+
+def _follow(machine: Machine, as_json: bool) -> None:
+    """Console output as it comes, a progress line on a terminal, until the end."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from .report import progress_text
+
+    screen = Console(stderr=True, highlight=False)
+    with Live(console=screen, transient=True, auto_refresh=False, redirect_stdout=False,
+              redirect_stderr=False) as live:
+        shown, dirtied = time.monotonic(), 0
+        while True:
+            for event in machine.events(_PROGRESS_S):
+                if event["event"] == "console":
+                    for line in event["data"].splitlines():
+                        click.echo(f"[vcpu {event['vcpu']}] {line}", err=as_json)
+                elif event["event"] == "ring-rebuilt":
+                    screen.print(f"vcpu {event['vcpu']}: its ring lost count ({event['harvested']} "
+                                 f"harvested, {event['reset']} reset) and was rebuilt; "
+                                 f"{event['pages_marked']} pages marked dirty", markup=False)
+                elif event["event"] == "ended":
+                    return
+                if time.monotonic() - shown >= _PROGRESS_S:
+                    break
+            if screen.is_terminal:
+                report = machine.status()
+                now, total = time.monotonic(), sum(v["dirty_pages"] for v in report["vcpus"])
+                live.update(Text(progress_text(report, (total - dirtied) / (now - shown))), refresh=True)
+                shown, dirtied = now, total
+            else:
+                shown = time.monotonic()
+
+
+# --- running machines ------------------------------------------------------------------------------------
+
+
+@cli.command("list")
+@_json_option
+def list_(as_json: bool) -> None:
+    """List the running machines."""
+    from .machine import list_machines
+
+    machines = list_machines()
+    if as_json:
+        _print_json(machines)
+    elif machines:
+        from .report import machines_table, screen
+
+        screen().print(machines_table(machines))
+    else:
+        click.echo("no machine is running")
+
+
+@cli.command()
+@_on_machine
+@_json_option
+def status(machine: Machine, as_json: bool) -> None:
+    """Show everything about a machine: vCPUs, reaper, slots, verification."""
+    report = machine.status()
+    if as_json:
+        _print_json(report)
+    else:
+        from .report import print_report, screen
+
+        print_report(report, screen())
+
+
+def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str) -> None:
+    """A verb that does one thing to a machine and says so."""
+
+    @cli.command(name, help=help_text)
+    @_on_machine
+    @_json_option
+    def verb(machine: Machine, as_json: bool) -> None:
+        act(machine)
+        if as_json:
+            _print_json({"name": machine.name, "done": name})
+        else:
+            click.echo(f"{machine.name} {done}")
+
+
+_simple("pause", "Take every vCPU out of the guest and keep it out.", lambda m: m.pause(), "is paused")
+_simple("resume", "Let a paused machine run on.", lambda m: m.resume(), "is running")
+
+
+@cli.command()
+@_on_machine
+@_json_option
+def stop(machine: Machine, as_json: bool) -> None:
+    """End every vCPU, and the machine, in order."""
+    from .runtime import is_running
+
+    machine.stop()
+    deadline = time.monotonic() + 30.0
+    while is_running(machine.name):
+        if time.monotonic() > deadline:
+            raise VmmError(f"machine '{machine.name}' is still there after 30 s", ExitCode.WORKER_DIED)
+        try:
+            if machine.status()["state"] == "ended":
+                machine.release()
+        except VmmError:
+            pass    # it went away meanwhile, which is what was wanted
+        time.sleep(0.02)
+    if as_json:
+        _print_json({"name": machine.name, "done": "stop"})
+    else:
+        click.echo(f"{machine.name} has ended")
+
+
+@cli.group()
+def log() -> None:
+    """Switch dirty logging of a memory slot."""
+
+
+def _log_verb(name: str, help_text: str) -> None:
+    @log.command(name, help=help_text)
+    @_on_machine
+    @click.argument("slot", type=int)
+    @_json_option
+    def verb(machine: Machine, slot: int, as_json: bool) -> None:
+        if name == "start":
+            machine.log_start(slot)
+        else:
+            machine.log_stop(slot)
+        if as_json:
+            _print_json({"name": machine.name, "slot": slot, "logged": name == "start"})
+        else:
+            click.echo(f"{machine.name}: slot {slot} is {'logged' if name == 'start' else 'not logged'}")
+
+
+_log_verb("start", "Log the pages dirtied in SLOT from now on.")
+_log_verb("stop", "Stop logging SLOT; what was dirtied until now is kept.")
+
+
+@cli.command()
+@_on_machine
+@click.option("--client", default="cli", show_default=True, help="Whose last sync to count from.")
+@_json_option
+def sync(machine: Machine, client: str, as_json: bool) -> None:
+    """Flush, and show the pages of each slot dirtied since this client's last sync. The first one
+    registers the client: it counts from there."""
+    machine.register(client)
+    result = machine.sync(client)
+    if as_json:
+        _print_json({"name": machine.name, "client": client, "pages": result.pages,
+                     "slots": {str(i): [list(r) for r in ranges] for i, ranges in result.slots.items()}})
+        return
+    for slot_id, ranges in result.slots.items():
+        click.echo(f"slot {slot_id}: {sum(n for _, n in ranges)} pages dirty")
+        for first, count in ranges:
+            pages = f"{first:#x}" if count == 1 else f"{first:#x}-{first + count - 1:#x}"
+            click.echo(f"    {pages} ({count} page{'s' if count > 1 else ''})")
+
+
+@cli.group()
+def memory() -> None:
+    """Plug memory slots in and out of a running machine."""
+
+
+@memory.command("add")
+@_on_machine
+@click.argument("slot", type=int)
+@click.argument("gpa")
+@click.argument("size")
+@click.option("--no-log", is_flag=True, help="Without dirty logging.")
+@_json_option
+def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, as_json: bool) -> None:
+    """Add SLOT of SIZE at guest address GPA (bytes, 0x…, KiB, MiB, GiB)."""
+    from .config import parse_size
+
+    try:
+        address, length = parse_size(_number(gpa)), parse_size(_number(size))
+    except ValueError as exc:
+        raise VmmError(str(exc)) from None
+    machine.memory_add(slot, address, length, log=not no_log)
+    _memory_done(machine, slot, "added", as_json)
+
+
+@memory.command("remove")
+@_on_machine
+@click.argument("slot", type=int)
+@_json_option
+def memory_remove(machine: Machine, slot: int, as_json: bool) -> None:
+    """Remove SLOT: vCPUs stopped, rings reaped, bitmap synced, slot removed, vCPUs resumed."""
+    machine.memory_remove(slot)
+    _memory_done(machine, slot, "removed", as_json)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
+    if as_json:
+        _print_json({"name": machine.name, "slot": slot, "done": what})
+    else:
+        click.echo(f"{machine.name}: slot {slot} {what}")
+
+
+# --- the host ----------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> int:
+    """Say what this host can do: KVM, dirty rings, shared memory, limits, left-overs."""
+    from .doctor import examine, healthy
+
+    findings = examine()
+    if as_json:
+        _print_json([f.as_dict() for f in findings])
+    else:
+        from .report import doctor_table, screen
+
+        screen().print(doctor_table([f.as_dict() for f in findings]))
+    return ExitCode.OK if healthy(findings) else 1
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json_option
+def gc(name: str | None, as_json: bool) -> None:
+    """Clear what machines that died have left behind (of NAME, or of all)."""
+    from .runtime import collect_garbage
+
+    removed = collect_garbage(name)
+    if as_json:
+        _print_json({"removed": removed})
+    else:
+        for each in removed:
+            click.echo(f"removed {each}")
+        click.echo(f"{len(removed)} removed" if removed else "nothing was left behind")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration file."""
+    from .config import config_schema
+
+    _print_json(config_schema())
+
+
+@cli.command()
+@_json_option
+def guests(as_json: bool) -> None:
+    """List the sample guests and their parameters."""
+    from .guests import WORKLOADS
+
+    if as_json:
+        _print_json({w.name: {"description": w.description,
+                              "params": {p.name: {"default": p.default, "minimum": p.minimum,
+                                                  "maximum": p.maximum, "help": p.help} for p in w.params}}
+                     for w in WORKLOADS.values()})
+        return
+    for w in WORKLOADS.values():
+        click.echo(f"{w.name}: {w.description}")
+        for p in w.params:
+            click.echo(f"    {p.name} (default {p.default}): {p.help}")
+
+
+def main() -> None:
+    """Entry point: every expected error is one line on standard error and an exit status."""
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except VmmError as exc:
+        for line in str(exc).splitlines():
+            click.echo(f"vmm: error: {line}", err=True)
+        code = exc.exit_code
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except (click.Abort, KeyboardInterrupt, _Interrupted):
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing more can be said to anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except Exception as exc:
+        if os.environ.get("VMM_DEBUG"):
+            raise
+        click.echo(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)", err=True)
+        code = ExitCode.BUG
+    sys.exit(int(code or 0))

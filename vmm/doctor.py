@@ -1,0 +1,137 @@
+"""``vmm doctor``: what this host can do, as data; nothing is changed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import resource
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ipc.shm import free_bytes
+from workers import kvm
+
+from .report import size_text
+from .runtime import leftovers
+
+__all__ = ["Finding", "examine", "healthy"]
+
+_SYS_USERFAULTFD = 323      # x86-64
+_UFFD_USER_MODE_ONLY = 1
+_SHM_COMFORTABLE = 1 << 30
+_PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic", "unicorn")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    name: str
+    status: str     # ok | warn | fail | absent
+    finding: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Every check, in the order of what is needed first."""
+    return [*_kvm(), _unicorn(), *_shared_memory(), *_limits(), _userfaultfd(), *_packages(), _kernel_cache(),
+            _compiler(), *_left_behind()]
+
+
+def healthy(findings: list[Finding]) -> bool:
+    """At least one accelerator can be used and nothing essential is missing."""
+    accelerators = {f.name: f.status for f in findings if f.name in ("kvm", "unicorn")}
+    return "ok" in accelerators.values() and all(f.status != "fail" for f in findings)
+
+
+def _kvm() -> list[Finding]:
+    info = kvm.probe()
+    if info.reason:
+        return [Finding("kvm", "absent", info.reason, "accel: unicorn works without it")]
+    found = [Finding("kvm", "ok", "/dev/kvm can be used")]
+    if info.ring_capability is None:
+        found.append(Finding("dirty ring", "warn", "this kernel has no dirty rings",
+                             "machines fall back to the plain dirty bitmap"))
+    else:
+        found.append(Finding("dirty ring", "ok", f"KVM_CAP_{info.ring_capability}, "
+                                                 f"at most {info.max_entries} entries"))
+    return found
+
+
+def _unicorn() -> Finding:
+    try:
+        return Finding("unicorn", "ok", f"version {importlib.metadata.version('unicorn')}")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("unicorn", "absent", "not installed", "pip install unicorn")
+
+
+def _shared_memory() -> list[Finding]:
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError as exc:
+        return [Finding("/dev/shm", "fail", str(exc.strerror), "mount a tmpfs there")]
+    free, size = free_bytes(), stat.f_blocks * stat.f_frsize
+    text = f"{size_text(size >> 20 << 20)}, {size_text(free >> 20 << 20)} free"
+    if free < _SHM_COMFORTABLE:
+        return [Finding("/dev/shm", "warn", text, "guest RAM lies there: mount -o remount,size=… /dev/shm")]
+    return [Finding("/dev/shm", "ok", text)]
+
+
+def _limits() -> list[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = Finding("open files", "ok" if soft >= 1024 else "warn", f"{soft} (hard limit {hard})",
+                    "" if soft >= 1024 else "ulimit -n 4096")
+    cores = len(os.sched_getaffinity(0))
+    return [files, Finding("cores", "ok", f"{cores}; more vCPUs than cores take turns")]
+
+
+def _userfaultfd() -> Finding:
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
+    if fd < 0:
+        return Finding("userfaultfd", "warn", os.strerror(ctypes.get_errno()),
+                       "sysctl vm.unprivileged_userfaultfd=1, or run as root")
+    os.close(fd)
+    return Finding("userfaultfd", "ok", "usable")
+
+
+def _packages() -> list[Finding]:
+    versions, missing = [], []
+    for name in _PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return [Finding("packages", "fail", f"missing: {', '.join(missing)}", "pip install -e .")]
+    return [Finding("packages", "ok", ", ".join(versions))]
+
+
+def _kernel_cache() -> Finding:
+    """Numba keeps compiled kernels beside the source, or in the user's cache."""
+    import ipc
+
+    beside = Path(next(iter(ipc.__path__)))
+    places = [beside, Path(os.environ.get("NUMBA_CACHE_DIR", Path.home() / ".cache"))]
+    if any(os.access(p, os.W_OK) for p in places):
+        return Finding("kernel cache", "ok", "compiled kernels can be kept")
+    return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
+                   "set NUMBA_CACHE_DIR to a folder that can be written")
+
+
+def _compiler() -> Finding:
+    if shutil.which("as") and shutil.which("ld"):
+        return Finding("assembler", "ok", "the sample guests can be rebuilt")
+    return Finding("assembler", "absent", "as and ld are missing",
+                   "needed only to rebuild the sample guests: apt-get install binutils")
+
+
+def _left_behind() -> list[Finding]:
+    found = leftovers()
+    if not found:
+        return [Finding("left-overs", "ok", "none")]
+    return [Finding("left-overs", "warn", f"{name}: {len(what)} segments or folders of a machine that died",
+                    f"vmm gc {name}") for name, what in found.items()]
