@@ -68,8 +68,12 @@ def test_fixed_reaper_lives_on_ring_full_exits(accel: str) -> None:
     report = run(spec("sequential", accel=accel, ring=1024, reaper=ReaperSpec(mode="fixed", interval=10.0),
                       passes=4))
     assert report["exit_code"] == 0
-    fulls = [v["ring_full_exits"] for v in report["vcpus"]]
-    assert all(f >= 4 for f in fulls), fulls
+    # One vCPU's full ring has every ring reaped, so who reports the most is chance; but without a reap
+    # in between nobody can push more than a ring holds.
+    fulls = sum(v["ring_full_exits"] for v in report["vcpus"])
+    pushed = max(v["dirty_pages"] for v in report["vcpus"])
+    assert pushed > 4 * 1024
+    assert fulls >= pushed // 1024 - 1, report["vcpus"]
 
 
 def test_slots_with_a_hole_and_one_that_is_not_logged(accel: str) -> None:
