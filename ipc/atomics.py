@@ -16,9 +16,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["fetch_or_u64", "load_acquire_u32", "load_u32", "load_u64", "store_release_u32",
-           "store_release_u64", "store_u64", "swap_u64"]
+__all__ = ["cmpxchg_u16", "cmpxchg_u32", "cmpxchg_u64", "cmpxchg_u8", "cmpxchg_u128", "fence", "fetch_or_u64",
+           "load_acquire_u32", "load_u32", "load_u64", "load_u8", "store_release_u32", "store_release_u64",
+           "store_u64", "store_u8", "swap_u64"]
 
+_U8 = ir.IntType(8)
+_U16 = ir.IntType(16)
 _U32 = ir.IntType(32)
 _U64 = ir.IntType(64)
 
@@ -98,3 +101,70 @@ def swap_u64(typingctx: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("xchg", _pointer(builder, args[0], _U64), args[1], "seq_cst")
 
     return types.uint64(types.int64, types.uint64), codegen
+
+
+@intrinsic
+def load_u8(typingctx: Any, address: Any) -> Any:
+    """Plain load."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, args[0], _U8))
+
+    return types.uint8(types.int64), codegen
+
+
+@intrinsic
+def store_u8(typingctx: Any, address: Any, value: Any) -> Any:
+    """Plain store."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[1], _pointer(builder, args[0], _U8))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint8), codegen
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """A full barrier (x86 ``mfence``)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _make_cmpxchg(width: ir.IntType, value_type: Any) -> Any:
+    def cmpxchg(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
+        """Compare and exchange, sequentially consistent; what was there before."""
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pair = builder.cmpxchg(_pointer(builder, args[0], width), args[1], args[2], "seq_cst", "seq_cst")
+            return builder.extract_value(pair, 0)
+
+        return value_type(types.int64, value_type, value_type), codegen
+
+    return intrinsic(cmpxchg)
+
+
+cmpxchg_u8 = _make_cmpxchg(_U8, types.uint8)
+cmpxchg_u16 = _make_cmpxchg(_U16, types.uint16)
+cmpxchg_u32 = _make_cmpxchg(_U32, types.uint32)
+cmpxchg_u64 = _make_cmpxchg(_U64, types.uint64)
+
+
+@intrinsic
+def cmpxchg_u128(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
+    """The 16-byte one. ``expected`` and ``new`` are addresses of 16 bytes; what was there before is
+    written to ``expected``. Returns 1 when the exchange was made, else 0."""
+    width = ir.IntType(128)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wanted = _pointer(builder, args[1], width)
+        pair = builder.cmpxchg(_pointer(builder, args[0], width), builder.load(wanted, align=1),
+                               builder.load(_pointer(builder, args[2], width), align=1), "seq_cst", "seq_cst")
+        builder.store(builder.extract_value(pair, 0), wanted, align=1)
+        return builder.zext(builder.extract_value(pair, 1), ir.IntType(8))
+
+    return types.uint8(types.int64, types.int64, types.int64), codegen
