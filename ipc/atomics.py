@@ -16,9 +16,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["cmpxchg_u16", "cmpxchg_u32", "cmpxchg_u64", "cmpxchg_u8", "cmpxchg_u128", "fence", "fetch_or_u64",
-           "load_acquire_u32", "load_u32", "load_u64", "load_u8", "store_release_u32", "store_release_u64",
-           "store_u64", "store_u8", "swap_u64"]
+__all__ = [
+    "cmpxchg_u8",
+    "cmpxchg_u16",
+    "cmpxchg_u32",
+    "cmpxchg_u64",
+    "cmpxchg_u128",
+    "fence",
+    "fetch_or_u64",
+    "load_acquire_u32",
+    "load_u8",
+    "load_u32",
+    "load_u64",
+    "store_release_u32",
+    "store_release_u64",
+    "store_u8",
+    "store_u64",
+    "swap_u64",
+]
 
 _U8 = ir.IntType(8)
 _U16 = ir.IntType(16)

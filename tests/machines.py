@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +14,7 @@ from vmm.guests import WORKLOADS, resolve_params
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 
 #: Parametrisation over both accelerators.
-ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm)]
-if importlib.util.find_spec("workers.unicorn"):
-    ACCELS.append(pytest.param("unicorn"))
+ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("unicorn")]
 
 #: RAM that is no multiple of 64 pages, as the kernel's dirty_log_test has it.
 ODD = 3 * 4096

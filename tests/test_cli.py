@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import ACCELS
 
 from vmm.errors import ExitCode
 
@@ -32,13 +33,14 @@ def write(path: Path, text: str) -> str:
 GOOD = "memory:\n  - size: 4MiB\nguest:\n  workload: hello\n"
 
 
-@pytest.mark.kvm
+@pytest.mark.parametrize("accel", ACCELS)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_runs_and_verifies(config: Path) -> None:
-    done = vmm("launch", str(config), "--json", "--set", "accel=kvm")
+def test_every_config_runs_and_verifies(config: Path, accel: str) -> None:
+    done = vmm("launch", str(config), "--json", "--set", f"accel={accel}")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["state"] == "ended"
+    assert {v["accelerator"] for v in report["vcpus"]} == {accel}
     if report["verification"]:
         assert report["verification"]["lost_pages"] == 0
         assert report["verification"]["surplus_pages"] == 0

@@ -282,6 +282,8 @@ class Coordinator:
                     "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
+        if self.verifier is not None:
+            self.verifier.blind_to_surplus = True
         self._tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                     "pages_marked": pages})
 

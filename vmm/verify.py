@@ -69,8 +69,9 @@ class Verifier:
         self._previous_last: set[tuple[int, int]] = set()
         self._control = control
         self._usable = usable
-        #: The first round of a replacement may find pages that its predecessor had copied already.
-        self._blind_to_surplus = resume is not None
+        #: Surplus pages are not held against this round: it is the first of a replacement, which may find
+        #: pages that its predecessor had copied already, or a ring lost count and every page was marked.
+        self.blind_to_surplus = resume is not None
         if resume is not None:
             self.result = resume
             self._inject = "none" if resume.injected != "none" else spec.inject
@@ -132,7 +133,7 @@ class Verifier:
                 changed[part] = (now[part] != copy[part]).any(axis=1)
             self._injection(slot_id, dirty, changed)
             lost = np.flatnonzero(changed & ~dirty)
-            surplus = np.flatnonzero(dirty & ~changed & (not self._blind_to_surplus))
+            surplus = np.flatnonzero(dirty & ~changed & (not self.blind_to_surplus))
             first, end = self._usable.get(slot_id, (0, slot.pages))
             excused_here = [p for p in surplus.tolist()
                             if (slot_id, p) in excused or not first <= p < end]
@@ -149,7 +150,7 @@ class Verifier:
             update = dirty | changed
             copy[update] = now[update]
         self._control.verify_in_round = 0
-        self._blind_to_surplus = False
+        self.blind_to_surplus = False
 
     def _injection(self, slot_id: int, dirty: NDArray[np.bool_],
                    changed: NDArray[np.bool_]) -> None:

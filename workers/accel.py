@@ -18,7 +18,11 @@ from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 from .memory import GuestMemory
 from .ports import PortBus, PortEvent
 
-__all__ = ["AccelError", "Accelerator", "Exit", "ExitKind", "load"]
+__all__ = ["STATE_VERSION", "AccelError", "Accelerator", "Exit", "ExitKind", "load"]
+
+
+#: Version of what ``get_state`` returns.
+STATE_VERSION = 1
 
 
 class AccelError(Exception):
@@ -93,10 +97,15 @@ class Accelerator(Protocol):
         ...
 
     def get_state(self) -> dict[str, Any]:
-        """Complete architectural state in accelerator-neutral form (plain ints, bytes, lists)."""
+        """Complete architectural state, the same for every accelerator: ``version``; ``regs`` {name: value};
+        ``segments`` {cs ds es fs gs ss tr ldt: {base limit selector type present dpl db s l g avl
+        unusable}}; ``gdt``, ``idt`` {base limit}; ``cr0`` ``cr2`` ``cr3`` ``cr4`` ``cr8`` ``efer``
+        ``apic_base`` ``xcr0``; ``xsave``, the XSAVE area in its standard form (bytes); ``debug`` [DR0-3, DR6,
+        DR7]; ``msrs`` {number in decimal: value}; ``events``, fields of kvm_vcpu_events; ``mp_state``."""
         ...
 
-    def set_state(self, state: Mapping[str, Any]) -> None: ...
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Raises AccelError when this host cannot take it over."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -111,8 +120,8 @@ def load(name: str) -> type[Accelerator]:
         return KvmAccelerator
     if name == "unicorn":
         try:
-            from .unicorn import UnicornAccelerator  # type: ignore[import-not-found,unused-ignore]
+            from .unicorn import UnicornAccelerator
         except ImportError as exc:
             raise AccelError(f"the unicorn accelerator cannot be loaded: {exc}") from None
-        return UnicornAccelerator  # type: ignore[no-any-return,unused-ignore]
+        return UnicornAccelerator
     raise AccelError(f"unknown accelerator '{name}'")

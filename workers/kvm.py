@@ -1,117 +1,371 @@
-"""The KVM accelerator, in its first form."""
-# mypy: ignore-errors
-# ruff: noqa
+"""The KVM accelerator: a VM of one vCPU over the shared RAM, and its dirty ring.
+
+The kernel publishes the ring; the coordinator harvests it, through a mapping of the vCPU fd that it is sent;
+this process alone may reset it, since a VM answers only to the process that made it. Numbers in brackets are
+sections of Linux ``Documentation/virt/kvm/api.rst``.
+"""
+
 from __future__ import annotations
-import ctypes, mmap, os, struct, errno
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from ipc.messages import ExitReason
+from pathlib import Path
+from typing import Any
+
+from ipc.layout import DirtyGfn, VcpuControl
+from ipc.messages import ExitReason, SlotSpec, WorkerSpec
+
+from . import kvm_api as api
+from . import kvm_state
 from .accel import AccelError, Exit, ExitKind
-from .ports import UnknownPort
-libc=ctypes.CDLL(None,use_errno=True)
-_ioctl=libc.ioctl; _ioctl.argtypes=[ctypes.c_int,ctypes.c_ulong,ctypes.c_void_p]
-def ioctl(fd,nr,arg=None):
-    r=_ioctl(fd,nr,arg)
-    if r<0:
-        e=ctypes.get_errno(); raise OSError(e,os.strerror(e))
-    return r
-def iob(fd,nr,buf):
-    c=(ctypes.c_char*len(buf)).from_buffer(buf); return ioctl(fd,nr,ctypes.addressof(c))
-@dataclass
+from .faults import describe, read_frame
+from .memory import GuestMemory
+from .ports import PortBus, PortEvent, PortEventKind, UnknownPort
+
+__all__ = ["MIN_RING_ENTRIES", "KvmAccelerator", "KvmInfo", "probe", "ring_size_error"]
+
+_DEVICE = Path("/dev/kvm")
+MIN_RING_ENTRIES = 1024     # the kernel's reserve is up to 64 + 512 entries, and half a ring is to be usable
+
+_RING_CAPABILITIES = {"DIRTY_LOG_RING_ACQ_REL": api.CAP_DIRTY_LOG_RING_ACQ_REL,
+                      "DIRTY_LOG_RING": api.CAP_DIRTY_LOG_RING}     # in the order of preference
+
+
+# --- what this host offers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class KvmInfo:
-    present: bool=True; permitted: bool=True; ring_capability: str|None='ACQ_REL'; max_entries: int=65536; reason: str=''
-def probe():
-    if not os.path.exists('/dev/kvm'):
-        return KvmInfo(False,False,None,0,'/dev/kvm is missing (no KVM in this kernel, or no virtualisation)')
+    present: bool                   # /dev/kvm is there
+    permitted: bool                 # and can be opened
+    ring_capability: str | None     # name of the best one, without KVM_CAP_; None: plain bitmaps only
+    max_entries: int                # of a ring; 0 without rings
+    reason: str                     # why KVM cannot be used, for a user; empty when it can
+
+
+def probe() -> KvmInfo:
+    """Look at /dev/kvm; changes nothing."""
+    if not _DEVICE.exists():
+        return KvmInfo(False, False, None, 0, f"{_DEVICE} is missing (no KVM in this kernel, or no hardware "
+                                              "virtualisation offered to this machine)")
     try:
-        fd=os.open('/dev/kvm',os.O_RDWR|os.O_CLOEXEC)
-    except OSError as x:
-        return KvmInfo(True,False,None,0,f'/dev/kvm cannot be opened: {x.strerror} (add the user to group kvm)')
+        fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return KvmInfo(True, False, None, 0, f"no permission to open {_DEVICE} (add the user to its group, "
+                                             "usually kvm, and log in again)")
+    except OSError as exc:
+        return KvmInfo(True, False, None, 0, f"{_DEVICE} cannot be opened: {exc.strerror}")
     try:
-        for cap,name in ((223,'DIRTY_LOG_RING_ACQ_REL'),(192,'DIRTY_LOG_RING')):
-            n=ioctl(fd,0xAE03,cap)
-            if n: return KvmInfo(True,True,name,n//16,'')
-        return KvmInfo(True,True,None,0,'')
-    finally: os.close(fd)
+        version = api.ioctl(fd, api.GET_API_VERSION)
+        if version != api.API_VERSION:
+            return KvmInfo(True, True, None, 0, f"KVM API version {version}, not {api.API_VERSION}")
+        for name, capability in _RING_CAPABILITIES.items():
+            largest = api.ioctl(fd, api.CHECK_EXTENSION, capability)
+            if largest:
+                return KvmInfo(True, True, name, largest // ctypes.sizeof(DirtyGfn), "")
+        return KvmInfo(True, True, None, 0, "")
+    except OSError as exc:
+        return KvmInfo(True, False, None, 0, f"{_DEVICE} is no KVM: {exc.strerror}")
+    finally:
+        os.close(fd)
+
+
+def ring_size_error(entries: int, info: KvmInfo) -> str:
+    """What is wrong with a ring of so many entries on this host; empty when nothing is [8.29]."""
+    if entries & entries - 1 or not MIN_RING_ENTRIES <= entries <= info.max_entries:
+        return (f"{entries} entries: a power of two from {MIN_RING_ENTRIES} to {info.max_entries} is needed "
+                f"(KVM_CAP_{info.ring_capability})")
+    return ""
+
+
+# --- the accelerator ----------------------------------------------------------------------------------------
+
+
 class KvmAccelerator:
-    def __init__(self, spec, memory, control, ports):
-        self.spec,self.memory,self.control,self.ports=spec,memory,control,ports
-        self.build()
-    def build(self):
-        spec=self.spec
-        self.kvm=os.open('/dev/kvm',os.O_RDWR|os.O_CLOEXEC); self.vm=ioctl(self.kvm,0xAE01)
-        if spec.ring_entries:
-            b=bytearray(104); struct.pack_into('<IIQ',b,0,223,0,spec.ring_entries*16); iob(self.vm,0x4068AEA3,b)
-        else:
-            b=bytearray(104); struct.pack_into('<IIQ',b,0,168,0,1); iob(self.vm,0x4068AEA3,b)
-        for s in self.memory.slots.values(): self.set_memslot(s.spec)
-        self.vcpu_fd=ioctl(self.vm,0xAE41)
-        cp=bytearray(8+40*200); struct.pack_into('<I',cp,0,200); iob(self.kvm,0xC008AE05,cp); iob(self.vcpu_fd,0x4008AE90,cp)
-        self.kvm_run_size=ioctl(self.kvm,0xAE04); self.m=mmap.mmap(self.vcpu_fd,self.kvm_run_size)
-        self.imm=ctypes.c_uint8.from_buffer(self.m,1); self.reason=ctypes.c_uint32.from_buffer(self.m,8)
-        r=spec.boot
-        s=bytearray(312); iob(self.vcpu_fd,0x8138AE83,s)
-        def seg(base,limit,sel,type_,dpl,l,s_,g,db): return struct.pack('<QIHBBBBBBBBBB',base,limit,sel,type_,1,dpl,db,s_,l,g,0,0,0)
-        cs=seg(0,0xffffffff,r['cs'],0xb,r['cpl'],1,1,1,0); ds=seg(0,0xffffffff,r['ds'],3,r['cpl'],0,1,1,1)
-        tr=seg(r['tss_base'],r['tss_limit'],r['tr_selector'],0xb,0,0,0,0,0)
-        out=cs+ds*5+tr+s[7*24:8*24]+struct.pack('<QH6xQH6x',r['gdt_base'],r['gdt_limit'],r['idt_base'],r['idt_limit'])
-        out+=struct.pack('<QQQQQQQ',r['cr0'],0,r['cr3'],r['cr4'],0,r['efer'],struct.unpack_from('<Q',s,8*24+32+48)[0])
-        s[:len(out)]=out; iob(self.vcpu_fd,0x4138AE84,s)
-        self.order="rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()
-        iob(self.vcpu_fd,0x4090AE82,bytearray(struct.pack('<18Q',*[r.get(k,0) for k in self.order])))
-    def clear_immediate_exit(self): self.imm.value=0
-    def interrupt(self): self.imm.value=1
-    def registers(self):
-        b=bytearray(144); iob(self.vcpu_fd,0x8090AE81,b); return dict(zip(self.order,struct.unpack('<18Q',b)))
-    def setregs(self,r): iob(self.vcpu_fd,0x4090AE82,bytearray(struct.pack('<18Q',*[r[k] for k in self.order])))
-    def hypercall_args(self):
-        r=self.registers(); return r['rax']&0xffffffff,r['rdi'],r['rsi']
-    def set_hypercall_result(self,v):
-        self.imm.value=1; _ioctl(self.vcpu_fd,0xAE80,None); self.imm.value=0
-        r=self.registers(); r['rax']=v; self.setregs(r)
-    def run(self):
+    """See workers/accel.py for the contract."""
+
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
+        self._spec = spec
+        self._memory = memory
+        self._ports = ports
+        #: The slots as KVM has them now, logging included.
+        self._slots: dict[int, SlotSpec] = {s.spec.id: s.spec for s in memory.slots.values()}
+        self._manual_protect = False
+        self._open = contextlib.ExitStack()
+        self._make_vm()
+        try:
+            self._load_boot(spec.boot)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_vm(self) -> None:
+        """VM, slots, vCPU; the ring before the vCPU. Replaces what was there, once all of it is made."""
+        spec = self._spec
+        with contextlib.ExitStack() as stack:
+            try:
+                self._kvm = _owned(stack, os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+                self._vm = _owned(stack, api.ioctl(self._kvm, api.CREATE_VM))
+                self._enable_dirty_log()
+                for slot in self._slots.values():
+                    self._put_slot(slot, slot.size)
+                self.vcpu_fd = _owned(stack, api.ioctl(self._vm, api.CREATE_VCPU, 0))
+                self._set_cpuid()
+                self.kvm_run_size = api.ioctl(self._kvm, api.GET_VCPU_MMAP_SIZE)
+                mapping = mmap.mmap(self.vcpu_fd, self.kvm_run_size)
+            except OSError as exc:
+                raise AccelError(f"vCPU {spec.index}: KVM cannot make it: {exc.strerror}{_advice(exc)}") from None
+            self._run = api.Run.from_buffer(mapping)
+            stack.callback(mapping.close)
+            self._open.close()
+            self._open = stack.pop_all()
+
+    def _enable_dirty_log(self) -> None:
+        entries = self._spec.ring_entries
+        if not entries:
+            # Protection by hand, not by GET: only then can a page be re-protected after it was recorded.
+            # Not KVM_DIRTY_LOG_INITIALLY_SET: a page that was never written would count as dirty.
+            cap = api.EnableCap(cap=api.CAP_MANUAL_DIRTY_LOG_PROTECT2)
+            cap.args[0] = api.DIRTY_LOG_MANUAL_PROTECT_ENABLE
+            with contextlib.suppress(OSError):
+                api.ioctl(self._vm, api.ENABLE_CAP, cap)
+                self._manual_protect = True
+            return
+        info = probe()
+        wrong = ring_size_error(entries, info)
+        if info.ring_capability is None or wrong:
+            raise AccelError(f"dirty ring: {wrong or 'this kernel has none'}")
+        cap = api.EnableCap(cap=_RING_CAPABILITIES[info.ring_capability])
+        cap.args[0] = entries * ctypes.sizeof(DirtyGfn)
+        api.ioctl(self._vm, api.ENABLE_CAP, cap)
+
+    def _set_cpuid(self) -> None:
+        cpuid = api.Cpuid(nent=256)
+        api.ioctl(self._kvm, api.GET_SUPPORTED_CPUID, cpuid)
+        api.ioctl(self.vcpu_fd, api.SET_CPUID2, cpuid)
+
+    def _load_boot(self, boot: Mapping[str, int]) -> None:
+        sregs = api.Sregs()
+        try:
+            api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
+            flat = {"limit": 0xFFFF_FFFF, "present": 1, "dpl": boot["cpl"], "s": 1, "g": 1}
+            sregs.cs = api.Segment(selector=boot["cs"], type=0xB, l=1, **flat)      # code, read, accessed
+            for name in ("ds", "es", "fs", "gs", "ss"):
+                selector = boot["ss"] if name == "ss" else boot["ds"]
+                setattr(sregs, name, api.Segment(selector=selector, type=3, db=1, **flat))  # data, accessed
+            sregs.tr = api.Segment(base=boot["tss_base"], limit=boot["tss_limit"], type=0xB, present=1,
+                                   selector=boot["tr_selector"])                    # busy 64-bit TSS
+            sregs.gdt = api.Dtable(boot["gdt_base"], boot["gdt_limit"])
+            sregs.idt = api.Dtable(boot["idt_base"], boot["idt_limit"])
+            for name in ("cr0", "cr3", "cr4", "efer"):
+                setattr(sregs, name, boot[name])
+            api.ioctl(self.vcpu_fd, api.SET_SREGS, sregs)
+            names = {name for name, *_ in api.Regs._fields_}
+            api.ioctl(self.vcpu_fd, api.SET_REGS, api.Regs(**{k: v for k, v in boot.items() if k in names}))
+            kvm_state.set_msr(self.vcpu_fd, api.MSR_LSTAR, boot["lstar"])
+        except OSError as exc:
+            raise AccelError(f"vCPU {self._spec.index}: KVM refuses the boot registers: {exc.strerror}") from None
+
+    # --- the guest ------------------------------------------------------------------------------------------
+
+    def clear_immediate_exit(self) -> None:
+        self._run.immediate_exit = 0
+
+    def interrupt(self) -> None:
+        self._run.immediate_exit = 1
+
+    def run(self) -> Exit:
+        run = self._run
         while True:
-            if _ioctl(self.vcpu_fd,0xAE80,None)<0:
-                e=ctypes.get_errno()
-                if e==errno.EINTR: return Exit(ExitKind.KICKED)
-                raise OSError(e,'run')
-            n=self.reason.value
-            if n==31: return Exit(ExitKind.RING_FULL)
-            if n==2:
-                d,sz,port,cnt,off=struct.unpack_from('<BBHIQ',self.m,32)
-                try:
-                    if d:
-                        ev=self.ports.write(port,sz,int.from_bytes(self.m[off:off+sz],'little'))
-                        if ev: return Exit(ExitKind.PORT,event=ev)
-                    else: self.m[off:off+sz]=self.ports.read(port,sz).to_bytes(sz,'little')
-                except UnknownPort as x: return Exit(ExitKind.END,reason=ExitReason.UNKNOWN_PORT,detail=str(x),registers=self.registers())
+            error = api.run(self.vcpu_fd)
+            if error == errno.EINTR:
+                return Exit(ExitKind.KICKED)
+            if error:
+                return self._end(ExitReason.INTERNAL_ERROR, f"KVM_RUN: {os.strerror(error)}")
+            reason = run.exit_reason
+            if reason == api.EXIT_DIRTY_RING_FULL:
+                return Exit(ExitKind.RING_FULL)
+            if reason != api.EXIT_IO:
+                return self._ended(reason)
+            try:
+                event = self._port(run.io)
+            except UnknownPort as exc:
+                return self._end(ExitReason.UNKNOWN_PORT, str(exc))
+            if event is None:
                 continue
-            if n==6: return Exit(ExitKind.END,reason=ExitReason.BAD_ADDRESS,registers=self.registers())
-            return Exit(ExitKind.END,reason=ExitReason.INTERNAL_ERROR,detail=f'exit {n}',registers=self.registers())
-    def reset_ring(self,expected):
-        t=0
-        while t<expected:
-            n=ioctl(self.vm,0xAEC7)
-            if not n: break
-            t+=n
-        return t
-    def set_memslot(self,s):
-        b=bytearray(struct.pack('<IIQQQ',s.id,1 if s.log else 0,s.gpa,s.size,self.memory.slots[s.id].host_address)); iob(self.vm,0x4020AE46,b)
-    def remove_memslot(self,i):
-        s=self.memory.slots[i].spec
-        b=bytearray(struct.pack('<IIQQQ',i,0,s.gpa,0,0)); iob(self.vm,0x4020AE46,b)
-    def get_dirty_log(self,i):
-        a=self.memory.slots[i].log_address; iob(self.vm,0x4010AE42,bytearray(struct.pack('<IIQ',i,0,a)))
-        n=-(-self.memory.slots[i].spec.size//4096//64)*8
-        return int.from_bytes(ctypes.string_at(a,n),'little').bit_count()
-    def clear_dirty_log(self,i):
-        p=self.memory.slots[i].spec.size//4096
-        iob(self.vm,0xC018AEC0,bytearray(struct.pack('<IIQQ',i,p,0,self.memory.slots[i].log_address)))
-    def rebuild_ring(self):
-        r=bytearray(144); iob(self.vcpu_fd,0x8090AE81,r); s=bytearray(312); iob(self.vcpu_fd,0x8138AE83,s)
-        f=bytearray(416); iob(self.vcpu_fd,0x81A0AE8C,f)
-        self.close(); self.build()
-        iob(self.vcpu_fd,0x4138AE84,s); iob(self.vcpu_fd,0x4090AE82,r); iob(self.vcpu_fd,0x41A0AE8D,f)
-    def get_state(self): return {}
-    def set_state(self,s): pass
-    def close(self):
-        for fd in (self.vcpu_fd,self.vm,self.kvm): os.close(fd)
+            if event.kind is PortEventKind.FAULT:
+                return self._exception(event.value)
+            return Exit(ExitKind.PORT, event=event)
+
+    def _port(self, io: api.RunIo) -> PortEvent | None:
+        """``count`` accesses of ``size`` bytes each; the data lies in kvm_run. Raises UnknownPort."""
+        data = ctypes.addressof(self._run) + io.data_offset
+        event = None
+        for at in range(data, data + io.count * io.size, io.size):
+            if io.direction == api.EXIT_IO_OUT:
+                value = int.from_bytes(ctypes.string_at(at, io.size), "little")
+                event = self._ports.write(io.port, io.size, value) or event
+            else:
+                value = self._ports.read(io.port, io.size)
+                ctypes.memmove(at, value.to_bytes(io.size, "little"), io.size)
+        return event
+
+    def hypercall_args(self) -> tuple[int, int, int]:
+        regs = self._regs()
+        return regs.rax & 0xFFFF_FFFF, regs.rdi, regs.rsi
+
+    def set_hypercall_result(self, value: int) -> None:
+        """Completes the port write first: until KVM is entered again, RIP may still be that of the OUT.
+
+        The run loop clears the flag and looks at its control block before it enters the guest again, so a
+        kick that comes in between is not lost."""
+        self._run.immediate_exit = 1
+        api.run(self.vcpu_fd)
+        regs = self._regs()
+        regs.rax = value
+        api.ioctl(self.vcpu_fd, api.SET_REGS, regs)
+
+    # --- how a guest ends -------------------------------------------------------------------------------------
+
+    def _ended(self, reason: int) -> Exit:
+        run = self._run
+        if reason == api.EXIT_HLT:
+            return self._end(ExitReason.HALT, "")
+        if reason == api.EXIT_SHUTDOWN:
+            # On AMD the processor has reset itself by now: the registers are then those after a reset.
+            return self._end(ExitReason.TRIPLE_FAULT, "")
+        if reason == api.EXIT_MMIO:
+            kind = "write" if run.mmio.is_write else "read"
+            return self._end(ExitReason.BAD_ADDRESS,
+                             f"{kind} of {run.mmio.len} bytes at {run.mmio.phys_addr:#x}, outside RAM")
+        if reason == api.EXIT_INTERNAL_ERROR:
+            return self._internal_error(run.internal)
+        if reason == api.EXIT_FAIL_ENTRY:
+            detail = f"entry failed, hardware reason {run.fail_entry.hardware_entry_failure_reason:#x}"
+        elif reason == api.EXIT_SYSTEM_EVENT:
+            detail = f"system event {run.system_event.type}"
+        else:
+            detail = f"unexpected KVM exit {reason}"
+        return self._end(ExitReason.INTERNAL_ERROR, detail)
+
+    def _internal_error(self, error: api.RunInternal) -> Exit:
+        rip = self._regs().rip
+        try:
+            self._memory.host_address(rip)
+        except KeyError:    # nothing to emulate where there is no RAM
+            return self._end(ExitReason.BAD_ADDRESS, f"fetch at {rip:#x}, outside RAM")
+        name = api.INTERNAL_ERRORS.get(error.suberror, f"suberror {error.suberror}")
+        data = " ".join(f"{word:#x}" for word in error.data[:min(error.ndata, 16)])
+        return self._end(ExitReason.INTERNAL_ERROR, f"KVM internal error: {name}" + (f" ({data})" if data else ""))
+
+    def _exception(self, code: int) -> Exit:
+        """The stub of an exception has written to its port: its frame tells where the guest was."""
+        registers = self.registers()
+        try:
+            frame = read_frame(self._memory, registers["rsp"])
+        except KeyError:
+            return self._end(ExitReason.UNKNOWN_PORT, f"wrote the machine's own fault port ({code:#x})")
+        reason, detail = describe(frame["vector"], frame["error"], registers["cr2"])
+        registers |= {name: frame[name] for name in ("rip", "cs", "rflags", "rsp", "ss")}
+        return Exit(ExitKind.END, reason=reason, detail=detail, registers=registers)
+
+    def _end(self, reason: ExitReason, detail: str) -> Exit:
+        return Exit(ExitKind.END, reason=reason, detail=detail, registers=self.registers())
+
+    def _regs(self) -> api.Regs:
+        regs = api.Regs()
+        api.ioctl(self.vcpu_fd, api.GET_REGS, regs)
+        return regs
+
+    def registers(self) -> dict[str, int]:
+        regs, sregs = self._regs(), api.Sregs()
+        api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
+        return {**{name: getattr(regs, name) for name, *_ in regs._fields_},
+                **{name: getattr(sregs, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")},
+                "cs": sregs.cs.selector, "ss": sregs.ss.selector,
+                "fs_base": sregs.fs.base, "gs_base": sregs.gs.base}
+
+    # --- ring, dirty log, slots: by the service thread --------------------------------------------------------
+
+    def reset_ring(self, expected: int) -> int:
+        """Since Linux 6.17 the ioctl may stop short when a signal is pending: again, until it is done."""
+        total = 0
+        while total < expected:
+            try:
+                count = api.ioctl(self._vm, api.RESET_DIRTY_RINGS)
+            except InterruptedError:
+                continue
+            if not count:
+                break
+            total += count
+        return total
+
+    def rebuild_ring(self) -> None:
+        """A ring cannot be emptied by hand: the vCPU moves to a VM of its own anew."""
+        state = self.get_state()
+        self._make_vm()
+        self.set_state(state)
+
+    def _put_slot(self, slot: SlotSpec, size: int) -> None:
+        """[4.35]; size 0 removes it. Raises OSError."""
+        region = api.UserspaceMemoryRegion(
+            slot=slot.id, flags=api.MEM_LOG_DIRTY_PAGES if slot.log else 0, guest_phys_addr=slot.gpa,
+            memory_size=size, userspace_addr=self._memory.slots[slot.id].host_address)
+        api.ioctl(self._vm, api.SET_USER_MEMORY_REGION, region)
+
+    def set_memslot(self, slot: SlotSpec) -> None:
+        try:
+            self._put_slot(slot, slot.size)
+        except OSError as exc:
+            raise AccelError(f"slot {slot.id}: {exc.strerror}") from None
+        self._slots[slot.id] = slot
+
+    def remove_memslot(self, slot_id: int) -> None:
+        self._put_slot(self._slots.pop(slot_id), 0)
+
+    def get_dirty_log(self, slot_id: int) -> int:
+        slot = self._memory.slots[slot_id]
+        api.ioctl(self._vm, api.GET_DIRTY_LOG, api.DirtyLog(slot=slot_id, dirty_bitmap=slot.log_address))
+        words = -(-slot.spec.size // mmap.PAGESIZE // 64)
+        return int.from_bytes(ctypes.string_at(slot.log_address, words * 8), "little").bit_count()
+
+    def clear_dirty_log(self, slot_id: int) -> None:
+        """The whole slot at once: only a range that ends with the slot may end off a multiple of 64 pages
+        [4.117]."""
+        if not self._manual_protect:
+            return      # KVM_GET_DIRTY_LOG has re-protected the pages already
+        slot = self._memory.slots[slot_id]
+        api.ioctl(self._vm, api.CLEAR_DIRTY_LOG,
+                  api.ClearDirtyLog(slot=slot_id, num_pages=slot.spec.size // mmap.PAGESIZE, first_page=0,
+                                    dirty_bitmap=slot.log_address))
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        return kvm_state.get_state(self._kvm, self.vcpu_fd)
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        kvm_state.set_state(self.vcpu_fd, state)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._run = api.Run()   # the mapping can only be closed without a view of it
+        self._open.close()
+
+
+def _owned(stack: contextlib.ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == errno.ENOMEM:
+        return " (the host is short of memory)"
+    if error.errno in (errno.EACCES, errno.ENOENT):
+        return " (vmm doctor says what is missing)"
+    return ""

@@ -71,7 +71,8 @@ _DIRTY, _RESET = np.uint32(DIRTY_GFN_F_DIRTY), np.uint32(DIRTY_GFN_F_RESET)
 _SEEN_MASK = np.uint64(SEEN_BLOCKS - 1)
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)    # 2**64 / golden ratio (Knuth, TAOCP vol. 3, 6.4)
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
-_EXCHANGE_AT, _WANTED_AT, _NEW_AT = (int(CONTEXT.fields[n][1]) for n in ("exchange", "wanted", "new"))
+_FIELDS: Any = CONTEXT.fields
+_EXCHANGE_AT, _WANTED_AT, _NEW_AT = (int(_FIELDS[n][1]) for n in ("exchange", "wanted", "new"))
 
 
 # --- casts and calls that Numba has no word for -------------------------------------------------------
@@ -346,13 +347,13 @@ def _flags(op, a, b, r, carry_in, size):  # type: ignore[no-untyped-def]
     low ^= low >> np.uint64(1)
     if not low & _ONE:
         flags |= _PF
-    if op == _ADD or op == _ADC or op == _INC or op == _XADD:
+    if op in (_ADD, _ADC, _INC, _XADD):
         if r < a or (carry_in and r == a):
             flags |= _CF
         if (((a ^ r) & (b ^ r)) >> shift) & _ONE:
             flags |= _OF
         flags |= (a ^ b ^ r) & _AF
-    elif op == _SUB or op == _SBB or op == _DEC or op == _NEG or op == _CMPXCHG:
+    elif op in (_SUB, _SBB, _DEC, _NEG, _CMPXCHG):
         if a < b or (carry_in and a == b):
             flags |= _CF
         if (((a ^ b) & (a ^ r)) >> shift) & _ONE:
@@ -427,15 +428,15 @@ def _modify(context, instruction, engine, host, size):  # type: ignore[no-untype
             _set(context, engine, _RAX if size >= 4 else _AX if size == 2 else _AL, old)
         _set(context, engine, _EFLAGS, eflags & ~_ARITHMETIC | flags)
         return
-    carry = eflags & _CF if op == _ADC or op == _SBB else _ZERO
+    carry = eflags & _CF if op in (_ADC, _SBB) else _ZERO
     bit = _ONE << (source & np.uint64(size * 8 - 1))
     b = source
     old = _ZERO
     while True:
         a = old
-        if op == _ADD or op == _ADC or op == _XADD:
+        if op in (_ADD, _ADC, _XADD):
             new = a + b + carry
-        elif op == _SUB or op == _SBB:
+        elif op in (_SUB, _SBB):
             new = a - b - carry
         elif op == _INC:
             b = _ONE
@@ -466,17 +467,17 @@ def _modify(context, instruction, engine, host, size):  # type: ignore[no-untype
         old = _cmpxchg(host, size, a, new)
         if old == a:
             break
-    if op == _XCHG or op == _NOT:
+    if op in (_XCHG, _NOT):
         flags = eflags
     elif _BTS <= op <= _BTC:
         flags = eflags & ~_CF | (_CF if a & bit else _ZERO)
-    elif op == _INC or op == _DEC:
+    elif op in (_INC, _DEC):
         flags = eflags & ~(_ARITHMETIC & ~_CF) | (_flags(op, a, b, new, carry, size) & ~_CF)
     elif op == _NEG:
         flags = eflags & ~_ARITHMETIC | _flags(op, _ZERO, a, new, carry, size)
     else:
         flags = eflags & ~_ARITHMETIC | _flags(op, a, b, new, carry, size)
-    if op == _XCHG or op == _XADD:
+    if op in (_XCHG, _XADD):
         _set(context, engine, l.target, a)
     _set(context, engine, _EFLAGS, flags)
 

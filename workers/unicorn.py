@@ -30,10 +30,7 @@ from ipc.shm import PAGE_SIZE, Segment
 
 from . import soft_hooks
 from .accel import AccelError, Exit, ExitKind
-try:
-    from .faults import describe
-except ImportError:
-    def describe(v,e,c): return (ExitReason.BAD_ADDRESS if v==14 else ExitReason.EXCEPTION, f"exception {v}")
+from .faults import describe
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind, UnknownPort
 from .soft_context import CONTEXT, PAGE_CODE, PAGE_LOGGED, SEEN, SEEN_BLOCKS, SLOT, Stop
@@ -41,7 +38,6 @@ from .soft_decode import Decoder, PortAccess
 
 __all__ = ["UnicornAccelerator"]
 
-_NEVER = (1 << 64) - 1              # an address that no guest gets to: where emulation would end
 _RESERVE = 64 + 512                 # entries kept free, as KVM does: a block goes on for up to 512 instructions
 _TRAMPOLINE = 0xFF_F000             # behind the system slot, in the area that no RAM may be in
 _MSR_EFER, _MSR_LSTAR = 0xC000_0080, 0xC000_0082
@@ -175,6 +171,10 @@ class UnicornAccelerator:
         engine.reg_write(ux.UC_X86_REG_RSP, frame)
         engine.emu_start(page, rip, count=1)
         engine.mem_unmap(page, PAGE_SIZE)
+        # From now on no address ends the emulation. (Unicorn would also look each one up in the guest's page
+        # tables after every stop, and take the page fault for a first one of two.)
+        engine.ctl_exits_enabled(True)
+        engine.ctl_set_exits([])
         if engine.reg_read(ux.UC_X86_REG_CS) != cs or engine.reg_read(ux.UC_X86_REG_RIP) != rip:
             raise AccelError("the software CPU cannot be set up: it did not enter the guest's privilege level")
 
@@ -230,7 +230,7 @@ class UnicornAccelerator:
         with self._turnstile:       # whoever wants the guest out goes first
             self._gate.acquire()
         try:
-            return int(uclib.uc_emu_start(self._engine._uch, ctypes.c_uint64(begin), ctypes.c_uint64(_NEVER),
+            return int(uclib.uc_emu_start(self._engine._uch, ctypes.c_uint64(begin), ctypes.c_uint64(0),
                                           ctypes.c_uint64(0), ctypes.c_size_t(0)))
         finally:
             self._gate.release()
@@ -433,8 +433,7 @@ class UnicornAccelerator:
 
     def _log_buffer(self, slot_id: int) -> NDArray[np.uint8]:
         size = -(-len(self._slots[slot_id].flags) // 8)
-        buffer = (ctypes.c_uint8 * size).from_address(self._memory.slots[slot_id].log_address)
-        return np.frombuffer(buffer, np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._memory.slots[slot_id].log_address))
 
     def set_memslot(self, slot: SlotSpec) -> None:
         with self._outside():

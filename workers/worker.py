@@ -210,6 +210,9 @@ class Worker:
         accel = self.accel
         assert accel is not None
         number, rdi, rsi = accel.hypercall_args()
+        # At once, so that a state taken during a long wait is that of a wait which ended: a guest has to
+        # look again after waking anyway.
+        accel.set_hypercall_result(0)
         result = 0
         if number == _HYPERCALL_YIELD:
             os.sched_yield()
@@ -221,7 +224,8 @@ class Worker:
             self._sleep_until(time.monotonic() + rdi / 1e6)
         else:
             result = 0xFFFF_FFFF
-        accel.set_hypercall_result(result)
+        if result:
+            accel.set_hypercall_result(result)
 
     def _wait_on(self, address: int, expected: int) -> None:
         """Guest futex wait. What the coordinator wants is served in between."""
