@@ -3,7 +3,9 @@ left behind."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,12 +47,31 @@ def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     return path
 
 
+def processes_of(runtime_dir: Path) -> list[str]:
+    """Command lines of live processes, other than this one, that were started with this runtime directory."""
+    wanted = f"XDG_RUNTIME_DIR={runtime_dir}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):      # it ended meanwhile
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if command:                     # a zombie has none
+                    found.append(f"{entry.name}: {command}")
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
-    """No segment and no runtime file survives a test."""
+    """No segment, no runtime file and no process survives a test."""
     prefix = f"shardvmm-{os.getuid()}-"
     before = set(list_segments(prefix))
     yield
+    deadline = time.monotonic() + 5.0       # the last process of a killed machine is on its way out
+    while (processes := processes_of(runtime_dir)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not processes, f"processes left behind: {processes}"
     left = sorted(set(list_segments(prefix)) - before)
     machines = runtime_dir / "shardvmm"
     files = sorted(str(p) for p in machines.rglob("*")) if machines.is_dir() else []

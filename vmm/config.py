@@ -215,7 +215,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Machine
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not YAML: {getattr(exc, 'problem', exc)}") from None
+        problem = str(getattr(exc, "problem", None) or exc).splitlines()[0]
+        raise ConfigError(f"{path}{where}: not YAML: {problem}") from None
+    except RecursionError:      # an alias within its own anchor, or brackets beyond reason
+        raise ConfigError(f"{path}: not a configuration: nested without end") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
     set_keys = {}

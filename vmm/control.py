@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = ["CONTROL_VERSION", "ControlClient", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 1
 _LOST: dict[str, Any] = {"lost": True}
+_ALIVE_EVERY = 0.1      # seconds without an answer after which a client asks whether there can be one
 _FOLLOW_HWM = 100_000   # events a slow follower may lag behind before some are dropped
 
 
@@ -138,10 +140,11 @@ def decode_verb(frame: bytes) -> AnyVerb:
 
 
 class ControlClient:
-    """One connection to a coordinator. Not thread-safe."""
+    """One connection to a coordinator. Not thread-safe. ``alive`` says whether the machine still runs."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, alive: Callable[[], bool]) -> None:
         self._name = name
+        self._alive = alive
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._sock = channel.connect(self._context, zmq.DEALER, channel.endpoint(directory, "control"))
         self._sock.linger = 0
@@ -162,7 +165,12 @@ class ControlClient:
         number = self._send(verb, arguments)
         deadline = time.monotonic() + timeout
         while True:
-            answer = self._receive(deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            answer = self._receive(min(left, _ALIVE_EVERY))
+            if answer is None and left > _ALIVE_EVERY:
+                if not self._alive():
+                    raise VmmError(f"machine '{self._name}' is gone", ExitCode.NO_MACHINE)
+                continue
             if answer is None:
                 raise VmmError(f"machine '{self._name}' did not answer within {timeout:.0f} s",
                                ExitCode.NO_MACHINE)

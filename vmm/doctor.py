@@ -13,7 +13,6 @@ from pathlib import Path
 from ipc.shm import free_bytes
 from workers import kvm
 
-from .report import size_text
 from .runtime import leftovers
 
 __all__ = ["Finding", "examine", "healthy"]
@@ -74,7 +73,7 @@ def _shared_memory() -> list[Finding]:
     except OSError as exc:
         return [Finding("/dev/shm", "fail", str(exc.strerror), "mount a tmpfs there")]
     free, size = free_bytes(), stat.f_blocks * stat.f_frsize
-    text = f"{size_text(size >> 20 << 20)}, {size_text(free >> 20 << 20)} free"
+    text = f"{size / (1 << 30):.1f} GiB, {free / (1 << 30):.1f} GiB free"
     if free < _SHM_COMFORTABLE:
         return [Finding("/dev/shm", "warn", text, "guest RAM lies there: mount -o remount,size=… /dev/shm")]
     return [Finding("/dev/shm", "ok", text)]

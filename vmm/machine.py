@@ -62,7 +62,7 @@ class Machine:
         self.name = name
         self._keeper = keeper
         self._life_fd = life_fd
-        self._client = control.ControlClient(machine_dir(name), name)
+        self._client = control.ControlClient(machine_dir(name), name, lambda: is_running(name))
         self._segments: dict[str, Segment] = {}
         self._clients: dict[tuple[str, int], ClientBitmaps] = {}
         self._report: dict[str, Any] | None = None

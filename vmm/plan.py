@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipc.shm import free_bytes
 from workers import kvm
 
 from . import loader
@@ -23,14 +24,28 @@ def choose_accelerator(wanted: str) -> str:
     if not info.reason:
         return "kvm"
     if wanted == "kvm":
-        raise VmmError(f"accel: kvm cannot be used here: {info.reason}")
+        raise VmmError(f"kvm cannot be used here: {info.reason}")
     return "unicorn"
+
+
+def _check_room(config: MachineConfig, slots: list[RamSlot]) -> None:
+    """The common case, said with file and key; posix_fallocate has the last word (ipc/shm.py)."""
+    copies = 1 if config.verify is None else 2      # the verifier's reference copy
+    needed = copies * sum(s.size for s in slots)
+    free = free_bytes()
+    if needed > free:
+        raise ConfigError(f"{config.where('memory')}: /dev/shm is too small: {needed >> 10} KiB are needed"
+                          f"{' (RAM, and the verifier has a copy)' if copies == 2 else ''}, {free >> 10} KiB are "
+                          "free (mount -o remount,size=… /dev/shm, or less memory)")
 
 
 def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
          trace_file: str = "", linger: bool = True) -> MachineSpec:
     """Resolve a MachineConfig. Raises VmmError, naming the key, when this host cannot run it."""
-    accel = choose_accelerator(config.accel)
+    try:
+        accel = choose_accelerator(config.accel)
+    except VmmError as exc:
+        raise ConfigError(f"{config.where('accel')}: {exc}") from None
     entries = config.dirty_ring_size
     if accel == "kvm" and entries:
         info = kvm.probe()
@@ -40,6 +55,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
             raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but this kernel's largest "
                            f"ring has {info.max_entries}")
     slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
+    _check_room(config, slots)
     image, params, exact = _guest(config)
     try:
         loaded = loader.load_image(image, config.guest.address)

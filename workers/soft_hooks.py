@@ -1,8 +1,8 @@
 """The software CPU's native hooks: write tracking, leaving the guest, locked instructions.
 
 Unicorn calls these from generated code; they are compiled by Numba once and cached, and take no lock
-and no GIL. Measured (benchmarks/tracking.py): a hook on every store costs a loop that does nothing but
-store a third of its speed, userfaultfd 11 us for each first write.
+and no GIL. Measured (benchmarks/tracking.py): they cost a loop that does nothing but store half of its speed,
+where userfaultfd takes 11 us and more for each first write to a page.
 
 Three rules of Unicorn 2.1.4 shape them:
 
