@@ -1,6 +1,6 @@
 """POSIX shared-memory segments: made, opened, reserved and unlinked in one place.
 
-Names are ``/shardvmm-<uid>-<machine>-<what>``, so that every segment of a machine can be found by
+Names are ``/shardvmm-<uid>-<scope>-<machine>-<what>``, so that every segment of a machine can be found by
 its prefix after a crash (``vmm gc``). Segments are mode 0600. A created segment is *reserved* with
 posix_fallocate: a full /dev/shm is then an error here (ENOSPC) and never a SIGBUS in a guest store.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import mmap
 import os
 from pathlib import Path
@@ -29,7 +30,13 @@ class SegmentError(Exception):
 
 def machine_prefix(machine: str) -> str:
     """Prefix (without the leading slash) of every segment that belongs to ``machine``."""
-    return f"shardvmm-{os.getuid()}-{machine}-"
+    return f"shardvmm-{os.getuid()}-{_scope()}-{machine}-"
+
+
+def _scope() -> str:
+    """Eight hexadecimal digits for $XDG_RUNTIME_DIR. Machines are known by a lock under that directory
+    (vmm/runtime.py); /dev/shm is one for all, and two that know nothing of each other may have one name."""
+    return hashlib.sha256(os.environ.get("XDG_RUNTIME_DIR", "").encode()).hexdigest()[:8]
 
 
 def segment_name(machine: str, what: str) -> str:

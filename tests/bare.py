@@ -18,7 +18,7 @@ from ipc.shm import PAGE_SIZE, Segment, segment_name
 from vmm import boot
 from workers.accel import Accelerator, Exit, ExitKind, load
 from workers.memory import GuestMemory
-from workers.ports import PortBus
+from workers.ports import PortBus, PortEventKind
 
 CODE = 0x10_0000            # where the code lies, its own page
 DATA = 0x20_0000            # free for the code's use, to the end of the slot less the stack
@@ -106,6 +106,23 @@ def bare(accel: str, code: bytes, *, ring: int = 1024, privilege: str = "user", 
         made = load(accel)(spec, memory, block, PortBus(console.append))
         stack.callback(made.close)
         yield Bare(spec, block, memory, array, made, rings, console)
+
+
+#: Puts RAX into XMM5 and 1.0 on the x87 stack, stops for a hypercall; then XMM5 to RBX, and 1.0 to memory at
+#: RCX, popped.
+STATEFUL = bytes.fromhex("66480f6ee8 d9e8 e7f8 66480f7eeb dd19 31c0".replace(" ", "")) + EXIT
+STATEFUL_REGISTERS = {"rax": 0x1122_3344_5566_7788, "r14": 99, "rcx": DATA}
+
+
+def finish_stateful(vcpu: Bare) -> None:
+    """Run STATEFUL from behind its hypercall to its end: what it had in its registers is in their place."""
+    leave = vcpu.run()
+    assert leave.event is not None
+    assert leave.event.kind is PortEventKind.EXIT
+    registers = vcpu.accel.registers()
+    assert registers["rbx"] == 0x1122_3344_5566_7788
+    assert registers["r14"] == 99
+    assert vcpu.word(DATA) == 0x3FF0_0000_0000_0000      # 1.0
 
 
 class NativeCode:

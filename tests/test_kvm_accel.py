@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from bare import CODE, DATA, EXIT, RAM_SIZE, Bare, bare
+from bare import CODE, DATA, EXIT, RAM_SIZE, STATEFUL, Bare, bare, finish_stateful
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -203,36 +203,6 @@ def test_halt_and_triple_fault_at_kernel_privilege() -> None:
 # --- state ------------------------------------------------------------------------------------------------
 
 
-#: movq %rax, %xmm5; fld1; hypercall; movq %xmm5, %rbx; fstpl (%rcx); exit with eax = 0
-STATEFUL = hexes("66 48 0f 6e e8 d9 e8 e7 f8 66 48 0f 7e eb dd 19 31 c0") + EXIT
-
-
-def finish(vcpu: Bare) -> None:
-    leave = vcpu.run()
-    assert leave.event is not None
-    assert leave.event.kind is PortEventKind.EXIT
-    registers = vcpu.accel.registers()
-    assert registers["rbx"] == 0x1122_3344_5566_7788
-    assert registers["r14"] == 99
-    assert vcpu.word(DATA) == 0x3FF0_0000_0000_0000      # 1.0
-
-
-def test_state_moves_to_another_vcpu_with_sse_and_x87() -> None:
-    registers = {"rax": 0x1122_3344_5566_7788, "r14": 99, "rcx": DATA}
-    with bare("kvm", STATEFUL, **registers) as first:
-        first.run()
-        first.accel.set_hypercall_result(0)
-        state = first.accel.get_state()
-    with bare("kvm", STATEFUL) as second:
-        second.accel.set_state(state)
-        again = second.accel.get_state()
-        drifting = {str(m) for m in (api.MSR_TSC, 0x6E0, 0x12, 0x11, 0x4B564D00, 0x4B564D01, 0x40000020)}
-        assert {k: v for k, v in again.items() if k != "msrs"} == {k: v for k, v in state.items() if k != "msrs"}
-        assert ({k: v for k, v in again["msrs"].items() if k not in drifting}
-                == {k: v for k, v in state["msrs"].items() if k not in drifting})
-        finish(second)
-
-
 def test_a_rebuilt_ring_keeps_the_vcpu_and_starts_anew() -> None:
     with bare("kvm", STATEFUL, rax=0x1122_3344_5566_7788, r14=99, rcx=DATA) as vcpu:
         before = len(os.listdir("/proc/self/fd"))
@@ -242,13 +212,8 @@ def test_a_rebuilt_ring_keeps_the_vcpu_and_starts_anew() -> None:
         assert len(os.listdir("/proc/self/fd")) == before
         with ring_of(vcpu) as ring:
             assert ring.harvest() == []
-            finish(vcpu)
+            finish_stateful(vcpu)
             assert DATA // PAGE_SIZE in ring.harvest()
-
-
-def test_state_of_another_version_is_refused() -> None:
-    with bare("kvm", b"\xf4") as vcpu, pytest.raises(AccelError, match="version 99"):
-        vcpu.accel.set_state({"version": 99})
 
 
 # --- nothing left -----------------------------------------------------------------------------------------

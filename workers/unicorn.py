@@ -28,7 +28,7 @@ from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 from ipc.shm import PAGE_SIZE, Segment
 
-from . import soft_hooks
+from . import soft_hooks, soft_state
 from .accel import AccelError, Exit, ExitKind
 from .faults import describe
 from .memory import GuestMemory
@@ -40,6 +40,8 @@ __all__ = ["UnicornAccelerator"]
 
 _RESERVE = 64 + 512                 # entries kept free, as KVM does: a block goes on for up to 512 instructions
 _TRAMPOLINE = 0xFF_F000             # behind the system slot, in the area that no RAM may be in
+_TRAMPOLINE_CODE = bytes.fromhex("8ed8 8ec3 8ee1 8eea 48cf")     # mov to ds, es, fs, gs from eax to edx; iretq
+_TRAMPOLINE_INSTRUCTIONS = 5
 _MSR_EFER, _MSR_LSTAR = 0xC000_0080, 0xC000_0082
 _EFER_SCE = 1
 _DF = 1 << 10
@@ -48,6 +50,7 @@ _IDT_GATE = 16
 
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13",
             "r14", "r15", "rip", "rflags")
+_ENTERED = ("rip", "rsp", "rflags")
 _REPORTED = (*_GENERAL, "cr0", "cr2", "cr3", "cr4", "cs", "ss", "fs_base", "gs_base")
 _ACCUMULATOR = {1: ux.UC_X86_REG_AL, 2: ux.UC_X86_REG_AX, 4: ux.UC_X86_REG_RAX}  # a 4-byte IN clears the rest
 _ACCESS = {uconst.UC_MEM_READ_UNMAPPED: "read", uconst.UC_MEM_WRITE_UNMAPPED: "write",
@@ -100,6 +103,10 @@ class UnicornAccelerator:
         #: {address: (hook handle, what the hook points to or what the run loop is to do)}
         self._hooked: dict[int, tuple[int, Any]] = {}
         self._fill_context()
+        for slot in memory.slots.values():
+            if slot.spec.id != spec.system_slot.id:
+                self._slots[slot.spec.id] = _Slot(slot.spec, slot.host_address)
+        self._write_table()
         try:
             if spec.ring_entries:
                 self._ring = Segment.open(spec.ring_segment)
@@ -131,9 +138,6 @@ class UnicornAccelerator:
         engine = unicorn.Uc(uconst.UC_ARCH_X86, uconst.UC_MODE_64)
         for slot in self._memory.slots.values():
             engine.mem_map_ptr(slot.spec.gpa, slot.spec.size, uconst.UC_PROT_ALL, slot.host_address)
-            if slot.spec.id != self._spec.system_slot.id:
-                self._slots[slot.spec.id] = _Slot(slot.spec, slot.host_address)
-        self._write_table()
         return engine
 
     def _write_table(self) -> None:
@@ -153,23 +157,26 @@ class UnicornAccelerator:
         engine.msr_write(_MSR_EFER, boot["efer"])
         engine.msr_write(_MSR_LSTAR, boot["lstar"])
         engine.reg_write(ux.UC_X86_REG_CR0, boot["cr0"])
-        for name in ("ds", "es", "fs", "gs"):
-            engine.reg_write(_number(name), boot["ds"])
+        self._enter(boot["rip"], boot["rsp"], boot["rflags"], boot["cs"], boot["ss"], [boot["ds"]] * 4)
         for name in _GENERAL:
-            if name in boot and name not in ("rip", "rsp", "rflags"):
+            if name in boot and name not in _ENTERED:
                 engine.reg_write(_number(name), boot[name])
-        self._enter(boot["rip"], boot["cs"], boot["rflags"], boot["rsp"], boot["ss"])
 
-    def _enter(self, rip: int, cs: int, rflags: int, rsp: int, ss: int) -> None:
-        """IRETQ to there. Unicorn sets a selector when it is told to, but not the privilege level."""
+    def _enter(self, rip: int, rsp: int, rflags: int, cs: int, ss: int, data: list[int]) -> None:
+        """Load DS, ES, FS and GS (``data``) and go there with IRETQ, as an operating system would: told to set
+        a selector, Unicorn does, but neither loads its descriptor nor changes the privilege level.
+
+        The general registers are not kept."""
         engine = self._engine
         page = self._spec.system_slot.gpa + _TRAMPOLINE
         engine.mem_map(page, PAGE_SIZE)
         frame = page + PAGE_SIZE // 2
-        engine.mem_write(page, b"\x48\xcf")     # iretq
+        engine.mem_write(page, _TRAMPOLINE_CODE)
         engine.mem_write(frame, b"".join(v.to_bytes(8, "little") for v in (rip, cs, rflags, rsp, ss)))
         engine.reg_write(ux.UC_X86_REG_RSP, frame)
-        engine.emu_start(page, rip, count=1)
+        for register, selector in zip(("rax", "rbx", "rcx", "rdx"), data, strict=True):
+            engine.reg_write(_number(register), selector)
+        engine.emu_start(page, rip, count=_TRAMPOLINE_INSTRUCTIONS)
         engine.mem_unmap(page, PAGE_SIZE)
         # From now on no address ends the emulation. (Unicorn would also look each one up in the guest's page
         # tables after every stop, and take the page fault for a first one of two.)
@@ -461,10 +468,27 @@ class UnicornAccelerator:
     # --- state -------------------------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        raise AccelError("the software CPU's state cannot be taken yet")
+        with self._outside():
+            return soft_state.get_state(self._engine, self._memory)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        raise AccelError("the software CPU's state cannot be set yet")
+        """In a fresh engine: the old one may have translated what is no longer in memory."""
+        soft_state.check(state)
+        with self._outside():
+            regs, segments = state["regs"], state["segments"]
+            self._hooked.clear()
+            self._seen[:] = 0
+            self._seen_count = 0
+            try:
+                self._engine = self._make_engine()
+                soft_state.set_system_registers(self._engine, state)
+                self._enter(regs["rip"], regs["rsp"], regs["rflags"], segments["cs"]["selector"],
+                            segments["ss"]["selector"],
+                            [segments[name]["selector"] for name in ("ds", "es", "fs", "gs")])
+                soft_state.set_registers(self._engine, state)
+                self._add_hooks()
+            except unicorn.UcError as exc:
+                raise AccelError(f"the software CPU refuses the saved vCPU state: {exc}") from None
 
     def close(self) -> None:
         """Idempotent."""
