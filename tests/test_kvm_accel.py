@@ -19,7 +19,6 @@ from ipc.layout import DirtyGfn
 from ipc.messages import ExitReason
 from ipc.shm import PAGE_SIZE
 from workers import kvm
-from workers import kvm_api as api
 from workers.accel import AccelError, ExitKind
 from workers.ports import PortEventKind
 

@@ -71,10 +71,7 @@ def get_state(engine: Any, memory: GuestMemory) -> dict[str, Any]:
 def _descriptor(memory: GuestMemory, table: int, limit: int, selector: int) -> dict[str, int]:
     """A segment as its descriptor in the GDT has it (SDM vol. 3, 3.4.5)."""
     at = selector & ~7
-    if not at or at + 7 > limit:
-        raw = 0
-    else:
-        raw = int.from_bytes(memory.read(table + at, 8), "little")
+    raw = 0 if not at or at + 7 > limit else int.from_bytes(memory.read(table + at, 8), "little")
     size = raw & 0xFFFF | (raw >> 48 & 0xF) << 16
     granular = raw >> 55 & 1
     return {"base": raw >> 16 & 0xFF_FFFF | (raw >> 56) << 24,
