@@ -62,6 +62,7 @@ class VcpuState(IntEnum):
     PAUSED = 5      # out of the guest on request
     EXITED = 6      # the guest ended; the process still serves (reset, state)
     DEAD = 7        # the process is gone (set by the coordinator)
+    THROTTLED = 8   # out of the guest for its dirty limit
 
 
 class VcpuRequest(IntFlag):
@@ -112,6 +113,8 @@ class VcpuControl(ctypes.Structure):
         ("last_slot", ctypes.c_uint32),       # c: slot word of the last entry harvested
         ("_pad1", ctypes.c_uint32),
         ("last_offset", ctypes.c_uint64),     # c: its page offset
+        ("dirty_quota", ctypes.c_uint64),     # c: pages a second that this vCPU may dirty; 0: no limit
+        ("throttled_ns", ctypes.c_uint64),    # w: time out of the guest for that, ns
     ]
 
 

@@ -78,7 +78,10 @@ class LogStop(Verb):
 
 
 class Register(Verb):
+    """``owner``: a process id; the client is unregistered when that process ends. 0: it stays."""
+
     client: str
+    owner: int = 0
 
 
 class Unregister(Verb):
@@ -91,6 +94,13 @@ class Sync(Verb):
 
     client: str
     again: bool = False
+
+
+class DirtyLimit(Verb):
+    """At most so many pages a second, of one vCPU or (-1) of each; 0 lifts the limit."""
+
+    pages_per_s: int
+    vcpu: int = -1
 
 
 class Mark(Verb):
@@ -113,7 +123,7 @@ class MemoryRemove(Verb):
 
 
 AnyVerb = (Follow | Start | Status | Pause | Resume | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | Mark | MemoryAdd | MemoryRemove)
+           | Unregister | Sync | DirtyLimit | Mark | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)
 

@@ -57,6 +57,7 @@ class Saved(msgspec.Struct):
     verification: Verification | None
     exits: dict[int, Exited]
     restarts: int
+    owners: dict[str, int]
 
 
 class Coordinator:
@@ -75,6 +76,8 @@ class Coordinator:
         self._restarts = 0
         self._next_round = 0.0
         self._round = 0
+        #: {client: (pid, pidfd)} of clients that go when their process does.
+        self._owners: dict[str, tuple[int, int]] = {}
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
         if saved is None:
@@ -158,6 +161,8 @@ class Coordinator:
             self.reaper.full.add(shard.index)
         self.reaper.drain()
         self.log.publish()
+        for client, owner in saved.owners.items():
+            self._own(client, owner)
         self._state = "running"
         self._user_paused = saved.user_paused
         if not self._user_paused:
@@ -170,7 +175,7 @@ class Coordinator:
                       elapsed=self._elapsed(), user_paused=self._user_paused,
                       verification=self.verifier.result if self.verifier else None,
                       exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
-                      restarts=self._restarts)
+                      restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()})
         aside = self.directory / "state.json.new"
         aside.write_bytes(msgspec.json.encode(saved))
         aside.rename(self.directory / "state.json")
@@ -221,7 +226,8 @@ class Coordinator:
         poller.register(self._control, zmq.POLLIN)
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
-        for fd in by_fd:
+        owners = {pidfd: client for client, (_, pidfd) in self._owners.items()}
+        for fd in (*by_fd, *owners):
             poller.register(fd, zmq.POLLIN)
         for ready, _ in poller.poll(self._poll_ms(now)):
             if ready is self.shards.notify:
@@ -235,6 +241,8 @@ class Coordinator:
                 self._done = self._done or self._state in ("ready", "ended")
             elif ready in by_fd:
                 self.shards.bury(by_fd[ready])
+            elif ready in owners:
+                self._unregister(owners[ready])
 
     def _poll_ms(self, now: float) -> int | None:
         """Time until something is due; None while nothing can be."""
@@ -380,6 +388,7 @@ class Coordinator:
             "resets": block.resets, "ring_rebuilds": block.ring_rebuilds, "bad_entries": block.bad_entries,
             "guest_entries": block.guest_entries,
             "guest_s": block.guest_ns / 1e9, "stalled_s": block.stalled_ns / 1e9,
+            "dirty_limit_pages_per_s": block.dirty_quota, "throttled_s": block.throttled_ns / 1e9,
         }
 
     def _exit_code(self) -> ExitCode:
@@ -441,13 +450,12 @@ class Coordinator:
                 self._done = self._done or self._state in ("ready", "ended")
             case control.Release():
                 self._done = self._done or self._state in ("ready", "ended")
-            case control.Register(client=name):
-                self._flush()
-                self.log.register(name)
-                self._save()
+            case control.Register(client=name, owner=owner):
+                self._register(name, owner)
             case control.Unregister(client=name):
-                self.log.unregister(name)
-                self._save()
+                self._unregister(name)
+            case control.DirtyLimit(pages_per_s=pages, vcpu=vcpu):
+                self._limit(pages, vcpu)
             case control.Sync(client=name, again=again):
                 return self._sync(name, again)
             case control.Mark(slot=slot, first=first, count=count):
@@ -495,6 +503,40 @@ class Coordinator:
         taken = self.log.take(client)
         return {"slots": {str(i): {"dirty": n, "pages": self.log.front(client, i).front.pages}
                           for i, n in taken.items()}}
+
+    def _register(self, client: str, owner: int) -> None:
+        if client not in self.log.clients:
+            self._flush()
+            self.log.register(client)
+            self._own(client, owner)
+            self._save()
+
+    def _own(self, client: str, owner: int) -> None:
+        """Have the client go when the process does that registered it."""
+        if owner:
+            try:
+                self._owners[client] = (owner, os.pidfd_open(owner))
+            except ProcessLookupError:
+                self.log.unregister(client)
+
+    def _unregister(self, client: str) -> None:
+        self.log.unregister(client)
+        _, pidfd = self._owners.pop(client, (0, -1))
+        if pidfd >= 0:
+            os.close(pidfd)
+        self._save()
+
+    def _limit(self, pages_per_s: int, vcpu: int) -> None:
+        self._alive_running()
+        if not self.spec.ring_entries:
+            raise VmmError("a dirty limit needs dirty rings: this machine has plain bitmaps")
+        if not -1 <= vcpu < len(self.shards.all):
+            raise VmmError(f"there is no vCPU {vcpu} (there are 0 to {len(self.shards.all) - 1})")
+        for shard in self.shards.all:
+            if vcpu in (-1, shard.index):
+                shard.control.dirty_quota = pages_per_s
+                if shard.running:
+                    shard.kick()    # out of the guest, or out of its wait: the new quota counts at once
 
     def _live(self) -> list[Shard]:
         return [s for s in self.shards.all if s.alive]
@@ -581,6 +623,8 @@ class Coordinator:
         self.shards.close()
         if self.verifier is not None:
             self.verifier.close()
+        for _, pidfd in self._owners.values():
+            os.close(pidfd)
         self.parts.close()
         self._control.close()
         self._context.term()

@@ -240,9 +240,10 @@ class Machine:
     def log_stop(self, slot: int) -> None:
         self._client.ask(control.LogStop, slot=slot)
 
-    def register(self, client: str) -> None:
-        """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent."""
-        self._client.ask(control.Register, client=client)
+    def register(self, client: str, *, mine: bool = False) -> None:
+        """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. ``mine``: until this
+        process ends at the latest."""
+        self._client.ask(control.Register, client=client, owner=os.getpid() if mine else 0)
 
     def unregister(self, client: str) -> None:
         self._client.ask(control.Unregister, client=client)
@@ -276,6 +277,11 @@ class Machine:
             found = ClientBitmaps.open(self.name, client, slot, pages)
             self._clients[client, slot] = found
         return found
+
+    def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
+        """Let one vCPU, or each, dirty at most so many pages a second; 0 lifts the limit. In force when this
+        returns. Raises VmmError on a machine without dirty rings."""
+        self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
 
     # --- memory slots -----------------------------------------------------------------------------------
 

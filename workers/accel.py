@@ -67,6 +67,13 @@ class Accelerator(Protocol):
     def interrupt(self) -> None:
         """Set this vCPU's own immediate-exit flag and, if need be, wake it (any thread)."""
 
+    def pushed(self) -> int:
+        """Ring entries pushed since the ring was built; 0 without a ring. On the vCPU thread."""
+        ...
+
+    def limit_pushes(self, count: int | None) -> None:
+        """Leave the guest (KICKED) after so many more entries, where that can be had; None: no limit."""
+
     def reset_ring(self, expected: int) -> int:
         """Re-protect harvested pages, free their entries; the count. Repeats short calls."""
         ...

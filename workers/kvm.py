@@ -122,6 +122,8 @@ class KvmAccelerator:
                 raise AccelError(f"vCPU {spec.index}: KVM cannot make it: {exc.strerror}{_advice(exc)}") from None
             self._run = api.Run.from_buffer(mapping)
             stack.callback(mapping.close)
+            self._ring: Any = None      # mapped by ``pushed``, when it is first wanted
+            self._reset_sum = self._pushed = 0
             self._open.close()
             self._open = stack.pop_all()
 
@@ -292,6 +294,30 @@ class KvmAccelerator:
 
     # --- ring, dirty log, slots: by the service thread --------------------------------------------------------
 
+    def pushed(self) -> int:
+        """The kernel does not say; but what is not free in the ring has been pushed, and so has what was reset.
+        A reset that runs meanwhile may hide some until the next call, never invent any."""
+        entries = self._spec.ring_entries
+        if not entries:
+            return 0
+        if self._ring is None:
+            mapping = mmap.mmap(self.vcpu_fd, entries * ctypes.sizeof(DirtyGfn),
+                                offset=api.DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE)
+            self._ring = (DirtyGfn * entries).from_buffer(mapping)
+        first = self._reset_sum
+        low, high = 0, entries      # entries in use lie in one piece from the first not reset
+        while low < high:
+            middle = (low + high) // 2
+            if self._ring[(first + middle) % entries].flags:
+                low = middle + 1
+            else:
+                high = middle
+        self._pushed = max(self._pushed, first + low)
+        return self._pushed
+
+    def limit_pushes(self, count: int | None) -> None:
+        """Cannot be had: KVM leaves at soft-full alone."""
+
     def reset_ring(self, expected: int) -> int:
         """Since Linux 6.17 the ioctl may stop short when a signal is pending: again, until it is done."""
         total = 0
@@ -303,6 +329,7 @@ class KvmAccelerator:
             if not count:
                 break
             total += count
+        self._reset_sum += total
         return total
 
     def rebuild_ring(self) -> None:
@@ -354,7 +381,8 @@ class KvmAccelerator:
 
     def close(self) -> None:
         """Idempotent."""
-        self._run = api.Run()   # the mapping can only be closed without a view of it
+        self._run = api.Run()   # a mapping can only be closed without a view of it
+        self._ring = None
         self._open.close()
 
 

@@ -23,7 +23,7 @@ SEEN_BLOCKS = 1 << 14
 class Stop(IntFlag):
     """Why the guest is to be left before its next block (CONTEXT ``stop``)."""
 
-    FULL = 1            # soft-full
+    FULL = 1            # soft-full, or the dirty limit's slice is over
     UNSEEN = 2          # a block that was not looked at yet
     SPECIAL = 4         # an instruction that the run loop carries out itself
     CODE_WRITTEN = 8    # the guest wrote over code that was looked at
@@ -85,6 +85,7 @@ CONTEXT = np.dtype([
     ("entries", np.uint64),
     ("soft_limit", np.uint64),      # entries in use at which the guest is to be left
     ("pushed", np.uint64), ("reset", np.uint64),
+    ("push_limit", np.uint64),      # value of ``pushed`` at which the guest is to be left (dirty limit)
     ("pushed_total", np.int64),     # address of the control block's
     ("overflowed", np.uint64),      # entries there was no room for: the ring has lost count
     # scratch of the locked instructions: a register on its way, wanted and new value of 16 bytes

@@ -146,7 +146,7 @@ def _push(context, slot_id, page):  # type: ignore[no-untyped-def]
     store_release_u32(entry, _DIRTY)
     c.pushed += _ONE
     store_u64(c.pushed_total, c.pushed)
-    if used + _ONE >= c.soft_limit:
+    if used + _ONE >= c.soft_limit or c.pushed >= c.push_limit:
         c.stop |= _FULL
 
 

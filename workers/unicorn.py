@@ -44,6 +44,7 @@ _TRAMPOLINE_CODE = bytes.fromhex("8ed8 8ec3 8ee1 8eea 48cf")     # mov to ds, es
 _TRAMPOLINE_INSTRUCTIONS = 5
 _MSR_EFER, _MSR_LSTAR = 0xC000_0080, 0xC000_0082
 _EFER_SCE = 1
+_NO_LIMIT = (1 << 64) - 1
 _DF = 1 << 10
 _UD, _DF_VECTOR, _GP, _PF = 6, 8, 13, 14
 _IDT_GATE = 16
@@ -133,6 +134,7 @@ class UnicornAccelerator:
         c.pushed_total = block + VcpuControl.pushed_total.offset
         c.seen = self._seen.ctypes.data
         c.cr3 = self._spec.boot["cr3"]
+        c.push_limit = _NO_LIMIT
 
     def _make_engine(self) -> Any:
         engine = unicorn.Uc(uconst.UC_ARCH_X86, uconst.UC_MODE_64)
@@ -215,7 +217,7 @@ class UnicornAccelerator:
         while True:
             if c.ring and (c.overflowed or c.pushed - c.reset >= c.soft_limit):
                 return Exit(ExitKind.RING_FULL)
-            if self._control.immediate_exit:
+            if self._control.immediate_exit or c.pushed >= c.push_limit:
                 return Exit(ExitKind.KICKED)
             status = self._emulate()
             stop = Stop(int(c.stop))
@@ -407,6 +409,12 @@ class UnicornAccelerator:
         return found
 
     # --- ring, dirty log, slots: by the service thread ----------------------------------------------------
+
+    def pushed(self) -> int:
+        return int(self._c.pushed)
+
+    def limit_pushes(self, count: int | None) -> None:
+        self._c.push_limit = _NO_LIMIT if count is None else int(self._c.pushed) + count
 
     def reset_ring(self, expected: int) -> int:
         if not self._c.ring:

@@ -59,6 +59,7 @@ from ipc.shm import Segment, SegmentError
 from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
+from .throttle import SliceTimer, TokenBucket
 
 __all__ = ["KICK_SIGNAL", "Worker", "main"]
 
@@ -82,6 +83,9 @@ class Worker:
         self.memory = GuestMemory()
         self.ports = PortBus(lambda data: self._say(Console(spec.index, data)))
         self.accel: Accelerator | None = None
+        self._bucket = TokenBucket()
+        self._timer: SliceTimer | None = None
+        self._ran = 0.0     # seconds in the guest since the bucket was last told
 
     # --- set-up ------------------------------------------------------------------------------
 
@@ -134,11 +138,16 @@ class Worker:
                     break
                 self._stay_paused()
                 continue
+            quota = control.dirty_quota
+            if quota and self._in_debt(quota):
+                continue
             control.state = VcpuState.RUNNING
             control.guest_entries += 1
             entered = time.perf_counter_ns()
-            leave = accel.run()
-            control.guest_ns += time.perf_counter_ns() - entered
+            leave = self._run_slice() if quota else accel.run()
+            spent = time.perf_counter_ns() - entered
+            control.guest_ns += spent
+            self._ran += spent / 1e9
             if leave.kind is ExitKind.RING_FULL:
                 self._wait_for_reset()
             elif leave.kind is ExitKind.PORT:
@@ -150,6 +159,41 @@ class Worker:
         while not self._shutdown:
             self._sleep()
             self._attend()
+
+    # --- dirty limit ---------------------------------------------------------------------------
+
+    def _in_debt(self, quota: int) -> bool:
+        """Count what the last slice dirtied, and stay out until the quota has paid for it, or somebody wants
+        something; True when that took time."""
+        assert self.accel is not None
+        control = self.control
+        began = time.monotonic()
+        debt = self._bucket.account(quota, began, self.accel.pushed(), self._ran)
+        self._ran = 0.0
+        if not debt:
+            return False
+        while (left := began + debt - time.monotonic()) > 0:
+            if self._attend() or control.dirty_quota != quota:
+                break
+            control.state = VcpuState.THROTTLED
+            self._sleep(left)
+        control.throttled_ns += int((time.monotonic() - began) * 1e9)
+        return True
+
+    def _run_slice(self) -> Exit:
+        assert self.accel is not None
+        if self._timer is None:
+            self._timer = SliceTimer(self.accel.interrupt, threading.get_ident(), KICK_SIGNAL)
+        pages, seconds = self._bucket.slice()
+        self.accel.limit_pushes(pages)
+        self._timer.arm(seconds)
+        try:
+            return self.accel.run()
+        finally:
+            self._timer.disarm()
+            self.accel.limit_pushes(None)
+
+    # --- what the coordinator wants -----------------------------------------------------------------
 
     def _attend(self) -> bool:
         """Acknowledge a kick; then: does the coordinator want this vCPU to stay out of the guest?
@@ -316,6 +360,7 @@ class Worker:
                     control.reset_total = 0
                     control.ring_generation += 1
                     self._ring_full = False
+                    self._bucket.forget_ring()
                     if accel.vcpu_fd >= 0:
                         channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
                     self._wake_up()
@@ -343,6 +388,8 @@ class Worker:
         os._exit(1)  # the vCPU thread may be deep in the guest; there is nobody left to tell
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.close()
         if self.accel is not None:
             self.accel.close()
         self.memory.close()
