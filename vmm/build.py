@@ -168,6 +168,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block = vcpu_control(parts.control_segment.address, index)
     block.ring_entries = spec.ring_entries
     block.request = VcpuRequest.PAUSE
+    block.dirty_quota = spec.dirty_quota
     first = spec.slots[0]
     return WorkerSpec(
         machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,

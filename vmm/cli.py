@@ -5,18 +5,18 @@ Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from .cli_common import json_option, on_machine, print_json
+from .cli_dirty import dirty_limit, dirty_rate, working_set
 from .errors import ExitCode, VmmError
 
 if TYPE_CHECKING:
@@ -33,28 +33,6 @@ class _Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2))
-
-
-def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-    return option(function)
-
-
-def _on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the verb a Machine in place of its NAME, and close it afterwards."""
-
-    @functools.wraps(function)
-    def wrapper(name: str, **options: Any) -> Any:
-        from .machine import Machine
-
-        with Machine.attach(name) as machine:
-            return function(machine, **options)
-
-    return click.argument("name")(wrapper)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -76,7 +54,7 @@ def cli() -> None:
               help="Switch trace events on, for example 'kvm_dirty_ring_*'.")
 @click.option("--trace-file", type=click.Path(dir_okay=False), default="",
               help="Write trace lines there instead of standard error.")
-@_json_option
+@json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
            trace_file: str, as_json: bool) -> int:
     """Launch the machine described in the file CONFIG and run it to its end."""
@@ -92,7 +70,7 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
     if detach:
         machine.detach()
         if as_json:
-            _print_json({"name": machine.name})
+            print_json({"name": machine.name})
         else:
             click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
         return ExitCode.OK
@@ -119,7 +97,7 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
         machine.stop()
     report = machine.wait(60.0)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         from .report import print_report, screen
 
@@ -165,14 +143,14 @@ def _follow(machine: Machine, as_json: bool) -> None:
 
 
 @cli.command("list")
-@_json_option
+@json_option
 def list_(as_json: bool) -> None:
     """List the running machines."""
     from .machine import list_machines
 
     machines = list_machines()
     if as_json:
-        _print_json(machines)
+        print_json(machines)
     elif machines:
         from .report import machines_table, screen
 
@@ -182,13 +160,13 @@ def list_(as_json: bool) -> None:
 
 
 @cli.command()
-@_on_machine
-@_json_option
+@on_machine
+@json_option
 def status(machine: Machine, as_json: bool) -> None:
     """Show everything about a machine: vCPUs, reaper, slots, verification."""
     report = machine.status()
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         from .report import print_report, screen
 
@@ -199,12 +177,12 @@ def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str
     """A verb that does one thing to a machine and says so."""
 
     @cli.command(name, help=help_text)
-    @_on_machine
-    @_json_option
+    @on_machine
+    @json_option
     def verb(machine: Machine, as_json: bool) -> None:
         act(machine)
         if as_json:
-            _print_json({"name": machine.name, "done": name})
+            print_json({"name": machine.name, "done": name})
         else:
             click.echo(f"{machine.name} {done}")
 
@@ -214,8 +192,8 @@ _simple("resume", "Let a paused machine run on.", lambda m: m.resume(), "is runn
 
 
 @cli.command()
-@_on_machine
-@_json_option
+@on_machine
+@json_option
 def stop(machine: Machine, as_json: bool) -> None:
     """End every vCPU, and the machine, in order."""
     from .runtime import is_running
@@ -232,7 +210,7 @@ def stop(machine: Machine, as_json: bool) -> None:
             pass    # it went away meanwhile, which is what was wanted
         time.sleep(0.02)
     if as_json:
-        _print_json({"name": machine.name, "done": "stop"})
+        print_json({"name": machine.name, "done": "stop"})
     else:
         click.echo(f"{machine.name} has ended")
 
@@ -244,16 +222,16 @@ def log() -> None:
 
 def _log_verb(name: str, help_text: str) -> None:
     @log.command(name, help=help_text)
-    @_on_machine
+    @on_machine
     @click.argument("slot", type=int)
-    @_json_option
+    @json_option
     def verb(machine: Machine, slot: int, as_json: bool) -> None:
         if name == "start":
             machine.log_start(slot)
         else:
             machine.log_stop(slot)
         if as_json:
-            _print_json({"name": machine.name, "slot": slot, "logged": name == "start"})
+            print_json({"name": machine.name, "slot": slot, "logged": name == "start"})
         else:
             click.echo(f"{machine.name}: slot {slot} is {'logged' if name == 'start' else 'not logged'}")
 
@@ -263,16 +241,16 @@ _log_verb("stop", "Stop logging SLOT; what was dirtied until now is kept.")
 
 
 @cli.command()
-@_on_machine
+@on_machine
 @click.option("--client", default="cli", show_default=True, help="Whose last sync to count from.")
-@_json_option
+@json_option
 def sync(machine: Machine, client: str, as_json: bool) -> None:
     """Flush, and show the pages of each slot dirtied since this client's last sync. The first one
     registers the client: it counts from there."""
     machine.register(client)
     result = machine.sync(client)
     if as_json:
-        _print_json({"name": machine.name, "client": client, "pages": result.pages,
+        print_json({"name": machine.name, "client": client, "pages": result.pages,
                      "slots": {str(i): [list(r) for r in ranges] for i, ranges in result.slots.items()}})
         return
     for slot_id, ranges in result.slots.items():
@@ -288,12 +266,12 @@ def memory() -> None:
 
 
 @memory.command("add")
-@_on_machine
+@on_machine
 @click.argument("slot", type=int)
 @click.argument("gpa")
 @click.argument("size")
 @click.option("--no-log", is_flag=True, help="Without dirty logging.")
-@_json_option
+@json_option
 def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, as_json: bool) -> None:
     """Add SLOT of SIZE at guest address GPA (bytes, 0x…, KiB, MiB, GiB)."""
     from .config import parse_size
@@ -307,9 +285,9 @@ def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, a
 
 
 @memory.command("remove")
-@_on_machine
+@on_machine
 @click.argument("slot", type=int)
-@_json_option
+@json_option
 def memory_remove(machine: Machine, slot: int, as_json: bool) -> None:
     """Remove SLOT: vCPUs stopped, rings reaped, bitmap synced, slot removed, vCPUs resumed."""
     machine.memory_remove(slot)
@@ -322,23 +300,27 @@ def _number(text: str) -> int | str:
 
 def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
     if as_json:
-        _print_json({"name": machine.name, "slot": slot, "done": what})
+        print_json({"name": machine.name, "slot": slot, "done": what})
     else:
         click.echo(f"{machine.name}: slot {slot} {what}")
+
+
+for _verb in (dirty_rate, dirty_limit, working_set):
+    cli.add_command(_verb)
 
 
 # --- the host ----------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@_json_option
+@json_option
 def doctor(as_json: bool) -> int:
     """Say what this host can do: KVM, dirty rings, shared memory, limits, left-overs."""
     from .doctor import examine, healthy
 
     findings = examine()
     if as_json:
-        _print_json([f.as_dict() for f in findings])
+        print_json([f.as_dict() for f in findings])
     else:
         from .report import doctor_table, screen
 
@@ -348,14 +330,14 @@ def doctor(as_json: bool) -> int:
 
 @cli.command()
 @click.argument("name", required=False)
-@_json_option
+@json_option
 def gc(name: str | None, as_json: bool) -> None:
     """Clear what machines that died have left behind (of NAME, or of all)."""
     from .runtime import collect_garbage
 
     removed = collect_garbage(name)
     if as_json:
-        _print_json({"removed": removed})
+        print_json({"removed": removed})
     else:
         for each in removed:
             click.echo(f"removed {each}")
@@ -367,17 +349,17 @@ def schema() -> None:
     """Print the JSON schema of the configuration file."""
     from .config import config_schema
 
-    _print_json(config_schema())
+    print_json(config_schema())
 
 
 @cli.command()
-@_json_option
+@json_option
 def guests(as_json: bool) -> None:
     """List the sample guests and their parameters."""
     from .guests import WORKLOADS
 
     if as_json:
-        _print_json({w.name: {"description": w.description,
+        print_json({w.name: {"description": w.description,
                               "params": {p.name: {"default": p.default, "minimum": p.minimum,
                                                   "maximum": p.maximum, "help": p.help} for p in w.params}}
                      for w in WORKLOADS.values()})

@@ -31,6 +31,7 @@ SYSTEM_AREA = (SYSTEM_GPA, SYSTEM_GPA + 0x100_0000)
 GPA_MAX = 1 << 40
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE}
+_RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
@@ -66,8 +67,24 @@ def parse_duration(value: object) -> float:
     return seconds
 
 
+def parse_rate(value: object) -> float:
+    """Bytes a second from ``1000000``, ``"100MB/s"``, ``"64MiB/s"`` (``/s`` may be left out). Raises ValueError."""
+    rate = -1.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        rate = float(value)
+    elif isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)(?:/s)?", value.strip())
+        if match and match[2].lower() in _RATE_UNITS:
+            rate = float(match[1]) * _RATE_UNITS[match[2].lower()]
+    if not 0 < rate < 1e15:
+        raise ValueError(f"{value!r} is not a rate: write bytes a second, or a number with kB/s, MB/s, GB/s, "
+                         "KiB/s, MiB/s or GiB/s")
+    return rate
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
+Rate = Annotated[float, BeforeValidator(parse_rate)]
 
 
 class _Model(BaseModel):
@@ -156,6 +173,7 @@ class MachineConfig(_Model):
     reaper: ReaperConfig = ReaperConfig()
     verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = None
     timeout: Duration | None = None
+    dirty_limit: Rate | None = None     # bytes a second of each vCPU
     stack_size: Size = 16 << 10
     trace: list[str] = Field(default_factory=list)
     #: Where each key was given: "file:line" or "--set …", for errors that come later.
@@ -175,6 +193,9 @@ class MachineConfig(_Model):
         if entries and (entries & (entries - 1) or not RING_MIN <= entries <= RING_MAX):
             raise ValueError(f"dirty_ring_size: {entries} entries must be a power of two from {RING_MIN} to "
                              f"{RING_MAX}, or 0 for the plain bitmap")
+        if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE):
+            raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
+                                                else f"{self.dirty_limit:g} is less than a page a second"))
         if self.stack_size < 1024 or self.stack_size % 16:
             raise ValueError("stack_size: must be a multiple of 16, at least 1024 bytes")
         taken: list[tuple[int, int, str]] = [(*SYSTEM_AREA, "the system area")]

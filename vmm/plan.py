@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.shm import free_bytes
+from ipc.shm import PAGE_SIZE, free_bytes
 from workers import kvm
 
 from . import loader
@@ -72,7 +72,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
                           config.reaper.max_interval),
         verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
-        timeout=config.timeout, trace=patterns, trace_file=trace_file, linger=linger)
+        timeout=config.timeout, dirty_quota=round((config.dirty_limit or 0) / PAGE_SIZE),
+        trace=patterns, trace_file=trace_file, linger=linger)
 
 
 def _guest(config: MachineConfig) -> tuple[str, list[int], bool]:

@@ -54,6 +54,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float | None       # seconds
     trace: list[str]
     trace_file: str             # "" is standard error
+    dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
     linger: bool                # stay after the end until a client releases the machine
 
 

@@ -65,6 +65,7 @@ __all__ = ["KICK_SIGNAL", "Worker", "main"]
 
 KICK_SIGNAL = signal.SIGUSR1
 _FD_TIMEOUT = 10.0          # seconds to hand the vCPU fd over
+_THROTTLE_STEP = 0.1        # seconds after which a long wait shows in the statistics
 _ORPHAN_GRACE = 3.0         # seconds an ownerless worker waits for a last Shutdown
 
 _HYPERCALL_YIELD, _HYPERCALL_WAIT, _HYPERCALL_WAKE, _HYPERCALL_SLEEP = range(4)
@@ -172,12 +173,15 @@ class Worker:
         self._ran = 0.0
         if not debt:
             return False
+        counted = began
         while (left := began + debt - time.monotonic()) > 0:
             if self._attend() or control.dirty_quota != quota:
                 break
             control.state = VcpuState.THROTTLED
-            self._sleep(left)
-        control.throttled_ns += int((time.monotonic() - began) * 1e9)
+            self._sleep(min(left, _THROTTLE_STEP))
+            now = time.monotonic()
+            control.throttled_ns += int((now - counted) * 1e9)
+            counted = now
         return True
 
     def _run_slice(self) -> Exit:

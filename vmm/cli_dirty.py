@@ -1,0 +1,168 @@
+"""``vmm dirty-rate``, ``dirty-limit``, ``working-set``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli_common import Duration, Rate, json_option, on_machine, print_json
+from .errors import VmmError
+
+if TYPE_CHECKING:
+    from .dirtyrate import DirtyRate
+    from .machine import Machine
+
+__all__ = ["dirty_limit", "dirty_rate", "working_set"]
+
+_PAGE = 4096
+_MIB = 1 << 20
+
+
+@click.command("dirty-rate")
+@on_machine
+@click.option("--time", "seconds", type=Duration(), default="1s", show_default=True,
+              help="How long to measure, 50ms to 60s.")
+@click.option("--mode", type=click.Choice(["ring", "bitmap", "sampling"]), default=None,
+              help="ring: per vCPU and whole; bitmap: whole; sampling: estimated, without the dirty log. "
+                   "[default: ring where there are rings]")
+@click.option("--watch", is_flag=True, help="Measure again and again, until interrupted or the machine ends.")
+@json_option
+def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json: bool) -> None:
+    """Measure how fast the guest dirties memory. No other user of the dirty log is disturbed."""
+    from .dirtyrate import check_time, measure
+
+    check_time(seconds)
+    status = machine.status()
+    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap")
+    while True:
+        rate = measure(machine, seconds, mode)
+        if as_json:
+            print_json({"name": machine.name, **rate.as_dict()})
+        else:
+            _print_rate(rate)
+        if not watch or machine.status()["state"] == "ended":
+            return
+
+
+def _print_rate(rate: DirtyRate) -> None:
+    for vcpu in rate.vcpus:
+        click.echo(f"vCPU {vcpu.index}: {vcpu.mib_per_s:10.1f} MiB/s {vcpu.pages_per_s:12,.0f} pages/s")
+    repeated = f", and {rate.repeated:,} repeatedly" if rate.repeated else ""
+    click.echo(f"machine: {rate.mib_per_s:9.1f} MiB/s {rate.pages_per_s:12,.0f} pages/s "
+               f"({rate.pages:,} distinct pages{repeated}, in {rate.seconds:.2f} s, {rate.mode})")
+
+
+@click.group("dirty-limit")
+def dirty_limit() -> None:
+    """Limit how fast vCPUs may dirty memory."""
+
+
+_vcpu_option = click.option("--vcpu", type=int, default=None, help="Only this vCPU (default: each one).")
+
+
+@dirty_limit.command("set")
+@on_machine
+@click.argument("rate", type=Rate())
+@_vcpu_option
+@json_option
+def limit_set(machine: Machine, rate: float, vcpu: int | None, as_json: bool) -> None:
+    """Let each vCPU (or one) dirty at most RATE, for example 100MB/s."""
+    pages = round(rate / _PAGE)
+    if pages < 1:
+        raise VmmError(f"RATE: {rate:g} bytes a second is less than a page a second")
+    machine.dirty_limit(pages, vcpu)
+    _limit_done(machine, vcpu, pages, as_json)
+
+
+@dirty_limit.command("cancel")
+@on_machine
+@_vcpu_option
+@json_option
+def limit_cancel(machine: Machine, vcpu: int | None, as_json: bool) -> None:
+    """Lift the limit, at once."""
+    machine.dirty_limit(0, vcpu)
+    _limit_done(machine, vcpu, 0, as_json)
+
+
+def _limit_done(machine: Machine, vcpu: int | None, pages: int, as_json: bool) -> None:
+    if as_json:
+        print_json({"name": machine.name, "vcpu": vcpu, "pages_per_s": pages})
+        return
+    who = "each vCPU" if vcpu is None else f"vCPU {vcpu}"
+    what = f"at most {pages * _PAGE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "without limit"
+    click.echo(f"{machine.name}: {who} {what}")
+
+
+@dirty_limit.command("query")
+@on_machine
+@_vcpu_option
+@click.option("--time", "seconds", type=Duration(), default="1s", show_default=True, help="How long to measure.")
+@json_option
+def limit_query(machine: Machine, vcpu: int | None, seconds: float, as_json: bool) -> None:
+    """Show limits, and the rates as they are now."""
+    from .dirtyrate import measure
+
+    rates = measure(machine, seconds, "ring").vcpus
+    found = [{"index": v["index"], "limit_mb_per_s": v["dirty_limit_pages_per_s"] * _PAGE / 1e6 or None,
+              "current_mb_per_s": r.pages_per_s * _PAGE / 1e6, "throttled_s": v["throttled_s"]}
+             for v, r in zip(machine.status()["vcpus"], rates, strict=True) if vcpu in (None, v["index"])]
+    if not found:
+        raise VmmError(f"there is no vCPU {vcpu}")
+    if as_json:
+        print_json({"name": machine.name, "vcpus": found})
+        return
+    for each in found:
+        limit = f"{each['limit_mb_per_s']:.1f} MB/s" if each["limit_mb_per_s"] else "none"
+        click.echo(f"vCPU {each['index']}: limit {limit}, now {each['current_mb_per_s']:.1f} MB/s, "
+                   f"held back {each['throttled_s']:.2f} s in all")
+
+
+@click.command("working-set")
+@on_machine
+@click.option("--interval", type=Duration(), default="100ms", show_default=True)
+@click.option("--time", "seconds", type=Duration(), default="10s", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where to keep it (.npz).")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw it.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="One self-contained page.")
+@json_option
+def working_set(machine: Machine, interval: float, seconds: float, output: Path, png: Path | None,
+                html_path: Path | None, as_json: bool) -> None:
+    """Record which pages are dirtied in each interval; draw them over time, by address and by window."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import workingset
+
+    if interval > seconds:
+        raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
+    began = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("recording", total=1.0)
+        recording = workingset.record(machine, interval, seconds,
+                                      lambda done: bar.update(task, completed=done))
+    if not recording.intervals:
+        raise VmmError(f"machine '{machine.name}' ended before the first interval did")
+    recording.save(output)
+    title = f"{machine.name}: pages dirtied in {interval * 1000:g} ms intervals"
+    _write(png, lambda: workingset.draw(recording, title))
+    _write(html_path, lambda: workingset.page(recording, title).encode())
+    counts = recording.dirty_pages()
+    summary = {"name": machine.name, "intervals": recording.intervals,
+               "seconds": round(time.monotonic() - began, 3),
+               "mean_pages": float(counts.mean()), "most_pages": int(counts.max()), "output": str(output)}
+    if as_json:
+        print_json(summary)
+    else:
+        click.echo(f"{output}: {recording.intervals} intervals, {counts.mean():,.0f} pages dirty in one on "
+                   f"average, {counts.max():,} at most")
+
+
+def _write(path: Path | None, make: Any) -> None:
+    if path is not None:
+        try:
+            path.write_bytes(make())
+        except OSError as exc:
+            raise VmmError(f"{path}: cannot be written: {exc.strerror}") from None
