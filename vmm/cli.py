@@ -10,29 +10,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from .cli_common import json_option, on_machine, print_json
 from .cli_dirty import dirty_limit, dirty_rate, working_set
+from .cli_run import Interrupted, run_in_foreground
+from .cli_snapshot import snapshot
 from .errors import ExitCode, VmmError
 
 if TYPE_CHECKING:
     from .machine import Machine
 
 __all__ = ["main"]
-
-_PROGRESS_S = 0.25
-
-
-class _Interrupted(Exception):
-    """SIGINT or SIGTERM came."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -75,68 +66,7 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
             click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
         return ExitCode.OK
     with machine:
-        return _run_in_foreground(machine, as_json)
-
-
-def _run_in_foreground(machine: Machine, as_json: bool) -> int:
-    """Show the machine until it ends; a signal stops it in order, and the report is still printed."""
-    stopped_by = 0
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise _Interrupted(signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupt)
-    try:
-        machine.start()
-        _follow(machine, as_json)
-    except _Interrupted as exc:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)   # one is enough
-        stopped_by = exc.signum
-        machine.stop()
-    report = machine.wait(60.0)
-    if as_json:
-        print_json(report)
-    else:
-        from .report import print_report, screen
-
-        print_report(report, screen())
-    return 128 + stopped_by if stopped_by else int(report["exit_code"])
-
-
-def _follow(machine: Machine, as_json: bool) -> None:
-    """Console output as it comes, a progress line on a terminal, until the end."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-
-    from .report import progress_text
-
-    screen = Console(stderr=True, highlight=False)
-    with Live(console=screen, transient=True, auto_refresh=False, redirect_stdout=False,
-              redirect_stderr=False) as live:
-        shown, dirtied = time.monotonic(), 0
-        while True:
-            for event in machine.events(_PROGRESS_S):
-                if event["event"] == "console":
-                    for line in event["data"].splitlines():
-                        click.echo(f"[vcpu {event['vcpu']}] {line}", err=as_json)
-                elif event["event"] == "ring-rebuilt":
-                    screen.print(f"vcpu {event['vcpu']}: its ring lost count ({event['harvested']} "
-                                 f"harvested, {event['reset']} reset) and was rebuilt; "
-                                 f"{event['pages_marked']} pages marked dirty", markup=False)
-                elif event["event"] == "ended":
-                    return
-                if time.monotonic() - shown >= _PROGRESS_S:
-                    break
-            if screen.is_terminal:
-                report = machine.status()
-                now, total = time.monotonic(), sum(v["dirty_pages"] for v in report["vcpus"])
-                live.update(Text(progress_text(report, (total - dirtied) / (now - shown))), refresh=True)
-                shown, dirtied = now, total
-            else:
-                shown = time.monotonic()
+        return run_in_foreground(machine, as_json)
 
 
 # --- running machines ------------------------------------------------------------------------------------
@@ -305,7 +235,7 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (dirty_rate, dirty_limit, working_set):
+for _verb in (dirty_rate, dirty_limit, working_set, snapshot):
     cli.add_command(_verb)
 
 
@@ -382,7 +312,7 @@ def main() -> None:
     except click.ClickException as exc:
         exc.show()
         code = exc.exit_code
-    except (click.Abort, KeyboardInterrupt, _Interrupted):
+    except (click.Abort, KeyboardInterrupt, Interrupted):
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         # Whoever read our output has gone: nothing more can be said to anybody.

@@ -54,7 +54,19 @@ class Status(Verb):
 
 
 class Pause(Verb):
-    pass
+    """``owner``: a process id; the machine resumes when that process ends. 0: it stays paused."""
+
+    owner: int = 0
+
+
+class State(Verb):
+    """Of a paused machine: its specification with the slots as they are, and each vCPU's state."""
+
+
+class SetState(Verb):
+    """Before the start: the vCPUs' states, as ``State`` gave them. The memory is in its place already."""
+
+    vcpus: list[dict[str, Any]]
 
 
 class Resume(Verb):
@@ -78,10 +90,12 @@ class LogStop(Verb):
 
 
 class Register(Verb):
-    """``owner``: a process id; the client is unregistered when that process ends. 0: it stays."""
+    """``owner``: a process id; the client is unregistered when that process ends. 0: it stays.
+    ``like``: begin with what that other client has gathered, which stays as it is."""
 
     client: str
     owner: int = 0
+    like: str = ""
 
 
 class Unregister(Verb):
@@ -122,7 +136,8 @@ class MemoryRemove(Verb):
     slot: int
 
 
-AnyVerb = (Follow | Start | Status | Pause | Resume | Stop | Release | LogStart | LogStop | Register
+AnyVerb = (Follow | Start | Status | State | SetState | Pause | Resume
+           | Stop | Release | LogStart | LogStop | Register
            | Unregister | Sync | DirtyLimit | Mark | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)

@@ -7,6 +7,7 @@ Run by the keeper (vmm/keeper.py) as ``python -m vmm.coordinator``.
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import sys
@@ -25,9 +26,11 @@ from ipc.messages import (
     Console,
     Exited,
     ExitReason,
+    GetState,
     RemoveMemslot,
     RingFull,
     SetMemslot,
+    SetState,
 )
 from ipc.shm import SegmentError
 
@@ -58,6 +61,7 @@ class Saved(msgspec.Struct):
     exits: dict[int, Exited]
     restarts: int
     owners: dict[str, int]
+    pause_owner: int
 
 
 class Coordinator:
@@ -78,6 +82,7 @@ class Coordinator:
         self._round = 0
         #: {client: (pid, pidfd)} of clients that go when their process does.
         self._owners: dict[str, tuple[int, int]] = {}
+        self._pause_owner = (0, -1)
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
         if saved is None:
@@ -165,6 +170,11 @@ class Coordinator:
             self._own(client, owner)
         self._state = "running"
         self._user_paused = saved.user_paused
+        if self._user_paused and saved.pause_owner:
+            try:
+                self._pause_owner = (saved.pause_owner, os.pidfd_open(saved.pause_owner))
+            except ProcessLookupError:
+                self._user_paused = False
         if not self._user_paused:
             self.shards.resume_all()
         self._save()
@@ -175,7 +185,8 @@ class Coordinator:
                       elapsed=self._elapsed(), user_paused=self._user_paused,
                       verification=self.verifier.result if self.verifier else None,
                       exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
-                      restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()})
+                      restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()},
+                      pause_owner=self._pause_owner[0])
         aside = self.directory / "state.json.new"
         aside.write_bytes(msgspec.json.encode(saved))
         aside.rename(self.directory / "state.json")
@@ -188,7 +199,7 @@ class Coordinator:
 
     def _slot_spec(self, slot_id: int) -> RamSlot:
         slot = self.log.slots[slot_id]
-        return RamSlot(slot_id, slot.spec.gpa, slot.spec.size, slot.logged)
+        return RamSlot(slot_id, slot.spec.gpa, slot.spec.size, slot.logged, slot.spec.born)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -227,7 +238,7 @@ class Coordinator:
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
         owners = {pidfd: client for client, (_, pidfd) in self._owners.items()}
-        for fd in (*by_fd, *owners):
+        for fd in (*by_fd, *owners, *[self._pause_owner[1]] * (self._pause_owner[1] >= 0)):
             poller.register(fd, zmq.POLLIN)
         for ready, _ in poller.poll(self._poll_ms(now)):
             if ready is self.shards.notify:
@@ -243,6 +254,8 @@ class Coordinator:
                 self.shards.bury(by_fd[ready])
             elif ready in owners:
                 self._unregister(owners[ready])
+            elif ready == self._pause_owner[1] and self._state == "running":
+                self._resume()
 
     def _poll_ms(self, now: float) -> int | None:
         """Time until something is due; None while nothing can be."""
@@ -371,7 +384,7 @@ class Coordinator:
                        "iterations": block.reaper_iteration, "pages": block.reaped_pages,
                        "microseconds": block.reap_ns // 1000, "flushes": block.flushes},
             "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
-                       "dirty": self.log.dirty_pages(i), "logged": s.logged}
+                       "dirty": self.log.dirty_pages(i), "logged": s.logged, "born": s.spec.born}
                       for i, s in self.log.slots.items()],
             "clients": self.log.clients,
             "verification": verification,
@@ -441,8 +454,12 @@ class Coordinator:
                 self._start()
             case control.Status():
                 return self._final if self._final is not None else self._report()
-            case control.Pause():
-                self._pause()
+            case control.State():
+                return self._machine_state()
+            case control.SetState(vcpus=vcpus):
+                self._set_states(vcpus)
+            case control.Pause(owner=owner):
+                self._pause(owner)
             case control.Resume():
                 self._resume()
             case control.Stop():
@@ -450,8 +467,8 @@ class Coordinator:
                 self._done = self._done or self._state in ("ready", "ended")
             case control.Release():
                 self._done = self._done or self._state in ("ready", "ended")
-            case control.Register(client=name, owner=owner):
-                self._register(name, owner)
+            case control.Register(client=name, owner=owner, like=like):
+                self._register(name, owner, like)
             case control.Unregister(client=name):
                 self._unregister(name)
             case control.DirtyLimit(pages_per_s=pages, vcpu=vcpu):
@@ -465,7 +482,7 @@ class Coordinator:
             case control.LogStop(slot=slot):
                 self._set_logging(slot, False)
             case control.MemoryAdd(slot=slot, gpa=gpa, size=size, log=log):
-                self._add_slot(RamSlot(slot, gpa, size, log))
+                self._add_slot(RamSlot(slot, gpa, size, log, born=time.time_ns()))
             case control.MemoryRemove(slot=slot):
                 self._remove_slot(slot)
         return {}
@@ -474,19 +491,62 @@ class Coordinator:
         if self._state == "ended":
             raise VmmError(f"machine '{self.spec.name}' has ended", ExitCode.NO_MACHINE)
 
-    def _pause(self) -> None:
+    def _pause(self, owner: int = 0) -> None:
         self._alive_running()
         if not self._user_paused:
             self._user_paused = True
             self.shards.pause_all()
+            if owner:
+                try:
+                    self._pause_owner = (owner, os.pidfd_open(owner))
+                except ProcessLookupError:
+                    self._resume()
             self._save()
 
     def _resume(self) -> None:
         self._alive_running()
+        _, pidfd = self._pause_owner
+        self._pause_owner = (0, -1)
+        if pidfd >= 0:
+            os.close(pidfd)
         if self._user_paused:
             self._user_paused = False
             self.shards.resume_all()
             self._save()
+
+    def _machine_state(self) -> dict[str, Any]:
+        """What a snapshot keeps beside the memory."""
+        if self._state != "running" or not self._user_paused:
+            raise VmmError(f"machine '{self.spec.name}' is not paused")
+        dead = [str(s.index) for s in self.shards.all if not s.alive]
+        if dead:
+            raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it",
+                           ExitCode.WORKER_DIED)
+        replies = self.shards.request(self.shards.all, lambda seq, s: GetState(seq))
+        spec = msgspec.structs.replace(self.spec, slots=[self._slot_spec(i) for i in self.log.slots])
+        vcpus = []
+        for shard in self.shards.all:
+            state = dict(replies[shard.index].data or {})
+            if shard.exited is not None:
+                state["exit"] = {"reason": int(shard.exited.reason), "code": shard.exited.code,
+                                 "detail": shard.exited.detail}
+            vcpus.append(state)
+        return {"spec": msgspec.to_builtins(spec), "vcpus": vcpus}
+
+    def _set_states(self, vcpus: list[dict[str, Any]]) -> None:
+        if self._state != "ready":
+            raise VmmError(f"machine '{self.spec.name}' has started already")
+        if len(vcpus) != len(self.shards.all):
+            raise VmmError(f"states of {len(vcpus)} vCPUs for a machine of {len(self.shards.all)}")
+        try:
+            states = [{**v, "xsave": base64.b64decode(v["xsave"], validate=True)} for v in vcpus]
+        except (KeyError, TypeError, ValueError) as exc:
+            raise VmmError(f"not the state of a vCPU: {exc}") from None
+        self.shards.request(self.shards.all, lambda seq, s: SetState(seq, states[s.index]))
+        if self.verifier is not None:
+            for slot_id in self.log.slots:      # the memory was replaced: this is what it begins with
+                self.verifier.forget(slot_id)
+                self.verifier.adopt(slot_id)
 
     def _flush(self) -> None:
         if self._state == "running":
@@ -504,10 +564,14 @@ class Coordinator:
         return {"slots": {str(i): {"dirty": n, "pages": self.log.front(client, i).front.pages}
                           for i, n in taken.items()}}
 
-    def _register(self, client: str, owner: int) -> None:
+    def _register(self, client: str, owner: int, like: str) -> None:
         if client not in self.log.clients:
             self._flush()
+            if like and like not in self.log.clients:
+                raise VmmError(f"there is no client '{like}' of the dirty log")
             self.log.register(client)
+            if like:
+                self.log.copy_client(client, like)
             self._own(client, owner)
             self._save()
 

@@ -113,6 +113,16 @@ class DirtyLog:
             raise
         self._clients[client] = made
 
+    def copy_client(self, client: str, other: str) -> None:
+        """Add to ``client`` what ``other`` has gathered. Raises VmmError when there is no such client."""
+        if other not in self._clients:
+            raise VmmError(f"there is no client '{other}' of the dirty log")
+        self._fold_all()
+        for slot_id, maps in self._clients[other].items():
+            if slot_id in self._clients[client]:
+                source, target = maps.gathering, self._clients[client][slot_id].gathering
+                self._kernels.fold(source.words, source.summary, target.words, target.summary)
+
     def adopt_client(self, client: str) -> None:
         """Open the bitmaps of a client of a coordinator that died."""
         self._clients[client] = {

@@ -132,9 +132,20 @@ class Machine:
         """Let the vCPUs enter the guest for the first time."""
         self._client.ask(control.Start)
 
-    def pause(self) -> None:
-        """Every vCPU is out of the guest when this returns, and stays so until ``resume``."""
-        self._client.ask(control.Pause)
+    def pause(self, *, mine: bool = False) -> None:
+        """Every vCPU is out of the guest when this returns, and stays so until ``resume``. ``mine``: or until
+        this process ends."""
+        self._client.ask(control.Pause, owner=os.getpid() if mine else 0)
+
+    def state(self) -> dict[str, Any]:
+        """Of a paused machine: ``spec``, its specification with the slots as they are, and ``vcpus``, their
+        states (workers/accel.py; ``xsave`` in base64). Raises VmmError."""
+        return self._client.ask(control.State)
+
+    def set_state(self, vcpus: list[dict[str, Any]]) -> None:
+        """Before ``start``, with the memory in its place: what ``state`` gave. Raises VmmError when this host
+        cannot take it over."""
+        self._client.ask(control.SetState, vcpus=vcpus)
 
     def resume(self) -> None:
         self._client.ask(control.Resume)
@@ -206,6 +217,10 @@ class Machine:
         view.flags.writeable = writable
         return view
 
+    def system(self) -> NDArray[np.uint8]:
+        """The system slot's memory (boot information, page tables), writable. It is never logged."""
+        return np.frombuffer(self._segment("system").buf, np.uint8)
+
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of guest memory within one slot. Raises VmmError outside RAM."""
         slot, offset = self._locate(gpa, size)
@@ -240,10 +255,10 @@ class Machine:
     def log_stop(self, slot: int) -> None:
         self._client.ask(control.LogStop, slot=slot)
 
-    def register(self, client: str, *, mine: bool = False) -> None:
+    def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
         """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. ``mine``: until this
-        process ends at the latest."""
-        self._client.ask(control.Register, client=client, owner=os.getpid() if mine else 0)
+        process ends at the latest. ``like``: begin with what that client has gathered."""
+        self._client.ask(control.Register, client=client, owner=os.getpid() if mine else 0, like=like)
 
     def unregister(self, client: str) -> None:
         self._client.ask(control.Unregister, client=client)

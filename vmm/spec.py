@@ -16,6 +16,7 @@ class RamSlot(msgspec.Struct, frozen=True):
     gpa: int            # bytes
     size: int           # bytes, a multiple of 4096
     log: bool = True
+    born: int = 0       # tells it from an earlier slot of the same id, place and size (snapshot chains)
 
     @property
     def pages(self) -> int:

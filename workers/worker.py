@@ -24,6 +24,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import zmq
 
@@ -86,6 +87,7 @@ class Worker:
         self.accel: Accelerator | None = None
         self._bucket = TokenBucket()
         self._timer: SliceTimer | None = None
+        self._restored_exit: dict[str, Any] | None = None    # of a vCPU that had ended when it was saved
         self._ran = 0.0     # seconds in the guest since the bucket was last told
 
     # --- set-up ------------------------------------------------------------------------------
@@ -139,6 +141,10 @@ class Worker:
                     break
                 self._stay_paused()
                 continue
+            if self._restored_exit is not None:
+                was = self._restored_exit
+                self._end(Exit(ExitKind.END, reason=ExitReason(was["reason"]), detail=was["detail"]), was["code"])
+                break
             quota = control.dirty_quota
             if quota and self._in_debt(quota):
                 continue
@@ -376,6 +382,7 @@ class Worker:
                     data = accel.get_state()
                 case SetState(state=state):
                     accel.set_state(state)
+                    self._restored_exit = state.get("exit")
                 case Shutdown():
                     self._shutdown = True
         except (AccelError, SegmentError, OSError, KeyError) as exc:

@@ -1,0 +1,316 @@
+"""Snapshots. The oracle is the guest's own work: after any chain of snapshots and restores, on either
+accelerator, it ends with the memory of a run that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from machines import ACCELS, spec
+
+from ipc.shm import list_segments, machine_prefix
+from vmm import snapshot
+from vmm.errors import VmmError
+from vmm.machine import Machine
+from vmm.pagefile import PAGE, PageFileError, PageWriter, compress, read_pages
+from vmm.snapshot import SnapshotError
+from vmm.spec import MachineSpec
+
+TIMEOUT = 60.0
+
+
+@pytest.fixture(params=ACCELS)
+def accel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# --- page files ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pages=st.integers(1, 200), writes=st.lists(st.tuples(st.integers(0, 199), st.integers(0, 3)), max_size=60),
+       packed=st.booleans())
+def test_a_page_file_gives_back_what_was_written_last(tmp_path: Path, pages: int,
+                                                      writes: list[tuple[int, int]], packed: bool) -> None:
+    """Model: a dict. Value 0 is a zero page, also over one that was not."""
+    model: dict[int, int] = {}
+    memory = np.zeros(pages * PAGE, np.uint8)
+    with PageWriter(tmp_path, "f", pages) as writer:
+        for page, value in writes:
+            if page < pages:
+                memory[page * PAGE:(page + 1) * PAGE] = value
+                model[page] = value
+                writer.write(memory, np.array([page]))
+        done = writer.finish()
+    (tmp_path / "f.zst").unlink(missing_ok=True)
+    if packed:
+        compress(tmp_path, "f")
+    found = {}
+    for first, data in read_pages(tmp_path, "f", pages, str(done["checksum"])):
+        for i in range(len(data) // PAGE):
+            assert len(set(data[i * PAGE:(i + 1) * PAGE])) == 1
+            found[first + i] = data[i * PAGE]
+    assert found == model
+    assert done["pages"] == len(model)
+    assert done["zero_pages"] == sum(v == 0 for v in model.values())
+
+
+def test_zero_pages_are_holes(tmp_path: Path) -> None:
+    memory = np.zeros(1000 * PAGE, np.uint8)
+    memory[500 * PAGE] = 1
+    with PageWriter(tmp_path, "f", 1000) as writer:
+        writer.write(memory, np.arange(1000))
+        writer.finish()
+    assert (tmp_path / "f.mem").stat().st_size == 1000 * PAGE
+    assert (tmp_path / "f.mem").stat().st_blocks * 512 <= 16 * PAGE
+
+
+# --- the guest's own work ----------------------------------------------------------------------------------------
+
+
+def undisturbed(machine_spec: MachineSpec) -> bytes:
+    with Machine.launch(machine_spec) as machine:
+        assert machine.wait(TIMEOUT)["exit_code"] == 0
+        return machine.ram(0).tobytes()
+
+
+def ends_as(machine: Machine, expected: bytes) -> None:
+    report = machine.wait(TIMEOUT)
+    assert report["exit_code"] == 0, report
+    assert machine.ram(0).tobytes() == expected
+
+
+#: Work that takes about a second, for KVM and for the software CPU.
+WORK = {
+    "random": ({"writes": 600_000, "spin": 20}, {"writes": 120_000, "spin": 50}),
+    "counter": ({"increments": 25_000_000, "mode": 0}, {"increments": 3_000_000, "mode": 0}),
+    "pingpong": ({"turns": 2000}, {"turns": 2000}),
+}
+
+
+def snapshots_in_the_middle(machine: Machine, directory: Path) -> int:
+    """Full, live, incremental, compressed, as many as the guest's work leaves time for; how many."""
+    kinds: list[dict[str, Any]] = [{}, {"incremental": True, "live": True},
+                                   {"incremental": True, "compression": "zstd"}, {"live": True}]
+    done = 0
+    with suppress(VmmError):        # "has ended"
+        for kind in kinds:
+            snapshot.create(machine, directory, **kind)
+            done += 1
+    return done
+
+
+@pytest.mark.parametrize("target", ACCELS)
+@pytest.mark.parametrize("workload", sorted(WORK))
+def test_a_restored_machine_ends_as_one_that_was_never_stopped(accel: str, target: str, workload: str,
+                                                               tmp_path: Path) -> None:
+    """Snapshots in the middle of the work, restored on either accelerator."""
+    work = spec(workload, accel=accel, mib=4, ring=1024, **WORK[workload][accel == "unicorn"])
+    expected = undisturbed(work)
+    with Machine.launch(work) as machine:
+        taken = snapshots_in_the_middle(machine, tmp_path / "s")
+        ends_as(machine, expected)
+    if not taken and workload == "counter":
+        pytest.skip("this host counts faster than a snapshot is begun")
+    assert taken >= 1
+    manifests = snapshot.verify(tmp_path / "s")
+    assert manifests[0].pages == (4 << 20) // PAGE + 3
+    with snapshot.restore(tmp_path / "s", machine_name="again", accel=target) as machine:
+        ends_as(machine, expected)
+    if workload == "random" and manifests[-1].id != "0001":
+        with snapshot.restore(tmp_path / "s", "0001", machine_name="again", accel=target) as machine:
+            ends_as(machine, expected)
+
+
+@pytest.mark.parametrize(("vcpus", "ring"), [(1, 65536), (8, 1024), (3, 0)])
+def test_any_number_of_vcpus_and_any_ring(accel: str, vcpus: int, ring: int, tmp_path: Path) -> None:
+    writes = (1_200_000 if accel == "kvm" else 240_000) // vcpus
+    work = spec("random", accel=accel, mib=8, vcpus=vcpus, ring=ring, writes=writes, spin=30)
+    expected = undisturbed(work)
+    with Machine.launch(work) as machine:
+        assert snapshots_in_the_middle(machine, tmp_path / "s") >= 1
+    with snapshot.restore(tmp_path / "s", machine_name="again", accel=accel) as machine:
+        ends_as(machine, expected)
+
+
+def test_a_verified_machine_stays_verified_after_a_restore(accel: str, tmp_path: Path) -> None:
+    from machines import exact
+
+    work = spec("stamp", accel=accel, mib=8, writes=200_000, spin=50, verify=exact(0.05))
+    with Machine.launch(work) as machine:
+        snapshot.create(machine, tmp_path / "s", live=True)
+    with snapshot.restore(tmp_path / "s", accel=accel) as machine:
+        result = machine.wait(TIMEOUT)["verification"]
+        assert result["rounds"] >= 2
+        assert (result["lost_pages"], result["surplus_pages"]) == (0, 0)
+
+
+@pytest.fixture
+def endless(accel: str) -> Iterator[Machine]:
+    with Machine.launch(spec("random", accel=accel, mib=8, writes=0, spin=500, timeout=None)) as machine:
+        yield machine
+
+
+def memory_of(directory: Path, name: str | None = None) -> bytes:
+    """Slot 0 as the chain has it, put together in plain Python."""
+    memory = bytearray()
+    for manifest in snapshot.chain(directory, name):
+        slot = manifest.slots[0]
+        memory = memory or bytearray(slot.size)
+        for first, data in read_pages(directory / manifest.id, "slot0", slot.size // PAGE, slot.checksum):
+            memory[first * PAGE:first * PAGE + len(data)] = data
+    return bytes(memory)
+
+
+def test_the_chain_is_the_memory_and_nobody_elses_pages_are_taken(endless: Machine, tmp_path: Path) -> None:
+    endless.register("other")
+    before = endless.ram(0).copy()
+    endless.sync("other")
+    for i in range(4):
+        snapshot.create(endless, tmp_path / "s", incremental=i > 0, live=i == 2)
+    endless.pause()
+    snapshot.create(endless, tmp_path / "s", incremental=True)
+    after = endless.ram(0).copy()
+    assert memory_of(tmp_path / "s") == after.tobytes()
+    assert endless.status()["state"] == "paused"        # somebody had paused it: it stays so
+    dirty = {p for first, n in endless.sync("other").slots[0] for p in range(first, first + n)}
+    changed = set(np.flatnonzero((before.reshape(-1, PAGE) != after.reshape(-1, PAGE)).any(axis=1)).tolist())
+    assert len(changed - dirty) <= 4        # dirtied between the copy above and the sync behind it
+    assert len([c for c in endless.status()["clients"] if c.startswith("snap")]) == 1
+
+
+def test_merge_keeps_the_contents_and_the_successors(endless: Machine, tmp_path: Path) -> None:
+    for i in range(4):
+        snapshot.create(endless, tmp_path / "s", incremental=i > 0, compression="zstd" if i % 2 else "none")
+    third, fourth = memory_of(tmp_path / "s", "0003"), memory_of(tmp_path / "s")
+    merged = snapshot.merge(tmp_path / "s", "0003")
+    assert merged.parent is None
+    assert [m.id for m in snapshot.list_snapshots(tmp_path / "s")] == ["0003", "0004"]
+    snapshot.verify(tmp_path / "s")
+    assert memory_of(tmp_path / "s", "0003") == third
+    assert memory_of(tmp_path / "s") == fourth
+    with pytest.raises(SnapshotError, match="0004 builds on it"):
+        snapshot.delete(tmp_path / "s", "0003")
+    snapshot.create(endless, tmp_path / "s", incremental=True)      # the epoch goes on
+    snapshot.delete(tmp_path / "s", "0005")
+    assert [m.id for m in snapshot.list_snapshots(tmp_path / "s")] == ["0003", "0004"]
+
+
+def test_hotplugged_slots_are_in_the_chain(endless: Machine, tmp_path: Path) -> None:
+    """Added, removed, and another one of the same id, place and size: the old contents must not come back."""
+    directory = tmp_path / "s"
+    snapshot.create(endless, directory)
+    endless.memory_add(5, 0x1000_0000, 16 * PAGE)
+    endless.write(0x1000_0000, b"first")
+    endless.write(0x1000_3000, b"gone")
+    snapshot.create(endless, directory, incremental=True)
+    endless.memory_remove(5)
+    endless.memory_add(5, 0x1000_0000, 16 * PAGE)
+    endless.write(0x1000_0000, b"second")
+    snapshot.create(endless, directory, incremental=True)
+    name = endless.name
+    endless.stop()
+    endless.wait(TIMEOUT)
+    with snapshot.restore(directory, machine_name=f"{name}2", start=False) as machine:
+        assert machine.read(0x1000_0000, 6) == b"second"
+        assert machine.read(0x1000_3000, 4) == b"\0" * 4
+        machine.stop()
+
+
+def test_a_vcpu_that_had_ended_stays_so(accel: str, tmp_path: Path) -> None:
+    with Machine.launch(spec("hello", accel=accel, vcpus=2, lines=1)) as machine:
+        machine.wait(TIMEOUT)
+        with pytest.raises(VmmError, match="has ended"):
+            snapshot.create(machine, tmp_path / "s")
+    assert not list((tmp_path / "s").iterdir())
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_an_incremental_one_without_its_base_is_refused(endless: Machine, tmp_path: Path) -> None:
+    with pytest.raises(SnapshotError, match="holds no snapshot to build on"):
+        snapshot.create(endless, tmp_path / "s", incremental=True)
+    snapshot.create(endless, tmp_path / "s")
+    with (snapshot.restore(tmp_path / "s", machine_name="other", accel="unicorn") as second,
+          pytest.raises(SnapshotError, match="does not know what was dirtied since")):
+        snapshot.create(second, tmp_path / "s", incremental=True)
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    ("slot0.mem", "slot0: is damaged"), ("slot0.map", "slot0"), ("manifest.json", "manifest.json: is damaged"),
+    ("system.mem", "system: is damaged"), ("image", "image"),
+])
+def test_damage_is_found_and_refused(tmp_path: Path, damage: str, said: str) -> None:
+    directory = tmp_path / "s"
+    with Machine.launch(spec("random", accel="unicorn", mib=4, writes=0, timeout=None)) as machine:
+        snapshot.create(machine, directory)
+    path = directory / "0001" / damage
+    data = bytearray(path.read_bytes())
+    at = next(i for i in range(len(data) // 2, len(data)) if data[i])
+    data[at] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises((SnapshotError, PageFileError), match=said):
+        snapshot.verify(directory)
+    if damage != "image":       # of which the original is still there
+        with pytest.raises((SnapshotError, PageFileError), match=said):
+            snapshot.restore(directory, machine_name="again", accel="unicorn")
+    assert not list_segments(machine_prefix("again"))
+
+
+def test_missing_and_foreign_snapshots_are_one_line(tmp_path: Path) -> None:
+    for directory, said in ((tmp_path / "none", "is no directory"), (tmp_path, "holds no snapshot")):
+        with pytest.raises(SnapshotError, match=said):
+            snapshot.restore(directory)
+    folder = tmp_path / "0001"
+    folder.mkdir()
+    with pytest.raises(SnapshotError, match=r"manifest\.json: cannot be read"):
+        snapshot.restore(tmp_path)
+
+
+KILLED = """
+import sys
+from vmm import Machine, snapshot
+from pathlib import Path
+with Machine.attach(sys.argv[1]) as machine:
+    print("go", flush=True)
+    while True:
+        snapshot.create(machine, Path(sys.argv[2]), incremental=True, live=sys.argv[3] == "live")
+"""
+
+
+@pytest.mark.parametrize("kind", ["live", "stopped"])
+def test_a_kill_at_any_moment_leaves_the_chain_whole_and_the_machine_running(endless: Machine, tmp_path: Path,
+                                                                             kind: str) -> None:
+    directory = tmp_path / "s"
+    snapshot.create(endless, directory)
+    for i in range(6):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, endless.name, str(directory), kind],
+                                   stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"go\n"
+        time.sleep(0.013 * i + 0.001)       # not to synchronise: to be killed somewhere else each time
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        snapshot.verify(directory)
+        deadline = time.monotonic() + 10
+        while endless.status()["state"] != "running":
+            assert time.monotonic() < deadline
+    endless.pause()
+    snapshot.create(endless, directory, incremental=True)
+    assert memory_of(directory) == endless.ram(0).tobytes()     # nothing was lost by those that were killed
+    snapshot.verify(directory)
+    assert not list(directory.glob(".*"))
+    assert len([c for c in endless.status()["clients"] if c.startswith("snap")]) == 1

@@ -1,0 +1,88 @@
+"""A machine in the foreground: console, progress, signals, report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from .cli_common import print_json
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+__all__ = ["Interrupted", "run_in_foreground"]
+
+_PROGRESS_S = 0.25
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def run_in_foreground(machine: Machine, as_json: bool) -> int:
+    """Show the machine until it ends; a signal stops it in order, and the report is still printed."""
+    stopped_by = 0
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+    try:
+        machine.start()
+        _follow(machine, as_json)
+    except Interrupted as exc:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)   # one is enough
+        stopped_by = exc.signum
+        machine.stop()
+    report = machine.wait(60.0)
+    if as_json:
+        print_json(report)
+    else:
+        from .report import print_report, screen
+
+        print_report(report, screen())
+    return 128 + stopped_by if stopped_by else int(report["exit_code"])
+
+
+def _follow(machine: Machine, as_json: bool) -> None:
+    """Console output as it comes, a progress line on a terminal, until the end."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from .report import progress_text
+
+    screen = Console(stderr=True, highlight=False)
+    with Live(console=screen, transient=True, auto_refresh=False, redirect_stdout=False,
+              redirect_stderr=False) as live:
+        shown, dirtied = time.monotonic(), 0
+        while True:
+            for event in machine.events(_PROGRESS_S):
+                if event["event"] == "console":
+                    for line in event["data"].splitlines():
+                        click.echo(f"[vcpu {event['vcpu']}] {line}", err=as_json)
+                elif event["event"] == "ring-rebuilt":
+                    screen.print(f"vcpu {event['vcpu']}: its ring lost count ({event['harvested']} "
+                                 f"harvested, {event['reset']} reset) and was rebuilt; "
+                                 f"{event['pages_marked']} pages marked dirty", markup=False)
+                elif event["event"] == "ended":
+                    return
+                if time.monotonic() - shown >= _PROGRESS_S:
+                    break
+            if screen.is_terminal:
+                report = machine.status()
+                now, total = time.monotonic(), sum(v["dirty_pages"] for v in report["vcpus"])
+                live.update(Text(progress_text(report, (total - dirtied) / (now - shown))), refresh=True)
+                shown, dirtied = now, total
+            else:
+                shown = time.monotonic()
