@@ -128,12 +128,14 @@ def test_a_restored_machine_ends_as_one_that_was_never_stopped(accel: str, targe
     assert manifests[0].pages == (4 << 20) // PAGE + 3
     with snapshot.restore(tmp_path / "s", machine_name="again", accel=target) as machine:
         ends_as(machine, expected)
-    if workload == "random" and manifests[-1].id != "0001":
+    if workload == "random" and accel == "kvm" and manifests[-1].id != "0001":
         with snapshot.restore(tmp_path / "s", "0001", machine_name="again", accel=target) as machine:
             ends_as(machine, expected)
 
 
-@pytest.mark.parametrize(("vcpus", "ring"), [(1, 65536), (8, 1024), (3, 0)])
+@pytest.mark.parametrize(("accel", "vcpus", "ring"), [
+    pytest.param("kvm", 1, 65536, marks=pytest.mark.kvm), pytest.param("kvm", 8, 1024, marks=pytest.mark.kvm),
+    pytest.param("kvm", 3, 0, marks=pytest.mark.kvm), ("unicorn", 3, 0)])
 def test_any_number_of_vcpus_and_any_ring(accel: str, vcpus: int, ring: int, tmp_path: Path) -> None:
     writes = (1_200_000 if accel == "kvm" else 240_000) // vcpus
     work = spec("random", accel=accel, mib=8, vcpus=vcpus, ring=ring, writes=writes, spin=30)
@@ -263,9 +265,8 @@ def test_damage_is_found_and_refused(tmp_path: Path, damage: str, said: str) -> 
     path.write_bytes(data)
     with pytest.raises((SnapshotError, PageFileError), match=said):
         snapshot.verify(directory)
-    if damage != "image":       # of which the original is still there
-        with pytest.raises((SnapshotError, PageFileError), match=said):
-            snapshot.restore(directory, machine_name="again", accel="unicorn")
+    with pytest.raises((SnapshotError, PageFileError), match=said):
+        snapshot.restore(directory, machine_name="again", accel="unicorn")
     assert not list_segments(machine_prefix("again"))
 
 

@@ -7,6 +7,7 @@ the same parts instead of making them.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,11 +29,12 @@ from ipc.shm import Segment, segment_name
 
 from . import boot, loader
 from .dirtylog import DirtyLog
+from .errors import VmmError
 from .ram import MemorySlot
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
 
-__all__ = ["Parts", "adopt_parts", "make_parts", "worker_spec"]
+__all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
 
 
 @dataclass
@@ -68,6 +70,14 @@ def _software_ring(spec: MachineSpec) -> bool:
 
 def _top_gpa(spec: MachineSpec) -> int:
     return max(s.gpa + s.size for s in spec.slots)
+
+
+def copy_image(source: str, target: Path) -> None:
+    """Raises VmmError."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as exc:
+        raise VmmError(f"guest image {source}: cannot be copied: {exc.strerror}") from None
 
 
 def make_parts(spec: MachineSpec) -> Parts:

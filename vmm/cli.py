@@ -16,6 +16,7 @@ import click
 
 from .cli_common import json_option, on_machine, print_json
 from .cli_dirty import dirty_limit, dirty_rate, working_set
+from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_in_foreground
 from .cli_snapshot import snapshot
 from .errors import ExitCode, VmmError
@@ -235,7 +236,7 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (dirty_rate, dirty_limit, working_set, snapshot):
+for _verb in (dirty_rate, dirty_limit, working_set, snapshot, migrate, receive, keys):
     cli.add_command(_verb)
 
 

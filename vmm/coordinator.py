@@ -66,6 +66,11 @@ class Saved(msgspec.Struct):
 
 class Coordinator:
     def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, *, recover: bool) -> None:
+        # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
+        image = directory / "image"
+        if not recover:
+            build.copy_image(spec.image, image)
+        spec = msgspec.structs.replace(spec, image=str(image))
         self.spec = spec
         self.directory = directory
         self._keeper_fd = keeper_fd
@@ -493,22 +498,29 @@ class Coordinator:
 
     def _pause(self, owner: int = 0) -> None:
         self._alive_running()
-        if not self._user_paused:
-            self._user_paused = True
-            self.shards.pause_all()
-            if owner:
-                try:
-                    self._pause_owner = (owner, os.pidfd_open(owner))
-                except ProcessLookupError:
-                    self._resume()
-            self._save()
+        if self._user_paused:
+            if not owner:
+                self._disown_pause()    # somebody wants it paused for good
+                self._save()
+            return
+        self._user_paused = True
+        self.shards.pause_all()
+        if owner:
+            try:
+                self._pause_owner = (owner, os.pidfd_open(owner))
+            except ProcessLookupError:
+                self._resume()
+        self._save()
 
-    def _resume(self) -> None:
-        self._alive_running()
+    def _disown_pause(self) -> None:
         _, pidfd = self._pause_owner
         self._pause_owner = (0, -1)
         if pidfd >= 0:
             os.close(pidfd)
+
+    def _resume(self) -> None:
+        self._alive_running()
+        self._disown_pause()
         if self._user_paused:
             self._user_paused = False
             self.shards.resume_all()

@@ -439,11 +439,6 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
 
 
 def _image(folder: Path, manifest: Manifest) -> Path:
-    """The guest image: the original where it is unchanged (a chain may be deleted while the machine runs)."""
-    original = Path(manifest.spec.image)
-    with contextlib.suppress(SnapshotError):
-        if _checksum(original) == manifest.image_checksum:
-            return original
     if _checksum(folder / "image") != manifest.image_checksum:
         raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
     return (folder / "image").resolve()

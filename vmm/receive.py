@@ -1,0 +1,284 @@
+"""Live migration, the target: wait for a machine, take its memory and state, run it when told to.
+
+Until Commit the vCPUs stand before their first instruction; whatever goes wrong, the machine made here is torn
+down and the source told why. Once everything is in its place the target waits for Commit as long as it takes:
+from then on only the source knows who is to run the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import zmq
+import zstandard
+from numpy.typing import NDArray
+from zmq.auth.thread import ThreadAuthenticator
+
+from ipc.layout import MAX_SLOTS, MAX_VCPUS
+
+from . import boot
+from .errors import VmmError
+from .machine import Machine
+from .spec import MachineSpec
+from .wire import (
+    PAGE,
+    VERSION,
+    Abort,
+    Accept,
+    Answer,
+    Commit,
+    Offer,
+    Pages,
+    Ping,
+    Prepared,
+    Received,
+    Refused,
+    RoundAck,
+    RoundEnd,
+    Running,
+    State,
+    WireError,
+    check_address,
+    decode_message,
+    encode,
+    secure,
+    unpack,
+)
+
+__all__ = ["ReceiveError", "check_spec", "receive"]
+
+_SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
+_QUEUE = 64                 # messages that wait here, a connection
+_MESSAGE_MAX = 1 << 30      # bytes
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+class ReceiveError(VmmError):
+    """No machine was received; nothing of it is left here."""
+
+
+def receive(address: str, *, name: str | None = None, accel: str = "auto", detach: bool = False, key: str = "",
+            peer: str = "", insecure: bool = False, timeout: float | None = None,
+            waiting: Callable[[str], None] = lambda address: None) -> Machine:
+    """Wait for one machine and return it, running. ``timeout`` (seconds) bounds the wait for a source;
+    ``waiting`` is told the address when somebody may connect. Raises VmmError."""
+    check_address(address, keys=bool(key and peer), insecure=insecure)
+    with contextlib.ExitStack() as stack:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        stack.callback(context.destroy, linger=2000)
+        sock = context.socket(zmq.ROUTER)
+        sock.rcvhwm = _QUEUE
+        sock.maxmsgsize = _MESSAGE_MAX
+        sock.router_mandatory = True
+        if key:
+            stack.enter_context(_authenticator(context, peer))
+            secure(sock, key, peer, server=True)
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as exc:
+            raise ReceiveError(f"{address}: cannot be listened on: {exc.strerror}") from None
+        if address.startswith("ipc://"):
+            stack.callback(Path(address.removeprefix("ipc://")).unlink, missing_ok=True)
+        waiting(sock.get_string(zmq.LAST_ENDPOINT))
+        return _Target(sock, name, accel, detach, timeout).run()
+
+
+@contextlib.contextmanager
+def _authenticator(context: zmq.Context[zmq.Socket[bytes]], peer: str) -> Iterator[None]:
+    """Let in who has the secret of the public key file ``peer``, nobody else."""
+    with tempfile.TemporaryDirectory(prefix="shardvmm-keys-") as folder:
+        try:
+            (Path(folder) / "peer.key").write_bytes(Path(peer).read_bytes())
+        except OSError as exc:
+            raise VmmError(f"{peer}: is no key file: {exc.strerror}") from None
+        guard = ThreadAuthenticator(context)
+        guard.start()
+        try:
+            guard.configure_curve(domain="*", location=folder)
+            yield
+        finally:
+            guard.stop()
+
+
+def check_spec(spec: MachineSpec) -> None:
+    """A specification that came over the wire: what a configuration file is held to. Raises VmmError."""
+    def need(good: bool, what: str) -> None:
+        if not good:
+            raise WireError(f"the source offers {what}")
+
+    entries = spec.ring_entries
+    need(1 <= spec.vcpus <= MAX_VCPUS, f"{spec.vcpus} vCPUs")
+    need(entries == 0 or (entries & entries - 1 == 0 and 1024 <= entries <= 65536), f"rings of {entries} entries")
+    need(spec.privilege in ("user", "kernel"), f"privilege '{spec.privilege}'")
+    need(1024 <= spec.stack_size <= 1 << 30 and spec.stack_size % 16 == 0, f"stacks of {spec.stack_size} bytes")
+    need(len(spec.params) <= boot.PARAMS_MAX and all(0 <= p < 1 << 64 for p in spec.params), "parameters")
+    need(len(spec.cmdline.encode()) <= boot.CMDLINE_MAX, "a command line that is too long")
+    need(spec.reaper.mode in ("adaptive", "fixed"), f"reaper '{spec.reaper.mode}'")
+    need(0 < spec.reaper.min_interval <= spec.reaper.max_interval and spec.reaper.interval > 0, "reaper intervals")
+    need(spec.dirty_quota >= 0, "a dirty limit below zero")
+    need(0 < len(spec.slots) <= MAX_SLOTS, f"{len(spec.slots)} memory slots")
+    need(len({s.id for s in spec.slots}) == len(spec.slots), "two slots of one id")
+    taken = [(boot.SYSTEM_GPA, boot.SYSTEM_GPA + 0x100_0000)]
+    for slot in spec.slots:
+        start, end = slot.gpa, slot.gpa + slot.size
+        need(0 <= slot.id < MAX_SLOTS and slot.size > 0 and not slot.size % PAGE and start >= 0 and not start % PAGE
+             and end <= boot.TOP_GPA_MAX, f"slot {slot.id} at {start:#x} of {slot.size} bytes")
+        need(all(end <= s or e <= start for s, e in taken), f"slot {slot.id}, which overlaps another")
+        taken.append((start, end))
+
+
+class _Target:
+    """One migration on a ROUTER socket. Only the connection that sent the offer is answered."""
+
+    def __init__(self, sock: zmq.Socket[bytes], name: str | None, accel: str, detach: bool,
+                 timeout: float | None) -> None:
+        self._sock = sock
+        self._name = name
+        self._accel = accel
+        self._detach = detach
+        self._timeout = timeout
+        self._peer = b""
+        self._machine: Machine | None = None
+        self._memory: dict[int, NDArray[np.uint8]] = {}
+        self._pages: dict[int, int] = {}
+        self._arrived: dict[int, int] = {}      # {round: messages of pages}
+        self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
+        self._vcpus = 0
+
+    def run(self) -> Machine:
+        try:
+            self._await_offer()
+            self._take_memory()
+            return self._await_commit()
+        except BaseException as exc:
+            if isinstance(exc, VmmError) and self._peer:
+                with contextlib.suppress(ReceiveError):
+                    self._answer(Refused(str(exc)))
+            if self._machine is not None:
+                self._memory.clear()
+                self._machine.stop()
+                self._machine.close()
+            raise
+
+    def _answer(self, message: Answer) -> None:
+        """Raises ReceiveError when the source has gone."""
+        try:
+            self._sock.send_multipart([self._peer, encode(message)])
+        except zmq.ZMQError as exc:
+            raise ReceiveError(f"the source has gone ({exc.strerror})") from None
+
+    def _next(self, patience: float | None) -> tuple[bytes, object]:
+        """(who, message). Raises ReceiveError after ``patience`` seconds without one."""
+        if not self._sock.poll(None if patience is None else int(patience * 1000)):
+            raise ReceiveError(f"the source has said nothing for {patience:.0f} s" if self._peer
+                               else f"no source came within {patience:.0f} s")
+        who, frame = self._sock.recv_multipart()
+        return who, decode_message(frame)
+
+    def _await_offer(self) -> None:
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while True:
+            who, message = self._next(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if isinstance(message, Offer):
+                break
+        self._peer = who
+        if message.version != VERSION:
+            raise WireError(f"the source ({message.program}) speaks migration protocol {message.version}, this "
+                            f"program ({metadata.version('shardvmm')}) {VERSION}")
+        self._answer(Received())
+        check_spec(message.spec)
+        self._machine = self._launch(message)
+        self._vcpus = message.spec.vcpus
+        for slot in message.spec.slots:
+            self._memory[slot.id] = self._machine.ram(slot.id, writable=True).reshape(-1, PAGE)
+            self._memory[slot.id][:] = 0
+            self._pages[slot.id] = slot.pages
+        self._answer(Accept())
+
+    def _launch(self, offer: Offer) -> Machine:
+        from .plan import choose_accelerator
+
+        name = self._name or offer.spec.name
+        if not _NAME.fullmatch(name):
+            raise WireError("the source offers a machine of a name that cannot be")
+        with tempfile.NamedTemporaryFile(prefix="shardvmm-image-") as image:
+            image.write(offer.image)
+            image.flush()
+            spec = msgspec.structs.replace(offer.spec, name=name, accel=choose_accelerator(self._accel),
+                                           image=image.name, trace=[], trace_file="", linger=not self._detach)
+            return Machine.launch(spec, detach=self._detach, start=False)
+
+    def _take_memory(self) -> None:
+        """Rounds of pages, until the state has come."""
+        while True:
+            who, message = self._next(_SILENCE)
+            match message:
+                case Pages():
+                    self._write(message)
+                    self._arrived[message.round] = self._arrived.get(message.round, 0) + 1
+                    self._acknowledge(message.round)
+                case Ping():
+                    pass
+                case RoundEnd() if who == self._peer:
+                    self._expected[message.round] = message.messages
+                    self._acknowledge(message.round)
+                case State() if who == self._peer:
+                    return self._set_state(message)
+                case Abort() if who == self._peer:
+                    raise ReceiveError(f"the source gave up: {message.reason}")
+                case _:
+                    raise WireError(f"the source said {type(message).__name__} out of turn")
+
+    def _write(self, message: Pages) -> None:
+        if message.slot not in self._memory:
+            raise WireError(f"the source sent pages of slot {message.slot}, which the machine does not have")
+        numbers, data = unpack(message, self._pages[message.slot])
+        memory = self._memory[message.slot]
+        memory[numbers] = 0 if data is None else data
+
+    def _acknowledge(self, number: int) -> None:
+        if self._expected.get(number) == self._arrived.get(number, 0):
+            del self._expected[number]
+            self._arrived.pop(number, None)
+            self._answer(RoundAck(number))
+
+    def _set_state(self, message: State) -> None:
+        assert self._machine is not None
+        if len(message.vcpus) != self._vcpus:
+            raise WireError(f"the source sent the states of {len(message.vcpus)} vCPUs")
+        system = self._machine.system()
+        try:
+            size = zstandard.frame_content_size(message.system)
+            data = zstandard.ZstdDecompressor().decompress(message.system) if size == len(system) else b""
+        except zstandard.ZstdError as exc:
+            raise WireError(f"the source sent a system slot that cannot be unpacked: {exc}") from None
+        if len(data) != len(system):
+            raise WireError(f"the source sent a system slot of {size} bytes; here it has {len(system)}")
+        system[:] = np.frombuffer(data, np.uint8)
+        self._machine.set_state(message.vcpus)
+        self._answer(Prepared())
+
+    def _await_commit(self) -> Machine:
+        """The source decides now, however long it takes."""
+        assert self._machine is not None
+        while True:
+            who, message = self._next(None)
+            if who != self._peer:
+                continue
+            if isinstance(message, Abort):
+                raise ReceiveError(f"the source gave up: {message.reason}")
+            if isinstance(message, Commit):
+                break
+        self._memory.clear()
+        self._machine.start()
+        with contextlib.suppress(ReceiveError):     # a source that died after Commit: the machine is ours
+            self._answer(Running())
+        return self._machine

@@ -1,0 +1,251 @@
+"""What a migration's two ends say to each other: MessagePack over ZeroMQ DEALER -> ROUTER.
+
+One control connection and several for pages; the target answers on the control connection alone. A round of
+pages ends with a barrier: the target acknowledges when it has every message of the round, so that a page of
+the next round cannot be overtaken by an older copy.
+
+The target trusts nothing: a message is decoded into one of these types or refused, and what it names is
+checked against the machine that was offered before a byte is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lz4.block
+import msgspec
+import numpy as np
+import zmq
+import zmq.auth
+import zstandard
+from numpy.typing import NDArray
+
+from .errors import VmmError
+from .spec import MachineSpec
+
+__all__ = ["CHUNK_PAGES", "Abort", "Accept", "Commit", "Encoding", "Offer", "Packer", "Pages", "Ping", "Prepared",
+           "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "WireError", "check_address",
+           "decode_answer", "decode_message", "encode", "secure", "unpack"]
+
+VERSION = 1
+PAGE = 4096
+CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
+IMAGE_MAX = 1 << 30         # bytes
+
+Encoding = Literal["none", "zstd", "lz4"]
+
+
+class WireError(VmmError):
+    """The other end sent something that it must not, or is not there."""
+
+
+class Wire(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
+    pass
+
+
+# --- source to target ------------------------------------------------------------------------------------
+
+
+class Offer(Wire, frozen=True, tag="offer"):
+    """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on."""
+
+    version: int
+    program: str
+    spec: MachineSpec
+    image: bytes
+
+
+class Pages(Wire, frozen=True, tag="pages"):
+    """Pages of a slot: their numbers (uint32, little endian, ascending), and their bytes one after the other,
+    encoded; no bytes for pages that are zero."""
+
+    round: int
+    slot: int
+    numbers: bytes
+    encoding: Literal["zero", "none", "zstd", "lz4"]
+    data: bytes = b""
+
+
+class RoundEnd(Wire, frozen=True, tag="round-end"):
+    """``messages`` of Pages were sent in this round."""
+
+    round: int
+    messages: int
+
+
+class State(Wire, frozen=True, tag="state"):
+    """The system slot's memory (zstd), and the vCPUs' states (workers/accel.py)."""
+
+    system: bytes
+    vcpus: list[dict[str, Any]]
+
+
+class Commit(Wire, frozen=True, tag="commit"):
+    """The source will never run this machine again: the target starts it. May be repeated."""
+
+
+class Abort(Wire, frozen=True, tag="abort"):
+    reason: str
+
+
+class Ping(Wire, frozen=True, tag="ping"):
+    """The source is alive."""
+
+
+# --- target to source ---------------------------------------------------------------------------------------
+
+
+class Received(Wire, frozen=True, tag="received"):
+    """The offer has come; making the machine may take a while."""
+
+
+class Accept(Wire, frozen=True, tag="accept"):
+    """The machine's memory is there, its vCPUs stand before their first instruction."""
+
+
+class RoundAck(Wire, frozen=True, tag="round-ack"):
+    round: int
+
+
+class Prepared(Wire, frozen=True, tag="prepared"):
+    """Everything is in its place; waits for Commit as long as it takes."""
+
+
+class Running(Wire, frozen=True, tag="running"):
+    pass
+
+
+class Refused(Wire, frozen=True, tag="refused"):
+    """The target has cleaned up and is gone."""
+
+    error: str
+
+
+Message = Offer | Pages | RoundEnd | State | Commit | Abort | Ping
+Answer = Received | Accept | RoundAck | Prepared | Running | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_messages = msgspec.msgpack.Decoder(Message)
+_answers = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Wire) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_message(frame: bytes) -> Message:
+    """Raises WireError."""
+    try:
+        return _messages.decode(frame)
+    except msgspec.MsgspecError as exc:
+        raise WireError(f"the source sent what is no message of protocol {VERSION}: {exc}") from None
+
+
+def decode_answer(frame: bytes) -> Answer:
+    """Raises WireError."""
+    try:
+        return _answers.decode(frame)
+    except msgspec.MsgspecError as exc:
+        raise WireError(f"the target sent what is no answer of protocol {VERSION}: {exc}") from None
+
+
+# --- pages ------------------------------------------------------------------------------------------------------
+
+
+class Packer:
+    """Encodes pages. One for each thread."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._zstd = zstandard.ZstdCompressor(level=1)
+
+    def pack(self, round_: int, slot: int, memory: NDArray[np.uint8], pages: NDArray[np.int64]) -> list[Pages]:
+        """The messages for these pages (ascending, at most CHUNK_PAGES) of the slot's memory, as it is now."""
+        data = memory.reshape(-1, PAGE)[pages]
+        filled = data.view(np.uint64).any(axis=1)
+        found = []
+        if not filled.all():
+            found.append(Pages(round_, slot, _numbers(pages[~filled]), "zero"))
+        if filled.any():
+            raw = (data if filled.all() else data[filled]).tobytes()
+            packed, encoding = self._encode(raw)
+            found.append(Pages(round_, slot, _numbers(pages[filled]), encoding, packed))
+        return found
+
+    def _encode(self, raw: bytes) -> tuple[bytes, Encoding]:
+        """What does not get smaller is sent as it is."""
+        packed = raw
+        if self._encoding == "zstd":
+            packed = self._zstd.compress(raw)
+        elif self._encoding == "lz4":
+            packed = lz4.block.compress(raw, store_size=False)
+        return (packed, self._encoding) if len(packed) < len(raw) else (raw, "none")
+
+
+def _numbers(pages: NDArray[np.int64]) -> bytes:
+    return pages.astype("<u4").tobytes()
+
+
+def unpack(message: Pages, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
+    """(page numbers, their bytes [n, 4096] or None for zero pages), for a slot of ``total`` pages. Raises
+    WireError for anything that does not fit."""
+    if len(message.numbers) % 4 or not 0 < len(message.numbers) <= 4 * CHUNK_PAGES:
+        raise WireError(f"the source sent {len(message.numbers)} bytes of page numbers")
+    numbers = np.frombuffer(message.numbers, "<u4").astype(np.int64)
+    if numbers[-1] >= total or (np.diff(numbers) <= 0).any():
+        raise WireError(f"the source sent pages that slot {message.slot} does not have, or not in order")
+    size = len(numbers) * PAGE
+    if message.encoding == "zero":
+        if message.data:
+            raise WireError("the source sent bytes of zero pages")
+        return numbers, None
+    raw = message.data
+    try:
+        if message.encoding == "zstd":
+            # Not the size that the frame claims, which is the sender's word: never more than was announced.
+            raw = zstandard.ZstdDecompressor().decompressobj().decompress(raw) if _claims(raw, size) else b""
+        elif message.encoding == "lz4":
+            raw = lz4.block.decompress(raw, uncompressed_size=size)
+    except (zstandard.ZstdError, lz4.block.LZ4BlockError) as exc:
+        raise WireError(f"the source sent pages that cannot be unpacked: {exc}") from None
+    if len(raw) != size:
+        raise WireError(f"the source sent {len(raw)} bytes for {len(numbers)} pages")
+    return numbers, np.frombuffer(raw, np.uint8).reshape(-1, PAGE)
+
+
+def _claims(frame: bytes, size: int) -> bool:
+    """The zstd frame says that it holds exactly ``size`` bytes (the decoder then holds it to that)."""
+    return bool(zstandard.frame_content_size(frame) == size)
+
+
+# --- addresses and keys ------------------------------------------------------------------------------------------
+
+
+def check_address(address: str, *, keys: bool, insecure: bool) -> None:
+    """Raises VmmError for an address that cannot be, or a tcp one without keys that nobody allowed."""
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme not in ("tcp", "ipc") or not rest or (scheme == "tcp" and ":" not in rest):
+        raise VmmError(f"address '{address}': write tcp://HOST:PORT or ipc://PATH")
+    if scheme == "tcp" and not keys and not insecure:
+        raise VmmError(f"address '{address}': guest memory would travel readable by everybody: give --key and "
+                       "--peer (vmm keys makes them), or --insecure")
+
+
+def secure(sock: zmq.Socket[bytes], key: str, peer: str, *, server: bool) -> None:
+    """CURVE with the own secret key file and the other end's public one. Raises VmmError."""
+    public, secret = _load_key(key)
+    other, _ = _load_key(peer)
+    if secret is None:
+        raise VmmError(f"{key}: holds no secret key (it is the file that ends in .key_secret)")
+    sock.curve_publickey, sock.curve_secretkey = public, secret
+    if server:
+        sock.curve_server = True    # who may connect is checked by the authenticator (vmm/receive.py)
+    else:
+        sock.curve_serverkey = other
+
+
+def _load_key(path: str) -> tuple[bytes, bytes | None]:
+    try:
+        return zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as exc:
+        raise VmmError(f"{path}: is no key file: {exc}") from None
