@@ -4,6 +4,7 @@ left behind."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 import uuid
@@ -11,10 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from ipc.shm import list_segments, machine_prefix
 
 REQUIRE_KVM = os.environ.get("SHARDVMM_REQUIRE_KVM") == "1"
+
+
+settings.register_profile("shardvmm", deadline=None)    # time is not what a property is about
+settings.load_profile("shardvmm")
 
 
 def kvm_missing() -> str:
@@ -36,6 +42,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"SHARDVMM_REQUIRE_KVM=1, but {reason}")
     for item in marked:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def locks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shared by the processes of one run (pytest-xdist gives each a folder below a common one)."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    return common / "turnstile", common / "machine"
+
+
+@pytest.fixture(autouse=True)
+def alone(request: pytest.FixtureRequest, locks: tuple[Path, Path]) -> Iterator[None]:
+    """A test marked ``timing`` has the host to itself; all others share it. At the turnstile one that wants
+    to be alone waits for those before it only."""
+    mode = fcntl.LOCK_EX if request.node.get_closest_marker("timing") else fcntl.LOCK_SH
+    with locks[1].open("w") as machine:
+        with locks[0].open("w") as turnstile:
+            fcntl.flock(turnstile, mode)
+            fcntl.flock(machine, mode)
+        yield
 
 
 @pytest.fixture(autouse=True)

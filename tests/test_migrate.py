@@ -136,6 +136,7 @@ def test_walking_up_there_is_one_step_down_at_most(accel: str, vcpus: int, ring:
             moved.wait(TIMEOUT)
 
 
+@pytest.mark.timing
 def test_only_vcpus_that_dirty_most_are_held_back(address: str) -> None:
     walk = spec("sequential", accel="unicorn", mib=64, passes=0, timeout=None)
     with Machine.launch(walk) as machine:

@@ -123,7 +123,7 @@ class Reaper:
                 shard.control.reset_total = shard.control.fetch_total
                 continue
             if shard.index in full:
-                shard.full_but_empty = 0 if owed[shard.index] else shard.full_but_empty + 1
+                shard.reported_full()
             if shard.outstanding or shard.full_but_empty >= _EMPTY_FULLS:
                 broken.append(shard)
         for shard in broken:

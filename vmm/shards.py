@@ -78,8 +78,9 @@ class Shard:
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
         self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
-        #: Times in a row that the vCPU reported a full ring in which there was nothing to harvest.
+        #: Times in a row that the vCPU reported a full ring, and nothing was harvested from it in between.
         self.full_but_empty = 0
+        self._harvested_at_full = -1
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -173,6 +174,13 @@ class Shard:
             control.dirty_pages += count
             control.fetch_total = fetch + count
         return count
+
+    def reported_full(self) -> None:
+        """The vCPU had reported a full ring, and it has been reaped. (Perhaps by a reap that came before the
+        report was read: then this one has found nothing, but the ring is not stuck.)"""
+        harvested = int(self.control.dirty_pages)
+        self.full_but_empty = self.full_but_empty + 1 if harvested == self._harvested_at_full else 0
+        self._harvested_at_full = harvested
 
     # --- kick ------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ round ends with every vCPU paused and every ring drained. Then, for each page of
 * clean means unchanged since the last round. A changed clean page is **lost**.
 * dirty means changed. An unchanged dirty page is **surplus**, but for one a vCPU: the store that it
   had logged and not yet retired when it was stopped, the last entry of its ring. That store may come
-  first in the next round, or never (the vCPU ended): the entry before the round is excused too.
+  first in the next round, or never (the vCPU ended): the entry before the round is excused too. A plain
+  bitmap has no last entry: there as many pages are excused, whichever they are.
   Only pages that are the guest's to use are held to this, not its image and stacks: a return address
   is often the one that was there, and KVM logs a page when it first maps it writable, which the first
   read or instruction fetch may do (arch/x86/kvm/mmu/spte.c, make_spte).
@@ -63,6 +64,7 @@ class Verifier:
                  usable: dict[int, tuple[int, int]], resume: Verification | None = None) -> None:
         self.result = Verification(surplus_is_failure=spec.surplus_is_failure)
         self._inject = spec.inject
+        self._injected = (-1, -1)
         self._log = log
         self._shards = shards
         self._copies: dict[int, Segment] = {}
@@ -115,6 +117,9 @@ class Verifier:
     def round(self) -> None:
         result = self.result
         result.rounds += 1
+        rings = any(s.ring_address for s in self._shards)
+        # A plain bitmap does not say which page was logged last: any one a vCPU, of this round or the one before.
+        unnamed = 2 * len(self._shards)
         last = self._last_entries()
         excused = last | self._previous_last
         self._previous_last = last
@@ -137,6 +142,11 @@ class Verifier:
             first, end = self._usable.get(slot_id, (0, slot.pages))
             excused_here = [p for p in surplus.tolist()
                             if (slot_id, p) in excused or not first <= p < end]
+            if not rings:
+                nameless = [p for p in surplus.tolist()
+                            if p not in excused_here and (slot_id, p) != self._injected][:unnamed]
+                unnamed -= len(nameless)
+                excused_here += nameless
             result.checked_pages += slot.pages
             result.dirty_pages += int(dirty.sum())
             result.lost_pages += len(lost)
@@ -162,4 +172,5 @@ class Verifier:
         pages = first + np.flatnonzero(want[first:end])
         if len(pages):
             dirty[pages[0]] = self._inject == "extra"
+            self._injected = (slot_id, int(pages[0]))
             self.result.injected = self._inject

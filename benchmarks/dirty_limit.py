@@ -1,0 +1,109 @@
+"""The dirty limit over time: a vCPU that walks over its memory at full speed, limited to one quota after another;
+another vCPU is left alone. ``python benchmarks/dirty_limit.py [--accel kvm] [--plot FILE]``
+
+Prints the rate in each second of each step, and what the second vCPU lost; draws rate and quota over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from vmm.errors import VmmError
+from vmm.guests import WORKLOADS, resolve_params
+from vmm.machine import Machine
+from vmm.plan import choose_accelerator
+from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+
+PAGE = 4096
+SAMPLE = 0.25       # seconds
+QUOTAS = (0, 100, 10, 1, 400, 1000, 50, 0)      # MB/s; 0: none
+
+
+def machine_spec(accel: str, ring: int) -> MachineSpec:
+    return MachineSpec(
+        name="bench-dirty-limit", accel=accel, vcpus=2, privilege="user", ring_entries=ring,
+        slots=[RamSlot(0, 0, 512 << 20)], image=str(WORKLOADS["sequential"].image), load_address=None,
+        params=resolve_params("sequential", {"passes": 0}), cmdline="sequential", stack_size=16384,
+        reaper=ReaperSpec(), verify=None, timeout=None, trace=[], trace_file="", linger=True)
+
+
+def run(accel: str, ring: int, seconds: float) -> list[tuple[float, float, float, float]]:
+    """(time, quota, vCPU 0, vCPU 1) in seconds and MB/s."""
+    found = []
+    with Machine.launch(machine_spec(accel, ring)) as machine:
+        machine.register("bench", mine=True)
+
+        def entries() -> tuple[float, list[int]]:
+            machine.sync("bench")
+            return time.monotonic(), [v["dirty_pages"] for v in machine.status()["vcpus"]]
+
+        began, before = entries()
+        last = began
+        for quota in QUOTAS:
+            machine.dirty_limit(round(quota * 1e6 / PAGE), 0)
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                time.sleep(SAMPLE)
+                now, counts = entries()
+                rates = [(n - o) * PAGE / 1e6 / (now - last) for n, o in zip(counts, before, strict=True)]
+                found.append((now - began, float(quota), *rates))
+                last, before = now, counts
+    return found  # type: ignore[return-value]
+
+
+def report(samples: list[tuple[float, float, float, float]]) -> None:
+    steps: list[list[tuple[float, float, float, float]]] = [[]]
+    for sample in samples:
+        if steps[-1] and steps[-1][-1][1] != sample[1]:
+            steps.append([])
+        steps[-1].append(sample)
+    for step in steps:
+        rates = [s[2] for s in step[1:]]
+        mean = statistics.fmean(rates)
+        quota = step[0][1]
+        off = f", {100 * (mean / quota - 1):+.1f} %" if quota else ""
+        print(f"quota {quota:6.0f} MB/s: vCPU 0 {mean:8.1f}{off} (in {SAMPLE} s: {min(rates):.1f} to "
+              f"{max(rates):.1f}); vCPU 1 {statistics.fmean(s[3] for s in step[1:]):8.1f}")
+
+
+def draw(samples: list[tuple[float, float, float, float]], title: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(10, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    times = [s[0] for s in samples]
+    axes.step(times, [s[1] or float("nan") for s in samples], "k--", where="pre", label="quota of vCPU 0")
+    axes.plot(times, [s[2] for s in samples], label="vCPU 0, limited")
+    axes.plot(times, [s[3] for s in samples], label="vCPU 1, left alone", alpha=0.6)
+    axes.set(xlabel="time (s)", ylabel="dirtied (MB/s)", yscale="log", ylim=(0.3, 3000), title=title)
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--accel", default="auto", choices=["auto", "kvm", "unicorn"])
+    parser.add_argument("--ring", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each step")
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    try:
+        accel = choose_accelerator(arguments.accel)
+    except VmmError as exc:
+        parser.error(str(exc))
+    samples = run(accel, arguments.ring, arguments.seconds)
+    print(f"{accel}, ring of {arguments.ring} entries")
+    report(samples)
+    if arguments.plot:
+        draw(samples, f"Dirty limit: {accel}, ring of {arguments.ring} entries", arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
