@@ -44,9 +44,25 @@ def segment_name(machine: str, what: str) -> str:
 
 
 def free_bytes() -> int:
-    """Bytes that /dev/shm can still give."""
+    """Bytes that /dev/shm can still give: what its size leaves, and the host has. (Its size may be all of the
+    host's memory; reserving that much would have the kernel kill somebody.)"""
     st = os.statvfs(_SHM_DIR)
-    return st.f_bavail * st.f_frsize
+    return min(st.f_bavail * st.f_frsize, _available_memory())
+
+
+def _available_memory() -> int:
+    """MemAvailable and SwapFree of /proc/meminfo, in bytes."""
+    found = 0
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith(("MemAvailable:", "SwapFree:")):
+                found += int(line.split()[1]) << 10
+    return found
+
+
+def _too_small(name: str, size: int) -> SegmentError:
+    return SegmentError(f"/dev/shm is too small: segment {name} needs {size >> 10} KiB, {free_bytes() >> 10} KiB "
+                        "are free (mount -o remount,size=… /dev/shm, or less memory)")
 
 
 def list_segments(prefix: str) -> list[str]:
@@ -93,6 +109,8 @@ class Segment:
         Raises SegmentError when the name exists or /dev/shm has no room.
         """
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        if reserve and size > free_bytes():
+            raise _too_small(name, size)    # without filling the host's memory up to find out
         try:
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError:
@@ -112,10 +130,7 @@ class Segment:
             except OSError:
                 pass  # the constructor closed it
             if exc.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise SegmentError(
-                    f"/dev/shm is too small: segment {name} needs {size >> 10} KiB, "
-                    f"{free_bytes() >> 10} KiB are free (mount -o remount,size=… /dev/shm, or less memory)"
-                ) from None
+                raise _too_small(name, size) from None
             raise SegmentError(f"cannot size shared-memory segment {name}: {exc}") from None
 
     @classmethod

@@ -10,7 +10,7 @@ import pytest
 
 from ipc import shm
 
-NAME = shm.segment_name("test-shm", "x")
+NAME = shm.segment_name(f"test-{os.getpid()}", "x")     # tests may run side by side
 
 
 def test_created_segment_is_private_zeroed_reserved_and_gone_after_close() -> None:
