@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def exact(interval: float = 0.05, inject: str = "none") -> VerifySpec:
 
 def replace(base: MachineSpec, **changes: Any) -> MachineSpec:
     return msgspec.structs.replace(base, **changes)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Wait for it, with a deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.005)
 
 
 def alive(pid: int) -> bool:

@@ -10,12 +10,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from machines import ACCELS, alive, exact, machine_processes, spec
+from machines import ACCELS, alive, exact, machine_processes, spec, until
 
 from ipc.shm import list_segments, machine_prefix
 from vmm.errors import ExitCode, VmmError
@@ -28,13 +26,6 @@ TIMEOUT = 60.0
 @pytest.fixture(params=ACCELS)
 def accel(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.005)
 
 
 def nothing_left(name: str) -> bool:

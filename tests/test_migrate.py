@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import ACCELS, machine_processes, replace, spec
+from machines import ACCELS, machine_processes, replace, spec, until
 
 from ipc.shm import list_segments, machine_prefix
 from vmm import migrate, receive, wire
@@ -68,13 +67,6 @@ class Receiver(threading.Thread):
         assert self.error is None, self.error
         assert self.machine is not None
         return self.machine
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.005)
 
 
 def nothing_left(name: str) -> bool:

@@ -17,7 +17,7 @@ import click
 from .cli_common import json_option, on_machine, print_json
 from .cli_dirty import dirty_limit, dirty_rate, working_set
 from .cli_migrate import keys, migrate, receive
-from .cli_run import Interrupted, run_in_foreground
+from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
 from .errors import ExitCode, VmmError
 
@@ -59,15 +59,7 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
     machine = Machine.launch(machine_config, name=name, trace=list(trace),
                              trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
                              start=detach)
-    if detach:
-        machine.detach()
-        if as_json:
-            print_json({"name": machine.name})
-        else:
-            click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
-        return ExitCode.OK
-    with machine:
-        return run_in_foreground(machine, as_json)
+    return run_or_leave(machine, detach, as_json)
 
 
 # --- running machines ------------------------------------------------------------------------------------

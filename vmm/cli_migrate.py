@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_common import Duration, Rate, json_option, print_json
-from .cli_run import run_in_foreground
+from .cli_run import run_or_leave
 from .errors import ExitCode, VmmError
 
 if TYPE_CHECKING:
@@ -242,15 +242,7 @@ def receive(address: str, name: str | None, accel: str, detach: bool, timeout: f
 
     machine = run(address, name=name, accel=accel, detach=detach, key=key, peer=peer, insecure=insecure,
                   timeout=timeout, waiting=lambda at: click.echo(f"waiting at {at}", err=True))
-    if detach:
-        machine.detach()
-        if as_json:
-            print_json({"name": machine.name})
-        else:
-            click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
-        return 0
-    with machine:
-        return run_in_foreground(machine, as_json)
+    return run_or_leave(machine, detach, as_json)
 
 
 @click.command()

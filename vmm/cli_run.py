@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_common import print_json
+from .errors import ExitCode
 
 if TYPE_CHECKING:
     from .machine import Machine
 
-__all__ = ["Interrupted", "run_in_foreground"]
+__all__ = ["Interrupted", "run_or_leave"]
 
 _PROGRESS_S = 0.25
 
@@ -27,7 +28,20 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def run_in_foreground(machine: Machine, as_json: bool) -> int:
+def run_or_leave(machine: Machine, detach: bool, as_json: bool) -> int:
+    """With ``detach`` leave the machine running (it has been started), else run it to its end; exit status."""
+    if not detach:
+        with machine:
+            return _run_in_foreground(machine, as_json)
+    machine.detach()
+    if as_json:
+        print_json({"name": machine.name})
+    else:
+        click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
+    return ExitCode.OK
+
+
+def _run_in_foreground(machine: Machine, as_json: bool) -> int:
     """Show the machine until it ends; a signal stops it in order, and the report is still printed."""
     stopped_by = 0
 

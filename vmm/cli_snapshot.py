@@ -145,17 +145,9 @@ def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: s
             as_json: bool) -> int:
     """Launch a machine as it was at SNAPSHOT_ID (default: the newest), and run it to its end."""
     from . import snapshot as snapshots
-    from .cli_run import run_in_foreground
+    from .cli_run import run_or_leave
 
     with _bar("loading") as progress:
         machine = snapshots.restore(directory, snapshot_id, machine_name=name, accel=accel, detach=detach,
                                     start=detach, progress=progress)
-    if detach:
-        machine.detach()
-        if as_json:
-            print_json({"name": machine.name})
-        else:
-            click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
-        return 0
-    with machine:
-        return run_in_foreground(machine, as_json)
+    return run_or_leave(machine, detach, as_json)
