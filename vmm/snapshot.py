@@ -423,9 +423,8 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
             memory = machine.ram(slot.id, writable=True)
             memory[:] = 0       # the loader has put the image there
             for folder, each in _layers(directory, manifests, slot):
-                for first, data in read_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum):
-                    memory[first * PAGE:first * PAGE + len(data)] = np.frombuffer(data, np.uint8)
-                    done += len(data) // PAGE
+                for _, count in read_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
+                    done += count
                     progress(done, total)
         _restore_system(machine, directory / newest.id, newest)
         machine.set_state(newest.vcpus)
@@ -450,8 +449,8 @@ def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
         raise SnapshotError(f"{folder}: its system slot has {manifest.system.size} bytes, this program's "
                             f"{len(system)}")
     system[:] = 0
-    for first, data in read_pages(folder, "system", len(system) // PAGE, manifest.system.checksum):
-        system[first * PAGE:first * PAGE + len(data)] = np.frombuffer(data, np.uint8)
+    for _ in read_pages(folder, "system", len(system) // PAGE, manifest.system.checksum, system):
+        pass
 
 
 # --- merge, delete -----------------------------------------------------------------------------------------------
@@ -477,9 +476,8 @@ def _merge(directory: Path, name: str | None) -> Manifest:
             memory = np.zeros(slot.size, np.uint8)
             present = np.zeros(slot.size // PAGE, bool)
             for folder, each in _layers(directory, manifests, slot):
-                for first, data in read_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum):
-                    memory[first * PAGE:first * PAGE + len(data)] = np.frombuffer(data, np.uint8)
-                    present[first:first + len(data) // PAGE] = True
+                for first, count in read_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
+                    present[first:first + count] = True
             with PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer:
                 writer.write(memory, np.flatnonzero(present))
                 files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, writer.finish()))
