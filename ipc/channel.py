@@ -10,6 +10,8 @@ from pathlib import Path
 
 import zmq
 
+from .layout import MAX_VCPUS
+
 __all__ = ["FdListener", "bind", "connect", "endpoint", "send_fd"]
 
 _LINGER_MS = 500  # a last notification may still leave at exit, but never holds the process up
@@ -43,7 +45,7 @@ _INDEX = struct.Struct("<I")
 
 
 class FdListener:
-    """The coordinator's end: takes (vCPU index, fd) pairs."""
+    """The receiving end: takes (vCPU index, fd) pairs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,7 +53,7 @@ class FdListener:
         path.unlink(missing_ok=True)    # a coordinator that died has left its own
         try:
             self._sock.bind(str(path))
-            self._sock.listen(64)
+            self._sock.listen(MAX_VCPUS)
         except OSError:
             self._sock.close()
             raise

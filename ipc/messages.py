@@ -26,8 +26,8 @@ from .layout import PROTOCOL_VERSION
 __all__ = [
     "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
     "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "Request", "Reset",
-    "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "WorkerSpec",
-    "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
+    "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
+    "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
 
 
@@ -143,12 +143,20 @@ class SetState(Request, frozen=True, tag="set-state"):
     state: dict[str, Any]
 
 
+class Userfault(Request, frozen=True, tag="userfault"):
+    """Post-copy: from now on whoever touches a page of RAM that is missing waits for it. The userfaultfd is sent
+    to the Unix socket ``socket``. Done.data: {slot id in decimal: address of the slot in the worker}. An empty
+    ``socket`` ends it: every page is there."""
+
+    socket: str
+
+
 class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
 AnyRequest = (Reset | SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
-              | SetState | Shutdown)
+              | SetState | Userfault | Shutdown)
 
 
 # --- replies (worker -> coordinator) -----------------------------------------------------------

@@ -18,13 +18,14 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import ACCELS, machine_processes, replace, spec, until
+from machines import ACCELS, exact, machine_processes, replace, spec, until
 
 from ipc.shm import list_segments, machine_prefix
 from vmm import migrate, receive, wire
 from vmm.errors import VmmError
 from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
+from vmm.runtime import machine_dir
 from vmm.wire import PAGE, Pages, WireError, unpack
 
 TIMEOUT = 60.0
@@ -76,8 +77,10 @@ def nothing_left(name: str) -> bool:
 # --- the guest goes on -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
 @pytest.mark.parametrize("target", ACCELS)
-def test_a_moved_machine_ends_as_one_that_was_never_moved(accel: str, target: str, address: str) -> None:
+def test_a_moved_machine_ends_as_one_that_was_never_moved(accel: str, target: str, postcopy: bool,
+                                                          address: str) -> None:
     compression: Any = {"kvm": {"kvm": "zstd", "unicorn": "lz4"}, "unicorn": {"kvm": "none", "unicorn": "zstd"}}[
         accel][target]
     work = spec("random", accel=accel, mib=8, writes=400_000 if accel == "kvm" else 150_000)
@@ -87,7 +90,8 @@ def test_a_moved_machine_ends_as_one_that_was_never_moved(accel: str, target: st
     receiver = Receiver(address, accel=target)
     # Held back, so that its work is not over before it has moved.
     with Machine.launch(replace(work, dirty_quota=100)) as machine:
-        report = migrate.migrate(machine, address, Options(compression=compression))
+        report = migrate.migrate(machine, address, Options(compression=compression, postcopy=postcopy,
+                                                           downtime=0.0 if postcopy else 0.3))
         with receiver.result() as moved:
             moved.dirty_limit(0)
             assert report.status == "completed"
@@ -98,7 +102,8 @@ def test_a_moved_machine_ends_as_one_that_was_never_moved(accel: str, target: st
     assert ram.normal + ram.duplicate >= (8 << 20) // PAGE
     assert ram.duplicate > 0
     assert ram.normal_bytes == ram.normal * PAGE
-    assert ram.dirty_sync_count == len(report.rounds) >= 2
+    assert ram.dirty_sync_count == len(report.rounds) >= (1 if postcopy else 2)
+    assert bool(ram.postcopy_pages) == postcopy
     if compression != "none":
         assert ram.transferred < ram.normal_bytes
     assert 0 < report.downtime < report.total_time
@@ -142,6 +147,95 @@ def test_only_vcpus_that_dirty_most_are_held_back(address: str) -> None:
             assert limits == [0, 0]         # the limit was the source's, as launched
             moved.stop()
             moved.wait(TIMEOUT)
+
+
+# --- post-copy -------------------------------------------------------------------------------------------------
+
+
+SLOWLY = Options(postcopy=True, bandwidth=10e6, downtime=0.0)
+
+
+def handed_over(machine: Machine) -> bool:
+    """Its migration is past the point of no return."""
+    with contextlib.suppress(OSError, ValueError):
+        status = msgspec.json.decode((machine_dir(machine.name) / "migrate.json").read_bytes())
+        return bool(status["status"] == "postcopy-active")
+    return False
+
+
+@pytest.fixture
+def walker(accel: str) -> Iterator[Machine]:
+    walk = spec("sequential", accel=accel, name="source", mib=32, passes=0, spin=300, timeout=None)
+    with Machine.launch(walk) as machine:
+        yield machine
+
+
+def test_a_source_lost_in_post_copy_is_replaced_and_no_page_is(walker: Machine, accel: str, address: str) -> None:
+    receiver = Receiver(address, accel=accel)
+    source = vmm("migrate", "source", address, "--postcopy", "--bandwidth", "10MB/s", "--downtime", "1ms")
+    until(lambda: handed_over(walker), "handed over")
+    cancel = vmm("migrate", "cancel", "source")
+    assert "cannot be cancelled" in cancel.communicate(timeout=TIMEOUT)[1]
+    source.kill()
+    source.communicate()
+    assert walker.status()["state"] == "paused"
+    with Machine.attach("target") as target:
+        with pytest.raises(VmmError, match="still on its way"):
+            target.ram(0)
+        target.pause()
+        with pytest.raises(VmmError, match="still on its way"):
+            target.state()
+        target.resume()
+    report = migrate.recover(walker, address)
+    assert report.status == "completed"
+    with receiver.result() as moved:
+        moved.pause()
+        # Each page has been counted up since the first round: one never sent would be zero.
+        words = moved.ram(0).view(np.uint64).reshape(-1, 512)[:, 0].astype(np.int64)
+        usable = words[512:len(words) - 8]
+        down = np.flatnonzero(np.diff(usable) < 0)
+        assert len(down) <= 3
+        assert usable.min() > 0
+        moved.stop()
+        moved.wait(TIMEOUT)
+    until(lambda: walker.status()["state"] == "ended", "the source has stopped")
+
+
+def test_a_target_lost_in_post_copy_leaves_the_source_as_it_was_handed_over(walker: Machine, accel: str,
+                                                                            address: str) -> None:
+    target = vmm("receive", address, "--name", "target", "--accel", accel)
+    assert target.stderr is not None
+    assert "waiting at" in target.stderr.readline()
+    seen: list[str] = []
+
+    def watch(report: migrate.Report) -> None:
+        if report.status == "postcopy-active" and not seen:
+            seen.append(report.status)
+            target.kill()
+
+    with pytest.raises(MigrationError, match="vmm resume"):
+        migrate.migrate(walker, address, SLOWLY, progress=watch)
+    target.communicate()
+    until(lambda: nothing_left("target"), "the target's machine is gone")
+    assert walker.status()["state"] == "paused"
+    walker.resume()
+    goes_on(walker)
+    walker.pause()
+    with pytest.raises(MigrationError, match="has run since"):
+        migrate.recover(walker, address)
+
+
+def test_a_verified_machine_stays_verified_in_post_copy(accel: str, address: str) -> None:
+    walk = spec("random", accel=accel, name="source", mib=16, writes=60_000, verify=exact(0.2))
+    receiver = Receiver(address, accel=accel)
+    with Machine.launch(replace(walk, dirty_quota=200)) as machine:
+        migrate.migrate(machine, address, SLOWLY)
+        with receiver.result() as moved:
+            moved.dirty_limit(0)
+            report = moved.wait(TIMEOUT)
+            assert report["exit_code"] == 0
+            assert report["verification"]["ok"]
+            assert report["verification"]["dirty_pages"] > 0
 
 
 # --- failures ----------------------------------------------------------------------------------------------------
@@ -313,6 +407,17 @@ def test_what_is_packed_is_unpacked(pages: list[int], encoding: Any, seed: int) 
         assert (copy[page] == (memory.reshape(-1, PAGE)[page] if page in pages else 7)).all()
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=300), st.integers(1, 300), st.binary(max_size=40))
+def test_a_bitmap_of_missing_pages(bits: list[bool], total: int, junk: bytes) -> None:
+    message = wire.missing(0, np.array(bits))
+    assert wire.missing_pages(message, len(bits)).tolist() == bits
+    for other in (message, wire.Missing(0, junk)):
+        try:
+            assert len(wire.missing_pages(other, total)) == total
+        except WireError:
+            pass
+
+
 def test_a_zstd_bomb_is_not_unpacked() -> None:
     import zstandard
 
@@ -338,7 +443,8 @@ def test_an_offer_that_no_configuration_could_make_is_refused(change: dict[str, 
     ["offer", wire.encode(wire.Pages(0, 9, b"\0\0\0\0", "zero"))],
     ["offer", wire.encode(wire.Pages(0, 0, b"\xff\xff\xff\xff", "zero"))],
     ["offer", wire.encode(wire.State(b"x", []))], ["offer", wire.encode(wire.State(b"x", [{}, {}]))],
-    ["offer", b"\xc1"],
+    ["offer", b"\xc1"], ["offer", wire.encode(wire.Missing(9, b""))], ["offer", wire.encode(wire.Missing(0, b"x"))],
+    ["offer", wire.encode(wire.missing(0, np.ones(9, bool)))], ["offer", wire.encode(wire.Recover(1, "source"))],
 ])
 def test_a_stranger_gets_nowhere_and_nothing_is_left(frames: list[Any], address: str) -> None:
     work = spec("idle", accel="unicorn", mib=4, milliseconds=0)

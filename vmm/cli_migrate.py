@@ -59,6 +59,11 @@ def migrate() -> None:
 @click.option("--max-rounds", type=click.IntRange(1, 1000), default=30, show_default=True,
               help="Rounds after which the guest is stopped whatever is left.")
 @click.option("--no-converge", is_flag=True, help="Do not hold back the vCPUs that dirty most.")
+@click.option("--postcopy", is_flag=True, help="Let the guest go on at the target before all memory is there, if "
+                                               "pre-copy does not converge at once.")
+@click.option("--postcopy-after", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="ROUNDS",
+              help="Rounds of pre-copy before that.")
+@click.option("--recover", is_flag=True, help="Go on with a post-copy whose source was lost.")
 @_key
 @_peer
 @_insecure
@@ -67,20 +72,23 @@ def migrate() -> None:
 @click.option("--id", "migration_id", default="", hidden=True)
 @json_option
 def start(name: str, address: str, compression: Any, channels: int, bandwidth: float | None, downtime: float,
-          max_rounds: int, no_converge: bool, key: str, peer: str, insecure: bool, background: bool,
-          report_path: Path | None, migration_id: str, as_json: bool) -> None:
+          max_rounds: int, no_converge: bool, postcopy: bool, postcopy_after: int, recover: bool, key: str,
+          peer: str, insecure: bool, background: bool, report_path: Path | None, migration_id: str,
+          as_json: bool) -> None:
     """Move machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). It goes on here if that fails."""
+    from . import migrate as migration
     from .machine import Machine
-    from .migrate import Options
-    from .migrate import migrate as run
     from .wire import check_address
 
     check_address(address, keys=bool(key and peer), insecure=insecure)
     if background:
         _start_in_background(name, address, as_json)
         return
-    options = Options(compression=compression, channels=channels, bandwidth=bandwidth or 0.0, downtime=downtime,
-                      max_rounds=max_rounds, converge=not no_converge, key=key, peer=peer, insecure=insecure)
+    options = migration.Options(
+        compression=compression, channels=channels, bandwidth=bandwidth or 0.0, downtime=downtime,
+        max_rounds=max_rounds, converge=not no_converge, postcopy=postcopy, postcopy_after=postcopy_after, key=key,
+        peer=peer, insecure=insecure)
+    run = migration.recover if recover else migration.migrate
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _cancel)
     with Machine.attach(name) as machine, _Shown(name, report_path) as shown:
@@ -170,6 +178,9 @@ def _print_report(report: Report) -> None:
     click.echo(f"ram: {ram.transferred / _MIB:,.1f} MiB transferred, {ram.normal:,} pages, {ram.duplicate:,} zero "
                f"pages, {ram.mbps:,.0f} Mbit/s in the last round, compression {report.compression} "
                f"{report.compression_ratio:.2f}")
+    if report.ram.postcopy_pages:
+        click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them asked for; vCPUs "
+                   f"waited {', '.join(f'{ms:,.1f}' for ms in report.postcopy_blocktime)} ms")
     for vcpu, quota in report.throttled.items():
         click.echo(f"vCPU {vcpu} was held back to {quota:,.1f} MB/s")
 
@@ -208,6 +219,9 @@ def cancel(name: str, as_json: bool) -> None:
     """Cancel the migration of machine NAME; it runs on here."""
     found = _read_status(name)
     running = ("setup", "active", "device")
+    if found["status"].startswith("postcopy"):
+        raise VmmError(f"machine '{name}' runs at {found['target']} already; its last pages are on their way, and "
+                       "that cannot be cancelled")
     if found["status"] in running:
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(found["pid"])

@@ -69,6 +69,19 @@ class SetState(Verb):
     vcpus: list[dict[str, Any]]
 
 
+class Incoming(Verb):
+    """Before the start: pages of RAM are missing, and will be filled in by process ``owner`` while the guest runs.
+    Each worker sends a userfaultfd to the Unix socket ``socket``. The answer: ``addresses``, one a vCPU, {slot:
+    where its mapping begins}. Should the owner end before ``Arrived``, the machine is ended."""
+
+    socket: str
+    owner: int
+
+
+class Arrived(Verb):
+    """Every page is there."""
+
+
 class Resume(Verb):
     pass
 
@@ -136,7 +149,7 @@ class MemoryRemove(Verb):
     slot: int
 
 
-AnyVerb = (Follow | Start | Status | State | SetState | Pause | Resume
+AnyVerb = (Follow | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | Stop | Release | LogStart | LogStop | Register
            | Unregister | Sync | DirtyLimit | Mark | MemoryAdd | MemoryRemove)
 

@@ -31,6 +31,7 @@ from ipc.messages import (
     RingFull,
     SetMemslot,
     SetState,
+    Userfault,
 )
 from ipc.shm import SegmentError
 
@@ -62,6 +63,7 @@ class Saved(msgspec.Struct):
     restarts: int
     owners: dict[str, int]
     pause_owner: int
+    incoming: int
 
 
 class Coordinator:
@@ -88,6 +90,8 @@ class Coordinator:
         #: {client: (pid, pidfd)} of clients that go when their process does.
         self._owners: dict[str, tuple[int, int]] = {}
         self._pause_owner = (0, -1)
+        #: Post-copy: who fills in the missing pages.
+        self._incoming = (0, -1)
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
         if saved is None:
@@ -173,6 +177,11 @@ class Coordinator:
         self.log.publish()
         for client, owner in saved.owners.items():
             self._own(client, owner)
+        if saved.incoming:
+            try:
+                self._incoming = (saved.incoming, os.pidfd_open(saved.incoming))
+            except ProcessLookupError:
+                self._incoming_lost()
         self._state = "running"
         self._user_paused = saved.user_paused
         if self._user_paused and saved.pause_owner:
@@ -191,7 +200,7 @@ class Coordinator:
                       verification=self.verifier.result if self.verifier else None,
                       exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
                       restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()},
-                      pause_owner=self._pause_owner[0])
+                      pause_owner=self._pause_owner[0], incoming=self._incoming[0])
         aside = self.directory / "state.json.new"
         aside.write_bytes(msgspec.json.encode(saved))
         aside.rename(self.directory / "state.json")
@@ -222,6 +231,10 @@ class Coordinator:
             self._wait(time.monotonic())
         return int(self._report()["exit_code"])
 
+    def _verifying(self) -> bool:
+        """The verifier reads all memory; not before all of it is there."""
+        return self.verifier is not None and not self._incoming[0]
+
     def _running(self) -> bool:
         return self._state == "running" and not self._user_paused
 
@@ -233,7 +246,7 @@ class Coordinator:
             self.reaper.wake("ring-full")
         elif self.spec.ring_entries and self.reaper.schedule.left(now) == 0:
             self.reaper.wake()
-        if self.verifier is not None and now >= self._next_round:
+        if self._verifying() and now >= self._next_round:
             self._verify_round()
 
     def _wait(self, now: float) -> None:
@@ -243,7 +256,8 @@ class Coordinator:
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
         owners = {pidfd: client for client, (_, pidfd) in self._owners.items()}
-        for fd in (*by_fd, *owners, *[self._pause_owner[1]] * (self._pause_owner[1] >= 0)):
+        single = [fd for _, fd in (self._pause_owner, self._incoming) if fd >= 0]
+        for fd in (*by_fd, *owners, *single):
             poller.register(fd, zmq.POLLIN)
         for ready, _ in poller.poll(self._poll_ms(now)):
             if ready is self.shards.notify:
@@ -259,6 +273,8 @@ class Coordinator:
                 self.shards.bury(by_fd[ready])
             elif ready in owners:
                 self._unregister(owners[ready])
+            elif ready == self._incoming[1]:
+                self._incoming_lost()
             elif ready == self._pause_owner[1] and self._state == "running":
                 self._resume()
 
@@ -269,7 +285,7 @@ class Coordinator:
         waits = []
         if self.spec.ring_entries:
             waits.append(0.0 if self.reaper.full else self.reaper.schedule.left(now))
-        if self.verifier is not None:
+        if self._verifying():
             waits.append(self._next_round - now)
         if self.spec.timeout is not None and not self._stop_asked:
             waits.append(self._started + self.spec.timeout - now)
@@ -354,7 +370,7 @@ class Coordinator:
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
         self.shards.drain_notifications()
-        if self.verifier is not None:
+        if self._verifying():
             self._drain_and_verify()
         else:
             self.reaper.drain()
@@ -391,7 +407,7 @@ class Coordinator:
             "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
                        "dirty": self.log.dirty_pages(i), "logged": s.logged, "born": s.spec.born}
                       for i, s in self.log.slots.items()],
-            "clients": self.log.clients,
+            "clients": self.log.clients, "incoming": bool(self._incoming[0]),
             "verification": verification,
         }
 
@@ -463,6 +479,10 @@ class Coordinator:
                 return self._machine_state()
             case control.SetState(vcpus=vcpus):
                 self._set_states(vcpus)
+            case control.Incoming(socket=socket, owner=owner):
+                return {"addresses": self._expect_pages(socket, owner)}
+            case control.Arrived():
+                self._arrived()
             case control.Pause(owner=owner):
                 self._pause(owner)
             case control.Resume():
@@ -495,6 +515,10 @@ class Coordinator:
     def _alive_running(self) -> None:
         if self._state == "ended":
             raise VmmError(f"machine '{self.spec.name}' has ended", ExitCode.NO_MACHINE)
+
+    def _all_here(self) -> None:
+        if self._incoming[0]:
+            raise VmmError(f"machine '{self.spec.name}': its memory is still on its way here (post-copy)")
 
     def _pause(self, owner: int = 0) -> None:
         self._alive_running()
@@ -530,6 +554,7 @@ class Coordinator:
         """What a snapshot keeps beside the memory."""
         if self._state != "running" or not self._user_paused:
             raise VmmError(f"machine '{self.spec.name}' is not paused")
+        self._all_here()
         dead = [str(s.index) for s in self.shards.all if not s.alive]
         if dead:
             raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it",
@@ -555,10 +580,51 @@ class Coordinator:
         except (KeyError, TypeError, ValueError) as exc:
             raise VmmError(f"not the state of a vCPU: {exc}") from None
         self.shards.request(self.shards.all, lambda seq, s: SetState(seq, states[s.index]))
-        if self.verifier is not None:
-            for slot_id in self.log.slots:      # the memory was replaced: this is what it begins with
-                self.verifier.forget(slot_id)
-                self.verifier.adopt(slot_id)
+        if self._verifying():
+            self._verify_from_here()
+
+    def _verify_from_here(self) -> None:
+        """The memory was replaced: this is what it begins with."""
+        assert self.verifier is not None
+        for slot_id in self.log.slots:
+            self.verifier.forget(slot_id)
+            self.verifier.adopt(slot_id)
+
+    def _expect_pages(self, socket: str, owner: int) -> list[dict[str, Any]]:
+        if self._state != "ready":
+            raise VmmError(f"machine '{self.spec.name}' has started already")
+        try:
+            self._incoming = (owner, os.pidfd_open(owner))
+        except ProcessLookupError:
+            raise VmmError(f"process {owner}, which is to fill in the memory, is not there") from None
+        replies = self.shards.request(self.shards.all, lambda seq, s: Userfault(seq, socket))
+        self._save()
+        return [replies[s.index].data or {} for s in self.shards.all]
+
+    def _arrived(self) -> None:
+        _, pidfd = self._incoming
+        if pidfd < 0:
+            return
+        self._incoming = (0, -1)
+        os.close(pidfd)
+        self.shards.request(self._live(), lambda seq, s: Userfault(seq, ""))
+        if self.verifier is not None and self._state == "running":
+            with self.shards.all_paused():
+                self.reaper.drain()
+                self.log.take(VERIFY_CLIENT)
+                self.verifier.blind_to_surplus = True
+                self._verify_from_here()
+        self._save()
+
+    def _incoming_lost(self) -> None:
+        """Who fills in the memory has gone: the guest can never go on, and must not with zeros instead."""
+        self._tell({"event": "incoming-lost", "detail": "the process that received this machine's memory ended "
+                                                        "before all of it was here"})
+        if self._incoming[1] >= 0:
+            os.close(self._incoming[1])
+        self._incoming = (self._incoming[0], -1)
+        for shard in self.shards.all:
+            shard.signal(signal.SIGKILL)
 
     def _flush(self) -> None:
         if self._state == "running":
@@ -627,6 +693,7 @@ class Coordinator:
         """Switch dirty logging of one slot. Switching it off reaps first: what was written while it
         was on is in the log."""
         self._alive_running()
+        self._all_here()
         slot = self._slot(slot_id)
         if slot.logged == on:
             return
@@ -641,6 +708,7 @@ class Coordinator:
 
     def _add_slot(self, spec: RamSlot) -> None:
         self._alive_running()
+        self._all_here()
         self._check_new_slot(spec)
         slot = self.parts.new_slot(spec, create=True)
         try:
@@ -677,6 +745,7 @@ class Coordinator:
         """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every shard, resume. Nothing
         can be dirtied between the last reap and the removal."""
         self._alive_running()
+        self._all_here()
         self._slot(slot_id)
         if len(self.log.slots) == 1:
             raise VmmError(f"slot {slot_id} is the machine's only memory")
@@ -699,8 +768,9 @@ class Coordinator:
         self.shards.close()
         if self.verifier is not None:
             self.verifier.close()
-        for _, pidfd in self._owners.values():
-            os.close(pidfd)
+        for _, pidfd in (*self._owners.values(), self._incoming):
+            if pidfd >= 0:
+                os.close(pidfd)
         self.parts.close()
         self._control.close()
         self._context.term()

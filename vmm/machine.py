@@ -147,6 +147,17 @@ class Machine:
         cannot take it over."""
         self._client.ask(control.SetState, vcpus=vcpus)
 
+    def incoming(self, socket: str) -> list[dict[int, int]]:
+        """Before ``start``: pages of RAM are missing (holes in its segments), and this process fills them in while
+        the guest runs (post-copy). The workers send their userfaultfds to the Unix socket ``socket``. {slot id:
+        address of its mapping} for each vCPU. Nobody else may look at the memory until ``arrived``."""
+        answer = self._client.ask(control.Incoming, socket=socket, owner=os.getpid())
+        return [{int(slot): address for slot, address in each.items()} for each in answer["addresses"]]
+
+    def arrived(self) -> None:
+        """Every page that was missing is there."""
+        self._client.ask(control.Arrived)
+
     def resume(self) -> None:
         self._client.ask(control.Resume)
 
@@ -212,7 +223,9 @@ class Machine:
 
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
         """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
-        view must call ``mark_dirty`` afterwards; ``write`` does both."""
+        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing."""
+        if f"ram{slot}" not in self._segments and self.status()["incoming"]:
+            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
         view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
         view.flags.writeable = writable
         return view

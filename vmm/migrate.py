@@ -8,6 +8,10 @@ back by the dirty limit, those vCPUs alone that dirty most.
 Never two, never none: until Commit is sent the source alone may run the machine, and any failure, a kill
 included, lets it go on here (the pause and the dirty-log client belong to this process). After Commit it never
 runs here again; Commit is repeated until the target says that it runs.
+
+Post-copy is for guests that do not converge: Commit comes before the last pages. They follow while the guest runs
+at the target, those first that it asks for (vmm/postcopy.py). The machine stays paused here, with its memory,
+until the target has every page; a source that is lost meanwhile is replaced with ``recover``.
 """
 
 from __future__ import annotations
@@ -33,34 +37,43 @@ from zmq.utils.monitor import recv_monitor_message
 
 from .errors import VmmError
 from .machine import Machine
+from .runtime import machine_dir
 from .spec import MachineSpec
 from .wire import (
     CHUNK_PAGES,
     PAGE,
+    POSTCOPY,
     VERSION,
     Abort,
     Accept,
     Answer,
     Commit,
+    Complete,
     Encoding,
+    Missing,
     Offer,
     Packer,
     Ping,
     Prepared,
     Received,
+    Recover,
     Refused,
     RoundAck,
     RoundEnd,
     Running,
     State,
+    Want,
     WireError,
     check_address,
     decode_answer,
     encode,
+    missing,
+    missing_pages,
+    page_numbers,
     secure,
 )
 
-__all__ = ["MigrationError", "Options", "Report", "migrate"]
+__all__ = ["MigrationError", "Options", "Report", "migrate", "recover"]
 
 _PATIENCE = 10.0            # seconds without an answer after which the target is given up
 _RESERVING = 300.0          # seconds that the target may take to make and reserve the memory
@@ -70,6 +83,8 @@ _THROTTLE_AFTER = 3         # rounds without convergence before vCPUs are held b
 _THROTTLE_STEP = 0.5        # of the quota, each further round
 _THROTTLE_SHARE = 0.5       # of the bandwidth that all of them may dirty, at first
 _QUEUE = 8                  # chunks that wait for a channel
+_POSTCOPY_PAGES = 64        # a chunk after the hand-over: what is asked for must not wait long behind one
+_POSTCOPY_WINDOW = 1 << 16  # pages looked at for the next chunk
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
@@ -87,6 +102,8 @@ class Options:
     downtime: float = 0.3       # QEMU's default
     max_rounds: int = 30
     converge: bool = True       # hold vCPUs back that dirty faster than can be sent
+    postcopy: bool = False      # let the guest go on at the target before all of its memory is there
+    postcopy_after: int = 1     # rounds of pre-copy before that
     key: str = ""               # CURVE: own secret key file
     peer: str = ""              # and the target's public one
     insecure: bool = False
@@ -107,11 +124,14 @@ class Ram:
     mbps: float = 0.0
     pages_per_second: int = 0
     page_size: int = PAGE
+    postcopy_requests: int = 0  # pages that the guest waited for at the target
+    postcopy_pages: int = 0     # pages sent after the hand-over, those among them
 
 
 @dataclass
 class Report:
-    """Times in milliseconds. ``status``: setup, active, device, completed, failed, cancelled."""
+    """Times in milliseconds. ``status``: setup, active, device, postcopy-active, postcopy-paused, completed,
+    failed, cancelled."""
 
     id: str
     machine: str
@@ -126,6 +146,7 @@ class Report:
     ram: Ram = field(default_factory=Ram)
     rounds: list[dict[str, float]] = field(default_factory=list)
     throttled: dict[str, float] = field(default_factory=dict)   # {vCPU: quota in MB/s at the end}
+    postcopy_blocktime: list[float] = field(default_factory=list)   # each vCPU's wait for pages
     error: str = ""
     pid: int = 0
 
@@ -142,11 +163,30 @@ def migrate(machine: Machine, address: str, options: Options | None = None, *, m
     check_address(address, keys=bool(options.key and options.peer), insecure=options.insecure)
     report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address, compression=options.compression,
                     pid=os.getpid())
+    return _carry_out(machine, address, options, report, progress, _Source.run)
+
+
+def recover(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
+            progress: Callable[[Report], None] = lambda report: None) -> Report:
+    """Go on with a post-copy whose source has gone: the machine is paused here since its hand-over, the target
+    waits. Raises MigrationError."""
+    options = options or Options()
+    check_address(address, keys=bool(options.key and options.peer), insecure=options.insecure)
+    report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address, compression=options.compression,
+                    pid=os.getpid())
+    return _carry_out(machine, address, options, report, progress, _Source.recover)
+
+
+def _carry_out(machine: Machine, address: str, options: Options, report: Report,
+               progress: Callable[[Report], None], work: Callable[[_Source], None]) -> Report:
     source = _Source(machine, address, options, report, progress)
     try:
-        source.run()
+        work(source)
     except BaseException as exc:
-        report.status = "failed" if isinstance(exc, Exception) else "cancelled"
+        if report.status == "postcopy-active":
+            report.status = "postcopy-paused"
+        else:
+            report.status = "failed" if isinstance(exc, Exception) else "cancelled"
         report.error = str(exc) or type(exc).__name__
         progress(report)
         if isinstance(exc, zmq.ZMQError):
@@ -155,6 +195,16 @@ def migrate(machine: Machine, address: str, options: Options | None = None, *, m
     finally:
         source.close()
     return report
+
+
+def _handover_mark(machine: Machine) -> Path:
+    """Says that the machine was handed over in a post-copy; holds ``_entries`` at that moment."""
+    return machine_dir(machine.name) / "handed-over"
+
+
+def _entries(status: dict[str, Any]) -> str:
+    """Grows whenever a vCPU enters the guest."""
+    return " ".join(str(v["guest_entries"]) for v in status["vcpus"])
 
 
 class _Limiter:
@@ -238,6 +288,7 @@ class _Source:
         self._quotas: dict[int, int] = {}
         self._committed = False
         self._told = 0.0
+        self._postcopy = False
 
     def connect(self) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
@@ -256,12 +307,42 @@ class _Source:
         self.machine.register(self._client, mine=True)
         try:
             self._pre_copy()
-            self._stop_and_copy()
+            rest = self._stop_and_copy()
         except BaseException as exc:
             if not self._committed:
                 self._give_up(str(exc) or type(exc).__name__)
             raise
+        self._finish(rest)
+
+    def recover(self) -> None:
+        """Another source has handed the machine over and is gone."""
+        machine = self.machine
+        state = machine.status()
+        mark = _handover_mark(machine)
+        if state["state"] != "paused" or not mark.exists() or mark.read_text() != _entries(state):
+            raise MigrationError(f"machine '{machine.name}' was not handed over in a post-copy, or has run since")
+        self._committed = True
+        self.report.status = "postcopy-active"
+        self._send(Recover(VERSION, machine.name))
+        rest = {}
+        pages = {s["id"]: s["pages"] for s in state["slots"]}
+        deadline = time.monotonic() + _PATIENCE
+        while not isinstance(answer := self._receive(0.5), Running):
+            if isinstance(answer, Missing):
+                rest[answer.slot] = np.flatnonzero(missing_pages(answer, pages[answer.slot]))
+            elif isinstance(answer, Refused):
+                raise MigrationError(f"{self.address}: {answer.error}")
+            elif time.monotonic() > deadline:
+                raise MigrationError(f"{self.address}: nobody there waits for this machine")
+        self._finish(rest)
+
+    def _finish(self, rest: dict[int, NDArray[np.int64]]) -> None:
+        if self._postcopy or rest:
+            self.report.status = "postcopy-active"
+            self._serve(rest)
+        self.machine.stop()
         self.report.status = "completed"
+        self.report.total_time = self._elapsed_ms()
         self._tell(force=True)
 
     def _offer(self) -> None:
@@ -291,6 +372,9 @@ class _Source:
             self.report.expected_downtime = left / rate * 1000 if rate else 0.0
             self._tell(force=True)
             if left <= rate * self.options.downtime:
+                break
+            if self.options.postcopy and number + 1 >= self.options.postcopy_after:
+                self._postcopy = True
                 break
             if self.options.converge and number + 1 >= _THROTTLE_AFTER and before and left > before * 0.7:
                 self._hold_back(rate)
@@ -362,7 +446,8 @@ class _Source:
         self.machine.dirty_limit(quota, vcpu)
         self.report.throttled[str(vcpu)] = quota * PAGE / 1e6
 
-    def _stop_and_copy(self) -> None:
+    def _stop_and_copy(self) -> dict[int, NDArray[np.int64]]:
+        """Up to the hand-over; with post-copy, the pages that are still to be sent."""
         machine, report = self.machine, self.report
         report.status = "device"
         with self._paused():
@@ -371,17 +456,26 @@ class _Source:
             todo = self._rest
             for slot, pages in self._dirty().items():
                 todo[slot] = np.union1d(todo[slot], pages) if slot in todo else pages
-            for slot in machine.status()["slots"]:
+            status = machine.status()
+            for slot in status["slots"]:
                 if not slot["logged"]:      # nobody knows what changed there: all of it, now
                     todo[slot["id"]] = np.arange(slot["pages"])
-            self._send_round(self.options.max_rounds, todo)
+            if self._postcopy:
+                for slot in status["slots"]:
+                    bits = np.zeros(slot["pages"], bool)
+                    bits[todo.get(slot["id"], [])] = True
+                    self._send(missing(slot["id"], bits))
+                _handover_mark(machine).write_text(_entries(status))
+            else:
+                self._send_round(self.options.max_rounds, todo)
+                todo = {}
             state = machine.state()
             system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes())
             self._send(State(system, state["vcpus"]))
             self._expect(Prepared, _PATIENCE * 3)
             self._hand_over()
             report.downtime = (time.monotonic() - stopped) * 1000
-        report.total_time = self._elapsed_ms()
+        return todo
 
     def _hand_over(self) -> None:
         """The point of no return."""
@@ -394,7 +488,6 @@ class _Source:
             self._send(Commit())
             answer = self._receive(1.0)
             if isinstance(answer, Running):
-                machine.stop()
                 return
             if isinstance(answer, Refused):
                 self._committed = False
@@ -402,6 +495,85 @@ class _Source:
         raise MigrationError(
             f"{self.address}: was told to go on and did not answer: the machine may run there. It stays paused "
             f"here (vmm status {machine.name}): resume it only if it does not, stop it if it does")
+
+    # --- post-copy --------------------------------------------------------------------------------------------
+
+    def _serve(self, rest: dict[int, NDArray[np.int64]]) -> None:
+        """Send what is missing at the target, what it asks for first, until it says that it has everything."""
+        todo = {slot: np.zeros(int(pages[-1]) + 1, bool) for slot, pages in rest.items() if len(pages)}
+        for slot, bits in todo.items():
+            bits[rest[slot]] = True
+        left = sum(len(pages) for pages in rest.values())
+        cursor = dict.fromkeys(todo, 0)
+        packer = Packer(self.options.compression)
+        ram = self.report.ram
+        try:
+            while True:
+                ram.remaining = left * PAGE
+                self._tell()
+                job = self._next_pages(todo, cursor) if left else None
+                if job is not None:
+                    try:
+                        self.jobs.put_nowait((POSTCOPY, job[0], self.machine.ram(job[0]), job[1]))
+                        todo[job[0]][job[1]] = False
+                        ram.postcopy_pages += len(job[1])
+                        left -= len(job[1])
+                        wait = 0.0
+                    except queue.Full:
+                        wait = 0.001
+                else:
+                    wait = 0.1
+                while (answer := self._receive(wait)) is not None:
+                    wait = 0.0
+                    if isinstance(answer, Complete):
+                        self.report.postcopy_blocktime = answer.blocked
+                        return
+                    if isinstance(answer, Want):
+                        left -= self._send_wanted(answer, todo, cursor, packer)
+                    elif isinstance(answer, Refused):
+                        raise MigrationError(f"{self.address}: {answer.error}")
+                if self.failure is not None:
+                    raise MigrationError(str(self.failure))
+                self._ping()
+                self._check_connection()
+        except (MigrationError, zmq.ZMQError, KeyboardInterrupt) as exc:
+            raise MigrationError(
+                f"{exc or 'interrupted'}; {left:,} pages or more are not at the target, which waits for them. The "
+                f"machine is paused here, as it was handed over: vmm migrate {self.machine.name} ADDRESS --recover "
+                "goes on; if the target is lost, vmm resume goes on here from that moment") from None
+
+    @staticmethod
+    def _next_pages(todo: dict[int, NDArray[np.bool_]],
+                    cursor: dict[int, int]) -> tuple[int, NDArray[np.int64]] | None:
+        """The next pages of a slot from where its cursor is, round and round: a cursor jumps to what was asked for
+        last, since its neighbours will be wanted too."""
+        for slot, bits in todo.items():
+            at = cursor[slot]
+            found = np.flatnonzero(bits[at:at + _POSTCOPY_WINDOW])[:_POSTCOPY_PAGES] + at
+            if not len(found):
+                found = np.flatnonzero(bits)[:_POSTCOPY_PAGES]
+            if len(found):
+                cursor[slot] = int(found[-1]) + 1
+                return slot, found
+        return None
+
+    def _send_wanted(self, wanted: Want, todo: dict[int, NDArray[np.bool_]], cursor: dict[int, int],
+                     packer: Packer) -> int:
+        """At once, past everything that waits for the channels. How many of them were not sent before."""
+        if wanted.slot not in todo:
+            raise WireError(f"{self.address}: wants pages of slot {wanted.slot}, which misses none")
+        bits = todo[wanted.slot]
+        pages = page_numbers(wanted, len(bits))
+        fresh = int(bits[pages].sum())
+        for message in packer.pack(POSTCOPY, wanted.slot, self.machine.ram(wanted.slot), pages):
+            frame = encode(message)
+            self._control.send(frame)
+            self.count(message.encoding == "zero", len(message.numbers) // 4, len(frame))
+        bits[pages] = False
+        cursor[wanted.slot] = int(pages[-1]) + 1
+        self.report.ram.postcopy_requests += len(pages)
+        self.report.ram.postcopy_pages += fresh
+        return fresh
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:

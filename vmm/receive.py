@@ -2,7 +2,8 @@
 
 Until Commit the vCPUs stand before their first instruction; whatever goes wrong, the machine made here is torn
 down and the source told why. Once everything is in its place the target waits for Commit as long as it takes:
-from then on only the source knows who is to run the machine.
+from then on only the source knows who is to run the machine. With post-copy (vmm/postcopy.py) pages come after
+that too; a source that is lost may be replaced by another that has the memory (``vmm migrate --recover``).
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
 
-from . import boot
+from . import boot, wire
 from .errors import VmmError
 from .machine import Machine
+from .postcopy import Missing, Wanted
 from .spec import MachineSpec
 from .wire import (
     PAGE,
@@ -35,11 +37,13 @@ from .wire import (
     Accept,
     Answer,
     Commit,
+    Complete,
     Offer,
     Pages,
     Ping,
     Prepared,
     Received,
+    Recover,
     Refused,
     RoundAck,
     RoundEnd,
@@ -152,12 +156,18 @@ class _Target:
         self._arrived: dict[int, int] = {}      # {round: messages of pages}
         self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
         self._vcpus = 0
+        self._source_name = ""
+        self._absent: dict[int, NDArray[np.bool_]] = {}     # post-copy: what comes after the start
+        self._missing: Missing | None = None
 
     def run(self) -> Machine:
         try:
             self._await_offer()
             self._take_memory()
-            return self._await_commit()
+            machine = self._await_commit()
+            if self._missing is not None:
+                self._fetch(self._missing)
+            return machine
         except BaseException as exc:
             if isinstance(exc, VmmError) and self._peer:
                 with contextlib.suppress(ReceiveError):
@@ -167,6 +177,9 @@ class _Target:
                 self._machine.stop()
                 self._machine.close()
             raise
+        finally:
+            if self._missing is not None:
+                self._missing.close()
 
     def _answer(self, message: Answer) -> None:
         """Raises ReceiveError when the source has gone."""
@@ -195,6 +208,7 @@ class _Target:
                             f"program ({metadata.version('shardvmm')}) {VERSION}")
         self._answer(Received())
         check_spec(message.spec)
+        self._source_name = message.spec.name
         self._machine = self._launch(message)
         self._vcpus = message.spec.vcpus
         for slot in message.spec.slots:
@@ -230,6 +244,8 @@ class _Target:
                 case RoundEnd() if who == self._peer:
                     self._expected[message.round] = message.messages
                     self._acknowledge(message.round)
+                case wire.Missing() if who == self._peer:
+                    self._absent[message.slot] = wire.missing_pages(message, self._total(message.slot))
                 case State() if who == self._peer:
                     return self._set_state(message)
                 case Abort() if who == self._peer:
@@ -237,10 +253,13 @@ class _Target:
                 case _:
                     raise WireError(f"the source said {type(message).__name__} out of turn")
 
+    def _total(self, slot: int) -> int:
+        if slot not in self._pages:
+            raise WireError(f"the source sent pages of slot {slot}, which the machine does not have")
+        return self._pages[slot]
+
     def _write(self, message: Pages) -> None:
-        if message.slot not in self._memory:
-            raise WireError(f"the source sent pages of slot {message.slot}, which the machine does not have")
-        numbers, data = unpack(message, self._pages[message.slot])
+        numbers, data = unpack(message, self._total(message.slot))
         memory = self._memory[message.slot]
         memory[numbers] = 0 if data is None else data
 
@@ -263,6 +282,8 @@ class _Target:
         if len(data) != len(system):
             raise WireError(f"the source sent a system slot of {size} bytes; here it has {len(system)}")
         system[:] = np.frombuffer(data, np.uint8)
+        if self._absent:
+            self._missing = Missing(self._machine, self._absent)
         self._machine.set_state(message.vcpus)
         self._answer(Prepared())
 
@@ -282,3 +303,55 @@ class _Target:
         with contextlib.suppress(ReceiveError):     # a source that died after Commit: the machine is ours
             self._answer(Running())
         return self._machine
+
+    # --- post-copy ------------------------------------------------------------------------------------------
+
+    def _fetch(self, missing: Missing) -> None:
+        """The guest runs. Until every page is here, however long the source is away in between."""
+        poller = zmq.Poller()
+        poller.register(self._sock, zmq.POLLIN)
+        for fd in missing.faults:
+            poller.register(fd, zmq.POLLIN)
+        while missing.left:
+            for ready, _ in poller.poll():
+                if ready is self._sock:
+                    self._take_page(missing)
+                else:
+                    self._want(missing.wanted(ready))
+        missing.finish()
+        with contextlib.suppress(ReceiveError):
+            self._answer(Complete([round(s * 1000, 3) for s in missing.blocked]))
+
+    def _take_page(self, missing: Missing) -> None:
+        """The machine is ours alone by now: whoever sends what makes no sense is ignored."""
+        who, frame = self._sock.recv_multipart()
+        try:
+            message = decode_message(frame)
+            content = unpack(message, self._total(message.slot)) if isinstance(message, Pages) else None
+        except WireError:
+            return
+        match message:
+            case Pages() if content is not None:
+                if message.slot in self._absent:
+                    missing.put(message.slot, *content)
+            case Commit() if who == self._peer:     # Running was lost
+                self._answer(Running())
+            case Recover(version=version, machine=name) if version == VERSION and name == self._source_name:
+                self._peer = who
+                for slot, bits in missing.bitmaps().items():
+                    self._answer(wire.missing(slot, bits))
+                self._answer(Running())
+                self._want(missing.ask_again())
+            case Recover():
+                with contextlib.suppress(zmq.ZMQError):
+                    self._sock.send_multipart([who, encode(Refused(f"machine '{self._source_name}' is what is "
+                                                                   "awaited here"))])
+            case _:
+                pass    # Ping, or a straggler
+
+    def _want(self, pages: list[Wanted]) -> None:
+        for slot in {w.slot for w in pages}:
+            numbers = sorted(w.page for w in pages if w.slot == slot)
+            for at in range(0, len(numbers), wire.CHUNK_PAGES):
+                with contextlib.suppress(ReceiveError):     # asked for again when it is back
+                    self._answer(wire.want(slot, numbers[at:at + wire.CHUNK_PAGES]))

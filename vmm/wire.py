@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from .errors import VmmError
 from .spec import MachineSpec
 
-__all__ = ["CHUNK_PAGES", "Abort", "Accept", "Commit", "Encoding", "Offer", "Packer", "Pages", "Ping", "Prepared",
-           "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "WireError", "check_address",
-           "decode_answer", "decode_message", "encode", "secure", "unpack"]
+__all__ = ["CHUNK_PAGES", "POSTCOPY", "Abort", "Accept", "Commit", "Complete", "Encoding", "Missing", "Offer",
+           "Packer", "Pages", "Ping", "Prepared", "Received", "Recover", "Refused", "RoundAck", "RoundEnd",
+           "Running", "State", "Want", "WireError", "check_address", "decode_answer", "decode_message", "encode",
+           "missing", "missing_pages", "page_numbers", "secure", "unpack", "want"]
 
 VERSION = 1
+POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
 PAGE = 4096
 CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
 IMAGE_MAX = 1 << 30         # bytes
@@ -73,6 +75,22 @@ class RoundEnd(Wire, frozen=True, tag="round-end"):
     messages: int
 
 
+class Missing(Wire, frozen=True, tag="missing"):
+    """Post-copy, before State: pages of this slot that were not sent, or have changed since (``bits``, one a page
+    from the lowest, zstd). They follow after Commit, as Pages of round POSTCOPY. And the target's answer to
+    Recover: what is missing still."""
+
+    slot: int
+    bits: bytes
+
+
+class Recover(Wire, frozen=True, tag="recover"):
+    """Post-copy: the source that was here before has gone; this one has the memory too."""
+
+    version: int
+    machine: str
+
+
 class State(Wire, frozen=True, tag="state"):
     """The system slot's memory (zstd), and the vCPUs' states (workers/accel.py)."""
 
@@ -115,14 +133,27 @@ class Running(Wire, frozen=True, tag="running"):
     pass
 
 
+class Want(Wire, frozen=True, tag="want"):
+    """Post-copy: somebody waits for these pages (as in Pages.numbers)."""
+
+    slot: int
+    numbers: bytes
+
+
+class Complete(Wire, frozen=True, tag="complete"):
+    """Post-copy: every page is here; ``blocked``: milliseconds that each vCPU has waited for some."""
+
+    blocked: list[float]
+
+
 class Refused(Wire, frozen=True, tag="refused"):
     """The target has cleaned up and is gone."""
 
     error: str
 
 
-Message = Offer | Pages | RoundEnd | State | Commit | Abort | Ping
-Answer = Received | Accept | RoundAck | Prepared | Running | Refused
+Message = Offer | Pages | RoundEnd | Missing | Recover | State | Commit | Abort | Ping
+Answer = Received | Accept | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _messages = msgspec.msgpack.Decoder(Message)
@@ -186,14 +217,40 @@ def _numbers(pages: NDArray[np.int64]) -> bytes:
     return pages.astype("<u4").tobytes()
 
 
+def want(slot: int, pages: list[int]) -> Want:
+    return Want(slot, _numbers(np.array(sorted(pages))))
+
+
+def page_numbers(message: Pages | Want, total: int) -> NDArray[np.int64]:
+    """Ascending, of a slot of ``total`` pages. Raises WireError."""
+    if len(message.numbers) % 4 or not 0 < len(message.numbers) <= 4 * CHUNK_PAGES:
+        raise WireError(f"the other end sent {len(message.numbers)} bytes of page numbers")
+    numbers = np.frombuffer(message.numbers, "<u4").astype(np.int64)
+    if numbers[-1] >= total or (np.diff(numbers) <= 0).any():
+        raise WireError(f"the other end named pages that slot {message.slot} does not have, or not in order")
+    return numbers
+
+
+def missing(slot: int, bits: NDArray[np.bool_]) -> Missing:
+    return Missing(slot, zstandard.ZstdCompressor(level=1).compress(np.packbits(bits, bitorder="little").tobytes()))
+
+
+def missing_pages(message: Missing, total: int) -> NDArray[np.bool_]:
+    """bool[total]. Raises WireError."""
+    size = -(-total // 8)
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(message.bits) if _claims(message.bits, size) else b""
+    except zstandard.ZstdError as exc:
+        raise WireError(f"the other end sent a bitmap that cannot be unpacked: {exc}") from None
+    if len(raw) != size:
+        raise WireError(f"the other end sent a bitmap that is not slot {message.slot}'s")
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=total, bitorder="little").astype(bool)
+
+
 def unpack(message: Pages, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
     """(page numbers, their bytes [n, 4096] or None for zero pages), for a slot of ``total`` pages. Raises
     WireError for anything that does not fit."""
-    if len(message.numbers) % 4 or not 0 < len(message.numbers) <= 4 * CHUNK_PAGES:
-        raise WireError(f"the source sent {len(message.numbers)} bytes of page numbers")
-    numbers = np.frombuffer(message.numbers, "<u4").astype(np.int64)
-    if numbers[-1] >= total or (np.diff(numbers) <= 0).any():
-        raise WireError(f"the source sent pages that slot {message.slot} does not have, or not in order")
+    numbers = page_numbers(message, total)
     size = len(numbers) * PAGE
     if message.encoding == "zero":
         if message.data:

@@ -28,7 +28,7 @@ from typing import Any
 
 import zmq
 
-from ipc import channel, futex, process
+from ipc import channel, futex, process, userfault
 from ipc.layout import VcpuRequest, VcpuState, vcpu_control
 from ipc.messages import (
     ClearLog,
@@ -51,6 +51,7 @@ from ipc.messages import (
     SetMemslot,
     SetState,
     Shutdown,
+    Userfault,
     WorkerSpec,
     decode_request,
     encode,
@@ -89,6 +90,7 @@ class Worker:
         self._timer: SliceTimer | None = None
         self._restored_exit: dict[str, Any] | None = None    # of a vCPU that had ended when it was saved
         self._ran = 0.0     # seconds in the guest since the bucket was last told
+        self._userfault = userfault.Userfault(-1)   # open during post-copy
 
     # --- set-up ------------------------------------------------------------------------------
 
@@ -383,15 +385,30 @@ class Worker:
                 case SetState(state=state):
                     accel.set_state(state)
                     self._restored_exit = state.get("exit")
+                case Userfault(socket=path):
+                    data = self._wait_for_missing(path)
                 case Shutdown():
                     self._shutdown = True
-        except (AccelError, SegmentError, OSError, KeyError) as exc:
+        except (AccelError, SegmentError, userfault.UserfaultError, OSError, KeyError) as exc:
             sock.send(encode(Failed(request.seq, str(exc))))
             return
         sock.send(encode(Done(request.seq, value, data)))
         if self._shutdown:
             accel.interrupt()
             self._wake_up()
+
+    def _wait_for_missing(self, path: str) -> dict[str, Any]:
+        """Post-copy begins (``path``: who fills the pages) or ends. The fd stays open here too: should the other
+        end go, nobody gets a zero page for one that is missing."""
+        self._userfault.close()
+        if not path:
+            return {}
+        self._userfault = userfault.Userfault.make()
+        slots = [s for s in self.memory.slots.values() if s.spec.id != self.spec.system_slot.id]
+        for slot in slots:
+            self._userfault.register(slot.host_address, slot.spec.size)
+        channel.send_fd(path, self.spec.index, self._userfault.fd, _FD_TIMEOUT)
+        return {str(slot.spec.id): slot.host_address for slot in slots}
 
     def _orphaned(self) -> None:
         """Keeper and coordinator are both gone: leave nothing behind, then go."""
@@ -401,6 +418,7 @@ class Worker:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.close()
+        self._userfault.close()
         if self.accel is not None:
             self.accel.close()
         self.memory.close()

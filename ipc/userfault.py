@@ -1,0 +1,130 @@
+"""userfaultfd(2): missing pages of a shared mapping, filled by another process.
+
+Numbers and structures of Linux ``uapi/linux/userfaultfd.h`` are here and nowhere else. An fd belongs to the
+mapping of the process that made it, wherever it is sent: a worker registers its own mapping and gives the fd to
+whoever fills the pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from types import TracebackType
+
+__all__ = ["Userfault", "UserfaultError"]
+
+_SYS_USERFAULTFD = 323              # x86-64
+_API = 0xAA
+_UFFDIO_API = 0xC018AA3F
+_UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_WAKE = 0x8010AA02
+_UFFDIO_COPY = 0xC028AA03
+_REGISTER_MODE_MISSING = 1
+_FEATURE_MISSING_SHMEM = 1 << 5
+_EVENT_PAGEFAULT = 0x12
+_MSG_SIZE = 32
+_PAGE = 4096
+
+
+class UserfaultError(Exception):
+    """The kernel has no such thing, or does not let this user; the text is fit for a user."""
+
+
+class _Api(ctypes.Structure):
+    _fields_ = [("api", ctypes.c_uint64), ("features", ctypes.c_uint64), ("ioctls", ctypes.c_uint64)]
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_uint64), ("len", ctypes.c_uint64)]
+
+
+class _Register(ctypes.Structure):
+    _fields_ = [("range", _Range), ("mode", ctypes.c_uint64), ("ioctls", ctypes.c_uint64)]
+
+
+class _Copy(ctypes.Structure):
+    _fields_ = [("dst", ctypes.c_uint64), ("src", ctypes.c_uint64), ("len", ctypes.c_uint64),
+                ("mode", ctypes.c_uint64), ("copy", ctypes.c_int64)]
+
+
+class Userfault:
+    """Owns one userfaultfd."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def make(cls) -> Userfault:
+        """Of this process. Raises UserfaultError."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        if fd < 0:
+            error = ctypes.get_errno()
+            advice = (" (needs root, CAP_SYS_PTRACE, or sysctl vm.unprivileged_userfaultfd=1)"
+                      if error == errno.EPERM else "")
+            raise UserfaultError(f"userfaultfd: {os.strerror(error)}{advice}")
+        found = cls(fd)
+        try:
+            fcntl.ioctl(fd, _UFFDIO_API, _Api(_API, _FEATURE_MISSING_SHMEM))
+        except OSError as exc:
+            found.close()
+            raise UserfaultError(f"userfaultfd: this kernel lacks it for shared memory: {exc.strerror}") from None
+        return found
+
+    def register(self, address: int, size: int) -> None:
+        """Accesses to missing pages of this mapping wait, and are told by ``faults``. Raises UserfaultError."""
+        try:
+            fcntl.ioctl(self.fd, _UFFDIO_REGISTER, _Register(_Range(address, size), _REGISTER_MODE_MISSING))
+        except OSError as exc:
+            raise UserfaultError(f"userfaultfd: a mapping cannot be registered: {exc.strerror}") from None
+
+    def faults(self) -> list[int]:
+        """Page addresses that were touched since the last call, as the registering process has them."""
+        try:
+            data = os.read(self.fd, 64 * _MSG_SIZE)
+        except BlockingIOError:
+            return []
+        found = []
+        for at in range(0, len(data), _MSG_SIZE):
+            if data[at] == _EVENT_PAGEFAULT:
+                found.append(int.from_bytes(data[at + 16:at + 24], "little") & ~(_PAGE - 1))
+        return found
+
+    def fill(self, address: int, source: int, size: int) -> None:
+        """Put ``size`` bytes (whole pages) from this process's ``source`` to ``address``, each page at once, and
+        wake who waits for them there. Pages that are there already are left as they are. Raises OSError."""
+        done = 0
+        while done < size:
+            job = _Copy(address + done, source + done, size - done, 0, 0)
+            try:
+                fcntl.ioctl(self.fd, _UFFDIO_COPY, job)
+                return
+            except OSError as exc:
+                if job.copy > 0:        # as far as it came
+                    done += job.copy
+                elif exc.errno == errno.EEXIST:
+                    done += _PAGE
+                elif exc.errno != errno.EAGAIN:
+                    raise
+
+    def wake(self, address: int) -> None:
+        """Have whoever waits for this page look again. The process may have gone."""
+        try:
+            fcntl.ioctl(self.fd, _UFFDIO_WAKE, _Range(address, _PAGE))
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Idempotent. The mappings are ordinary ones again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Userfault:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 tb: TracebackType | None) -> None:
+        self.close()
