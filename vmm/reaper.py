@@ -124,7 +124,7 @@ class Reaper:
                 continue
             if shard.index in full:
                 shard.reported_full()
-            if shard.outstanding or shard.full_but_empty >= _EMPTY_FULLS:
+            if shard.outstanding or shard.overflowed or shard.full_but_empty >= _EMPTY_FULLS:
                 broken.append(shard)
         for shard in broken:
             self._lost_count(shard, owed[shard.index])

@@ -78,6 +78,9 @@ class Shard:
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
         self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
+        #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
+        self.overflowed = False
         #: Times in a row that the vCPU reported a full ring, and nothing was harvested from it in between.
         self.full_but_empty = 0
         self._harvested_at_full = -1
@@ -165,9 +168,11 @@ class Shard:
         out = self._harvested
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
-        kernels.harvest(self.ring_address, self.entries, fetch, self.entries - self.outstanding, table, out,
+        limit = self.entries - self.outstanding
+        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, out,
                         self._no_pages if pages is None else pages)
         count = int(out[0])
+        self.overflowed = count == limit
         if count:
             control.last_slot, control.last_offset = int(out[2]), int(out[3])
             control.bad_entries += int(out[1])
@@ -457,6 +462,7 @@ class Shards:
             self._receive_fd(shard, run_size)
         shard.control.ring_rebuilds += 1
         shard.full_but_empty = 0
+        shard.overflowed = False
 
     def adopt_fds(self, shards: Sequence[Shard]) -> None:
         """A replacement coordinator maps what its predecessor had mapped."""
