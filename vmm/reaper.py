@@ -146,10 +146,10 @@ class Reaper:
         if self._trace.reap_vcpu:
             self._trace.reap_vcpu(shard.index)
         if not self._trace.page:
-            return shard.harvest(self._log.table)
-        pages = np.zeros(3 * shard.entries, np.uint64)
-        count = shard.harvest(self._log.table, pages)
-        for fetch, _, offset in pages[: 3 * count].reshape(-1, 3).tolist():
+            return shard.harvest(self._log.table_address)
+        pages = np.zeros((shard.entries, 3), np.uint64)
+        count = shard.harvest(self._log.table_address, pages)
+        for fetch, _, offset in pages[:count].tolist():
             self._trace.page(shard.index, fetch, offset)
         return count
 
