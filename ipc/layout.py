@@ -30,7 +30,7 @@ __all__ = [
     "vcpu_control",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CONTROL_MAGIC = 0x4D4D5644_52414853  # "SHARDVMM"
 
 MAX_VCPUS = 256
@@ -115,6 +115,11 @@ class VcpuControl(ctypes.Structure):
         ("last_offset", ctypes.c_uint64),     # c: its page offset
         ("dirty_quota", ctypes.c_uint64),     # c: pages a second that this vCPU may dirty; 0: no limit
         ("throttled_ns", ctypes.c_uint64),    # w: time out of the guest for that, ns
+        # --- the reset of the ring: asked for and answered here, both words with a futex wake --------------
+        ("reset_request", ctypes.c_uint32),   # c: raised by one for each
+        ("reset_expected", ctypes.c_uint32),  # c: entries harvested and not reset yet
+        ("reset_done", ctypes.c_uint32),      # w: the reset_request that was carried out last
+        ("_pad2", ctypes.c_uint32),
     ]
 
 

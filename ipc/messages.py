@@ -8,7 +8,8 @@ Two sockets a worker, so that each is used by one thread alone (ZeroMQ sockets a
   :class:`KickAck`, :class:`Console`, :class:`Exited`.
 
 Pause, resume, stop and kick are not messages: they are a word in the control block, the
-immediate-exit flag and a signal (workers/worker.py), acknowledged by a notification.
+immediate-exit flag and a signal (workers/worker.py), acknowledged by a notification. Nor is the reset of a
+ring, which comes too often for that: it is two words in the control block, each with a futex wake.
 
 Decoding checks types and refuses unknown tags; unknown *fields* are ignored, so that a newer peer
 may add some. docs/protocol.md has a paragraph a message. Never pickle.
@@ -25,7 +26,7 @@ from .layout import PROTOCOL_VERSION
 
 __all__ = [
     "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
-    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "Request", "Reset",
+    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "Request",
     "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
     "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
@@ -95,14 +96,6 @@ class Request(Wire, frozen=True, tag_field="t"):
     seq: int
 
 
-class Reset(Request, frozen=True, tag="reset"):
-    """Reset the ring. ``expected`` entries were harvested and not reset yet; the call is repeated
-    until that many are (since Linux 6.17 it may return short) or it returns 0. Done.value: entries
-    reset. A vCPU that waits at ring-full re-enters the guest afterwards."""
-
-    expected: int
-
-
 class SetMemslot(Request, frozen=True, tag="set-memslot"):
     """Add a slot, or change its logging. The vCPU is paused."""
 
@@ -155,7 +148,7 @@ class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
-AnyRequest = (Reset | SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
+AnyRequest = (SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
               | SetState | Userfault | Shutdown)
 
 
@@ -191,7 +184,7 @@ class Hello(Notification, frozen=True, tag="hello"):
 
 
 class RingFull(Notification, frozen=True, tag="ring-full"):
-    """Soft-full: out of the guest until a Reset has freed entries."""
+    """Soft-full: out of the guest until a reset has freed entries."""
 
 
 class KickAck(Notification, frozen=True, tag="kick-ack"):

@@ -810,6 +810,7 @@ def main(argv: list[str]) -> int:
     input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
     status_fd, keeper_fd, keeper_pid, zygote_fd = (int(a) for a in argv[:4])
     process.set_name("vmm-coordinator")
+    process.set_time_slice(process.SERVICE_SLICE)
     process.die_with_parent(signal.SIGTERM, keeper_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = decode_spec(sys.stdin.buffer.read())

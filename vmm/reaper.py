@@ -14,7 +14,6 @@ from collections.abc import Callable
 import numpy as np
 
 from ipc.layout import MachineControl, ReaperState
-from ipc.messages import Reset
 
 from .bitmaplog import gather_bitmaps
 from .dirtylog import DirtyLog
@@ -113,11 +112,16 @@ class Reaper:
         self._control.publish_pending = 1
         full, self.full = self.full, set()
         rings = [s for s in self._shards.all if s.ring_address and (s.index in full or not self.only_full)]
-        harvested = {s.index: self._harvest(s) for s in rings}
+        rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
+        harvested, owed, asked = {}, {}, []
+        for shard in rings:
+            harvested[shard.index] = self._harvest(shard)
+            owed[shard.index] = shard.outstanding
+            if shard.alive and (shard.outstanding or shard.index in full):
+                shard.ask_reset(shard.outstanding)      # while it does so, the next ring is harvested
+                asked.append(shard)
+        self._shards.await_resets(asked)
         total = sum(harvested.values())
-        owed = {s.index: s.outstanding for s in rings}
-        asked = [s for s in rings if s.alive and (owed[s.index] or s.index in full)]
-        self._shards.request(asked, lambda seq, s: Reset(seq, owed[s.index]))
         broken = []
         for shard in rings:
             if not shard.alive:
