@@ -25,7 +25,7 @@ from ipc.layout import (
     vcpu_control,
 )
 from ipc.messages import SlotSpec, WorkerSpec
-from ipc.shm import Segment, segment_name
+from ipc.shm import PAGE_SIZE, Segment, segment_name
 
 from . import boot, loader
 from .dirtylog import DirtyLog
@@ -56,8 +56,9 @@ class Parts:
         return machine_control(self.control_segment.address)
 
     def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
-        logs = 0 if self.spec.ring_entries else self.spec.vcpus
-        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create)
+        replay = self.spec.accel == "replay"
+        logs = self.spec.vcpus if (self.spec.verify is not None if replay else not self.spec.ring_entries) else 0
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay)
 
     def close(self) -> None:
         self.log.close()
@@ -85,23 +86,27 @@ def make_parts(spec: MachineSpec) -> Parts:
 
     Raises VmmError and SegmentError; nothing is left behind then.
     """
-    image = loader.load_image(spec.image, spec.load_address)
-    loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
-    slots = _boot_slots(spec, image)
+    image, slots = None, []
+    if spec.accel != "replay":
+        image = loader.load_image(spec.image, spec.load_address)
+        loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
+        slots = _boot_slots(spec, image)
     with contextlib.ExitStack() as stack:
         def segment(what: str, size: int) -> Segment:
             return stack.enter_context(Segment.create(segment_name(spec.name, what), size))
 
         control = segment("control", control_size(spec.vcpus))
-        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)))
+        # A replayed machine boots nothing: a page stands in for its system slot.
+        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
         log = DirtyLog(spec.name)
         stack.callback(log.close)
-        parts = Parts(spec, control, system, log, entry=image.entry, usable=_usable_pages(slots))
+        parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots))
         for slot in spec.slots:
             log.add_slot(parts.new_slot(slot, create=True))
         if _software_ring(spec):
             parts.rings = [segment(f"ring{i}", spec.ring_entries * 16) for i in range(spec.vcpus)]
-        _load(parts, image, slots)
+        if image is not None:
+            _load(parts, image, slots)
         block = parts.control
         block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
         parts.stack = stack.pop_all()
@@ -146,9 +151,10 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             found.own()
             return found
 
-        image = loader.load_image(spec.image, spec.load_address)
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name), entry=image.entry,
-                      usable=_usable_pages(_boot_slots(spec, image)))
+        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name))
+        if spec.accel != "replay":
+            image = loader.load_image(spec.image, spec.load_address)
+            parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
         stack.callback(parts.log.close)
         for slot in slots:
             parts.log.add_slot(parts.new_slot(slot, create=False))
@@ -189,7 +195,8 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         control_segment=parts.control_segment.name,
         request_endpoint=channel.endpoint(directory, "requests"),
         notify_endpoint=channel.endpoint(directory, "notify"),
-        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd,
-        boot=boot.boot_registers(index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
-                                 stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
+        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=spec.replay,
+        boot={} if spec.accel == "replay" else boot.boot_registers(
+            index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
+            stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
     )

@@ -36,14 +36,14 @@ from ipc.messages import (
 from ipc.shm import SegmentError
 
 from . import boot, build, control
-from .errors import ExitCode, VmmError
+from .errors import ExitCode, VmmError, no_memory
 from .reaper import Reaper
 from .runtime import machine_dir
 from .shards import Shard, Shards
 from .spec import MachineSpec, RamSlot, decode_spec
 from .trace import Tracer
 from .verify import CLIENT as VERIFY_CLIENT
-from .verify import Verification, Verifier
+from .verify import AnyVerifier, Verification, make_verifier
 
 __all__ = ["Coordinator", "main"]
 
@@ -69,10 +69,11 @@ class Saved(msgspec.Struct):
 class Coordinator:
     def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, *, recover: bool) -> None:
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
-        image = directory / "image"
-        if not recover:
-            build.copy_image(spec.image, image)
-        spec = msgspec.structs.replace(spec, image=str(image))
+        if spec.image:
+            image = directory / "image"
+            if not recover:
+                build.copy_image(spec.image, image)
+            spec = msgspec.structs.replace(spec, image=str(image))
         self.spec = spec
         self.directory = directory
         self._keeper_fd = keeper_fd
@@ -107,7 +108,7 @@ class Coordinator:
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.reaper = Reaper(spec.reaper, self.shards, self.log, self.block, self.tracer, self._on_rebuild,
                              has_rings=spec.ring_entries > 0)
-        self.verifier: Verifier | None = None
+        self.verifier: AnyVerifier | None = None
         if saved is None:
             self._create()
         else:
@@ -123,8 +124,8 @@ class Coordinator:
         self.log.load_kernels()     # takes its time while the workers take theirs
         self.shards.await_hello()
         if self.spec.verify is not None:
-            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
-                                     self.parts.usable)
+            self.verifier = make_verifier(self.spec.accel, self.spec.verify, self.log, self.shards.all,
+                                          self.block, self.parts.usable)
         self._state = "ready"
         self._save()
 
@@ -164,8 +165,8 @@ class Coordinator:
         # Whatever the predecessor was in the middle of, everybody is stopped first.
         self.shards.pause_all()
         if self.spec.verify is not None:
-            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
-                                     self.parts.usable, saved.verification or Verification())
+            self.verifier = make_verifier(self.spec.accel, self.spec.verify, self.log, self.shards.all,
+                                          self.block, self.parts.usable, saved.verification or Verification())
             self._next_round = time.monotonic()
         for shard in self.shards.all:
             # A message that the predecessor took with it: the control block still says so.
@@ -520,6 +521,10 @@ class Coordinator:
         if self._incoming[0]:
             raise VmmError(f"machine '{self.spec.name}': its memory is still on its way here (post-copy)")
 
+    def _has_memory(self) -> None:
+        if self.spec.accel == "replay":
+            raise VmmError(no_memory(self.spec.name))
+
     def _pause(self, owner: int = 0) -> None:
         self._alive_running()
         if self._user_paused:
@@ -552,6 +557,7 @@ class Coordinator:
 
     def _machine_state(self) -> dict[str, Any]:
         """What a snapshot keeps beside the memory."""
+        self._has_memory()
         if self._state != "running" or not self._user_paused:
             raise VmmError(f"machine '{self.spec.name}' is not paused")
         self._all_here()
@@ -731,11 +737,12 @@ class Coordinator:
             raise VmmError(f"{where}: there is one already")
         if spec.size <= 0 or spec.size % 4096 or spec.gpa % 4096 or spec.gpa < 0:
             raise VmmError(f"{where}: gpa {spec.gpa:#x} and size {spec.size:#x} must be multiples of 4096")
-        top = boot.mapped_top(max(s.gpa + s.size for s in self.spec.slots))
-        if spec.gpa + spec.size > top:
-            raise VmmError(f"{where}: ends at {spec.gpa + spec.size:#x}, the machine maps up to {top:#x}")
         taken = [(f"slot {i}", s.spec.gpa, s.spec.size) for i, s in self.log.slots.items()]
-        taken.append(("the system area", boot.SYSTEM_GPA, max(self.parts.system.size, 0x100_0000)))
+        if self.spec.accel != "replay":
+            top = boot.mapped_top(max(s.gpa + s.size for s in self.spec.slots))
+            if spec.gpa + spec.size > top:
+                raise VmmError(f"{where}: ends at {spec.gpa + spec.size:#x}, the machine maps up to {top:#x}")
+            taken.append(("the system area", boot.SYSTEM_GPA, max(self.parts.system.size, 0x100_0000)))
         for what, gpa, size in taken:
             if spec.gpa < gpa + size and gpa < spec.gpa + spec.size:
                 raise VmmError(f"{where}: [{spec.gpa:#x}, {spec.gpa + spec.size:#x}) overlaps {what} "

@@ -29,7 +29,7 @@ from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError, segment_name
 
 from . import control
-from .errors import ExitCode, VmmError
+from .errors import ExitCode, VmmError, no_memory
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -223,12 +223,22 @@ class Machine:
 
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
         """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
-        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing."""
-        if f"ram{slot}" not in self._segments and self.status()["incoming"]:
-            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
+        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing, and
+        where there is no memory (replay)."""
+        if f"ram{slot}" not in self._segments:
+            status = self.status()
+            if status["accelerator"] == "replay":
+                raise VmmError(no_memory(self.name))
+            if status["incoming"]:
+                raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
         view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
         view.flags.writeable = writable
         return view
+
+    def require_memory(self) -> None:
+        """Raises VmmError for a machine that has none to save or move (replay)."""
+        if self.status()["accelerator"] == "replay":
+            raise VmmError(no_memory(self.name))
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
