@@ -41,6 +41,7 @@ from ipc.messages import (
     encode,
 )
 from ipc.shm import Segment
+from workers.zygote import Zygote
 
 from .errors import ExitCode, VmmError
 
@@ -221,6 +222,7 @@ class Shards:
         self._seq = 0
         self._early_fds: dict[int, int] = {}
         self._pauses = 0
+        self._zygote: Zygote | None = None
 
     # --- start and end -----------------------------------------------------------------------
 
@@ -228,6 +230,11 @@ class Shards:
         """Start the worker's process; it reads its specification from a pipe."""
         read, write = os.pipe()
         try:
+            if spec.accel == "replay":      # there may be hundreds of them
+                self._zygote = self._zygote or Zygote(spec.accel, spec.keeper_fd)
+                shard.watch(self._zygote.fork(read))
+                self.all.append(shard)
+                return
             inherited = [read] + ([spec.keeper_fd] if spec.keeper_fd >= 0 else [])
             shard.process = subprocess.Popen([sys.executable, "-m", "workers", str(read)],
                                              stdin=subprocess.DEVNULL, pass_fds=inherited,
@@ -241,6 +248,9 @@ class Shards:
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
         waiting = {shard.index for shard in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         while waiting:
@@ -289,6 +299,8 @@ class Shards:
                 shard.bury()
 
     def close(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
         for shard in self.all:
             if shard.alive:
                 shard.signal(signal.SIGKILL)
