@@ -149,7 +149,7 @@ class ReplayPhaseConfig(_Model):
 def _check_pattern(pattern: str | None, stride: int | None, exponent: float | None) -> None:
     for key, value, owner in (("stride", stride, "strided"), ("exponent", exponent, "zipf")):
         if value is None and pattern == owner:
-            raise ValueError(f"{key}: missing (pattern {owner} needs it)")
+            raise ValueError(f"pattern: {owner} needs '{key}'")
         if value is not None and pattern != owner:
             raise ValueError(f"{key}: goes with pattern: {owner}")
 
@@ -183,7 +183,7 @@ class ReplayConfig(_Model):
             raise ValueError(f"{min(extra)}: a trace has its own")
         for i, phase in enumerate((self.phases or [])[:-1]):
             if not phase.writes:
-                raise ValueError(f"phases.{i}.writes: missing (only the last phase may go on for ever)")
+                raise ValueError(f"phases.{i}: needs 'writes': only the last phase may go on for ever")
         return self
 
 
@@ -256,7 +256,7 @@ class MachineConfig(_Model):
             raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
                                                 else f"{self.dirty_limit:g} is less than a page a second"))
         if (self.guest is None) == (self.replay is None):
-            raise ValueError("guest: missing (or give 'replay')" if self.guest is None else
+            raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
                              "replay: give one of 'guest' and 'replay'")
         if self.replay is None and self.accel == "replay":
             raise ValueError("accel: replay has no CPU for a guest: give 'replay' instead of 'guest'")

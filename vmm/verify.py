@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.bitmap import GROUP_WORDS
+from ipc.bitmap import GROUP_WORDS, set_bit_indices
 from ipc.layout import MachineControl
 from ipc.shm import Segment, segment_name
 
@@ -199,12 +199,10 @@ class ReplayVerifier:
             log.give_back(CLIENT)
 
     def adopt(self, slot_id: int) -> None:
-        """Begin to watch a slot (guest stopped, log taken): what is in its records was written before."""
-        for record in self._log.slots[slot_id].records:
-            record.clear()
+        """The slot's records begin with it, and a page that was not logged is in neither record nor log."""
 
     def forget(self, slot_id: int) -> None:
-        """Its records go with the slot."""
+        """Its records go with it."""
 
     def close(self) -> None:
         pass
@@ -215,16 +213,14 @@ class ReplayVerifier:
         self._log.take(CLIENT)
         self._control.verify_in_round = 1
         for slot_id, slot in self._log.slots.items():
-            if not slot.logged:
-                continue
             front = self._log.front(CLIENT, slot_id).front
-            groups = np.unique(np.concatenate([_set_bits(m.summary) for m in (front, *slot.records)]))
+            groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
             if len(groups) == 0:
                 groups = np.zeros(1, np.int64)      # where a surplus page may be injected
             at = _words_of(groups, len(front.words))
             dirty, written = front.words[at], np.zeros(len(at), np.uint64)
             for record in slot.records:
-                there = np.isin(at // GROUP_WORDS, _set_bits(record.summary))
+                there = np.isin(at // GROUP_WORDS, set_bit_indices(record.summary))
                 written[there] |= record.words[at[there]]
             self._injection(dirty, written, at, slot.pages)
             lost = _pages(at, written & ~dirty)
@@ -242,7 +238,7 @@ class ReplayVerifier:
                         result.first_findings.append(
                             f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
             for record in slot.records:
-                record.words[_words_of(_set_bits(record.summary), len(record.words))] = 0
+                record.words[_words_of(set_bit_indices(record.summary), len(record.words))] = 0
                 record.summary[:] = 0
         self._control.verify_in_round = 0
         self.blind_to_surplus = False
@@ -258,14 +254,6 @@ class ReplayVerifier:
             self.result.injected = self._inject
 
 
-def _set_bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Indices of the bits that are set."""
-    filled = np.flatnonzero(words)
-    bits = np.unpackbits(words[filled].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    word, bit = np.nonzero(bits)
-    return filled[word] * 64 + bit
-
-
 def _words_of(groups: NDArray[np.int64], words: int) -> NDArray[np.int64]:
     """Numbers of the words of these groups, of a bitmap of so many words."""
     at = (groups[:, None] * GROUP_WORDS + np.arange(GROUP_WORDS)).ravel()
@@ -274,7 +262,7 @@ def _words_of(groups: NDArray[np.int64], words: int) -> NDArray[np.int64]:
 
 def _pages(at: NDArray[np.int64], words: NDArray[np.uint64]) -> list[int]:
     """Pages whose bits are set, ascending; ``at`` are the words' numbers within the slot."""
-    bits = _set_bits(words)
+    bits = set_bit_indices(words)
     return (at[bits // 64] * 64 + bits % 64).tolist()
 
 
