@@ -11,11 +11,13 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from ipc import channel
 from ipc.layout import (
     CONTROL_MAGIC,
+    MAX_SLOTS,
     PROTOCOL_VERSION,
     SYSTEM_SLOT,
     MachineControl,
@@ -25,6 +27,7 @@ from ipc.layout import (
     vcpu_control,
 )
 from ipc.messages import SlotSpec, WorkerSpec
+from ipc.replaytrace import TraceSegment
 from ipc.shm import PAGE_SIZE, Segment, segment_name
 
 from . import boot, loader
@@ -33,6 +36,7 @@ from .errors import VmmError
 from .ram import MemorySlot
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
+from .tracefile import TraceError, TraceReader, check_trace, unpack
 
 __all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
 
@@ -46,6 +50,8 @@ class Parts:
     system: Segment
     log: DirtyLog
     rings: list[Segment] = field(default_factory=list)
+    #: Each vCPU's part of the trace that is replayed (ipc/replaytrace.py).
+    traces: list[Segment] = field(default_factory=list)
     entry: int = 0
     #: Pages [first, end) of each slot that are the guest's to use: no image, no stacks.
     usable: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -107,10 +113,32 @@ def make_parts(spec: MachineSpec) -> Parts:
             parts.rings = [segment(f"ring{i}", spec.ring_entries * 16) for i in range(spec.vcpus)]
         if image is not None:
             _load(parts, image, slots)
+        if spec.replay_trace:
+            parts.traces = _load_trace(spec, stack)
         block = parts.control
         block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
         parts.stack = stack.pop_all()
     return parts
+
+
+def _load_trace(spec: MachineSpec, stack: contextlib.ExitStack) -> list[Segment]:
+    """A segment a vCPU. Raises TraceError."""
+    path = Path(spec.replay_trace)
+    made = []
+    with TraceReader(path) as reader:
+        check_trace(path, reader.header, spec.vcpus, spec.slots)
+        sizes = np.zeros(MAX_SLOTS, np.uint64)
+        for slot in reader.header.slots:
+            sizes[slot.id] = slot.pages
+        for index, part in enumerate(reader.vcpus()):
+            slots, pages = unpack(part.entries)
+            if len(slots) and (int(slots.max()) >= MAX_SLOTS or np.any(pages >= sizes[slots])):
+                raise TraceError(f"{path}: is damaged: it names pages outside its memory slots")
+            segment = TraceSegment.create(segment_name(spec.name, f"replay{index}"), part.times, part.ends,
+                                          part.entries)
+            stack.callback(segment.close)
+            made.append(segment.segment)
+    return made
 
 
 def _boot_slots(spec: MachineSpec, image: loader.GuestImage) -> list[boot.BootSlot]:
@@ -162,6 +190,8 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             parts.log.adopt_client(client)
         if _software_ring(spec):
             parts.rings = [segment(f"ring{i}") for i in range(spec.vcpus)]
+        if spec.replay_trace:
+            parts.traces = [segment(f"replay{i}") for i in range(spec.vcpus)]
         parts.stack = stack.pop_all()
     return parts
 
@@ -186,6 +216,9 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block.request = VcpuRequest.PAUSE
     block.dirty_quota = spec.dirty_quota
     first = spec.slots[0]
+    replay = spec.replay
+    if replay is not None and parts.traces:
+        replay = msgspec.structs.replace(replay, trace_segment=parts.traces[index].name)
     return WorkerSpec(
         machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
         ring_entries=spec.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
@@ -195,7 +228,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         control_segment=parts.control_segment.name,
         request_endpoint=channel.endpoint(directory, "requests"),
         notify_endpoint=channel.endpoint(directory, "notify"),
-        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=spec.replay,
+        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,
         boot={} if spec.accel == "replay" else boot.boot_registers(
             index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
             stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),

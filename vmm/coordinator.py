@@ -33,11 +33,12 @@ from ipc.messages import (
     SetState,
     Userfault,
 )
-from ipc.shm import SegmentError
+from ipc.shm import SegmentError, segment_name, unlink_segment
 
 from . import boot, build, control
 from .errors import ExitCode, VmmError, no_memory
 from .reaper import Reaper
+from .record import QUEUE, Recorder
 from .runtime import machine_dir
 from .shards import Shard, Shards
 from .spec import MachineSpec, RamSlot, decode_spec
@@ -93,6 +94,7 @@ class Coordinator:
         self._pause_owner = (0, -1)
         #: Post-copy: who fills in the missing pages.
         self._incoming = (0, -1)
+        self._record_owner = -1     # pidfd
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
         if saved is None:
@@ -150,6 +152,7 @@ class Coordinator:
         the two totals. So one ordinary reap, of every ring, puts all of it right.
         """
         self._restarts = saved.restarts + 1
+        unlink_segment(segment_name(self.spec.name, QUEUE))     # a recording ends with its coordinator
         self._started = time.monotonic() - saved.elapsed
         for shard in build.make_shards(self.parts):
             shard.exited = saved.exits.get(shard.index)
@@ -257,7 +260,7 @@ class Coordinator:
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
         owners = {pidfd: client for client, (_, pidfd) in self._owners.items()}
-        single = [fd for _, fd in (self._pause_owner, self._incoming) if fd >= 0]
+        single = [fd for fd in (self._pause_owner[1], self._incoming[1], self._record_owner) if fd >= 0]
         for fd in (*by_fd, *owners, *single):
             poller.register(fd, zmq.POLLIN)
         for ready, _ in poller.poll(self._poll_ms(now)):
@@ -276,6 +279,8 @@ class Coordinator:
                 self._unregister(owners[ready])
             elif ready == self._incoming[1]:
                 self._incoming_lost()
+            elif ready == self._record_owner:
+                self._record_stop()
             elif ready == self._pause_owner[1] and self._state == "running":
                 self._resume()
 
@@ -507,6 +512,14 @@ class Coordinator:
                 self._set_logging(slot, True)
             case control.LogStop(slot=slot):
                 self._set_logging(slot, False)
+            case control.RecordStart(owner=owner):
+                self._record_start(owner)
+            case control.RecordStep():
+                return {"going_on": self._record_step()}
+            case control.RecordStop():
+                self._recording()
+                self._flush()
+                self._record_stop()
             case control.MemoryAdd(slot=slot, gpa=gpa, size=size, log=log):
                 self._add_slot(RamSlot(slot, gpa, size, log, born=time.time_ns()))
             case control.MemoryRemove(slot=slot):
@@ -686,6 +699,38 @@ class Coordinator:
                 if shard.running:
                     shard.kick()    # out of the guest, or out of its wait: the new quota counts at once
 
+    def _record_start(self, owner: int) -> None:
+        self._alive_running()
+        if not self.spec.ring_entries:
+            raise VmmError(f"machine '{self.spec.name}' has plain dirty bitmaps, which do not say which "
+                           "page came after which: a trace needs rings (dirty_ring_size)")
+        if self.reaper.recorder is not None:
+            raise VmmError(f"machine '{self.spec.name}' is being recorded already")
+        self._flush()       # what was dirtied before does not belong to it
+        self.reaper.recorder = Recorder(self.spec.name, self.log.table)
+        try:
+            self._record_owner = os.pidfd_open(owner)
+        except ProcessLookupError:
+            self._record_stop()
+
+    def _recording(self) -> None:
+        if self.reaper.recorder is None:
+            raise VmmError(f"machine '{self.spec.name}' is not being recorded (any more)")
+
+    def _record_step(self) -> bool:
+        self._recording()
+        if self._running():
+            self.reaper.reap()
+        return self._state != "ended"
+
+    def _record_stop(self) -> None:
+        if self._record_owner >= 0:
+            os.close(self._record_owner)
+            self._record_owner = -1
+        if self.reaper.recorder is not None:
+            self.reaper.recorder.close()
+            self.reaper.recorder = None
+
     def _live(self) -> list[Shard]:
         return [s for s in self.shards.all if s.alive]
 
@@ -770,6 +815,7 @@ class Coordinator:
 
     def close(self) -> None:
         self._done = True
+        self._record_stop()
         self.shards.shut_down()
         self.reaper.close()
         self.shards.close()

@@ -321,6 +321,21 @@ class Machine:
         returns. Raises VmmError on a machine without dirty rings."""
         self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
 
+    # --- dirty traces -----------------------------------------------------------------------------------
+
+    def record_start(self) -> None:
+        """Begin to record a dirty trace (vmm/record.py does all of it). It ends with this process at the latest."""
+        self._client.ask(control.RecordStart, owner=os.getpid())
+
+    def record_step(self) -> bool:
+        """Have the rings harvested now; False when the machine has ended. Raises VmmError when nothing is being
+        recorded, as after the coordinator was replaced."""
+        return bool(self._client.ask(control.RecordStep)["going_on"])
+
+    def record_stop(self) -> None:
+        """Flush the rest into the queue, and end the recording."""
+        self._client.ask(control.RecordStop)
+
     # --- memory slots -----------------------------------------------------------------------------------
 
     def memory_add(self, slot: int, gpa: int, size: int, *, log: bool = True) -> None:

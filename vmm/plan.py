@@ -13,6 +13,7 @@ from .errors import VmmError
 from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
 from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from .trace import check_patterns
+from .tracefile import TraceError, TraceReader, check_trace
 
 __all__ = ["choose_accelerator", "plan"]
 
@@ -62,6 +63,12 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
                            f"ring has {info.max_entries}")
     slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
     _check_room(config, slots)
+    if config.replay is not None and config.replay.trace is not None:
+        try:
+            with TraceReader(config.replay.trace) as reader:
+                check_trace(config.replay.trace, reader.header, config.vcpus, slots)
+        except TraceError as exc:
+            raise ConfigError(f"{config.where('replay.trace')}: {exc}") from None
     image, params, exact = ("", [], True) if config.guest is None else _guest(config, config.guest)
     address = None
     if config.guest is not None:

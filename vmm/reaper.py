@@ -18,6 +18,7 @@ from ipc.messages import Reset
 
 from .bitmaplog import gather_bitmaps
 from .dirtylog import DirtyLog
+from .record import Recorder
 from .shards import Shard, Shards
 from .spec import ReaperSpec
 from .trace import Tracer
@@ -80,6 +81,8 @@ class Reaper:
         self._trace = tracer
         self._report_rebuild = report_rebuild
         self._has_rings = has_rings
+        #: Is given whatever is harvested, while the machine is being recorded.
+        self.recorder: Recorder | None = None
         #: vCPUs that have reported a full ring and must be let go by the next reap.
         self.full: set[int] = set()
         if self._trace.reaper:
@@ -143,10 +146,14 @@ class Reaper:
     def _harvest(self, shard: Shard) -> int:
         if self._trace.reap_vcpu:
             self._trace.reap_vcpu(shard.index)
-        if not self._trace.page:
+        if not self._trace.page and self.recorder is None:
             return shard.harvest(self._log.table)
         pages = np.zeros(3 * shard.entries, np.uint64)
         count = shard.harvest(self._log.table, pages)
+        if self.recorder is not None:
+            self.recorder.put(shard.index, pages[: 3 * count])
+        if not self._trace.page:
+            return count
         for fetch, _, offset in pages[: 3 * count].reshape(-1, 3).tolist():
             self._trace.page(shard.index, fetch, offset)
         return count
