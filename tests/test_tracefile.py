@@ -246,10 +246,15 @@ def test_a_killed_coordinator_ends_the_recording_and_the_trace_says_so(tmp_path:
     path = tmp_path / "a.trace"
     with Machine.launch(replay_spec(ReplayPhase("random", 0), rate=10_000.0), start=True) as machine:
         coordinator = machine.status()["coordinator"]["pid"]
-        killer = threading.Timer(0.2, lambda: os.kill(coordinator, signal.SIGKILL))
-        killer.start()
-        end = record(machine, path, TIMEOUT, 0.01)
-        killer.join()
+        killed: list[int] = []
+
+        def kill_once(part: float, entries: int) -> None:
+            if entries and not killed:
+                killed.append(entries)
+                os.kill(coordinator, signal.SIGKILL)
+
+        end = record(machine, path, TIMEOUT, 0.01, kill_once)
+        assert killed
         assert not end.complete
         assert "not being recorded" in end.reason
         until(lambda: machine.status()["coordinator"]["restarts"] == 1, "another coordinator")

@@ -292,6 +292,8 @@ def guests(as_json: bool) -> None:
         click.echo(f"{w.name}: {w.description}")
         for p in w.params:
             click.echo(f"    {p.name} (default {p.default}): {p.help}")
+    click.echo("accel: replay runs no guest: it dirties pages by a pattern (sequential, strided, random, zipf), or "
+               "from a trace; vmm schema has its keys")
 
 
 def main() -> None:
