@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .shm import Segment
 
 __all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "set_bit_indices", "slot_table",
-           "summary_words", "word_count"]
+           "summary_words", "word_count", "words_of_groups"]
 
 GROUP_WORDS = 64
 U64 = NDArray[np.uint64]
@@ -86,7 +86,12 @@ class Bitmap:
         self.summary[:] = 0
 
     def count(self) -> int:
-        return int(np.bitwise_count(self.words).sum())
+        """Set bits; looks only where the summary says that there may be some."""
+        return int(np.bitwise_count(self.words[self.filled_words()]).sum())
+
+    def filled_words(self) -> NDArray[np.int64]:
+        """Numbers of the words that may not be zero, ascending."""
+        return words_of_groups(set_bit_indices(self.summary), len(self.words))
 
     def get(self, page: int) -> bool:
         return bool(int(self.words[page // 64]) >> (page % 64) & 1)
@@ -126,6 +131,12 @@ def dirty_ranges(words: U64, pages: int) -> list[tuple[int, int]]:
     first = set_bit_indices(words & ~(words << one | below >> top))
     last = set_bit_indices(words & ~(words >> one | above << top))
     return list(zip(first.tolist(), (last - first + 1).tolist(), strict=True))
+
+
+def words_of_groups(groups: NDArray[np.int64], words: int) -> NDArray[np.int64]:
+    """Numbers of the words of these groups, of a bitmap of so many words."""
+    at = (groups[:, None] * GROUP_WORDS + np.arange(GROUP_WORDS)).ravel()
+    return at[at < words]
 
 
 def set_bit_indices(words: U64) -> NDArray[np.int64]:

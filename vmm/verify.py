@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.bitmap import GROUP_WORDS, set_bit_indices
+from ipc.bitmap import GROUP_WORDS, set_bit_indices, words_of_groups
 from ipc.layout import MachineControl
 from ipc.shm import Segment, segment_name
 
@@ -217,7 +217,7 @@ class ReplayVerifier:
             groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
             if len(groups) == 0:
                 groups = np.zeros(1, np.int64)      # where a surplus page may be injected
-            at = _words_of(groups, len(front.words))
+            at = words_of_groups(groups, len(front.words))
             dirty, written = front.words[at], np.zeros(len(at), np.uint64)
             for record in slot.records:
                 there = np.isin(at // GROUP_WORDS, set_bit_indices(record.summary))
@@ -238,7 +238,7 @@ class ReplayVerifier:
                         result.first_findings.append(
                             f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
             for record in slot.records:
-                record.words[_words_of(set_bit_indices(record.summary), len(record.words))] = 0
+                record.words[record.filled_words()] = 0
                 record.summary[:] = 0
         self._control.verify_in_round = 0
         self.blind_to_surplus = False
@@ -252,12 +252,6 @@ class ReplayVerifier:
         if found and found[0] < pages:
             dirty[np.searchsorted(at, found[0] // 64)] ^= np.uint64(1 << found[0] % 64)
             self.result.injected = self._inject
-
-
-def _words_of(groups: NDArray[np.int64], words: int) -> NDArray[np.int64]:
-    """Numbers of the words of these groups, of a bitmap of so many words."""
-    at = (groups[:, None] * GROUP_WORDS + np.arange(GROUP_WORDS)).ravel()
-    return at[at < words]
 
 
 def _pages(at: NDArray[np.int64], words: NDArray[np.uint64]) -> list[int]:
