@@ -34,6 +34,7 @@ from ipc.messages import (
     Userfault,
 )
 from ipc.shm import SegmentError, segment_name, unlink_segment
+from workers.zygote import Zygote
 
 from . import boot, build, control
 from .errors import ExitCode, VmmError, no_memory
@@ -69,7 +70,8 @@ class Saved(msgspec.Struct):
 
 
 class Coordinator:
-    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, *, recover: bool) -> None:
+    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
+        recover = zygote is None
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
         if spec.image:
             image = directory / "image"
@@ -105,7 +107,7 @@ class Coordinator:
         self.log = self.parts.log
         self.block = self.parts.control
         self.block.coordinator_pid = os.getpid()
-        self.shards = Shards(directory, self._on_notification, self._on_death)
+        self.shards = Shards(directory, zygote, self._on_notification, self._on_death)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._control = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -857,10 +859,9 @@ def _answer(status_fd: int, **fields: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID [--recover]``; the specification is on
-    standard input."""
-    status_fd, keeper_fd, keeper_pid = (int(a) for a in argv[:3])
-    recover = "--recover" in argv
+    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD``; the specification is on standard
+    input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
+    status_fd, keeper_fd, keeper_pid, zygote_fd = (int(a) for a in argv[:4])
     process.set_name("vmm-coordinator")
     process.die_with_parent(signal.SIGTERM, keeper_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -872,7 +873,8 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, early_stop)
     try:
-        coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd, recover=recover)
+        coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
+                                  Zygote(zygote_fd) if zygote_fd >= 0 else None)
     except (VmmError, SegmentError) as exc:
         _answer(status_fd, error=str(exc), code=int(getattr(exc, "exit_code", ExitCode.BAD_INPUT)))
         return int(getattr(exc, "exit_code", ExitCode.BAD_INPUT))

@@ -149,14 +149,14 @@ class Reaper:
         if self._trace.reap_vcpu:
             self._trace.reap_vcpu(shard.index)
         if not self._trace.page and self.recorder is None:
-            return shard.harvest(self._log.table)
-        pages = np.zeros(3 * shard.entries, np.uint64)
-        count = shard.harvest(self._log.table, pages)
+            return shard.harvest(self._log.table_address)
+        pages = np.zeros((shard.entries, 3), np.uint64)
+        count = shard.harvest(self._log.table_address, pages)
         if self.recorder is not None:
-            self.recorder.put(shard.index, pages[: 3 * count])
+            self.recorder.put(shard.index, pages[:count])
         if not self._trace.page:
             return count
-        for fetch, _, offset in pages[: 3 * count].reshape(-1, 3).tolist():
+        for fetch, _, offset in pages[:count].tolist():
             self._trace.page(shard.index, fetch, offset)
         return count
 

@@ -41,8 +41,8 @@ class Recorder:
         self._began = time.monotonic_ns()
 
     def put(self, vcpu: int, triples: NDArray[np.uint64]) -> None:
-        """What was harvested from one ring: (fetch index, slot word, page) each, uint64 [3 * entries]."""
-        slots, pages = triples[1::3], triples[2::3]
+        """What was harvested from one ring: (fetch index, slot word, page) each, uint64 [entries, 3]."""
+        slots, pages = triples[:, 1], triples[:, 2]
         good = slots < len(self._table)     # what the harvest has dropped is not recorded either
         good[good] = pages[good] < self._table[slots[good], 2]
         if good.any():

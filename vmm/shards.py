@@ -11,8 +11,6 @@ import ctypes
 import mmap
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import zmq
 from numpy.typing import NDArray
 
 from ipc import channel
-from ipc.layout import VcpuControl, VcpuRequest, VcpuState
+from ipc.layout import MAX_SLOTS, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import (
     AnyNotification,
     AnyRequest,
@@ -73,13 +71,12 @@ class Shard:
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
         self.pidfd = -1
-        self.process: subprocess.Popen[bytes] | None = None
         self.ring_address = 0
         self._ring: Segment | mmap.mmap | None = None
         self._run: mmap.mmap | None = None
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
-        self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._harvested_address = self._harvested.ctypes.data
         #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
         #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
         self.overflowed = False
@@ -113,8 +110,6 @@ class Shard:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-        if self.process is not None:
-            self.process.wait()
         if self.control.state != VcpuState.EXITED:
             self.control.exit_reason = ExitReason.WORKER_DIED
             self.control.state = VcpuState.DEAD
@@ -156,11 +151,12 @@ class Shard:
         """Entries harvested and not reset yet."""
         return int(self.control.fetch_total - self.control.reset_total)
 
-    def harvest(self, table: NDArray[np.uint64], pages: NDArray[np.uint64] | None = None) -> int:
+    def harvest(self, table: int, pages: NDArray[np.uint64] | None = None) -> int:
         """Harvest what is there into the staging bitmaps; the number of entries.
 
-        ``pages`` (3 * entries uint64) takes what was harvested, for tracing. The fetch index is
-        stored last: a coordinator that dies before has its successor harvest the same entries.
+        ``table`` is the slot table's address; ``pages`` (uint64 [entries, 3]) takes what was harvested, for
+        tracing. The fetch index is stored last: a coordinator that dies before has its successor harvest the
+        same entries.
         """
         if not self.ring_address:
             return 0
@@ -171,8 +167,8 @@ class Shard:
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
         limit = self.entries - self.outstanding
-        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, out,
-                        self._no_pages if pages is None else pages)
+        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, MAX_SLOTS, self._harvested_address,
+                        *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         count = int(out[0])
         self.overflowed = count == limit
         if count:
@@ -211,13 +207,14 @@ class Shard:
 class Shards:
     """All workers of a machine, and the two sockets they are spoken to over.
 
-    ``on_notification`` is called for every notification but the set-up's; ``on_death`` with a shard
-    whose process ended.
+    ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
+    notification but the set-up's; ``on_death`` with a shard whose process ended.
     """
 
-    def __init__(self, directory: Path, on_notification: Callable[[AnyNotification], None],
+    def __init__(self, directory: Path, zygote: Zygote | None, on_notification: Callable[[AnyNotification], None],
                  on_death: Callable[[Shard], None]) -> None:
         self.directory = directory
+        self._zygote = zygote
         self.all: list[Shard] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self.notify = channel.bind(self._context, zmq.PULL, channel.endpoint(directory, "notify"))
@@ -228,7 +225,6 @@ class Shards:
         self._seq = 0
         self._early_fds: dict[int, int] = {}
         self._pauses = 0
-        self._zygote: Zygote | None = None
         #: Post-copy: a vCPU that waits for a page may take as long as the page does.
         self.pages_missing = False
 
@@ -236,19 +232,14 @@ class Shards:
 
     def spawn(self, shard: Shard, spec: WorkerSpec) -> None:
         """Start the worker's process; it reads its specification from a pipe."""
+        assert self._zygote is not None
         read, write = os.pipe()
         try:
-            if spec.accel == "replay":      # there may be hundreds of them
-                self._zygote = self._zygote or Zygote(spec.accel, spec.keeper_fd)
-                shard.watch(self._zygote.fork(read))
-                self.all.append(shard)
-                return
-            inherited = [read] + ([spec.keeper_fd] if spec.keeper_fd >= 0 else [])
-            shard.process = subprocess.Popen([sys.executable, "-m", "workers", str(read)],
-                                             stdin=subprocess.DEVNULL, pass_fds=inherited,
-                                             start_new_session=True)
-            shard.watch(shard.process.pid)
+            shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
+        except OSError as exc:
+            raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
+                           ExitCode.WORKER_DIED) from None
         finally:
             os.close(read)
             with os.fdopen(write, "wb") as pipe:
@@ -256,9 +247,7 @@ class Shards:
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
-        if self._zygote is not None:
-            self._zygote.close()
-            self._zygote = None
+        self._end_zygote()
         waiting = {shard.index for shard in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         while waiting:
@@ -279,6 +268,11 @@ class Shards:
             if waiting and time.monotonic() > deadline:
                 raise VmmError(f"vcpu {min(waiting)}: its worker was not ready after "
                                f"{_START_TIMEOUT:.0f} s", ExitCode.WORKER_DIED)
+
+    def _end_zygote(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
         # Workers connect in any order: an fd is kept for the shard whose index came with it.
@@ -307,8 +301,7 @@ class Shards:
                 shard.bury()
 
     def close(self) -> None:
-        if self._zygote is not None:
-            self._zygote.close()
+        self._end_zygote()
         for shard in self.all:
             if shard.alive:
                 shard.signal(signal.SIGKILL)

@@ -1,13 +1,15 @@
-"""Workers by fork: one process imports what an accelerator needs, and its forks are the workers.
+"""Workers by fork: one process imports what workers need, and its forks are the workers.
 
-Compiled kernels bring Numba along, 0.4 s of processor time and 100 MiB a process; of 256 workers that would be a
-minute and more memory than the machine. A fork costs milliseconds and shares what was imported. The zygote has no
-thread and no ZeroMQ context; it ends when the coordinator closes its socket (or dies), and its workers, which the
-coordinator knows by their pidfds, are the keeper's children from then on.
+A Python process with its imports takes 90 ms of processor time to start, and 0.6 s with the software CPU's compiled
+hooks; of 256 workers that would be a minute, and more memory than the machine has. A fork takes milliseconds and
+shares what was imported. The keeper starts this process before the coordinator, so that its imports take no time of
+a launch; it has no thread and no ZeroMQ context, and ends when the coordinator closes its socket (or dies). Its
+workers, which the coordinator knows by their pidfds, are the keeper's children from then on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -15,28 +17,33 @@ import struct
 import subprocess
 import sys
 
-__all__ = ["Zygote", "main"]
+__all__ = ["Zygote", "main", "start"]
 
 _PID = struct.Struct("<i")
-_TIMEOUT = 60.0         # seconds; the first one ever compiles the kernels
+_TIMEOUT = 60.0         # seconds; the first one ever compiles hooks
+
+
+def start(keeper_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "workers.zygote", str(theirs.fileno())], stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), keeper_fd], start_new_session=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})     # forks have no use for its threads
+    return started, ours
 
 
 class Zygote:
-    """The coordinator's end. Starts the process; ``close`` it when every worker has been forked."""
+    """The coordinator's end. ``close`` it when every worker has been forked."""
 
-    def __init__(self, accel: str, keeper_fd: int) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            inherited = [theirs.fileno()] + ([keeper_fd] if keeper_fd >= 0 else [])
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "workers.zygote", accel, str(theirs.fileno())], stdin=subprocess.DEVNULL,
-                pass_fds=inherited, start_new_session=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
-        ours.settimeout(_TIMEOUT)
-        self._sock = ours
+    def __init__(self, fd: int) -> None:
+        self._sock = socket.socket(fileno=fd)
+        self._sock.settimeout(_TIMEOUT)
 
-    def fork(self, spec_fd: int) -> int:
+    def fork(self, accel: str, spec_fd: int) -> int:
         """A worker that reads its WorkerSpec from this pipe; its pid. Raises OSError."""
-        socket.send_fds(self._sock, [b"fork"], [spec_fd])
+        socket.send_fds(self._sock, [accel.encode()], [spec_fd])
         answer = self._sock.recv(_PID.size)
         if len(answer) != _PID.size:
             raise ConnectionResetError("the process that forks workers has ended")
@@ -45,29 +52,26 @@ class Zygote:
     def close(self) -> None:
         """Idempotent."""
         self._sock.close()
-        self._process.wait()
 
 
 def main(argv: list[str]) -> int:
-    """``python -m workers.zygote ACCEL FD``: fork a worker for each pipe that comes over the socket FD."""
+    """``python -m workers.zygote FD``: fork a worker for each (accelerator, pipe) that comes over the socket."""
     from ipc import process
 
-    from . import worker
     from .__main__ import run
     from .accel import AccelError, load
 
     process.set_name("vcpu-zygote")
-    try:
-        load(argv[0])
-    except AccelError:
-        pass        # each worker will say so itself
-    assert worker       # imported for the forks
-    gc.freeze()         # so that no collection in a fork touches, and so copies, what is shared
-    with socket.socket(fileno=int(argv[1])) as sock:
+    with contextlib.suppress(AccelError):
+        load("kvm")     # the usual one, while nobody waits
+    with socket.socket(fileno=int(argv[0])) as sock:
         while True:
-            data, fds, _, _ = socket.recv_fds(sock, 16, 1)
-            if not data:
+            name, fds, _, _ = socket.recv_fds(sock, 16, 1)
+            if not name:
                 return 0
+            with contextlib.suppress(AccelError):       # each worker says so itself
+                load(name.decode())
+            gc.freeze()     # so that no collection in a fork touches, and so copies, what is shared
             pid = os.fork()
             if pid == 0:
                 sock.close()
