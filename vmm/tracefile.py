@@ -36,7 +36,8 @@ __all__ = ["VERSION", "Trace", "TraceEnd", "TraceError", "TraceHeader", "TraceRe
 VERSION = 1
 _MAGIC = b"SVMTRACE"
 _HEAD = struct.Struct("<8sII")          # magic, version, bytes of the header's JSON
-_BLOCK = struct.Struct("<4sIIIQ")       # kind, records, entries, bytes that follow, XXH3-64 of them
+_BLOCK = struct.Struct("<4sIII")        # kind, records, entries, bytes that follow the checksum
+_CHECKSUM = struct.Struct("<Q")         # XXH3-64 of these and what follows
 _DATA, _END = b"DATA", b"END "
 _HEADER_MAX = 1 << 20
 _BLOCK_ENTRIES = 1 << 18                # a block is written when it has so many
@@ -137,6 +138,13 @@ def _unsqueeze(data: bytes, count: int) -> U64:
         return np.cumsum(steps, dtype=np.uint64)
 
 
+def _checksum(*parts: bytes) -> bytes:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return _CHECKSUM.pack(digest.intdigest())
+
+
 class TraceWriter:
     """Writes a file beside its name and renames it when it is finished. Raises TraceError where it cannot."""
 
@@ -154,8 +162,8 @@ class TraceWriter:
             self._file = open(self._aside, "xb")    # noqa: SIM115, closed by close()
         except OSError as exc:
             raise TraceError(f"{path}: cannot be written: {exc.strerror}") from None
-        digest = struct.pack("<Q", xxhash.xxh3_64_intdigest(text))
-        self._write(_HEAD.pack(_MAGIC, VERSION, len(text)) + text + digest)
+        head = _HEAD.pack(_MAGIC, VERSION, len(text))
+        self._write(head + text + _checksum(head, text))
 
     def _write(self, data: bytes) -> None:
         try:
@@ -185,8 +193,8 @@ class TraceWriter:
         self._pending = 0
 
     def _block(self, kind: bytes, records: int, entries: int, payload: bytes) -> None:
-        digest = xxhash.xxh3_64_intdigest(payload)
-        self._write(_BLOCK.pack(kind, records, entries, len(payload), digest) + payload)
+        head = _BLOCK.pack(kind, records, entries, len(payload))
+        self._write(head + _checksum(head, payload) + payload)
 
     def finish(self, lost: int = 0, reason: str = "", seconds: float | None = None) -> TraceEnd:
         """Write what is left and the end, and give the file its name."""
@@ -256,7 +264,7 @@ class TraceReader:
         if size > _HEADER_MAX:
             raise self._bad("is damaged: its header's length is beyond reason")
         text = self._read(size, "its header")
-        if struct.unpack("<Q", self._read(8, "its header"))[0] != xxhash.xxh3_64_intdigest(text):
+        if self._read(_CHECKSUM.size, "its header") != _checksum(head, text):
             raise self._bad("is damaged: its header's checksum does not match")
         try:
             header = msgspec.json.decode(text, type=TraceHeader)
@@ -272,12 +280,14 @@ class TraceReader:
         self._file.seek(self._start)
         seen_records = seen_entries = last_ns = 0
         while True:
-            kind, records, entries, size, digest = _BLOCK.unpack(self._read(_BLOCK.size, "a block (not finished?)"))
+            head = self._read(_BLOCK.size, "a block (not finished?)")
+            kind, records, entries, size = _BLOCK.unpack(head)
             if kind not in (_DATA, _END) or records > _RECORDS_MAX or entries > _ENTRIES_MAX or size > (
                     1 << 20) + 16 * records + 9 * entries:
                 raise self._bad(f"is damaged: there is no block at byte {self._file.tell() - _BLOCK.size}")
+            digest = self._read(_CHECKSUM.size, "a block")
             payload = self._read(size, "a block")
-            if xxhash.xxh3_64_intdigest(payload) != digest:
+            if _checksum(head, payload) != digest:
                 raise self._bad("is damaged: a block's checksum does not match")
             if kind == _END:
                 self.end = self._read_end(payload, seen_records, seen_entries)
