@@ -21,17 +21,15 @@ _syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
 
 
 class _Timespec(ctypes.Structure):
-    _fields_ = [("sec", ctypes.c_long), ("nsec", ctypes.c_long)]
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
-def wait(address: int, expected: int, timeout: float | None = None) -> bool:
-    """Sleep while the u32 at ``address`` is ``expected``, ``timeout`` seconds at most.
+def wait(address: int, expected: int, seconds: float | None = None) -> bool:
+    """Sleep while the u32 at ``address`` is ``expected``, for so many seconds at most (None: without end).
 
-    True when woken or when the value differs; False when a signal interrupted the wait, or the time was up.
+    True when woken or when the value differs; False when a signal, or the time, ended the wait.
     """
-    limit = None
-    if timeout is not None:
-        limit = ctypes.byref(_Timespec(int(timeout), int(timeout % 1 * 1e9)))
+    limit = None if seconds is None else ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
     if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, limit, None, 0) == 0:
         return True
     error = ctypes.get_errno()

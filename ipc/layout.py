@@ -18,6 +18,7 @@ __all__ = [
     "MAX_VCPUS",
     "NR_ADDRESS_SPACES",
     "PROTOCOL_VERSION",
+    "RING_RESERVE",
     "SYSTEM_SLOT",
     "DirtyGfn",
     "MachineControl",
@@ -37,6 +38,10 @@ MAX_VCPUS = 256
 MAX_SLOTS = 500            # user slots: ids 0..499
 SYSTEM_SLOT = 510          # page tables, descriptor tables, boot information; never logged
 NR_ADDRESS_SPACES = 1      # as_id 0 only; an entry that names another is counted and dropped
+
+#: Entries kept free when a vCPU is asked out of the guest (soft-full), as KVM does on Intel: 64, and a PML
+#: buffer's 512.
+RING_RESERVE = 64 + 512
 
 # Flags of a ring entry (Linux Documentation/virt/kvm/api.rst, 8.29 KVM_CAP_DIRTY_LOG_RING).
 DIRTY_GFN_F_DIRTY = 1

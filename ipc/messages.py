@@ -26,8 +26,8 @@ from .layout import PROTOCOL_VERSION
 
 __all__ = [
     "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
-    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "Request",
-    "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
+    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "ReplayPhase", "ReplaySpec",
+    "Request", "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
     "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
 
@@ -64,7 +64,29 @@ class SlotSpec(Wire, frozen=True):
     size: int                   # bytes
     segment: str                # name of the shared-memory segment that backs it, whole
     log: bool = False           # dirty logging on
-    log_segment: str = ""       # bitmap mode: this vCPU's own log buffer for the slot
+    log_segment: str = ""       # bitmap mode: this vCPU's own log buffer for the slot; replay with
+                                # verification: its record of the pages it wrote, with a summary
+
+
+class ReplayPhase(Wire, frozen=True):
+    """A stretch of writes in one pattern (workers/replay_kernels.py, Pattern)."""
+
+    pattern: str                # "sequential" | "strided" | "random" | "zipf"
+    writes: int = 0             # of each vCPU; 0: for ever
+    stride: int = 1             # strided: pages
+    exponent: float = 1.0       # zipf
+
+
+class ReplaySpec(Wire, frozen=True):
+    """What a worker of the replay accelerator dirties: phases in their order, or its part of a trace."""
+
+    phases: list[ReplayPhase] = []
+    rate: float = 0.0           # writes a second of each vCPU; 0: as fast as it can
+    seed: int = 0
+    shared: bool = False        # every vCPU writes to all pages, else each to its own share of them
+    repeat: bool = False        # a page makes an entry at each write, not only when it was reset in between
+    trace_segment: str = ""     # shared memory with this vCPU's part (ipc/replaytrace.py)
+    speed: float = 0.0          # of a trace, against its own times; 0: as fast as it can
 
 
 class WorkerSpec(Wire, frozen=True, kw_only=True):
@@ -87,6 +109,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     keeper_fd: int = -1         # inherited pipe: end of file means that nobody owns the machine any more
     boot: dict[str, int]        # initial registers: rip, rsp, rdi, rsi, rdx, cr3, gdt_base, gdt_limit,
                                 # idt_base, idt_limit, tss_base (GPAs; vmm/boot.py makes them)
+    replay: ReplaySpec | None = None
 
 
 # --- requests (coordinator -> worker) ---------------------------------------------------------

@@ -17,6 +17,7 @@ from ipc.layout import MachineControl, ReaperState
 
 from .bitmaplog import gather_bitmaps
 from .dirtylog import DirtyLog
+from .record import Recorder
 from .shards import Shard, Shards
 from .spec import ReaperSpec
 from .trace import Tracer
@@ -79,6 +80,8 @@ class Reaper:
         self._trace = tracer
         self._report_rebuild = report_rebuild
         self._has_rings = has_rings
+        #: Is given whatever is harvested, while the machine is being recorded.
+        self.recorder: Recorder | None = None
         #: vCPUs that have reported a full ring and must be let go by the next reap.
         self.full: set[int] = set()
         #: Reap the rings of those alone: the others' vCPUs may not be able to leave the guest now (a software CPU
@@ -149,10 +152,14 @@ class Reaper:
     def _harvest(self, shard: Shard) -> int:
         if self._trace.reap_vcpu:
             self._trace.reap_vcpu(shard.index)
-        if not self._trace.page:
+        if not self._trace.page and self.recorder is None:
             return shard.harvest(self._log.table_address)
         pages = np.zeros((shard.entries, 3), np.uint64)
         count = shard.harvest(self._log.table_address, pages)
+        if self.recorder is not None:
+            self.recorder.put(shard.index, pages[:count])
+        if not self._trace.page:
+            return count
         for fetch, _, offset in pages[:count].tolist():
             self._trace.page(shard.index, fetch, offset)
         return count
