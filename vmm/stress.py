@@ -63,6 +63,12 @@ def _list(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
+def _message(exc: ValidationError) -> str:
+    """Of the first problem."""
+    text = exc.errors()[0]["msg"].removeprefix("Value error, ")
+    return f"{text[0].lower()}{text[1:]}"
+
+
 def _same_as(model: type[BaseModel], key: str) -> AfterValidator:
     """What that key of a machine's configuration takes, and nothing else."""
     annotation: Any = model.model_fields[key].annotation
@@ -72,8 +78,7 @@ def _same_as(model: type[BaseModel], key: str) -> AfterValidator:
         try:
             return adapter.validate_python(value)
         except ValidationError as exc:
-            message = exc.errors()[0]["msg"]
-            raise ValueError(f"{message[0].lower()}{message[1:]} (not {value!r})") from None
+            raise ValueError(f"{_message(exc)} (not {value!r})") from None
 
     return AfterValidator(check)
 
@@ -264,10 +269,8 @@ def _check_points(sweep: Sweep, path: Path, lines: Lines, given: dict[tuple[str 
         try:
             point.specs(settings, verify=settings.verify is not None)
         except ValidationError as exc:
-            error = exc.errors()[0]
-            message = error["msg"].removeprefix("Value error, ")
-            key = ".".join(map(str, error["loc"]))
-            text = f"{key}: {message}" if key else message
+            key = ".".join(map(str, exc.errors()[0]["loc"]))
+            text = f"{key}: {_message(exc)}" if key else _message(exc)
         except VmmError as exc:
             text = str(exc)
         else:
