@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["stress"]
 
+_TABLE_WIDTH = 180      # columns, where it is no terminal
 PAGE_LOST = 1       # exit status: documented for this verb; elsewhere 1 is a guest's own code
 
 
@@ -177,6 +178,8 @@ def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path
     from .stress_report import print_model, results_table
 
     console = screen()
+    if not console.is_terminal:
+        console.width = _TABLE_WIDTH
     if results:
         console.print(results_table(results))
         print_model(fit_all(results, cores()), console)

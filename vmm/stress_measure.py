@@ -5,7 +5,7 @@ after it flushes one by one while the guest runs on. The second has the verifier
 load no page is lost. Both runs end their machines, however they end.
 
 A flush is timed at the client: the round trip of a sync (kick, reap, bitmaps to this client's own) less the median
-round trip of a status, which is all messages and no work.
+round trip of a request that asks for nothing (to register a client that is registered).
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Figures:
     worker_pss_mib: float       # the largest worker's, beyond guest RAM
     coordinator_pss_mib: float
     pss_mib: float              # coordinator and workers together
-    status_us: float            # median round trip of a status
-    #: (microseconds less ``status_us``, dirty pages found) of each flush.
+    empty_us: float             # median round trip of a request that asks for nothing
+    #: (microseconds less ``empty_us``, dirty pages found) of each flush.
     flushes: list[tuple[float, int]]
 
 
@@ -192,7 +192,7 @@ def _samples(bench: _Bench) -> list[_Sample]:
 
 
 def _flushes(bench: _Bench, count: int) -> list[tuple[float, list[tuple[float, int]]]]:
-    """Of each machine: median status round trip (us), and its flushes. In turns over the machines."""
+    """Of each machine: median empty round trip (us), and its flushes. In turns over the machines."""
     empty: list[list[float]] = [[] for _ in bench.machines]
     found: list[list[tuple[float, int]]] = [[] for _ in bench.machines]
     for machine in bench.machines:
@@ -201,15 +201,15 @@ def _flushes(bench: _Bench, count: int) -> list[tuple[float, list[tuple[float, i
         bench.sleep(gap)
         for i, machine in enumerate(bench.machines):
             began = time.perf_counter()
-            machine.status()
+            machine.register(_CLIENT, mine=True)
             middle = time.perf_counter()
             pages = machine.take(_CLIENT)
             empty[i].append((middle - began) * 1e6)
             found[i].append(((time.perf_counter() - middle) * 1e6, pages))
     out = []
-    for statuses, flushes in zip(empty, found, strict=True):
-        status_us = statistics.median(statuses) if statuses else 0.0
-        out.append((status_us, [(max(0.0, us - status_us), pages) for us, pages in flushes]))
+    for trips, flushes in zip(empty, found, strict=True):
+        empty_us = statistics.median(trips) if trips else 0.0
+        out.append((empty_us, [(us - empty_us, pages) for us, pages in flushes]))
     return out
 
 
@@ -246,7 +246,7 @@ def _figures(before: _Sample, after: _Sample, distinct: int, launch_s: float,
         reap_us=reaper("microseconds") / reaps, entries_per_reap=reaper("pages") / reaps,
         coordinator_cpu=coordinator.used / seconds, coordinator_waited=coordinator.waited / seconds,
         workers_cpu=workers.used / seconds, launch_s=launch_s, worker_pss_mib=memory[0],
-        coordinator_pss_mib=memory[1], pss_mib=memory[2], status_us=timed[0], flushes=timed[1])
+        coordinator_pss_mib=memory[1], pss_mib=memory[2], empty_us=timed[0], flushes=timed[1])
 
 
 def _inside(before: _Sample, after: _Sample) -> float:

@@ -98,8 +98,7 @@ def results_table(results: Sequence[PointResult]) -> Table:
     table = Table(title=title or None, title_justify="left")
     shown = [name for name in columns if name not in common]
     for name in shown:
-        table.add_column(name, justify="left" if name in ("accel", "workload", "reaper") else "right",
-                         no_wrap=name != "workload")
+        table.add_column(name, justify="left" if name in ("accel", "workload", "reaper") else "right", no_wrap=True)
     for name in ("pages/s", "ring full/s", "stalled %", "flush ms", "worst", "coord. %", "PSS MiB", "launch s",
                  "lost"):
         table.add_column(name, justify="right")
