@@ -191,6 +191,10 @@ def test_flags_win_over_the_file_and_are_named(tmp_path: Path) -> None:
         load_sweep(config, {"ring": ("--ring 5", [5])})
 
 
+def test_the_sample_sweep_can_run_here() -> None:
+    assert len(load_sweep(Path(__file__).parent.parent / "configs" / "stress.yaml").points()) > 1
+
+
 def test_every_accelerator_of_a_machine_can_be_swept() -> None:
     """None is left out by a list of the sweep's own."""
     for accel in get_args(MachineConfig.model_fields["accel"].annotation):
