@@ -34,6 +34,7 @@ from ipc.messages import (
     Userfault,
 )
 from ipc.shm import SegmentError
+from workers.zygote import Zygote
 
 from . import boot, build, control
 from .errors import ExitCode, VmmError
@@ -57,6 +58,7 @@ class Saved(msgspec.Struct):
     slots: list[RamSlot]
     clients: list[str]
     elapsed: float
+    started: bool
     user_paused: bool
     verification: Verification | None
     exits: dict[int, Exited]
@@ -67,7 +69,8 @@ class Saved(msgspec.Struct):
 
 
 class Coordinator:
-    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, *, recover: bool) -> None:
+    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
+        recover = zygote is None
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
         image = directory / "image"
         if not recover:
@@ -101,7 +104,7 @@ class Coordinator:
         self.log = self.parts.log
         self.block = self.parts.control
         self.block.coordinator_pid = os.getpid()
-        self.shards = Shards(directory, self._on_notification, self._on_death)
+        self.shards = Shards(directory, zygote, self._on_notification, self._on_death)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._control = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -149,7 +152,7 @@ class Coordinator:
         the two totals. So one ordinary reap, of every ring, puts all of it right.
         """
         self._restarts = saved.restarts + 1
-        self._started = time.monotonic() - saved.elapsed
+        self._started = time.monotonic() - saved.elapsed if saved.started else 0.0
         for shard in build.make_shards(self.parts):
             shard.exited = saved.exits.get(shard.index)
             self.shards.all.append(shard)
@@ -179,24 +182,24 @@ class Coordinator:
             self._own(client, owner)
         if saved.incoming:
             try:
-                self._incoming = (saved.incoming, os.pidfd_open(saved.incoming))
+                self._pages_missing(saved.incoming)
             except ProcessLookupError:
                 self._incoming_lost()
-        self._state = "running"
+        self._state = "running" if saved.started else "ready"
         self._user_paused = saved.user_paused
         if self._user_paused and saved.pause_owner:
             try:
                 self._pause_owner = (saved.pause_owner, os.pidfd_open(saved.pause_owner))
             except ProcessLookupError:
                 self._user_paused = False
-        if not self._user_paused:
+        if saved.started and not self._user_paused:
             self.shards.resume_all()
         self._save()
 
     def _save(self) -> None:
         """Write state.json aside and rename it over."""
         saved = Saved(slots=[self._slot_spec(i) for i in self.log.slots], clients=self.log.clients,
-                      elapsed=self._elapsed(), user_paused=self._user_paused,
+                      elapsed=self._elapsed(), started=self._started > 0, user_paused=self._user_paused,
                       verification=self.verifier.result if self.verifier else None,
                       exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
                       restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()},
@@ -366,6 +369,8 @@ class Coordinator:
                 shard.control.stop_reason = reason
                 shard.control.request |= VcpuRequest.STOP
                 shard.kick()
+                if self._incoming[0]:       # it may wait for a page that never comes, and its memory is not whole
+                    shard.signal(signal.SIGKILL)
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
@@ -594,12 +599,18 @@ class Coordinator:
         if self._state != "ready":
             raise VmmError(f"machine '{self.spec.name}' has started already")
         try:
-            self._incoming = (owner, os.pidfd_open(owner))
+            self._pages_missing(owner)
         except ProcessLookupError:
             raise VmmError(f"process {owner}, which is to fill in the memory, is not there") from None
         replies = self.shards.request(self.shards.all, lambda seq, s: Userfault(seq, socket))
         self._save()
         return [replies[s.index].data or {} for s in self.shards.all]
+
+    def _pages_missing(self, owner: int) -> None:
+        """Raises ProcessLookupError."""
+        self._incoming = (owner, os.pidfd_open(owner))
+        self.shards.pages_missing = True
+        self.reaper.only_full = self.spec.accel != "kvm"    # KVM_RUN is interrupted while it waits for a page
 
     def _arrived(self) -> None:
         _, pidfd = self._incoming
@@ -607,6 +618,7 @@ class Coordinator:
             return
         self._incoming = (0, -1)
         os.close(pidfd)
+        self.shards.pages_missing = self.reaper.only_full = False
         self.shards.request(self._live(), lambda seq, s: Userfault(seq, ""))
         if self.verifier is not None and self._state == "running":
             with self.shards.all_paused():
@@ -794,10 +806,9 @@ def _answer(status_fd: int, **fields: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID [--recover]``; the specification is on
-    standard input."""
-    status_fd, keeper_fd, keeper_pid = (int(a) for a in argv[:3])
-    recover = "--recover" in argv
+    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD``; the specification is on standard
+    input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
+    status_fd, keeper_fd, keeper_pid, zygote_fd = (int(a) for a in argv[:4])
     process.set_name("vmm-coordinator")
     process.die_with_parent(signal.SIGTERM, keeper_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -809,7 +820,8 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, early_stop)
     try:
-        coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd, recover=recover)
+        coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
+                                  Zygote(zygote_fd) if zygote_fd >= 0 else None)
     except (VmmError, SegmentError) as exc:
         _answer(status_fd, error=str(exc), code=int(getattr(exc, "exit_code", ExitCode.BAD_INPUT)))
         return int(getattr(exc, "exit_code", ExitCode.BAD_INPUT))

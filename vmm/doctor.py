@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from ipc.shm import free_bytes
 from workers import kvm
@@ -110,15 +109,13 @@ def _packages() -> list[Finding]:
 
 
 def _kernel_cache() -> Finding:
-    """Numba keeps compiled kernels beside the source, or in the user's cache."""
-    import ipc
+    """Compiled kernels are kept beside the source, or in the user's cache."""
+    from ipc.native import cache_directories
 
-    beside = Path(next(iter(ipc.__path__)))
-    places = [beside, Path(os.environ.get("NUMBA_CACHE_DIR", Path.home() / ".cache"))]
-    if any(os.access(p, os.W_OK) for p in places):
+    if any(os.access(p if p.exists() else p.parent, os.W_OK) for p in cache_directories("ipc.kernel_source")):
         return Finding("kernel cache", "ok", "compiled kernels can be kept")
     return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
-                   "set NUMBA_CACHE_DIR to a folder that can be written")
+                   "set XDG_CACHE_HOME to a folder that can be written")
 
 
 def _compiler() -> Finding:

@@ -11,8 +11,6 @@ import ctypes
 import mmap
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import zmq
 from numpy.typing import NDArray
 
 from ipc import channel
-from ipc.layout import VcpuControl, VcpuRequest, VcpuState
+from ipc.layout import MAX_SLOTS, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import (
     AnyNotification,
     AnyRequest,
@@ -41,6 +39,7 @@ from ipc.messages import (
     encode,
 )
 from ipc.shm import Segment
+from workers.zygote import Zygote
 
 from .errors import ExitCode, VmmError
 
@@ -51,6 +50,7 @@ _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
 _RING_RESERVE = 64 + 512    # entries the kernel keeps free: its own, and a PML buffer's on Intel
 _REPLY_TIMEOUT = 30.0       # seconds; a worker that does not answer by then is taken for dead
 _KICK_TIMEOUT = 30.0
+_MISSING_TIMEOUT = 3.0      # of either, while pages are missing: it is not the worker's fault
 _KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/worker.py says why)
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
@@ -71,13 +71,15 @@ class Shard:
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
         self.pidfd = -1
-        self.process: subprocess.Popen[bytes] | None = None
         self.ring_address = 0
         self._ring: Segment | mmap.mmap | None = None
         self._run: mmap.mmap | None = None
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
-        self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._harvested_address = self._harvested.ctypes.data
+        #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
+        #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
+        self.overflowed = False
         #: Times in a row that the vCPU reported a full ring, and nothing was harvested from it in between.
         self.full_but_empty = 0
         self._harvested_at_full = -1
@@ -108,8 +110,6 @@ class Shard:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-        if self.process is not None:
-            self.process.wait()
         if self.control.state != VcpuState.EXITED:
             self.control.exit_reason = ExitReason.WORKER_DIED
             self.control.state = VcpuState.DEAD
@@ -151,11 +151,12 @@ class Shard:
         """Entries harvested and not reset yet."""
         return int(self.control.fetch_total - self.control.reset_total)
 
-    def harvest(self, table: NDArray[np.uint64], pages: NDArray[np.uint64] | None = None) -> int:
+    def harvest(self, table: int, pages: NDArray[np.uint64] | None = None) -> int:
         """Harvest what is there into the staging bitmaps; the number of entries.
 
-        ``pages`` (3 * entries uint64) takes what was harvested, for tracing. The fetch index is
-        stored last: a coordinator that dies before has its successor harvest the same entries.
+        ``table`` is the slot table's address; ``pages`` (uint64 [entries, 3]) takes what was harvested, for
+        tracing. The fetch index is stored last: a coordinator that dies before has its successor harvest the
+        same entries.
         """
         if not self.ring_address:
             return 0
@@ -165,9 +166,11 @@ class Shard:
         out = self._harvested
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
-        kernels.harvest(self.ring_address, self.entries, fetch, self.entries - self.outstanding, table, out,
-                        self._no_pages if pages is None else pages)
+        limit = self.entries - self.outstanding
+        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, MAX_SLOTS, self._harvested_address,
+                        *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         count = int(out[0])
+        self.overflowed = count == limit
         if count:
             control.last_slot, control.last_offset = int(out[2]), int(out[3])
             control.bad_entries += int(out[1])
@@ -204,13 +207,14 @@ class Shard:
 class Shards:
     """All workers of a machine, and the two sockets they are spoken to over.
 
-    ``on_notification`` is called for every notification but the set-up's; ``on_death`` with a shard
-    whose process ended.
+    ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
+    notification but the set-up's; ``on_death`` with a shard whose process ended.
     """
 
-    def __init__(self, directory: Path, on_notification: Callable[[AnyNotification], None],
+    def __init__(self, directory: Path, zygote: Zygote | None, on_notification: Callable[[AnyNotification], None],
                  on_death: Callable[[Shard], None]) -> None:
         self.directory = directory
+        self._zygote = zygote
         self.all: list[Shard] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self.notify = channel.bind(self._context, zmq.PULL, channel.endpoint(directory, "notify"))
@@ -221,19 +225,21 @@ class Shards:
         self._seq = 0
         self._early_fds: dict[int, int] = {}
         self._pauses = 0
+        #: Post-copy: a vCPU that waits for a page may take as long as the page does.
+        self.pages_missing = False
 
     # --- start and end -----------------------------------------------------------------------
 
     def spawn(self, shard: Shard, spec: WorkerSpec) -> None:
         """Start the worker's process; it reads its specification from a pipe."""
+        assert self._zygote is not None
         read, write = os.pipe()
         try:
-            inherited = [read] + ([spec.keeper_fd] if spec.keeper_fd >= 0 else [])
-            shard.process = subprocess.Popen([sys.executable, "-m", "workers", str(read)],
-                                             stdin=subprocess.DEVNULL, pass_fds=inherited,
-                                             start_new_session=True)
-            shard.watch(shard.process.pid)
+            shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
+        except OSError as exc:
+            raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
+                           ExitCode.WORKER_DIED) from None
         finally:
             os.close(read)
             with os.fdopen(write, "wb") as pipe:
@@ -241,6 +247,7 @@ class Shards:
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
+        self._end_zygote()
         waiting = {shard.index for shard in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         while waiting:
@@ -261,6 +268,11 @@ class Shards:
             if waiting and time.monotonic() > deadline:
                 raise VmmError(f"vcpu {min(waiting)}: its worker was not ready after "
                                f"{_START_TIMEOUT:.0f} s", ExitCode.WORKER_DIED)
+
+    def _end_zygote(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
         # Workers connect in any order: an fd is kept for the shard whose index came with it.
@@ -289,6 +301,7 @@ class Shards:
                 shard.bury()
 
     def close(self) -> None:
+        self._end_zygote()
         for shard in self.all:
             if shard.alive:
                 shard.signal(signal.SIGKILL)
@@ -331,12 +344,13 @@ class Shards:
     # --- requests -----------------------------------------------------------------------------------
 
     def request(self, shards: Iterable[Shard], make: Callable[[int, Shard], AnyRequest], *,
-                timeout: float = _REPLY_TIMEOUT) -> dict[int, Done]:
+                timeout: float = 0.0) -> dict[int, Done]:
         """Send a request to each shard at once and gather the replies, {index: Done}.
 
         A worker that dies meanwhile is missing from the result. Raises VmmError when one answers
-        with a failure, or not in time.
+        with a failure, or not in time (``timeout`` seconds; 0: the usual).
         """
+        timeout = timeout or (_MISSING_TIMEOUT if self.pages_missing else _REPLY_TIMEOUT)
         deadline = time.monotonic() + timeout
         pending: dict[int, Shard] = {}
         unsent: list[tuple[Shard, bytes]] = []
@@ -365,11 +379,15 @@ class Shards:
             pending = {seq: s for seq, s in pending.items() if s.alive}
             if pending and time.monotonic() > deadline:
                 late = ", ".join(str(s.index) for s in pending.values())
-                raise VmmError(f"vcpu {late}: no answer from its worker within {timeout:.0f} s",
-                               ExitCode.WORKER_DIED)
+                raise self._late(f"vcpu {late}: no answer from its worker within {timeout:.0f} s")
         if failures:
             raise VmmError("; ".join(failures), ExitCode.WORKER_DIED)
         return replies
+
+    def _late(self, what: str) -> VmmError:
+        if self.pages_missing:
+            return VmmError(f"{what}: it waits for a page that is still on its way here (post-copy)")
+        return VmmError(what, ExitCode.WORKER_DIED)
 
     def _send(self, shard: Shard, frame: bytes) -> bool:
         """False while the worker has not connected yet (just started, or this coordinator has)."""
@@ -389,15 +407,15 @@ class Shards:
         targets = [s for s in (self.all if shards is None else shards) if s.running]
         for shard in targets:
             shard.kick()
-        deadline = time.monotonic() + _KICK_TIMEOUT
+        timeout = _MISSING_TIMEOUT if self.pages_missing else _KICK_TIMEOUT
+        deadline = time.monotonic() + timeout
         while True:
             waiting = [s for s in targets if s.kick_pending]
             if not waiting:
                 return
             if time.monotonic() > deadline:
                 late = ", ".join(str(s.index) for s in waiting)
-                raise VmmError(f"vcpu {late}: did not leave the guest within {_KICK_TIMEOUT:.0f} s",
-                               ExitCode.WORKER_DIED)
+                raise self._late(f"vcpu {late}: did not leave the guest within {timeout:.0f} s")
             before = time.monotonic()
             self._poll(self.notify, deadline)
             self.drain_notifications()
@@ -426,7 +444,11 @@ class Shards:
         """Pauses nest: as many resume_all are needed."""
         self._pauses += 1
         if self._pauses == 1:
-            self.pause(self.all)
+            try:
+                self.pause(self.all)
+            except VmmError:
+                self.resume_all()
+                raise
 
     def resume_all(self) -> None:
         self._pauses -= 1
@@ -457,6 +479,7 @@ class Shards:
             self._receive_fd(shard, run_size)
         shard.control.ring_rebuilds += 1
         shard.full_but_empty = 0
+        shard.overflowed = False
 
     def adopt_fds(self, shards: Sequence[Shard]) -> None:
         """A replacement coordinator maps what its predecessor had mapped."""
