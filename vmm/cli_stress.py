@@ -172,7 +172,6 @@ def _outcome(result: PointResult) -> str:
 
 
 def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path) -> None:
-    from .hoststat import cores
     from .report import screen
     from .stress_model import fit_all
     from .stress_report import print_model, results_table
@@ -182,7 +181,7 @@ def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path
         console.width = _TABLE_WIDTH
     if results:
         console.print(results_table(results))
-        print_model(fit_all(results, cores()), console)
+        print_model(fit_all(results), console)
     lost = sum(r.lost for r in results)
     if lost:
         console.print(f"[red]{lost} dirtied pages were LOST[/red]:")

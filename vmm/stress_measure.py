@@ -58,6 +58,7 @@ class Figures:
     coordinator_cpu: float
     coordinator_waited: float   # ready to run, without a core
     workers_cpu: float
+    workers_waited: float
     launch_s: float             # from the call to the last vCPU's first guest entry
     worker_pss_mib: float       # the largest worker's, beyond guest RAM
     coordinator_pss_mib: float
@@ -245,8 +246,9 @@ def _figures(before: _Sample, after: _Sample, distinct: int, launch_s: float,
         stall_us=stalled * 1e6 / full if full else 0.0, resets=int(grown("resets")), reaps=reaps,
         reap_us=reaper("microseconds") / reaps, entries_per_reap=reaper("pages") / reaps,
         coordinator_cpu=coordinator.used / seconds, coordinator_waited=coordinator.waited / seconds,
-        workers_cpu=workers.used / seconds, launch_s=launch_s, worker_pss_mib=memory[0],
-        coordinator_pss_mib=memory[1], pss_mib=memory[2], empty_us=timed[0], flushes=timed[1])
+        workers_cpu=workers.used / seconds, workers_waited=workers.waited / seconds, launch_s=launch_s,
+        worker_pss_mib=memory[0], coordinator_pss_mib=memory[1], pss_mib=memory[2], empty_us=timed[0],
+        flushes=timed[1])
 
 
 def _inside(before: _Sample, after: _Sample) -> float:

@@ -1,9 +1,9 @@
 """The scaling model: what grows with vCPUs, what with dirtied pages, what with RAM.
 
 Each quantity is a sum of terms, fitted by least squares over the sweep's points, for each accelerator apart.
-Wall-clock times are fitted where every process had a core (the measured CPU demand leaves a fifth of the host
-free); CPU time, memory and launches over all points. A term whose value is the same at all points cannot be told
-from the constant and is left out, and so are all where there are too few points.
+Wall-clock times are fitted where the machines had the cores they wanted (by the scheduler's own count of the time
+that a process was ready and waited); CPU time, memory and launches over all points. A term whose value is the same
+at all points cannot be told from the constant and is left out. There are to be twice as many points as terms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .stress_measure import Figures
 __all__ = ["Fit", "Term", "busy_at", "fit_all", "fit_terms"]
 
 _CONSTANT = "constant"
-_DEMAND = 0.8               # of the host's cores, at most, for a time that shows the work and not the queue
+_WAITED = 0.1               # of the time run, at most, for a wall-clock time that shows the work and not the queue
 _GIB = 1 << 30
 _FILL = 0.4                 # how full a ring is when the adaptive reaper comes (vmm/reaper.py)
 _RESERVE = 576              # entries of a ring that stay free
@@ -98,18 +98,17 @@ QUANTITIES = (
 def fit_terms(columns: dict[str, NDArray[np.float64]], values: NDArray[np.float64],
               ) -> tuple[list[Term], float, list[str]]:
     """Least squares of ``values`` [n] over a constant and ``columns`` [n] each: terms, R squared, columns left out.
-    No terms where there are not more points than terms."""
+    No terms where there are less than twice as many points."""
     varied = {name: c for name, c in columns.items() if np.ptp(c) > 1e-9 * max(1.0, float(np.abs(c).max()))}
     left_out = [name for name in columns if name not in varied]
     names = [_CONSTANT, *varied]
     matrix = np.column_stack([np.ones_like(values), *varied.values()])
-    spare = len(values) - len(names)
-    if spare < 1 or np.linalg.matrix_rank(matrix / np.maximum(np.abs(matrix).max(axis=0), 1e-300)) < len(names):
-        return [], 0.0, left_out
     scale = np.abs(matrix).max(axis=0)      # columns of one size: entries are millions, rings a few
+    if len(values) < 2 * len(names) or np.linalg.matrix_rank(matrix / scale) < len(names):
+        return [], 0.0, left_out
     solved, *_ = np.linalg.lstsq(matrix / scale, values, rcond=None)
     residual = values - matrix / scale @ solved
-    variance = float(residual @ residual) / spare
+    variance = float(residual @ residual) / (len(values) - len(names))
     inverse = np.linalg.inv((matrix / scale).T @ (matrix / scale))
     errors = np.sqrt(variance * np.diag(inverse)) / scale
     around = values - values.mean()
@@ -119,17 +118,20 @@ def fit_terms(columns: dict[str, NDArray[np.float64]], values: NDArray[np.float6
     return terms, r2, left_out
 
 
-def fit_all(results: Sequence[PointResult], cores: int) -> list[Fit]:
-    """Every quantity that the points say something of, for each accelerator. Points with several machines at once
-    count for CPU time and memory alone."""
+def _contended(result: PointResult) -> bool:
+    """Somebody else had the cores, be it this point's own vCPUs or another program."""
+    ran = sum(f.coordinator_cpu + f.workers_cpu for f in result.figures)
+    return sum(f.coordinator_waited + f.workers_waited for f in result.figures) > _WAITED * ran
+
+
+def fit_all(results: Sequence[PointResult]) -> list[Fit]:
+    """Every quantity that the points say something of, for each accelerator."""
     fits = []
     for accel in sorted({r.point.accel for r in results}):
-        samples = [(r.point, f, sum(g.workers_cpu + g.coordinator_cpu for g in r.figures))
-                   for r in results if r.point.accel == accel for f in r.figures]
+        samples = [(r.point, f, _contended(r)) for r in results if r.point.accel == accel for f in r.figures]
         for quantity in QUANTITIES:
-            told = [(p, f, demand, value) for p, f, demand in samples
-                    if (value := quantity.value(p, f)) is not None]
-            used = [s for s in told if not quantity.uncontended or s[2] <= _DEMAND * cores]
+            told = [(p, f, crowd, value) for p, f, crowd in samples if (value := quantity.value(p, f)) is not None]
+            used = [s for s in told if not quantity.uncontended or not s[2]]
             if not used:
                 continue
             columns = {name: np.array([term(p, f) for p, f, _, _ in used]) for name, term in quantity.terms.items()}

@@ -138,12 +138,11 @@ def print_model(fits: Sequence[Fit], console: Console) -> None:
 
 def document(sweep: Sweep, results: Sequence[PointResult], complete: bool) -> dict[str, Any]:
     """results.json."""
-    host = describe_host()
     return {
-        "version": VERSION, "complete": complete, "host": host, "sweep": sweep.model_dump(mode="json"),
+        "version": VERSION, "complete": complete, "host": describe_host(), "sweep": sweep.model_dump(mode="json"),
         "lost_pages": sum(r.lost for r in results), "surplus_pages": sum(r.surplus for r in results),
         "summary": [{**row, "point": asdict(row["point"])} for row in summaries(results)],
-        "model": [f.as_dict() for f in fit_all(results, host["cores"])],
+        "model": [f.as_dict() for f in fit_all(results)],
         "results": [r.as_dict() for r in results],
     }
 
