@@ -144,10 +144,11 @@ class Sweep(_Model):
         """Every combination, repetition by repetition: what drifts meanwhile touches all of them alike."""
         axes = itertools.product(range(self.repeat), self.accel, self.workload, self.ram, self.dirty_limit,
                                  self.ring, self.reaper, self.vcpus)
-        return [Point(accel=choose_accelerator(accel) if accel == "auto" else accel, workload=workload.name,
-                      params=tuple(sorted(workload.params.items())), ram=ram, dirty_limit=limit, ring=ring,
-                      reaper=reaper, vcpus=vcpus, machines=self.machines, repetition=repetition)
-                for repetition, accel, workload, ram, limit, ring, reaper, vcpus in axes]
+        points = (Point(accel=choose_accelerator(accel) if accel == "auto" else accel, workload=workload.name,
+                        params=tuple(sorted(workload.params.items())), ram=ram, dirty_limit=limit, ring=ring,
+                        reaper=reaper, vcpus=vcpus, machines=self.machines, repetition=repetition)
+                  for repetition, accel, workload, ram, limit, ring, reaper, vcpus in axes)
+        return list(dict.fromkeys(points))      # a value given twice is one point
 
     def settings(self) -> Settings:
         verify = None if self.verify is None else self.verify.model_dump()

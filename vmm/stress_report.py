@@ -93,7 +93,7 @@ def results_table(results: Sequence[PointResult]) -> Table:
         "ring": lambda p: f"{p.ring:,}" if p.ring else "bitmap", "reaper": lambda p: p.reaper,
         "machines": lambda p: str(p.machines), "vCPUs": lambda p: str(p.vcpus)}
     common = {name: text(rows[0]["point"]) for name, text in columns.items()
-              if len({text(r["point"]) for r in rows}) == 1} if len(rows) > 1 else {}
+              if name != "vCPUs" and len({text(r["point"]) for r in rows}) == 1}
     title = ", ".join(f"{name} {value}" for name, value in common.items())
     table = Table(title=title or None, title_justify="left")
     shown = [name for name in columns if name not in common]
