@@ -24,6 +24,7 @@ __all__ = ["Fit", "Term", "busy_at", "fit_all", "fit_terms"]
 _CONSTANT = "constant"
 _WAITED = 0.1               # of the time run, at most, for a wall-clock time that shows the work and not the queue
 _GIB = 1 << 30
+_TRUSTED = 0.9              # R squared below which nothing is extrapolated
 _FILL = 0.4                 # how full a ring is when the adaptive reaper comes (vmm/reaper.py)
 _RESERVE = 576              # entries of a ring that stay free
 
@@ -39,7 +40,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """``left_out``: terms that did not vary. ``contended``: points not used, for want of cores."""
+    """``left_out``: terms that did not vary. ``free``: those for which no cost was found. ``contended``: points not
+    used, for want of cores."""
 
     accel: str
     quantity: str
@@ -49,6 +51,7 @@ class Fit:
     points: int
     contended: int
     left_out: list[str]
+    free: list[str]
 
     def term(self, name: str) -> float:
         """0.0 where it was left out."""
@@ -96,26 +99,34 @@ QUANTITIES = (
 
 
 def fit_terms(columns: dict[str, NDArray[np.float64]], values: NDArray[np.float64],
-              ) -> tuple[list[Term], float, list[str]]:
-    """Least squares of ``values`` [n] over a constant and ``columns`` [n] each: terms, R squared, columns left out.
-    No terms where there are less than twice as many points."""
+              ) -> tuple[list[Term], float, list[str], list[str]]:
+    """Least squares of ``values`` [n] over a constant and ``columns`` [n] each: terms, R squared, columns that do
+    not vary, columns without a cost. No term costs less than nothing: the one that would most so is taken out, and
+    the others are fitted again. No terms at all where there are less than twice as many points."""
     varied = {name: c for name, c in columns.items() if np.ptp(c) > 1e-9 * max(1.0, float(np.abs(c).max()))}
     left_out = [name for name in columns if name not in varied]
-    names = [_CONSTANT, *varied]
-    matrix = np.column_stack([np.ones_like(values), *varied.values()])
-    scale = np.abs(matrix).max(axis=0)      # columns of one size: entries are millions, rings a few
-    if len(values) < 2 * len(names) or np.linalg.matrix_rank(matrix / scale) < len(names):
-        return [], 0.0, left_out
-    solved, *_ = np.linalg.lstsq(matrix / scale, values, rcond=None)
-    residual = values - matrix / scale @ solved
+    free: list[str] = []
+    while True:
+        names = [_CONSTANT, *varied]
+        matrix = np.column_stack([np.ones_like(values), *varied.values()])
+        scale = np.abs(matrix).max(axis=0)      # columns of one size: entries are millions, rings a few
+        matrix /= scale
+        if len(values) < 2 * len(names) or np.linalg.matrix_rank(matrix) < len(names):
+            return [], 0.0, left_out, free
+        solved, *_ = np.linalg.lstsq(matrix, values, rcond=None)
+        worst = min(range(1, len(names)), key=lambda i: solved[i], default=0)
+        if worst == 0 or solved[worst] >= -1e-9 * float(np.abs(values).max()):
+            break
+        del varied[names[worst]]
+        free.append(names[worst])
+    residual = values - matrix @ solved
     variance = float(residual @ residual) / (len(values) - len(names))
-    inverse = np.linalg.inv((matrix / scale).T @ (matrix / scale))
-    errors = np.sqrt(variance * np.diag(inverse)) / scale
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(matrix.T @ matrix))) / scale
     around = values - values.mean()
     total = float(around @ around)
     r2 = 1.0 - float(residual @ residual) / total if total > 0 else 1.0
     terms = [Term(n, float(v), float(e)) for n, v, e in zip(names, solved / scale, errors, strict=True)]
-    return terms, r2, left_out
+    return terms, r2, left_out, free
 
 
 def _contended(result: PointResult) -> bool:
@@ -135,18 +146,18 @@ def fit_all(results: Sequence[PointResult]) -> list[Fit]:
             if not used:
                 continue
             columns = {name: np.array([term(p, f) for p, f, _, _ in used]) for name, term in quantity.terms.items()}
-            terms, r2, left_out = fit_terms(columns, np.array([value for *_, value in used]))
+            terms, r2, left_out, free = fit_terms(columns, np.array([value for *_, value in used]))
             if terms:
                 fits.append(Fit(accel, quantity.name, quantity.unit, terms, r2, len(used), len(told) - len(used),
-                                left_out))
+                                left_out, free))
     return fits
 
 
 def busy_at(fit: Fit, pages_per_s: float, ring: int) -> float | None:
     """Extrapolated from the fit of the coordinator's CPU: at how many vCPUs, each dirtying so many pages a second
     into rings of so many entries, one reaper has a whole core to do. All rings are reaped at the pace of the
-    fastest (as the adaptive reaper does it). None where the fit says that they cost nothing."""
+    fastest (as the adaptive reaper does it). None where the fit is poor, or has no cost for them."""
     reaps = pages_per_s / (_FILL * max(1, ring - _RESERVE))
-    per_vcpu = reaps * max(0.0, fit.term("ring reaped")) + pages_per_s * max(0.0, fit.term("entry"))
-    left = 1e6 - fit.term(_CONSTANT) - reaps * max(0.0, fit.term("reap"))
-    return max(0.0, left / per_vcpu) if per_vcpu > 0 else None
+    per_vcpu = reaps * fit.term("ring reaped") + pages_per_s * fit.term("entry")
+    left = 1e6 - fit.term(_CONSTANT) - reaps * fit.term("reap")
+    return max(0.0, left / per_vcpu) if per_vcpu > 0 and fit.r2 >= _TRUSTED else None

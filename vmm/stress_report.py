@@ -121,7 +121,8 @@ def print_model(fits: Sequence[Fit], console: Console) -> None:
     for fit in fits:
         terms = " + ".join(f"{t.value:.4g} (±{t.error:.2g})" + ("" if t.name == "constant" else f" x {t.name}")
                            for t in fit.terms)
-        left = f"; not varied: {', '.join(fit.left_out)}" if fit.left_out else ""
+        left = f"; no cost found of: {', '.join(fit.free)}" if fit.free else ""
+        left += f"; not varied: {', '.join(fit.left_out)}" if fit.left_out else ""
         crowd = f"; {fit.contended} without a free core not used" if fit.contended else ""
         console.print(f"{fit.accel}: {fit.quantity} [{fit.unit}] = {terms}   "
                       f"(R2 {fit.r2:.2f}, {fit.points} points{crowd}{left})", markup=False, soft_wrap=True)
