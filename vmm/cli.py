@@ -19,6 +19,7 @@ from .cli_dirty import dirty_limit, dirty_rate, working_set
 from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
+from .cli_stress import stress
 from .cli_trace import trace as trace_group
 from .errors import ExitCode, VmmError
 
@@ -229,7 +230,7 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (dirty_rate, dirty_limit, working_set, trace_group, snapshot, migrate, receive, keys):
+for _verb in (dirty_rate, dirty_limit, working_set, trace_group, snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -23,7 +23,8 @@ from ipc.layout import MAX_SLOTS, MAX_VCPUS
 from .boot import SYSTEM_GPA
 from .errors import VmmError
 
-__all__ = ["ConfigError", "MachineConfig", "config_schema", "load_config", "parse_duration", "parse_size"]
+__all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
+           "parse_rate", "parse_size", "read_yaml"]
 
 PAGE = 4096
 RING_MIN, RING_MAX = 1024, 65536
@@ -292,15 +293,17 @@ def config_schema() -> dict[str, Any]:
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> MachineConfig:
-    """Read and validate a file, after ``key.path=value`` overrides. Raises ConfigError."""
-    path = Path(path)
+Lines = dict[tuple[str | int, ...], int]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """A file's mapping, and the line of each key in it. Raises ConfigError."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    lines: dict[tuple[str | int, ...], int] = {}
+    lines: Lines = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         document = _construct(node, (), lines, path) if node is not None else None
@@ -313,15 +316,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Machine
         raise ConfigError(f"{path}: not a configuration: nested without end") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
+    return document, lines
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> MachineConfig:
+    """Read and validate a file, after ``key.path=value`` overrides. Raises ConfigError."""
+    path = Path(path)
+    document, lines = read_yaml(path)
     set_keys = {}
     for override in overrides or []:
-        set_keys[_override(document, override)] = override
+        set_keys[_override(document, override)] = f"--set {override}"
     document.setdefault("name", re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "vm")
     try:
         config = MachineConfig.model_validate(document)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_explain(error, path, lines, set_keys, document)
-                                    for error in exc.errors())) from None
+        raise explain(exc, path, lines, set_keys, document) from None
     for section, file in (("guest", "image"), ("replay", "trace")):
         model = getattr(config, section)
         given = getattr(model, file, None)
@@ -329,12 +338,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Machine
             config = config.model_copy(
                 update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
     config._origins.update({at: f"{path}:{line}" for at, line in lines.items()})
-    config._origins.update({at: f"--set {text}" for at, text in set_keys.items()})
+    config._origins.update(set_keys)
     return config
 
 
-def _construct(node: yaml.Node, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int],
-               path: Path) -> Any:
+def _construct(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, path: Path) -> Any:
     """Plain Python values of a node tree, noting each key's line; a key given twice is an error."""
     lines[at] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
@@ -385,8 +393,15 @@ def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
     return tuple(steps)
 
 
-def _explain(error: Any, path: Path, lines: dict[tuple[str | int, ...], int],
-             set_keys: dict[tuple[str | int, ...], str], document: dict[str, Any]) -> str:
+def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
+            document: dict[str, Any], model: type[BaseModel] = MachineConfig) -> ConfigError:
+    """What pydantic found, a line a problem. ``set_keys``: keys that were given on the command line, and how.
+    ``model``: what the document was validated as."""
+    return ConfigError("\n".join(_explain(error, path, lines, set_keys, document, model) for error in exc.errors()))
+
+
+def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
+             document: dict[str, Any], model: type[BaseModel]) -> str:
     """One line: where, which key, what is wrong."""
     message = error["msg"].removeprefix("Value error, ")
     at = tuple(error["loc"])
@@ -397,7 +412,7 @@ def _explain(error: Any, path: Path, lines: dict[tuple[str | int, ...], int],
     while at and at not in lines and at not in set_keys and not _holds(document, at):
         at = at[:-1]    # pydantic's own steps (a union's member, for one) are not keys
     if error["type"] == "extra_forbidden":
-        message = f"unknown key{_nearest(at)}"
+        message = f"unknown key{_nearest(at, model)}"
     elif error["type"] == "missing":
         at = tuple(error["loc"])
         message = "missing"
@@ -408,7 +423,7 @@ def _explain(error: Any, path: Path, lines: dict[tuple[str | int, ...], int],
     key = ".".join(map(str, at))
     for set_path, text in set_keys.items():
         if at[: len(set_path)] == set_path:
-            return f"--set {text}: {key}: {message}"
+            return f"{text}: {key}: {message}"
     probe = at
     while probe not in lines and probe:
         probe = probe[:-1]
@@ -425,12 +440,18 @@ def _holds(document: Any, at: tuple[str | int, ...]) -> bool:
     return True
 
 
-def _nearest(at: tuple[str | int, ...]) -> str:
+def _nearest(at: tuple[str | int, ...], model: type[BaseModel]) -> str:
     """`` (did you mean …?)`` for a misspelt key, from the model it stands in."""
-    models: dict[str, type[BaseModel]] = {
-        "memory": MemoryConfig, "guest": GuestConfig, "replay": ReplayConfig, "phases": ReplayPhaseConfig,
-        "reaper": ReaperConfig, "verify": VerifyConfig}
-    parent = next((models[str(s)] for s in reversed(at[:-1]) if str(s) in models), MachineConfig)
-    names = list(parent.model_fields)
+    for step in at[:-1]:
+        field = model.model_fields.get(str(step))
+        model = (_model_in(field.annotation) if field else None) or model
+    names = list(model.model_fields)
     near = difflib.get_close_matches(str(at[-1]), names, n=1)
     return f" (did you mean '{near[0]}'?)" if near else f"; there are: {', '.join(names)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds: itself, or one of a list or union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

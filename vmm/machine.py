@@ -290,8 +290,7 @@ class Machine:
 
     def sync(self, client: str) -> SyncResult:
         """Flush, then take what was dirtied since this client's last sync (or its registration)."""
-        answer = self._client.ask(control.Sync, client=client)
-        slots = {int(i): s for i, s in answer["slots"].items()}
+        slots = self._take(client)
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
         ranges = {}
@@ -299,6 +298,14 @@ class Machine:
             maps = self._maps(client, slot_id, counts["pages"])
             ranges[slot_id] = maps.front.ranges() if counts["dirty"] else []
         return SyncResult(ranges, sum(s["dirty"] for s in slots.values()))
+
+    def take(self, client: str) -> int:
+        """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
+        return sum(s["dirty"] for s in self._take(client).values())
+
+    def _take(self, client: str) -> dict[int, dict[str, int]]:
+        answer = self._client.ask(control.Sync, client=client)
+        return {int(i): s for i, s in answer["slots"].items()}
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
