@@ -137,7 +137,7 @@ class Results:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        rows = [(f"{case.name}: {label}", case.ratio(quantity), case.at_least.get(quantity, case.at_most.get(quantity)))
+        rows = [(f"{case.name}: {label}", case.ratio(quantity), (case.at_least | case.at_most).get(quantity))
                 for case in self.cases for quantity, (label, _, _) in self.quantities.items()
                 if quantity in case.ours[0] and quantity in case.peer[0]]
         figure: Any = Figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
@@ -151,7 +151,8 @@ class Results:
         axes.axvline(1.0, color="k", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.invert_yaxis()
-        axes.set(xlabel=f"ours / {self.peer} (bar: middle half of the pairs; |: target)", title=self.title, xlim=(0, None))
+        axes.set(xlabel=f"ours / {self.peer} (bar: middle half of the pairs; |: target)", title=self.title,
+                 xlim=(0, None))
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=90)
 

@@ -8,8 +8,8 @@ after each as make the wanted rate; the rate that each guest had before the migr
 ``total``: from the request until the source says that it is done. ``downtime``: from the guest's stop until it
 runs at the target: for QEMU the time between its events STOP (source) and RESUME (target), for us what we report,
 which ends with the target's word that it runs. ``said downtime`` is what each reports; QEMU's ends before the
-target has taken the last of it. Ours makes the target's processes within the total time, since only the offer
-says what they must be; QEMU's target was started before by hand, and is not counted. ``set-up`` is that part of ours.
+target has taken the last of it. QEMU's target was started before, with its memory set up, and ours makes the
+machine within the total time, since only the offer says what it must be: ``set-up`` is that part.
 """
 
 from __future__ import annotations

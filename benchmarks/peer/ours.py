@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +29,8 @@ class Guest(Protocol):
 
 
 def written(guest: Guest, vcpu: int) -> tuple[float, int]:
-    """(when, pages) that this vCPU has written since its start. The guest has counted them itself: each page's first
-    word says how often it was written, and those before where the walk is say one more than those behind."""
+    """(when, pages) that this vCPU has written since its start. The guest has counted them itself: each page's
+    first word says how often it was written, and those before where the walk is say one more than those behind."""
     first, pages = guest.shares[vcpu]
     while True:
         passes = guest.word(first)
@@ -56,18 +59,26 @@ class Ours:
             params=resolve_params(guest, params), cmdline=guest, stack_size=_STACK, reaper=ReaperSpec(),
             verify=None, timeout=None, trace=[], trace_file="", linger=True)
         self.machine = Machine.launch(spec, start=False)
-        # The image ends below 2 MiB; the guest's own share begins right after it, which is as good as no difference.
         self._words = self.machine.ram(0, writable=True)[: mib << 20].view(np.uint64)[:: PAGE // 8]
         start, end = _usable(self.machine)
         total = (end - start) // PAGE
         bounds = [index * total // vcpus for index in range(vcpus + 1)]
-        self.shares = [(start + low * PAGE, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+        self.shares = [(start + low * PAGE, high - low) for low, high in itertools.pairwise(bounds)]
         if fill:
             self._words[start // PAGE:end // PAGE] = 1
         self.machine.start()
 
     def word(self, address: int) -> int:
         return int(self._words[address // PAGE])
+
+    def usage(self) -> dict[str, float]:
+        """What the machine has used and met so far: seconds of the coordinator's CPU, full rings, and so on."""
+        status = self.machine.status()
+        fields = Path(f"/proc/{status['coordinator']['pid']}/stat").read_text().rsplit(")", 1)[1].split()
+        return {"coordinator": (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+                "ring-full exits": sum(v["ring_full_exits"] for v in status["vcpus"]),
+                "stalled": sum(v["stalled_s"] for v in status["vcpus"]),
+                "reaps": status["reaper"]["iterations"]}
 
     def pause(self) -> None:
         self.machine.pause()
