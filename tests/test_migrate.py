@@ -89,11 +89,11 @@ def test_a_moved_machine_ends_as_one_that_was_never_moved(accel: str, target: st
         expected = machine.ram(0).tobytes()
     receiver = Receiver(address, accel=target)
     # Held back, so that its work is not over before it has moved.
-    with Machine.launch(replace(work, dirty_quota=1000)) as machine:
+    with Machine.launch(replace(work, dirty_quota=100)) as machine:
         # With post-copy so slowly that something is dirtied before the first round is over.
         report = migrate.migrate(machine, address, Options(
             compression=compression, postcopy=postcopy, downtime=0.0 if postcopy else 0.3,
-            bandwidth=(5e6 if compression == "none" else 10e3) if postcopy else 0.0))
+            bandwidth=(2e6 if compression == "none" else 3e3) if postcopy else 0.0))
         with receiver.result() as moved:
             moved.dirty_limit(0)
             assert report.status == "completed"
