@@ -23,11 +23,13 @@ __all__ = [
     "cmpxchg_u64",
     "cmpxchg_u128",
     "fence",
+    "fence_release",
     "fetch_or_u64",
     "load_acquire_u32",
     "load_u8",
     "load_u32",
     "load_u64",
+    "popcount",
     "store_release_u32",
     "store_release_u64",
     "store_u8",
@@ -183,3 +185,24 @@ def cmpxchg_u128(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
         return builder.zext(builder.extract_value(pair, 1), ir.IntType(8))
 
     return types.uint8(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def popcount(typingctx: Any, value: Any) -> Any:
+    """Number of set bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def fence_release(typingctx: Any) -> Any:
+    """Stores before it are seen before those after it (x86: for the compiler alone)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

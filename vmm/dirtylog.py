@@ -141,7 +141,9 @@ class DirtyLog:
     def take(self, client: str) -> dict[int, int]:
         """Fold the slot bitmaps into every client's, then give ``client`` its own: its front bitmaps
         hold what was dirtied since its last take. {slot id: dirty pages}. The caller has flushed."""
-        self._fold_all()
+        alone = len(self._clients) == 1
+        if not alone:
+            self._fold_all()
         taken: dict[int, int] = {}
         for slot_id, maps in list(self._clients[client].items()):
             if self._retired.get((client, slot_id)):
@@ -149,6 +151,12 @@ class DirtyLog:
                 continue
             if (client, slot_id) in self._retired:
                 self._retired[client, slot_id] = True
+            if alone and slot_id in self.slots and (client, slot_id) not in self._retired:
+                log = self.slots[slot_id].bitmap
+                taken[slot_id] = int(self._kernels.take(
+                    log.words, log.summary, maps.gathering.words, maps.gathering.summary, maps.front.words,
+                    maps.front.summary))
+                continue
             self._kernels.clear(maps.front.words, maps.front.summary)
             taken[slot_id] = int(self._kernels.publish(maps.gathering.words, maps.gathering.summary,
                                                  maps.front.words, maps.front.summary))
