@@ -18,6 +18,8 @@ from .spec import RamSlot
 
 __all__ = ["ClientBitmaps", "MemorySlot", "make_or_adopt"]
 
+_CACHE_LINE, _CACHE_SETS = 64, 64   # of a first-level cache on x86-64: sets are as many lines as make a page
+
 
 def make_or_adopt(name: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
     """A new segment, or the one that a coordinator that died has left; owned either way. ``reserve=False``: what
@@ -44,9 +46,12 @@ class MemorySlot:
         self._open: list[Segment] = []
         try:
             self.ram = self._segment(f"ram{spec.id}", spec.size, create, reserve=not replay)
-            log = self._segment(f"log{spec.id}", 2 * bitmap_bytes(self.pages), create)
-            self.staging = Bitmap(log, 0, self.pages)
-            self.bitmap = Bitmap(log, bitmap_bytes(self.pages), self.pages)
+            # Not all slots' bitmaps at the start of a page: a harvest that goes from slot to slot would need the
+            # same few lines of the processor's cache for all of them.
+            start = spec.id % _CACHE_SETS * _CACHE_LINE
+            log = self._segment(f"log{spec.id}", start + 2 * bitmap_bytes(self.pages), create)
+            self.staging = Bitmap(log, start, self.pages)
+            self.bitmap = Bitmap(log, start + bitmap_bytes(self.pages), self.pages)
             self.vcpu_logs: list[NDArray[np.uint64]] = []
             self.records: list[Bitmap] = []
             self._vlog_names: list[str] = []
