@@ -22,6 +22,7 @@ __all__ = [
     "DirtyGfn",
     "MachineControl",
     "ReaperState",
+    "Tracking",
     "VcpuControl",
     "VcpuRequest",
     "VcpuState",
@@ -81,6 +82,16 @@ class ReaperState(IntEnum):
     REAPING = 2
 
 
+class Tracking(IntEnum):
+    """How a worker logs what its vCPU dirties. Names in lower case are those of the configuration."""
+
+    UNSET = 0       # process started, not ready
+    RING = 1        # the vCPU's dirty ring
+    BITMAP = 2      # plain dirty bitmap: of KVM, or of the software CPU
+    UFFD = 3        # write-protected page tables of the worker (ipc/writelog.py)
+    NONE = 4        # not at all
+
+
 class VcpuControl(ctypes.Structure):
     """Control block of one vCPU: one page in the machine's control segment."""
 
@@ -115,6 +126,8 @@ class VcpuControl(ctypes.Structure):
         ("last_offset", ctypes.c_uint64),     # c: its page offset
         ("dirty_quota", ctypes.c_uint64),     # c: pages a second that this vCPU may dirty; 0: no limit
         ("throttled_ns", ctypes.c_uint64),    # w: time out of the guest for that, ns
+        ("tracking", ctypes.c_uint32),        # w (Tracking)
+        ("_pad2", ctypes.c_uint32),
     ]
 
 

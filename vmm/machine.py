@@ -311,6 +311,12 @@ class Machine:
         returns. Raises VmmError on a machine without dirty rings."""
         self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
 
+    def set_tracking(self, tracking: str) -> dict[str, Any]:
+        """Log dirty pages in another way (one of vmm.tracking.CHOICES). The vCPUs are paused for it, nothing that
+        was dirtied before is lost. ``tracking``: the way it is now; ``seconds`` of pause. Raises VmmError where it
+        cannot be had, with everything as it was."""
+        return self._client.ask(control.SetTracking, tracking=tracking)
+
     # --- memory slots -----------------------------------------------------------------------------------
 
     def memory_add(self, slot: int, gpa: int, size: int, *, log: bool = True) -> None:

@@ -7,16 +7,18 @@ Segment names after the machine's prefix (no dashes within): ``control``, ``syst
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap, bitmap_bytes, word_count
 from ipc.messages import SlotSpec
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment, SegmentError, segment_name
 
 from .spec import RamSlot
 
-__all__ = ["ClientBitmaps", "MemorySlot", "make_or_adopt"]
+__all__ = ["ClientBitmaps", "MemorySlot", "adopt_or_make", "make_or_adopt"]
 
 
 def make_or_adopt(name: str, size: int, create: bool) -> Segment:
@@ -26,6 +28,13 @@ def make_or_adopt(name: str, size: int, create: bool) -> Segment:
     segment = Segment.open(name)
     segment.own()
     return segment
+
+
+def adopt_or_make(name: str, size: int) -> Segment:
+    """For what a machine has only from some moment on: it may be there from a coordinator that died."""
+    with contextlib.suppress(SegmentError):
+        return make_or_adopt(name, size, create=False)
+    return make_or_adopt(name, size, create=True)
 
 
 class MemorySlot:
@@ -45,13 +54,19 @@ class MemorySlot:
             self.bitmap = Bitmap(log, bitmap_bytes(self.pages), self.pages)
             self.vcpu_logs: list[NDArray[np.uint64]] = []
             self._vlog_names: list[str] = []
-            for vcpu in range(vcpu_logs):
-                segment = self._segment(f"vlog{vcpu}.{spec.id}", 8 * word_count(self.pages), create)
-                self._vlog_names.append(segment.name)
-                self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
+            self.need_vcpu_logs(vcpu_logs)
         except BaseException:
             self.close()
             raise
+
+    def need_vcpu_logs(self, vcpus: int) -> None:
+        """The vCPUs' own log buffers, if they are not there yet."""
+        for vcpu in range(len(self.vcpu_logs), vcpus):
+            segment = adopt_or_make(segment_name(self.machine, f"vlog{vcpu}.{self.spec.id}"),
+                                    8 * word_count(self.pages))
+            self._open.append(segment)
+            self._vlog_names.append(segment.name)
+            self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
 
     def _segment(self, what: str, size: int, create: bool) -> Segment:
         name = segment_name(self.machine, what)
@@ -62,6 +77,10 @@ class MemorySlot:
     def worker_spec(self, vcpu: int) -> SlotSpec:
         return SlotSpec(id=self.spec.id, gpa=self.spec.gpa, size=self.spec.size, segment=self.ram.name,
                         log=self.logged, log_segment=self._vlog_names[vcpu] if self._vlog_names else "")
+
+    def log_segment(self, vcpu: int) -> str:
+        """Name of the vCPU's log buffer."""
+        return self._vlog_names[vcpu]
 
     @property
     def memory(self) -> NDArray[np.uint8]:

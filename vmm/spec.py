@@ -43,7 +43,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     accel: str                  # "kvm" | "unicorn"
     vcpus: int
     privilege: str              # "user" | "kernel"
-    ring_entries: int           # 0: plain dirty bitmap
+    ring_entries: int           # of a ring, when there are rings; 0: there never are
     slots: list[RamSlot]
     image: str                  # absolute path
     load_address: int | None    # flat binaries only
@@ -56,7 +56,12 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     trace: list[str]
     trace_file: str             # "" is standard error
     dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
+    tracking: str = ""          # one of vmm.tracking.CHOICES; empty: ring, or bitmap where there is no ring
     linger: bool                # stay after the end until a client releases the machine
+
+    @property
+    def asked_tracking(self) -> str:
+        return self.tracking or ("ring" if self.ring_entries else "bitmap")
 
 
 def encode_spec(spec: MachineSpec) -> bytes:
