@@ -36,6 +36,7 @@ from ipc.messages import (
 from ipc.shm import SegmentError
 
 from . import boot, build, control, retrack
+from .autotrack import AutoTracking
 from .errors import ExitCode, VmmError
 from .reaper import Reaper
 from .runtime import machine_dir
@@ -99,8 +100,12 @@ class Coordinator:
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
         self._asked_tracking = spec.asked_tracking if saved is None else saved.asked_tracking
+        self._auto = AutoTracking()
         if saved is None:
-            self.parts = build.make_parts(spec, spec.asked_tracking)
+            tracking = spec.asked_tracking
+            if tracking == "auto":
+                tracking = self._auto.first(logged=spec.verify is not None, limited=spec.dirty_quota > 0)
+            self.parts = build.make_parts(spec, tracking)
         else:
             self.parts = build.adopt_parts(spec, saved.slots, saved.clients, saved.tracking)
         self.log = self.parts.log
@@ -258,6 +263,8 @@ class Coordinator:
             self.reaper.wake()
         if self._verifying() and now >= self._next_round:
             self._verify_round()
+        if self._asked_tracking == "auto":
+            self._choose_tracking()
 
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
@@ -297,6 +304,9 @@ class Coordinator:
             waits.append(0.0 if self.reaper.full else self.reaper.schedule.left(now))
         if self._verifying():
             waits.append(self._next_round - now)
+        idle = self._auto.left(now)
+        if idle is not None:
+            waits.append(idle)
         if self.spec.timeout is not None and not self._stop_asked:
             waits.append(self._started + self.spec.timeout - now)
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
@@ -651,11 +661,15 @@ class Coordinator:
         self._alive_running()
         self._all_here()
         check_tracking(asked, self.spec.accel, self.spec.ring_entries)
-        if asked != "ring" and any(s.control.dirty_quota for s in self.shards.all):
+        if asked not in ("ring", "auto") and self._limited():
             raise VmmError(f"machine '{self.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
                            f" (vmm dirty-limit cancel {self.spec.name})")
         before = self.parts.tracking
-        seconds = self._switch_tracking(asked)
+        mode = asked
+        if asked == "auto":
+            self._auto = AutoTracking()
+            mode = self._auto.first(logged=bool(self.log.clients), limited=self._limited())
+        seconds = self._switch_tracking(mode)
         self._asked_tracking = asked
         self._save()
         return {"before": before, "tracking": self.parts.tracking, "asked": asked, "seconds": seconds}
@@ -676,6 +690,16 @@ class Coordinator:
             self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
         self._tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
         return now - began
+
+    def _limited(self) -> bool:
+        return any(s.control.dirty_quota for s in self.shards.all)
+
+    def _choose_tracking(self, *, logged: bool = False, limited: bool = False) -> None:
+        """Tracking auto: as it is best now, or with a client or a dirty limit that is about to come."""
+        if self._asked_tracking == "auto" and not self._incoming[0]:
+            self._switch_tracking(self._auto.choose(time.monotonic(), self.parts.tracking,
+                                                    logged=logged or bool(self.log.clients),
+                                                    limited=limited or self._limited()))
 
     def _logged(self) -> None:
         if self.parts.tracking == "none":
@@ -700,6 +724,7 @@ class Coordinator:
 
     def _register(self, client: str, owner: int, like: str) -> None:
         if client not in self.log.clients:
+            self._choose_tracking(logged=True)
             self._logged()
             self._flush()
             if like and like not in self.log.clients:
@@ -727,6 +752,8 @@ class Coordinator:
 
     def _limit(self, pages_per_s: int, vcpu: int) -> None:
         self._alive_running()
+        if pages_per_s and self.spec.ring_entries:
+            self._choose_tracking(limited=True)
         if pages_per_s and not self.parts.ring_entries:
             raise VmmError("a dirty limit needs dirty rings: this machine has "
                            f"tracking {self.parts.tracking}")

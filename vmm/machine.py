@@ -280,15 +280,19 @@ class Machine:
 
     def sync(self, client: str) -> SyncResult:
         """Flush, then take what was dirtied since this client's last sync (or its registration)."""
+        slots = self.collect(client)
+        ranges = {i: self.bitmap(i, client).ranges() if dirty else [] for i, dirty in slots.items()}
+        return SyncResult(ranges, sum(slots.values()))
+
+    def collect(self, client: str) -> dict[int, int]:
+        """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
         answer = self._client.ask(control.Sync, client=client)
         slots = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
-        ranges = {}
         for slot_id, counts in slots.items():
-            maps = self._maps(client, slot_id, counts["pages"])
-            ranges[slot_id] = maps.front.ranges() if counts["dirty"] else []
-        return SyncResult(ranges, sum(s["dirty"] for s in slots.values()))
+            self._maps(client, slot_id, counts["pages"])
+        return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync, a view; valid until its next."""

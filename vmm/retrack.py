@@ -28,7 +28,7 @@ def switch(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Call
     old = parts.tracking
     reaper.drain()
     parts.need(mode)
-    if old == "none":
+    if old == "none" and parts.log.clients:
         parts.log.mark_logged_slots()   # what was dirtied without a log is not known
     try:
         _go(parts, shards, reaper, mode, commit)
