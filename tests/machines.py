@@ -62,9 +62,17 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def _environment(process: Path) -> list[bytes]:
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
 def machine_processes(name: str) -> list[int]:
-    """Live processes whose command line or ancestry says that they belong to machine ``name``: its
-    keeper, and everything below it."""
+    """Live processes whose command line or ancestry says that they belong to machine ``name`` of this runtime
+    directory: its keeper, and everything below it."""
+    ours = f"XDG_RUNTIME_DIR={os.environ.get('XDG_RUNTIME_DIR')}".encode()
     children: dict[int, list[int]] = {}
     roots: list[int] = []
     for entry in Path("/proc").iterdir():
@@ -76,7 +84,7 @@ def machine_processes(name: str) -> list[int]:
         except (OSError, IndexError, ValueError):
             continue
         children.setdefault(parent, []).append(int(entry.name))
-        if b"vmm.keeper" in command and name.encode() in command:
+        if b"vmm.keeper" in command and name.encode() in command and ours in _environment(entry):
             roots.append(int(entry.name))
     found: list[int] = []
     while roots:

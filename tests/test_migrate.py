@@ -90,8 +90,14 @@ def test_a_moved_machine_ends_as_one_that_was_never_moved(accel: str, target: st
     receiver = Receiver(address, accel=target)
     # Held back, so that its work is not over before it has moved.
     with Machine.launch(replace(work, dirty_quota=100)) as machine:
-        report = migrate.migrate(machine, address, Options(compression=compression, postcopy=postcopy,
-                                                           downtime=0.0 if postcopy else 0.3))
+        def watch(report: migrate.Report) -> None:
+            if postcopy and report.status == "active":
+                machine.mark_dirty(0, 1200, 8)      # something is left after every round
+
+        slowly = Options(postcopy=True, downtime=0.0, compression=compression,
+                         bandwidth=2e6 if compression == "none" else 50e3)
+        report = migrate.migrate(machine, address, slowly if postcopy else Options(compression=compression),
+                                 progress=watch)
         with receiver.result() as moved:
             moved.dirty_limit(0)
             assert report.status == "completed"
@@ -170,6 +176,11 @@ def walker(accel: str) -> Iterator[Machine]:
         yield machine
 
 
+def state_of(machine: Machine) -> dict[str, Any]:
+    machine.pause()         # a software CPU that waits for a page cannot leave the guest; KVM can
+    return machine.state()
+
+
 def test_a_source_lost_in_post_copy_is_replaced_and_no_page_is(walker: Machine, accel: str, address: str) -> None:
     receiver = Receiver(address, accel=accel)
     source = vmm("migrate", "source", address, "--postcopy", "--bandwidth", "10MB/s", "--downtime", "1ms")
@@ -182,9 +193,8 @@ def test_a_source_lost_in_post_copy_is_replaced_and_no_page_is(walker: Machine, 
     with Machine.attach("target") as target:
         with pytest.raises(VmmError, match="still on its way"):
             target.ram(0)
-        target.pause()
         with pytest.raises(VmmError, match="still on its way"):
-            target.state()
+            state_of(target)
         target.resume()
     report = migrate.recover(walker, address)
     assert report.status == "completed"
@@ -276,9 +286,8 @@ def test_a_target_that_is_killed_leaves_the_source_running(endless: Machine, add
     until(lambda: nothing_left("target"), "the target's machine is gone")
 
 
-def test_a_source_that_is_killed_leaves_its_machine_running_and_no_target(endless: Machine, address: str,
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receive, "_SILENCE", 2.0)
+def test_a_source_that_is_killed_leaves_its_machine_running_and_no_target(endless: Machine,
+                                                                          address: str) -> None:
     receiver = Receiver(address, accel="unicorn")
     source = vmm("migrate", "source", address, "--bandwidth", "5MB/s")
     until(lambda: bool(list_segments(machine_prefix("target"))), "begun")

@@ -59,6 +59,7 @@ class Saved(msgspec.Struct):
     slots: list[RamSlot]
     clients: list[str]
     elapsed: float
+    started: bool
     user_paused: bool
     verification: Verification | None
     exits: dict[int, Exited]
@@ -159,7 +160,7 @@ class Coordinator:
         the two totals. So one ordinary reap, of every ring, puts all of it right.
         """
         self._restarts = saved.restarts + 1
-        self._started = time.monotonic() - saved.elapsed
+        self._started = time.monotonic() - saved.elapsed if saved.started else 0.0
         for shard in build.make_shards(self.parts):
             shard.exited = saved.exits.get(shard.index)
             self.shards.all.append(shard)
@@ -193,24 +194,24 @@ class Coordinator:
             self._own(client, owner)
         if saved.incoming:
             try:
-                self._incoming = (saved.incoming, os.pidfd_open(saved.incoming))
+                self._pages_missing(saved.incoming)
             except ProcessLookupError:
                 self._incoming_lost()
-        self._state = "running"
+        self._state = "running" if saved.started else "ready"
         self._user_paused = saved.user_paused
         if self._user_paused and saved.pause_owner:
             try:
                 self._pause_owner = (saved.pause_owner, os.pidfd_open(saved.pause_owner))
             except ProcessLookupError:
                 self._user_paused = False
-        if not self._user_paused:
+        if saved.started and not self._user_paused:
             self.shards.resume_all()
         self._save()
 
     def _save(self) -> None:
         """Write state.json aside and rename it over."""
         saved = Saved(slots=[self._slot_spec(i) for i in self.log.slots], clients=self.log.clients,
-                      elapsed=self._elapsed(), user_paused=self._user_paused,
+                      elapsed=self._elapsed(), started=self._started > 0, user_paused=self._user_paused,
                       verification=self.verifier.result if self.verifier else None,
                       exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
                       restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()},
@@ -387,6 +388,8 @@ class Coordinator:
                 shard.control.stop_reason = reason
                 shard.control.request |= VcpuRequest.STOP
                 shard.kick()
+                if self._incoming[0]:       # it may wait for a page that never comes, and its memory is not whole
+                    shard.signal(signal.SIGKILL)
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
@@ -619,7 +622,7 @@ class Coordinator:
         if self._state != "ready":
             raise VmmError(f"machine '{self.spec.name}' has started already")
         try:
-            self._incoming = (owner, os.pidfd_open(owner))
+            self._pages_missing(owner)
         except ProcessLookupError:
             raise VmmError(f"process {owner}, which is to fill in the memory, is not there") from None
         if self.parts.tracking == "uffd":
@@ -628,12 +631,19 @@ class Coordinator:
         self._save()
         return [replies[s.index].data or {} for s in self.shards.all]
 
+    def _pages_missing(self, owner: int) -> None:
+        """Raises ProcessLookupError."""
+        self._incoming = (owner, os.pidfd_open(owner))
+        self.shards.pages_missing = True
+        self.reaper.only_full = self.spec.accel != "kvm"    # KVM_RUN is interrupted while it waits for a page
+
     def _arrived(self) -> None:
         _, pidfd = self._incoming
         if pidfd < 0:
             return
         self._incoming = (0, -1)
         os.close(pidfd)
+        self.shards.pages_missing = self.reaper.only_full = False
         self.shards.request(self._live(), lambda seq, s: Userfault(seq, ""))
         if self.verifier is not None and self._state == "running":
             with self.shards.all_paused():

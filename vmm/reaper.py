@@ -83,6 +83,9 @@ class Reaper:
         self.tracking = tracking
         #: vCPUs that have reported a full ring and must be let go by the next reap.
         self.full: set[int] = set()
+        #: Reap the rings of those alone: the others' vCPUs may not be able to leave the guest now (a software CPU
+        #: that waits for a page, in post-copy).
+        self.only_full = False
         if self._trace.reaper:
             self._trace.reaper("init")
 
@@ -109,23 +112,22 @@ class Reaper:
             return 0
         began = time.perf_counter_ns()
         self._control.publish_pending = 1
-        harvested = {s.index: self._harvest(s) for s in self._shards.all if s.ring_address}
-        total = sum(harvested.values())
         full, self.full = self.full, set()
-        owed = {s.index: s.outstanding for s in self._shards.all}
-        asked = [s for s in self._shards.all if s.alive and (owed[s.index] or s.index in full)]
+        rings = [s for s in self._shards.all if s.ring_address and (s.index in full or not self.only_full)]
+        harvested = {s.index: self._harvest(s) for s in rings}
+        total = sum(harvested.values())
+        owed = {s.index: s.outstanding for s in rings}
+        asked = [s for s in rings if s.alive and (owed[s.index] or s.index in full)]
         self._shards.request(asked, lambda seq, s: Reset(seq, owed[s.index]))
         broken = []
-        for shard in self._shards.all:
-            if not shard.ring_address:
-                continue
+        for shard in rings:
             if not shard.alive:
                 # Nobody can write through a dead vCPU: its pages need no re-protection.
                 shard.control.reset_total = shard.control.fetch_total
                 continue
             if shard.index in full:
                 shard.reported_full()
-            if shard.outstanding or shard.full_but_empty >= _EMPTY_FULLS:
+            if shard.outstanding or shard.overflowed or shard.full_but_empty >= _EMPTY_FULLS:
                 broken.append(shard)
         for shard in broken:
             self._lost_count(shard, owed[shard.index])

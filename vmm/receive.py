@@ -22,6 +22,7 @@ import zmq
 import zstandard
 from numpy.typing import NDArray
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
 
@@ -61,6 +62,7 @@ from .wire import (
 __all__ = ["ReceiveError", "check_spec", "receive"]
 
 _SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
+_LOOK_EVERY = 1000          # ms without pages after which the target looks whether its machine is still there
 _QUEUE = 64                 # messages that wait here, a connection
 _MESSAGE_MAX = 1 << 30      # bytes
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -92,8 +94,10 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
             raise ReceiveError(f"{address}: cannot be listened on: {exc.strerror}") from None
         if address.startswith("ipc://"):
             stack.callback(Path(address.removeprefix("ipc://")).unlink, missing_ok=True)
+        monitor = sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        stack.callback(sock.disable_monitor)
         waiting(sock.get_string(zmq.LAST_ENDPOINT))
-        return _Target(sock, name, accel, detach, timeout).run()
+        return _Target(sock, monitor, name, accel, detach, timeout).run()
 
 
 @contextlib.contextmanager
@@ -145,9 +149,11 @@ def check_spec(spec: MachineSpec) -> None:
 class _Target:
     """One migration on a ROUTER socket. Only the connection that sent the offer is answered."""
 
-    def __init__(self, sock: zmq.Socket[bytes], name: str | None, accel: str, detach: bool,
-                 timeout: float | None) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes], name: str | None, accel: str,
+                 detach: bool, timeout: float | None) -> None:
         self._sock = sock
+        self._monitor = monitor
+        self._connections: set[int] = set()
         self._name = name
         self._accel = accel
         self._detach = detach
@@ -192,12 +198,29 @@ class _Target:
             raise ReceiveError(f"the source has gone ({exc.strerror})") from None
 
     def _next(self, patience: float | None) -> tuple[bytes, object]:
-        """(who, message). Raises ReceiveError after ``patience`` seconds without one."""
-        if not self._sock.poll(None if patience is None else int(patience * 1000)):
-            raise ReceiveError(f"the source has said nothing for {patience:.0f} s" if self._peer
-                               else f"no source came within {patience:.0f} s")
+        """(who, message). Raises ReceiveError after ``patience`` seconds without one, or at once when nobody is
+        connected any more; with None it waits for ever."""
+        deadline = None if patience is None else time.monotonic() + patience
+        while not self._sock.poll(0):
+            left = None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000))
+            if left == 0:
+                raise ReceiveError(f"the source has said nothing for {patience:.0f} s" if self._peer
+                                   else f"no source came within {patience:.0f} s")
+            zmq.select([self._sock, self._monitor], [], [], None if left is None else left / 1000)
+            if self._abandoned() and self._peer and patience is not None and not self._sock.poll(0):
+                raise ReceiveError("the source has gone")
         who, frame = self._sock.recv_multipart()
         return who, decode_message(frame)
+
+    def _abandoned(self) -> bool:
+        """Nobody is connected."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._connections.discard(event["value"])
+            else:
+                self._connections.add(event["value"])
+        return not self._connections
 
     def _await_offer(self) -> None:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
@@ -316,7 +339,9 @@ class _Target:
         for fd in missing.faults:
             poller.register(fd, zmq.POLLIN)
         while missing.left:
-            for ready, _ in poller.poll():
+            if not (events := poller.poll(_LOOK_EVERY)) and self._ended():
+                raise ReceiveError("the machine was stopped before all of its memory was here")
+            for ready, _ in events:
                 if ready is self._sock:
                     self._take_page(missing)
                 else:
@@ -324,6 +349,11 @@ class _Target:
         missing.finish()
         with contextlib.suppress(ReceiveError):
             self._answer(Complete([round(s * 1000, 3) for s in missing.blocked]))
+
+    def _ended(self) -> bool:
+        """The machine is over, or was stopped by somebody."""
+        assert self._machine is not None
+        return str(self._machine.status()["state"]) == "ended"
 
     def _take_page(self, missing: Missing) -> None:
         """The machine is ours alone by now: whoever sends what makes no sense is ignored."""

@@ -51,6 +51,7 @@ _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
 _RING_RESERVE = 64 + 512    # entries the kernel keeps free: its own, and a PML buffer's on Intel
 _REPLY_TIMEOUT = 30.0       # seconds; a worker that does not answer by then is taken for dead
 _KICK_TIMEOUT = 30.0
+_MISSING_TIMEOUT = 3.0      # of either, while pages are missing: it is not the worker's fault
 _KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/worker.py says why)
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
@@ -78,6 +79,9 @@ class Shard:
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
         self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
+        #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
+        self.overflowed = False
         #: Times in a row that the vCPU reported a full ring, and nothing was harvested from it in between.
         self.full_but_empty = 0
         self._harvested_at_full = -1
@@ -175,9 +179,11 @@ class Shard:
         out = self._harvested
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
-        kernels.harvest(self.ring_address, self.entries, fetch, self.entries - self.outstanding, table, out,
+        limit = self.entries - self.outstanding
+        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, out,
                         self._no_pages if pages is None else pages)
         count = int(out[0])
+        self.overflowed = count == limit
         if count:
             control.last_slot, control.last_offset = int(out[2]), int(out[3])
             control.bad_entries += int(out[1])
@@ -232,6 +238,8 @@ class Shards:
         self._seq = os.getpid() << 32
         self._early_fds: dict[int, int] = {}
         self._pauses = 0
+        #: Post-copy: a vCPU that waits for a page may take as long as the page does.
+        self.pages_missing = False
 
     # --- start and end -----------------------------------------------------------------------
 
@@ -342,12 +350,13 @@ class Shards:
     # --- requests -----------------------------------------------------------------------------------
 
     def request(self, shards: Iterable[Shard], make: Callable[[int, Shard], AnyRequest], *,
-                timeout: float = _REPLY_TIMEOUT) -> dict[int, Done]:
+                timeout: float = 0.0) -> dict[int, Done]:
         """Send a request to each shard at once and gather the replies, {index: Done}.
 
         A worker that dies meanwhile is missing from the result. Raises VmmError when one answers
-        with a failure, or not in time.
+        with a failure, or not in time (``timeout`` seconds; 0: the usual).
         """
+        timeout = timeout or (_MISSING_TIMEOUT if self.pages_missing else _REPLY_TIMEOUT)
         deadline = time.monotonic() + timeout
         pending: dict[int, Shard] = {}
         unsent: list[tuple[Shard, bytes]] = []
@@ -376,11 +385,15 @@ class Shards:
             pending = {seq: s for seq, s in pending.items() if s.alive}
             if pending and time.monotonic() > deadline:
                 late = ", ".join(str(s.index) for s in pending.values())
-                raise VmmError(f"vcpu {late}: no answer from its worker within {timeout:.0f} s",
-                               ExitCode.WORKER_DIED)
+                raise self._late(f"vcpu {late}: no answer from its worker within {timeout:.0f} s")
         if failures:
             raise VmmError("; ".join(failures), ExitCode.WORKER_DIED)
         return replies
+
+    def _late(self, what: str) -> VmmError:
+        if self.pages_missing:
+            return VmmError(f"{what}: it waits for a page that is still on its way here (post-copy)")
+        return VmmError(what, ExitCode.WORKER_DIED)
 
     def _send(self, shard: Shard, frame: bytes) -> bool:
         """False while the worker has not connected yet (just started, or this coordinator has)."""
@@ -400,15 +413,15 @@ class Shards:
         targets = [s for s in (self.all if shards is None else shards) if s.running]
         for shard in targets:
             shard.kick()
-        deadline = time.monotonic() + _KICK_TIMEOUT
+        timeout = _MISSING_TIMEOUT if self.pages_missing else _KICK_TIMEOUT
+        deadline = time.monotonic() + timeout
         while True:
             waiting = [s for s in targets if s.kick_pending]
             if not waiting:
                 return
             if time.monotonic() > deadline:
                 late = ", ".join(str(s.index) for s in waiting)
-                raise VmmError(f"vcpu {late}: did not leave the guest within {_KICK_TIMEOUT:.0f} s",
-                               ExitCode.WORKER_DIED)
+                raise self._late(f"vcpu {late}: did not leave the guest within {timeout:.0f} s")
             before = time.monotonic()
             self._poll(self.notify, deadline)
             self.drain_notifications()
@@ -437,7 +450,11 @@ class Shards:
         """Pauses nest: as many resume_all are needed."""
         self._pauses += 1
         if self._pauses == 1:
-            self.pause(self.all)
+            try:
+                self.pause(self.all)
+            except VmmError:
+                self.resume_all()
+                raise
 
     def resume_all(self) -> None:
         self._pauses -= 1
@@ -468,6 +485,7 @@ class Shards:
             self._receive_fd(shard, run_size)
         shard.control.ring_rebuilds += 1
         shard.full_but_empty = 0
+        shard.overflowed = False
 
     def adopt_fds(self, shards: Sequence[Shard]) -> None:
         """A replacement coordinator maps what its predecessor had mapped."""
