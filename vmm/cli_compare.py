@@ -68,8 +68,8 @@ class Intervals(click.ParamType):
               help="Pauses of the guest after each write: the dirtying rate.")
 @click.option("--ring", type=Numbers(1024, 65536, power=True), default="4096,1024,65536", show_default=True,
               help="Entries of a dirty ring; the first with all else, the others by themselves.")
-@click.option("--interval", type=Intervals(), default="10ms,100ms", show_default=True,
-              help="Between two syncs.")
+@click.option("--interval", type=Intervals(), default="100ms,10ms", show_default=True,
+              help="Between two syncs; the first with all else.")
 @click.option("--tracking", "ways", default="ring,bitmap,uffd,sampling,auto", show_default=True,
               help="What to compare with no tracking.")
 @click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",

@@ -75,19 +75,23 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Axes. Every RAM size, vCPU count, rate and interval with the first ring size; the other ring sizes with
-    every rate, at the first of all else, against no tracking."""
+    """Axes. Every RAM size, vCPU count and rate with the first interval and ring size; the other intervals with the
+    first and last RAM size, every rate and the first vCPU count; the other ring sizes with every rate, at the first
+    of all else, against no tracking."""
 
     ram_mib: Sequence[int] = (64, 512, 2048)
     vcpus: Sequence[int] = (1, 2)
     spin: Sequence[int] = (0, 200, 5000)
     ring: Sequence[int] = (4096, 1024, 65536)
-    interval_ms: Sequence[float] = (100.0,)
+    interval_ms: Sequence[float] = (100.0, 10.0)
 
     def points(self) -> Iterator[tuple[Point, tuple[str, ...]]]:
         """Each point, and what to compare there."""
-        for ram, vcpus, spin, interval in itertools.product(self.ram_mib, self.vcpus, self.spin, self.interval_ms):
-            yield Point(ram, vcpus, spin, self.ring[0], interval), WAYS
+        for ram, vcpus, spin in itertools.product(self.ram_mib, self.vcpus, self.spin):
+            yield Point(ram, vcpus, spin, self.ring[0], self.interval_ms[0]), WAYS
+        for interval, ram, spin in itertools.product(self.interval_ms[1:], dict.fromkeys(
+                (self.ram_mib[0], self.ram_mib[-1])), self.spin):
+            yield Point(ram, self.vcpus[0], spin, self.ring[0], interval), WAYS
         for ring, spin in itertools.product(self.ring[1:], self.spin):
             yield Point(self.ram_mib[0], self.vcpus[0], spin, ring, self.interval_ms[0]), ("none", "ring")
 

@@ -187,7 +187,8 @@ class Coordinator:
             if shard.control.state == VcpuState.EXITED and shard.exited is None:
                 shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
                                       shard.control.exit_code)
-            self.reaper.full.add(shard.index)
+            if self.parts.ring_entries:
+                self.reaper.full.add(shard.index)
         self.reaper.drain()
         self.log.publish()
         for client, owner in saved.owners.items():

@@ -159,6 +159,7 @@ class Shard:
         self.entries = entries
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.full_but_empty = 0
+        self.overflowed = False
 
     @property
     def outstanding(self) -> int:
