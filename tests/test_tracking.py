@@ -25,6 +25,7 @@ from ipc.channel import FdListener
 from ipc.layout import Tracking, vcpu_control
 from ipc.shm import Segment, segment_name
 from ipc.writelog import WriteLog, write_log_missing
+from vmm.autotrack import AutoTracking
 from vmm.config import ConfigError, load_config
 from vmm.errors import VmmError
 from vmm.machine import Machine
@@ -363,6 +364,66 @@ def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
             until(lambda: machine.sync("a").pages > 0, "pages dirtied")
     finally:
         listener.close()
+
+
+# --- auto -------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_what_the_machine_is_used_for(accel: str) -> None:
+    busy = replace(spec("stamp", accel=accel, writes=0, spin=100, timeout=None), tracking="auto")
+    with Machine.launch(busy) as m:
+        assert m.status()["tracking"] == "none"     # nobody wants to know
+        m.register("a")
+        before = m.ram(0).copy()
+        assert m.status()["tracking"] == "bitmap"
+        assert m.sync("a").pages < m.status()["slots"][0]["pages"] // 2     # not marked: it counts from register
+        m.dirty_limit(2000)
+        assert m.status()["tracking"] == "ring"     # which a limit needs
+        dirty = pages(m.sync("a").slots[0])
+        m.dirty_limit(0)
+        until(lambda: m.status()["tracking"] == "bitmap", "back at the bitmap")
+        m.pause()
+        first = pages(m.sync("a").slots[0])
+        assert dirty
+        assert first
+        after = m.ram(0).copy()
+        assert changed(before, after) >= first - changed(after, m.ram(0))
+        m.set_tracking("uffd" if "uffd" in MODES else "ring")
+        assert m.status()["tracking_asked"] != "auto"
+        m.set_tracking("auto")
+        assert m.status()["tracking"] == "bitmap"
+
+
+def test_auto_loses_nothing(accel: str) -> None:
+    """Switched by what clients and limits ask for, under the verifier."""
+    busy = replace(spec("stamp", accel=accel, writes=0, spin=100, timeout=None, mib=8, verify=exact(0.02)),
+                   tracking="auto")
+    with Machine.launch(busy) as machine:
+        for _ in range(4):
+            machine.dirty_limit(3000)
+            assert machine.status()["tracking"] == "ring"
+            rounds = machine.status()["verification"]["rounds"]
+            machine.dirty_limit(0)
+            until(lambda n=rounds: machine.status()["verification"]["rounds"] > n + 1, "rounds")
+        machine.stop()
+        report = machine.wait(TIMEOUT)
+    verified(report)
+    assert report["tracking_switches"] >= 8
+
+
+def test_auto_waits_before_it_logs_no_more() -> None:
+    auto = AutoTracking()
+    assert auto.first(logged=False, limited=False) == "none"
+    assert auto.choose(0.0, "none", logged=True, limited=False) == "bitmap"
+    assert auto.left(0.0) is None
+    assert auto.choose(1.0, "bitmap", logged=False, limited=False) == "bitmap"
+    assert auto.choose(4.0, "bitmap", logged=False, limited=False) == "bitmap"
+    assert auto.left(4.0) == pytest.approx(2.0)
+    assert auto.choose(5.0, "bitmap", logged=True, limited=False) == "bitmap"   # somebody came again
+    assert auto.left(5.0) is None
+    assert auto.choose(9.0, "bitmap", logged=False, limited=False) == "bitmap"
+    assert auto.choose(14.0, "bitmap", logged=False, limited=False) == "none"
+    assert auto.choose(15.0, "none", logged=False, limited=True) == "ring"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Intervals(click.ParamType):
 @click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",
               show_default=True)
 @click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
-@click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=4, show_default=True)
 @click.option("--window", type=Duration(), default="300ms", show_default=True, help="Measured at a time.")
 @click.option("--quick", is_flag=True, help="A small grid, under a minute.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False),

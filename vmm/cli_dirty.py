@@ -36,7 +36,8 @@ def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json
 
     check_time(seconds)
     status = machine.status()
-    mode = mode or {"ring": "ring", "none": "sampling"}.get(status["tracking"], "bitmap")
+    logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
+    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
     while True:
         rate = measure(machine, seconds, mode)
         if as_json:

@@ -266,7 +266,13 @@ class Coordinator:
         if self._verifying() and now >= self._next_round:
             self._verify_round()
         if self._asked_tracking == "auto":
-            self._choose_tracking()
+            try:
+                self._choose_tracking()
+            except (VmmError, SegmentError) as exc:     # it stays as it is, and for good
+                self._asked_tracking = self.parts.tracking
+                self._save()
+                print(f"vmm: machine '{self.spec.name}': tracking is {self.parts.tracking} from now on: {exc}",
+                      file=sys.stderr)
 
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
@@ -425,6 +431,7 @@ class Coordinator:
             "exit_code": int(self._exit_code()), "accelerator": spec.accel,
             "tracking": self.parts.tracking, "tracking_asked": self._asked_tracking,
             "tracking_switches": self._switches, "ring_entries": self.parts.ring_entries,
+            "can_limit": spec.ring_entries > 0 and self._asked_tracking in ("ring", "auto"),
             "coordinator": {"pid": os.getpid(), "restarts": self._restarts},
             "vcpus": [self._vcpu_report(s) for s in self.shards.all],
             "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
@@ -763,7 +770,7 @@ class Coordinator:
 
     def _limit(self, pages_per_s: int, vcpu: int) -> None:
         self._alive_running()
-        if pages_per_s and self.spec.ring_entries:
+        if pages_per_s and self.spec.ring_entries:  # auto: to a ring
             self._choose_tracking(limited=True)
         if pages_per_s and not self.parts.ring_entries:
             raise VmmError("a dirty limit needs dirty rings: this machine has "
