@@ -76,7 +76,7 @@ def mapped() -> Iterator[Mapped]:
 
 
 @needs_uffd
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["write", "read", "other"]), st.integers(0, 3 * 4096 + 2),
                           st.integers(1, 300)), max_size=30))
 def test_a_write_log_has_exactly_the_pages_written_through_its_mapping(steps: list[tuple[str, int, int]]) -> None:
@@ -319,7 +319,7 @@ def test_coordinators_killed_at_any_moment_of_many_switches_lose_nothing(accel: 
     busy = spec("stamp", accel=accel, writes=0, spin=100, timeout=None, mib=8, verify=exact(0.02))
     chance = random.Random(5)
     with Machine.launch(busy, name="switch") as machine:
-        for kill in range(4):
+        for kill in range(2):
             delay = chance.uniform(0.0, 0.03)
             coordinator = machine.status()["coordinator"]["pid"]
 
@@ -370,24 +370,22 @@ def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
 
 
 def test_auto_is_what_the_machine_is_used_for(accel: str) -> None:
-    busy = replace(spec("stamp", accel=accel, writes=0, spin=100, timeout=None), tracking="auto")
+    busy = replace(spec("stamp", accel=accel, writes=0, spin=100, pages=100, timeout=None), tracking="auto")
     with Machine.launch(busy) as m:
         assert m.status()["tracking"] == "none"     # nobody wants to know
         m.register("a")
         before = m.ram(0).copy()
         assert m.status()["tracking"] == "bitmap"
-        assert m.sync("a").pages < m.status()["slots"][0]["pages"] // 2     # not marked: it counts from register
+        dirty = pages(m.sync("a").slots[0])
+        assert len(dirty) <= 2 * 100 + 20       # not all of them were marked: it counts from register
         m.dirty_limit(2000)
         assert m.status()["tracking"] == "ring"     # which a limit needs
-        dirty = pages(m.sync("a").slots[0])
+        dirty |= pages(m.sync("a").slots[0])
         m.dirty_limit(0)
         until(lambda: m.status()["tracking"] == "bitmap", "back at the bitmap")
         m.pause()
-        first = pages(m.sync("a").slots[0])
         assert dirty
-        assert first
-        after = m.ram(0).copy()
-        assert changed(before, after) >= first - changed(after, m.ram(0))
+        assert changed(before, m.ram(0)) <= dirty | pages(m.sync("a").slots[0])
         m.set_tracking("uffd" if "uffd" in MODES else "ring")
         assert m.status()["tracking_asked"] != "auto"
         m.set_tracking("auto")
