@@ -25,6 +25,7 @@ from ipc.channel import FdListener
 from ipc.layout import Tracking, vcpu_control
 from ipc.shm import Segment, segment_name
 from ipc.writelog import WriteLog, write_log_missing
+from vmm import control
 from vmm.autotrack import AutoTracking
 from vmm.config import ConfigError, load_config
 from vmm.errors import VmmError
@@ -287,7 +288,7 @@ def test_a_coordinator_killed_in_the_middle_of_a_switch_is_replaced(accel: str, 
             if old in ("ring", "none"):
                 until(lambda b=blocks[0], w=wanted: b.tracking == w, "the first worker has switched")
             else:
-                until(lambda: waits_in_poll(before["coordinator"]["pid"]), "the coordinator waits for a worker")
+                until(lambda: not answers(machine), "the coordinator waits for the worker that is held up")
             assert blocks[1].tracking == Tracking[old.upper()]
             os.kill(before["coordinator"]["pid"], signal.SIGKILL)
             os.kill(blocks[1].pid, signal.SIGCONT)
@@ -310,9 +311,12 @@ def test_a_coordinator_killed_in_the_middle_of_a_switch_is_replaced(accel: str, 
         assert [v["exit_reason"] for v in report["vcpus"]] == ["stopped"] * 2
 
 
-def waits_in_poll(pid: int) -> bool:
-    return Path(f"/proc/{pid}/wchan").exists() and (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-                                                    .split()[0] == "S")
+def answers(machine: Machine) -> bool:
+    try:
+        machine._client.ask(control.Status, timeout=0.3)
+    except VmmError:
+        return False
+    return True
 
 
 def test_coordinators_killed_at_any_moment_of_many_switches_lose_nothing(accel: str) -> None:

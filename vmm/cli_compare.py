@@ -76,7 +76,7 @@ class Intervals(click.ParamType):
               show_default=True)
 @click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 1000), default=4, show_default=True)
-@click.option("--window", type=Duration(), default="300ms", show_default=True, help="Measured at a time.")
+@click.option("--window", type=Duration(), default="250ms", show_default=True, help="Measured at a time.")
 @click.option("--quick", is_flag=True, help="A small grid, under a minute.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for results.json and the pictures. Points that are in it are not measured again.")
@@ -100,12 +100,15 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
             raise VmmError(f"--tracking {way}: there are {', '.join(WAYS[1:])}")
     settings = Settings(choose_accelerator(accel), workload, rounds, window)
     there, missing = available(["none", *(w for w in WAYS if w in asked)], settings.accel)
+    named = click.get_current_context().get_parameter_source("ways") is not click.core.ParameterSource.DEFAULT
     for reason in missing.values():
+        if named:
+            raise VmmError(reason)
         click.echo(f"left out: {reason}", err=True)
     if len(there) == 1:
         raise VmmError("nothing is left to compare")
     grid = Grid(ram, vcpus, spin, ring, [s * 1000 for s in interval])
-    kept = _load(output, settings)
+    kept = _load(output, settings)      # windows as they were measured, a list a point
     todo = [(point, tuple(w for w in chosen if w in there)) for point, chosen in grid.points()]
     todo = [(point, chosen) for point, chosen in todo if len(chosen) > 1]
     rows: list[dict[str, Any]] = []
@@ -114,10 +117,10 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
         for point, chosen in todo:
             key = f"{point.label}: {', '.join(chosen)}"
             if key not in kept["points"]:
-                kept["points"][key] = summarise(point, run_point(
-                    point, chosen, settings, lambda text: bar.update(task, description=text)))
+                kept["points"][key] = run_point(point, chosen, settings,
+                                                lambda text: bar.update(task, description=text))
                 _save(output, kept)
-            rows += kept["points"][key]
+            rows += summarise(point, kept["points"][key])
             bar.advance(task)
     lines = verdict(rows)
     if output is not None:

@@ -13,7 +13,8 @@ is compared ran in the same memory, seconds apart. In a window a client syncs at
 ``lost_us``         guest-side cost of a dirty page: vCPU time that the window lost against the one without
                     tracking, microseconds, divided by the pages that its syncs reported
 ``host_us``         the other side's: processor time of the coordinator and the workers' service threads, the same
-``collect_ms``      time of a sync as its client sees it, median
+``collect_ms``      time of a sync as its client sees it, median; also for each MiB of RAM and for each dirty page
+                    that it reported
 ``stale_ms``        a write is known after so long at worst: sync interval and time to collect
 ==================  ==========================================================================================
 
@@ -45,8 +46,8 @@ from .tracking import check_tracking
 
 __all__ = ["FIXED", "WAYS", "Grid", "Point", "Settings", "available", "run_point", "summarise"]
 
-#: What is compared, in the order of a round.
-WAYS = ("none", "ring", "bitmap", "uffd", "sampling", "auto")
+#: What is compared, in the order of a round (from one to the next as few pages as can be lose their mapping).
+WAYS = ("none", "sampling", "auto", "bitmap", "ring", "uffd")
 #: Ways that have a dirty log and do not choose.
 FIXED = ("ring", "bitmap", "uffd")
 
@@ -54,7 +55,8 @@ _PAGE = 4096
 _MIB = 1 << 20
 _SETTLE = 0.1           # seconds of a window before its clock starts, at least
 _SETTLE_MAX = 3.0       # at most, where the guest takes up speed for so long
-_STEADY = 1.05          # it has, when it was less faster than so from one step to the next
+_TOUCHED = 0.98         # it has, when it has written this share of its pages
+_SLOW = 20_000          # writes a second, of which to map each page anew takes a few per cent of the time
 _STRANGERS_MAX = 0.15   # share of a window that strangers may have had; else it is measured again,
 _TRIES = 3              # so many times
 _CLIENT = "compare"
@@ -79,9 +81,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Axes. Every RAM size, vCPU count and rate with the first interval and ring size; the other intervals with the
-    first and last RAM size, every rate and the first vCPU count; the other ring sizes with every rate, at the first
-    of all else, against no tracking."""
+    """Axes. Every RAM size and rate at the first of all else; the other vCPU counts at the second RAM size, the
+    other intervals at the first and the last, the other ring sizes (against no tracking) at the first; each with
+    every rate."""
 
     ram_mib: Sequence[int] = (64, 512, 2048)
     vcpus: Sequence[int] = (1, 2)
@@ -91,8 +93,10 @@ class Grid:
 
     def points(self) -> Iterator[tuple[Point, tuple[str, ...]]]:
         """Each point, and what to compare there."""
-        for ram, vcpus, spin in itertools.product(self.ram_mib, self.vcpus, self.spin):
-            yield Point(ram, vcpus, spin, self.ring[0], self.interval_ms[0]), WAYS
+        for ram, spin in itertools.product(self.ram_mib, self.spin):
+            yield Point(ram, self.vcpus[0], spin, self.ring[0], self.interval_ms[0]), WAYS
+        for vcpus, spin in itertools.product(self.vcpus[1:], self.spin):
+            yield Point(self.ram_mib[:2][-1], vcpus, spin, self.ring[0], self.interval_ms[0]), WAYS
         for interval, ram, spin in itertools.product(self.interval_ms[1:], dict.fromkeys(
                 (self.ram_mib[0], self.ram_mib[-1])), self.spin):
             yield Point(ram, self.vcpus[0], spin, self.ring[0], interval), WAYS
@@ -260,17 +264,16 @@ class _Meter:
         return _Reading(at, writes, host, waited, time.process_time_ns())
 
     def settle(self) -> None:
-        """Wait while the guest takes up speed: after a switch its pages are mapped one by one."""
-        end = time.monotonic() + _SETTLE_MAX
-        last = 0.0
-        at, writes = time.monotonic(), int(self._words.sum())
-        while time.monotonic() < end:
+        """Wait while the guest takes up speed: after a switch its pages are mapped one by one. Not for a slow one,
+        which would take too long and loses little."""
+        began = time.monotonic()
+        before = self._words.copy()
+        while (passed := time.monotonic() - began) < _SETTLE_MAX:
             time.sleep(_SETTLE)
-            now, done = time.monotonic(), int(self._words.sum())
-            speed = (done - writes) / (now - at)
-            if speed < last * _STEADY:
+            written = self._words - before
+            speed = float(written.sum()) / (passed + _SETTLE)
+            if np.count_nonzero(written) > _TOUCHED * len(written) or speed < _SLOW:
                 return
-            last, at, writes = speed, now, done
 
     def __enter__(self) -> _Meter:
         return self
@@ -319,6 +322,8 @@ def summarise(point: Point, windows: list[dict[str, Any]]) -> list[dict[str, Any
                                            for w in rounds.values()),
             "collect_ms": median_ms, "collect_ms_high": max(collect, default=None),
             "collect_us_per_mib": median_ms * 1000 / point.ram_mib if median_ms is not None else None,
+            "collect_us_per_page": (median_ms * 1000 / max(1.0, statistics.median(per_sync))
+                                    if median_ms is not None else None),
             "stale_ms": (point.interval_ms + median_ms) if median_ms is not None else None,
             "switch_ms": statistics.median(w["switch_ms"] for w in rounds.values()),
         })

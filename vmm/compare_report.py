@@ -26,7 +26,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table("RAM", "vCPUs", "spin", "ring", "every", "tracking")
     for column in ("writes/s", "of none", "spread", "dirty/s", "guest us/page", "host us/page", "collect ms",
-                   "us/MiB", "stale ms", "of best"):
+                   "us/MiB", "us/page", "stale ms", "of best"):
         shown.add_column(column, justify="right")
     last = None
     for r in rows:
@@ -35,7 +35,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
                       _number(r["relative"], 3), f"{r['relative_low']:.2f}-{r['relative_high']:.2f}",
                       f"{r['dirty_per_s']:,.0f}" if r["collect_ms"] is not None else "-", _number(r["lost_us"]),
                       _number(r["host_us"]), _number(r["collect_ms"]), _number(r["collect_us_per_mib"], 1),
-                      _number(r["stale_ms"], 1), _number(r.get("of_best"), 3))
+                      _number(r["collect_us_per_page"]), _number(r["stale_ms"], 1), _number(r.get("of_best"), 3))
         last = point
     return shown
 
