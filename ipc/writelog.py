@@ -31,7 +31,7 @@ _PM_SCAN_CHECK_WPASYNC = 2          # fail where a mapping is not registered
 _PAGE_IS_WRITTEN = 2
 _PAGE = 4096
 _REGIONS = 1 << 14                  # reported by one call
-_GAP = int(os.environ.get("SHARDVMM_GAP", 256))     # pages between two written ones that one call still walks
+_GAP = 4096                         # pages between two written ones that one call still walks
 _FEW = 24                           # regions that are quicker marked one by one
 
 
