@@ -25,6 +25,7 @@ __all__ = [
     "fence",
     "fetch_or_u64",
     "load_acquire_u32",
+    "load_acquire_u64",
     "load_u8",
     "load_u32",
     "load_u64",
@@ -51,6 +52,14 @@ def load_acquire_u32(typingctx: Any, address: Any) -> Any:
         return builder.load_atomic(_pointer(builder, args[0], _U32), "acquire", 4)
 
     return types.uint32(types.int64), codegen
+
+
+@intrinsic
+def load_acquire_u64(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], _U64), "acquire", 8)
+
+    return types.uint64(types.int64), codegen
 
 
 @intrinsic

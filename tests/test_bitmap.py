@@ -60,7 +60,7 @@ def test_publish_moves_and_counts_what_is_new(pair: tuple[Bitmap, Bitmap], a: li
                                               b: list[tuple[int, int]]) -> None:
     source, target = pair
     there, more = fill(target, a), fill(source, b)
-    fresh = kernels.publish(source.words, source.summary, target.words, target.summary)
+    fresh = kernels.publish(source, target)
     assert fresh == len(more - there)
     assert pages_of(target) == there | more
     assert pages_of(source) == set()
@@ -74,11 +74,11 @@ def test_fold_leaves_the_source_and_clear_empties_it(pair: tuple[Bitmap, Bitmap]
                                                      b: list[tuple[int, int]]) -> None:
     source, target = pair
     there, more = fill(target, a), fill(source, b)
-    kernels.fold(source.words, source.summary, target.words, target.summary)
+    kernels.fold(source, target)
     assert pages_of(target) == there | more
     assert pages_of(source) == more
     assert_summary_covers(target)
-    kernels.clear(source.words, source.summary)
+    kernels.clear(source)
     assert pages_of(source) == set()
     assert not source.summary.any()
 

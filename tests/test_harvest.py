@@ -71,8 +71,9 @@ class Ring:
     def harvest(self, limit: int | None = None, pages: np.ndarray[Any, Any] | None = None) -> int:
         out = np.zeros(4, np.uint64)
         room = ENTRIES - (self.fetch_total - self.reset_total)
-        kernels.harvest(self.memory.address, ENTRIES, self.fetch_total, min(room, limit or room), self.table,
-                        out, np.zeros(0, np.uint64) if pages is None else pages)
+        kernels.harvest(self.memory.address, ENTRIES, self.fetch_total, min(room, limit or room),
+                        self.table.ctypes.data, MAX_SLOTS, out.ctypes.data,
+                        *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         self.bad += int(out[1])
         return int(out[0])
 
@@ -87,8 +88,7 @@ class Ring:
 
     def publish(self) -> None:
         for slot, staging in self.staging.items():
-            to = self.published[slot]
-            kernels.publish(staging.words, staging.summary, to.words, to.summary)
+            kernels.publish(staging, self.published[slot])
 
     def pages(self, maps: dict[int, Bitmap]) -> set[tuple[int, int]]:
         return {(slot, int(p)) for slot, m in maps.items() for p in np.flatnonzero(m.bools())}

@@ -1,11 +1,26 @@
-"""More and more vCPU processes over one RAM, with the verifier on: the proof that it scales without loss."""
+"""More and more vCPU processes over one RAM, with the verifier on: the proof that it scales without loss. And
+``vmm stress``, which measures it."""
 
 from __future__ import annotations
 
-import pytest
-from machines import ACCELS, exact, spec
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from machines import ACCELS, exact, spec, until
+
+from vmm.config import ConfigError, MachineConfig
 from vmm.machine import Machine
+from vmm.stress import Sweep, load_results, load_sweep, run
+from vmm.stress_model import fit_terms
 
 
 @pytest.mark.stress
@@ -28,3 +43,174 @@ def test_no_page_is_lost_however_many_vcpus(accel: str, vcpus: int) -> None:
     assert len({v["pid"] for v in report["vcpus"]}) == vcpus
     assert all(0 < v["dirty_pages"] <= writes for v in report["vcpus"])
     assert all(v["ring_rebuilds"] == 0 and v["bad_entries"] == 0 for v in report["vcpus"])
+
+
+# --- vmm stress -----------------------------------------------------------------------------------------
+
+#: One vCPU, a small machine, short windows: what a point needs to be one.
+QUICK = {"vcpus": 1, "ram": "16MiB", "seconds": "200ms", "warm_up": "50ms", "flushes": 3,
+         "verify": {"interval": "50ms"}}
+
+
+def sweep_file(path: Path, **keys: Any) -> str:
+    path.write_text(yaml.safe_dump({**QUICK, **keys}))
+    return str(path)
+
+
+def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True, timeout=200,
+                          check=False)
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "results.jsonl"
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line] if path.is_file() else []
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("accel", ACCELS)
+def test_a_sweep_ends_with_figures_fits_and_pictures(accel: str, tmp_path: Path) -> None:
+    repeat = 2 if accel == "kvm" else 1     # a fit needs more points than terms
+    config = sweep_file(tmp_path / "s.yaml", accel=accel, vcpus=[1, 2], ring=[1024], repeat=repeat, flushes=6,
+                        workload=[{"name": "stamp", "params": {"spin": 200}}])
+    done = vmm("stress", config, "--output", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["complete"]
+    assert document["lost_pages"] == document["surplus_pages"] == 0
+    assert [r["point"]["vcpus"] for r in document["results"]] == [1, 2] * repeat
+    for result in document["results"]:
+        figures, proof = result["figures"][0], result["proof"][0]
+        assert figures["pages_per_s"] > 0
+        assert figures["pages_per_s"] == pytest.approx(figures["reaped_per_s"])
+        assert 0 <= figures["stalled_share"] < 1
+        assert len(figures["flushes"]) == 6
+        assert figures["launch_s"] > 0
+        assert figures["coordinator_cpu"] > 0
+        assert figures["worker_pss_mib"] > 1
+        assert proof["rounds"] >= 3
+        assert proof["dirty"] > 0
+    quantities = {f["quantity"] for f in document["model"]}
+    assert quantities >= {"launch", "memory beyond RAM"} if repeat > 1 else not quantities
+    for picture in ("throughput", "stalls", "ring-full-exits", "flush"):
+        assert (tmp_path / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    again = vmm("stress", "--resume", "--output", str(tmp_path / "out"))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("was there") == 2 * repeat
+    assert len(lines(tmp_path / "out")) == 2 * repeat
+
+
+def test_a_lost_page_is_exit_status_1(tmp_path: Path) -> None:
+    config = sweep_file(tmp_path / "s.yaml", accel="unicorn", workload="stamp",
+                        verify={"interval": "50ms", "inject": "lost"})
+    done = vmm("stress", config, "--output", str(tmp_path / "out"))
+    assert done.returncode == 1, done.stderr
+    assert "1 dirtied pages were LOST" in done.stdout
+    assert "slot 0 page" in done.stdout
+    assert "1 pages lost" in done.stderr
+
+
+def test_a_point_that_fails_says_why_and_is_measured_again(tmp_path: Path) -> None:
+    """The guest ends in the window: its writes are counted."""
+    config = sweep_file(tmp_path / "s.yaml", accel="unicorn",
+                        workload={"name": "random", "params": {"writes": 100}})
+    sweep = load_sweep(Path(config))
+    for attempt in (1, 2):
+        (result,), complete = run(sweep, tmp_path / "out")
+        assert complete
+        assert "the machine ended while it was measured" in result.error
+        assert result.exit_code
+        assert len(lines(tmp_path / "out")) == attempt
+
+
+@pytest.mark.timeout(240)
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = sweep_file(tmp_path / "s.yaml", accel="unicorn", vcpus=[1, 2], verify=False)
+    with subprocess.Popen([sys.executable, "-m", "vmm", "stress", config, "--output", str(out), "--seconds", "0.5"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: len(lines(out)) == 1, "the first point", 60.0)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "1 of 2 points are there" in stdout
+    first = lines(out)
+    assert len(first) == 1
+    with (out / "results.jsonl").open("ab") as file:
+        file.write(b'{"point": {"acc')      # as a crash leaves it
+    done = vmm("stress", config, "--output", str(out), "--seconds", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("was there") == 1
+    both = lines(out)
+    assert both[0] == first[0]
+    assert [r["point"]["vcpus"] for r in both] == [1, 2]
+    other = vmm("stress", config, "--output", str(out), "--vcpus", "1")     # another window: another point
+    assert other.returncode == 0, other.stderr
+    assert "was there" not in other.stderr
+
+
+def test_two_machines_at_once(tmp_path: Path) -> None:
+    sweep = load_sweep(None, {"machines": ("--machines 2", 2), **{k: (k, v) for k, v in QUICK.items()},
+                              "accel": ("--accel unicorn", "unicorn")})
+    results, complete = run(sweep, tmp_path)
+    assert complete
+    assert len(results) == 1
+    assert len(results[0].figures) == len(results[0].proof) == 2
+    assert all(f.pages_per_s > 0 for f in results[0].figures)
+    assert results[0].lost == 0
+    assert load_results(tmp_path) == results
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("vcpus: [1, two]", "s.yaml:1: vcpus.1: input should be a valid integer"),
+    ("vcpus: 1\nring: [4096, 1000]", "s.yaml:2: ring.1: 1000 entries must be a power of two from 1024 to 65536"),
+    ("vcpus:\n  - 1\n  - 300", "s.yaml:3: vcpus.1: input should be less than or equal to 256"),
+    ("vcpsu: 1", "s.yaml:1: vcpsu: unknown key (did you mean 'vcpus'?)"),
+    ("verify: {injct: lost}", "s.yaml:1: verify.injct: unknown key (did you mean 'inject'?)"),
+    ("accel: [unicorn, kmv]", "s.yaml:1: accel.1: input should be 'auto', 'kvm'"),
+    ("accel: unicorn\nworkload:\n  - random\n  - {name: randm}",
+     "s.yaml:4: workload.1: unknown workload 'randm' (did you mean 'random'?)"),
+    ("accel: unicorn\nworkload: {name: random, params: {spni: 1}}", "s.yaml:2: workload.0: workload random has no"),
+    ("accel: unicorn\nworkload: counter", "s.yaml:2: workload.0: counter ends by itself"),
+    ("accel: unicorn\nmachine: {stack_size: 3}", "s.yaml:2: machine: stack_size: must be a multiple of 16"),
+    ("machine:\n  vcpus: 3", "s.yaml:2: machine.vcpus: the sweep sets it"),
+    ("reaper: []", "s.yaml:1: reaper: "),
+    ("seconds: soon", "s.yaml:1: seconds: 'soon' is not a duration"),
+])
+def test_a_sweep_that_cannot_run_says_where(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError) as error:
+        load_sweep(tmp_path / "s.yaml")
+    assert message in str(error.value)
+
+
+def test_flags_win_over_the_file_and_are_named(tmp_path: Path) -> None:
+    config = Path(sweep_file(tmp_path / "s.yaml", accel="unicorn", vcpus=[1, 2]))
+    assert [p.vcpus for p in load_sweep(config, {"vcpus": ("--vcpus 3", [3])}).points()] == [3]
+    with pytest.raises(ConfigError, match=r"^--ring 5: 5 entries must be a power of two"):
+        load_sweep(config, {"ring": ("--ring 5", [5])})
+
+
+def test_the_sample_sweep_can_run_here() -> None:
+    assert len(load_sweep(Path(__file__).parent.parent / "configs" / "stress.yaml").points()) > 1
+
+
+def test_every_accelerator_of_a_machine_can_be_swept() -> None:
+    """None is left out by a list of the sweep's own."""
+    for accel in get_args(MachineConfig.model_fields["accel"].annotation):
+        assert Sweep.model_validate({"accel": accel}).accel == [accel]
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 100), st.floats(1e-3, 10))
+def test_the_fit_finds_what_the_figures_were_made_of(seed: int, per_vcpu: float, per_page: float) -> None:
+    random = np.random.default_rng(seed)
+    vcpus, pages = random.integers(1, 17, 40).astype(float), random.integers(0, 100_000, 40).astype(float)
+    values = 50 + per_vcpu * vcpus + per_page * pages
+    terms, r2, left_out, free = fit_terms({"vCPU": vcpus, "page": pages, "RAM": np.full(40, 7.0)}, values)
+    assert {t.name: t.value for t in terms} == pytest.approx({"constant": 50, "vCPU": per_vcpu, "page": per_page},
+                                                             rel=1e-4, abs=1e-3)
+    assert (left_out, free) == (["RAM"], [])
+    assert r2 == pytest.approx(1, abs=1e-6)
+    assert fit_terms({"vCPU": vcpus}, 100 - vcpus)[3] == ["vCPU"]       # nothing costs less than nothing
+    assert fit_terms({"vCPU": vcpus[:1]}, values[:1])[0] == []

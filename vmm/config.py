@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -23,12 +23,14 @@ from ipc.layout import MAX_SLOTS, MAX_VCPUS
 from .boot import SYSTEM_GPA
 from .errors import VmmError
 
-__all__ = ["ConfigError", "MachineConfig", "config_schema", "load_config", "parse_duration", "parse_size"]
+__all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
+           "parse_rate", "parse_size", "read_yaml"]
 
 PAGE = 4096
 RING_MIN, RING_MAX = 1024, 65536
 SYSTEM_AREA = (SYSTEM_GPA, SYSTEM_GPA + 0x100_0000)
 GPA_MAX = 1 << 40
+REPLAY_GPA_MAX = 1 << 44        # nothing is mapped there: this is what the numbering of pages allows
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE}
 _RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -105,8 +107,6 @@ class MemoryConfig(_Model):
             raise ValueError(f"size: {self.size} must be a positive multiple of {PAGE} bytes")
         if self.gpa < 0 or self.gpa % PAGE:
             raise ValueError(f"gpa: {self.gpa:#x} must be a multiple of {PAGE}")
-        if self.gpa + self.size > GPA_MAX:
-            raise ValueError(f"size: ends at {self.gpa + self.size:#x}, above {GPA_MAX:#x}")
         return self
 
 
@@ -126,6 +126,65 @@ class GuestConfig(_Model):
             raise ValueError("'address' goes with the 'image' of a flat binary")
         if self.workload is not None and not isinstance(self.params, dict):
             raise ValueError("the params of a workload are names with values")
+        return self
+
+
+Pattern = Literal["sequential", "strided", "random", "zipf"]
+
+
+class ReplayPhaseConfig(_Model):
+    """Writes in one pattern: ``sequential`` walks over the pages, ``strided`` takes each ``stride``-th,
+    ``random`` any, ``zipf`` the first ones most often, the more so the larger its ``exponent``."""
+
+    pattern: Pattern
+    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayPhaseConfig:
+        _check_pattern(self.pattern, self.stride, self.exponent)
+        return self
+
+
+def _check_pattern(pattern: str | None, stride: int | None, exponent: float | None) -> None:
+    for key, value, owner in (("stride", stride, "strided"), ("exponent", exponent, "zipf")):
+        if value is None and pattern == owner:
+            raise ValueError(f"pattern: {owner} needs '{key}'")
+        if value is not None and pattern != owner:
+            raise ValueError(f"{key}: goes with pattern: {owner}")
+
+
+class ReplayConfig(_Model):
+    """What the replay accelerator dirties: one pattern, several one after another, or a recorded trace."""
+
+    pattern: Pattern | None = None
+    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
+    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1)] | None = None
+    trace: Path | None = None       # a file of ``vmm trace record``
+    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=1e6)] = "original"
+    rate: Annotated[float, Field(ge=0, le=1e12)] = 0.0      # writes a second of each vCPU; 0: as fast as it can
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    shared: bool = False            # every vCPU writes to all pages, else each to its own share
+    repeat: bool = False            # each write makes a ring entry, not only the first since the page's reset
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayConfig:
+        if sum(x is not None for x in (self.pattern, self.phases, self.trace)) != 1:
+            raise ValueError("give exactly one of 'pattern', 'phases' and 'trace'")
+        _check_pattern(self.pattern, self.stride, self.exponent)
+        given = self.model_fields_set
+        if self.pattern is None and "writes" in given:
+            raise ValueError("writes: goes with 'pattern'; a phase has its own")
+        if self.trace is None and "speed" in given:
+            raise ValueError("speed: goes with 'trace'")
+        if self.trace is not None and (extra := given & {"rate", "seed", "shared"}):
+            raise ValueError(f"{min(extra)}: a trace has its own")
+        for i, phase in enumerate((self.phases or [])[:-1]):
+            if not phase.writes:
+                raise ValueError(f"phases.{i}: needs 'writes': only the last phase may go on for ever")
         return self
 
 
@@ -161,17 +220,18 @@ def _number_slots(value: object) -> object:
 
 
 class MachineConfig(_Model):
-    """A machine. Every key but ``memory`` and ``guest`` has a default."""
+    """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-    accel: Literal["auto", "kvm", "unicorn"] = "auto"
+    accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
     dirty_ring_size: int = 4096     # entries of a ring; 0: without rings
     #: None: ring, or bitmap where dirty_ring_size is 0.
     tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None
     memory: Annotated[list[MemoryConfig], Field(min_length=1), BeforeValidator(_number_slots)]
-    guest: GuestConfig
+    guest: GuestConfig | None = None
+    replay: ReplayConfig | None = None      # instead of a guest
     reaper: ReaperConfig = ReaperConfig()
     verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = None
     timeout: Duration | None = None
@@ -204,12 +264,26 @@ class MachineConfig(_Model):
                                                 else f"{self.dirty_limit:g} is less than a page a second"))
         if self.dirty_limit is not None and self.tracking not in (None, "ring", "auto"):
             raise ValueError(f"dirty_limit: needs a dirty ring, and tracking is {self.tracking}")
+        if (self.guest is None) == (self.replay is None):
+            raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
+                             "replay: give one of 'guest' and 'replay'")
+        if self.replay is None and self.accel == "replay":
+            raise ValueError("accel: replay has no CPU for a guest: give 'replay' instead of 'guest'")
+        if self.replay is not None and self.accel not in ("auto", "replay"):
+            raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: replay")
+        if self.replay is not None and self.tracking not in (None, "ring"):
+            raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
+        if self.replay is not None and not entries:
+            raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
         if self.stack_size < 1024 or self.stack_size % 16:
             raise ValueError("stack_size: must be a multiple of 16, at least 1024 bytes")
-        taken: list[tuple[int, int, str]] = [(*SYSTEM_AREA, "the system area")]
+        taken: list[tuple[int, int, str]] = [] if self.replay else [(*SYSTEM_AREA, "the system area")]
+        top = REPLAY_GPA_MAX if self.replay else GPA_MAX
         ids: set[int] = set()
         for i, memory in enumerate(self.memory):
             start, end = memory.gpa, memory.gpa + memory.size
+            if end > top:
+                raise ValueError(f"memory.{i}.size: ends at {end:#x}, above {top:#x}")
             if memory.slot in ids:
                 raise ValueError(f"memory.{i}.slot: slot {memory.slot} is there twice")
             ids.add(memory.slot)
@@ -229,15 +303,17 @@ def config_schema() -> dict[str, Any]:
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> MachineConfig:
-    """Read and validate a file, after ``key.path=value`` overrides. Raises ConfigError."""
-    path = Path(path)
+Lines = dict[tuple[str | int, ...], int]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """A file's mapping, and the line of each key in it. Raises ConfigError."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    lines: dict[tuple[str | int, ...], int] = {}
+    lines: Lines = {}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         document = _construct(node, (), lines, path) if node is not None else None
@@ -250,25 +326,33 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Machine
         raise ConfigError(f"{path}: not a configuration: nested without end") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: must be a mapping of keys to values")
+    return document, lines
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> MachineConfig:
+    """Read and validate a file, after ``key.path=value`` overrides. Raises ConfigError."""
+    path = Path(path)
+    document, lines = read_yaml(path)
     set_keys = {}
     for override in overrides or []:
-        set_keys[_override(document, override)] = override
+        set_keys[_override(document, override)] = f"--set {override}"
     document.setdefault("name", re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "vm")
     try:
         config = MachineConfig.model_validate(document)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_explain(error, path, lines, set_keys, document)
-                                    for error in exc.errors())) from None
-    if config.guest.image is not None and not config.guest.image.is_absolute():
-        guest = config.guest.model_copy(update={"image": (path.parent / config.guest.image).resolve()})
-        config = config.model_copy(update={"guest": guest})
+        raise explain(exc, path, lines, set_keys, document) from None
+    for section, file in (("guest", "image"), ("replay", "trace")):
+        model = getattr(config, section)
+        given = getattr(model, file, None)
+        if given is not None and not given.is_absolute():
+            config = config.model_copy(
+                update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
     config._origins.update({at: f"{path}:{line}" for at, line in lines.items()})
-    config._origins.update({at: f"--set {text}" for at, text in set_keys.items()})
+    config._origins.update(set_keys)
     return config
 
 
-def _construct(node: yaml.Node, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int],
-               path: Path) -> Any:
+def _construct(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, path: Path) -> Any:
     """Plain Python values of a node tree, noting each key's line; a key given twice is an error."""
     lines[at] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
@@ -319,8 +403,15 @@ def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
     return tuple(steps)
 
 
-def _explain(error: Any, path: Path, lines: dict[tuple[str | int, ...], int],
-             set_keys: dict[tuple[str | int, ...], str], document: dict[str, Any]) -> str:
+def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
+            document: dict[str, Any], model: type[BaseModel] = MachineConfig) -> ConfigError:
+    """What pydantic found, a line a problem. ``set_keys``: keys that were given on the command line, and how.
+    ``model``: what the document was validated as."""
+    return ConfigError("\n".join(_explain(error, path, lines, set_keys, document, model) for error in exc.errors()))
+
+
+def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
+             document: dict[str, Any], model: type[BaseModel]) -> str:
     """One line: where, which key, what is wrong."""
     message = error["msg"].removeprefix("Value error, ")
     at = tuple(error["loc"])
@@ -331,7 +422,7 @@ def _explain(error: Any, path: Path, lines: dict[tuple[str | int, ...], int],
     while at and at not in lines and at not in set_keys and not _holds(document, at):
         at = at[:-1]    # pydantic's own steps (a union's member, for one) are not keys
     if error["type"] == "extra_forbidden":
-        message = f"unknown key{_nearest(at)}"
+        message = f"unknown key{_nearest(at, model)}"
     elif error["type"] == "missing":
         at = tuple(error["loc"])
         message = "missing"
@@ -342,7 +433,7 @@ def _explain(error: Any, path: Path, lines: dict[tuple[str | int, ...], int],
     key = ".".join(map(str, at))
     for set_path, text in set_keys.items():
         if at[: len(set_path)] == set_path:
-            return f"--set {text}: {key}: {message}"
+            return f"{text}: {key}: {message}"
     probe = at
     while probe not in lines and probe:
         probe = probe[:-1]
@@ -359,11 +450,18 @@ def _holds(document: Any, at: tuple[str | int, ...]) -> bool:
     return True
 
 
-def _nearest(at: tuple[str | int, ...]) -> str:
+def _nearest(at: tuple[str | int, ...], model: type[BaseModel]) -> str:
     """`` (did you mean …?)`` for a misspelt key, from the model it stands in."""
-    models: dict[str, type[BaseModel]] = {"memory": MemoryConfig, "guest": GuestConfig,
-                                          "reaper": ReaperConfig, "verify": VerifyConfig}
-    parent = next((models[str(s)] for s in at[:-1] if str(s) in models), MachineConfig)
-    names = list(parent.model_fields)
+    for step in at[:-1]:
+        field = model.model_fields.get(str(step))
+        model = (_model_in(field.annotation) if field else None) or model
+    names = list(model.model_fields)
     near = difflib.get_close_matches(str(at[-1]), names, n=1)
     return f" (did you mean '{near[0]}'?)" if near else f"; there are: {', '.join(names)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds: itself, or one of a list or union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

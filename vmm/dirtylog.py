@@ -29,6 +29,7 @@ class DirtyLog:
         self.machine = machine
         self.slots: dict[int, MemorySlot] = {}
         self.table = slot_table(MAX_SLOTS)
+        self.table_address = self.table.ctypes.data
         self._clients: dict[str, dict[int, ClientBitmaps]] = {}
         #: Removed slots that a client still holds bitmaps of: its next take reports them once more
         #: (False), the one after that drops them (True).
@@ -41,7 +42,7 @@ class DirtyLog:
         return kernels
 
     def load_kernels(self) -> None:
-        """Import the compiled loops now rather than at their first use (0.4 s)."""
+        """Import the compiled loops now rather than at their first use (30 ms)."""
         _ = self._kernels
 
     # --- slots ------------------------------------------------------------------------------
@@ -71,8 +72,7 @@ class DirtyLog:
         """Staging to slot bitmaps, after the reset was acknowledged; bits that were new."""
         fresh = 0
         for slot in self.slots.values():
-            fresh += int(self._kernels.publish(slot.staging.words, slot.staging.summary,
-                                         slot.bitmap.words, slot.bitmap.summary))
+            fresh += self._kernels.publish(slot.staging, slot.bitmap)
         return fresh
 
     def mark_logged_slots(self) -> int:
@@ -120,8 +120,7 @@ class DirtyLog:
         self._fold_all()
         for slot_id, maps in self._clients[other].items():
             if slot_id in self._clients[client]:
-                source, target = maps.gathering, self._clients[client][slot_id].gathering
-                self._kernels.fold(source.words, source.summary, target.words, target.summary)
+                self._kernels.fold(maps.gathering, self._clients[client][slot_id].gathering)
 
     def adopt_client(self, client: str) -> None:
         """Open the bitmaps of a client of a coordinator that died."""
@@ -149,9 +148,8 @@ class DirtyLog:
                 continue
             if (client, slot_id) in self._retired:
                 self._retired[client, slot_id] = True
-            self._kernels.clear(maps.front.words, maps.front.summary)
-            taken[slot_id] = int(self._kernels.publish(maps.gathering.words, maps.gathering.summary,
-                                                 maps.front.words, maps.front.summary))
+            self._kernels.clear(maps.front)
+            taken[slot_id] = self._kernels.publish(maps.gathering, maps.front)
         return taken
 
     def give_back(self, client: str) -> None:
@@ -167,11 +165,9 @@ class DirtyLog:
             self._fold(slot)
 
     def _fold(self, slot: MemorySlot) -> None:
-        source = slot.bitmap
         for bitmaps in self._clients.values():
-            target = bitmaps[slot.spec.id].gathering
-            self._kernels.fold(source.words, source.summary, target.words, target.summary)
-        self._kernels.clear(source.words, source.summary)
+            self._kernels.fold(slot.bitmap, bitmaps[slot.spec.id].gathering)
+        self._kernels.clear(slot.bitmap)
 
     def _drop(self, client: str, slot_id: int) -> None:
         self._retired.pop((client, slot_id), None)

@@ -8,8 +8,8 @@ import os
 import resource
 import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from ipc.layout import MAX_VCPUS
 from ipc.shm import free_bytes
 from ipc.writelog import write_log_missing
 from workers import kvm
@@ -37,8 +37,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
-    return [*_kvm(), _unicorn(), *_shared_memory(), *_limits(), _userfaultfd(), _write_log(), *_packages(),
-            _kernel_cache(), _compiler(), *_left_behind()]
+    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _userfaultfd(), _write_log(),
+            *_packages(), _kernel_cache(), _compiler(), *_left_behind()]
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -66,6 +66,10 @@ def _unicorn() -> Finding:
         return Finding("unicorn", "ok", f"version {importlib.metadata.version('unicorn')}")
     except importlib.metadata.PackageNotFoundError:
         return Finding("unicorn", "absent", "not installed", "pip install unicorn")
+
+
+def _replay() -> Finding:
+    return Finding("replay", "ok", f"no CPU, no guest memory: up to {MAX_VCPUS} rings; runs no guest")
 
 
 def _shared_memory() -> list[Finding]:
@@ -118,15 +122,13 @@ def _packages() -> list[Finding]:
 
 
 def _kernel_cache() -> Finding:
-    """Numba keeps compiled kernels beside the source, or in the user's cache."""
-    import ipc
+    """Compiled kernels are kept beside the source, or in the user's cache."""
+    from ipc.native import cache_directories
 
-    beside = Path(next(iter(ipc.__path__)))
-    places = [beside, Path(os.environ.get("NUMBA_CACHE_DIR", Path.home() / ".cache"))]
-    if any(os.access(p, os.W_OK) for p in places):
+    if any(os.access(p if p.exists() else p.parent, os.W_OK) for p in cache_directories("ipc.kernel_source")):
         return Finding("kernel cache", "ok", "compiled kernels can be kept")
     return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
-                   "set NUMBA_CACHE_DIR to a folder that can be written")
+                   "set XDG_CACHE_HOME to a folder that can be written")
 
 
 def _compiler() -> Finding:

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from ipc import process
+from workers import zygote
 
 from .errors import ExitCode, VmmError
 from .runtime import claim, machine_dir, runtime_root
@@ -41,6 +42,7 @@ class Keeper:
         self._status_fd = status_fd
         self._life_fd = life_fd
         self._coordinator: subprocess.Popen[bytes] | None = None
+        self._zygote: subprocess.Popen[bytes] | None = None     # kept: its end is nobody's warning
         self._signals = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Only the keeper holds the write end: it closes when the keeper ends, however that happens.
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
@@ -65,10 +67,16 @@ class Keeper:
     def _run_coordinator(self, *, recover: bool) -> int:
         """Start one and wait for its end; its return code (negative: the signal that killed it)."""
         read, write = os.pipe2(os.O_CLOEXEC)
-        arguments = [sys.executable, "-m", "vmm.coordinator", str(write), str(self._alive_read),
-                     str(os.getpid())]
-        self._coordinator = subprocess.Popen(arguments + (["--recover"] if recover else []),
-                                             stdin=subprocess.PIPE, pass_fds=[write, self._alive_read])
+        inherited = [write, self._alive_read]
+        with contextlib.ExitStack() as stack:
+            sock = -1
+            if not recover:
+                self._zygote, ours = zygote.start(self._alive_read)
+                sock = stack.enter_context(ours).fileno()
+                inherited.append(sock)
+            self._coordinator = subprocess.Popen(
+                [sys.executable, "-m", "vmm.coordinator", str(write), str(self._alive_read), str(os.getpid()),
+                 str(sock)], stdin=subprocess.PIPE, pass_fds=inherited)
         os.close(write)
         assert self._coordinator.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._coordinator.stdin as pipe:

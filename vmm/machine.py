@@ -29,7 +29,7 @@ from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError, segment_name
 
 from . import control
-from .errors import ExitCode, VmmError
+from .errors import ExitCode, VmmError, no_memory
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -223,12 +223,22 @@ class Machine:
 
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
         """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
-        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing."""
-        if f"ram{slot}" not in self._segments and self.status()["incoming"]:
-            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
+        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing, and
+        where there is no memory (replay)."""
+        if f"ram{slot}" not in self._segments:
+            status = self.status()
+            if status["accelerator"] == "replay":
+                raise VmmError(no_memory(self.name))
+            if status["incoming"]:
+                raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
         view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
         view.flags.writeable = writable
         return view
+
+    def require_memory(self) -> None:
+        """Raises VmmError for a machine that has none to save or move (replay)."""
+        if self.status()["accelerator"] == "replay":
+            raise VmmError(no_memory(self.name))
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
@@ -286,13 +296,20 @@ class Machine:
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
-        answer = self._client.ask(control.Sync, client=client)
-        slots = {int(i): s for i, s in answer["slots"].items()}
+        slots = self._take(client)
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
         for slot_id, counts in slots.items():
             self._maps(client, slot_id, counts["pages"])
         return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
+
+    def take(self, client: str) -> int:
+        """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
+        return sum(s["dirty"] for s in self._take(client).values())
+
+    def _take(self, client: str) -> dict[int, dict[str, int]]:
+        answer = self._client.ask(control.Sync, client=client)
+        return {int(i): s for i, s in answer["slots"].items()}
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
@@ -320,6 +337,20 @@ class Machine:
         was dirtied before is lost. ``tracking``: the way it is now; ``seconds`` of pause. Raises VmmError where it
         cannot be had, with everything as it was."""
         return self._client.ask(control.SetTracking, tracking=tracking)
+    # --- dirty traces -----------------------------------------------------------------------------------
+
+    def record_start(self) -> None:
+        """Begin to record a dirty trace (vmm/record.py does all of it). It ends with this process at the latest."""
+        self._client.ask(control.RecordStart, owner=os.getpid())
+
+    def record_step(self) -> bool:
+        """Have the rings harvested now; False when the machine has ended. Raises VmmError when nothing is being
+        recorded, as after the coordinator was replaced."""
+        return bool(self._client.ask(control.RecordStep)["going_on"])
+
+    def record_stop(self) -> None:
+        """Flush the rest into the queue, and end the recording."""
+        self._client.ask(control.RecordStop)
 
     # --- memory slots -----------------------------------------------------------------------------------
 

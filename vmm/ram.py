@@ -2,7 +2,7 @@
 
 Segment names after the machine's prefix (no dashes within): ``control``, ``system``, ``ram<slot>``,
 ``log<slot>`` (staging and slot bitmap), ``ring<vcpu>`` (software rings), ``vlog<vcpu>.<slot>``
-(bitmap mode, a vCPU's own log buffer), ``client.<client>.<slot>``.
+(bitmap mode, a vCPU's own log buffer; replay with verification, its record), ``client.<client>.<slot>``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .spec import RamSlot
 __all__ = ["ClientBitmaps", "MemorySlot", "adopt_or_make", "make_or_adopt"]
 
 
-def make_or_adopt(name: str, size: int, create: bool) -> Segment:
-    """A new segment, or the one that a coordinator that died has left; owned either way."""
+def make_or_adopt(name: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
+    """A new segment, or the one that a coordinator that died has left; owned either way. ``reserve=False``: what
+    is not touched takes no memory (ipc/shm.py)."""
     if create:
-        return Segment.create(name, size)
+        return Segment.create(name, size, reserve=reserve)
     segment = Segment.open(name)
     segment.own()
     return segment
@@ -39,22 +40,33 @@ def adopt_or_make(name: str, size: int) -> Segment:
 
 class MemorySlot:
     """One RAM slot: its memory, the staging bitmap that harvests go to, and the slot bitmap that
-    consumers' bitmaps are folded from."""
+    consumers' bitmaps are folded from.
 
-    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool) -> None:
+    ``replay``: the memory is never touched, and its segment sparse; ``vcpu_logs`` are records (with a summary,
+    sparse too) of the pages that each vCPU wrote."""
+
+    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool, replay: bool = False) -> None:
         self.machine = machine
         self.spec = spec
         self.pages = spec.pages
         self.logged = spec.log
         self._open: list[Segment] = []
         try:
-            self.ram = self._segment(f"ram{spec.id}", spec.size, create)
+            self.ram = self._segment(f"ram{spec.id}", spec.size, create, reserve=not replay)
             log = self._segment(f"log{spec.id}", 2 * bitmap_bytes(self.pages), create)
             self.staging = Bitmap(log, 0, self.pages)
             self.bitmap = Bitmap(log, bitmap_bytes(self.pages), self.pages)
             self.vcpu_logs: list[NDArray[np.uint64]] = []
+            self.records: list[Bitmap] = []
             self._vlog_names: list[str] = []
-            self.need_vcpu_logs(vcpu_logs)
+            if replay:
+                size = bitmap_bytes(self.pages)
+                for vcpu in range(vcpu_logs):
+                    segment = self._segment(f"vlog{vcpu}.{spec.id}", size, create, reserve=False)
+                    self._vlog_names.append(segment.name)
+                    self.records.append(Bitmap(segment, 0, self.pages))
+            else:
+                self.need_vcpu_logs(vcpu_logs)
         except BaseException:
             self.close()
             raise
@@ -68,9 +80,9 @@ class MemorySlot:
             self._vlog_names.append(segment.name)
             self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
 
-    def _segment(self, what: str, size: int, create: bool) -> Segment:
+    def _segment(self, what: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
         name = segment_name(self.machine, what)
-        segment = make_or_adopt(name, size, create)
+        segment = make_or_adopt(name, size, create, reserve=reserve)
         self._open.append(segment)
         return segment
 
@@ -92,6 +104,7 @@ class MemorySlot:
         self.__dict__.pop("staging", None)
         self.__dict__.pop("bitmap", None)
         self.__dict__.pop("vcpu_logs", None)
+        self.__dict__.pop("records", None)
         for segment in self._open:
             segment.close()
         self._open.clear()

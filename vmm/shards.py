@@ -11,8 +11,6 @@ import ctypes
 import mmap
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +20,8 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from ipc import channel
-from ipc.layout import VcpuControl, VcpuRequest, VcpuState
+from ipc import channel, futex
+from ipc.layout import MAX_SLOTS, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import (
     AnyNotification,
     AnyRequest,
@@ -41,6 +39,7 @@ from ipc.messages import (
     encode,
 )
 from ipc.shm import Segment
+from workers.zygote import Zygote
 
 from .errors import ExitCode, VmmError
 
@@ -72,13 +71,15 @@ class Shard:
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
         self.pidfd = -1
-        self.process: subprocess.Popen[bytes] | None = None
         self.ring_address = 0
         self._ring: Segment | mmap.mmap | None = None
         self._run: mmap.mmap | None = None
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
-        self._no_pages: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._harvested_address = self._harvested.ctypes.data
+        block = ctypes.addressof(control)
+        self._reset_request_address = block + VcpuControl.reset_request.offset
+        self._reset_done_address = block + VcpuControl.reset_done.offset
         #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
         #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
         self.overflowed = False
@@ -112,8 +113,6 @@ class Shard:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-        if self.process is not None:
-            self.process.wait()
         if self.control.state != VcpuState.EXITED:
             self.control.exit_reason = ExitReason.WORKER_DIED
             self.control.state = VcpuState.DEAD
@@ -166,11 +165,12 @@ class Shard:
         """Entries harvested and not reset yet."""
         return int(self.control.fetch_total - self.control.reset_total)
 
-    def harvest(self, table: NDArray[np.uint64], pages: NDArray[np.uint64] | None = None) -> int:
+    def harvest(self, table: int, pages: NDArray[np.uint64] | None = None) -> int:
         """Harvest what is there into the staging bitmaps; the number of entries.
 
-        ``pages`` (3 * entries uint64) takes what was harvested, for tracing. The fetch index is
-        stored last: a coordinator that dies before has its successor harvest the same entries.
+        ``table`` is the slot table's address; ``pages`` (uint64 [entries, 3]) takes what was harvested, for
+        tracing. The fetch index is stored last: a coordinator that dies before has its successor harvest the
+        same entries.
         """
         if not self.ring_address:
             return 0
@@ -181,8 +181,8 @@ class Shard:
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
         limit = self.entries - self.outstanding
-        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, out,
-                        self._no_pages if pages is None else pages)
+        kernels.harvest(self.ring_address, self.entries, fetch, limit, table, MAX_SLOTS, self._harvested_address,
+                        *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         count = int(out[0])
         self.overflowed = count == limit
         if count:
@@ -198,6 +198,20 @@ class Shard:
         harvested = int(self.control.dirty_pages)
         self.full_but_empty = self.full_but_empty + 1 if harvested == self._harvested_at_full else 0
         self._harvested_at_full = harvested
+
+    def ask_reset(self, expected: int) -> None:
+        """Have the worker reset its ring, of which ``expected`` entries have been harvested and not reset yet, and
+        its vCPU go on if it waits at ring-full."""
+        self.control.reset_expected = expected
+        self.control.reset_request = (self.control.reset_request + 1) & 0xFFFF_FFFF
+        futex.wake(self._reset_request_address, 1)
+
+    def await_reset(self, seconds: float) -> bool:
+        """It has done so; False when that takes longer."""
+        done = self.control.reset_done
+        if done != self.control.reset_request:
+            futex.wait(self._reset_done_address, done, seconds)
+        return bool(self.control.reset_done == self.control.reset_request)
 
     # --- kick ------------------------------------------------------------------------------------
 
@@ -221,13 +235,14 @@ class Shard:
 class Shards:
     """All workers of a machine, and the two sockets they are spoken to over.
 
-    ``on_notification`` is called for every notification but the set-up's; ``on_death`` with a shard
-    whose process ended.
+    ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
+    notification but the set-up's; ``on_death`` with a shard whose process ended.
     """
 
-    def __init__(self, directory: Path, on_notification: Callable[[AnyNotification], None],
+    def __init__(self, directory: Path, zygote: Zygote | None, on_notification: Callable[[AnyNotification], None],
                  on_death: Callable[[Shard], None]) -> None:
         self.directory = directory
+        self._zygote = zygote
         self.all: list[Shard] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self.notify = channel.bind(self._context, zmq.PULL, channel.endpoint(directory, "notify"))
@@ -246,14 +261,14 @@ class Shards:
 
     def spawn(self, shard: Shard, spec: WorkerSpec) -> None:
         """Start the worker's process; it reads its specification from a pipe."""
+        assert self._zygote is not None
         read, write = os.pipe()
         try:
-            inherited = [read] + ([spec.keeper_fd] if spec.keeper_fd >= 0 else [])
-            shard.process = subprocess.Popen([sys.executable, "-m", "workers", str(read)],
-                                             stdin=subprocess.DEVNULL, pass_fds=inherited,
-                                             start_new_session=True)
-            shard.watch(shard.process.pid)
+            shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
+        except OSError as exc:
+            raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
+                           ExitCode.WORKER_DIED) from None
         finally:
             os.close(read)
             with os.fdopen(write, "wb") as pipe:
@@ -261,6 +276,7 @@ class Shards:
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
+        self._end_zygote()
         waiting = {shard.index for shard in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         while waiting:
@@ -281,6 +297,11 @@ class Shards:
             if waiting and time.monotonic() > deadline:
                 raise VmmError(f"vcpu {min(waiting)}: its worker was not ready after "
                                f"{_START_TIMEOUT:.0f} s", ExitCode.WORKER_DIED)
+
+    def _end_zygote(self) -> None:
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
         # Workers connect in any order: an fd is kept for the shard whose index came with it.
@@ -309,6 +330,7 @@ class Shards:
                 shard.bury()
 
     def close(self) -> None:
+        self._end_zygote()
         for shard in self.all:
             if shard.alive:
                 shard.signal(signal.SIGKILL)
@@ -475,6 +497,16 @@ class Shards:
         self._pauses = 1
 
     # --- rings ------------------------------------------------------------------------------------
+
+    def await_resets(self, shards: Iterable[Shard]) -> None:
+        """Until each that was asked (``Shard.ask_reset``) has reset its ring, or died. Raises VmmError."""
+        timeout = _MISSING_TIMEOUT if self.pages_missing else _REPLY_TIMEOUT
+        deadline = time.monotonic() + timeout
+        for shard in shards:
+            while not shard.await_reset(_KICK_REPEAT_MS / 1000) and shard.alive:
+                self._poll(None, 0.0)       # has it died?
+                if time.monotonic() > deadline:
+                    raise self._late(f"vcpu {shard.index}: its ring was not reset within {timeout:.0f} s")
 
     def rebuild_ring(self, shard: Shard) -> None:
         """A fresh ring for a shard whose count was wrong; the vCPU is paused."""

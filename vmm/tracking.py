@@ -25,6 +25,8 @@ def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
     """Raises VmmError, with what to do, where this host or machine cannot track that way."""
     if mode not in CHOICES:
         raise VmmError(f"unknown tracking '{mode}' (there are: {', '.join(CHOICES)})")
+    if accel == "replay" and mode != "ring":
+        raise VmmError(f"tracking {mode}: replay drives dirty rings, and has no other")
     if mode == "ring":
         if not ring_entries:
             raise VmmError("tracking ring: the machine has no ring size (dirty_ring_size is 0)")

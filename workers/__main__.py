@@ -9,11 +9,20 @@ from ipc.messages import MessageError, decode_spec
 
 from .worker import main
 
-if __name__ == "__main__":
-    with os.fdopen(int(sys.argv[1]), "rb") as pipe:
+__all__ = ["run"]
+
+
+def run(fd: int) -> int:
+    """One worker, from its specification in this pipe to its end; the exit status."""
+    with os.fdopen(fd, "rb") as pipe:
         text = pipe.read()
     try:
         spec = decode_spec(text)
     except MessageError as exc:
-        sys.exit(f"vcpu worker: {exc}")
-    sys.exit(main(spec))
+        print(f"vcpu worker: {exc}", file=sys.stderr)
+        return 1
+    return main(spec)
+
+
+if __name__ == "__main__":
+    sys.exit(run(int(sys.argv[1])))

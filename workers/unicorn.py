@@ -24,7 +24,7 @@ from unicorn import unicorn_const as uconst
 from unicorn import x86_const as ux
 from unicorn.unicorn_py3.unicorn import uclib
 
-from ipc.layout import Tracking, VcpuControl
+from ipc.layout import RING_RESERVE, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 from ipc.shm import PAGE_SIZE, Segment, SegmentError
 
@@ -38,7 +38,6 @@ from .soft_decode import Decoder, PortAccess
 
 __all__ = ["UnicornAccelerator"]
 
-_RESERVE = 64 + 512                 # entries kept free, as KVM does: a block goes on for up to 512 instructions
 _TRAMPOLINE = 0xFF_F000             # behind the system slot, in the area that no RAM may be in
 _TRAMPOLINE_CODE = bytes.fromhex("8ed8 8ec3 8ee1 8eea 48cf")     # mov to ds, es, fs, gs from eax to edx; iretq
 _TRAMPOLINE_INSTRUCTIONS = 5
@@ -144,7 +143,7 @@ class UnicornAccelerator:
         self._ring = ring
         entries = 0 if ring is None else self._spec.ring_entries
         self._c.ring, self._c.entries = 0 if ring is None else ring.address, entries
-        self._c.soft_limit = max(0, entries - _RESERVE)
+        self._c.soft_limit = max(0, entries - RING_RESERVE)
 
     def _make_engine(self) -> Any:
         engine = unicorn.Uc(uconst.UC_ARCH_X86, uconst.UC_MODE_64)
