@@ -355,8 +355,20 @@ def test_the_verifier_finds_what_is_injected(inject: str, found: str) -> None:
     assert report["exit_code"] == ExitCode.VERIFY_FAILED
 
 
-def test_a_killed_coordinator_loses_nothing() -> None:
-    machine_spec = spec(ReplayPhase("random", 400_000), verify=exact(0.03), rate=500_000.0, seed=3)
+@pytest.mark.parametrize("reapers", [2, 5])
+def test_several_reapers_find_the_same(reapers: int) -> None:
+    machine_spec = spec(ReplayPhase("random", 100_000), vcpus=3, ring=1024, reaper=ReaperSpec(reapers=reapers),
+                        verify=exact(0.05))
+    report, dirty = run(machine_spec)
+    assert dirty == expected(machine_spec)
+    assert (report["exit_code"], report["verification"]["ok"]) == (0, True), report
+    assert not any(v["ring_rebuilds"] for v in report["vcpus"])
+
+
+@pytest.mark.parametrize("reapers", [1, 3])
+def test_a_killed_coordinator_loses_nothing(reapers: int) -> None:
+    machine_spec = spec(ReplayPhase("random", 400_000), verify=exact(0.03), rate=500_000.0, seed=3,
+                        reaper=ReaperSpec(reapers=reapers))
     with Machine.launch(machine_spec, name="replaykill", start=False) as machine:
         machine.register("c")
         machine.start()

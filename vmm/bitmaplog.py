@@ -31,7 +31,7 @@ def gather_bitmaps(shards: Shards, log: DirtyLog, *, protected: bool = False) ->
         got = shards.request([s for s in shards.all if s.alive], partial(_get, slot_id))
         dirty = [s for s in shards.all if s.index in got and got[s.index].value]
         for shard in dirty:
-            slot.staging.merge(slot.vcpu_logs[shard.index])
+            slot.staging[0].merge(slot.vcpu_logs[shard.index])
             if protected:
                 slot.vcpu_logs[shard.index][:] = 0
             shard.control.dirty_pages += got[shard.index].value

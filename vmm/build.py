@@ -67,7 +67,8 @@ class Parts:
     def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
         replay = self.spec.accel == "replay"
         logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.tracking in BITMAPS) else 0
-        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay)
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
+                          reapers=self.spec.reaper.reapers)
 
     @property
     def ring_entries(self) -> int:
@@ -122,7 +123,7 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
         control = segment("control", control_size(spec.vcpus))
         # A replayed machine boots nothing: a page stands in for its system slot.
         system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
-        log = DirtyLog(spec.name)
+        log = DirtyLog(spec.name, spec.reaper.reapers)
         stack.callback(log.close)
         parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots),
                       tracking=tracking, stack=stack)
@@ -197,8 +198,8 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str], tra
             found.own()
             return found
 
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name), tracking=tracking,
-                      stack=stack)
+        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
+                      tracking=tracking, stack=stack)
         if spec.accel != "replay":
             image = loader.load_image(spec.image, spec.load_address)
             parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))

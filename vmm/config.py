@@ -22,6 +22,7 @@ from ipc.layout import MAX_SLOTS, MAX_VCPUS
 
 from .boot import SYSTEM_GPA
 from .errors import VmmError
+from .spec import REAPERS_MAX
 
 __all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
            "parse_rate", "parse_size", "read_yaml"]
@@ -233,6 +234,7 @@ class MachineConfig(_Model):
     guest: GuestConfig | None = None
     replay: ReplayConfig | None = None      # instead of a guest
     reaper: ReaperConfig = ReaperConfig()
+    reapers: Annotated[int, Field(ge=1, le=REAPERS_MAX)] = 1    # threads that harvest, each some of the rings
     verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = None
     timeout: Duration | None = None
     dirty_limit: Rate | None = None     # bytes a second of each vCPU

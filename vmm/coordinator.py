@@ -812,7 +812,7 @@ class Coordinator:
         if self.reaper.recorder is not None:
             raise VmmError(f"machine '{self.spec.name}' is being recorded already")
         self._flush()       # what was dirtied before does not belong to it
-        self.reaper.recorder = Recorder(self.spec.name, self.log.table)
+        self.reaper.recorder = Recorder(self.spec.name, self.log.tables[0])
         try:
             self._record_owner = os.pidfd_open(owner)
         except ProcessLookupError:

@@ -25,11 +25,12 @@ _CLIENT_NAME = re.compile(r"[a-z0-9_]{1,32}")
 class DirtyLog:
     """All bitmaps of a machine. Single-threaded: the coordinator's loop is its lock."""
 
-    def __init__(self, machine: str) -> None:
+    def __init__(self, machine: str, reapers: int = 1) -> None:
         self.machine = machine
         self.slots: dict[int, MemorySlot] = {}
-        self.table = slot_table(MAX_SLOTS)
-        self.table_address = self.table.ctypes.data
+        #: One for each reaper: where its harvests go.
+        self.tables = [slot_table(MAX_SLOTS) for _ in range(reapers)]
+        self.table_addresses = [table.ctypes.data for table in self.tables]
         self._clients: dict[str, dict[int, ClientBitmaps]] = {}
         #: Removed slots that a client still holds bitmaps of: its next take reports them once more
         #: (False), the one after that drops them (True).
@@ -53,7 +54,8 @@ class DirtyLog:
             if (client, slot_id) in self._retired:
                 self._drop(client, slot_id)
         self.slots[slot_id] = slot
-        self.table[slot_id] = (slot.staging.words_address, slot.staging.summary_address, slot.pages)
+        for table, staging in zip(self.tables, slot.staging, strict=True):
+            table[slot_id] = (staging.words_address, staging.summary_address, slot.pages)
         for name, bitmaps in self._clients.items():
             bitmaps[slot_id] = ClientBitmaps.make(self.machine, name, slot_id, slot.pages)
 
@@ -61,7 +63,8 @@ class DirtyLog:
         """Fold what is known of the slot into every client, then forget it. The guest is stopped and
         the rings are empty (invariant 6). Each client sees the slot once more, at its next sync."""
         self._fold(self.slots[slot_id])
-        self.table[slot_id] = 0
+        for table in self.tables:
+            table[slot_id] = 0
         for name in self._clients:
             self._retired[name, slot_id] = False
         return self.slots.pop(slot_id)
@@ -72,7 +75,8 @@ class DirtyLog:
         """Staging to slot bitmaps, after the reset was acknowledged; bits that were new."""
         fresh = 0
         for slot in self.slots.values():
-            fresh += self._kernels.publish(slot.staging, slot.bitmap)
+            for staging in slot.staging:
+                fresh += self._kernels.publish(staging, slot.bitmap)
         return fresh
 
     def mark_logged_slots(self) -> int:

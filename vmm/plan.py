@@ -92,7 +92,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         ring_entries=entries, tracking=config.tracking or "", slots=slots, image=image, load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
-                          config.reaper.max_interval),
+                          config.reaper.max_interval, config.reapers),
         verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
         timeout=config.timeout, dirty_quota=round((config.dirty_limit or 0) / PAGE_SIZE),
         trace=patterns, trace_file=trace_file, linger=linger,

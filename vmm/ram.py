@@ -41,13 +41,14 @@ def adopt_or_make(name: str, size: int) -> Segment:
 
 
 class MemorySlot:
-    """One RAM slot: its memory, the staging bitmap that harvests go to, and the slot bitmap that
+    """One RAM slot: its memory, a staging bitmap for each reaper's harvests, and the slot bitmap that
     consumers' bitmaps are folded from.
 
     ``replay``: the memory is never touched, and its segment sparse; ``vcpu_logs`` are records (with a summary,
     sparse too) of the pages that each vCPU wrote."""
 
-    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool, replay: bool = False) -> None:
+    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool, replay: bool = False,
+                 reapers: int = 1) -> None:
         self.machine = machine
         self.spec = spec
         self.pages = spec.pages
@@ -58,14 +59,14 @@ class MemorySlot:
             # Not all slots' bitmaps at the start of a page: a harvest that goes from slot to slot would need the
             # same few lines of the processor's cache for all of them.
             start = spec.id % _CACHE_SETS * _CACHE_LINE
-            log = self._segment(f"log{spec.id}", start + 2 * bitmap_bytes(self.pages), create)
-            self.staging = Bitmap(log, start, self.pages)
-            self.bitmap = Bitmap(log, start + bitmap_bytes(self.pages), self.pages)
+            size = bitmap_bytes(self.pages)
+            log = self._segment(f"log{spec.id}", start + (reapers + 1) * size, create)
+            self.bitmap = Bitmap(log, start, self.pages)
+            self.staging = [Bitmap(log, start + size * (i + 1), self.pages) for i in range(reapers)]
             self.vcpu_logs: list[NDArray[np.uint64]] = []
             self.records: list[Bitmap] = []
             self._vlog_names: list[str] = []
             if replay:
-                size = bitmap_bytes(self.pages)
                 for vcpu in range(vcpu_logs):
                     segment = self._segment(f"vlog{vcpu}.{spec.id}", size, create, reserve=False)
                     self._vlog_names.append(segment.name)

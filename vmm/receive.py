@@ -32,7 +32,7 @@ from . import boot, wire
 from .errors import VmmError
 from .machine import Machine
 from .postcopy import Missing, Wanted
-from .spec import MachineSpec
+from .spec import REAPERS_MAX, MachineSpec
 from .tracking import CHOICES
 from .wire import (
     PAGE,
@@ -137,6 +137,7 @@ def check_spec(spec: MachineSpec) -> None:
     need(len(spec.params) <= boot.PARAMS_MAX and all(0 <= p < 1 << 64 for p in spec.params), "parameters")
     need(len(spec.cmdline.encode()) <= boot.CMDLINE_MAX, "a command line that is too long")
     need(spec.reaper.mode in ("adaptive", "fixed"), f"reaper '{spec.reaper.mode}'")
+    need(1 <= spec.reaper.reapers <= REAPERS_MAX, f"{spec.reaper.reapers} reapers")
     need(0 < spec.reaper.min_interval <= spec.reaper.max_interval and spec.reaper.interval > 0, "reaper intervals")
     need(spec.dirty_quota >= 0, "a dirty limit below zero")
     need(0 < len(spec.slots) <= MAX_SLOTS, f"{len(spec.slots)} memory slots")

@@ -10,7 +10,10 @@ import msgspec
 
 from ipc.messages import ReplaySpec
 
-__all__ = ["MachineSpec", "RamSlot", "ReaperSpec", "VerifySpec", "decode_spec", "encode_spec"]
+__all__ = ["REAPERS_MAX", "MachineSpec", "RamSlot", "ReaperSpec", "VerifySpec", "decode_spec", "encode_spec"]
+
+
+REAPERS_MAX = 64
 
 
 class RamSlot(msgspec.Struct, frozen=True):
@@ -32,6 +35,7 @@ class ReaperSpec(msgspec.Struct, frozen=True):
     interval: float = 1.0       # fixed: the period (the seed sleeps 1 s)
     min_interval: float = 0.001
     max_interval: float = 1.0
+    reapers: int = 1            # threads that harvest, each some of the rings
 
 
 class VerifySpec(msgspec.Struct, frozen=True):
