@@ -3,8 +3,8 @@
 **Harvest.** A ring full of dirty entries is harvested by ``ipc.kernels.harvest`` and by the loop of the seed
 (``seed_reap.c``, gcc -O2), both over the same entries: sequential or random offsets, in one slot or in 32 in turn.
 Filling the ring is not timed. Bitmaps lie as they do in each program: the C loop's at the start of a page, as
-malloc puts large blocks, ours at another cache line for each slot (vmm/ram.py). Ours keeps a summary beside the bitmap and knows entries that a predecessor has
-harvested already; the C loop does neither.
+malloc puts large blocks, ours at another cache line for each slot (vmm/ram.py). Ours keeps a summary beside the
+bitmap and knows entries that a predecessor has harvested already; the C loop does neither.
 
 **Sync.** What a sync of one client does to the bitmaps of a slot of 1 TiB (32 MiB a bitmap), 0.1 % of it dirty, in
 one piece or each page anywhere, beside reading one such bitmap once.
@@ -173,8 +173,8 @@ def main() -> None:
     else:
         results.cases += harvest_cases(rounds)
     results.cases += sync_cases(rounds)
+    results.save(options.output)
     results.show()
-    results.save(Path(options.output))
 
 
 if __name__ == "__main__":
