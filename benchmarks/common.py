@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Case", "Results", "arguments_parser", "host", "in_turns", "quartiles"]
+__all__ = ["Case", "Results", "arguments_parser", "host", "in_turns", "quartiles", "quiet"]
 
+QUIET = 0.1     # of a core: what others may use
 CONSOLE = Console(width=116, highlight=False)
 
 
@@ -35,14 +36,39 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def in_turns(measures: dict[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, list[dict[str, float]]]:
+def in_turns(measures: dict[str, Callable[[], dict[str, float]]], rounds: int, *,
+             patience: float = 0.0) -> dict[str, list[dict[str, float]]]:
     """Measure each in turn, ``rounds`` times: {name: what it returned each time}. Every other round goes through
-    them backwards, so that none always comes right after another."""
+    them backwards, so that none always comes right after another.
+
+    Before each run the host is to be quiet, which is waited for ``patience`` seconds at most; "busy" is then how
+    much of a core others used right before and right after the run, whichever was more."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
     for number in range(rounds):
         for name in list(measures)[::-1 if number % 2 else 1]:
-            found[name].append(measures[name]())
+            before = quiet(patience)
+            run = measures[name]()
+            found[name].append({**run, "busy": max(before, quiet(0.0))})
     return found
+
+
+def quiet(patience: float) -> float:
+    """Wait until others use less than a tenth of a core, ``patience`` seconds at most; what they use."""
+    deadline = time.monotonic() + patience
+    while (busy := _busy(0.1)) > QUIET and time.monotonic() < deadline:
+        pass
+    return busy
+
+
+def _busy(seconds: float) -> float:
+    """Cores in use over so many seconds, while this process sleeps."""
+    def ticks() -> int:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        return user + nice + system + irq + softirq + steal
+
+    before, began = ticks(), time.monotonic()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
 
 
 @dataclass
@@ -57,12 +83,18 @@ class Case:
     at_most: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, quantity: str) -> tuple[float, float, float]:
-        """Quartiles of ours / the peer's, run by run."""
-        pairs = [a[quantity] / b[quantity] for a, b in zip(self.ours, self.peer, strict=True) if b[quantity]]
+        """Quartiles of ours / the peer's, run by run; of the pairs that were not disturbed, if there are enough."""
+        pairs = [a[quantity] / b[quantity] for a, b in self.pairs() if b[quantity]]
         return quartiles(pairs) if pairs else (float("nan"),) * 3
 
+    def pairs(self) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """The pairs of runs that others left alone, or all of them if those are fewer than three."""
+        every = list(zip(self.ours, self.peer, strict=True))
+        calm = [(a, b) for a, b in every if max(a.get("busy", 0.0), b.get("busy", 0.0)) <= 3 * QUIET]
+        return calm if len(calm) >= 3 else every
+
     def median(self, side: str, quantity: str) -> float:
-        return statistics.median(run[quantity] for run in getattr(self, side))
+        return statistics.median(pair[side == "peer"][quantity] for pair in self.pairs())
 
     def verdict(self, quantity: str) -> str:
         """Whether the target is met, by the median; empty where there is none."""
@@ -181,5 +213,7 @@ def arguments_parser(name: str, about: str | None) -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few, short runs: to see that it works")
     parser.add_argument("--rounds", type=int, help="pairs of runs")
+    parser.add_argument("--patience", type=float, default=20.0,
+                        help="seconds to wait before a run until the host is quiet")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for what was found")
     return parser

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from pathlib import Path
 
 from .common import Case, Results, arguments_parser, in_turns
 from .peer.ours import Guest, Ours, written
@@ -71,7 +70,7 @@ def measure_qemu(guest: Qemu, ring: int, seconds: float) -> dict[str, float]:
     return {"rate": found}
 
 
-def case(vcpus: int, ring: int, rounds: int, seconds: float) -> Case:
+def case(vcpus: int, ring: int, rounds: int, seconds: float, patience: float) -> Case:
     mib = RING_MIB if ring else BITMAP_MIB
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Ours(mib=mib, vcpus=vcpus, ring=ring))
@@ -84,7 +83,7 @@ def case(vcpus: int, ring: int, rounds: int, seconds: float) -> Case:
                 time.sleep(0.05)
         qemu.pause()
         found = in_turns({"ours": lambda: measure_ours(ours, ring, seconds),
-                          "qemu": lambda: measure_qemu(qemu, ring, seconds)}, rounds)
+                          "qemu": lambda: measure_qemu(qemu, ring, seconds)}, rounds, patience=patience)
     return Case(f"{'ring ' + format(ring, ',') if ring else 'bitmap'}, {vcpus} vCPU{'s' * (vcpus > 1)}",
                 found["ours"], found["qemu"], at_least={"rate": TARGET} if ring else {})
 
@@ -102,9 +101,11 @@ def main() -> None:
         for ring in options.rings:
             seconds = BITMAP_WINDOW if not ring else 0.5 if options.quick else options.seconds
             for vcpus in options.vcpus:
-                results.cases.append(case(vcpus, ring, options.rounds or (1 if options.quick else 7), seconds))
+                results.cases.append(case(vcpus, ring, options.rounds or (1 if options.quick else 7), seconds,
+                                          options.patience))
+                results.save(options.output)
+    results.save(options.output)
     results.show()
-    results.save(Path(options.output))
 
 
 if __name__ == "__main__":

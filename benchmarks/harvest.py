@@ -175,8 +175,8 @@ def main() -> None:
     else:
         results.cases += harvest_cases(rounds)
     results.cases += sync_cases(rounds)
+    results.save(options.output)
     results.show()
-    results.save(Path(options.output))
 
 
 if __name__ == "__main__":

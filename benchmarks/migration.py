@@ -105,14 +105,17 @@ def calibrate(mib: int, wanted: float) -> int:
     return max(1, round(low[0] + (1e6 * PAGE / wanted - low[1]) / a_pause))
 
 
-def run(results: Results, *, mib: int, rates: list[int], rounds: int, seconds: float) -> None:
+def run(results: Results, *, mib: int, rates: list[int], rounds: int, seconds: float,
+        patience: float, output: Path) -> None:
     for wanted in rates:
         idle = wanted == 0
         spin = 0 if idle else calibrate(mib, wanted * 1e6)
         found = in_turns({"ours": lambda i=idle, s=spin: ours(mib, s, i, seconds),
-                          "qemu": lambda i=idle, s=spin: qemu(mib, s, i, seconds)}, rounds)
+                          "qemu": lambda i=idle, s=spin: qemu(mib, s, i, seconds)}, rounds,
+                         patience=patience)
         label = f"{mib} MiB, " + ("idle" if idle else f"{wanted} MB/s")
         results.cases.append(Case(label, found["ours"], found["qemu"], at_most={"total": 1.0, "downtime": 1.0}))
+        results.save(output)
 
 
 def main() -> None:
@@ -128,9 +131,9 @@ def main() -> None:
     results.skipped = missing()
     if not results.skipped:
         run(results, mib=options.mib, rates=options.rates, rounds=options.rounds or (1 if options.quick else 5),
-            seconds=0.3 if options.quick else 1.0)
+            seconds=0.3 if options.quick else 1.0, patience=options.patience, output=options.output)
+    results.save(options.output)
     results.show()
-    results.save(Path(options.output))
 
 
 if __name__ == "__main__":

@@ -52,47 +52,54 @@ def _harvest(ring, entries, fetch, limit, table, slots, out, pages, room):  # ty
     bad = _ZERO
     slot_word = np.uint32(load_word(out, 2))
     offset = load_word(out, 3)
+    # The entry at index fetch + count is loaded already; the slot table's row is that of ``known``.
     entry = ring + np.int64((fetch & mask) << np.uint64(4))
-    while count < limit:
-        flags = load_acquire_u32(entry)
-        if flags != _DIRTY and flags & _RESET == _NONE:
-            break
-        slot_word = load_u32(entry + 4)
-        offset = load_u64(entry + 8)
+    flags = load_acquire_u32(entry)
+    next_word = load_u32(entry + 4)
+    next_offset = load_u64(entry + 8)
+    known = ~next_word
+    words = summaries = total = _ZERO
+    while count < limit and (flags == _DIRTY or flags & _RESET != _NONE):
+        left_over = flags != _DIRTY
+        slot_word = next_word
+        offset = next_offset
         first = entry
         count += _ONE
         entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
-        if flags != _DIRTY:
+        flags = load_acquire_u32(entry)
+        next_word = load_u32(entry + 4)
+        next_offset = load_u64(entry + 8)
+        if left_over:
             continue
-        slot_id = slot_word & np.uint32(0xFFFF)
-        as_id = slot_word >> np.uint32(16)
-        row = np.int64(slot_id) * 3
-        if as_id >= _NR_AS or slot_id >= slots or offset >= load_word(table, row + 2):
+        if slot_word != known:
+            known = slot_word
+            slot_id = slot_word & np.uint32(0xFFFF)
+            total = _ZERO
+            if slot_word >> np.uint32(16) < _NR_AS and slot_id < slots:
+                row = table + np.int64(slot_id) * 24
+                words, summaries, total = load_word(row, 0), load_word(row, 1), load_word(row, 2)
+        if offset >= total:
             bad += _ONE
             store_release_u32(first, _RESET)
             continue
-        summary = np.int64(load_word(table, row + 1) + ((offset >> _GROUP_SHIFT >> np.uint64(6)) << np.uint64(3)))
+        summary = np.int64(summaries + ((offset >> np.uint64(18)) << np.uint64(3)))
         groups = load_u64(summary)
         group = _ONE << ((offset >> _GROUP_SHIFT) & np.uint64(63))
         if groups & group == _ZERO:
             store_u64(summary, groups | group)
-        word = np.int64(load_word(table, row) + ((offset >> np.uint64(6)) << np.uint64(3)))
+        word = np.int64(words + ((offset >> np.uint64(6)) << np.uint64(3)))
         bits = _ONE << (offset & np.uint64(63))
-        if (count >= limit or load_acquire_u32(entry) != _DIRTY or load_u32(entry + 4) != slot_word
-                or (load_u64(entry + 8) ^ offset) >> np.uint64(6) != _ZERO):
-            store_u64(word, load_u64(word) | bits)      # alone in its word: pages anywhere, the short way
-            store_release_u32(first, _RESET)
-            continue
         followers = _ZERO
-        while count < limit and load_acquire_u32(entry) == _DIRTY and load_u32(entry + 4) == slot_word:
-            other = load_u64(entry + 8)
-            if (other ^ offset) >> np.uint64(6) != _ZERO or other >= load_word(table, row + 2):
-                break
-            offset = other
+        while (count < limit and (next_offset ^ offset) >> np.uint64(6) == _ZERO and next_word == slot_word
+                and flags == _DIRTY and next_offset < total):
+            offset = next_offset
             bits |= _ONE << (offset & np.uint64(63))
             count += _ONE
             followers += _ONE
             entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
+            flags = load_acquire_u32(entry)
+            next_word = load_u32(entry + 4)
+            next_offset = load_u64(entry + 8)
         store_u64(word, load_u64(word) | bits)
         store_release_u32(first, _RESET)
         while followers:
