@@ -16,7 +16,7 @@ from machines import ACCELS
 from vmm.errors import ExitCode
 
 TOP = Path(__file__).parent.parent
-CONFIGS = sorted(p for p in (TOP / "configs").glob("*.yaml") if p.stem != "stress")    # a sweep, not a machine
+CONFIGS = sorted(p for p in (TOP / "configs").glob("*.yaml") if not p.stem.startswith("stress"))   # sweeps
 TIMEOUT = 60
 
 
