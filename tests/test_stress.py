@@ -92,7 +92,7 @@ def test_a_sweep_ends_with_figures_fits_and_pictures(accel: str, tmp_path: Path)
         assert proof["rounds"] >= 3
         assert proof["dirty"] > 0
     quantities = {f["quantity"] for f in document["model"]}
-    assert quantities >= {"launch", "memory beyond RAM"} if repeat > 1 else not quantities
+    assert "memory beyond RAM" in quantities if repeat > 1 else not quantities
     for picture in ("throughput", "stalls", "ring-full-exits", "flush"):
         assert (tmp_path / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     again = vmm("stress", "--resume", "--output", str(tmp_path / "out"))
