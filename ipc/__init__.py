@@ -9,7 +9,7 @@ A dirty page's way, from the guest's store to whoever wants to know of it::
     |   v  software CPU's tracker)   |  ring   |    -> staging bitmap -> store RESET      |
     | push entry, store-release DIRTY|========>|                                          |
     |                                |         |                                          |
-    | ioctl RESET (re-protects)      |<--------|  Reset message to every harvested ring   |
+    | ioctl RESET (re-protects)      |<--------|  reset_request in the control block      |
     |   reset_total += count         |-------->|  counts compared (invariant 3)           |
     +--------------------------------+         |                                          |
                                                |  publish: staging -> slot bitmap         |

@@ -23,15 +23,20 @@ __all__ = [
     "cmpxchg_u64",
     "cmpxchg_u128",
     "fence",
+    "fence_release",
     "fetch_or_u64",
     "load_acquire_u32",
+    "load_acquire_u64",
     "load_u8",
     "load_u32",
     "load_u64",
+    "load_word",
+    "popcount",
     "store_release_u32",
     "store_release_u64",
     "store_u8",
     "store_u64",
+    "store_word",
     "swap_u64",
 ]
 
@@ -51,6 +56,14 @@ def load_acquire_u32(typingctx: Any, address: Any) -> Any:
         return builder.load_atomic(_pointer(builder, args[0], _U32), "acquire", 4)
 
     return types.uint32(types.int64), codegen
+
+
+@intrinsic
+def load_acquire_u64(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], _U64), "acquire", 8)
+
+    return types.uint64(types.int64), codegen
 
 
 @intrinsic
@@ -100,6 +113,28 @@ def store_u64(typingctx: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.uint64), codegen
+
+
+@intrinsic
+def load_word(typingctx: Any, base: Any, index: Any) -> Any:
+    """Plain load of the u64 number ``index`` from ``base``. (Unlike an address that was added up, LLVM knows what
+    a loop over these does, and makes vector instructions of it.)"""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(builder.gep(_pointer(builder, args[0], _U64), [args[1]]))
+
+    return types.uint64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_word(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
+    """Plain store of the u64 number ``index`` from ``base``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], builder.gep(_pointer(builder, args[0], _U64), [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint64), codegen
 
 
 @intrinsic
@@ -183,3 +218,24 @@ def cmpxchg_u128(typingctx: Any, address: Any, expected: Any, new: Any) -> Any:
         return builder.zext(builder.extract_value(pair, 1), ir.IntType(8))
 
     return types.uint8(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def popcount(typingctx: Any, value: Any) -> Any:
+    """Number of set bits."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def fence_release(typingctx: Any) -> Any:
+    """Stores before it are seen before those after it (x86: for the compiler alone)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.fence("release")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

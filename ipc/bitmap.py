@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from .shm import Segment
 
-__all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "slot_table", "summary_words",
-           "word_count"]
+__all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "set_bit_indices", "slot_table",
+           "summary_words", "word_count", "words_of_groups"]
 
 GROUP_WORDS = 64
 U64 = NDArray[np.uint64]
@@ -86,7 +86,12 @@ class Bitmap:
         self.summary[:] = 0
 
     def count(self) -> int:
-        return int(np.bitwise_count(self.words).sum())
+        """Set bits; looks only where the summary says that there may be some."""
+        return int(np.bitwise_count(self.words[self.filled_words()]).sum())
+
+    def filled_words(self) -> NDArray[np.int64]:
+        """Numbers of the words that may not be zero, ascending."""
+        return words_of_groups(set_bit_indices(self.summary), len(self.words))
 
     def get(self, page: int) -> bool:
         return bool(int(self.words[page // 64]) >> (page % 64) & 1)
@@ -114,6 +119,29 @@ def set_bits(words: U64, first: int, last: int) -> None:
 
 def dirty_ranges(words: U64, pages: int) -> list[tuple[int, int]]:
     """Runs of set bits as (first page, count), ascending."""
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:pages]
-    edges = np.flatnonzero(np.diff(bits, prepend=0, append=0))
-    return [(int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if pages % 64:
+        words = words.copy()
+        words[-1] &= np.uint64((1 << pages % 64) - 1)
+    # A run begins at a bit whose lower neighbour is clear and ends at one whose upper neighbour is. Word by word:
+    # a bit a page unpacked would be 256 MiB of a 1 TiB slot.
+    above, below = np.roll(words, -1), np.roll(words, 1)
+    if len(words):
+        above[-1] = below[0] = 0
+    one, top = np.uint64(1), np.uint64(63)
+    first = set_bit_indices(words & ~(words << one | below >> top))
+    last = set_bit_indices(words & ~(words >> one | above << top))
+    return list(zip(first.tolist(), (last - first + 1).tolist(), strict=True))
+
+
+def words_of_groups(groups: NDArray[np.int64], words: int) -> NDArray[np.int64]:
+    """Numbers of the words of these groups, of a bitmap of so many words."""
+    at = (groups[:, None] * GROUP_WORDS + np.arange(GROUP_WORDS)).ravel()
+    return at[at < words]
+
+
+def set_bit_indices(words: U64) -> NDArray[np.int64]:
+    """Indices of the bits that are set, ascending; the work follows the words that are not zero."""
+    filled = np.flatnonzero(words)
+    bits = np.unpackbits(words[filled].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    word, bit = np.nonzero(bits)
+    return filled[word] * 64 + bit

@@ -1,4 +1,4 @@
-"""futex(2) on shared memory: the wait and wake hypercalls across vCPU processes."""
+"""futex(2) on shared memory: the wait and wake hypercalls across vCPU processes, and the reset of rings."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ _syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
                      ctypes.c_void_p, ctypes.c_uint32]
 
 
-def wait(address: int, expected: int) -> bool:
-    """Sleep while the u32 at ``address`` is ``expected``.
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
-    True when woken or when the value differs; False when a signal interrupted the wait.
+
+def wait(address: int, expected: int, seconds: float | None = None) -> bool:
+    """Sleep while the u32 at ``address`` is ``expected``, for so many seconds at most (None: without end).
+
+    True when woken or when the value differs; False when a signal, or the time, ended the wait.
     """
-    if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, None, None, 0) == 0:
+    limit = None if seconds is None else ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
+    if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, limit, None, 0) == 0:
         return True
     error = ctypes.get_errno()
     if error == errno.EAGAIN:
         return True
-    if error == errno.EINTR:
+    if error in (errno.EINTR, errno.ETIMEDOUT):
         return False
     raise OSError(error, os.strerror(error))
 

@@ -1,7 +1,7 @@
-"""The hot loops, as Numba compiles them: harvest, publish, fold, clear. :mod:`ipc.kernels` has them to call.
+"""The hot loops, as Numba compiles them: harvest, publish, fold, clear, take. :mod:`ipc.kernels` has them to call.
 
-Arguments are addresses, so that the compiled code needs nothing of Python (ipc/native.py). Everything a ring entry
-says is checked against the slot table (ipc.bitmap.slot_table).
+Arguments are numbers and addresses, so that the compiled code needs nothing of Python (ipc/native.py). Everything a
+ring entry says is checked against the slot table (ipc.bitmap.slot_table).
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import numpy as np
 from numba import njit
 from numba.core import types
 
-from .atomics import load_acquire_u32, load_u32, load_u64, store_release_u32, store_u64
+from .atomics import (
+    fence_release,
+    load_acquire_u32,
+    load_u32,
+    load_u64,
+    load_word,
+    popcount,
+    store_release_u32,
+    store_u64,
+    store_word,
+)
 from .bitmap import GROUP_WORDS
 from .layout import DIRTY_GFN_F_DIRTY, DIRTY_GFN_F_RESET, NR_ADDRESS_SPACES
 
@@ -18,6 +28,7 @@ __all__ = ["EXPORTS"]
 
 _DIRTY = np.uint32(DIRTY_GFN_F_DIRTY)
 _RESET = np.uint32(DIRTY_GFN_F_RESET)
+_NONE = np.uint32(0)
 _NR_AS = np.uint32(NR_ADDRESS_SPACES)
 _ONE = np.uint64(1)
 _ZERO = np.uint64(0)
@@ -27,114 +38,175 @@ assert GROUP_WORDS * 64 == 1 << 12
 _i64, _u32, _u64 = types.int64, types.uint32, types.uint64
 
 
-@njit(_u64(_u64), inline="always")
-def _popcount(x):  # type: ignore[no-untyped-def]
-    x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
-
-
-@njit(_i64(_u64), inline="always")
+@njit(inline="always")
 def _log2(power):  # type: ignore[no-untyped-def]
     """Index of the one set bit of ``power``."""
-    return np.int64(_popcount(power - _ONE))
+    return np.int64(popcount(power - _ONE))
 
 
 def _harvest(ring, entries, fetch, limit, table, slots, out, pages, room):  # type: ignore[no-untyped-def]
-    """``table`` [slots, 3], ``out`` [4] and ``pages`` [room, 3] are addresses of uint64 arrays."""
+    """Entries in a row that fall into one word of the bitmap are one store to it, then their flags: a walk over
+    memory then does not wait for the word again and again."""
     mask = np.uint64(entries - np.uint32(1))
     count = _ZERO
     bad = _ZERO
-    slot_word = np.uint32(load_u64(out + 16))
-    offset = load_u64(out + 24)
+    slot_word = np.uint32(load_word(out, 2))
+    offset = load_word(out, 3)
+    entry = ring + np.int64((fetch & mask) << np.uint64(4))
     while count < limit:
-        entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
         flags = load_acquire_u32(entry)
-        if flags & _RESET:
-            slot_word = load_u32(entry + 4)
-            offset = load_u64(entry + 8)
-            count += _ONE
-            continue
-        if flags != _DIRTY:
+        if flags != _DIRTY and flags & _RESET == _NONE:
             break
         slot_word = load_u32(entry + 4)
         offset = load_u64(entry + 8)
+        first = entry
+        count += _ONE
+        entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
+        if flags != _DIRTY:
+            continue
         slot_id = slot_word & np.uint32(0xFFFF)
         as_id = slot_word >> np.uint32(16)
-        row = table + np.int64(slot_id) * 24
-        if as_id < _NR_AS and slot_id < slots and offset < load_u64(row + 16):
-            summary = np.int64(load_u64(row + 8) + ((offset >> _GROUP_SHIFT >> np.uint64(6)) << np.uint64(3)))
-            store_u64(summary, load_u64(summary) | (_ONE << ((offset >> _GROUP_SHIFT) & np.uint64(63))))
-            word = np.int64(load_u64(row) + ((offset >> np.uint64(6)) << np.uint64(3)))
-            store_u64(word, load_u64(word) | (_ONE << (offset & np.uint64(63))))
-        else:
+        row = np.int64(slot_id) * 3
+        if as_id >= _NR_AS or slot_id >= slots or offset >= load_word(table, row + 2):
             bad += _ONE
-        store_release_u32(entry, _RESET)
-        if count < room:
-            at = pages + np.int64(count * np.uint64(24))
-            store_u64(at, fetch + count)
-            store_u64(at + 8, np.uint64(slot_word))
-            store_u64(at + 16, offset)
-        count += _ONE
-    store_u64(out, count)
-    store_u64(out + 8, bad)
-    store_u64(out + 16, np.uint64(slot_word))
-    store_u64(out + 24, offset)
+            store_release_u32(first, _RESET)
+            continue
+        summary = np.int64(load_word(table, row + 1) + ((offset >> _GROUP_SHIFT >> np.uint64(6)) << np.uint64(3)))
+        groups = load_u64(summary)
+        group = _ONE << ((offset >> _GROUP_SHIFT) & np.uint64(63))
+        if groups & group == _ZERO:
+            store_u64(summary, groups | group)
+        word = np.int64(load_word(table, row) + ((offset >> np.uint64(6)) << np.uint64(3)))
+        bits = _ONE << (offset & np.uint64(63))
+        if (count >= limit or load_acquire_u32(entry) != _DIRTY or load_u32(entry + 4) != slot_word
+                or (load_u64(entry + 8) ^ offset) >> np.uint64(6) != _ZERO):
+            store_u64(word, load_u64(word) | bits)      # alone in its word: pages anywhere, the short way
+            store_release_u32(first, _RESET)
+            continue
+        followers = _ZERO
+        while count < limit and load_acquire_u32(entry) == _DIRTY and load_u32(entry + 4) == slot_word:
+            other = load_u64(entry + 8)
+            if (other ^ offset) >> np.uint64(6) != _ZERO or other >= load_word(table, row + 2):
+                break
+            offset = other
+            bits |= _ONE << (offset & np.uint64(63))
+            count += _ONE
+            followers += _ONE
+            entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
+        store_u64(word, load_u64(word) | bits)
+        store_release_u32(first, _RESET)
+        while followers:
+            store_release_u32(ring + np.int64(((fetch + count - followers) & mask) << np.uint64(4)), _RESET)
+            followers -= _ONE
+    for i in range(np.int64(min(count, room))):       # the entries are there until the reset
+        entry = ring + np.int64(((fetch + np.uint64(i)) & mask) << np.uint64(4))
+        store_word(pages, 3 * i, fetch + np.uint64(i))
+        store_word(pages, 3 * i + 1, np.uint64(load_u32(entry + 4)))
+        store_word(pages, 3 * i + 2, load_u64(entry + 8))
+    store_word(out, 0, count)
+    store_word(out, 1, bad)
+    store_word(out, 2, np.uint64(slot_word))
+    store_word(out, 3, offset)
+
+
+# Bitmaps are addresses of their words; the summary lies behind them (ipc/bitmap.py).
+
+
+@njit(inline="always")
+def _end(first, words):  # type: ignore[no-untyped-def]
+    """Of the group that begins at word ``first``."""
+    return min(first + GROUP_WORDS, words)
+
+
+@njit(inline="always")
+def _zero(bitmap, first, end):  # type: ignore[no-untyped-def]
+    for w in range(first, end):
+        store_word(bitmap, w, _ZERO)
 
 
 def _publish(src, dst, words, summary_words):  # type: ignore[no-untyped-def]
-    """Bitmaps as they lie in memory: ``words``, behind them ``summary_words`` of summary."""
     fresh = _ZERO
-    for s in range(summary_words):
-        src_summary = src + 8 * (words + s)
-        dst_summary = dst + 8 * (words + s)
-        groups = load_u64(src_summary)
+    for s in range(words, words + summary_words):
+        groups = load_word(src, s)
         if groups == _ZERO:
             continue
-        store_u64(dst_summary, load_u64(dst_summary) | groups)
-        g = groups
-        while g != _ZERO:
-            low = g & (~g + _ONE)
-            g ^= low
-            first = (s * 64 + _log2(low)) * GROUP_WORDS
-            for w in range(first, min(first + GROUP_WORDS, words)):
-                bits = load_u64(src + 8 * w)
-                if bits != _ZERO:
-                    there = load_u64(dst + 8 * w)
-                    fresh += _popcount(bits & ~there)
-                    store_u64(dst + 8 * w, there | bits)
-                    store_u64(src + 8 * w, _ZERO)
-        store_u64(src_summary, _ZERO)
+        store_word(dst, s, load_word(dst, s) | groups)
+        while groups != _ZERO:
+            low = groups & (~groups + _ONE)
+            groups ^= low
+            first = ((s - words) * 64 + _log2(low)) * GROUP_WORDS
+            end = _end(first, words)
+            for w in range(first, end):
+                bits, there = load_word(src, w), load_word(dst, w)
+                fresh += popcount(bits & ~there)
+                store_word(dst, w, there | bits)
+            fence_release()
+            _zero(src, first, end)
+        store_word(src, s, _ZERO)
     return fresh
 
 
 def _fold(src, dst, words, summary_words):  # type: ignore[no-untyped-def]
-    for s in range(summary_words):
-        groups = load_u64(src + 8 * (words + s))
+    for s in range(words, words + summary_words):
+        groups = load_word(src, s)
         if groups == _ZERO:
             continue
-        dst_summary = dst + 8 * (words + s)
-        store_u64(dst_summary, load_u64(dst_summary) | groups)
+        store_word(dst, s, load_word(dst, s) | groups)
         while groups != _ZERO:
             low = groups & (~groups + _ONE)
             groups ^= low
-            first = (s * 64 + _log2(low)) * GROUP_WORDS
-            for w in range(first, min(first + GROUP_WORDS, words)):
-                store_u64(dst + 8 * w, load_u64(dst + 8 * w) | load_u64(src + 8 * w))
+            first = ((s - words) * 64 + _log2(low)) * GROUP_WORDS
+            for w in range(first, _end(first, words)):
+                store_word(dst, w, load_word(dst, w) | load_word(src, w))
 
 
 def _clear(bitmap, words, summary_words):  # type: ignore[no-untyped-def]
-    for s in range(summary_words):
-        summary = bitmap + 8 * (words + s)
-        groups = load_u64(summary)
+    for s in range(words, words + summary_words):
+        groups = load_word(bitmap, s)
         while groups != _ZERO:
             low = groups & (~groups + _ONE)
             groups ^= low
-            first = (s * 64 + _log2(low)) * GROUP_WORDS
-            for w in range(first, min(first + GROUP_WORDS, words)):
-                store_u64(bitmap + 8 * w, _ZERO)
-        store_u64(summary, _ZERO)
+            first = ((s - words) * 64 + _log2(low)) * GROUP_WORDS
+            _zero(bitmap, first, _end(first, words))
+        store_word(bitmap, s, _ZERO)
+
+
+def _take(slot, gathering, front, words, summary_words):  # type: ignore[no-untyped-def]
+    taken = _ZERO
+    for s in range(words, words + summary_words):
+        fresh = load_word(slot, s)
+        older = load_word(gathering, s)
+        stale = load_word(front, s) & ~(fresh | older)
+        groups = fresh | older | stale
+        if groups == _ZERO:
+            continue
+        store_word(front, s, groups)
+        while groups != _ZERO:
+            low = groups & (~groups + _ONE)
+            groups ^= low
+            first = ((s - words) * 64 + _log2(low)) * GROUP_WORDS
+            end = _end(first, words)
+            if low & stale:
+                _zero(front, first, end)
+                continue
+            if low & older:
+                for w in range(first, end):
+                    bits = load_word(slot, w) | load_word(gathering, w)
+                    store_word(front, w, bits)
+                    taken += popcount(bits)
+                fence_release()
+                _zero(gathering, first, end)
+            else:
+                for w in range(first, end):
+                    bits = load_word(slot, w)
+                    store_word(front, w, bits)
+                    taken += popcount(bits)
+                fence_release()
+            _zero(slot, first, end)
+        store_word(front, s, fresh | older)
+        store_word(slot, s, _ZERO)
+        store_word(gathering, s, _ZERO)
+    return taken
 
 
 EXPORTS = {
@@ -142,4 +214,5 @@ EXPORTS = {
     "publish": (_publish, _u64(_i64, _i64, _i64, _i64)),
     "fold": (_fold, types.void(_i64, _i64, _i64, _i64)),
     "clear": (_clear, types.void(_i64, _i64, _i64)),
+    "take": (_take, _u64(_i64, _i64, _i64, _i64, _i64)),
 }

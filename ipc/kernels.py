@@ -8,7 +8,7 @@ from __future__ import annotations
 from .bitmap import Bitmap, summary_words, word_count
 from .native import Native
 
-__all__ = ["clear", "fold", "harvest", "publish"]
+__all__ = ["clear", "fold", "harvest", "publish", "take"]
 
 _native = Native("ipc.kernel_source", "ipc.atomics", "ipc.bitmap", "ipc.layout")
 
@@ -34,7 +34,7 @@ def harvest(ring: int, entries: int, fetch: int, limit: int, table: int, slots: 
 def publish(src: Bitmap, dst: Bitmap) -> int:
     """``dst |= src; src = 0``, group by group; the number of bits that were new in ``dst``.
 
-    Each word is set in ``dst`` before it is cleared in ``src``, and the summary of ``src`` last:
+    Each group is set in ``dst`` before it is cleared in ``src``, and the summary of ``src`` last:
     repeating an interrupted call is harmless. Serves staging -> slot bitmap.
     """
     words, summary = word_count(src.pages), summary_words(src.pages)
@@ -49,3 +49,10 @@ def fold(src: Bitmap, dst: Bitmap) -> None:
 def clear(bitmap: Bitmap) -> None:
     """Zero a bitmap where its summary says that something may be set; the summary last."""
     _native.clear(bitmap.words_address, word_count(bitmap.pages), summary_words(bitmap.pages))
+
+
+def take(slot: Bitmap, gathering: Bitmap, front: Bitmap) -> int:
+    """What fold(slot, gathering), clear(slot), clear(front) and publish(gathering, front) come to, in one pass over
+    memory: for a log with a single client. The number of bits in ``front``."""
+    words, summary = word_count(slot.pages), summary_words(slot.pages)
+    return int(_native.take(slot.words_address, gathering.words_address, front.words_address, words, summary))

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_VCPUS",
     "NR_ADDRESS_SPACES",
     "PROTOCOL_VERSION",
+    "RING_RESERVE",
     "SYSTEM_SLOT",
     "DirtyGfn",
     "MachineControl",
@@ -30,13 +31,17 @@ __all__ = [
     "vcpu_control",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CONTROL_MAGIC = 0x4D4D5644_52414853  # "SHARDVMM"
 
 MAX_VCPUS = 256
 MAX_SLOTS = 500            # user slots: ids 0..499
 SYSTEM_SLOT = 510          # page tables, descriptor tables, boot information; never logged
 NR_ADDRESS_SPACES = 1      # as_id 0 only; an entry that names another is counted and dropped
+
+#: Entries kept free when a vCPU is asked out of the guest (soft-full), as KVM does on Intel: 64, and a PML
+#: buffer's 512.
+RING_RESERVE = 64 + 512
 
 # Flags of a ring entry (Linux Documentation/virt/kvm/api.rst, 8.29 KVM_CAP_DIRTY_LOG_RING).
 DIRTY_GFN_F_DIRTY = 1
@@ -115,6 +120,11 @@ class VcpuControl(ctypes.Structure):
         ("last_offset", ctypes.c_uint64),     # c: its page offset
         ("dirty_quota", ctypes.c_uint64),     # c: pages a second that this vCPU may dirty; 0: no limit
         ("throttled_ns", ctypes.c_uint64),    # w: time out of the guest for that, ns
+        # --- the reset of the ring: asked for and answered here, both words with a futex wake --------------
+        ("reset_request", ctypes.c_uint32),   # c: raised by one for each
+        ("reset_expected", ctypes.c_uint32),  # c: entries harvested and not reset yet
+        ("reset_done", ctypes.c_uint32),      # w: the reset_request that was carried out last
+        ("_pad2", ctypes.c_uint32),
     ]
 
 

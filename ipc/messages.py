@@ -8,7 +8,8 @@ Two sockets a worker, so that each is used by one thread alone (ZeroMQ sockets a
   :class:`KickAck`, :class:`Console`, :class:`Exited`.
 
 Pause, resume, stop and kick are not messages: they are a word in the control block, the
-immediate-exit flag and a signal (workers/worker.py), acknowledged by a notification.
+immediate-exit flag and a signal (workers/worker.py), acknowledged by a notification. Nor is the reset of a
+ring, which comes too often for that: it is two words in the control block, each with a futex wake.
 
 Decoding checks types and refuses unknown tags; unknown *fields* are ignored, so that a newer peer
 may add some. docs/protocol.md has a paragraph a message. Never pickle.
@@ -25,8 +26,8 @@ from .layout import PROTOCOL_VERSION
 
 __all__ = [
     "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
-    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "Request", "Reset",
-    "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
+    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "ReplayPhase", "ReplaySpec",
+    "Request", "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
     "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
 
@@ -63,7 +64,29 @@ class SlotSpec(Wire, frozen=True):
     size: int                   # bytes
     segment: str                # name of the shared-memory segment that backs it, whole
     log: bool = False           # dirty logging on
-    log_segment: str = ""       # bitmap mode: this vCPU's own log buffer for the slot
+    log_segment: str = ""       # bitmap mode: this vCPU's own log buffer for the slot; replay with
+                                # verification: its record of the pages it wrote, with a summary
+
+
+class ReplayPhase(Wire, frozen=True):
+    """A stretch of writes in one pattern (workers/replay_kernels.py, Pattern)."""
+
+    pattern: str                # "sequential" | "strided" | "random" | "zipf"
+    writes: int = 0             # of each vCPU; 0: for ever
+    stride: int = 1             # strided: pages
+    exponent: float = 1.0       # zipf
+
+
+class ReplaySpec(Wire, frozen=True):
+    """What a worker of the replay accelerator dirties: phases in their order, or its part of a trace."""
+
+    phases: list[ReplayPhase] = []
+    rate: float = 0.0           # writes a second of each vCPU; 0: as fast as it can
+    seed: int = 0
+    shared: bool = False        # every vCPU writes to all pages, else each to its own share of them
+    repeat: bool = False        # a page makes an entry at each write, not only when it was reset in between
+    trace_segment: str = ""     # shared memory with this vCPU's part (ipc/replaytrace.py)
+    speed: float = 0.0          # of a trace, against its own times; 0: as fast as it can
 
 
 class WorkerSpec(Wire, frozen=True, kw_only=True):
@@ -86,6 +109,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     keeper_fd: int = -1         # inherited pipe: end of file means that nobody owns the machine any more
     boot: dict[str, int]        # initial registers: rip, rsp, rdi, rsi, rdx, cr3, gdt_base, gdt_limit,
                                 # idt_base, idt_limit, tss_base (GPAs; vmm/boot.py makes them)
+    replay: ReplaySpec | None = None
 
 
 # --- requests (coordinator -> worker) ---------------------------------------------------------
@@ -93,14 +117,6 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
 
 class Request(Wire, frozen=True, tag_field="t"):
     seq: int
-
-
-class Reset(Request, frozen=True, tag="reset"):
-    """Reset the ring. ``expected`` entries were harvested and not reset yet; the call is repeated
-    until that many are (since Linux 6.17 it may return short) or it returns 0. Done.value: entries
-    reset. A vCPU that waits at ring-full re-enters the guest afterwards."""
-
-    expected: int
 
 
 class SetMemslot(Request, frozen=True, tag="set-memslot"):
@@ -155,7 +171,7 @@ class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
-AnyRequest = (Reset | SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
+AnyRequest = (SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
               | SetState | Userfault | Shutdown)
 
 
@@ -191,7 +207,7 @@ class Hello(Notification, frozen=True, tag="hello"):
 
 
 class RingFull(Notification, frozen=True, tag="ring-full"):
-    """Soft-full: out of the guest until a Reset has freed entries."""
+    """Soft-full: out of the guest until a reset has freed entries."""
 
 
 class KickAck(Notification, frozen=True, tag="kick-ack"):

@@ -6,8 +6,8 @@ through llvmlite's linker alone (30 ms). The file is made anew when a source it 
 the processor is another one.
 
 A source module (``ipc/kernel_source.py``) is imported only to compile. It has ``EXPORTS``: {name: (function of
-Numba's kind, signature)}, with integers for arguments and results: addresses, not arrays. The functions run without
-the GIL.
+Numba's kind, signature)}, with integers for arguments and results: addresses, not arrays. The functions run
+without the GIL.
 """
 
 from __future__ import annotations

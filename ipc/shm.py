@@ -12,13 +12,14 @@ import errno
 import hashlib
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 import posix_ipc
 
-__all__ = ["PAGE_SIZE", "Segment", "SegmentError", "free_bytes", "list_segments", "machine_prefix",
-           "segment_name", "unlink_segment"]
+__all__ = ["PAGE_SIZE", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
+           "machine_prefix", "open_fd", "segment_name", "unlink_segment"]
 
 PAGE_SIZE = 4096
 _SHM_DIR = Path("/dev/shm")
@@ -79,6 +80,30 @@ def unlink_segment(name: str) -> bool:
     except posix_ipc.ExistentialError:
         return False
     return True
+
+
+def open_fd(name: str) -> int:
+    """A file descriptor of an existing segment: written through it, memory costs no page fault. Raises
+    SegmentError."""
+    try:
+        return int(posix_ipc.SharedMemory(name).fd)
+    except (posix_ipc.Error, OSError) as exc:
+        raise SegmentError(f"cannot open shared-memory segment {name}: {exc}") from None
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first byte, end) of the parts of a segment that were ever touched, in whole pages; all else is zero. What
+    was reserved and not touched is no data to the kernel."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:    # none behind ``at``
+                return
+            raise
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start // PAGE_SIZE * PAGE_SIZE, min(-(-at // PAGE_SIZE) * PAGE_SIZE, size)
 
 
 class Segment:

@@ -16,7 +16,9 @@ from machines import ACCELS
 from vmm.errors import ExitCode
 
 TOP = Path(__file__).parent.parent
-CONFIGS = sorted(p for p in (TOP / "configs").glob("*.yaml") if not p.stem.startswith("stress"))   # sweeps
+REPLAYED = sorted((TOP / "configs").glob("replay-*.yaml"))
+SWEEPS = (TOP / "configs").glob("stress*.yaml")     # not machines
+CONFIGS = sorted(set((TOP / "configs").glob("*.yaml")) - {*SWEEPS, *REPLAYED})
 TIMEOUT = 60
 
 
@@ -33,8 +35,9 @@ def write(path: Path, text: str) -> str:
 GOOD = "memory:\n  - size: 4MiB\nguest:\n  workload: hello\n"
 
 
-@pytest.mark.parametrize("accel", ACCELS)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(("config", "accel"), [
+    *(pytest.param(c, *a.values, marks=a.marks, id=f"{c.stem}-{a.values[0]}") for c in CONFIGS for a in ACCELS),
+    *(pytest.param(c, "replay", id=c.stem) for c in REPLAYED)])
 def test_every_config_runs_and_verifies(config: Path, accel: str) -> None:
     done = vmm("launch", str(config), "--json", "--set", f"accel={accel}")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ipc import messages as m
 
 SLOT = m.SlotSpec(3, 0x1000, 0x2000, "/segment", True, "/log")
-REQUESTS = [m.Reset(1, 4096), m.SetMemslot(2, SLOT), m.RemoveMemslot(3, 7), m.GetLog(4, 1), m.ClearLog(5, 1),
+REQUESTS = [m.SetMemslot(2, SLOT), m.RemoveMemslot(3, 7), m.GetLog(4, 1), m.ClearLog(5, 1),
             m.RebuildRing(6), m.SendFd(7), m.GetState(8), m.SetState(9, {"regs": {"rax": 2**64 - 1}}),
             m.Shutdown(10)]
 REPLIES = [m.Done(1, 2**40), m.Done(2, 0, {"xsave": b"\0\1"}), m.Failed(3, "why")]

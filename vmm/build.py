@@ -11,11 +11,13 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from ipc import channel
 from ipc.layout import (
     CONTROL_MAGIC,
+    MAX_SLOTS,
     PROTOCOL_VERSION,
     SYSTEM_SLOT,
     MachineControl,
@@ -25,7 +27,8 @@ from ipc.layout import (
     vcpu_control,
 )
 from ipc.messages import SlotSpec, WorkerSpec
-from ipc.shm import Segment, segment_name
+from ipc.replaytrace import TraceSegment
+from ipc.shm import PAGE_SIZE, Segment, segment_name
 
 from . import boot, loader
 from .dirtylog import DirtyLog
@@ -33,6 +36,7 @@ from .errors import VmmError
 from .ram import MemorySlot
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
+from .tracefile import TraceError, TraceReader, check_trace, unpack
 
 __all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
 
@@ -46,6 +50,8 @@ class Parts:
     system: Segment
     log: DirtyLog
     rings: list[Segment] = field(default_factory=list)
+    #: Each vCPU's part of the trace that is replayed (ipc/replaytrace.py).
+    traces: list[Segment] = field(default_factory=list)
     entry: int = 0
     #: Pages [first, end) of each slot that are the guest's to use: no image, no stacks.
     usable: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -56,8 +62,9 @@ class Parts:
         return machine_control(self.control_segment.address)
 
     def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
-        logs = 0 if self.spec.ring_entries else self.spec.vcpus
-        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create)
+        replay = self.spec.accel == "replay"
+        logs = self.spec.vcpus if (self.spec.verify is not None if replay else not self.spec.ring_entries) else 0
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay)
 
     def close(self) -> None:
         self.log.close()
@@ -85,27 +92,53 @@ def make_parts(spec: MachineSpec) -> Parts:
 
     Raises VmmError and SegmentError; nothing is left behind then.
     """
-    image = loader.load_image(spec.image, spec.load_address)
-    loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
-    slots = _boot_slots(spec, image)
+    image, slots = None, []
+    if spec.accel != "replay":
+        image = loader.load_image(spec.image, spec.load_address)
+        loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
+        slots = _boot_slots(spec, image)
     with contextlib.ExitStack() as stack:
         def segment(what: str, size: int) -> Segment:
             return stack.enter_context(Segment.create(segment_name(spec.name, what), size))
 
         control = segment("control", control_size(spec.vcpus))
-        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)))
+        # A replayed machine boots nothing: a page stands in for its system slot.
+        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
         log = DirtyLog(spec.name)
         stack.callback(log.close)
-        parts = Parts(spec, control, system, log, entry=image.entry, usable=_usable_pages(slots))
+        parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots))
         for slot in spec.slots:
             log.add_slot(parts.new_slot(slot, create=True))
         if _software_ring(spec):
             parts.rings = [segment(f"ring{i}", spec.ring_entries * 16) for i in range(spec.vcpus)]
-        _load(parts, image, slots)
+        if image is not None:
+            _load(parts, image, slots)
+        if spec.replay_trace:
+            parts.traces = _load_trace(spec, stack)
         block = parts.control
         block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
         parts.stack = stack.pop_all()
     return parts
+
+
+def _load_trace(spec: MachineSpec, stack: contextlib.ExitStack) -> list[Segment]:
+    """A segment a vCPU. Raises TraceError."""
+    path = Path(spec.replay_trace)
+    made = []
+    with TraceReader(path) as reader:
+        check_trace(path, reader.header, spec.vcpus, spec.slots)
+        sizes = np.zeros(MAX_SLOTS, np.uint64)
+        for slot in reader.header.slots:
+            sizes[slot.id] = slot.pages
+        for index, part in enumerate(reader.vcpus()):
+            slots, pages = unpack(part.entries)
+            if len(slots) and (int(slots.max()) >= MAX_SLOTS or np.any(pages >= sizes[slots])):
+                raise TraceError(f"{path}: is damaged: it names pages outside its memory slots")
+            segment = TraceSegment.create(segment_name(spec.name, f"replay{index}"), part.times, part.ends,
+                                          part.entries)
+            stack.callback(segment.close)
+            made.append(segment.segment)
+    return made
 
 
 def _boot_slots(spec: MachineSpec, image: loader.GuestImage) -> list[boot.BootSlot]:
@@ -146,9 +179,10 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             found.own()
             return found
 
-        image = loader.load_image(spec.image, spec.load_address)
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name), entry=image.entry,
-                      usable=_usable_pages(_boot_slots(spec, image)))
+        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name))
+        if spec.accel != "replay":
+            image = loader.load_image(spec.image, spec.load_address)
+            parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
         stack.callback(parts.log.close)
         for slot in slots:
             parts.log.add_slot(parts.new_slot(slot, create=False))
@@ -156,6 +190,8 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             parts.log.adopt_client(client)
         if _software_ring(spec):
             parts.rings = [segment(f"ring{i}") for i in range(spec.vcpus)]
+        if spec.replay_trace:
+            parts.traces = [segment(f"replay{i}") for i in range(spec.vcpus)]
         parts.stack = stack.pop_all()
     return parts
 
@@ -180,6 +216,9 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block.request = VcpuRequest.PAUSE
     block.dirty_quota = spec.dirty_quota
     first = spec.slots[0]
+    replay = spec.replay
+    if replay is not None and parts.traces:
+        replay = msgspec.structs.replace(replay, trace_segment=parts.traces[index].name)
     return WorkerSpec(
         machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
         ring_entries=spec.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
@@ -189,7 +228,8 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         control_segment=parts.control_segment.name,
         request_endpoint=channel.endpoint(directory, "requests"),
         notify_endpoint=channel.endpoint(directory, "notify"),
-        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd,
-        boot=boot.boot_registers(index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
-                                 stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
+        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,
+        boot={} if spec.accel == "replay" else boot.boot_registers(
+            index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
+            stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
     )

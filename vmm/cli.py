@@ -20,6 +20,7 @@ from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
 from .cli_stress import stress
+from .cli_trace import trace as trace_group
 from .errors import ExitCode, VmmError
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def cli() -> None:
 @click.option("--name", help="Name of the machine (default: the file's).")
 @click.option("--detach", is_flag=True, help="Leave it running in the background.")
 @click.option("--trace", "trace", multiple=True, metavar="PATTERN",
-              help="Switch trace events on, for example 'kvm_dirty_ring_*'.")
+              help="Switch trace events on, for example 'kvm_dirty_ring_*'. (Dirty traces: vmm trace.)")
 @click.option("--trace-file", type=click.Path(dir_okay=False), default="",
-              help="Write trace lines there instead of standard error.")
+              help="Write trace events there instead of standard error.")
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
            trace_file: str, as_json: bool) -> int:
@@ -229,7 +230,7 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (dirty_rate, dirty_limit, working_set, snapshot, migrate, receive, keys, stress):
+for _verb in (dirty_rate, dirty_limit, working_set, trace_group, snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 
@@ -292,6 +293,8 @@ def guests(as_json: bool) -> None:
         click.echo(f"{w.name}: {w.description}")
         for p in w.params:
             click.echo(f"    {p.name} (default {p.default}): {p.help}")
+    click.echo("accel: replay runs no guest: it dirties pages by a pattern (sequential, strided, random, zipf), or "
+               "from a trace; vmm schema has its keys")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ PAGE = 4096
 RING_MIN, RING_MAX = 1024, 65536
 SYSTEM_AREA = (SYSTEM_GPA, SYSTEM_GPA + 0x100_0000)
 GPA_MAX = 1 << 40
+REPLAY_GPA_MAX = 1 << 44        # nothing is mapped there: this is what the numbering of pages allows
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE}
 _RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -106,8 +107,6 @@ class MemoryConfig(_Model):
             raise ValueError(f"size: {self.size} must be a positive multiple of {PAGE} bytes")
         if self.gpa < 0 or self.gpa % PAGE:
             raise ValueError(f"gpa: {self.gpa:#x} must be a multiple of {PAGE}")
-        if self.gpa + self.size > GPA_MAX:
-            raise ValueError(f"size: ends at {self.gpa + self.size:#x}, above {GPA_MAX:#x}")
         return self
 
 
@@ -127,6 +126,65 @@ class GuestConfig(_Model):
             raise ValueError("'address' goes with the 'image' of a flat binary")
         if self.workload is not None and not isinstance(self.params, dict):
             raise ValueError("the params of a workload are names with values")
+        return self
+
+
+Pattern = Literal["sequential", "strided", "random", "zipf"]
+
+
+class ReplayPhaseConfig(_Model):
+    """Writes in one pattern: ``sequential`` walks over the pages, ``strided`` takes each ``stride``-th,
+    ``random`` any, ``zipf`` the first ones most often, the more so the larger its ``exponent``."""
+
+    pattern: Pattern
+    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayPhaseConfig:
+        _check_pattern(self.pattern, self.stride, self.exponent)
+        return self
+
+
+def _check_pattern(pattern: str | None, stride: int | None, exponent: float | None) -> None:
+    for key, value, owner in (("stride", stride, "strided"), ("exponent", exponent, "zipf")):
+        if value is None and pattern == owner:
+            raise ValueError(f"pattern: {owner} needs '{key}'")
+        if value is not None and pattern != owner:
+            raise ValueError(f"{key}: goes with pattern: {owner}")
+
+
+class ReplayConfig(_Model):
+    """What the replay accelerator dirties: one pattern, several one after another, or a recorded trace."""
+
+    pattern: Pattern | None = None
+    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
+    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1)] | None = None
+    trace: Path | None = None       # a file of ``vmm trace record``
+    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=1e6)] = "original"
+    rate: Annotated[float, Field(ge=0, le=1e12)] = 0.0      # writes a second of each vCPU; 0: as fast as it can
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    shared: bool = False            # every vCPU writes to all pages, else each to its own share
+    repeat: bool = False            # each write makes a ring entry, not only the first since the page's reset
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayConfig:
+        if sum(x is not None for x in (self.pattern, self.phases, self.trace)) != 1:
+            raise ValueError("give exactly one of 'pattern', 'phases' and 'trace'")
+        _check_pattern(self.pattern, self.stride, self.exponent)
+        given = self.model_fields_set
+        if self.pattern is None and "writes" in given:
+            raise ValueError("writes: goes with 'pattern'; a phase has its own")
+        if self.trace is None and "speed" in given:
+            raise ValueError("speed: goes with 'trace'")
+        if self.trace is not None and (extra := given & {"rate", "seed", "shared"}):
+            raise ValueError(f"{min(extra)}: a trace has its own")
+        for i, phase in enumerate((self.phases or [])[:-1]):
+            if not phase.writes:
+                raise ValueError(f"phases.{i}: needs 'writes': only the last phase may go on for ever")
         return self
 
 
@@ -162,15 +220,16 @@ def _number_slots(value: object) -> object:
 
 
 class MachineConfig(_Model):
-    """A machine. Every key but ``memory`` and ``guest`` has a default."""
+    """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-    accel: Literal["auto", "kvm", "unicorn"] = "auto"
+    accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
     dirty_ring_size: int = 4096     # entries; 0 is the plain bitmap
     memory: Annotated[list[MemoryConfig], Field(min_length=1), BeforeValidator(_number_slots)]
-    guest: GuestConfig
+    guest: GuestConfig | None = None
+    replay: ReplayConfig | None = None      # instead of a guest
     reaper: ReaperConfig = ReaperConfig()
     verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = None
     timeout: Duration | None = None
@@ -197,12 +256,24 @@ class MachineConfig(_Model):
         if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE):
             raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
                                                 else f"{self.dirty_limit:g} is less than a page a second"))
+        if (self.guest is None) == (self.replay is None):
+            raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
+                             "replay: give one of 'guest' and 'replay'")
+        if self.replay is None and self.accel == "replay":
+            raise ValueError("accel: replay has no CPU for a guest: give 'replay' instead of 'guest'")
+        if self.replay is not None and self.accel not in ("auto", "replay"):
+            raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: replay")
+        if self.replay is not None and not entries:
+            raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
         if self.stack_size < 1024 or self.stack_size % 16:
             raise ValueError("stack_size: must be a multiple of 16, at least 1024 bytes")
-        taken: list[tuple[int, int, str]] = [(*SYSTEM_AREA, "the system area")]
+        taken: list[tuple[int, int, str]] = [] if self.replay else [(*SYSTEM_AREA, "the system area")]
+        top = REPLAY_GPA_MAX if self.replay else GPA_MAX
         ids: set[int] = set()
         for i, memory in enumerate(self.memory):
             start, end = memory.gpa, memory.gpa + memory.size
+            if end > top:
+                raise ValueError(f"memory.{i}.size: ends at {end:#x}, above {top:#x}")
             if memory.slot in ids:
                 raise ValueError(f"memory.{i}.slot: slot {memory.slot} is there twice")
             ids.add(memory.slot)
@@ -260,9 +331,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Machine
         config = MachineConfig.model_validate(document)
     except ValidationError as exc:
         raise explain(exc, path, lines, set_keys, document) from None
-    if config.guest.image is not None and not config.guest.image.is_absolute():
-        guest = config.guest.model_copy(update={"image": (path.parent / config.guest.image).resolve()})
-        config = config.model_copy(update={"guest": guest})
+    for section, file in (("guest", "image"), ("replay", "trace")):
+        model = getattr(config, section)
+        given = getattr(model, file, None)
+        if given is not None and not given.is_absolute():
+            config = config.model_copy(
+                update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
     config._origins.update({at: f"{path}:{line}" for at, line in lines.items()})
     config._origins.update(set_keys)
     return config

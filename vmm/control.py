@@ -138,6 +138,22 @@ class Mark(Verb):
     count: int
 
 
+class RecordStart(Verb):
+    """From now on what is harvested from the rings is also put into the queue ``record`` (a dirty trace), until
+    ``RecordStop`` or the end of process ``owner``. One recording at a time."""
+
+    owner: int
+
+
+class RecordStep(Verb):
+    """Reap now, if nothing else does, so that the trace's times are exact. The answer: ``going_on``, false when
+    the machine has ended."""
+
+
+class RecordStop(Verb):
+    """Flush, and end the recording."""
+
+
 class MemoryAdd(Verb):
     slot: int
     gpa: int
@@ -151,7 +167,8 @@ class MemoryRemove(Verb):
 
 AnyVerb = (Follow | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | Mark | MemoryAdd | MemoryRemove)
+           | Unregister | Sync | DirtyLimit | Mark | RecordStart | RecordStep | RecordStop
+           | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)
 

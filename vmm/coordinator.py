@@ -33,18 +33,19 @@ from ipc.messages import (
     SetState,
     Userfault,
 )
-from ipc.shm import SegmentError
+from ipc.shm import SegmentError, segment_name, unlink_segment
 from workers.zygote import Zygote
 
 from . import boot, build, control
-from .errors import ExitCode, VmmError
+from .errors import ExitCode, VmmError, no_memory
 from .reaper import Reaper
+from .record import QUEUE, Recorder
 from .runtime import machine_dir
 from .shards import Shard, Shards
 from .spec import MachineSpec, RamSlot, decode_spec
 from .trace import Tracer
 from .verify import CLIENT as VERIFY_CLIENT
-from .verify import Verification, Verifier
+from .verify import AnyVerifier, Verification, make_verifier
 
 __all__ = ["Coordinator", "main"]
 
@@ -72,10 +73,11 @@ class Coordinator:
     def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
         recover = zygote is None
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
-        image = directory / "image"
-        if not recover:
-            build.copy_image(spec.image, image)
-        spec = msgspec.structs.replace(spec, image=str(image))
+        if spec.image:
+            image = directory / "image"
+            if not recover:
+                build.copy_image(spec.image, image)
+            spec = msgspec.structs.replace(spec, image=str(image))
         self.spec = spec
         self.directory = directory
         self._keeper_fd = keeper_fd
@@ -95,6 +97,7 @@ class Coordinator:
         self._pause_owner = (0, -1)
         #: Post-copy: who fills in the missing pages.
         self._incoming = (0, -1)
+        self._record_owner = -1     # pidfd
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
         if saved is None:
@@ -110,7 +113,7 @@ class Coordinator:
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.reaper = Reaper(spec.reaper, self.shards, self.log, self.block, self.tracer, self._on_rebuild,
                              has_rings=spec.ring_entries > 0)
-        self.verifier: Verifier | None = None
+        self.verifier: AnyVerifier | None = None
         if saved is None:
             self._create()
         else:
@@ -126,8 +129,8 @@ class Coordinator:
         self.log.load_kernels()     # takes its time while the workers take theirs
         self.shards.await_hello()
         if self.spec.verify is not None:
-            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
-                                     self.parts.usable)
+            self.verifier = make_verifier(self.spec.accel, self.spec.verify, self.log, self.shards.all,
+                                          self.block, self.parts.usable)
         self._state = "ready"
         self._save()
 
@@ -152,6 +155,7 @@ class Coordinator:
         the two totals. So one ordinary reap, of every ring, puts all of it right.
         """
         self._restarts = saved.restarts + 1
+        unlink_segment(segment_name(self.spec.name, QUEUE))     # a recording ends with its coordinator
         self._started = time.monotonic() - saved.elapsed if saved.started else 0.0
         for shard in build.make_shards(self.parts):
             shard.exited = saved.exits.get(shard.index)
@@ -167,8 +171,8 @@ class Coordinator:
         # Whatever the predecessor was in the middle of, everybody is stopped first.
         self.shards.pause_all()
         if self.spec.verify is not None:
-            self.verifier = Verifier(self.spec.verify, self.log, self.shards.all, self.block,
-                                     self.parts.usable, saved.verification or Verification())
+            self.verifier = make_verifier(self.spec.accel, self.spec.verify, self.log, self.shards.all,
+                                          self.block, self.parts.usable, saved.verification or Verification())
             self._next_round = time.monotonic()
         for shard in self.shards.all:
             # A message that the predecessor took with it: the control block still says so.
@@ -259,7 +263,7 @@ class Coordinator:
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
         owners = {pidfd: client for client, (_, pidfd) in self._owners.items()}
-        single = [fd for _, fd in (self._pause_owner, self._incoming) if fd >= 0]
+        single = [fd for fd in (self._pause_owner[1], self._incoming[1], self._record_owner) if fd >= 0]
         for fd in (*by_fd, *owners, *single):
             poller.register(fd, zmq.POLLIN)
         for ready, _ in poller.poll(self._poll_ms(now)):
@@ -278,6 +282,8 @@ class Coordinator:
                 self._unregister(owners[ready])
             elif ready == self._incoming[1]:
                 self._incoming_lost()
+            elif ready == self._record_owner:
+                self._record_stop()
             elif ready == self._pause_owner[1] and self._state == "running":
                 self._resume()
 
@@ -511,6 +517,14 @@ class Coordinator:
                 self._set_logging(slot, True)
             case control.LogStop(slot=slot):
                 self._set_logging(slot, False)
+            case control.RecordStart(owner=owner):
+                self._record_start(owner)
+            case control.RecordStep():
+                return {"going_on": self._record_step()}
+            case control.RecordStop():
+                self._recording()
+                self._flush()
+                self._record_stop()
             case control.MemoryAdd(slot=slot, gpa=gpa, size=size, log=log):
                 self._add_slot(RamSlot(slot, gpa, size, log, born=time.time_ns()))
             case control.MemoryRemove(slot=slot):
@@ -524,6 +538,10 @@ class Coordinator:
     def _all_here(self) -> None:
         if self._incoming[0]:
             raise VmmError(f"machine '{self.spec.name}': its memory is still on its way here (post-copy)")
+
+    def _has_memory(self) -> None:
+        if self.spec.accel == "replay":
+            raise VmmError(no_memory(self.spec.name))
 
     def _pause(self, owner: int = 0) -> None:
         self._alive_running()
@@ -557,6 +575,7 @@ class Coordinator:
 
     def _machine_state(self) -> dict[str, Any]:
         """What a snapshot keeps beside the memory."""
+        self._has_memory()
         if self._state != "running" or not self._user_paused:
             raise VmmError(f"machine '{self.spec.name}' is not paused")
         self._all_here()
@@ -692,6 +711,38 @@ class Coordinator:
                 if shard.running:
                     shard.kick()    # out of the guest, or out of its wait: the new quota counts at once
 
+    def _record_start(self, owner: int) -> None:
+        self._alive_running()
+        if not self.spec.ring_entries:
+            raise VmmError(f"machine '{self.spec.name}' has plain dirty bitmaps, which do not say which "
+                           "page came after which: a trace needs rings (dirty_ring_size)")
+        if self.reaper.recorder is not None:
+            raise VmmError(f"machine '{self.spec.name}' is being recorded already")
+        self._flush()       # what was dirtied before does not belong to it
+        self.reaper.recorder = Recorder(self.spec.name, self.log.table)
+        try:
+            self._record_owner = os.pidfd_open(owner)
+        except ProcessLookupError:
+            self._record_stop()
+
+    def _recording(self) -> None:
+        if self.reaper.recorder is None:
+            raise VmmError(f"machine '{self.spec.name}' is not being recorded (any more)")
+
+    def _record_step(self) -> bool:
+        self._recording()
+        if self._running():
+            self.reaper.reap()
+        return self._state != "ended"
+
+    def _record_stop(self) -> None:
+        if self._record_owner >= 0:
+            os.close(self._record_owner)
+            self._record_owner = -1
+        if self.reaper.recorder is not None:
+            self.reaper.recorder.close()
+            self.reaper.recorder = None
+
     def _live(self) -> list[Shard]:
         return [s for s in self.shards.all if s.alive]
 
@@ -743,11 +794,12 @@ class Coordinator:
             raise VmmError(f"{where}: there is one already")
         if spec.size <= 0 or spec.size % 4096 or spec.gpa % 4096 or spec.gpa < 0:
             raise VmmError(f"{where}: gpa {spec.gpa:#x} and size {spec.size:#x} must be multiples of 4096")
-        top = boot.mapped_top(max(s.gpa + s.size for s in self.spec.slots))
-        if spec.gpa + spec.size > top:
-            raise VmmError(f"{where}: ends at {spec.gpa + spec.size:#x}, the machine maps up to {top:#x}")
         taken = [(f"slot {i}", s.spec.gpa, s.spec.size) for i, s in self.log.slots.items()]
-        taken.append(("the system area", boot.SYSTEM_GPA, max(self.parts.system.size, 0x100_0000)))
+        if self.spec.accel != "replay":
+            top = boot.mapped_top(max(s.gpa + s.size for s in self.spec.slots))
+            if spec.gpa + spec.size > top:
+                raise VmmError(f"{where}: ends at {spec.gpa + spec.size:#x}, the machine maps up to {top:#x}")
+            taken.append(("the system area", boot.SYSTEM_GPA, max(self.parts.system.size, 0x100_0000)))
         for what, gpa, size in taken:
             if spec.gpa < gpa + size and gpa < spec.gpa + spec.size:
                 raise VmmError(f"{where}: [{spec.gpa:#x}, {spec.gpa + spec.size:#x}) overlaps {what} "
@@ -775,6 +827,7 @@ class Coordinator:
 
     def close(self) -> None:
         self._done = True
+        self._record_stop()
         self.shards.shut_down()
         self.reaper.close()
         self.shards.close()
@@ -810,6 +863,7 @@ def main(argv: list[str]) -> int:
     input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
     status_fd, keeper_fd, keeper_pid, zygote_fd = (int(a) for a in argv[:4])
     process.set_name("vmm-coordinator")
+    process.set_time_slice(process.SERVICE_SLICE)
     process.die_with_parent(signal.SIGTERM, keeper_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = decode_spec(sys.stdin.buffer.read())

@@ -140,7 +140,9 @@ class DirtyLog:
     def take(self, client: str) -> dict[int, int]:
         """Fold the slot bitmaps into every client's, then give ``client`` its own: its front bitmaps
         hold what was dirtied since its last take. {slot id: dirty pages}. The caller has flushed."""
-        self._fold_all()
+        alone = len(self._clients) == 1
+        if not alone:
+            self._fold_all()
         taken: dict[int, int] = {}
         for slot_id, maps in list(self._clients[client].items()):
             if self._retired.get((client, slot_id)):
@@ -148,6 +150,9 @@ class DirtyLog:
                 continue
             if (client, slot_id) in self._retired:
                 self._retired[client, slot_id] = True
+            if alone and slot_id in self.slots and (client, slot_id) not in self._retired:
+                taken[slot_id] = self._kernels.take(self.slots[slot_id].bitmap, maps.gathering, maps.front)
+                continue
             self._kernels.clear(maps.front)
             taken[slot_id] = self._kernels.publish(maps.gathering, maps.front)
         return taken

@@ -9,6 +9,7 @@ import resource
 import shutil
 from dataclasses import asdict, dataclass
 
+from ipc.layout import MAX_VCPUS
 from ipc.shm import free_bytes
 from workers import kvm
 
@@ -35,8 +36,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
-    return [*_kvm(), _unicorn(), *_shared_memory(), *_limits(), _userfaultfd(), *_packages(), _kernel_cache(),
-            _compiler(), *_left_behind()]
+    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _userfaultfd(), *_packages(),
+            _kernel_cache(), _compiler(), *_left_behind()]
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -64,6 +65,10 @@ def _unicorn() -> Finding:
         return Finding("unicorn", "ok", f"version {importlib.metadata.version('unicorn')}")
     except importlib.metadata.PackageNotFoundError:
         return Finding("unicorn", "absent", "not installed", "pip install unicorn")
+
+
+def _replay() -> Finding:
+    return Finding("replay", "ok", f"no CPU, no guest memory: up to {MAX_VCPUS} rings; runs no guest")
 
 
 def _shared_memory() -> list[Finding]:

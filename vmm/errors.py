@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["ExitCode", "VmmError"]
+__all__ = ["ExitCode", "VmmError", "no_memory"]
 
 
 class ExitCode(IntEnum):
@@ -28,3 +28,8 @@ class VmmError(Exception):
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.BAD_INPUT) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def no_memory(machine: str) -> str:
+    """What is said to whoever asks a replayed machine for its memory or vCPU states."""
+    return f"machine '{machine}' replays dirtied pages: it has no memory and no vCPU state to look at, save or move"

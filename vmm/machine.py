@@ -29,7 +29,7 @@ from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError, segment_name
 
 from . import control
-from .errors import ExitCode, VmmError
+from .errors import ExitCode, VmmError, no_memory
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -223,12 +223,22 @@ class Machine:
 
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
         """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
-        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing."""
-        if f"ram{slot}" not in self._segments and self.status()["incoming"]:
-            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
+        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing, and
+        where there is no memory (replay)."""
+        if f"ram{slot}" not in self._segments:
+            status = self.status()
+            if status["accelerator"] == "replay":
+                raise VmmError(no_memory(self.name))
+            if status["incoming"]:
+                raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
         view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
         view.flags.writeable = writable
         return view
+
+    def require_memory(self) -> None:
+        """Raises VmmError for a machine that has none to save or move (replay)."""
+        if self.status()["accelerator"] == "replay":
+            raise VmmError(no_memory(self.name))
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
@@ -317,6 +327,21 @@ class Machine:
         """Let one vCPU, or each, dirty at most so many pages a second; 0 lifts the limit. In force when this
         returns. Raises VmmError on a machine without dirty rings."""
         self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
+
+    # --- dirty traces -----------------------------------------------------------------------------------
+
+    def record_start(self) -> None:
+        """Begin to record a dirty trace (vmm/record.py does all of it). It ends with this process at the latest."""
+        self._client.ask(control.RecordStart, owner=os.getpid())
+
+    def record_step(self) -> bool:
+        """Have the rings harvested now; False when the machine has ended. Raises VmmError when nothing is being
+        recorded, as after the coordinator was replaced."""
+        return bool(self._client.ask(control.RecordStep)["going_on"])
+
+    def record_stop(self) -> None:
+        """Flush the rest into the queue, and end the recording."""
+        self._client.ask(control.RecordStop)
 
     # --- memory slots -----------------------------------------------------------------------------------
 

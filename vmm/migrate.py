@@ -35,6 +35,8 @@ import zstandard
 from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
+from ipc.shm import data_extents, open_fd, segment_name
+
 from .errors import VmmError
 from .machine import Machine
 from .runtime import machine_dir
@@ -47,6 +49,7 @@ from .wire import (
     Abort,
     Accept,
     Answer,
+    Buffer,
     Commit,
     Complete,
     Encoding,
@@ -225,6 +228,11 @@ class _Limiter:
         time.sleep(max(0.0, wait))
 
 
+def _send_pages(sock: zmq.Socket[bytes], frame: bytes, data: Buffer) -> None:
+    """Without a copy: ZeroMQ holds on to ``data`` until it is sent."""
+    sock.send_multipart([frame, data] if len(data) else [frame], copy=False)
+
+
 class _Channel(threading.Thread):
     """One connection that packs and sends what the rounds put into the queue."""
 
@@ -250,17 +258,17 @@ class _Channel(threading.Thread):
 
     def _send(self, round_: int, slot: int, memory: NDArray[np.uint8], pages: NDArray[np.int64]) -> None:
         source = self._source
-        for message in self._packer.pack(round_, slot, memory, pages):
+        for message, data in self._packer.pack(round_, slot, memory, pages):
             frame = encode(message)
-            source.limiter.take(len(frame))
+            source.limiter.take(len(frame) + len(data))
             deadline = time.monotonic() + _PATIENCE
             while not self._sock.poll(100, zmq.POLLOUT):
                 if source.failure is not None:
                     return
                 if time.monotonic() > deadline:
                     raise MigrationError(f"{source.address}: takes no more data")
-            self._sock.send(frame)
-            source.count(message.encoding == "zero", len(message.numbers) // 4, len(frame))
+            _send_pages(self._sock, frame, data)
+            source.count(message.encoding == "zero", len(message.numbers) // 4, len(frame) + len(data))
 
 
 class _Source:
@@ -360,9 +368,8 @@ class _Source:
         self.report.status = "active"
 
     def _pre_copy(self) -> None:
-        logged = [s for s in self.machine.status()["slots"] if s["logged"]]
-        todo = {s["id"]: np.arange(s["pages"]) for s in logged}     # round 0: everything
         self.machine.sync(self._client)         # from here on counts
+        todo = {s["id"]: self._touched(s) for s in self.machine.status()["slots"] if s["logged"]}   # round 0
         before = None
         for number in range(self.options.max_rounds):
             rate = self._send_round(number, todo)
@@ -380,6 +387,17 @@ class _Source:
                 self._hold_back(rate)
             before = left
         self._rest = todo
+
+    def _touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
+        """The slot's pages but for those that nobody has ever touched: they are zero, at the target too."""
+        fd = open_fd(segment_name(self.machine.name, f"ram{slot['id']}"))
+        try:
+            extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
+        finally:
+            os.close(fd)
+        pages = np.concatenate([np.zeros(0, np.int64), *extents])
+        self.report.ram.duplicate += slot["pages"] - len(pages)
+        return pages
 
     def _dirty(self) -> dict[int, NDArray[np.int64]]:
         """The pages dirtied since the last call, by slot."""
@@ -459,7 +477,7 @@ class _Source:
             status = machine.status()
             for slot in status["slots"]:
                 if not slot["logged"]:      # nobody knows what changed there: all of it, now
-                    todo[slot["id"]] = np.arange(slot["pages"])
+                    todo[slot["id"]] = self._touched(slot)
             if self._postcopy:
                 for slot in status["slots"]:
                     bits = np.zeros(slot["pages"], bool)
@@ -565,10 +583,10 @@ class _Source:
         bits = todo[wanted.slot]
         pages = page_numbers(wanted, len(bits))
         fresh = int(bits[pages].sum())
-        for message in packer.pack(POSTCOPY, wanted.slot, self.machine.ram(wanted.slot), pages):
+        for message, data in packer.pack(POSTCOPY, wanted.slot, self.machine.ram(wanted.slot), pages):
             frame = encode(message)
-            self._control.send(frame)
-            self.count(message.encoding == "zero", len(message.numbers) // 4, len(frame))
+            _send_pages(self._control, frame, data)
+            self.count(message.encoding == "zero", len(message.numbers) // 4, len(frame) + len(data))
         bits[pages] = False
         cursor[wanted.slot] = int(pages[-1]) + 1
         self.report.ram.postcopy_requests += len(pages)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from ipc.bitmap import bitmap_bytes
+from ipc.messages import ReplayPhase, ReplaySpec
 from ipc.shm import PAGE_SIZE, free_bytes
 from workers import kvm
 
 from . import loader
-from .config import ConfigError, MachineConfig
+from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
 from .errors import VmmError
 from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
 from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from .trace import check_patterns
+from .tracefile import TraceError, TraceReader, check_trace
 
 __all__ = ["choose_accelerator", "plan"]
 
@@ -33,6 +36,10 @@ def _check_room(config: MachineConfig, slots: list[RamSlot]) -> None:
     copies = 1 if config.verify is None else 2      # the verifier's reference copy
     needed = copies * sum(s.size for s in slots)
     free = free_bytes()
+    if config.replay is not None:
+        copies = 1      # no memory: staging and slot bitmap (and the verifier's two), and the rings
+        needed = (16 * config.dirty_ring_size * config.vcpus
+                  + (2 if config.verify is None else 4) * sum(bitmap_bytes(s.pages) for s in slots))
     if needed > free:
         raise ConfigError(f"{config.where('memory')}: /dev/shm is too small: {needed >> 10} KiB are needed"
                           f"{' (RAM, and the verifier has a copy)' if copies == 2 else ''}, {free >> 10} KiB are "
@@ -43,7 +50,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
          trace_file: str = "", linger: bool = True) -> MachineSpec:
     """Resolve a MachineConfig. Raises VmmError, naming the key, when this host cannot run it."""
     try:
-        accel = choose_accelerator(config.accel)
+        accel = "replay" if config.replay is not None else choose_accelerator(config.accel)
     except VmmError as exc:
         raise ConfigError(f"{config.where('accel')}: {exc}") from None
     entries = config.dirty_ring_size
@@ -56,29 +63,48 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
                            f"ring has {info.max_entries}")
     slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
     _check_room(config, slots)
-    image, params, exact = _guest(config)
-    try:
-        loaded = loader.load_image(image, config.guest.address)
-        loader.check_fits(loaded, [(s.gpa, s.size) for s in slots])
-    except loader.GuestImageError as exc:
-        raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
+    if config.replay is not None and config.replay.trace is not None:
+        try:
+            with TraceReader(config.replay.trace) as reader:
+                check_trace(config.replay.trace, reader.header, config.vcpus, slots)
+        except TraceError as exc:
+            raise ConfigError(f"{config.where('replay.trace')}: {exc}") from None
+    image, params, exact = ("", [], True) if config.guest is None else _guest(config, config.guest)
+    address = None
+    if config.guest is not None:
+        address = config.guest.address
+        try:
+            loaded = loader.load_image(image, address)
+            loader.check_fits(loaded, [(s.gpa, s.size) for s in slots])
+        except loader.GuestImageError as exc:
+            raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
     patterns = [*config.trace, *(trace or [])]
     check_patterns(patterns)
     verify = config.verify
     return MachineSpec(
         name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
-        ring_entries=entries, slots=slots, image=image, load_address=config.guest.address, params=params,
-        cmdline=config.guest.workload or "", stack_size=config.stack_size,
+        ring_entries=entries, slots=slots, image=image, load_address=address, params=params,
+        cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
                           config.reaper.max_interval),
         verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
         timeout=config.timeout, dirty_quota=round((config.dirty_limit or 0) / PAGE_SIZE),
-        trace=patterns, trace_file=trace_file, linger=linger)
+        trace=patterns, trace_file=trace_file, linger=linger,
+        replay=None if config.replay is None else _replay(config.replay),
+        replay_trace=str((config.replay and config.replay.trace) or ""))
 
 
-def _guest(config: MachineConfig) -> tuple[str, list[int], bool]:
+def _replay(replay: ReplayConfig) -> ReplaySpec:
+    phases = [ReplayPhase(p.pattern, p.writes, p.stride or 1, p.exponent or 1.0) for p in replay.phases or []]
+    if replay.pattern is not None:
+        phases = [ReplayPhase(replay.pattern, replay.writes, replay.stride or 1, replay.exponent or 1.0)]
+    speed = {"original": 1.0, "full": 0.0}.get(str(replay.speed))
+    return ReplaySpec(phases, replay.rate, replay.seed, replay.shared, replay.repeat,
+                      speed=float(replay.speed) if speed is None else speed)
+
+
+def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], bool]:
     """Image path, parameters, and whether each of its stores changes the page it dirties."""
-    guest = config.guest
     if guest.workload is None:
         values = list(guest.params.values()) if isinstance(guest.params, dict) else guest.params
         return str(guest.image), values, False

@@ -2,7 +2,7 @@
 
 Segment names after the machine's prefix (no dashes within): ``control``, ``system``, ``ram<slot>``,
 ``log<slot>`` (staging and slot bitmap), ``ring<vcpu>`` (software rings), ``vlog<vcpu>.<slot>``
-(bitmap mode, a vCPU's own log buffer), ``client.<client>.<slot>``.
+(bitmap mode, a vCPU's own log buffer; replay with verification, its record), ``client.<client>.<slot>``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from .spec import RamSlot
 
 __all__ = ["ClientBitmaps", "MemorySlot", "make_or_adopt"]
 
+_CACHE_LINE, _CACHE_SETS = 64, 64   # of a first-level cache on x86-64: sets are as many lines as make a page
 
-def make_or_adopt(name: str, size: int, create: bool) -> Segment:
-    """A new segment, or the one that a coordinator that died has left; owned either way."""
+
+def make_or_adopt(name: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
+    """A new segment, or the one that a coordinator that died has left; owned either way. ``reserve=False``: what
+    is not touched takes no memory (ipc/shm.py)."""
     if create:
-        return Segment.create(name, size)
+        return Segment.create(name, size, reserve=reserve)
     segment = Segment.open(name)
     segment.own()
     return segment
@@ -30,32 +33,43 @@ def make_or_adopt(name: str, size: int, create: bool) -> Segment:
 
 class MemorySlot:
     """One RAM slot: its memory, the staging bitmap that harvests go to, and the slot bitmap that
-    consumers' bitmaps are folded from."""
+    consumers' bitmaps are folded from.
 
-    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool) -> None:
+    ``replay``: the memory is never touched, and its segment sparse; ``vcpu_logs`` are records (with a summary,
+    sparse too) of the pages that each vCPU wrote."""
+
+    def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool, replay: bool = False) -> None:
         self.machine = machine
         self.spec = spec
         self.pages = spec.pages
         self.logged = spec.log
         self._open: list[Segment] = []
         try:
-            self.ram = self._segment(f"ram{spec.id}", spec.size, create)
-            log = self._segment(f"log{spec.id}", 2 * bitmap_bytes(self.pages), create)
-            self.staging = Bitmap(log, 0, self.pages)
-            self.bitmap = Bitmap(log, bitmap_bytes(self.pages), self.pages)
+            self.ram = self._segment(f"ram{spec.id}", spec.size, create, reserve=not replay)
+            # Not all slots' bitmaps at the start of a page: a harvest that goes from slot to slot would need the
+            # same few lines of the processor's cache for all of them.
+            start = spec.id % _CACHE_SETS * _CACHE_LINE
+            log = self._segment(f"log{spec.id}", start + 2 * bitmap_bytes(self.pages), create)
+            self.staging = Bitmap(log, start, self.pages)
+            self.bitmap = Bitmap(log, start + bitmap_bytes(self.pages), self.pages)
             self.vcpu_logs: list[NDArray[np.uint64]] = []
+            self.records: list[Bitmap] = []
             self._vlog_names: list[str] = []
             for vcpu in range(vcpu_logs):
-                segment = self._segment(f"vlog{vcpu}.{spec.id}", 8 * word_count(self.pages), create)
+                size = bitmap_bytes(self.pages) if replay else 8 * word_count(self.pages)
+                segment = self._segment(f"vlog{vcpu}.{spec.id}", size, create, reserve=not replay)
                 self._vlog_names.append(segment.name)
+                if replay:
+                    self.records.append(Bitmap(segment, 0, self.pages))
+                    continue
                 self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
         except BaseException:
             self.close()
             raise
 
-    def _segment(self, what: str, size: int, create: bool) -> Segment:
+    def _segment(self, what: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
         name = segment_name(self.machine, what)
-        segment = make_or_adopt(name, size, create)
+        segment = make_or_adopt(name, size, create, reserve=reserve)
         self._open.append(segment)
         return segment
 
@@ -73,6 +87,7 @@ class MemorySlot:
         self.__dict__.pop("staging", None)
         self.__dict__.pop("bitmap", None)
         self.__dict__.pop("vcpu_logs", None)
+        self.__dict__.pop("records", None)
         for segment in self._open:
             segment.close()
         self._open.clear()

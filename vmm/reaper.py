@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ipc.layout import MachineControl, ReaperState
-from ipc.messages import Reset
 
 from .bitmaplog import gather_bitmaps
 from .dirtylog import DirtyLog
+from .record import Recorder
 from .shards import Shard, Shards
 from .spec import ReaperSpec
 from .trace import Tracer
@@ -80,6 +80,8 @@ class Reaper:
         self._trace = tracer
         self._report_rebuild = report_rebuild
         self._has_rings = has_rings
+        #: Is given whatever is harvested, while the machine is being recorded.
+        self.recorder: Recorder | None = None
         #: vCPUs that have reported a full ring and must be let go by the next reap.
         self.full: set[int] = set()
         #: Reap the rings of those alone: the others' vCPUs may not be able to leave the guest now (a software CPU
@@ -113,11 +115,16 @@ class Reaper:
         self._control.publish_pending = 1
         full, self.full = self.full, set()
         rings = [s for s in self._shards.all if s.ring_address and (s.index in full or not self.only_full)]
-        harvested = {s.index: self._harvest(s) for s in rings}
+        rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
+        harvested, owed, asked = {}, {}, []
+        for shard in rings:
+            harvested[shard.index] = self._harvest(shard)
+            owed[shard.index] = shard.outstanding
+            if shard.alive and (shard.outstanding or shard.index in full):
+                shard.ask_reset(shard.outstanding)      # while it does so, the next ring is harvested
+                asked.append(shard)
+        self._shards.await_resets(asked)
         total = sum(harvested.values())
-        owed = {s.index: s.outstanding for s in rings}
-        asked = [s for s in rings if s.alive and (owed[s.index] or s.index in full)]
-        self._shards.request(asked, lambda seq, s: Reset(seq, owed[s.index]))
         broken = []
         for shard in rings:
             if not shard.alive:
@@ -145,10 +152,14 @@ class Reaper:
     def _harvest(self, shard: Shard) -> int:
         if self._trace.reap_vcpu:
             self._trace.reap_vcpu(shard.index)
-        if not self._trace.page:
+        if not self._trace.page and self.recorder is None:
             return shard.harvest(self._log.table_address)
         pages = np.zeros((shard.entries, 3), np.uint64)
         count = shard.harvest(self._log.table_address, pages)
+        if self.recorder is not None:
+            self.recorder.put(shard.index, pages[:count])
+        if not self._trace.page:
+            return count
         for fetch, _, offset in pages[:count].tolist():
             self._trace.page(shard.index, fetch, offset)
         return count

@@ -9,6 +9,7 @@ that too; a source that is lost may be replaced by another that has the memory (
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 import time
@@ -25,6 +26,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
+from ipc.shm import data_extents, open_fd, segment_name
 
 from . import boot, wire
 from .errors import VmmError
@@ -37,6 +39,7 @@ from .wire import (
     Abort,
     Accept,
     Answer,
+    Buffer,
     Commit,
     Complete,
     Offer,
@@ -64,6 +67,7 @@ _SILENCE = 30.0             # seconds without a word after which the source is g
 _LOOK_EVERY = 1000          # ms without pages after which the target looks whether its machine is still there
 _QUEUE = 64                 # messages that wait here, a connection
 _MESSAGE_MAX = 1 << 30      # bytes
+_RUN = 4                    # pages that must follow one another, on average, to be written through the file
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
@@ -143,6 +147,46 @@ def check_spec(spec: MachineSpec) -> None:
         taken.append((start, end))
 
 
+class _Memory:
+    """A slot of the machine that is to come; all zero at first."""
+
+    def __init__(self, machine: Machine, slot: int) -> None:
+        self._pages = machine.ram(slot, writable=True).reshape(-1, PAGE)
+        self._fd = open_fd(segment_name(machine.name, f"ram{slot}"))
+        #: Pages that are zero for certain: never touched.
+        self._untouched = np.ones(len(self._pages), bool)
+        for start, end in data_extents(self._fd, self._pages.size):     # what the loader has put there
+            self._pages[start // PAGE:end // PAGE] = 0
+
+    def write(self, numbers: NDArray[np.int64], data: NDArray[np.uint8] | None) -> None:
+        """``data`` [n, 4096], None: zeros."""
+        if data is None:
+            touched = numbers[~self._untouched[numbers]]
+            self._pages[touched] = 0
+            return
+        self._untouched[numbers] = False
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        if len(breaks) >= len(numbers) // _RUN:
+            self._pages[numbers] = data
+            return
+        # Through the file, not the mapping: a page that nobody has touched yet costs no fault then.
+        at = 0
+        for run in np.split(numbers, breaks):
+            self._put(data[at:at + len(run)], int(run[0]) * PAGE)
+            at += len(run)
+
+    def _put(self, data: NDArray[np.uint8], offset: int) -> None:
+        view = data.reshape(-1).data
+        while len(view):
+            count = os.pwrite(self._fd, view, offset)
+            view = view[count:]
+            offset += count
+
+    def close(self) -> None:
+        os.close(self._fd)
+        del self._pages
+
+
 class _Target:
     """One migration on a ROUTER socket. Only the connection that sent the offer is answered."""
 
@@ -157,7 +201,7 @@ class _Target:
         self._timeout = timeout
         self._peer = b""
         self._machine: Machine | None = None
-        self._memory: dict[int, NDArray[np.uint8]] = {}
+        self._memory: dict[int, _Memory] = {}
         self._pages: dict[int, int] = {}
         self._arrived: dict[int, int] = {}      # {round: messages of pages}
         self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
@@ -179,13 +223,18 @@ class _Target:
                 with contextlib.suppress(ReceiveError):
                     self._answer(Refused(str(exc)))
             if self._machine is not None:
-                self._memory.clear()
+                self._close_memory()
                 self._machine.stop()
                 self._machine.close()
             raise
         finally:
             if self._missing is not None:
                 self._missing.close()
+
+    def _close_memory(self) -> None:
+        for memory in self._memory.values():
+            memory.close()
+        self._memory.clear()
 
     def _answer(self, message: Answer) -> None:
         """Raises ReceiveError when the source has gone."""
@@ -194,9 +243,9 @@ class _Target:
         except zmq.ZMQError as exc:
             raise ReceiveError(f"the source has gone ({exc.strerror})") from None
 
-    def _next(self, patience: float | None) -> tuple[bytes, object]:
-        """(who, message). Raises ReceiveError after ``patience`` seconds without one, or at once when nobody is
-        connected any more; with None it waits for ever."""
+    def _next(self, patience: float | None) -> tuple[bytes, object, Buffer]:
+        """(who, message, bytes of pages). Raises ReceiveError after ``patience`` seconds without one, or at once
+        when nobody is connected any more; with None it waits for ever."""
         deadline = None if patience is None else time.monotonic() + patience
         while not self._sock.poll(0):
             left = None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000))
@@ -206,8 +255,18 @@ class _Target:
             zmq.select([self._sock, self._monitor], [], [], None if left is None else left / 1000)
             if self._abandoned() and self._peer and patience is not None and not self._sock.poll(0):
                 raise ReceiveError("the source has gone")
-        who, frame = self._sock.recv_multipart()
-        return who, decode_message(frame)
+        return self._recv()
+
+    def _recv(self) -> tuple[bytes, object, Buffer]:
+        """Raises WireError."""
+        frames = self._sock.recv_multipart(copy=False)
+        if len(frames) not in (2, 3):
+            raise WireError(f"the source sent a message of {len(frames) - 1} frames")
+        message = decode_message(frames[1].buffer)
+        data: Buffer = frames[2].buffer if len(frames) == 3 else b""
+        if len(data) and not isinstance(message, Pages):
+            raise WireError(f"the source sent {len(data)} bytes with {type(message).__name__}")
+        return frames[0].bytes, message, data
 
     def _abandoned(self) -> bool:
         """Nobody is connected."""
@@ -222,7 +281,7 @@ class _Target:
     def _await_offer(self) -> None:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         while True:
-            who, message = self._next(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            who, message, _ = self._next(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if isinstance(message, Offer):
                 break
         self._peer = who
@@ -235,8 +294,7 @@ class _Target:
         self._machine = self._launch(message)
         self._vcpus = message.spec.vcpus
         for slot in message.spec.slots:
-            self._memory[slot.id] = self._machine.ram(slot.id, writable=True).reshape(-1, PAGE)
-            self._memory[slot.id][:] = 0
+            self._memory[slot.id] = _Memory(self._machine, slot.id)
             self._pages[slot.id] = slot.pages
         self._answer(Accept())
 
@@ -256,10 +314,10 @@ class _Target:
     def _take_memory(self) -> None:
         """Rounds of pages, until the state has come."""
         while True:
-            who, message = self._next(_SILENCE)
+            who, message, data = self._next(_SILENCE)
             match message:
                 case Pages():
-                    self._write(message)
+                    self._write(message, data)
                     self._arrived[message.round] = self._arrived.get(message.round, 0) + 1
                     self._acknowledge(message.round)
                 case Ping():
@@ -281,10 +339,9 @@ class _Target:
             raise WireError(f"the source sent pages of slot {slot}, which the machine does not have")
         return self._pages[slot]
 
-    def _write(self, message: Pages) -> None:
-        numbers, data = unpack(message, self._total(message.slot))
-        memory = self._memory[message.slot]
-        memory[numbers] = 0 if data is None else data
+    def _write(self, message: Pages, data: Buffer) -> None:
+        pages = unpack(message, data, self._total(message.slot))
+        self._memory[message.slot].write(*pages)
 
     def _acknowledge(self, number: int) -> None:
         if self._expected.get(number) == self._arrived.get(number, 0):
@@ -314,14 +371,14 @@ class _Target:
         """The source decides now, however long it takes."""
         assert self._machine is not None
         while True:
-            who, message = self._next(None)
+            who, message, _ = self._next(None)
             if who != self._peer:
                 continue
             if isinstance(message, Abort):
                 raise ReceiveError(f"the source gave up: {message.reason}")
             if isinstance(message, Commit):
                 break
-        self._memory.clear()
+        self._close_memory()
         self._machine.start()
         with contextlib.suppress(ReceiveError):     # a source that died after Commit: the machine is ours
             self._answer(Running())
@@ -354,10 +411,9 @@ class _Target:
 
     def _take_page(self, missing: Missing) -> None:
         """The machine is ours alone by now: whoever sends what makes no sense is ignored."""
-        who, frame = self._sock.recv_multipart()
         try:
-            message = decode_message(frame)
-            content = unpack(message, self._total(message.slot)) if isinstance(message, Pages) else None
+            who, message, data = self._recv()
+            content = unpack(message, data, self._total(message.slot)) if isinstance(message, Pages) else None
         except WireError:
             return
         match message:

@@ -20,7 +20,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from ipc import channel
+from ipc import channel, futex
 from ipc.layout import MAX_SLOTS, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import (
     AnyNotification,
@@ -77,6 +77,9 @@ class Shard:
         self._immediate: ctypes.c_uint8 | None = None
         self._harvested: NDArray[np.uint64] = np.zeros(4, np.uint64)
         self._harvested_address = self._harvested.ctypes.data
+        block = ctypes.addressof(control)
+        self._reset_request_address = block + VcpuControl.reset_request.offset
+        self._reset_done_address = block + VcpuControl.reset_done.offset
         #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
         #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
         self.overflowed = False
@@ -184,6 +187,20 @@ class Shard:
         harvested = int(self.control.dirty_pages)
         self.full_but_empty = self.full_but_empty + 1 if harvested == self._harvested_at_full else 0
         self._harvested_at_full = harvested
+
+    def ask_reset(self, expected: int) -> None:
+        """Have the worker reset its ring, of which ``expected`` entries have been harvested and not reset yet, and
+        its vCPU go on if it waits at ring-full."""
+        self.control.reset_expected = expected
+        self.control.reset_request = (self.control.reset_request + 1) & 0xFFFF_FFFF
+        futex.wake(self._reset_request_address, 1)
+
+    def await_reset(self, seconds: float) -> bool:
+        """It has done so; False when that takes longer."""
+        done = self.control.reset_done
+        if done != self.control.reset_request:
+            futex.wait(self._reset_done_address, done, seconds)
+        return bool(self.control.reset_done == self.control.reset_request)
 
     # --- kick ------------------------------------------------------------------------------------
 
@@ -468,6 +485,16 @@ class Shards:
         self._pauses = 1
 
     # --- rings ------------------------------------------------------------------------------------
+
+    def await_resets(self, shards: Iterable[Shard]) -> None:
+        """Until each that was asked (``Shard.ask_reset``) has reset its ring, or died. Raises VmmError."""
+        timeout = _MISSING_TIMEOUT if self.pages_missing else _REPLY_TIMEOUT
+        deadline = time.monotonic() + timeout
+        for shard in shards:
+            while not shard.await_reset(_KICK_REPEAT_MS / 1000) and shard.alive:
+                self._poll(None, 0.0)       # has it died?
+                if time.monotonic() > deadline:
+                    raise self._late(f"vcpu {shard.index}: its ring was not reset within {timeout:.0f} s")
 
     def rebuild_ring(self, shard: Shard) -> None:
         """A fresh ring for a shard whose count was wrong; the vCPU is paused."""

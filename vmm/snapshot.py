@@ -180,6 +180,7 @@ def create(machine: Machine, directory: Path, *, incremental: bool = False, live
            compression: Compression = "none", progress: Progress = lambda done, total: None) -> Manifest:
     """Take a snapshot. The machine is paused for it, or with ``live`` only for the last dirty pages and the
     vCPU states; it is as before when this returns, also when it fails. Raises VmmError."""
+    machine.require_memory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from ipc.messages import ReplaySpec
+
 __all__ = ["MachineSpec", "RamSlot", "ReaperSpec", "VerifySpec", "decode_spec", "encode_spec"]
 
 
@@ -40,12 +42,12 @@ class VerifySpec(msgspec.Struct, frozen=True):
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
-    accel: str                  # "kvm" | "unicorn"
+    accel: str                  # "kvm" | "unicorn" | "replay"
     vcpus: int
     privilege: str              # "user" | "kernel"
     ring_entries: int           # 0: plain dirty bitmap
     slots: list[RamSlot]
-    image: str                  # absolute path
+    image: str                  # absolute path; "" with replay
     load_address: int | None    # flat binaries only
     params: list[int]
     cmdline: str
@@ -56,6 +58,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     trace: list[str]
     trace_file: str             # "" is standard error
     dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
+    replay: ReplaySpec | None = None    # accel replay: what is dirtied
+    replay_trace: str = ""      # absolute path of the trace that it is to be taken from
     linger: bool                # stay after the end until a client releases the machine
 
 

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc.bitmap import GROUP_WORDS, set_bit_indices, words_of_groups
 from ipc.layout import MachineControl
 from ipc.shm import Segment, segment_name
 
@@ -31,7 +32,7 @@ from .ram import make_or_adopt
 from .shards import Shard
 from .spec import VerifySpec
 
-__all__ = ["CLIENT", "Verification", "Verifier"]
+__all__ = ["CLIENT", "AnyVerifier", "Verification", "Verifier", "make_verifier"]
 
 CLIENT = "verify"
 _PAGE = 4096
@@ -174,3 +175,97 @@ class Verifier:
             dirty[pages[0]] = self._inject == "extra"
             self._injected = (slot_id, int(pages[0]))
             self.result.injected = self._inject
+
+
+class ReplayVerifier:
+    """The same proof for machines that replay: they have no memory to compare, but each producer keeps a record,
+    a bitmap of its own in shared memory, of the pages that it wrote.
+
+    Rounds and findings are those of :class:`Verifier`: written and not in the log is lost, in the log and not
+    written is surplus. Excused is the last entry of a vCPU whose worker was killed, before it could record it.
+    """
+
+    def __init__(self, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+                 resume: Verification | None = None) -> None:
+        self.result = Verification(surplus_is_failure=spec.surplus_is_failure) if resume is None else resume
+        self._inject = spec.inject
+        self._log = log
+        self._shards = shards
+        self._control = control
+        self.blind_to_surplus = resume is not None      # as in Verifier
+        if resume is None:
+            log.register(CLIENT)
+        elif control.verify_in_round:
+            log.give_back(CLIENT)
+
+    def adopt(self, slot_id: int) -> None:
+        """The slot's records begin with it, and a page that was not logged is in neither record nor log."""
+
+    def forget(self, slot_id: int) -> None:
+        """Its records go with it."""
+
+    def close(self) -> None:
+        pass
+
+    def round(self) -> None:
+        result = self.result
+        result.rounds += 1
+        self._log.take(CLIENT)
+        self._control.verify_in_round = 1
+        for slot_id, slot in self._log.slots.items():
+            front = self._log.front(CLIENT, slot_id).front
+            groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
+            if len(groups) == 0:
+                groups = np.zeros(1, np.int64)      # where a surplus page may be injected
+            at = words_of_groups(groups, len(front.words))
+            dirty, written = front.words[at], np.zeros(len(at), np.uint64)
+            for record in slot.records:
+                there = np.isin(at // GROUP_WORDS, set_bit_indices(record.summary))
+                written[there] |= record.words[at[there]]
+            self._injection(dirty, written, at, slot.pages)
+            lost = _pages(at, written & ~dirty)
+            surplus = [] if self.blind_to_surplus else _pages(at, dirty & ~written)
+            last = {s.control.last_offset for s in self._shards if not s.alive and s.control.last_slot == slot_id}
+            excused = [p for p in surplus if p in last]
+            result.checked_pages += slot.pages
+            result.dirty_pages += int(np.bitwise_count(dirty).sum())
+            result.lost_pages += len(lost)
+            result.excused_pages += len(excused)
+            result.surplus_pages += len(surplus) - len(excused)
+            for kind, pages in (("lost", lost), ("surplus", surplus)):
+                for page in pages[:10]:
+                    if len(result.first_findings) < 10 and page not in excused:
+                        result.first_findings.append(
+                            f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
+            for record in slot.records:
+                record.words[record.filled_words()] = 0
+                record.summary[:] = 0
+        self._control.verify_in_round = 0
+        self.blind_to_surplus = False
+
+    def _injection(self, dirty: NDArray[np.uint64], written: NDArray[np.uint64], at: NDArray[np.int64],
+                   pages: int) -> None:
+        """As in Verifier: falsify one bit, once, and be caught."""
+        if self._inject == "none" or self.result.injected != "none":
+            return
+        found = _pages(at, written & dirty if self._inject == "lost" else ~(written | dirty))
+        if found and found[0] < pages:
+            dirty[np.searchsorted(at, found[0] // 64)] ^= np.uint64(1 << found[0] % 64)
+            self.result.injected = self._inject
+
+
+def _pages(at: NDArray[np.int64], words: NDArray[np.uint64]) -> list[int]:
+    """Pages whose bits are set, ascending; ``at`` are the words' numbers within the slot."""
+    bits = set_bit_indices(words)
+    return (at[bits // 64] * 64 + bits % 64).tolist()
+
+
+AnyVerifier = Verifier | ReplayVerifier
+
+
+def make_verifier(accel: str, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+                  usable: dict[int, tuple[int, int]], resume: Verification | None = None) -> AnyVerifier:
+    """The one for this accelerator; ``resume``: go on where a predecessor's left off."""
+    if accel == "replay":
+        return ReplayVerifier(spec, log, shards, control, resume)
+    return Verifier(spec, log, shards, control, usable, resume)

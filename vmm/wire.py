@@ -4,6 +4,10 @@ One control connection and several for pages; the target answers on the control 
 pages ends with a barrier: the target acknowledges when it has every message of the round, so that a page of
 the next round cannot be overtaken by an older copy.
 
+The bytes of pages are a second frame of their message, so that they need not be copied into it: ZeroMQ sends them
+from guest memory itself where they lie there one after the other. A page that the guest writes meanwhile arrives
+half old, half new; it is dirty then, and comes again.
+
 The target trusts nothing: a message is decoded into one of these types or refused, and what it names is
 checked against the machine that was offered before a byte is written.
 """
@@ -23,18 +27,19 @@ from numpy.typing import NDArray
 from .errors import VmmError
 from .spec import MachineSpec
 
-__all__ = ["CHUNK_PAGES", "POSTCOPY", "Abort", "Accept", "Commit", "Complete", "Encoding", "Missing", "Offer",
-           "Packer", "Pages", "Ping", "Prepared", "Received", "Recover", "Refused", "RoundAck", "RoundEnd",
+__all__ = ["CHUNK_PAGES", "POSTCOPY", "Abort", "Accept", "Buffer", "Commit", "Complete", "Encoding", "Missing",
+           "Offer", "Packer", "Pages", "Ping", "Prepared", "Received", "Recover", "Refused", "RoundAck", "RoundEnd",
            "Running", "State", "Want", "WireError", "check_address", "decode_answer", "decode_message", "encode",
            "missing", "missing_pages", "page_numbers", "secure", "unpack", "want"]
 
-VERSION = 1
+VERSION = 2
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
 PAGE = 4096
 CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
 IMAGE_MAX = 1 << 30         # bytes
 
 Encoding = Literal["none", "zstd", "lz4"]
+Buffer = bytes | memoryview
 
 
 class WireError(VmmError):
@@ -58,14 +63,13 @@ class Offer(Wire, frozen=True, tag="offer"):
 
 
 class Pages(Wire, frozen=True, tag="pages"):
-    """Pages of a slot: their numbers (uint32, little endian, ascending), and their bytes one after the other,
-    encoded; no bytes for pages that are zero."""
+    """Pages of a slot: their numbers (uint32, little endian, ascending). In a second frame their bytes one after
+    the other, encoded; none for pages that are zero. All pages are zero at first."""
 
     round: int
     slot: int
     numbers: bytes
     encoding: Literal["zero", "none", "zstd", "lz4"]
-    data: bytes = b""
 
 
 class RoundEnd(Wire, frozen=True, tag="round-end"):
@@ -164,7 +168,7 @@ def encode(message: Wire) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_message(frame: bytes) -> Message:
+def decode_message(frame: Buffer) -> Message:
     """Raises WireError."""
     try:
         return _messages.decode(frame)
@@ -190,22 +194,30 @@ class Packer:
         self._encoding = encoding
         self._zstd = zstandard.ZstdCompressor(level=1)
 
-    def pack(self, round_: int, slot: int, memory: NDArray[np.uint8], pages: NDArray[np.int64]) -> list[Pages]:
-        """The messages for these pages (ascending, at most CHUNK_PAGES) of the slot's memory, as it is now."""
-        data = memory.reshape(-1, PAGE)[pages]
-        filled = data.view(np.uint64).any(axis=1)
-        found = []
+    def pack(self, round_: int, slot: int, memory: NDArray[np.uint8],
+             pages: NDArray[np.int64]) -> list[tuple[Pages, Buffer]]:
+        """The messages for these pages (ascending, at most CHUNK_PAGES) of the slot's memory, as it is now; bytes
+        may be a view of that memory."""
+        memory = memory.reshape(-1, PAGE)
+        first, end = int(pages[0]), int(pages[-1]) + 1
+        data = memory[first:end] if end - first == len(pages) else memory[pages]
+        words = data.view(np.uint64)
+        filled = words[:, 0] != 0       # most pages are told by their first word, without reading the rest
         if not filled.all():
-            found.append(Pages(round_, slot, _numbers(pages[~filled]), "zero"))
+            suspects = np.flatnonzero(~filled)
+            filled[suspects] = (words if len(suspects) == len(words) else words[suspects]).any(axis=1)
+        found: list[tuple[Pages, Buffer]] = []
+        if not filled.all():
+            found.append((Pages(round_, slot, _numbers(pages[~filled]), "zero"), b""))
         if filled.any():
-            raw = (data if filled.all() else data[filled]).tobytes()
-            packed, encoding = self._encode(raw)
-            found.append(Pages(round_, slot, _numbers(pages[filled]), encoding, packed))
+            raw = (data if filled.all() else data[filled]).reshape(-1)
+            packed, encoding = self._encode(raw.data)
+            found.append((Pages(round_, slot, _numbers(pages[filled]), encoding), packed))
         return found
 
-    def _encode(self, raw: bytes) -> tuple[bytes, Encoding]:
+    def _encode(self, raw: memoryview) -> tuple[Buffer, Encoding]:
         """What does not get smaller is sent as it is."""
-        packed = raw
+        packed: Buffer = raw
         if self._encoding == "zstd":
             packed = self._zstd.compress(raw)
         elif self._encoding == "lz4":
@@ -247,16 +259,16 @@ def missing_pages(message: Missing, total: int) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(raw, np.uint8), count=total, bitorder="little").astype(bool)
 
 
-def unpack(message: Pages, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
-    """(page numbers, their bytes [n, 4096] or None for zero pages), for a slot of ``total`` pages. Raises
-    WireError for anything that does not fit."""
+def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
+    """(page numbers, their bytes [n, 4096] or None for zero pages), for a slot of ``total`` pages; the bytes may be
+    a view of ``data``. Raises WireError for anything that does not fit."""
     numbers = page_numbers(message, total)
     size = len(numbers) * PAGE
     if message.encoding == "zero":
-        if message.data:
+        if len(data):
             raise WireError("the source sent bytes of zero pages")
         return numbers, None
-    raw = message.data
+    raw = data
     try:
         if message.encoding == "zstd":
             # Not the size that the frame claims, which is the sender's word: never more than was announced.
@@ -270,7 +282,7 @@ def unpack(message: Pages, total: int) -> tuple[NDArray[np.int64], NDArray[np.ui
     return numbers, np.frombuffer(raw, np.uint8).reshape(-1, PAGE)
 
 
-def _claims(frame: bytes, size: int) -> bool:
+def _claims(frame: Buffer, size: int) -> bool:
     """The zstd frame says that it holds exactly ``size`` bytes (the decoder then holds it to that)."""
     return bool(zstandard.frame_content_size(frame) == size)
 

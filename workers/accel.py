@@ -131,4 +131,8 @@ def load(name: str) -> type[Accelerator]:
         except ImportError as exc:
             raise AccelError(f"the unicorn accelerator cannot be loaded: {exc}") from None
         return UnicornAccelerator
+    if name == "replay":
+        from .replay import ReplayAccelerator
+
+        return ReplayAccelerator
     raise AccelError(f"unknown accelerator '{name}'")

@@ -42,7 +42,8 @@ from ipc.atomics import (
     store_u8,
     store_u64,
 )
-from ipc.layout import DIRTY_GFN_F_DIRTY, DIRTY_GFN_F_RESET
+from ipc.layout import DIRTY_GFN_F_RESET
+from ipc.ring import publish_entry
 
 from .soft_context import (
     CONTEXT,
@@ -67,7 +68,7 @@ _SEEN_POINTER = types.CPointer(from_dtype(SEEN))
 _LOGGED, _CODE = np.uint8(PAGE_LOGGED), np.uint8(PAGE_CODE)
 _FULL, _UNSEEN, _SPECIAL, _CODE_WRITTEN = (
     np.uint64(s) for s in (Stop.FULL, Stop.UNSEEN, Stop.SPECIAL, Stop.CODE_WRITTEN))
-_DIRTY, _RESET = np.uint32(DIRTY_GFN_F_DIRTY), np.uint32(DIRTY_GFN_F_RESET)
+_RESET = np.uint32(DIRTY_GFN_F_RESET)
 _SEEN_MASK = np.uint64(SEEN_BLOCKS - 1)
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)    # 2**64 / golden ratio (Knuth, TAOCP vol. 3, 6.4)
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
@@ -140,10 +141,7 @@ def _push(context, slot_id, page):  # type: ignore[no-untyped-def]
         c.stop |= _FULL
         return
     entry = c.ring + np.int64((c.pushed & (c.entries - _ONE)) << np.uint64(4))
-    store_u64(entry + 8, page)
-    # Flags and slot lie in one word, but the flag is to be seen last: slot first, then the release.
-    store_u64(entry, np.uint64(slot_id) << np.uint64(32))
-    store_release_u32(entry, _DIRTY)
+    publish_entry(entry, np.uint64(slot_id), page)
     c.pushed += _ONE
     store_u64(c.pushed_total, c.pushed)
     if used + _ONE >= c.soft_limit or c.pushed >= c.push_limit:

@@ -24,7 +24,7 @@ from unicorn import unicorn_const as uconst
 from unicorn import x86_const as ux
 from unicorn.unicorn_py3.unicorn import uclib
 
-from ipc.layout import VcpuControl
+from ipc.layout import RING_RESERVE, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 from ipc.shm import PAGE_SIZE, Segment
 
@@ -38,7 +38,6 @@ from .soft_decode import Decoder, PortAccess
 
 __all__ = ["UnicornAccelerator"]
 
-_RESERVE = 64 + 512                 # entries kept free, as KVM does: a block goes on for up to 512 instructions
 _TRAMPOLINE = 0xFF_F000             # behind the system slot, in the area that no RAM may be in
 _TRAMPOLINE_CODE = bytes.fromhex("8ed8 8ec3 8ee1 8eea 48cf")     # mov to ds, es, fs, gs from eax to edx; iretq
 _TRAMPOLINE_INSTRUCTIONS = 5
@@ -112,7 +111,7 @@ class UnicornAccelerator:
             if spec.ring_entries:
                 self._ring = Segment.open(spec.ring_segment)
                 self._c.ring, self._c.entries = self._ring.address, spec.ring_entries
-                self._c.soft_limit = spec.ring_entries - _RESERVE
+                self._c.soft_limit = spec.ring_entries - RING_RESERVE
             self._engine = self._make_engine()
             self._load_boot(spec.boot)
             self._add_hooks()

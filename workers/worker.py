@@ -1,9 +1,9 @@
 """The run loop of one vCPU process.
 
-Two threads. The **vCPU thread** is the process's main thread: it enters the guest, because the
-kick signal (SIGUSR1) must interrupt exactly that thread. The **service thread** answers the
-coordinator's requests; above all it resets the ring *while the guest runs*, so that a reap in time
-costs the guest nothing but a TLB flush.
+Three threads. The **vCPU thread** is the process's main thread: it enters the guest, because the
+kick signal (SIGUSR1) must interrupt exactly that thread. The **reset thread** resets the ring *while the
+guest runs*, so that a reap in time costs the guest nothing but a TLB flush; it sleeps on a futex in the control
+block. The **service thread** answers the coordinator's requests, which are rare.
 
 No lost kick. The coordinator sets the request, then the immediate-exit flag, then signals. This
 loop clears the flag, then looks at the request. Whatever the order of the two, either the look sees
@@ -16,6 +16,7 @@ futex of the wait hypercall.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -29,7 +30,7 @@ from typing import Any
 import zmq
 
 from ipc import channel, futex, process, userfault
-from ipc.layout import VcpuRequest, VcpuState, vcpu_control
+from ipc.layout import VcpuControl, VcpuRequest, VcpuState, vcpu_control
 from ipc.messages import (
     ClearLog,
     Console,
@@ -45,7 +46,6 @@ from ipc.messages import (
     Notification,
     RebuildRing,
     RemoveMemslot,
-    Reset,
     RingFull,
     SendFd,
     SetMemslot,
@@ -336,6 +336,35 @@ class Worker:
                     poller.unregister(self.spec.keeper_fd)
                     deadline = time.monotonic() + _ORPHAN_GRACE
 
+    def serve_resets(self) -> None:
+        """The reset thread: whenever the coordinator has raised reset_request. A vCPU that waits at ring-full goes
+        on then."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        control = self.control
+        asked, answered = (ctypes.addressof(control) + field.offset
+                           for field in (VcpuControl.reset_request, VcpuControl.reset_done))
+        while not self._shutdown:
+            request = control.reset_request
+            if request == control.reset_done:
+                futex.wait(asked, request)
+                continue
+            self._reset(control.reset_expected)
+            control.reset_done = request
+            futex.wake(answered, 1)
+            self._ring_full = False
+            self._wake_up()
+
+    def _reset(self, expected: int) -> None:
+        """The call is repeated while it is short. What is missing in the end the coordinator sees by the totals."""
+        if not expected:
+            return
+        assert self.accel is not None
+        try:
+            self.control.reset_total += self.accel.reset_ring(expected)
+        except (AccelError, OSError) as exc:
+            print(f"vcpu {self.spec.index}: reset of its ring: {exc}", file=sys.stderr)
+        self.control.resets += 1
+
     def _serve_one(self, sock: zmq.Socket[bytes]) -> None:
         try:
             request = decode_request(sock.recv())
@@ -349,12 +378,6 @@ class Worker:
         data = None
         try:
             match request:
-                case Reset(expected=expected):
-                    value = accel.reset_ring(expected) if expected else 0
-                    control.reset_total += value
-                    control.resets += 1 if expected else 0
-                    self._ring_full = False
-                    self._wake_up()
                 case SetMemslot(slot=slot):
                     if slot.id not in self.memory.slots:
                         self.memory.add(slot)
@@ -436,6 +459,7 @@ def _on_kick(signum: int, frame: FrameType | None) -> None:
 def main(spec: WorkerSpec) -> int:
     """The process: 0 after an orderly Shutdown, 1 when the vCPU could not be set up."""
     process.set_name(f"vcpu{spec.index}")
+    process.set_time_slice(process.SERVICE_SLICE)   # of all threads but the vCPU's: they inherit it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what a Ctrl-C means
     worker = Worker(spec)
     worker.catch_kicks()
@@ -443,6 +467,8 @@ def main(spec: WorkerSpec) -> int:
     if ok:
         service = threading.Thread(target=worker.serve, name="service", daemon=True)
         service.start()
+        threading.Thread(target=worker.serve_resets, name="reset", daemon=True).start()
+        process.set_time_slice(0.0)     # the vCPU's own thread computes: an ordinary one
         worker.run()
         service.join()
     worker.close()

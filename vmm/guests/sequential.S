@@ -49,30 +49,12 @@
     imul    %r14, %rax
     add     %rax, %r9
 
-    test    %r13, %r13
-    jnz     .Lslow
-
-    .p2align 5
-.Lfast:
-    incq    (%rdi)
-    add     %rsi, %rdi
-    dec     %rcx
-    jnz     .Lfast
+    WRITE_PAGES
 
 .Lnext_slot:
     mov     %r8, %r10
     add     $SLOT_ENTRY, %r11
     jmp     .Lslot
-
-.Lslow:
-    mov     %rcx, %rdx
-.Lslow_next:
-    incq    (%rdi)
-    add     %rsi, %rdi
-    SPIN    %r13
-    dec     %rdx
-    jnz     .Lslow_next
-    jmp     .Lnext_slot
 
 .Lpass_done:
     dec     %rbx

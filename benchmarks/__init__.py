@@ -1,0 +1,1 @@
+"""What this project is measured with: ``python -m benchmarks`` (docs/benchmarks.md)."""

@@ -1,0 +1,34 @@
+"""Run the benchmarks: ``python -m benchmarks [NAME ...] [--quick] [--output DIR]``; all of them without a name.
+
+``python -m benchmarks NAME --help`` tells what a benchmark compares, how, and its further options.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+NAMES = ("dirtying", "migration", "harvest", "dirty_limit", "snapshot", "tracking")
+#: These print what they find; the others keep it in --output too.
+PRINTING = ("dirty_limit", "snapshot", "tracking")
+
+
+def main() -> int:
+    options = sys.argv[1:]
+    names = []
+    while options and not options[0].startswith("-"):
+        names.append(options.pop(0))
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or (not names and {"-h", "--help"} & set(options)):
+        print(__doc__, f"There are: {', '.join(NAMES)}", sep="\n", file=sys.stderr)
+        return 2 if unknown else 0
+    for name in names or NAMES:
+        print(f"--- {name}", flush=True)
+        mine = [] if name in PRINTING and (len(names) != 1) else options
+        sys.argv = [name, *mine]
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Live migration of a guest on one host, beside QEMU: total time and downtime, in turns.
+
+The same on both sides: RAM size, every page's first word not zero, one vCPU, a dirty ring of 4,096 entries, a Unix
+socket, the downtime limit, no bandwidth cap (QEMU's is set out of reach), no compression. The guest is idle (it
+halts or sleeps), or walks over all its memory and writes a word in each page, with as many ``pause`` instructions
+after each as make the wanted rate; the rate that each guest had before the migration is reported.
+
+``total``: from the request until the source says that it is done. ``downtime``: from the guest's stop until it
+runs at the target: for QEMU the time between its events STOP (source) and RESUME (target), for us what we report,
+which ends with the target's word that it runs. ``said downtime`` is what each reports; QEMU's ends before the
+target has taken the last of it. QEMU's target was started before, with its memory set up, and ours makes the
+machine within the total time, since only the offer says what it must be: ``set-up`` is that part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ipc.process import die_with_parent
+from vmm.machine import Machine
+from vmm.migrate import Options, migrate
+
+from .common import Case, Results, arguments_parser, in_turns
+from .peer.ours import Guest, Ours, written
+from .peer.qemu import PAGE, Qemu, missing, version
+
+NAME = "migration"
+RING = 4096
+DOWNTIME = 0.3
+SOURCE, TARGET = "bench-source", "bench-target"
+
+
+@contextlib.contextmanager
+def receiver(address: str) -> Iterator[None]:
+    """A ``vmm receive`` that waits; what it received goes with it."""
+    parent = os.getpid()
+    process = subprocess.Popen([sys.executable, "-m", "vmm", "receive", address, "--name", TARGET],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                               preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent))
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()       # waits at ...
+        yield
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def rate(guest: Guest, seconds: float) -> float:
+    """Bytes dirtied a second."""
+    (t0, before), (t1, after) = written(guest, 0), (time.sleep(seconds), written(guest, 0))[1]
+    return (after - before) * PAGE / (t1 - t0)
+
+
+def ours(mib: int, spin: int, idle: bool, seconds: float) -> dict[str, float]:
+    address = f"ipc://@shardvmm-bench-{os.getpid()}"        # abstract: nothing in the file system
+    with Ours(mib=mib, vcpus=1, ring=RING, spin=spin, idle=idle, name=SOURCE) as guest, receiver(address):
+        dirtied = 0.0 if idle else rate(guest, seconds)
+        report = migrate(guest.machine, address, Options(downtime=DOWNTIME))
+        target = Machine.attach(TARGET)
+        try:
+            assert target.status()["state"] == "running"
+        finally:
+            target.detach()
+    return {"total": report.total_time / 1000, "downtime": report.downtime / 1000,
+            "said downtime": report.downtime / 1000, "set-up": report.setup_time / 1000,
+            "rounds": report.ram.dirty_sync_count, "bytes": report.ram.transferred, "rate": dirtied,
+            "throttled": float(bool(report.throttled))}
+
+
+def qemu(mib: int, spin: int, idle: bool, seconds: float) -> dict[str, float]:
+    one, other = socket.socketpair()
+    with (one, other, Qemu(mib=mib, vcpus=1, ring=RING, spin=spin, idle=idle) as source,
+          Qemu(mib=mib, vcpus=1, ring=RING, spin=spin, idle=idle, incoming=other.fileno()) as target):
+        first, pages = source.shares[0]
+        while not source.word(first + (pages - 1) * PAGE):      # its first pass
+            time.sleep(0.02)
+        dirtied = 0.0 if idle else rate(source, seconds)
+        began = time.time()
+        report = source.migrate(one.fileno(), downtime=DOWNTIME)
+        stopped, resumed = source.event("STOP"), target.event("RESUME")
+        assert target.ask("query-status")["status"] == "running"
+    ram = report["ram"]
+    return {"total": max(report["total-time"] / 1000, resumed - began), "downtime": resumed - stopped,
+            "said downtime": report["downtime"] / 1000, "set-up": report["setup-time"] / 1000,
+            "rounds": ram["dirty-sync-count"], "bytes": ram["transferred"], "rate": dirtied}
+
+
+def calibrate(mib: int, wanted: float) -> int:
+    """Pauses after each write with which a guest dirties so many bytes a second, while it is logged."""
+    def microseconds(spin: int) -> float:
+        with Ours(mib=mib, vcpus=1, ring=RING, spin=spin) as guest:
+            return 1e6 * PAGE / max(rate(guest, 0.5) for _ in range(3))     # the least disturbed
+
+    low, high = (20, microseconds(20)), (200, microseconds(200))
+    a_pause = (high[1] - low[1]) / (high[0] - low[0])
+    return max(1, round(low[0] + (1e6 * PAGE / wanted - low[1]) / a_pause))
+
+
+def run(results: Results, *, mib: int, rates: list[int], rounds: int, seconds: float) -> None:
+    for wanted in rates:
+        idle = wanted == 0
+        spin = 0 if idle else calibrate(mib, wanted * 1e6)
+        found = in_turns({"ours": lambda i=idle, s=spin: ours(mib, s, i, seconds),
+                          "qemu": lambda i=idle, s=spin: qemu(mib, s, i, seconds)}, rounds)
+        label = f"{mib} MiB, " + ("idle" if idle else f"{wanted} MB/s")
+        results.cases.append(Case(label, found["ours"], found["qemu"], at_most={"total": 1.0, "downtime": 1.0}))
+
+
+def main() -> None:
+    parser = arguments_parser(NAME, __doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="RAM of the guest")
+    parser.add_argument("--rates", type=int, nargs="*", default=[0, 100, 400], help="MB/s; 0 is an idle guest")
+    options = parser.parse_args()
+    results = Results(NAME, "Live migration over a Unix socket", version() if not missing() else "QEMU", {
+        "total": ("total (ms)", 1e3, ".0f"), "downtime": ("downtime (ms)", 1e3, ".0f"),
+        "said downtime": ("said downtime (ms)", 1e3, ".0f"), "set-up": ("set-up (ms)", 1e3, ".0f"),
+        "rounds": ("rounds", 1.0, ".0f"), "bytes": ("sent (MiB)", 2.0**-20, ".0f"),
+        "rate": ("dirtied before (MB/s)", 1e-6, ".0f")})
+    results.skipped = missing()
+    if not results.skipped:
+        run(results, mib=options.mib, rates=options.rates, rounds=options.rounds or (1 if options.quick else 5),
+            seconds=0.3 if options.quick else 1.0)
+    results.show()
+    results.save(Path(options.output))
+
+
+if __name__ == "__main__":
+    main()

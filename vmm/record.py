@@ -1,0 +1,105 @@
+"""Recording of dirty traces: the coordinator's end, and that of ``vmm trace record``.
+
+The coordinator puts what it harvests into a queue in shared memory (ipc/tracequeue.py) and never waits; the
+recording process takes it out, compresses it and writes the file. Should that one lag, entries are lost and the
+trace says how many.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipc.shm import segment_name
+from ipc.tracequeue import TraceQueue
+
+from .errors import VmmError
+from .spec import RamSlot
+from .tracefile import TraceEnd, TraceHeader, TraceWriter, pack
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+__all__ = ["QUEUE", "Recorder", "record"]
+
+QUEUE = "record"            # what the queue's segment is called
+_QUEUE_WORDS = 1 << 23      # 64 MiB: 8 million entries
+
+
+class Recorder:
+    """Of a machine that is being recorded; its reaper feeds it."""
+
+    def __init__(self, machine: str, table: NDArray[np.uint64]) -> None:
+        self._queue = TraceQueue.create(segment_name(machine, QUEUE), _QUEUE_WORDS)
+        self._table = table
+        self._began = time.monotonic_ns()
+
+    def put(self, vcpu: int, triples: NDArray[np.uint64]) -> None:
+        """What was harvested from one ring: (fetch index, slot word, page) each, uint64 [entries, 3]."""
+        slots, pages = triples[:, 1], triples[:, 2]
+        good = slots < len(self._table)     # what the harvest has dropped is not recorded either
+        good[good] = pages[good] < self._table[slots[good], 2]
+        if good.any():
+            self._queue.put(time.monotonic_ns() - self._began, vcpu, pack(slots[good], pages[good]))
+
+    def close(self) -> None:
+        """All of it is in the queue; whoever has it mapped can still read it."""
+        self._queue.end()
+        self._queue.close()
+
+
+def record(machine: Machine, path: Path, seconds: float, interval: float,
+           progress: Callable[[float, int], None] = lambda part, entries: None) -> TraceEnd:
+    """Record what the machine's vCPUs dirty, for so long or until it ends. Every ``interval`` seconds the rings are
+    harvested, if they were not in between: that is how exact the times in the trace are. ``progress`` is told the
+    part of the time that is over, and entries. Raises VmmError, with no file left then."""
+    status = machine.status()
+    header = TraceHeader(
+        machine=machine.name, accelerator=status["accelerator"], vcpus=len(status["vcpus"]),
+        ring_entries=status["ring_entries"], interval=interval,
+        slots=[RamSlot(s["id"], s["gpa"], s["size"], s["logged"], s["born"]) for s in status["slots"]],
+        recorded=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    with TraceWriter(path, header) as writer:
+        opened = time.monotonic()
+        machine.record_start()
+        queue = TraceQueue.open(segment_name(machine.name, QUEUE))
+        try:
+            began = time.monotonic()
+            reason = ""
+            entries = 0
+            while (elapsed := time.monotonic() - began) < seconds:
+                time.sleep(min(interval, seconds - elapsed))
+                try:
+                    going_on = machine.record_step()
+                except VmmError as exc:
+                    reason = str(exc)
+                    break
+                entries += _take(queue, writer)
+                progress((time.monotonic() - began) / seconds, entries)
+                if not going_on:
+                    break
+            if not reason:
+                try:
+                    machine.record_stop()
+                except VmmError as exc:
+                    reason = str(exc)
+            if queue.closed:
+                reason = ""     # the machine has gone, but in order
+            _take(queue, writer)
+            return writer.finish(queue.lost, reason, time.monotonic() - opened)
+        finally:
+            queue.close()
+
+
+def _take(queue: TraceQueue, writer: TraceWriter) -> int:
+    taken = 0
+    for time_ns, vcpu, entries in queue.records():
+        writer.append(time_ns, vcpu, entries)
+        taken += len(entries)
+    return taken
