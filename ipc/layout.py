@@ -23,6 +23,7 @@ __all__ = [
     "DirtyGfn",
     "MachineControl",
     "ReaperState",
+    "Tracking",
     "VcpuControl",
     "VcpuRequest",
     "VcpuState",
@@ -86,6 +87,16 @@ class ReaperState(IntEnum):
     REAPING = 2
 
 
+class Tracking(IntEnum):
+    """How a worker logs what its vCPU dirties. Names in lower case are those of the configuration."""
+
+    UNSET = 0       # process started, not ready
+    RING = 1        # the vCPU's dirty ring
+    BITMAP = 2      # plain dirty bitmap: of KVM, or of the software CPU
+    UFFD = 3        # write-protected page tables of the worker (ipc/writelog.py)
+    NONE = 4        # not at all
+
+
 class VcpuControl(ctypes.Structure):
     """Control block of one vCPU: one page in the machine's control segment."""
 
@@ -124,7 +135,7 @@ class VcpuControl(ctypes.Structure):
         ("reset_request", ctypes.c_uint32),   # c: raised by one for each
         ("reset_expected", ctypes.c_uint32),  # c: entries harvested and not reset yet
         ("reset_done", ctypes.c_uint32),      # w: the reset_request that was carried out last
-        ("_pad2", ctypes.c_uint32),
+        ("tracking", ctypes.c_uint32),        # w (Tracking)
     ]
 
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import msgspec
 
-from .layout import PROTOCOL_VERSION
+from .layout import PROTOCOL_VERSION, Tracking
 
 __all__ = [
     "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
     "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "ReplayPhase", "ReplaySpec",
-    "Request", "RingFull", "SendFd", "SetMemslot", "SetState", "Shutdown", "SlotSpec", "Userfault",
+    "Request", "RingFull", "SendFd", "SetMemslot", "SetState", "SetTracking", "Shutdown", "SlotSpec", "Userfault",
     "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
 
@@ -98,7 +98,8 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     vcpu_count: int
     accel: str                  # "kvm" | "unicorn" | "replay"
     privilege: str = "user"     # "user" (CPL 3) | "kernel" (CPL 0)
-    ring_entries: int = 0       # 0: no ring, plain dirty bitmap
+    ring_entries: int = 0       # 0: no ring
+    tracking: str = ""          # name of a Tracking; empty: ring, or bitmap where there is no ring
     ring_segment: str = ""      # software rings: segment of ring_entries * 16 bytes
     slots: list[SlotSpec]       # RAM
     system_slot: SlotSpec       # never logged
@@ -110,6 +111,10 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     boot: dict[str, int]        # initial registers: rip, rsp, rdi, rsi, rdx, cr3, gdt_base, gdt_limit,
                                 # idt_base, idt_limit, tss_base (GPAs; vmm/boot.py makes them)
     replay: ReplaySpec | None = None
+
+    @property
+    def mode(self) -> Tracking:
+        return Tracking[(self.tracking or ("ring" if self.ring_entries else "bitmap")).upper()]
 
 
 # --- requests (coordinator -> worker) ---------------------------------------------------------
@@ -130,7 +135,9 @@ class RemoveMemslot(Request, frozen=True, tag="remove-memslot"):
 
 
 class GetLog(Request, frozen=True, tag="get-log"):
-    """Bitmap mode: KVM_GET_DIRTY_LOG of the slot into its log segment. Done.value: dirty pages."""
+    """Bitmap mode: KVM_GET_DIRTY_LOG of the slot into its log segment. Uffd mode: protect the written pages of the
+    slot again, and set their bits in its log segment, which the coordinator clears when it has taken them.
+    Done.value: dirty pages in the log segment."""
 
     slot_id: int
 
@@ -144,6 +151,17 @@ class ClearLog(Request, frozen=True, tag="clear-log"):
 class RebuildRing(Request, frozen=True, tag="rebuild-ring"):
     """Replace a ring that has lost count: a fresh one, indices at zero, vCPU state kept. On kvm the
     new vCPU fd is sent over the fd socket before Done."""
+
+
+class SetTracking(Request, frozen=True, tag="set-tracking"):
+    """Log in another way from now on. The vCPU is paused and its log has been drained: what is still in it is
+    dropped. The indices of a ring are at zero afterwards. The control block's ``tracking`` says when it is done; on
+    kvm the vCPU fd may be another one then (``send-fd``)."""
+
+    tracking: str                       # name of a Tracking
+    ring_entries: int                   # 0 unless ``ring``
+    ring_segment: str                   # of a software ring
+    log_segments: dict[int, str]        # {slot id: its log segment}, with ``bitmap`` and ``uffd``
 
 
 class SendFd(Request, frozen=True, tag="send-fd"):
@@ -171,7 +189,7 @@ class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
-AnyRequest = (SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SendFd | GetState
+AnyRequest = (SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SetTracking | SendFd | GetState
               | SetState | Userfault | Shutdown)
 
 

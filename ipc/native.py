@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import importlib
 import importlib.util
+import io
 import os
 import tempfile
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class _Function(msgspec.Struct):
     symbol: str
     result: str             # names of Numba's types
     arguments: list[str]
+    needs: list[str]        # symbols that it does not have itself
     code: bytes             # an object file
 
 
@@ -64,6 +66,13 @@ class Native:
     def _link(self, function: _Function) -> Callable[..., Any]:
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""),
                                             llvm.Target.from_default_triple().create_target_machine())
+        process = ctypes.CDLL(None)
+        for name in function.needs:     # were one of them missing, the linker would leave all of them 0
+            if llvm.address_of_symbol(name) is None:
+                # LLVM may make a memset of a loop; Python's and Numba's names are on Numba's own error path, which
+                # is never taken.
+                outside = getattr(process, "abort" if name.startswith("numba_") else name)
+                llvm.add_symbol(name, ctypes.cast(outside, ctypes.c_void_p).value)
         engine.add_object_file(llvm.ObjectFileRef.from_data(function.code))
         engine.finalize_object()
         self._engines.append(engine)
@@ -76,7 +85,7 @@ class Native:
 
 def _key(modules: tuple[str, ...]) -> str:
     found = hashlib.sha256()
-    for module in modules:
+    for module in (*modules, __name__):
         found.update(_path(module).read_bytes())
     features = llvm.get_host_cpu_features().flatten()
     found.update(f"{metadata.version('llvmlite')} {llvm.get_host_cpu_name()} {features}".encode())
@@ -130,5 +139,12 @@ def _compile(source: str) -> list[_Function]:
         # Not Numba's documented interface; but its own cache on disk rests on the same call.
         _, _, (code, _) = compiled._library.serialize_using_object_code()
         found.append(_Function(name, compiled._wrapper_name, str(signature.return_type),
-                               [str(a) for a in signature.args], code))
+                               [str(a) for a in signature.args], _undefined(code), code))
     return found
+
+
+def _undefined(code: bytes) -> list[str]:
+    from elftools.elf.elffile import ELFFile
+
+    table: Any = ELFFile(io.BytesIO(code)).get_section_by_name(".symtab")
+    return [s.name for s in table.iter_symbols() if s.name and s["st_shndx"] == "SHN_UNDEF"]

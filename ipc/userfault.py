@@ -1,4 +1,5 @@
-"""userfaultfd(2): missing pages of a shared mapping, filled by another process.
+"""userfaultfd(2): missing pages of a shared mapping, filled by another process; and the protection against
+writing that ipc/writelog.py is built on.
 
 Numbers and structures of Linux ``uapi/linux/userfaultfd.h`` are here and nowhere else. An fd belongs to the
 mapping of the process that made it, wherever it is sent: a worker registers its own mapping and gives the fd to
@@ -12,17 +13,18 @@ import errno
 import fcntl
 import os
 from types import TracebackType
+from typing import NamedTuple
 
-__all__ = ["Userfault", "UserfaultError"]
+__all__ = ["MISSING", "WRITE_ASYNC", "Use", "Userfault", "UserfaultError"]
 
 _SYS_USERFAULTFD = 323              # x86-64
 _API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_UNREGISTER = 0x8010AA01
 _UFFDIO_WAKE = 0x8010AA02
 _UFFDIO_COPY = 0xC028AA03
-_REGISTER_MODE_MISSING = 1
-_FEATURE_MISSING_SHMEM = 1 << 5
+_USER_MODE_ONLY = 1
 _EVENT_PAGEFAULT = 0x12
 _MSG_SIZE = 32
 _PAGE = 4096
@@ -49,36 +51,62 @@ class _Copy(ctypes.Structure):
                 ("mode", ctypes.c_uint64), ("copy", ctypes.c_int64)]
 
 
+class Use(NamedTuple):
+    """What a userfaultfd is for."""
+
+    flags: int          # of the system call
+    features: int       # UFFD_FEATURE_*
+    mode: int           # UFFDIO_REGISTER_MODE_*
+    what: str           # that a kernel without these features lacks
+
+
+#: Accesses to missing pages wait until somebody has filled them. UFFD_FEATURE_MISSING_SHMEM.
+MISSING = Use(0, 1 << 5, 1, "missing pages of shared memory")
+#: The first write to a protected page lifts its protection; nobody is told, nobody waits. WP_HUGETLBFS_SHMEM,
+#: WP_UNPOPULATED (holes are protected too), WP_ASYNC. As the kernel settles such a fault by itself, faults within
+#: the kernel (KVM's) need no privilege: USER_MODE_ONLY.
+WRITE_ASYNC = Use(_USER_MODE_ONLY, 1 << 12 | 1 << 13 | 1 << 15, 2, "asynchronous write-protection of shared memory")
+
+
 class Userfault:
     """Owns one userfaultfd."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, use: Use = MISSING) -> None:
         self.fd = fd
+        self._use = use
 
     @classmethod
-    def make(cls) -> Userfault:
+    def make(cls, use: Use = MISSING) -> Userfault:
         """Of this process. Raises UserfaultError."""
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | use.flags)
         if fd < 0:
             error = ctypes.get_errno()
             advice = (" (needs root, CAP_SYS_PTRACE, or sysctl vm.unprivileged_userfaultfd=1)"
                       if error == errno.EPERM else "")
             raise UserfaultError(f"userfaultfd: {os.strerror(error)}{advice}")
-        found = cls(fd)
+        found = cls(fd, use)
         try:
-            fcntl.ioctl(fd, _UFFDIO_API, _Api(_API, _FEATURE_MISSING_SHMEM))
+            fcntl.ioctl(fd, _UFFDIO_API, _Api(_API, use.features))
         except OSError as exc:
             found.close()
-            raise UserfaultError(f"userfaultfd: this kernel lacks it for shared memory: {exc.strerror}") from None
+            raise UserfaultError(f"userfaultfd: this kernel lacks {use.what}: {exc.strerror}") from None
         return found
 
     def register(self, address: int, size: int) -> None:
-        """Accesses to missing pages of this mapping wait, and are told by ``faults``. Raises UserfaultError."""
+        """From now on for this mapping of the process. (MISSING: accesses to missing pages wait, and are told by
+        ``faults``.) Raises UserfaultError."""
         try:
-            fcntl.ioctl(self.fd, _UFFDIO_REGISTER, _Register(_Range(address, size), _REGISTER_MODE_MISSING))
+            fcntl.ioctl(self.fd, _UFFDIO_REGISTER, _Register(_Range(address, size), self._use.mode))
         except OSError as exc:
             raise UserfaultError(f"userfaultfd: a mapping cannot be registered: {exc.strerror}") from None
+
+    def unregister(self, address: int, size: int) -> None:
+        """The mapping is an ordinary one again. Raises UserfaultError."""
+        try:
+            fcntl.ioctl(self.fd, _UFFDIO_UNREGISTER, _Range(address, size))
+        except OSError as exc:
+            raise UserfaultError(f"userfaultfd: a mapping cannot be let go: {exc.strerror}") from None
 
     def faults(self) -> list[int]:
         """Page addresses that were touched since the last call, as the registering process has them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -108,3 +110,26 @@ def test_ranges_of_any_bits(bits: list[bool]) -> None:
         words[page // 64] |= np.uint64(int(bit) << (page % 64))
     covered = [p for first, count in dirty_ranges(words, len(bits)) for p in range(first, first + count)]
     assert covered == [p for p, bit in enumerate(bits) if bit]
+
+
+def test_kernels_kept_on_disk_run_without_the_compiler() -> None:
+    """In a process of its own: what Numba brings along is not there."""
+    program = """
+import sys
+from types import SimpleNamespace
+import numpy as np
+from ipc import kernels
+from ipc.bitmap import Bitmap, bitmap_bytes
+assert "numba" not in sys.modules
+pages = 100_003
+memory = [np.zeros(bitmap_bytes(pages) // 8, np.uint64) for _ in range(3)]
+a, b, c = (Bitmap(SimpleNamespace(buf=m, address=m.ctypes.data), 0, pages) for m in memory)
+a.mark_range(5, 90_000)
+assert kernels.publish(a, b) == 90_000 and a.count() == 0 and b.count() == 90_000
+kernels.fold(b, a)
+assert kernels.take(a, b, c) == 90_000 and (a.count(), b.count(), c.count()) == (0, 0, 90_000)
+kernels.clear(c)
+assert c.count() == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,9 @@ Every shard has its own kernel bitmap. Per slot: get each shard's log into that 
 buffers into staging, re-protect in every shard what its buffer says, publish. A page's bit is
 published only after it is protected again, as with rings (invariant 2); a coordinator that dies
 between finds the pages still dirty in the kernel, or still in staging.
+
+With tracking ``uffd`` a worker protects the pages while it gets them, and adds to what its buffer holds. Here a
+buffer is cleared after it has gone to staging: a coordinator that dies before finds it in the buffer.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from .shards import Shard, Shards
 __all__ = ["gather_bitmaps"]
 
 
-def gather_bitmaps(shards: Shards, log: DirtyLog) -> int:
-    """Gather all logged slots of all shards; dirty pages, counted once a shard."""
+def gather_bitmaps(shards: Shards, log: DirtyLog, *, protected: bool = False) -> int:
+    """Gather all logged slots of all shards; dirty pages, counted once a shard. ``protected``: to get a log has
+    re-protected its pages already."""
     total = 0
     for slot_id, slot in log.slots.items():
         if not slot.logged:
@@ -28,9 +32,12 @@ def gather_bitmaps(shards: Shards, log: DirtyLog) -> int:
         dirty = [s for s in shards.all if s.index in got and got[s.index].value]
         for shard in dirty:
             slot.staging.merge(slot.vcpu_logs[shard.index])
+            if protected:
+                slot.vcpu_logs[shard.index][:] = 0
             shard.control.dirty_pages += got[shard.index].value
             total += got[shard.index].value
-        shards.request(dirty, partial(_clear, slot_id))
+        if not protected:
+            shards.request(dirty, partial(_clear, slot_id))
     log.publish()
     return total
 

@@ -33,10 +33,11 @@ from ipc.shm import PAGE_SIZE, Segment, segment_name
 from . import boot, loader
 from .dirtylog import DirtyLog
 from .errors import VmmError
-from .ram import MemorySlot
+from .ram import MemorySlot, adopt_or_make
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
 from .tracefile import TraceError, TraceReader, check_trace, unpack
+from .tracking import BITMAPS
 
 __all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
 
@@ -50,6 +51,8 @@ class Parts:
     system: Segment
     log: DirtyLog
     rings: list[Segment] = field(default_factory=list)
+    #: In which way the machine logs now (one of vmm.tracking.MODES).
+    tracking: str = "ring"
     #: Each vCPU's part of the trace that is replayed (ipc/replaytrace.py).
     traces: list[Segment] = field(default_factory=list)
     entry: int = 0
@@ -63,16 +66,31 @@ class Parts:
 
     def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
         replay = self.spec.accel == "replay"
-        logs = self.spec.vcpus if (self.spec.verify is not None if replay else not self.spec.ring_entries) else 0
+        logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.tracking in BITMAPS) else 0
         return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay)
+
+    @property
+    def ring_entries(self) -> int:
+        """Of the rings as they are now; 0 without any."""
+        return self.spec.ring_entries if self.tracking == "ring" else 0
+
+    def need(self, tracking: str) -> None:
+        """Have the segments that this way of tracking needs; empty logs, if they are not in use. Raises
+        SegmentError."""
+        if tracking in BITMAPS:
+            for slot in self.log.slots.values():
+                slot.need_vcpu_logs(self.spec.vcpus)
+                if self.tracking != tracking:
+                    for words in slot.vcpu_logs:
+                        words[:] = 0
+        elif tracking == "ring" and self.spec.accel != "kvm":
+            for i in range(len(self.rings), self.spec.vcpus):
+                name = segment_name(self.spec.name, f"ring{i}")
+                self.rings.append(self.stack.enter_context(adopt_or_make(name, self.spec.ring_entries * 16)))
 
     def close(self) -> None:
         self.log.close()
         self.stack.close()
-
-
-def _software_ring(spec: MachineSpec) -> bool:
-    return spec.accel != "kvm" and spec.ring_entries > 0
 
 
 def _top_gpa(spec: MachineSpec) -> int:
@@ -87,8 +105,8 @@ def copy_image(source: str, target: Path) -> None:
         raise VmmError(f"guest image {source}: cannot be copied: {exc.strerror}") from None
 
 
-def make_parts(spec: MachineSpec) -> Parts:
-    """Make every segment, load the image, write the boot structures.
+def make_parts(spec: MachineSpec, tracking: str) -> Parts:
+    """Make every segment, load the image, write the boot structures. ``tracking``: one of vmm.tracking.MODES.
 
     Raises VmmError and SegmentError; nothing is left behind then.
     """
@@ -106,11 +124,11 @@ def make_parts(spec: MachineSpec) -> Parts:
         system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
         log = DirtyLog(spec.name)
         stack.callback(log.close)
-        parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots))
+        parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots),
+                      tracking=tracking, stack=stack)
         for slot in spec.slots:
             log.add_slot(parts.new_slot(slot, create=True))
-        if _software_ring(spec):
-            parts.rings = [segment(f"ring{i}", spec.ring_entries * 16) for i in range(spec.vcpus)]
+        parts.need(tracking)
         if image is not None:
             _load(parts, image, slots)
         if spec.replay_trace:
@@ -171,7 +189,7 @@ def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) ->
                     segment.data, np.uint8)[first - segment.gpa: last - segment.gpa]
 
 
-def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> Parts:
+def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str], tracking: str) -> Parts:
     """Open what a coordinator that died has left. From here on it is this process's to unlink."""
     with contextlib.ExitStack() as stack:
         def segment(what: str) -> Segment:
@@ -179,7 +197,8 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             found.own()
             return found
 
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name))
+        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name), tracking=tracking,
+                      stack=stack)
         if spec.accel != "replay":
             image = loader.load_image(spec.image, spec.load_address)
             parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
@@ -188,8 +207,7 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str]) -> 
             parts.log.add_slot(parts.new_slot(slot, create=False))
         for client in clients:
             parts.log.adopt_client(client)
-        if _software_ring(spec):
-            parts.rings = [segment(f"ring{i}") for i in range(spec.vcpus)]
+        parts.need(tracking)
         if spec.replay_trace:
             parts.traces = [segment(f"replay{i}") for i in range(spec.vcpus)]
         parts.stack = stack.pop_all()
@@ -201,8 +219,8 @@ def make_shards(parts: Parts) -> list[Shard]:
     shards = []
     for index in range(spec.vcpus):
         block = vcpu_control(parts.control_segment.address, index)
-        shard = Shard(index, block, spec.ring_entries)
-        if parts.rings:
+        shard = Shard(index, block, parts.ring_entries)
+        if parts.ring_entries and spec.accel != "kvm":
             shard.map_software_ring(parts.rings[index])
         shards.append(shard)
     return shards
@@ -212,7 +230,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     """What vCPU ``index``'s worker is told; its control block asks it to start paused."""
     spec = parts.spec
     block = vcpu_control(parts.control_segment.address, index)
-    block.ring_entries = spec.ring_entries
+    block.ring_entries = parts.ring_entries
     block.request = VcpuRequest.PAUSE
     block.dirty_quota = spec.dirty_quota
     first = spec.slots[0]
@@ -221,7 +239,8 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         replay = msgspec.structs.replace(replay, trace_segment=parts.traces[index].name)
     return WorkerSpec(
         machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
-        ring_entries=spec.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
+        ring_entries=parts.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
+        tracking=parts.tracking,
         slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
                              segment=parts.system.name),

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_common import json_option, on_machine, print_json
-from .cli_dirty import dirty_limit, dirty_rate, working_set
+from .cli_compare import compare
+from .cli_dirty import dirty_limit, dirty_rate, tracking, working_set
 from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
@@ -230,7 +231,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (dirty_rate, dirty_limit, working_set, trace_group, snapshot, migrate, receive, keys, stress):
+for _verb in (compare, dirty_rate, dirty_limit, tracking, working_set, trace_group, snapshot, migrate, receive,
+              keys, stress):
     cli.add_command(_verb)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .dirtyrate import DirtyRate
     from .machine import Machine
 
-__all__ = ["dirty_limit", "dirty_rate", "working_set"]
+__all__ = ["dirty_limit", "dirty_rate", "tracking", "working_set"]
 
 _PAGE = 4096
 _MIB = 1 << 20
@@ -36,7 +36,8 @@ def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json
 
     check_time(seconds)
     status = machine.status()
-    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap")
+    logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
+    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
     while True:
         rate = measure(machine, seconds, mode)
         if as_json:
@@ -53,6 +54,21 @@ def _print_rate(rate: DirtyRate) -> None:
     repeated = f", and {rate.repeated:,} repeatedly" if rate.repeated else ""
     click.echo(f"machine: {rate.mib_per_s:9.1f} MiB/s {rate.pages_per_s:12,.0f} pages/s "
                f"({rate.pages:,} distinct pages{repeated}, in {rate.seconds:.2f} s, {rate.mode})")
+
+
+@click.command()
+@on_machine
+@click.argument("mode", type=click.Choice(["ring", "bitmap", "uffd", "none", "auto"]))
+@json_option
+def tracking(machine: Machine, mode: str, as_json: bool) -> None:
+    """Log dirty pages in another way from now on. The vCPUs are paused for it; nothing is lost."""
+    done = machine.set_tracking(mode)
+    if as_json:
+        print_json({"name": machine.name, **done})
+    else:
+        chosen = f" ({done['tracking']} for now)" if mode == "auto" else ""
+        click.echo(f"{machine.name}: tracking {mode}{chosen}, was {done['before']} (paused for "
+                   f"{done['seconds'] * 1000:.1f} ms)")
 
 
 @click.group("dirty-limit")

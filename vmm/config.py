@@ -226,7 +226,9 @@ class MachineConfig(_Model):
     accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
-    dirty_ring_size: int = 4096     # entries; 0 is the plain bitmap
+    dirty_ring_size: int = 4096     # entries of a ring; 0: without rings
+    #: None: ring, or bitmap where dirty_ring_size is 0.
+    tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None
     memory: Annotated[list[MemoryConfig], Field(min_length=1), BeforeValidator(_number_slots)]
     guest: GuestConfig | None = None
     replay: ReplayConfig | None = None      # instead of a guest
@@ -253,9 +255,15 @@ class MachineConfig(_Model):
         if entries and (entries & (entries - 1) or not RING_MIN <= entries <= RING_MAX):
             raise ValueError(f"dirty_ring_size: {entries} entries must be a power of two from {RING_MIN} to "
                              f"{RING_MAX}, or 0 for the plain bitmap")
+        if self.tracking == "ring" and not entries:
+            raise ValueError("tracking: ring needs a dirty_ring_size above 0")
+        if self.tracking == "none" and self.verify is not None:
+            raise ValueError("tracking: none leaves nothing to verify (verify is on)")
         if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE):
             raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
                                                 else f"{self.dirty_limit:g} is less than a page a second"))
+        if self.dirty_limit is not None and self.tracking not in (None, "ring", "auto"):
+            raise ValueError(f"dirty_limit: needs a dirty ring, and tracking is {self.tracking}")
         if (self.guest is None) == (self.replay is None):
             raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
                              "replay: give one of 'guest' and 'replay'")
@@ -263,6 +271,8 @@ class MachineConfig(_Model):
             raise ValueError("accel: replay has no CPU for a guest: give 'replay' instead of 'guest'")
         if self.replay is not None and self.accel not in ("auto", "replay"):
             raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: replay")
+        if self.replay is not None and self.tracking not in (None, "ring"):
+            raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
         if self.replay is not None and not entries:
             raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
         if self.stack_size < 1024 or self.stack_size % 16:

@@ -130,6 +130,12 @@ class DirtyLimit(Verb):
     vcpu: int = -1
 
 
+class SetTracking(Verb):
+    """Log dirty pages in another way from now on (one of vmm.tracking.CHOICES), with nothing lost."""
+
+    tracking: str
+
+
 class Mark(Verb):
     """A host write was made: these pages are dirty."""
 
@@ -167,7 +173,7 @@ class MemoryRemove(Verb):
 
 AnyVerb = (Follow | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | Mark | RecordStart | RecordStep | RecordStop
+           | Unregister | Sync | DirtyLimit | SetTracking | Mark | RecordStart | RecordStep | RecordStop
            | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)

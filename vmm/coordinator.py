@@ -36,7 +36,8 @@ from ipc.messages import (
 from ipc.shm import SegmentError, segment_name, unlink_segment
 from workers.zygote import Zygote
 
-from . import boot, build, control
+from . import boot, build, control, retrack
+from .autotrack import AutoTracking
 from .errors import ExitCode, VmmError, no_memory
 from .reaper import Reaper
 from .record import QUEUE, Recorder
@@ -44,6 +45,7 @@ from .runtime import machine_dir
 from .shards import Shard, Shards
 from .spec import MachineSpec, RamSlot, decode_spec
 from .trace import Tracer
+from .tracking import check_tracking, not_logged
 from .verify import CLIENT as VERIFY_CLIENT
 from .verify import AnyVerifier, Verification, make_verifier
 
@@ -67,6 +69,8 @@ class Saved(msgspec.Struct):
     owners: dict[str, int]
     pause_owner: int
     incoming: int
+    tracking: str               # one of vmm.tracking.MODES
+    asked_tracking: str         # one of vmm.tracking.CHOICES
 
 
 class Coordinator:
@@ -90,6 +94,7 @@ class Coordinator:
         self._linger = spec.linger
         self._final: dict[str, Any] | None = None
         self._restarts = 0
+        self._switches = 0
         self._next_round = 0.0
         self._round = 0
         #: {client: (pid, pidfd)} of clients that go when their process does.
@@ -100,10 +105,15 @@ class Coordinator:
         self._record_owner = -1     # pidfd
         self.tracer = Tracer(spec.trace, spec.trace_file)
         saved = self._load() if recover else None
+        self._asked_tracking = spec.asked_tracking if saved is None else saved.asked_tracking
+        self._auto = AutoTracking()
         if saved is None:
-            self.parts = build.make_parts(spec)
+            tracking = spec.asked_tracking
+            if tracking == "auto":
+                tracking = self._auto.first(logged=spec.verify is not None, limited=spec.dirty_quota > 0)
+            self.parts = build.make_parts(spec, tracking)
         else:
-            self.parts = build.adopt_parts(spec, saved.slots, saved.clients)
+            self.parts = build.adopt_parts(spec, saved.slots, saved.clients, saved.tracking)
         self.log = self.parts.log
         self.block = self.parts.control
         self.block.coordinator_pid = os.getpid()
@@ -112,7 +122,7 @@ class Coordinator:
         self._control = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.reaper = Reaper(spec.reaper, self.shards, self.log, self.block, self.tracer, self._on_rebuild,
-                             has_rings=spec.ring_entries > 0)
+                             tracking=self.parts.tracking)
         self.verifier: AnyVerifier | None = None
         if saved is None:
             self._create()
@@ -166,7 +176,11 @@ class Coordinator:
                 shard.watch(shard.control.pid)
             except ProcessLookupError:
                 shard.bury()
-        if self.spec.accel == "kvm":
+        if retrack.unfinished(self.parts, self.shards):
+            # The vCPUs stand still. They stay so with what is set here, until resume_all below.
+            self.shards.pause(self.shards.all)
+            retrack.fulfil(self.parts, self.shards)
+        elif self.spec.accel == "kvm":
             self.shards.adopt_fds([s for s in self.shards.all if s.alive])
         # Whatever the predecessor was in the middle of, everybody is stopped first.
         self.shards.pause_all()
@@ -179,7 +193,8 @@ class Coordinator:
             if shard.control.state == VcpuState.EXITED and shard.exited is None:
                 shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
                                       shard.control.exit_code)
-            self.reaper.full.add(shard.index)
+            if self.parts.ring_entries:
+                self.reaper.full.add(shard.index)
         self.reaper.drain()
         self.log.publish()
         for client, owner in saved.owners.items():
@@ -207,7 +222,8 @@ class Coordinator:
                       verification=self.verifier.result if self.verifier else None,
                       exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
                       restarts=self._restarts, owners={c: pid for c, (pid, _) in self._owners.items()},
-                      pause_owner=self._pause_owner[0], incoming=self._incoming[0])
+                      pause_owner=self._pause_owner[0], incoming=self._incoming[0],
+                      tracking=self.parts.tracking, asked_tracking=self._asked_tracking)
         aside = self.directory / "state.json.new"
         aside.write_bytes(msgspec.json.encode(saved))
         aside.rename(self.directory / "state.json")
@@ -239,8 +255,8 @@ class Coordinator:
         return int(self._report()["exit_code"])
 
     def _verifying(self) -> bool:
-        """The verifier reads all memory; not before all of it is there."""
-        return self.verifier is not None and not self._incoming[0]
+        """The verifier reads all memory; not before all of it is there. And it looks into the log."""
+        return self.verifier is not None and not self._incoming[0] and self.parts.tracking != "none"
 
     def _running(self) -> bool:
         return self._state == "running" and not self._user_paused
@@ -251,10 +267,18 @@ class Coordinator:
             self._stop(ExitReason.TIMEOUT)
         if self.reaper.full:
             self.reaper.wake("ring-full")
-        elif self.spec.ring_entries and self.reaper.schedule.left(now) == 0:
+        elif self.parts.ring_entries and self.reaper.schedule.left(now) == 0:
             self.reaper.wake()
         if self._verifying() and now >= self._next_round:
             self._verify_round()
+        if self._asked_tracking == "auto":
+            try:
+                self._choose_tracking()
+            except (VmmError, SegmentError) as exc:     # it stays as it is, and for good
+                self._asked_tracking = self.parts.tracking
+                self._save()
+                print(f"vmm: machine '{self.spec.name}': tracking is {self.parts.tracking} from now on: {exc}",
+                      file=sys.stderr)
 
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
@@ -292,10 +316,13 @@ class Coordinator:
         if not self._running():
             return None
         waits = []
-        if self.spec.ring_entries:
+        if self.parts.ring_entries:
             waits.append(0.0 if self.reaper.full else self.reaper.schedule.left(now))
         if self._verifying():
             waits.append(self._next_round - now)
+        idle = self._auto.left(now)
+        if idle is not None:
+            waits.append(idle)
         if self.spec.timeout is not None and not self._stop_asked:
             waits.append(self._started + self.spec.timeout - now)
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
@@ -312,7 +339,8 @@ class Coordinator:
         if isinstance(message, RingFull):
             if self.tracer.full:
                 self.tracer.full(message.vcpu)
-            self.reaper.full.add(message.vcpu)
+            if self.parts.ring_entries:     # else it comes from before the last switch
+                self.reaper.full.add(message.vcpu)
         elif isinstance(message, Console):
             self._tell({"event": "console", "vcpu": message.vcpu,
                         "data": message.data.decode("utf-8", "replace")})
@@ -327,7 +355,7 @@ class Coordinator:
         if self._done or self._state == "ended":
             return
         self.reaper.full.discard(shard.index)
-        if not self.spec.ring_entries:
+        if not self.parts.ring_entries:
             self.log.mark_logged_slots()
         self._tell({"event": "exit", "vcpu": shard.index, "reason": _reason(ExitReason.WORKER_DIED),
                     "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
@@ -409,7 +437,9 @@ class Coordinator:
         return {
             "name": spec.name, "state": state, "elapsed_s": round(self._elapsed(), 6),
             "exit_code": int(self._exit_code()), "accelerator": spec.accel,
-            "tracking": "ring" if spec.ring_entries else "bitmap", "ring_entries": spec.ring_entries,
+            "tracking": self.parts.tracking, "tracking_asked": self._asked_tracking,
+            "tracking_switches": self._switches, "ring_entries": self.parts.ring_entries,
+            "can_limit": spec.ring_entries > 0 and self._asked_tracking in ("ring", "auto"),
             "coordinator": {"pid": os.getpid(), "restarts": self._restarts},
             "vcpus": [self._vcpu_report(s) for s in self.shards.all],
             "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
@@ -509,6 +539,8 @@ class Coordinator:
                 self._unregister(name)
             case control.DirtyLimit(pages_per_s=pages, vcpu=vcpu):
                 self._limit(pages, vcpu)
+            case control.SetTracking(tracking=tracking):
+                return self._ask_tracking(tracking)
             case control.Sync(client=name, again=again):
                 return self._sync(name, again)
             case control.Mark(slot=slot, first=first, count=count):
@@ -584,7 +616,8 @@ class Coordinator:
             raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it",
                            ExitCode.WORKER_DIED)
         replies = self.shards.request(self.shards.all, lambda seq, s: GetState(seq))
-        spec = msgspec.structs.replace(self.spec, slots=[self._slot_spec(i) for i in self.log.slots])
+        spec = msgspec.structs.replace(self.spec, slots=[self._slot_spec(i) for i in self.log.slots],
+                                       tracking=self._asked_tracking)
         vcpus = []
         for shard in self.shards.all:
             state = dict(replies[shard.index].data or {})
@@ -621,6 +654,8 @@ class Coordinator:
             self._pages_missing(owner)
         except ProcessLookupError:
             raise VmmError(f"process {owner}, which is to fill in the memory, is not there") from None
+        if self.parts.tracking == "uffd":
+            self._switch_tracking("bitmap")     # a mapping has one userfaultfd; back when all has arrived
         replies = self.shards.request(self.shards.all, lambda seq, s: Userfault(seq, socket))
         self._save()
         return [replies[s.index].data or {} for s in self.shards.all]
@@ -645,6 +680,8 @@ class Coordinator:
                 self.log.take(VERIFY_CLIENT)
                 self.verifier.blind_to_surplus = True
                 self._verify_from_here()
+        if self._asked_tracking == "uffd":
+            self._switch_tracking("uffd")
         self._save()
 
     def _incoming_lost(self) -> None:
@@ -657,6 +694,56 @@ class Coordinator:
         for shard in self.shards.all:
             shard.signal(signal.SIGKILL)
 
+    # --- tracking -------------------------------------------------------------------------------------
+
+    def _ask_tracking(self, asked: str) -> dict[str, Any]:
+        self._alive_running()
+        self._all_here()
+        check_tracking(asked, self.spec.accel, self.spec.ring_entries)
+        if asked not in ("ring", "auto") and self._limited():
+            raise VmmError(f"machine '{self.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
+                           f" (vmm dirty-limit cancel {self.spec.name})")
+        before = self.parts.tracking
+        mode = asked
+        if asked == "auto":
+            self._auto = AutoTracking()
+            mode = self._auto.first(logged=bool(self.log.clients), limited=self._limited())
+        seconds = self._switch_tracking(mode)
+        self._asked_tracking = asked
+        self._save()
+        return {"before": before, "tracking": self.parts.tracking, "asked": asked, "seconds": seconds}
+
+    def _switch_tracking(self, mode: str) -> float:
+        """Seconds that it took, the vCPUs standing still; 0 when it is so already."""
+        before = self.parts.tracking
+        if mode == before:
+            return 0.0
+        began = time.monotonic()
+        with self.shards.all_paused():
+            retrack.switch(self.parts, self.shards, self.reaper, mode, self._save)
+            self._switches += 1
+            if self.verifier is not None:
+                self.verifier.switched(blind=before == "none")
+        now = time.monotonic()
+        if self.parts.ring_entries:
+            self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
+        self._tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
+        return now - began
+
+    def _limited(self) -> bool:
+        return any(s.control.dirty_quota for s in self.shards.all)
+
+    def _choose_tracking(self, *, logged: bool = False, limited: bool = False) -> None:
+        """Tracking auto: as it is best now, or with a client or a dirty limit that is about to come."""
+        if self._asked_tracking == "auto" and not self._incoming[0]:
+            self._switch_tracking(self._auto.choose(time.monotonic(), self.parts.tracking,
+                                                    logged=logged or bool(self.log.clients),
+                                                    limited=limited or self._limited()))
+
+    def _logged(self) -> None:
+        if self.parts.tracking == "none":
+            raise not_logged(self.spec.name)
+
     def _flush(self) -> None:
         if self._state == "running":
             self.reaper.flush()
@@ -666,6 +753,7 @@ class Coordinator:
             raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
         if client == VERIFY_CLIENT:
             raise VmmError(f"client '{client}' is the verifier's own")
+        self._logged()
         self._flush()
         if again:
             self.log.give_back(client)
@@ -675,6 +763,8 @@ class Coordinator:
 
     def _register(self, client: str, owner: int, like: str) -> None:
         if client not in self.log.clients:
+            self._choose_tracking(logged=True)
+            self._logged()
             self._flush()
             if like and like not in self.log.clients:
                 raise VmmError(f"there is no client '{like}' of the dirty log")
@@ -701,8 +791,11 @@ class Coordinator:
 
     def _limit(self, pages_per_s: int, vcpu: int) -> None:
         self._alive_running()
-        if not self.spec.ring_entries:
-            raise VmmError("a dirty limit needs dirty rings: this machine has plain bitmaps")
+        if pages_per_s and self.spec.ring_entries:  # auto: to a ring
+            self._choose_tracking(limited=True)
+        if pages_per_s and not self.parts.ring_entries:
+            raise VmmError("a dirty limit needs dirty rings: this machine has "
+                           f"tracking {self.parts.tracking}")
         if not -1 <= vcpu < len(self.shards.all):
             raise VmmError(f"there is no vCPU {vcpu} (there are 0 to {len(self.shards.all) - 1})")
         for shard in self.shards.all:

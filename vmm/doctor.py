@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from ipc.layout import MAX_VCPUS
 from ipc.shm import free_bytes
+from ipc.writelog import write_log_missing
 from workers import kvm
 
 from .runtime import leftovers
@@ -36,8 +37,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
-    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _userfaultfd(), *_packages(),
-            _kernel_cache(), _compiler(), *_left_behind()]
+    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _userfaultfd(), _write_log(),
+            *_packages(), _kernel_cache(), _compiler(), *_left_behind()]
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -99,6 +100,13 @@ def _userfaultfd() -> Finding:
                        "sysctl vm.unprivileged_userfaultfd=1, or run as root")
     os.close(fd)
     return Finding("userfaultfd", "ok", "usable")
+
+
+def _write_log() -> Finding:
+    missing = write_log_missing()
+    if missing:
+        return Finding("uffd tracking", "absent", missing, "tracking: ring, bitmap and auto work without it")
+    return Finding("uffd tracking", "ok", "asynchronous write-protection and PAGEMAP_SCAN")
 
 
 def _packages() -> list[Finding]:

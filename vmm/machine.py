@@ -290,14 +290,18 @@ class Machine:
 
     def sync(self, client: str) -> SyncResult:
         """Flush, then take what was dirtied since this client's last sync (or its registration)."""
+        slots = self.collect(client)
+        ranges = {i: self.bitmap(i, client).ranges() if dirty else [] for i, dirty in slots.items()}
+        return SyncResult(ranges, sum(slots.values()))
+
+    def collect(self, client: str) -> dict[int, int]:
+        """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
         slots = self._take(client)
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
-        ranges = {}
         for slot_id, counts in slots.items():
-            maps = self._maps(client, slot_id, counts["pages"])
-            ranges[slot_id] = maps.front.ranges() if counts["dirty"] else []
-        return SyncResult(ranges, sum(s["dirty"] for s in slots.values()))
+            self._maps(client, slot_id, counts["pages"])
+        return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
@@ -328,6 +332,11 @@ class Machine:
         returns. Raises VmmError on a machine without dirty rings."""
         self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
 
+    def set_tracking(self, tracking: str) -> dict[str, Any]:
+        """Log dirty pages in another way (one of vmm.tracking.CHOICES). The vCPUs are paused for it, nothing that
+        was dirtied before is lost. ``tracking``: the way it is now; ``seconds`` of pause. Raises VmmError where it
+        cannot be had, with everything as it was."""
+        return self._client.ask(control.SetTracking, tracking=tracking)
     # --- dirty traces -----------------------------------------------------------------------------------
 
     def record_start(self) -> None:

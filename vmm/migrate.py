@@ -445,7 +445,7 @@ class _Source:
         """Dirty-limit the vCPUs that dirty most, until all together stay below what can be sent; the others are
         left alone. Again and again, to half each time."""
         status = self.machine.status()
-        if status["tracking"] != "ring":
+        if not status["can_limit"]:
             return      # without rings there is nothing to hold one vCPU back by
         budget = rate * _THROTTLE_SHARE / PAGE
         if self._quotas:

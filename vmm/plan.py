@@ -14,6 +14,7 @@ from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
 from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from .trace import check_patterns
 from .tracefile import TraceError, TraceReader, check_trace
+from .tracking import check_tracking
 
 __all__ = ["choose_accelerator", "plan"]
 
@@ -61,6 +62,11 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         elif entries > info.max_entries:
             raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but this kernel's largest "
                            f"ring has {info.max_entries}")
+    if config.tracking is not None:
+        try:
+            check_tracking(config.tracking, accel, entries)
+        except VmmError as exc:
+            raise ConfigError(f"{config.where('tracking')}: {exc}") from None
     slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
     _check_room(config, slots)
     if config.replay is not None and config.replay.trace is not None:
@@ -83,8 +89,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     verify = config.verify
     return MachineSpec(
         name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
-        ring_entries=entries, slots=slots, image=image, load_address=address, params=params,
-        cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
+        ring_entries=entries, tracking=config.tracking or "", slots=slots, image=image, load_address=address,
+        params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
                           config.reaper.max_interval),
         verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),

@@ -7,16 +7,18 @@ Segment names after the machine's prefix (no dashes within): ``control``, ``syst
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap, bitmap_bytes, word_count
 from ipc.messages import SlotSpec
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment, SegmentError, segment_name
 
 from .spec import RamSlot
 
-__all__ = ["ClientBitmaps", "MemorySlot", "make_or_adopt"]
+__all__ = ["ClientBitmaps", "MemorySlot", "adopt_or_make", "make_or_adopt"]
 
 _CACHE_LINE, _CACHE_SETS = 64, 64   # of a first-level cache on x86-64: sets are as many lines as make a page
 
@@ -29,6 +31,13 @@ def make_or_adopt(name: str, size: int, create: bool, *, reserve: bool = True) -
     segment = Segment.open(name)
     segment.own()
     return segment
+
+
+def adopt_or_make(name: str, size: int) -> Segment:
+    """For what a machine has only from some moment on: it may be there from a coordinator that died."""
+    with contextlib.suppress(SegmentError):
+        return make_or_adopt(name, size, create=False)
+    return make_or_adopt(name, size, create=True)
 
 
 class MemorySlot:
@@ -55,17 +64,26 @@ class MemorySlot:
             self.vcpu_logs: list[NDArray[np.uint64]] = []
             self.records: list[Bitmap] = []
             self._vlog_names: list[str] = []
-            for vcpu in range(vcpu_logs):
-                size = bitmap_bytes(self.pages) if replay else 8 * word_count(self.pages)
-                segment = self._segment(f"vlog{vcpu}.{spec.id}", size, create, reserve=not replay)
-                self._vlog_names.append(segment.name)
-                if replay:
+            if replay:
+                size = bitmap_bytes(self.pages)
+                for vcpu in range(vcpu_logs):
+                    segment = self._segment(f"vlog{vcpu}.{spec.id}", size, create, reserve=False)
+                    self._vlog_names.append(segment.name)
                     self.records.append(Bitmap(segment, 0, self.pages))
-                    continue
-                self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
+            else:
+                self.need_vcpu_logs(vcpu_logs)
         except BaseException:
             self.close()
             raise
+
+    def need_vcpu_logs(self, vcpus: int) -> None:
+        """The vCPUs' own log buffers, if they are not there yet."""
+        for vcpu in range(len(self.vcpu_logs), vcpus):
+            segment = adopt_or_make(segment_name(self.machine, f"vlog{vcpu}.{self.spec.id}"),
+                                    8 * word_count(self.pages))
+            self._open.append(segment)
+            self._vlog_names.append(segment.name)
+            self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
 
     def _segment(self, what: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
         name = segment_name(self.machine, what)
@@ -76,6 +94,10 @@ class MemorySlot:
     def worker_spec(self, vcpu: int) -> SlotSpec:
         return SlotSpec(id=self.spec.id, gpa=self.spec.gpa, size=self.spec.size, segment=self.ram.name,
                         log=self.logged, log_segment=self._vlog_names[vcpu] if self._vlog_names else "")
+
+    def log_segment(self, vcpu: int) -> str:
+        """Name of the vCPU's log buffer."""
+        return self._vlog_names[vcpu]
 
     @property
     def memory(self) -> NDArray[np.uint8]:

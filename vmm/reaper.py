@@ -71,7 +71,7 @@ class Reaper:
 
     def __init__(self, spec: ReaperSpec, shards: Shards, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
-                 has_rings: bool) -> None:
+                 tracking: str) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
         self._shards = shards
@@ -79,7 +79,8 @@ class Reaper:
         self._control = control
         self._trace = tracer
         self._report_rebuild = report_rebuild
-        self._has_rings = has_rings
+        #: In which way the machine logs now (one of vmm.tracking.MODES).
+        self.tracking = tracking
         #: Is given whatever is harvested, while the machine is being recorded.
         self.recorder: Recorder | None = None
         #: vCPUs that have reported a full ring and must be let go by the next reap.
@@ -109,7 +110,7 @@ class Reaper:
 
     def reap(self) -> int:
         """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
-        if not self._has_rings:
+        if self.tracking != "ring":
             return 0
         began = time.perf_counter_ns()
         self._control.publish_pending = 1
@@ -184,7 +185,7 @@ class Reaper:
         if self._trace.flush:
             self._trace.flush(0)
         self._shards.kick_all()
-        total = self.reap() if self._has_rings else gather_bitmaps(self._shards, self._log)
+        total = self.reap() if self.tracking == "ring" else self._gather()
         self._control.flushes += 1
         if self._trace.flush:
             self._trace.flush(1)
@@ -192,14 +193,19 @@ class Reaper:
 
     def drain(self) -> int:
         """With every vCPU paused: reap until a pass finds nothing; entries harvested."""
-        if not self._has_rings:
-            return gather_bitmaps(self._shards, self._log)
+        if self.tracking != "ring":
+            return self._gather()
         total = 0
         while True:
             count = self.reap()
             total += count
             if not count:
                 return total
+
+    def _gather(self) -> int:
+        if self.tracking == "none":
+            return 0
+        return gather_bitmaps(self._shards, self._log, protected=self.tracking == "uffd")
 
     def close(self) -> None:
         self._control.reaper_state = ReaperState.NONE

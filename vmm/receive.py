@@ -33,6 +33,7 @@ from .errors import VmmError
 from .machine import Machine
 from .postcopy import Missing, Wanted
 from .spec import MachineSpec
+from .tracking import CHOICES
 from .wire import (
     PAGE,
     VERSION,
@@ -129,6 +130,8 @@ def check_spec(spec: MachineSpec) -> None:
     entries = spec.ring_entries
     need(1 <= spec.vcpus <= MAX_VCPUS, f"{spec.vcpus} vCPUs")
     need(entries == 0 or (entries & entries - 1 == 0 and 1024 <= entries <= 65536), f"rings of {entries} entries")
+    need(spec.tracking in ("", *CHOICES) and (entries > 0 or spec.tracking != "ring"),
+         f"tracking '{spec.tracking}' with rings of {entries} entries")
     need(spec.privilege in ("user", "kernel"), f"privilege '{spec.privilege}'")
     need(1024 <= spec.stack_size <= 1 << 30 and spec.stack_size % 16 == 0, f"stacks of {spec.stack_size} bytes")
     need(len(spec.params) <= boot.PARAMS_MAX and all(0 <= p < 1 << 64 for p in spec.params), "parameters")

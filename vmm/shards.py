@@ -149,6 +149,17 @@ class Shard:
                 mapping.close()
         self._ring = self._run = None
 
+    def use_ring(self, entries: int) -> None:
+        """The worker's ring is another one now, or (0) there is none; it is not mapped yet."""
+        self.ring_address = 0
+        if isinstance(self._ring, mmap.mmap):
+            self._ring.close()
+        self._ring = None
+        self.entries = entries
+        self.soft_limit = max(1, entries - _RING_RESERVE)
+        self.full_but_empty = 0
+        self.overflowed = False
+
     @property
     def outstanding(self) -> int:
         """Entries harvested and not reset yet."""
@@ -239,7 +250,8 @@ class Shards:
         self._fds = channel.FdListener(directory / "fds")
         self._on_notification = on_notification
         self._on_death = on_death
-        self._seq = 0
+        #: Not from zero: an answer to a coordinator that died must not be taken for one to this.
+        self._seq = os.getpid() << 32
         self._early_fds: dict[int, int] = {}
         self._pauses = 0
         #: Post-copy: a vCPU that waits for a page may take as long as the page does.

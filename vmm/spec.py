@@ -45,7 +45,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     accel: str                  # "kvm" | "unicorn" | "replay"
     vcpus: int
     privilege: str              # "user" | "kernel"
-    ring_entries: int           # 0: plain dirty bitmap
+    ring_entries: int           # of a ring, when there are rings; 0: there never are
     slots: list[RamSlot]
     image: str                  # absolute path; "" with replay
     load_address: int | None    # flat binaries only
@@ -58,9 +58,14 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     trace: list[str]
     trace_file: str             # "" is standard error
     dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
+    tracking: str = ""          # one of vmm.tracking.CHOICES; empty: ring, or bitmap where there is no ring
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
     replay_trace: str = ""      # absolute path of the trace that it is to be taken from
     linger: bool                # stay after the end until a client releases the machine
+
+    @property
+    def asked_tracking(self) -> str:
+        return self.tracking or ("ring" if self.ring_entries else "bitmap")
 
 
 def encode_spec(spec: MachineSpec) -> bytes:

@@ -75,6 +75,8 @@ class Verifier:
         #: Surplus pages are not held against this round: it is the first of a replacement, which may find
         #: pages that its predecessor had copied already, or a ring lost count and every page was marked.
         self.blind_to_surplus = resume is not None
+        #: Switches of the way of tracking, in this round and the one before.
+        self._switches = [0, 0]
         if resume is not None:
             self.result = resume
             self._inject = "none" if resume.injected != "none" else spec.inject
@@ -115,12 +117,19 @@ class Verifier:
         return {(s.control.last_slot & 0xFFFF, s.control.last_offset) for s in self._shards
                 if s.control.dirty_pages and s.ring_address}
 
+    def switched(self, *, blind: bool) -> None:
+        """The way of tracking was switched: what was logged last before it, and had not been written yet, has no
+        name any more. ``blind``: every page was marked."""
+        self._switches[0] += 1
+        self.blind_to_surplus = self.blind_to_surplus or blind
+
     def round(self) -> None:
         result = self.result
         result.rounds += 1
         rings = any(s.ring_address for s in self._shards)
         # A plain bitmap does not say which page was logged last: any one a vCPU, of this round or the one before.
-        unnamed = 2 * len(self._shards)
+        unnamed = (sum(self._switches) + (0 if rings else 2)) * len(self._shards)
+        self._switches = [0, self._switches[0]]
         last = self._last_entries()
         excused = last | self._previous_last
         self._previous_last = last
@@ -143,7 +152,7 @@ class Verifier:
             first, end = self._usable.get(slot_id, (0, slot.pages))
             excused_here = [p for p in surplus.tolist()
                             if (slot_id, p) in excused or not first <= p < end]
-            if not rings:
+            if unnamed:
                 nameless = [p for p in surplus.tolist()
                             if p not in excused_here and (slot_id, p) != self._injected][:unnamed]
                 unnamed -= len(nameless)
@@ -197,6 +206,9 @@ class ReplayVerifier:
             log.register(CLIENT)
         elif control.verify_in_round:
             log.give_back(CLIENT)
+
+    def switched(self, *, blind: bool) -> None:
+        """Replay has rings alone (vmm/tracking.py)."""
 
     def adopt(self, slot_id: int) -> None:
         """The slot's records begin with it, and a page that was not logged is in neither record nor log."""

@@ -89,6 +89,11 @@ class Accelerator(Protocol):
 
     def clear_dirty_log(self, slot_id: int) -> None: ...
 
+    def set_tracking(self, spec: WorkerSpec) -> None:
+        """Log as this specification says, which differs from the present one in ``tracking`` and the ring. On the
+        vCPU thread; the log is empty. ``uffd`` and ``none`` are no business of an accelerator: it logs nothing.
+        ``vcpu_fd`` may change. Raises AccelError, with everything as it was."""
+
     def rebuild_ring(self) -> None:
         """A fresh ring, indices at zero, vCPU state kept; ``vcpu_fd`` may change."""
 

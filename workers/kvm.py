@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipc.layout import DirtyGfn, VcpuControl
+from ipc.layout import DirtyGfn, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
 from . import kvm_api as api
@@ -338,10 +338,25 @@ class KvmAccelerator:
         self._make_vm()
         self.set_state(state)
 
+    def set_tracking(self, spec: WorkerSpec) -> None:
+        """A VM has a ring from its beginning or never: with another ring, the vCPU moves to another VM. Otherwise
+        only the slots' flags change."""
+        before, self._spec = self._spec, spec
+        try:
+            if spec.ring_entries != before.ring_entries:
+                self.rebuild_ring()
+            else:
+                for slot in self._slots.values():
+                    self._put_slot(slot, slot.size)
+        except (OSError, AccelError) as exc:
+            self._spec = before
+            raise AccelError(f"vCPU {spec.index}: dirty tracking cannot be changed: {exc}") from None
+
     def _put_slot(self, slot: SlotSpec, size: int) -> None:
         """[4.35]; size 0 removes it. Raises OSError."""
+        logged = slot.log and self._spec.mode in (Tracking.RING, Tracking.BITMAP)
         region = api.UserspaceMemoryRegion(
-            slot=slot.id, flags=api.MEM_LOG_DIRTY_PAGES if slot.log else 0, guest_phys_addr=slot.gpa,
+            slot=slot.id, flags=api.MEM_LOG_DIRTY_PAGES if logged else 0, guest_phys_addr=slot.gpa,
             memory_size=size, userspace_addr=self._memory.slots[slot.id].host_address)
         api.ioctl(self._vm, api.SET_USER_MEMORY_REGION, region)
 

@@ -256,6 +256,9 @@ class ReplayAccelerator:
         self._c.pushed = 0
         self._protect_all()
 
+    def set_tracking(self, spec: WorkerSpec) -> None:
+        raise AccelError(f"tracking {spec.tracking}: replay drives dirty rings, and has no other")
+
     def set_memslot(self, slot: SlotSpec) -> None:
         """What is written was settled at the start: a slot added later is not, but one that was there then."""
         row = self._rows.get(slot.id)

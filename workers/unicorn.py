@@ -24,9 +24,9 @@ from unicorn import unicorn_const as uconst
 from unicorn import x86_const as ux
 from unicorn.unicorn_py3.unicorn import uclib
 
-from ipc.layout import RING_RESERVE, VcpuControl
+from ipc.layout import RING_RESERVE, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
-from ipc.shm import PAGE_SIZE, Segment
+from ipc.shm import PAGE_SIZE, Segment, SegmentError
 
 from . import soft_hooks, soft_state
 from .accel import AccelError, Exit, ExitKind
@@ -64,12 +64,11 @@ def _number(register: str) -> int:
 class _Slot:
     """A RAM slot here: where its memory is, and its page flags."""
 
-    def __init__(self, spec: SlotSpec, host: int) -> None:
+    def __init__(self, spec: SlotSpec, host: int, logged: bool) -> None:
         self.spec = spec
         self.host = host
         self.flags: NDArray[np.uint8] = np.zeros(spec.size // PAGE_SIZE, np.uint8)
-        if not spec.log:
-            self.flags |= PAGE_LOGGED
+        self.log(logged)
 
     def log(self, on: bool) -> None:
         if on:
@@ -105,13 +104,11 @@ class UnicornAccelerator:
         self._fill_context()
         for slot in memory.slots.values():
             if slot.spec.id != spec.system_slot.id:
-                self._slots[slot.spec.id] = _Slot(slot.spec, slot.host_address)
+                self._slots[slot.spec.id] = _Slot(slot.spec, slot.host_address, self._logs(slot.spec))
         self._write_table()
         try:
             if spec.ring_entries:
-                self._ring = Segment.open(spec.ring_segment)
-                self._c.ring, self._c.entries = self._ring.address, spec.ring_entries
-                self._c.soft_limit = spec.ring_entries - RING_RESERVE
+                self._use_ring(Segment.open(spec.ring_segment))
             self._engine = self._make_engine()
             self._load_boot(spec.boot)
             self._add_hooks()
@@ -134,6 +131,19 @@ class UnicornAccelerator:
         c.seen = self._seen.ctypes.data
         c.cr3 = self._spec.boot["cr3"]
         c.push_limit = _NO_LIMIT
+
+    def _logs(self, slot: SlotSpec) -> bool:
+        """The hooks log this slot: with a ring or in bitmap mode. (Otherwise it is as if every page had its entry
+        already; the hooks stay, for the code that the guest may write.)"""
+        return slot.log and self._spec.mode in (Tracking.RING, Tracking.BITMAP)
+
+    def _use_ring(self, ring: Segment | None) -> None:
+        if self._ring is not None:
+            self._ring.close()
+        self._ring = ring
+        entries = 0 if ring is None else self._spec.ring_entries
+        self._c.ring, self._c.entries = 0 if ring is None else ring.address, entries
+        self._c.soft_limit = max(0, entries - RING_RESERVE)
 
     def _make_engine(self) -> Any:
         engine = unicorn.Uc(uconst.UC_ARCH_X86, uconst.UC_MODE_64)
@@ -427,10 +437,25 @@ class UnicornAccelerator:
         with self._outside():
             assert self._ring is not None
             ctypes.memset(self._ring.address, 0, self._spec.ring_entries * 16)
-            self._c.pushed = self._c.reset = self._c.overflowed = 0
-            for slot in self._slots.values():
-                if slot.spec.log:
-                    slot.log(True)
+            self._restart_log()
+
+    def _restart_log(self) -> None:
+        """Nothing is in the log, every page that is logged is logged at its next write. The guest stands still."""
+        self._c.pushed = self._c.reset = self._c.overflowed = 0
+        for slot in self._slots.values():
+            slot.log(self._logs(slot.spec))
+
+    def set_tracking(self, spec: WorkerSpec) -> None:
+        try:
+            ring = Segment.open(spec.ring_segment) if spec.ring_entries else None
+        except SegmentError as exc:
+            raise AccelError(f"vCPU {spec.index}: dirty tracking cannot be changed: {exc}") from None
+        with self._outside():
+            self._spec = spec
+            self._use_ring(ring)
+            if ring is not None:
+                ctypes.memset(ring.address, 0, spec.ring_entries * 16)
+            self._restart_log()
 
     def get_dirty_log(self, slot_id: int) -> int:
         """Bitmap mode. The guest may run: what it dirties behind this is in the next log."""
@@ -454,7 +479,7 @@ class UnicornAccelerator:
             known = self._slots.get(slot.id)
             if known is not None:
                 if known.spec.log != slot.log:
-                    known.log(slot.log)
+                    known.log(self._logs(slot))
                 known.spec = slot
                 return
             host = self._memory.slots[slot.id].host_address
@@ -462,7 +487,7 @@ class UnicornAccelerator:
                 self._engine.mem_map_ptr(slot.gpa, slot.size, uconst.UC_PROT_ALL, host)
             except unicorn.UcError as exc:
                 raise AccelError(f"slot {slot.id} cannot be added: {exc}") from None
-            self._slots[slot.id] = _Slot(slot, host)
+            self._slots[slot.id] = _Slot(slot, host, self._logs(slot))
             self._write_table()
 
     def remove_memslot(self, slot_id: int) -> None:

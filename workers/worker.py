@@ -23,14 +23,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
 import zmq
 
 from ipc import channel, futex, process, userfault
-from ipc.layout import VcpuControl, VcpuRequest, VcpuState, vcpu_control
+from ipc.layout import Tracking, VcpuControl, VcpuRequest, VcpuState, vcpu_control
 from ipc.messages import (
     ClearLog,
     Console,
@@ -50,6 +52,7 @@ from ipc.messages import (
     SendFd,
     SetMemslot,
     SetState,
+    SetTracking,
     Shutdown,
     Userfault,
     WorkerSpec,
@@ -62,12 +65,14 @@ from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
 from .throttle import SliceTimer, TokenBucket
+from .writes import SlotWrites
 
 __all__ = ["KICK_SIGNAL", "Worker", "main"]
 
 KICK_SIGNAL = signal.SIGUSR1
 _FD_TIMEOUT = 10.0          # seconds to hand the vCPU fd over
 _THROTTLE_STEP = 0.1        # seconds after which a long wait shows in the statistics
+_JOB_TIMEOUT = 20.0         # seconds for the vCPU thread, which is parked, to begin a job
 _ORPHAN_GRACE = 3.0         # seconds an ownerless worker waits for a last Shutdown
 
 _HYPERCALL_YIELD, _HYPERCALL_WAIT, _HYPERCALL_WAKE, _HYPERCALL_SLEEP = range(4)
@@ -91,6 +96,11 @@ class Worker:
         self._restored_exit: dict[str, Any] | None = None    # of a vCPU that had ended when it was saved
         self._ran = 0.0     # seconds in the guest since the bucket was last told
         self._userfault = userfault.Userfault(-1)   # open during post-copy
+        self._writes: SlotWrites | None = None      # with tracking ``uffd``
+        self._job: Callable[[], None] | None = None     # that the vCPU thread is to do for the service thread
+        self._job_lock = threading.Lock()
+        self._job_done = threading.Event()
+        self._job_error: Exception | None = None
 
     # --- set-up ------------------------------------------------------------------------------
 
@@ -101,12 +111,15 @@ class Worker:
         try:
             for slot in [*spec.slots, spec.system_slot]:
                 self.memory.add(slot)
+            if spec.mode is Tracking.UFFD:
+                self._writes = SlotWrites(self.memory, spec.slots)
             self.accel = load(spec.accel)(spec, self.memory, self.control, self.ports)
             if self.accel.vcpu_fd >= 0:
                 channel.send_fd(spec.fd_socket, spec.index, self.accel.vcpu_fd, _FD_TIMEOUT)
-        except (AccelError, SegmentError, OSError) as exc:
+        except (AccelError, SegmentError, userfault.UserfaultError, OSError) as exc:
             self._say(Hello(spec.index, os.getpid(), spec.version, error=str(exc)))
             return False
+        self.control.tracking = spec.mode
         self.control.state = VcpuState.READY
         self._say(Hello(spec.index, os.getpid(), spec.version, kvm_run_size=self.accel.kvm_run_size,
                         ring_entries=spec.ring_entries))
@@ -218,7 +231,36 @@ class Worker:
         if kick != control.kick_ack:
             control.kick_ack = kick
             self._say(KickAck(self.spec.index, kick))
+        if self._job is not None:
+            self._do_job()
         return control.request != 0 or self._shutdown
+
+    def _do_job(self) -> None:
+        with self._job_lock:
+            job, self._job = self._job, None
+        if job is None:
+            return
+        try:
+            job()
+        except Exception as exc:    # the service thread's to report
+            self._job_error = exc
+        self._job_done.set()
+
+    def _on_vcpu_thread(self, job: Callable[[], None]) -> None:
+        """From the service thread, with the vCPU paused: have it done where nobody else uses the accelerator.
+        Raises what the job does, and AccelError."""
+        self._job_error = None
+        self._job_done.clear()
+        self._job = job
+        self._wake_up()
+        if not self._job_done.wait(_JOB_TIMEOUT):
+            with self._job_lock:
+                begun, self._job = self._job is None, None
+            if not begun:
+                raise AccelError(f"vCPU {self.spec.index} is not out of the guest")
+            self._job_done.wait()
+        if self._job_error is not None:
+            raise self._job_error
 
     def _sleep(self, seconds: float | None = None) -> None:
         """Until woken by the service thread, a kick, or the time."""
@@ -382,11 +424,16 @@ class Worker:
                     if slot.id not in self.memory.slots:
                         self.memory.add(slot)
                     accel.set_memslot(slot)
+                    self.memory.slots[slot.id].spec = slot
+                    if self._writes is not None:
+                        self._writes.follow(slot)
                 case RemoveMemslot(slot_id=slot_id):
+                    if self._writes is not None:
+                        self._writes.drop(slot_id)
                     accel.remove_memslot(slot_id)
                     self.memory.remove(slot_id)
                 case GetLog(slot_id=slot_id):
-                    value = accel.get_dirty_log(slot_id)
+                    value = accel.get_dirty_log(slot_id) if self._writes is None else self._writes.get(slot_id)
                 case ClearLog(slot_id=slot_id):
                     accel.clear_dirty_log(slot_id)
                 case RebuildRing():
@@ -399,6 +446,8 @@ class Worker:
                     if accel.vcpu_fd >= 0:
                         channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
                     self._wake_up()
+                case SetTracking():
+                    self._set_tracking(request)
                 case SendFd():
                     if accel.vcpu_fd >= 0:
                         channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
@@ -420,14 +469,47 @@ class Worker:
             accel.interrupt()
             self._wake_up()
 
+    def _set_tracking(self, request: SetTracking) -> None:
+        """Repeated, it does nothing. Where the new way cannot be had, the old one stays in force."""
+        spec = msgspec.structs.replace(self.spec, tracking=request.tracking, ring_entries=request.ring_entries,
+                                       ring_segment=request.ring_segment)
+        accel, control = self.accel, self.control
+        assert accel is not None
+        if control.tracking == spec.mode and self.spec.ring_entries == spec.ring_entries:
+            return
+        slots = self.memory.slots
+        for slot_id, name in request.log_segments.items():
+            slots[slot_id].set_log_segment(name)
+        logged = [s.spec for s in slots.values() if s.spec.id != spec.system_slot.id]
+        writes = SlotWrites(self.memory, logged) if spec.mode is Tracking.UFFD else None
+        try:
+            self._on_vcpu_thread(lambda: accel.set_tracking(spec))
+        except BaseException:
+            if writes is not None:
+                writes.close()
+            raise
+        if self._writes is not None:
+            self._writes.close()
+        self._writes, self.spec = writes, spec
+        self._ring_full = False
+        self._bucket.forget_ring()
+        control.pushed_total = control.reset_total = 0
+        control.ring_entries = spec.ring_entries
+        control.tracking = spec.mode
+        self._wake_up()
+
     def _wait_for_missing(self, path: str) -> dict[str, Any]:
         """Post-copy begins (``path``: who fills the pages) or ends. The fd stays open here too: should the other
         end go, nobody gets a zero page for one that is missing."""
-        self._userfault.close()
-        if not path:
-            return {}
-        self._userfault = userfault.Userfault.make()
         slots = [s for s in self.memory.slots.values() if s.spec.id != self.spec.system_slot.id]
+        if not path:
+            if self._userfault.fd >= 0:     # the other end may still have its own copy open
+                for slot in slots:
+                    self._userfault.unregister(slot.host_address, slot.spec.size)
+            self._userfault.close()
+            return {}
+        self._userfault.close()
+        self._userfault = userfault.Userfault.make()
         for slot in slots:
             self._userfault.register(slot.host_address, slot.spec.size)
         channel.send_fd(path, self.spec.index, self._userfault.fd, _FD_TIMEOUT)
@@ -442,6 +524,8 @@ class Worker:
         if self._timer is not None:
             self._timer.close()
         self._userfault.close()
+        if self._writes is not None:
+            self._writes.close()
         if self.accel is not None:
             self.accel.close()
         self.memory.close()

@@ -1,0 +1,103 @@
+"""vmm compare: what it makes of its windows, and one small run of it all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipc.writelog import write_log_missing
+from vmm.compare import Grid, Point, available, summarise
+from vmm.compare_report import draw, verdict
+
+POINT = Point(ram_mib=64, vcpus=2, spin=0, ring=4096, interval_ms=100.0)
+
+
+def window(way: str, number: int, speed: float, pages: int = 1000, **more: Any) -> dict[str, Any]:
+    return {"way": way, "round": number, "speed": speed, "seconds": 0.5, "pages": pages, "syncs": 5,
+            "host_ns": 2_000_000, "strangers_ns": 0, "collect_ms": [1.0, 3.0, 2.0], "switch_ms": 4.0,
+            "tracking": way, **more}
+
+
+def test_ratios_are_of_one_round() -> None:
+    """The host got half as fast after the first round: no way looks the slower for it."""
+    windows = [window("none", 0, 1000, 0, collect_ms=[], syncs=0), window("ring", 0, 500), window("bitmap", 0, 800),
+               window("auto", 0, 720), window("none", 1, 500, 0, collect_ms=[], syncs=0), window("ring", 1, 250),
+               window("bitmap", 1, 400), window("auto", 1, 360)]
+    rows = {r["way"]: r for r in summarise(POINT, windows)}
+    assert rows["ring"]["relative"] == pytest.approx(0.5)
+    assert rows["ring"]["relative_low"] == rows["ring"]["relative_high"] == pytest.approx(0.5)
+    assert rows["ring"]["lost_us"] == pytest.approx(0.5 * 0.5 * 2 * 1e6 / 1000)
+    assert rows["ring"]["host_us"] == pytest.approx(2.0)
+    assert rows["bitmap"]["collect_ms"] == 2.0
+    assert rows["bitmap"]["stale_ms"] == 102.0
+    assert rows["none"]["collect_ms"] is None
+    assert rows["auto"]["best_fixed"] == "bitmap"
+    assert rows["auto"]["of_best"] == pytest.approx(0.9)
+    lines = verdict(list(rows.values()))
+    assert lines[0] == "fastest fixed way: bitmap at 1 of 1 points"
+    assert lines[1].startswith("auto beside the best fixed way: 0.900 at worst (64 MiB, 2 vCPUs, spin 0, 100 ms")
+
+
+def test_the_grid_varies_one_axis_at_a_time_beside_the_main_ones() -> None:
+    grid = Grid(ram_mib=(64, 128), vcpus=(1, 2), spin=(0, 9), ring=(4096, 1024), interval_ms=(100, 10))
+    points = list(grid.points())
+    assert len({p for p, _ in points}) == len(points) == 2 * 2 + 2 + 2 * 2 + 2
+    assert [ways for p, ways in points if p.ring == 1024] == [("none", "ring")] * 2
+
+
+def test_pictures(tmp_path: Path) -> None:
+    rows = []
+    for spin in (0, 100):
+        point = Point(64, 1, spin, 4096, 100.0)
+        rows += summarise(point, [window("none", 0, 10, 0, collect_ms=[], syncs=0), window("ring", 0, 5)])
+    assert [p.name for p in draw(rows, tmp_path)] == ["tracking-spin.png"]
+    assert (tmp_path / "tracking-spin.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_way_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmm.tracking.write_log_missing", lambda: "userfaultfd: no")
+    there, missing = available(["none", "bitmap", "uffd"], "unicorn")
+    assert there == ["none", "bitmap"]
+    assert missing == {"uffd": "tracking uffd: userfaultfd: no (use ring, bitmap or auto)"}
+
+
+def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True, timeout=100)
+
+
+def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
+    small = ("compare", "--accel", "unicorn", "--ram", "8MiB", "--vcpus", "1", "--spin", "0", "--ring", "1024",
+             "--interval", "20ms", "--rounds", "1", "--window", "50ms", "--json", "--output", str(tmp_path))
+    done = vmm(*small)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ways = ["none", "sampling", "auto", "bitmap", "ring", *([] if write_log_missing() else ["uffd"])]
+    rows = {r["way"]: r for r in found["rows"]}
+    assert list(rows) == ways
+    for row in rows.values():
+        assert row["speed"] > 0
+        assert (row["dirty_per_s"] > 0) == (row["way"] != "none")
+    assert rows["auto"]["tracking"] == ["bitmap"]
+    again = vmm(*small)
+    assert json.loads(again.stdout) == found        # nothing was measured again
+    other = vmm(*small[:-3], "--rounds", "2", "--output", str(tmp_path))
+    assert other.returncode == 2
+    assert "was measured with other settings" in other.stderr
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    (("--ram", "1MiB"), "--ram 1MiB: sizes of whole MiB, at least 8MiB each"),
+    (("--ring", "1000"), "--ring 1000: must be a power of two from 1024 to 65536"),
+    (("--tracking", "ring,dream"), "--tracking dream: there are sampling, auto, bitmap, ring, uffd"),
+    (("--interval", "never"), "--interval: 'never' is not a duration"),
+])
+def test_what_is_wrong_is_one_line(arguments: tuple[str, str], error: str) -> None:
+    done = vmm("compare", *arguments)
+    assert done.returncode == 2
+    assert error in done.stderr
+    assert len(done.stderr.splitlines()) == 1
