@@ -17,8 +17,8 @@ from vmm.errors import ExitCode
 
 TOP = Path(__file__).parent.parent
 REPLAYED = sorted((TOP / "configs").glob("replay-*.yaml"))
-SWEEP = TOP / "configs" / "stress.yaml"     # not a machine
-CONFIGS = sorted(set((TOP / "configs").glob("*.yaml")) - {SWEEP, *REPLAYED})
+SWEEPS = (TOP / "configs").glob("stress*.yaml")     # not machines
+CONFIGS = sorted(set((TOP / "configs").glob("*.yaml")) - {*SWEEPS, *REPLAYED})
 TIMEOUT = 60
 
 

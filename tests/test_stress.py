@@ -92,7 +92,7 @@ def test_a_sweep_ends_with_figures_fits_and_pictures(accel: str, tmp_path: Path)
         assert proof["rounds"] >= 3
         assert proof["dirty"] > 0
     quantities = {f["quantity"] for f in document["model"]}
-    assert quantities >= {"launch", "memory beyond RAM"} if repeat > 1 else not quantities
+    assert "memory beyond RAM" in quantities if repeat > 1 else not quantities
     for picture in ("throughput", "stalls", "ring-full-exits", "flush"):
         assert (tmp_path / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     again = vmm("stress", "--resume", "--output", str(tmp_path / "out"))
@@ -192,8 +192,10 @@ def test_flags_win_over_the_file_and_are_named(tmp_path: Path) -> None:
         load_sweep(config, {"ring": ("--ring 5", [5])})
 
 
-def test_the_sample_sweep_can_run_here() -> None:
-    assert len(load_sweep(Path(__file__).parent.parent / "configs" / "stress.yaml").points()) > 1
+@pytest.mark.kvm
+def test_the_sample_sweeps_can_run_here() -> None:
+    for path in (Path(__file__).parent.parent / "configs").glob("stress*.yaml"):
+        assert len(load_sweep(path).points()) > 1
 
 
 def test_every_accelerator_of_a_machine_can_be_swept() -> None:

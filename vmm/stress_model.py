@@ -2,7 +2,7 @@
 
 Each quantity is a sum of terms, fitted by least squares over the sweep's points, for each accelerator apart.
 Wall-clock times are fitted where the machines had the cores they wanted (by the scheduler's own count of the time
-that a process was ready and waited); CPU time, memory and launches over all points. A term whose value is the same
+that a process was ready and waited); CPU time and memory over all points. A term whose value is the same
 at all points cannot be told from the constant and is left out. There are to be twice as many points as terms.
 """
 
@@ -22,7 +22,7 @@ from .stress_measure import Figures
 __all__ = ["Fit", "Term", "busy_at", "fit_all", "fit_terms"]
 
 _CONSTANT = "constant"
-_WAITED = 0.1               # of the time run, at most, for a wall-clock time that shows the work and not the queue
+_WAITED = 1.0               # of the time run, at most, for a wall-clock time that shows the work and not the queue
 _GIB = 1 << 30
 _TRUSTED = 0.9              # R squared below which nothing is extrapolated
 _FILL = 0.4                 # how full a ring is when the adaptive reaper comes (vmm/reaper.py)
@@ -90,7 +90,7 @@ QUANTITIES = (
     _Quantity("flush", "us", _flush_us, {"vCPU": _vcpus, "dirty page": _flush_pages, "GiB of RAM": _ram}, True),
     _Quantity("reap", "us", lambda p, f: f.reap_us if p.ring else None,
               {"ring": _vcpus, "entry": lambda p, f: f.entries_per_reap, "GiB of RAM": _ram}, True),
-    _Quantity("launch", "ms", lambda p, f: f.launch_s * 1e3, {"vCPU": _vcpus, "GiB of RAM": _ram}, False),
+    _Quantity("launch", "ms", lambda p, f: f.launch_s * 1e3, {"vCPU": _vcpus, "GiB of RAM": _ram}, True),
     _Quantity("memory beyond RAM", "MiB", lambda p, f: f.pss_mib, {"vCPU": _vcpus, "GiB of RAM": _ram}, False),
     _Quantity("coordinator CPU", "us/s", lambda p, f: f.coordinator_cpu * 1e6 if p.ring else None,
               {"reap": lambda p, f: f.reaps / f.seconds, "ring reaped": lambda p, f: p.vcpus * f.reaps / f.seconds,
