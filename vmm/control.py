@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from ipc import channel
 
@@ -269,7 +268,7 @@ class ControlClient:
         if self._sock in ready:
             return dict(msgspec.json.decode(self._sock.recv()))
         if self._monitor in ready:
-            recv_monitor_message(self._monitor)
+            self._monitor.recv_multipart()
             if self._following:
                 self._send(Follow, {})
             return _LOST

@@ -136,7 +136,6 @@ class Coordinator:
             self.shards.spawn(shard, build.worker_spec(self.parts, shard.index, self.directory,
                                                        self._keeper_fd))
         self.shards.start_paused()
-        self.log.load_kernels()     # takes its time while the workers take theirs
         self.shards.await_hello()
         if self.spec.verify is not None:
             self.verifier = make_verifier(self.spec.accel, self.spec.verify, self.log, self.shards.all,
@@ -155,6 +154,7 @@ class Coordinator:
             self._next_round = now + self.spec.verify.interval
         self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
         self.shards.resume_all()
+        self.log.load_kernels()     # the guest runs already, and no ring is full so soon
         self._save()
 
     def _recover(self, saved: Saved) -> None:
