@@ -8,9 +8,9 @@ from __future__ import annotations
 import runpy
 import sys
 
-NAMES = ("dirtying", "migration", "harvest", "dirty_limit", "snapshot", "tracking")
+NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking")
 #: These print what they find; the others keep it in --output too.
-PRINTING = ("dirty_limit", "snapshot", "tracking")
+PRINTING = ("replay", "dirty_limit", "snapshot", "tracking")
 
 
 def main() -> int:

@@ -136,6 +136,7 @@ class VcpuControl(ctypes.Structure):
         ("reset_expected", ctypes.c_uint32),  # c: entries harvested and not reset yet
         ("reset_done", ctypes.c_uint32),      # w: the reset_request that was carried out last
         ("tracking", ctypes.c_uint32),        # w (Tracking)
+        ("reset_ns", ctypes.c_uint64),        # w: time in reset calls, ns
     ]
 
 

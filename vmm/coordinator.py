@@ -460,8 +460,8 @@ class Coordinator:
             "exit_reason": _reason(ExitReason(block.exit_reason)), "exit_code": block.exit_code,
             "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
             "dirty_pages": block.dirty_pages, "ring_full_exits": block.ring_full_exits,
-            "resets": block.resets, "ring_rebuilds": block.ring_rebuilds, "bad_entries": block.bad_entries,
-            "guest_entries": block.guest_entries,
+            "resets": block.resets, "reset_s": block.reset_ns / 1e9, "ring_rebuilds": block.ring_rebuilds,
+            "bad_entries": block.bad_entries, "guest_entries": block.guest_entries,
             "guest_s": block.guest_ns / 1e9, "stalled_s": block.stalled_ns / 1e9,
             "dirty_limit_pages_per_s": block.dirty_quota, "throttled_s": block.throttled_ns / 1e9,
         }

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
@@ -54,6 +54,7 @@ from ipc.messages import (
     SetState,
     SetTracking,
     Shutdown,
+    SlotSpec,
     Userfault,
     WorkerSpec,
     decode_request,
@@ -65,7 +66,9 @@ from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
 from .throttle import SliceTimer, TokenBucket
-from .writes import SlotWrites
+
+if TYPE_CHECKING:
+    from .writes import SlotWrites
 
 __all__ = ["KICK_SIGNAL", "Worker", "main"]
 
@@ -112,7 +115,7 @@ class Worker:
             for slot in [*spec.slots, spec.system_slot]:
                 self.memory.add(slot)
             if spec.mode is Tracking.UFFD:
-                self._writes = SlotWrites(self.memory, spec.slots)
+                self._writes = _slot_writes(self.memory, spec.slots)
             self.accel = load(spec.accel)(spec, self.memory, self.control, self.ports)
             if self.accel.vcpu_fd >= 0:
                 channel.send_fd(spec.fd_socket, spec.index, self.accel.vcpu_fd, _FD_TIMEOUT)
@@ -401,11 +404,13 @@ class Worker:
         if not expected:
             return
         assert self.accel is not None
+        began = time.perf_counter_ns()
         try:
             self.control.reset_total += self.accel.reset_ring(expected)
         except (AccelError, OSError) as exc:
             print(f"vcpu {self.spec.index}: reset of its ring: {exc}", file=sys.stderr)
         self.control.resets += 1
+        self.control.reset_ns += time.perf_counter_ns() - began
 
     def _serve_one(self, sock: zmq.Socket[bytes]) -> None:
         try:
@@ -481,7 +486,7 @@ class Worker:
         for slot_id, name in request.log_segments.items():
             slots[slot_id].set_log_segment(name)
         logged = [s.spec for s in slots.values() if s.spec.id != spec.system_slot.id]
-        writes = SlotWrites(self.memory, logged) if spec.mode is Tracking.UFFD else None
+        writes = _slot_writes(self.memory, logged) if spec.mode is Tracking.UFFD else None
         try:
             self._on_vcpu_thread(lambda: accel.set_tracking(spec))
         except BaseException:
@@ -534,6 +539,13 @@ class Worker:
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
         os.close(self._wake_write)
+
+
+def _slot_writes(memory: GuestMemory, slots: list[SlotSpec]) -> SlotWrites:
+    """Imported only now: it brings numpy along, and 10 MiB."""
+    from .writes import SlotWrites
+
+    return SlotWrites(memory, slots)
 
 
 def _on_kick(signum: int, frame: FrameType | None) -> None:

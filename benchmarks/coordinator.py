@@ -1,0 +1,142 @@
+"""What the coordinator costs and how soon it answers: the targets that are no comparison with a peer.
+
+Each figure is the median of its runs (and their least and most), on KVM, the sample guest ``sequential`` at full
+rate over 256 MiB unless said otherwise:
+
+* **exits**: ring-full exits with the adaptive reaper, in per cent of those with the 1 s reaper, run in turns.
+* **cpu**: the coordinator's share of a core, guests idle and one vCPU at full rate.
+* **flush**: a sync's round trip at the client less that of a request that asks for nothing, the guest running.
+* **stall**: from ring-full exit to re-entry, less the time in the reset ioctl (1 s reaper, so that every full ring
+  is met by its exit; what the harvest takes, some microseconds, is not taken off).
+* **launch**: from the call of Machine.launch to the last vCPU's first guest instruction.
+* **pss**: a worker's memory beyond guest RAM.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from vmm.errors import VmmError
+from vmm.guests import WORKLOADS, resolve_params
+from vmm.machine import Machine
+from vmm.plan import choose_accelerator
+from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.stress_measure import Figures, measure
+
+from .common import CONSOLE, arguments_parser, host, quiet
+
+NAME = "coordinator"
+
+
+def spec(vcpus: int, ring: int, *, load: str = "sequential", spin: int = 0, fixed: bool = False) -> MachineSpec:
+    params = {"passes": 0, "spin": spin} if load == "sequential" else {"milliseconds": 0}
+    return MachineSpec(
+        name="bench-coordinator", accel="kvm", vcpus=vcpus, privilege="user", ring_entries=ring,
+        slots=[RamSlot(0, 0, 256 << 20)], image=str(WORKLOADS[load].image), load_address=None,
+        params=resolve_params(load, params), cmdline=load, stack_size=16384,
+        reaper=ReaperSpec("fixed" if fixed else "adaptive"), verify=None, timeout=None, trace=[], trace_file="",
+        linger=True)
+
+
+def figures(machine: MachineSpec, seconds: float, flushes: int = 0) -> Figures:
+    found, _ = measure([machine], [], seconds=seconds, warm_up=0.5, flushes=flushes, stop=lambda: False,
+                       progress=lambda text: None)
+    return found[0]
+
+
+def stall_beyond_reset(ring: int, seconds: float) -> float:
+    """Microseconds."""
+    with Machine.launch(spec(1, ring, fixed=True)) as machine:
+        machine.register("bench", mine=True)
+
+        def sample() -> dict[str, Any]:
+            machine.take("bench")
+            return dict(machine.status()["vcpus"][0])
+
+        before = sample()
+        try:
+            next(machine.events(timeout=seconds), None)     # the machine says nothing meanwhile
+        finally:
+            after = sample()
+    exits, resets, stalled, in_reset = (after[k] - before[k] for k in ("ring_full_exits", "resets", "stalled_s",
+                                                                       "reset_s"))
+    return float(stalled / exits - in_reset / resets) * 1e6
+
+
+class Report:
+    """Measures row by row, prints each at once, and keeps them as a Markdown table."""
+
+    def __init__(self, rounds: int, patience: float) -> None:
+        self._rounds = rounds
+        self._patience = patience
+        self._lines = ["| what | median | least to most | target | |", "| --- | --- | --- | --- | --- |"]
+
+    def add(self, what: str, run: Callable[[], float], unit: str, target: float, style: str = ".2f") -> None:
+        values = []
+        for _ in range(self._rounds):
+            quiet(self._patience)
+            values.append(run())
+        middle = statistics.median(values)
+        row = (what, f"{middle:{style}} {unit}", f"{min(values):{style}} to {max(values):{style}}",
+               f"at most {target:g} {unit}", "met" if middle <= target else "not met")
+        CONSOLE.print(f"{what}: {row[1]} ({row[2]}), {row[3]}: {row[4]}")
+        self._lines.append("| " + " | ".join(row) + " |")
+
+    def markdown(self) -> str:
+        return "\n".join([host(), "", *self._lines]) + "\n"
+
+
+def main() -> None:
+    parser = arguments_parser(NAME, __doc__)
+    options = parser.parse_args()
+    try:
+        choose_accelerator("kvm")
+    except VmmError as exc:
+        CONSOLE.print(f"{NAME}: skipped: {exc}")
+        return
+    rounds = options.rounds or (1 if options.quick else 5)
+    seconds = 1.0 if options.quick else 3.0
+    report = Report(rounds, options.patience)
+    cores = len(os.sched_getaffinity(0))
+
+    def exits(vcpus: int, ring: int, spin: int = 0) -> float:
+        adaptive, fixed = (figures(spec(vcpus, ring, spin=spin, fixed=f), seconds).ring_full_per_s
+                           for f in (False, True))
+        return 100 * adaptive / fixed if fixed else 100 * adaptive
+
+    for vcpus in (1, 2):
+        for ring in (1024, 4096):
+            report.add(f"ring-full exits, {vcpus} vCPU, ring {ring:,}",
+                      lambda v=vcpus, r=ring: exits(v, r), "% of the 1 s reaper's", 2)
+    report.add("ring-full exits at a steady rate (137,000 pages/s), ring 4,096",
+              lambda: figures(spec(1, 4096, spin=200), seconds).ring_full_per_s, "/s", 0)
+    report.add("CPU, guests idle", lambda: 100 * figures(spec(2, 4096, load="idle"), seconds).coordinator_cpu,
+              "% of a core", 0.5)
+    report.add("CPU, 1 vCPU at full rate", lambda: 100 * figures(spec(1, 4096), seconds).coordinator_cpu,
+              "% of a core", 10)
+    for vcpus in (1, 2, 4, 8, 16):
+        # Busy vCPUs where each has a core; beyond that sleeping ones, which a kick has to wake.
+        load = "sequential" if vcpus <= cores else "idle"
+        extra = max(0, vcpus - 2) * 0.1
+        report.add(f"flush, {vcpus} vCPU{'s' if vcpus > 1 else ''}, {'busy' if load == 'sequential' else 'idle'}",
+                  lambda v=vcpus, w=load: statistics.median(
+                      us for us, _ in figures(spec(v, 4096, load=w), 0.5, flushes=60).flushes) / 1000,
+                  "ms", 1 + extra, ".3f")
+    for ring in (1024, 4096):
+        report.add(f"stall beyond reset, ring {ring:,}", lambda r=ring: stall_beyond_reset(r, seconds), "us", 100,
+                   ".0f")
+    for vcpus, target in ((2, 0.3), (16, 1.0)):
+        report.add(f"launch, {vcpus} vCPUs", lambda v=vcpus: figures(spec(v, 4096, load="idle"), 0.1).launch_s, "s",
+                  target)
+    for vcpus in (1, 16):
+        report.add(f"worker's memory, {vcpus} vCPU{'s' if vcpus > 1 else ''}",
+                  lambda v=vcpus: figures(spec(v, 4096, load="idle"), 0.1).worker_pss_mib, "MiB", 20, ".1f")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"{NAME}.md").write_text(report.markdown())
+
+
+if __name__ == "__main__":
+    main()
