@@ -92,6 +92,7 @@ class Report:
 def main() -> None:
     parser = arguments_parser(NAME, __doc__)
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # or each launch would compile every module
     try:
         choose_accelerator("kvm")
     except VmmError as exc:

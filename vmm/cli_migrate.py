@@ -158,8 +158,9 @@ class _Shown:
             from rich.text import Text
 
             ram = report.ram
+            left = f", {ram.remaining / (ram.mbps * 1e6 / 8):,.0f} s" if ram.mbps else ""
             self._live.update(Text(
-                f"{report.status}: round {ram.dirty_sync_count}, {ram.remaining / _MIB:,.0f} MiB left, "
+                f"{report.status}: round {ram.dirty_sync_count}, {ram.remaining / _MIB:,.0f} MiB{left} left, "
                 f"{ram.mbps / 8:,.0f} MB/s, dirtied {ram.dirty_pages_rate * 4096 / 1e6:,.0f} MB/s, "
                 f"expected downtime {report.expected_downtime:,.0f} ms"), refresh=True)
 

@@ -103,7 +103,8 @@ def verify(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
     """Read all of a chain, up to SNAPSHOT_ID (default: the newest), and compare the checksums."""
     from . import snapshot as snapshots
 
-    manifests = snapshots.verify(directory, snapshot_id)
+    with _bar("verifying") as progress:
+        manifests = snapshots.verify(directory, snapshot_id, progress)
     _say(manifests[-1], f"{directory / manifests[-1].id}: good, a chain of {len(manifests)}", as_json)
 
 
@@ -115,7 +116,8 @@ def merge(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
     """Make SNAPSHOT_ID (default: the newest) a full one and drop those it was built on."""
     from . import snapshot as snapshots
 
-    merged = snapshots.merge(directory, snapshot_id)
+    with _bar("merging") as progress:
+        merged = snapshots.merge(directory, snapshot_id, progress)
     _say(merged, f"{directory / merged.id}: {merged.pages:,} pages, full", as_json)
 
 

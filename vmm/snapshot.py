@@ -149,14 +149,18 @@ def _layers(directory: Path, manifests: list[Manifest], slot: SlotFile) -> Itera
                 yield directory / manifest.id, each
 
 
-def verify(directory: Path, name: str | None = None) -> list[Manifest]:
+def verify(directory: Path, name: str | None = None,
+           progress: Progress = lambda done, total: None) -> list[Manifest]:
     """Read every byte of a chain and compare; the chain. Raises SnapshotError with what is wrong."""
     manifests = chain(directory, name)
+    total = sum(slot.pages for m in manifests for slot in (*m.slots, m.system))
+    done = 0
     for manifest in manifests:
         folder = directory / manifest.id
         for slot in (*manifest.slots, manifest.system):
-            for _ in read_pages(folder, _file_name(manifest, slot), slot.size // PAGE, slot.checksum):
-                pass
+            for _, count in read_pages(folder, _file_name(manifest, slot), slot.size // PAGE, slot.checksum):
+                done += count
+                progress(done, total)
         if _checksum(folder / "image") != manifest.image_checksum:
             raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
     return manifests
@@ -457,14 +461,15 @@ def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
 # --- merge, delete -----------------------------------------------------------------------------------------------
 
 
-def merge(directory: Path, name: str | None = None) -> Manifest:
+def merge(directory: Path, name: str | None = None,
+          progress: Progress = lambda done, total: None) -> Manifest:
     """Make ``name`` (default: the newest) a full snapshot and drop those it was built on, unless another still
     needs them. Its own successors stay good. Raises SnapshotError."""
     with _locked(directory):
-        return _merge(directory, name)
+        return _merge(directory, name, progress)
 
 
-def _merge(directory: Path, name: str | None) -> Manifest:
+def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
     manifests = chain(directory, name)
     newest = manifests[-1]
     if len(manifests) == 1:
@@ -473,12 +478,16 @@ def _merge(directory: Path, name: str | None) -> Manifest:
     try:
         aside.mkdir(mode=0o700)
         files = []
+        total = sum(each.pages for slot in newest.slots for _, each in _layers(directory, manifests, slot))
+        done = 0
         for slot in newest.slots:
             memory = np.zeros(slot.size, np.uint8)
             present = np.zeros(slot.size // PAGE, bool)
             for folder, each in _layers(directory, manifests, slot):
                 for first, count in read_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
                     present[first:first + count] = True
+                    done += count
+                    progress(done, total)
             with PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer:
                 writer.write(memory, np.flatnonzero(present))
                 files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, writer.finish()))
