@@ -3,7 +3,7 @@
 The same on both sides: RAM size, every page's first word not zero, one vCPU, a dirty ring of 4,096 entries, a Unix
 socket, the downtime limit, no bandwidth cap (QEMU's is set out of reach), no compression. The guest is idle (it
 halts or sleeps), or walks over all its memory and writes a word in each page, with as many ``pause`` instructions
-after each as make the wanted rate; the rate that each guest had before the migration is reported.
+after each as make the wanted rate; the rate that each guest had before the migration, logged, is reported.
 
 ``total``: from the request until the source says that it is done. ``downtime``: from the guest's stop until it
 runs at the target: for QEMU the time between its events STOP (source) and RESUME (target), for us what we report,
@@ -28,13 +28,14 @@ from ipc.process import die_with_parent
 from vmm.machine import Machine
 from vmm.migrate import Options, migrate
 
-from .common import Case, Results, arguments_parser, in_turns
+from .common import Case, Results, arguments_parser, in_turns, quiet
 from .peer.ours import Guest, Ours, written
 from .peer.qemu import PAGE, Qemu, missing, version
 
 NAME = "migration"
 RING = 4096
 DOWNTIME = 0.3
+WRITE_US = 2.3      # about what a first write to a logged page takes
 SOURCE, TARGET = "bench-source", "bench-target"
 
 
@@ -83,7 +84,12 @@ def qemu(mib: int, spin: int, idle: bool, seconds: float) -> dict[str, float]:
         first, pages = source.shares[0]
         while not source.word(first + (pages - 1) * PAGE):      # its first pass
             time.sleep(0.02)
-        dirtied = 0.0 if idle else rate(source, seconds)
+        dirtied = 0.0
+        if not idle:
+            source.start_logging(int(seconds) + 2, "dirty-ring")     # as ours is, and as in a migration
+            time.sleep(0.3)
+            dirtied = rate(source, seconds)
+            source.finish_logging()
         began = time.time()
         report = source.migrate(one.fileno(), downtime=DOWNTIME)
         stopped, resumed = source.event("STOP"), target.event("RESUME")
@@ -94,22 +100,24 @@ def qemu(mib: int, spin: int, idle: bool, seconds: float) -> dict[str, float]:
             "rounds": ram["dirty-sync-count"], "bytes": ram["transferred"], "rate": dirtied}
 
 
-def calibrate(mib: int, wanted: float) -> int:
+def calibrate(mib: int, wanted: float, patience: float) -> int:
     """Pauses after each write with which a guest dirties so many bytes a second, while it is logged."""
-    def microseconds(spin: int) -> float:
+    wanted_us = 1e6 * PAGE / wanted
+    spin = 300
+    for _ in range(3):
         with Ours(mib=mib, vcpus=1, ring=RING, spin=spin) as guest:
-            return 1e6 * PAGE / max(rate(guest, 0.5) for _ in range(3))     # the least disturbed
-
-    low, high = (20, microseconds(20)), (200, microseconds(200))
-    a_pause = (high[1] - low[1]) / (high[0] - low[0])
-    return max(1, round(low[0] + (1e6 * PAGE / wanted - low[1]) / a_pause))
+            quiet(patience)
+            # The least disturbed of several short ones.
+            took_us = 1e6 * PAGE / max(rate(guest, 0.2) for _ in range(5))
+        spin = max(1, round(spin * (wanted_us - WRITE_US) / max(took_us - WRITE_US, 0.1)))
+    return spin
 
 
 def run(results: Results, *, mib: int, rates: list[int], rounds: int, seconds: float,
         patience: float, output: Path) -> None:
     for wanted in rates:
         idle = wanted == 0
-        spin = 0 if idle else calibrate(mib, wanted * 1e6)
+        spin = 0 if idle else calibrate(mib, wanted * 1e6, patience)
         found = in_turns({"ours": lambda i=idle, s=spin: ours(mib, s, i, seconds),
                           "qemu": lambda i=idle, s=spin: qemu(mib, s, i, seconds)}, rounds,
                          patience=patience)
