@@ -159,7 +159,10 @@ class Qemu:
             time.sleep(0.001)
 
     def finish_logging(self) -> dict[str, Any]:
+        deadline = time.monotonic() + _PATIENCE
         while (found := self.ask("query-dirty-rate"))["status"] == "measuring":
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"QEMU: still measures its dirty rate after {_PATIENCE:.0f} s")
             time.sleep(0.02)
         return dict(found)
 

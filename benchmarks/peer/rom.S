@@ -52,10 +52,14 @@ start32:
     jz      long_mode
     orl     $0x100, APIC_SVR
     movl    $ICR_INIT, APIC_ICR
+    mov     $2, %edx                        # the second is for a vCPU that missed the first
+wake:
     mov     $10000, %ecx
 1:  dec     %ecx
     jnz     1b
     movl    $ICR_STARTUP, APIC_ICR
+    dec     %edx
+    jnz     wake
 
 long_mode:
     mov     %cr4, %eax
