@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,28 @@ def test_ranges_of_any_bits(bits: list[bool]) -> None:
         words[page // 64] |= np.uint64(int(bit) << (page % 64))
     covered = [p for first, count in dirty_ranges(words, len(bits)) for p in range(first, first + count)]
     assert covered == [p for p, bit in enumerate(bits) if bit]
+
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[list[Bitmap]]:
+    size = bitmap_bytes(PAGES)
+    with Segment.create(segment_name("test-bitmap", f"three-{os.getpid()}"), 3 * size) as segment:
+        yield [Bitmap(segment, at * size, PAGES) for at in range(3)]
+
+
+@given(ranges, ranges, ranges)
+def test_take_is_fold_clear_and_publish_in_one(three: list[Bitmap], a: list[tuple[int, int]],
+                                               b: list[tuple[int, int]], c: list[tuple[int, int]]) -> None:
+    slot, gathering, front = three
+    fresh, older = fill(slot, a), fill(gathering, b)
+    fill(front, c)      # of the last take: gone
+    assert kernels.take(slot, gathering, front) == len(fresh | older)
+    assert pages_of(front) == fresh | older
+    assert pages_of(slot) == pages_of(gathering) == set()
+    assert not slot.summary.any()
+    assert not gathering.summary.any()
+    assert_summary_covers(front)
 
 
 def test_kernels_kept_on_disk_run_without_the_compiler() -> None:

@@ -9,7 +9,8 @@
 #   0   address of the first page to write
 #   8   pages; 0: halt at once
 #   16  pauses after each write
-#   24  after a first pass without pauses: 0 walk for ever, 1 halt (this first pass is at CPL 0)
+#   24  after a first pass without pauses: 0 walk for ever, 1 halt (this first pass is at
+#       CPL 0, and of a multiple of eight pages)
 
     .include "guest.inc"
 
@@ -94,7 +95,14 @@ start64:
     jz      to_user
     mov     %r12, %rdi
     mov     %rbp, %rcx
-    WRITE_PAGES
+    shr     $3, %rcx
+1:                                          # few instructions: nested KVM may emulate each of them
+    .irp    page, 0, 1, 2, 3, 4, 5, 6, 7
+    incq    (\page << PAGE_SHIFT)(%rdi)
+    .endr
+    add     $8 << PAGE_SHIFT, %rdi
+    dec     %rcx
+    jnz     1b
 halt:
     hlt
     jmp     halt
