@@ -24,7 +24,7 @@ ranges = st.lists(st.tuples(st.integers(0, PAGES - 1), st.integers(0, 300)).map(
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Bitmap, Bitmap]]:
-    with Segment.create(segment_name("test-bitmap", "x"), 2 * bitmap_bytes(PAGES)) as segment:
+    with Segment.create(segment_name("test-bitmap", f"pair-{os.getpid()}"), 2 * bitmap_bytes(PAGES)) as segment:
         yield Bitmap(segment, 0, PAGES), Bitmap(segment, bitmap_bytes(PAGES), PAGES)
 
 
