@@ -1,0 +1,48 @@
+"""Named steps, at which a test has a process die or fail.
+
+Whoever changes what a successor must know calls :func:`step` between any two actions that can be torn apart by a
+kill. In ordinary life that is one comparison. With ``$VMM_STEPS`` naming a directory, a process that reaches step
+``NAME`` looks for the file ``kill-NAME`` there (it removes it and sends itself SIGKILL), then for ``fail-NAME``
+(it removes it and raises OSError with the errno written in it, in decimal). A file serves once, so that a successor lives.
+
+``STEPS`` is the whole list, by what is being done; tests/test_steps.py holds it against the calls in the source,
+and walks it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+__all__ = ["STEPS", "step"]
+
+_directory = os.environ.get("VMM_STEPS")
+
+#: What is being done: the names of its steps, in their order.
+STEPS: dict[str, tuple[str, ...]] = {
+}
+
+
+def step(name: str) -> None:
+    """Step ``name`` has been reached."""
+    if _directory is not None:
+        _reached(Path(_directory), name)
+
+
+def _reached(directory: Path, name: str) -> None:
+    if _took(directory / f"kill-{name}") is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    number = _took(directory / f"fail-{name}")
+    if number is not None:
+        raise OSError(int(number), os.strerror(int(number)))
+
+
+def _took(path: Path) -> str | None:
+    """The file's text, by the one process that gets to remove it."""
+    try:
+        text = path.read_text()
+        path.unlink()
+    except FileNotFoundError:
+        return None
+    return text.strip() or "5"
