@@ -22,7 +22,8 @@ NOT_NAMES = ["", ".", "..", "/", "../precious", "a/b", "/etc", "-a", "A", "a.b",
 VERBS = [["status"], ["pause"], ["resume"], ["stop"], ["sync"], ["log", "start", "NAME", "0"],
          ["memory", "remove", "NAME", "0"], ["tracking", "NAME", "none"], ["dirty-rate"],
          ["working-set", "NAME", "--output", "/dev/null"], ["trace", "record", "NAME", "/nonexistent/x"],
-         ["snapshot", "create", "NAME", "d"], ["migrate", "start", "NAME", "ipc:///tmp/x"], ["migrate", "status"], ["migrate", "cancel"], ["gc"]]
+         ["snapshot", "create", "NAME", "d"],
+         ["migrate", "start", "NAME", "ipc:///tmp/x"], ["migrate", "status"], ["migrate", "cancel"], ["gc"]]
 
 
 def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
