@@ -66,7 +66,7 @@ def test_every_config_runs_and_verifies(config: Path, accel: str) -> None:
     (GOOD, ["--set", "memory.1.size=4096"], ["--set memory.1.size=4096: memory has no item 1"]),
     (GOOD, ["--set", "vcpus"], ["--set vcpus: write key=value"]),
     (GOOD, ["--set", "guest.workload=helo"], ["unknown workload 'helo'", "did you mean 'hello'"]),
-    (GOOD, ["--set", "guest.params.linse=1"], ["has no parameter 'linse'", "did you mean 'lines'"]),
+    (GOOD, ["--set", "guest.params.linse=1"], ["--set guest.params.linse=1: guest.params.linse: ", "has no parameter 'linse'", "did you mean 'lines'"]),
     (GOOD, ["--name", "No_Name"], ["machine name 'No_Name'"]),
     (GOOD, ["--trace", "kvm_dirty_rings"], ["no such event", "kvm_dirty_ring_full"]),
     ("memory:\n  - size: 4MiB\n  - {gpa: 0x3ff000, size: 4MiB}\nguest: {workload: hello}\n", [],
