@@ -89,8 +89,8 @@ _words = st.sampled_from([
     "memory", "size", "4MiB", "guest", "workload", "hello", "params", "vcpus", "2", "yes", "~", "<<", "*a", "&a ",
     "*b", "&b [*a, *a]", "!!int ", "!!float", "!!bool x", "!!timestamp 1", "!!binary x", "!!set ",
     "!!python/tuple ", "2001-13-45", "1:2:3:4:5:6:7:8:9:1:1:1:1:1:1:1:1", ".inf", ".nan", "0x" + "f" * 5000,
-    "9" * 5000, '"\\uD800"', '"\\Uffffffff"', '"a\\0b"', '"a\\nb"', "\u2028", "%YAML 1.1\n---\n", "---\n", "? ", "'",
-    '"', "|\n", "[" * 40, "{" * 40, "²", "\x00"])
+    "9" * 5000, '"\\uD800"', '"\\Uffffffff"', '"a\\0b"', '"a\\nb"', "\u2028", "%YAML 1.1\n---\n", "---\n", "? ",
+    "'", '"', "|\n", "[" * 40, "{" * 40, "²", "\x00"])
 _glue = st.sampled_from([": ", "\n", "\n  ", "- ", ", ", " ", "[", "]", "{", "}", ""])
 hostile = st.lists(st.one_of(_words, _glue, st.text(max_size=4)), max_size=25).map("".join)
 
