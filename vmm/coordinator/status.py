@@ -25,7 +25,7 @@ def reason_text(reason: ExitReason) -> str:
 
 
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
-                   restarts: int) -> dict[str, Any]:
+                   restarts: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
     """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
     verification: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
         "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
                    "dirty": log.dirty_pages(i), "logged": s.logged, "born": s.spec.born}
                   for i, s in log.slots.items()],
-        "clients": log.clients, "incoming": core.pages_missing,
+        "clients": log.clients, "holders": holders, "handed_over": handed_over, "incoming": core.pages_missing,
         "verification": verification,
     }
 
