@@ -20,6 +20,7 @@ __all__ = ["Refusal", "input_name", "open_input", "read_input"]
 #: Makes the error of what is wrong with a file, for example ``"is not a regular file"``.
 Refusal = Callable[[Path, str], VmmError]
 
+_PIECE = 1 << 20    # bytes
 _OWN = re.compile(r"/(?:dev|proc/self)/fd/([0-9]{1,9})")
 
 
@@ -72,10 +73,13 @@ def read_input(path: Path, limit: int, refuse: Refusal = _refusal, *, pipes: boo
     """All of a file of at most ``limit`` bytes. Raises what ``refuse`` makes."""
     with open_input(path, refuse, pipes=pipes) as file:
         try:
+            data = bytearray()      # piece by piece: a read of ``limit`` bytes would take as much memory at once
             large = os.fstat(file.fileno()).st_size > limit
-            data = b"" if large else file.read(limit + 1)
+            while not large and (piece := file.read(_PIECE)):
+                data += piece
+                large = len(data) > limit
         except OSError as exc:
             raise refuse(path, f"cannot be read: {exc.strerror}") from None
-    if large or len(data) > limit:
+    if large:
         raise refuse(path, f"is too large: more than {limit} bytes")
-    return data
+    return bytes(data)
