@@ -178,8 +178,10 @@ def memory_of(directory: Path, name: str | None = None) -> bytes:
 
 def test_the_chain_is_the_memory_and_nobody_elses_pages_are_taken(endless: Machine, tmp_path: Path) -> None:
     endless.register("other")
+    endless.pause()
     before = endless.ram(0).copy()
     endless.sync("other")
+    endless.resume()
     for i in range(4):
         snapshot.create(endless, tmp_path / "s", incremental=i > 0, live=i == 2)
     endless.pause()
@@ -189,7 +191,7 @@ def test_the_chain_is_the_memory_and_nobody_elses_pages_are_taken(endless: Machi
     assert endless.status()["state"] == "paused"        # somebody had paused it: it stays so
     dirty = {p for first, n in endless.sync("other").slots[0] for p in range(first, first + n)}
     changed = set(np.flatnonzero((before.reshape(-1, PAGE) != after.reshape(-1, PAGE)).any(axis=1)).tolist())
-    assert len(changed - dirty) <= 4        # dirtied between the copy above and the sync behind it
+    assert changed <= dirty
     assert len([c for c in endless.status()["clients"] if c.startswith("snap")]) == 1
 
 
@@ -272,13 +274,13 @@ def test_damage_is_found_and_refused(tmp_path: Path, damage: str, said: str) -> 
 
 
 def test_missing_and_foreign_snapshots_are_one_line(tmp_path: Path) -> None:
-    for directory, said in ((tmp_path / "none", "is no directory"), (tmp_path, "holds no snapshot")):
+    for directory, said in ((tmp_path / "none", "is not a directory"), (tmp_path, "holds no snapshot")):
         with pytest.raises(SnapshotError, match=said):
             snapshot.restore(directory)
     folder = tmp_path / "0001"
     folder.mkdir()
     with pytest.raises(SnapshotError, match=r"manifest\.json: cannot be read"):
-        snapshot.restore(tmp_path)
+        snapshot.restore(tmp_path, "0001")
 
 
 KILLED = """

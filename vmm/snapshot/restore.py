@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from ..machine import Machine
 from ..pagefile import PAGE, read_pages
-from ..spec import MachineSpec
+from ..rules import arriving
 from .chain import Progress, chain, layers
 from .folder import SnapshotError
 from .manifest import Manifest, file_checksum
@@ -21,12 +19,15 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
             progress: Progress = lambda done, total: None) -> Machine:
     """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
     ``start=False`` it is left before its first instruction. Raises VmmError, with nothing left behind."""
+    from ..plan import choose_accelerator
+
     manifests = chain(directory, name)
     newest = manifests[-1]
     folder = directory / newest.id
     if file_checksum(folder / "image") != newest.image_checksum:
         raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
-    spec = _specification(newest, (folder / "image").resolve(), machine_name, accel, linger=not detach)
+    spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str((folder / "image").resolve()),
+                    accel=choose_accelerator(accel), linger=not detach)
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
         total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
@@ -47,16 +48,6 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
         machine.close()
         raise
     return machine
-
-
-def _specification(manifest: Manifest, image: Path, name: str | None, accel: str, *, linger: bool) -> MachineSpec:
-    """The manifest's machine, with everything in it that is about the host it was on replaced: what it writes, and
-    where, is this host's to say."""
-    from ..plan import choose_accelerator
-
-    return msgspec.structs.replace(
-        manifest.spec, name=name or manifest.spec.name, image=str(image), accel=choose_accelerator(accel),
-        linger=linger, trace=[], trace_file="", replay=None, replay_trace="")
 
 
 def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
