@@ -11,11 +11,15 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+import msgspec
 
 from .errors import VmmError, one_line
 
-__all__ = ["Refusal", "input_name", "open_input", "read_input"]
+__all__ = ["Refusal", "decode_json", "input_name", "open_input", "read_input"]
+
+_T = TypeVar("_T")
 
 #: Makes the error of what is wrong with a file, for example ``"is not a regular file"``.
 Refusal = Callable[[Path, str], VmmError]
@@ -83,3 +87,11 @@ def read_input(path: Path, limit: int, refuse: Refusal = _refusal, *, pipes: boo
     if large:
         raise refuse(path, f"is too large: more than {limit} bytes")
     return bytes(data)
+
+
+def decode_json(data: bytes, kind: type[_T]) -> _T:
+    """What is in the JSON text ``data``, which must be of this type. Raises ValueError, with one line."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:   # the latter two are not msgspec's
+        raise ValueError(one_line(str(exc))) from None
