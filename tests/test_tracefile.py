@@ -120,7 +120,7 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path: Path) -> None
     with TraceWriter(tmp_path / "x.trace", HEADER) as writer:
         writer.append(1, 0, packed([(0, 1)]))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(TraceError, match=r"no/x\.trace: cannot be written"):
+    with pytest.raises(VmmError, match=r"no/x\.trace: cannot be written"):
         TraceWriter(tmp_path / "no" / "x.trace", HEADER)
 
 

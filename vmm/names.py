@@ -12,7 +12,7 @@ import re
 from .errors import VmmError
 
 __all__ = ["MACHINE_NAME", "check_client_name", "check_key_name", "check_machine_name", "check_snapshot_id",
-           "is_machine_name"]
+           "is_machine_name", "is_snapshot_id"]
 
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
@@ -20,7 +20,7 @@ MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
 _MACHINE = re.compile(MACHINE_NAME)
 _CLIENT = re.compile(r"[a-z0-9_]{1,32}")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_SNAPSHOT = re.compile(r"[0-9]{1,18}")
+_SNAPSHOT = re.compile(r"[0-9]{4}|[1-9][0-9]{4,17}")
 
 
 def is_machine_name(name: str) -> bool:
@@ -42,6 +42,11 @@ def check_key_name(name: str) -> str:
     """The name. Raises VmmError where no pair of keys may be called so."""
     return _checked(_KEY, name, "key name", "use A-Z, a-z, 0-9, dots, dashes and _, at most 64 characters, and a "
                                             "letter or digit first")
+
+
+def is_snapshot_id(name: str) -> bool:
+    """Whether a snapshot may be called so: a number of four digits, or more where it needs them."""
+    return _SNAPSHOT.fullmatch(name) is not None
 
 
 def check_snapshot_id(name: str) -> str:
