@@ -43,7 +43,7 @@ class Clients:
             log.copy_client(client, like)
         if owner is not None:
             try:
-                self.held.add(Hold(client, f"client {client}", owner))
+                self.held.add(Hold(client, client, owner))
             except VmmError:
                 log.unregister(client)
                 raise
