@@ -22,6 +22,8 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
+    "claiming a machine's name": ("claim-locked", "claim-cleared"),
+    "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
 }
 
 

@@ -35,10 +35,11 @@ import zstandard
 from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 
 from .errors import VmmError
 from .machine import Machine
+from .names import segment_name
 from .runtime import machine_dir
 from .spec import MachineSpec
 from .wire import (
