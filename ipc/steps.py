@@ -31,6 +31,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
     "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
     "snapshot delete": ("snapshot-out-of-chain",),
+    "claiming a machine's name": ("claim-locked", "claim-cleared"),
+    "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
 }
 
 

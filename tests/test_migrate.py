@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import ACCELS, exact, machine_processes, replace, spec, until
 
-from ipc.shm import list_segments, machine_prefix
+from ipc.shm import list_segments
 from vmm import migrate, receive, wire
 from vmm.errors import VmmError
 from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
+from vmm.names import machine_prefix
 from vmm.runtime import machine_dir
 from vmm.wire import PAGE, Pages, WireError, unpack
 

@@ -28,11 +28,12 @@ from ipc.layout import (
 )
 from ipc.messages import SlotSpec, WorkerSpec
 from ipc.replaytrace import TraceSegment
-from ipc.shm import PAGE_SIZE, Segment, segment_name
+from ipc.shm import PAGE_SIZE, Segment
 
 from . import boot, loader
 from .dirtylog import DirtyLog
 from .errors import VmmError
+from .names import belongings, segment_name
 from .ram import MemorySlot, adopt_or_make
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
@@ -250,7 +251,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
                              segment=parts.system.name),
-        control_segment=parts.control_segment.name,
+        control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,
         request_endpoint=channel.endpoint(directory, "requests"),
         notify_endpoint=channel.endpoint(directory, "notify"),
         fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,

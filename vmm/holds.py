@@ -27,11 +27,12 @@ import uuid
 from collections.abc import Iterator
 from types import TracebackType
 
-from ipc.shm import open_fd, segment_name
+from ipc.shm import open_fd
 
 from . import control
 from .control import ControlClient
 from .errors import ExitCode, VmmError
+from .names import segment_name
 
 __all__ = ["Lease", "Limits", "host_write", "paused"]
 

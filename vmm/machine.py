@@ -13,7 +13,6 @@ import contextlib
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +23,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc import process
 from ipc.bitmap import Bitmap
-from ipc.shm import Segment, SegmentError, segment_name
+from ipc.shm import Segment, SegmentError
 
 from . import control, holds
 from .errors import ExitCode, VmmError, no_memory
+from .names import segment_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -93,7 +94,7 @@ class Machine:
         quiet = subprocess.DEVNULL if detach else None
         try:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "vmm.keeper", spec.name, str(status_write), str(life_read)],
+                process.python_module("vmm.keeper", spec.name, str(status_write), str(life_read)),
                 stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, pass_fds=inherited,
                 start_new_session=True)
             for fd in inherited:

@@ -35,11 +35,12 @@ import zstandard
 from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 
 from .errors import VmmError
 from .holds import Lease
 from .machine import Machine
+from .names import segment_name
 from .runtime import machine_dir
 from .spec import MachineSpec
 from .wire import (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ipc.processid import ProcessId
-from ipc.shm import segment_name, unlink_segment
+from ipc.shm import unlink_segment
 
 from ..errors import VmmError
+from ..names import segment_name
 from ..record import QUEUE, Recorder
 from .core import Core
 from .owners import Watch, unseen
