@@ -71,7 +71,7 @@ def exit_code(core: Core) -> ExitCode:
     reasons = {ExitReason(s.control.exit_reason) for s in core.shards.all}
     if core.verifier is not None and not core.verifier.result.ok:
         return ExitCode.VERIFY_FAILED
-    if ExitReason.WORKER_DIED in reasons:
+    if reasons & {ExitReason.WORKER_DIED, ExitReason.UNKNOWN}:
         return ExitCode.WORKER_DIED
     if reasons & _CRASHES:
         return ExitCode.GUEST_CRASHED
