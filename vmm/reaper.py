@@ -121,7 +121,8 @@ class Reaper:
 
     def worker_died(self, shard: Shard) -> None:
         """Its process is gone. What it logged is in its ring, as far as that is mapped here, and harvested by the
-        next reap; a plain bitmap has died with it, and so has a ring that only a predecessor had mapped. Repeatable."""
+        next reap; a plain bitmap has died with it, and so has a ring that only a predecessor had mapped.
+        Repeatable."""
         self.full.discard(shard.index)
         if not shard.ring_address and not shard.control.collected:
             self._log.mark_logged_slots()
@@ -218,10 +219,10 @@ class Reaper:
         return count
 
     def _lost_count(self, shard: Shard, owed: int) -> None:
-        """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may be dirty. They are
-        marked before the ring, whose totals say that it has lost count, is replaced: whoever takes over in between
-        does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be replaced
-        could go on only without a log: it ends."""
+        """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may be dirty. They
+        are marked before the ring, whose totals say that it has lost count, is replaced: whoever takes over in
+        between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
+        replaced could go on only without a log: it ends."""
         missing = shard.outstanding
         self._shards.pause([shard])
         step("lost-count-seen")

@@ -68,8 +68,9 @@ _COMPLAINTS = 10            # bad messages that are said; all are counted
 class Shard:
     """One vCPU worker: its process, and its ring as the coordinator has it.
 
-    The ring is mapped (``ring_address``) while there may be something in it. When the worker has died it is harvested
-    once more (vmm/reaper.py) and unmapped; ``control.collected`` says so to a coordinator that takes over."""
+    The ring is mapped (``ring_address``) while there may be something in it. When the worker has died it is
+    harvested once more (vmm/reaper.py) and unmapped; ``control.collected`` says so to a coordinator that takes
+    over."""
 
     def __init__(self, index: int, control: VcpuControl, entries: int) -> None:
         self.index = index
@@ -262,7 +263,7 @@ class Shards:
 
     ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
     notification but the set-up's, and its ``vcpu`` is one of these; ``on_death`` with a shard whose process has
-    ended. Frames that are none of the protocol are dropped and counted (``bad_messages``).
+    ended. Frames that are none of the protocol are counted (``dropped``) and change nothing.
 
     A worker that does not do in time what it is asked for is taken for dead: it is killed and buried, and whoever
     asked goes on without it. Only while pages are missing (post-copy) it is not its fault, and VmmError is raised.
@@ -278,7 +279,7 @@ class Shards:
                                    frame_max=channel.FRAME_MAX)
         self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"),
                                       frame_max=channel.FRAME_MAX)
-        self.bad_messages = 0
+        self._bad_messages = 0
         self._fds = channel.FdListener(directory / "fds")
         self._on_notification = on_notification
         self._on_death = on_death
@@ -466,9 +467,14 @@ class Shards:
             except MessageError as exc:
                 self._bad(exc)
 
+    @property
+    def dropped(self) -> int:
+        """Messages and connections that were none of a worker's."""
+        return self._bad_messages + self._fds.dropped
+
     def _bad(self, error: MessageError) -> None:
-        self.bad_messages += 1
-        if self.bad_messages <= _COMPLAINTS:
+        self._bad_messages += 1
+        if self._bad_messages <= _COMPLAINTS:
             print(f"vmm: dropped on a socket of the workers: {error}", file=sys.stderr)
 
     # --- requests -----------------------------------------------------------------------------------
