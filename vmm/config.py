@@ -19,21 +19,17 @@ from pydantic import (
 )
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
+from ipc.shm import PAGE_SIZE
 
-from .boot import SYSTEM_GPA
+from . import rules
 from .errors import VmmError
-from .spec import REAPERS_MAX
+from .names import MACHINE_NAME
+from .spec import REAPERS_MAX, RamSlot
 
 __all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
            "parse_rate", "parse_size", "read_yaml"]
 
-PAGE = 4096
-RING_MIN, RING_MAX = 1024, 65536
-SYSTEM_AREA = (SYSTEM_GPA, SYSTEM_GPA + 0x100_0000)
-GPA_MAX = 1 << 40
-REPLAY_GPA_MAX = 1 << 44        # nothing is mapped there: this is what the numbering of pages allows
-
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE}
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE_SIZE}
 _RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
@@ -65,7 +61,7 @@ def parse_duration(value: object) -> float:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|)", value.strip())
         if match:
             seconds = float(match[1]) * _SECONDS[match[2]]
-    if not 0 < seconds < 1e9:
+    if not 0 < seconds < rules.SECONDS_MAX:
         raise ValueError(f"{value!r} is not a duration: write seconds, or a number with us, ms, s, m or h")
     return seconds
 
@@ -102,14 +98,6 @@ class MemoryConfig(_Model):
     size: Size
     log: bool = True
 
-    @model_validator(mode="after")
-    def _check(self) -> MemoryConfig:
-        if self.size <= 0 or self.size % PAGE:
-            raise ValueError(f"size: {self.size} must be a positive multiple of {PAGE} bytes")
-        if self.gpa < 0 or self.gpa % PAGE:
-            raise ValueError(f"gpa: {self.gpa:#x} must be a multiple of {PAGE}")
-        return self
-
 
 class GuestConfig(_Model):
     """A sample guest by ``workload``, or any static x86-64 ELF (or flat binary) by ``image``."""
@@ -138,9 +126,9 @@ class ReplayPhaseConfig(_Model):
     ``random`` any, ``zipf`` the first ones most often, the more so the larger its ``exponent``."""
 
     pattern: Pattern
-    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
-    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
-    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ReplayPhaseConfig:
@@ -160,13 +148,14 @@ class ReplayConfig(_Model):
     """What the replay accelerator dirties: one pattern, several one after another, or a recorded trace."""
 
     pattern: Pattern | None = None
-    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
-    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
-    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
-    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1)] | None = None
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
+    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1, max_length=rules.PHASES_MAX)] | None = None
     trace: Path | None = None       # a file of ``vmm trace record``
-    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=1e6)] = "original"
-    rate: Annotated[float, Field(ge=0, le=1e12)] = 0.0      # writes a second of each vCPU; 0: as fast as it can
+    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=rules.SPEED_MAX)] = "original"
+    #: Writes a second of each vCPU; 0: as fast as it can.
+    rate: Annotated[float, Field(ge=0, le=rules.RATE_MAX)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     shared: bool = False            # every vCPU writes to all pages, else each to its own share
     repeat: bool = False            # each write makes a ring entry, not only the first since the page's reset
@@ -223,7 +212,7 @@ def _number_slots(value: object) -> object:
 class MachineConfig(_Model):
     """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    name: Annotated[str, Field(pattern=f"^{MACHINE_NAME}$")]
     accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
@@ -254,14 +243,12 @@ class MachineConfig(_Model):
     @model_validator(mode="after")
     def _check(self) -> MachineConfig:
         entries = self.dirty_ring_size
-        if entries and (entries & (entries - 1) or not RING_MIN <= entries <= RING_MAX):
-            raise ValueError(f"dirty_ring_size: {entries} entries must be a power of two from {RING_MIN} to "
-                             f"{RING_MAX}, or 0 for the plain bitmap")
+        rules.check_ring(entries)
         if self.tracking == "ring" and not entries:
             raise ValueError("tracking: ring needs a dirty_ring_size above 0")
         if self.tracking == "none" and self.verify is not None:
             raise ValueError("tracking: none leaves nothing to verify (verify is on)")
-        if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE):
+        if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE_SIZE):
             raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
                                                 else f"{self.dirty_limit:g} is less than a page a second"))
         if self.dirty_limit is not None and self.tracking not in (None, "ring", "auto"):
@@ -277,23 +264,8 @@ class MachineConfig(_Model):
             raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
         if self.replay is not None and not entries:
             raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
-        if self.stack_size < 1024 or self.stack_size % 16:
-            raise ValueError("stack_size: must be a multiple of 16, at least 1024 bytes")
-        taken: list[tuple[int, int, str]] = [] if self.replay else [(*SYSTEM_AREA, "the system area")]
-        top = REPLAY_GPA_MAX if self.replay else GPA_MAX
-        ids: set[int] = set()
-        for i, memory in enumerate(self.memory):
-            start, end = memory.gpa, memory.gpa + memory.size
-            if end > top:
-                raise ValueError(f"memory.{i}.size: ends at {end:#x}, above {top:#x}")
-            if memory.slot in ids:
-                raise ValueError(f"memory.{i}.slot: slot {memory.slot} is there twice")
-            ids.add(memory.slot)
-            for other_start, other_end, what in taken:
-                if start < other_end and other_start < end:
-                    raise ValueError(f"memory.{i}: [{start:#x}, {end:#x}) overlaps {what} "
-                                     f"[{other_start:#x}, {other_end:#x})")
-            taken.append((start, end, f"memory.{i}"))
+        rules.check_stack(self.stack_size)
+        rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], replay=self.replay is not None)
         return self
 
 

@@ -37,6 +37,7 @@ import numpy as np
 from .errors import VmmError
 from .machine import Machine
 from .pagefile import PAGE, PageFileError, PageWriter, compress, read_pages
+from .rules import RuleError, arriving
 from .spec import MachineSpec
 
 __all__ = ["Manifest", "PageFileError", "SnapshotError", "chain", "create", "delete", "list_snapshots",
@@ -418,8 +419,11 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
     manifests = chain(directory, name)
     newest = manifests[-1]
     image = _image(directory / newest.id, newest)
-    spec = msgspec.structs.replace(newest.spec, name=machine_name or newest.spec.name, image=str(image),
-                                   accel=choose_accelerator(accel), linger=not detach)
+    try:
+        spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str(image),
+                        accel=choose_accelerator(accel), linger=not detach)
+    except RuleError as exc:
+        raise SnapshotError(f"{directory / newest.id / 'manifest.json'}: a machine that cannot be: {exc}") from None
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
         total = sum(each.pages for slot in newest.slots for _, each in _layers(directory, manifests, slot))
