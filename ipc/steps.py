@@ -22,6 +22,8 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
+    "a ring that has lost count is replaced": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
+    "the ring of a worker that has died is collected": ("dead-ring-published",),
 }
 
 
