@@ -22,8 +22,11 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
-    "a ring that has lost count is replaced": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
-    "the ring of a worker that has died is collected": ("dead-ring-published",),
+    "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
+    "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
+    "snapshot delete": ("snapshot-out-of-chain",),
+    "ring rebuild": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
+    "dead ring": ("dead-ring-published",),
 }
 
 

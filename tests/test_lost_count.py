@@ -18,6 +18,7 @@ from shared import control_blocks, forge_full, software_ring
 from ipc.layout import VcpuControl
 from ipc.shm import Segment, segment_name
 from ipc.steps import STEPS
+from ipc.writelog import write_log_missing
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
 from vmm.shards import Shard
@@ -25,6 +26,8 @@ from vmm.spec import MachineSpec
 
 TIMEOUT = 60.0
 PAGE = 300
+
+needs_uffd = pytest.mark.skipif(bool(write_log_missing()), reason=write_log_missing())
 
 
 @pytest.fixture(params=ACCELS)
@@ -92,7 +95,7 @@ def test_a_ring_that_lost_count_is_replaced_and_every_page_marked(accel: str) ->
     assert report["exit_code"] == ExitCode.STOPPED
 
 
-@pytest.mark.parametrize("name", STEPS["a ring that has lost count is replaced"])
+@pytest.mark.parametrize("name", STEPS["ring rebuild"])
 def test_a_coordinator_that_dies_while_a_ring_is_replaced_leaves_all_pages_marked(
         accel: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMM_STEPS", str(tmp_path))
@@ -183,7 +186,7 @@ def test_a_dead_ring_that_had_overflowed_marks_every_page_and_is_not_looked_at_a
         assert machine.wait(TIMEOUT)["exit_code"] == ExitCode.WORKER_DIED
 
 
-@pytest.mark.parametrize("step", STEPS["the ring of a worker that has died is collected"])
+@pytest.mark.parametrize("step", STEPS["dead ring"])
 def test_a_coordinator_that_dies_after_it_collected_a_dead_ring_loses_nothing(
         accel: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMM_STEPS", str(tmp_path))
@@ -223,7 +226,7 @@ def test_a_worker_and_the_coordinator_that_die_together_leave_nothing_behind_unm
         assert [v["state"] for v in machine.status()["vcpus"]] == ["dead", "paused"]
 
 
-@pytest.mark.parametrize("tracking", ["ring", "bitmap", pytest.param("uffd", marks=pytest.mark.uffd)])
+@pytest.mark.parametrize("tracking", ["ring", "bitmap", pytest.param("uffd", marks=needs_uffd)])
 def test_a_killed_worker_is_no_surplus(accel: str, tracking: str) -> None:
     """Whatever had to be marked: the verifier says that nothing was lost, and the exit status what happened."""
     with Machine.launch(busy(accel, tracking=tracking, verify=exact(0.02))) as machine:

@@ -131,5 +131,6 @@ def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], b
     try:
         params = resolve_params(guest.workload, guest.params)
     except WorkloadError as exc:
-        raise ConfigError(f"{config.where('guest.params')}: {exc}") from None
+        key = f"guest.params.{exc.param}" if exc.param in guest.params else "guest.params"
+        raise ConfigError(f"{config.where(key)}: {exc}") from None
     return str(WORKLOADS[guest.workload].image), params, workload.exact
