@@ -6,23 +6,27 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import threading
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from machines import ACCELS, exact, machine_processes, replace, spec, until
 from shared import control_blocks, forge_full, software_ring
 
-from ipc.layout import VcpuControl
+from ipc.layout import VcpuControl, machine_control, vcpu_control
 from ipc.shm import Segment, segment_name
 from ipc.steps import STEPS
 from ipc.writelog import write_log_missing
+from vmm.dirtylog import DirtyLog
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
-from vmm.shards import Shard
-from vmm.spec import MachineSpec
+from vmm.ram import MemorySlot
+from vmm.reaper import Reaper
+from vmm.shards import Shard, Shards
+from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.trace import Tracer
 
 TIMEOUT = 60.0
 PAGE = 300
@@ -136,28 +140,57 @@ def test_a_vcpu_whose_ring_cannot_be_replaced_ends_and_the_machine_goes_on() -> 
     assert [v["exit_reason"] for v in report["vcpus"]] == ["worker-died", "stopped"]
 
 
-def test_a_ring_that_fills_while_its_vcpu_stands_still_holds_nobody() -> None:
-    """Whatever it is that writes there: a drain has an end, and the pages are marked."""
-    stop = threading.Event()
+class Refilled:
+    """In place of a machine's workers: one in whose ring there are entries again whenever it was reset."""
 
-    def scribble() -> None:
-        while not stop.is_set():
-            forge_full("t", 0, PAGE)
+    paused = True
 
-    with Machine.launch(busy("unicorn")) as machine:
-        machine.register("a")
-        machine.pause()
-        scribbling = threading.Thread(target=scribble)
-        scribbling.start()
+    def __init__(self, shard: Shard, ring: Segment) -> None:
+        self.all = [shard]
+        self.rebuilt = 0
+        self._ring = ring
+
+    def await_resets(self, shards: list[Shard]) -> None:
+        for shard in shards:
+            shard.control.reset_total = shard.control.fetch_total
+            self.fill()
+
+    def fill(self) -> None:
+        first = self.all[0].control.fetch_total
+        for i in range(16):
+            at = (first + i) % 16 * 16
+            self._ring.buf[at:at + 16] = struct.pack("<IIQ", int(i < 8), 0, 5)
+
+    def pause(self, shards: list[Shard]) -> None:
+        pass
+
+    def rebuild_ring(self, shard: Shard) -> None:
+        self.rebuilt += 1
+        shard.control.fetch_total = shard.control.reset_total = 0
+
+
+def test_a_ring_that_fills_while_its_vcpu_stands_still_holds_nobody(tmp_path: Path) -> None:
+    """Whatever it is that writes there: a drain has an end, and every page is marked."""
+    with Segment.create(segment_name("t", "ring0"), 16 * 16) as ring, \
+         Segment.create(segment_name("t", "control"), 2 * 4096) as control:
+        shard = Shard(0, vcpu_control(control.address, 0), 16)
+        shard.watch(os.getpid())
+        shard.map_software_ring(ring)
+        shards = Refilled(shard, ring)
+        log = DirtyLog("t")
+        log.add_slot(MemorySlot("t", RamSlot(0, 0, 64 * 4096), vcpu_logs=0, create=True))
+        said: list[int] = []
+        reaper = Reaper(ReaperSpec(), cast(Shards, shards), log, machine_control(control.address), Tracer([], ""),
+                        lambda vcpu, owed, reset, pages: said.append(vcpu), tracking="ring")
         try:
-            machine.log_stop(0)     # which drains the rings
+            shards.fill()
+            assert reaper.drain() > 0
+            assert (shards.rebuilt, said) == (1, [0])
+            assert log.dirty_pages(0) == 64
         finally:
-            stop.set()
-            scribbling.join()
-        machine.log_start(0)
-        assert PAGE in pages_of(machine.sync("a").slots[0])
-        machine.resume()
-        until(lambda: machine.sync("a").pages > 0, "the guest runs", TIMEOUT)
+            reaper.close()
+            log.close()
+            os.close(shard.pidfd)
 
 
 # --- the rings of the dead ------------------------------------------------------------------------------------
