@@ -33,6 +33,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "snapshot delete": ("snapshot-out-of-chain",),
     "claiming a machine's name": ("claim-locked", "claim-cleared"),
     "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
+    "ring rebuild": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
+    "dead ring": ("dead-ring-published",),
 }
 
 

@@ -22,6 +22,7 @@ from ipc.layout import (
     SYSTEM_SLOT,
     MachineControl,
     VcpuRequest,
+    control_error,
     control_size,
     machine_control,
     vcpu_control,
@@ -204,7 +205,11 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str], tra
             found.own()
             return found
 
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
+        control = segment("control")
+        wrong = control_error(control.address, control.size)
+        if wrong:
+            raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
+        parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
                       tracking=tracking, stack=stack)
         if spec.accel != "replay":
             image = loader.load_image(spec.image, spec.load_address)

@@ -68,7 +68,6 @@ class Incoming:
             with core.shards.all_paused():
                 core.reaper.drain()
                 core.parts.log.take(VERIFY_CLIENT)
-                core.verifier.blind_to_surplus = True
                 core.verify_from_here()
         if self._tracking.asked == "uffd":
             self._tracking.switch("uffd")

@@ -217,6 +217,7 @@ class Coordinator:
                 shard.watch(shard.control.pid)
             except ProcessLookupError:
                 shard.bury()
+                self.reaper.worker_died(shard)
         if retrack.unfinished(core.parts, self.shards):
             # The vCPUs stand still. They stay so with what is set here, until resume_all below.
             self.shards.pause(self.shards.all)
@@ -360,19 +361,14 @@ class Coordinator:
                             "code": message.code, "detail": message.detail})
 
     def _on_death(self, shard: Shard) -> None:
-        """A worker's process ended. Its ring is still mapped here and will be harvested; a plain
-        bitmap died with it."""
+        """A worker's process has ended."""
         if self._done or self.core.state == "ended":
             return
-        self.reaper.full.discard(shard.index)
-        if not self.core.parts.ring_entries:
-            self.core.parts.log.mark_logged_slots()
+        self.reaper.worker_died(shard)
         self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
-                        "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
+                        "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
-        if self.core.verifier is not None:
-            self.core.verifier.blind_to_surplus = True
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                         "pages_marked": pages})
 
@@ -409,7 +405,7 @@ class Coordinator:
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
-        self.shards.drain_notifications()
+        self.shards.drain_notifications(everything=True)
         if self.core.verifying:
             self.core.drain_and_verify()
         else:

@@ -38,7 +38,7 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
         "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
         "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
         "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
-        "coordinator": {"pid": os.getpid(), "restarts": restarts},
+        "coordinator": {"pid": os.getpid(), "restarts": restarts, "bad_messages": core.shards.dropped},
         "vcpus": [_vcpu_report(core, s) for s in core.shards.all],
         "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
                    "iterations": block.reaper_iteration, "pages": block.reaped_pages,
@@ -71,7 +71,7 @@ def exit_code(core: Core) -> ExitCode:
     reasons = {ExitReason(s.control.exit_reason) for s in core.shards.all}
     if core.verifier is not None and not core.verifier.result.ok:
         return ExitCode.VERIFY_FAILED
-    if ExitReason.WORKER_DIED in reasons:
+    if reasons & {ExitReason.WORKER_DIED, ExitReason.UNKNOWN}:
         return ExitCode.WORKER_DIED
     if reasons & _CRASHES:
         return ExitCode.GUEST_CRASHED

@@ -69,7 +69,7 @@ class TrackingSwitch:
             retrack.switch(core.parts, core.shards, core.reaper, mode, core.save)
             self.switches += 1
             if core.verifier is not None:
-                core.verifier.switched(blind=before == "none")
+                core.verifier.switched()
         now = time.monotonic()
         if core.parts.ring_entries:
             core.reaper.schedule.plan(now, {s.index: s.soft_limit for s in core.shards.all})
