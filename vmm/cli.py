@@ -58,8 +58,8 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
 
     if trace and detach and not trace_file:
         raise VmmError("--trace with --detach needs --trace-file: nobody would see the lines")
-    machine_config = load_config(config, list(overrides))
-    machine = Machine.launch(machine_config, name=name, trace=list(trace),
+    machine_config = load_config(config, list(overrides), name=name)
+    machine = Machine.launch(machine_config, trace=list(trace),
                              trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
                              start=detach)
     return run_or_leave(machine, detach, as_json)

@@ -144,6 +144,7 @@ def main(argv: list[str]) -> int:
     name, status_fd, life_fd = argv[0], int(argv[1]), int(argv[2])
     process.set_name("vmm-keeper")
     process.set_subreaper()
+    process.raise_descriptor_limit()
     spec = sys.stdin.buffer.read()
     try:
         taken = claim(name)

@@ -78,16 +78,16 @@ class Machine:
         before their first instruction until ``start()``. Raises VmmError, with nothing left behind.
         """
         if isinstance(config, MachineSpec):
-            spec = config
+            from .room import check_room
+            from .rules import check_machine
+
+            spec = config if name is None else msgspec.structs.replace(config, name=name)
+            check_machine(spec)
+            check_room(spec)
         else:
             from .plan import plan
 
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
-        if name is not None:
-            spec = msgspec.structs.replace(spec, name=name)
-        from .rules import check_machine
-
-        check_machine(spec)
         status_read, status_write = os.pipe2(os.O_CLOEXEC)
         life_read, life_write = (-1, -1) if detach else os.pipe2(os.O_CLOEXEC)
         inherited = [fd for fd in (status_write, life_read) if fd >= 0]
