@@ -217,5 +217,5 @@ def test_a_recording_holds_what_was_dirtied(busy: Machine, tmp_path: Path) -> No
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_bytes(b"nonsense")
-    with pytest.raises(VmmError, match="is no working-set recording"):
+    with pytest.raises(VmmError, match="is not a working-set recording"):
         workingset.load(path)

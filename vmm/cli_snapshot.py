@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import json_option, on_machine, print_json
+from .cli_common import json_option, on_machine, print_json, progress_bar
 from .errors import one_line
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ def snapshot() -> None:
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with rate and time left, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    with Progress(what, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-                  TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(what, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+                      TimeRemainingColumn()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done * _PAGE, total=total * _PAGE)
 

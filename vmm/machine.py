@@ -33,7 +33,7 @@ from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
 
-__all__ = ["Machine", "SyncResult", "list_machines"]
+__all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
 _LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
 _END_TIMEOUT = 30.0
@@ -47,6 +47,18 @@ class SyncResult:
     slots: dict[int, list[tuple[int, int]]]
     #: Dirty pages in all.
     pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What one flush of the dirty log gave a client, as of one moment."""
+
+    #: {slot id: dirty pages}; which ones they are is in ``Machine.bitmap``.
+    slots: dict[int, int]
+    #: CLOCK_MONOTONIC of this host when the flush was over, seconds.
+    at: float
+    #: Pages that each vCPU has dirtied until then, ring entries where there are rings.
+    vcpu_pages: list[int]
 
 
 class Machine:
@@ -264,7 +276,7 @@ class Machine:
 
     def _locate(self, gpa: int, size: int) -> tuple[int, int]:
         for slot in self.status()["slots"]:
-            if slot["gpa"] <= gpa and gpa + size <= slot["gpa"] + slot["size"]:
+            if size >= 0 and slot["gpa"] <= gpa and gpa + size <= slot["gpa"] + slot["size"]:
                 return slot["id"], gpa - slot["gpa"]
         raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within one memory slot")
 
@@ -295,20 +307,22 @@ class Machine:
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
-        slots = self._take(client)
+        return self.flush(client).slots
+
+    def flush(self, client: str) -> Flushed:
+        """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
+        answer = self._client.ask(control.Sync, client=client)
+        slots = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
         for slot_id, counts in slots.items():
             self._maps(client, slot_id, counts["pages"])
-        return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
+        return Flushed({slot_id: counts["dirty"] for slot_id, counts in slots.items()}, answer["at"],
+                       answer["vcpu_pages"])
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
-        return sum(s["dirty"] for s in self._take(client).values())
-
-    def _take(self, client: str) -> dict[int, dict[str, int]]:
-        answer = self._client.ask(control.Sync, client=client)
-        return {int(i): s for i, s in answer["slots"].items()}
+        return sum(s["dirty"] for s in self._client.ask(control.Sync, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
@@ -328,7 +342,9 @@ class Machine:
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
         """Let one vCPU, or each, dirty at most so many pages a second; 0 lifts the limit. In force when this
-        returns. Raises VmmError on a machine without dirty rings."""
+        returns. Raises VmmError on a machine without dirty rings, and for a vCPU or a limit that cannot be."""
+        if vcpu is not None and vcpu < 0:
+            raise VmmError(f"there is no vCPU {vcpu}")
         self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
 
     def set_tracking(self, tracking: str) -> dict[str, Any]:
@@ -357,10 +373,11 @@ class Machine:
         """Plug a memory slot in (bytes, multiples of 4096)."""
         self._client.ask(control.MemoryAdd, slot=slot, gpa=gpa, size=size, log=log)
 
-    def memory_remove(self, slot: int) -> None:
+    def memory_remove(self, slot: int, *, force: bool = False) -> None:
         """Unplug a slot: vCPUs stopped, rings reaped, bitmap synced, removed, resumed. What was dirty
-        in it is in each client's next sync."""
-        self._client.ask(control.MemoryRemove, slot=slot)
+        in it is in each client's next sync. ``force``: also one that holds the guest's image or stacks. Raises
+        VmmError."""
+        self._client.ask(control.MemoryRemove, slot=slot, force=force)
         segment = self._segments.pop(f"ram{slot}", None)
         if segment is not None:
             segment.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import VmmError
+from ..rules import QUOTA_MAX
 from .core import Core
 from .tracking import TrackingSwitch
 
@@ -12,6 +13,8 @@ __all__ = ["set_limit"]
 def set_limit(core: Core, tracking: TrackingSwitch, pages_per_s: int, vcpu: int) -> None:
     """Of one vCPU, or (-1) of each; 0 lifts the limit. Raises VmmError."""
     core.require_not_ended()
+    if not 0 <= pages_per_s <= QUOTA_MAX:
+        raise VmmError(f"a dirty limit is from 0 (none) to {QUOTA_MAX} pages a second, not {pages_per_s}")
     if pages_per_s and core.spec.ring_entries:  # auto: to a ring
         tracking.choose(limited=True)
     if pages_per_s and not core.parts.ring_entries:

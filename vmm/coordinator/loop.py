@@ -114,7 +114,7 @@ class Coordinator:
             control.RecordStop: lambda v: self.recording.stop(),
             control.MemoryAdd: lambda v: hotplug.add_slot(core, RamSlot(v.slot, v.gpa, v.size, v.log,
                                                                         born=time.time_ns())),
-            control.MemoryRemove: lambda v: hotplug.remove_slot(core, v.slot),
+            control.MemoryRemove: lambda v: hotplug.remove_slot(core, v.slot, force=v.force),
         }
 
     # --- set-up ------------------------------------------------------------------------------
