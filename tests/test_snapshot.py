@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machines import ACCELS, spec, until
 
-from ipc.shm import list_segments, machine_prefix
+from ipc.shm import list_segments
 from ipc.steps import STEPS
 from vmm import snapshot
 from vmm.errors import VmmError
 from vmm.machine import Machine
+from vmm.names import machine_prefix
 from vmm.pagefile import PAGE, PageFileError, PageWriter, compress, read_pages
 from vmm.snapshot import SnapshotError
 from vmm.spec import MachineSpec

@@ -22,17 +22,19 @@ from ipc.layout import (
     SYSTEM_SLOT,
     MachineControl,
     VcpuRequest,
+    control_error,
     control_size,
     machine_control,
     vcpu_control,
 )
 from ipc.messages import SlotSpec, WorkerSpec
 from ipc.replaytrace import TraceSegment
-from ipc.shm import PAGE_SIZE, Segment, segment_name
+from ipc.shm import PAGE_SIZE, Segment
 
 from . import boot, loader
 from .dirtylog import DirtyLog
 from .errors import VmmError
+from .names import belongings, segment_name
 from .ram import MemorySlot, adopt_or_make
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
@@ -203,7 +205,11 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str], tra
             found.own()
             return found
 
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
+        control = segment("control")
+        wrong = control_error(control.address, control.size)
+        if wrong:
+            raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
+        parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
                       tracking=tracking, stack=stack)
         if spec.accel != "replay":
             image = loader.load_image(spec.image, spec.load_address)
@@ -238,7 +244,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block = vcpu_control(parts.control_segment.address, index)
     block.ring_entries = parts.ring_entries
     block.request = VcpuRequest.PAUSE
-    block.dirty_quota = spec.dirty_quota
+    block.dirty_quota = spec.quotas[index]
     first = spec.slots[0]
     replay = spec.replay
     if replay is not None and parts.traces:
@@ -250,7 +256,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
                              segment=parts.system.name),
-        control_segment=parts.control_segment.name,
+        control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,
         request_endpoint=channel.endpoint(directory, "requests"),
         notify_endpoint=channel.endpoint(directory, "notify"),
         fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,
