@@ -84,15 +84,13 @@ def list_(directory: Path, as_json: bool) -> None:
     if as_json:
         print_json([_summary(m) for m in found])
         return
-    from rich.table import Table
+    from .report import print_table, screen, table
 
-    from .report import screen
-
-    table = Table("id", "on", "created", "machine", "accelerator", "vCPUs", "pages", "form")
+    listed = table("id", "on", "created", "machine", "accelerator", "form", numbers=("vCPUs", "pages"))
     for m in found:
-        table.add_row(m.id, m.parent or "(full)", m.created, m.spec.name, m.accelerator, str(len(m.vcpus)),
-                      f"{m.pages:,}", m.compression)
-    screen().print(table)
+        listed.add_row(m.id, m.parent or "(full)", m.created, m.spec.name, m.accelerator, m.compression,
+                       str(len(m.vcpus)), f"{m.pages:,}")
+    print_table(listed, screen())
 
 
 @snapshot.command()

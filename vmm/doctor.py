@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import resource
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 from ipc.layout import MAX_VCPUS
 from ipc.shm import free_bytes
+from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
 from workers import kvm
 
@@ -18,8 +18,6 @@ from .runtime import leftovers
 
 __all__ = ["Finding", "examine", "healthy"]
 
-_SYS_USERFAULTFD = 323      # x86-64
-_UFFD_USER_MODE_ONLY = 1
 _SHM_COMFORTABLE = 1 << 30
 _PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic", "unicorn")
 
@@ -37,7 +35,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
-    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _userfaultfd(), _write_log(),
+    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _post_copy(), _write_log(),
             *_packages(), _kernel_cache(), _compiler(), *_left_behind()]
 
 
@@ -92,14 +90,12 @@ def _limits() -> list[Finding]:
     return [files, Finding("cores", "ok", f"{cores}; more vCPUs than cores take turns")]
 
 
-def _userfaultfd() -> Finding:
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
-    if fd < 0:
-        return Finding("userfaultfd", "warn", os.strerror(ctypes.get_errno()),
-                       "sysctl vm.unprivileged_userfaultfd=1, or run as root")
-    os.close(fd)
-    return Finding("userfaultfd", "ok", "usable")
+def _post_copy() -> Finding:
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return Finding("post-copy", "absent", str(exc), "migration without --postcopy works")
+    return Finding("post-copy", "ok", "userfaultfd for missing pages")
 
 
 def _write_log() -> Finding:
