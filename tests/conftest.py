@@ -6,16 +6,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import needs
 import pytest
 from hypothesis import settings
 
-import needs
 from ipc.shm import list_segments, machine_prefix
 
 settings.register_profile("shardvmm", deadline=None)    # time is not what a property is about
@@ -29,13 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs.apply(items)
 
 
+#: What libraries keep open for good, once it has been used: matplotlib its fonts.
+_KEPT = re.compile(r".*/matplotlib/.*\.ttf")
+
+
 def descriptors() -> set[tuple[str, str]]:
     """Open descriptors of this process: (number, what it is)."""
     found = set()
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):        # the directory's own
             found.add((number, os.readlink(f"/proc/self/fd/{number}")))
-    return found
+    return {(number, what) for number, what in found if not _KEPT.fullmatch(what)}
 
 
 @pytest.fixture(autouse=True)

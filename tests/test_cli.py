@@ -56,13 +56,15 @@ def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
     report = json.loads(done.stdout)
     assert (report["state"], report["exit_code"]) == ("ended", 0)
     ring = wanted.get("dirty_ring_size", 4096)
+    writes = config.stem != "hello"     # to its memory
     assert (report["tracking"], report["ring_entries"]) == ("ring" if ring else "bitmap", ring)
     assert report["reaper"]["mode"] == wanted.get("reaper", {}).get("mode", "adaptive")
     assert len(report["vcpus"]) == wanted["vcpus"]
     for vcpu in report["vcpus"]:
         assert (vcpu["accelerator"], vcpu["exit_reason"], vcpu["exit_code"]) == (accel, "code", 0)
         assert vcpu["bad_entries"] == 0
-        assert (vcpu["dirty_pages"] > 0) == bool(ring)      # of a ring's entries
+        if writes:
+            assert (vcpu["dirty_pages"] > 0) == bool(ring)      # of a ring's entries
     assert [(s["size"], s["logged"]) for s in report["slots"]] == [
         (size_of(m["size"]), m.get("log", True)) for m in wanted["memory"]]
     dirty = sum(s["dirty"] for s in report["slots"])
@@ -74,8 +76,8 @@ def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
         assert report["verification"]["rounds"] >= 1
     else:
         assert report["verification"] is None
-        assert dirty > 0        # kept for whoever comes, since nobody has
-    if config.stem == "hello":
+        assert dirty > 0 or not writes      # kept for whoever comes, since nobody has
+    if not writes:
         for index in range(wanted["vcpus"]):
             assert f"[vcpu {index}] hello from vCPU {index} of {wanted['vcpus']}" in done.stderr
     if config.stem == "replay-256-rings":

@@ -30,8 +30,8 @@ def test_durations(number: int, unit: tuple[str, float]) -> None:
 
 
 def means(text: str, units: dict[str, int | float], whole: bool) -> Fraction | None:
-    """What a size or duration in the documented form says, exactly; None for a text that is not one. Written anew: a
-    number (of a duration with a fraction), blanks, a unit (of a size in any case)."""
+    """What a size or duration in the documented form says, exactly; None for a text that is not one. Written anew:
+    a number (of a duration with a fraction), blanks, a unit (of a size in any case)."""
     match = re.fullmatch(r"([0-9]+)(\.[0-9]+)?\s*([A-Za-z]*)", text.strip())
     if match is None or (whole and match[2]):
         return None
@@ -41,8 +41,10 @@ def means(text: str, units: dict[str, int | float], whole: bool) -> Fraction | N
 
 
 #: Close to what is meant, and just beside it.
-_NUMBERS = st.sampled_from(["0", "1", "4096", "007", "1.5", ".5", "1e3", "-1", "+1", "", "0x10", "1_000", "inf", "nan"])
-_SUFFIXES = st.sampled_from(["", "KiB", "MiB", "GiB", "pages", "kib", "MB", "M", "us", "ms", "s", "m", "h", "min", "S", "pages s"])
+_NUMBERS = st.sampled_from(["0", "1", "4096", "007", "1.5", ".5", "1e3", "-1", "+1", "", "0x10", "1_000", "inf",
+                            "nan"])
+_SUFFIXES = st.sampled_from(["", "KiB", "MiB", "GiB", "pages", "kib", "MB", "M", "us", "ms", "s", "m", "h", "min",
+                             "S", "pages s"])
 
 
 @given(number=_NUMBERS, blank=st.sampled_from(["", " ", "  ", "\t", "-"]), unit=_SUFFIXES)

@@ -1,5 +1,5 @@
-"""Dirty rate, dirty limit, working set: counted, on guests whose pages are known from elsewhere. How exact the limit
-is in time, on a quiet host, is measured by benchmarks/dirty_limit.py."""
+"""Dirty rate, dirty limit, working set: counted, on guests whose pages are known from elsewhere. How exact the
+limit is in time, on a quiet host, is measured by benchmarks/dirty_limit.py."""
 
 from __future__ import annotations
 
@@ -104,18 +104,19 @@ def test_a_rate_counts_what_the_guest_dirtied_in_its_time(accel: str, mode: str,
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_measures_and_disturbs_no_other_client(busy: Machine, mode: str,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    before = busy.ram(0).copy()
+    busy.pause()
     busy.sync("other")
+    before = busy.ram(0).copy()
     start = entries(busy)
+    busy.resume()
     monkeypatch.setattr("vmm.dirtyrate.time", Window(
-        lambda: until(lambda: entries(busy) > start + 5000, "the guest gets on")))
+        lambda: until(lambda: entries(busy) > start + 5000, "the guest gets on", 60.0)))
     rate = measure(busy, 0.2, mode)  # type: ignore[arg-type]
     assert rate.pages > 0
     assert (len(rate.vcpus) == 2) == (mode == "ring")
     busy.pause()
     dirty = {p for first, count in busy.sync("other").slots[0] for p in range(first, first + count)}
-    changed = dirtied(before, busy.ram(0))
-    assert len(changed - dirty) <= 2 * 2        # changed before the sync above, and not since
+    assert dirtied(before, busy.ram(0)) <= dirty
     assert [c for c in busy.status()["clients"] if c.startswith("rate")] == []
 
 
@@ -183,9 +184,9 @@ def test_a_limit_is_never_exceeded_and_is_of_that_vcpu_alone(accel: str, ring: i
 
 
 def test_a_vcpu_below_its_quota_is_not_held_back(accel: str) -> None:
-    slow = spec("sequential", accel=accel, mib=64, passes=0, spin=20_000, timeout=None, vcpus=1)
+    slow = spec("sequential", accel=accel, mib=64, passes=0, spin=4000, timeout=None, vcpus=1)
     with Machine.launch(replace(slow, dirty_quota=200_000)) as machine:
-        until(lambda: entries(machine) > 3000, "the guest gets on")
+        until(lambda: entries(machine) > 1000, "the guest gets on", 60.0)
         assert machine.status()["vcpus"][0]["throttled_s"] == 0
 
 

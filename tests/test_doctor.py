@@ -23,8 +23,6 @@ from vmm.runtime import machine_dir
 _KVM_CHECK_EXTENSION, _CAP_RING, _CAP_RING_ACQ_REL = 0xAE03, 192, 223
 _USERFAULTFD, _UFFDIO_API = 323, 0xC018AA3F
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root: takes privileges and mounts away from a process of its own")
-
 
 def found() -> dict[str, Finding]:
     return {f.name: f for f in examine()}
@@ -32,8 +30,8 @@ def found() -> dict[str, Finding]:
 
 def doctor(*before: str) -> tuple[int, dict[str, dict[str, str]]]:
     """``vmm doctor`` under a command (prlimit, unshare): exit status and findings."""
-    done = subprocess.run([*before, sys.executable, "-m", "vmm", "doctor", "--json"], capture_output=True, text=True,
-                          timeout=60, check=False)
+    done = subprocess.run([*before, sys.executable, "-m", "vmm", "doctor", "--json"], capture_output=True,
+    text=True,                       timeout=60, check=False)
     assert done.stderr == ""
     return done.returncode, {f["name"]: f for f in json.loads(done.stdout)}
 
@@ -42,7 +40,7 @@ def gibibytes(text: str) -> list[float]:
     return [float(n) for n in re.findall(r"([\d.]+) GiB", text)]
 
 
-# --- this host ------------------------------------------------------------------------------------------------------
+# --- this host ------------------------------------------------------------------------------------------------
 
 
 def test_kvm_and_its_rings() -> None:
@@ -50,8 +48,10 @@ def test_kvm_and_its_rings() -> None:
     try:
         kvm = os.open("/dev/kvm", os.O_RDWR)
     except OSError as exc:
-        assert findings["kvm"].status == "absent"
-        assert str(exc.strerror) in findings["kvm"].finding
+        found_missing = (findings["kvm"].status, str(exc.strerror) in findings["kvm"].finding)
+        kvm = -1
+    if kvm < 0:
+        assert found_missing == ("absent", True)
         assert "dirty ring" not in findings
         return
     try:
@@ -71,9 +71,13 @@ def test_kvm_and_its_rings() -> None:
 
 def test_shared_memory_limits_and_cores() -> None:
     findings = found()
-    df = subprocess.run(["df", "-B1", "--output=size,avail", "/dev/shm"], capture_output=True, text=True, check=True)
+    df = subprocess.run(["df", "-B1", "--output=size,avail", "/dev/shm"], capture_output=True, text=True,
+                        check=True)
     size, free = (int(n) / 2**30 for n in df.stdout.splitlines()[1].split())
-    assert gibibytes(findings["/dev/shm"].finding) == [pytest.approx(size, abs=0.06), pytest.approx(free, abs=0.5)]
+    memory = int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0]) / 2**20
+    # Others use memory meanwhile.
+    assert gibibytes(findings["/dev/shm"].finding) == [pytest.approx(size, abs=0.06),
+                                                       pytest.approx(min(free, memory), abs=2.0)]
     assert findings["/dev/shm"].status == ("ok" if gibibytes(findings["/dev/shm"].finding)[1] >= 1 else "warn")
     soft, hard = (subprocess.run(["bash", "-c", f"ulimit -{kind}n"], capture_output=True, text=True,
                                  check=True).stdout.strip() for kind in "SH")
@@ -131,7 +135,7 @@ def test_this_host_is_healthy() -> None:
     assert findings["unicorn"]["status"] == "ok"
 
 
-# --- hosts that have less ---------------------------------------------------------------------------------------------
+# --- hosts that have less -------------------------------------------------------------------------------------
 
 
 def test_few_descriptors() -> None:
@@ -154,7 +158,7 @@ def test_no_assembler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found()["assembler"].status == "ok"
 
 
-@as_root
+@pytest.mark.root
 def test_little_shared_memory() -> None:
     status, findings = doctor("unshare", "--mount", "sh", "-c",
                               'mount -t tmpfs -o size=300m tmpfs /dev/shm && exec "$@"', "sh")
@@ -164,24 +168,42 @@ def test_little_shared_memory() -> None:
     assert "remount" in findings["/dev/shm"]["advice"]
 
 
-@as_root
-def test_nothing_there_for_this_user() -> None:
-    """A user who may open neither /dev/kvm nor a userfaultfd that sees the kernel's faults."""
+@pytest.mark.root
+def test_no_kvm() -> None:
     status, findings = doctor("unshare", "--mount", "sh", "-c",
-                              'mount -t tmpfs tmpfs /run && mount --bind /dev/null /dev/kvm && exec "$@"', "sh")
+                              'mount --bind /dev/null /dev/kvm && exec "$@"', "sh")
     assert findings["kvm"]["status"] == "absent"
     assert "unicorn works" in findings["kvm"]["advice"]
     assert status == 0      # the software CPU is there
-    script = ("import json, os, sys\nfrom vmm.doctor import examine\nimport vmm.runtime\n"
+
+
+def as_nobody(home: Path) -> dict[str, dict[str, str]]:
+    """The findings of a user without any rights."""
+    script = ("import json, os, sys\nfrom vmm.doctor import examine\nexamine()\n"    # has read what it needs
               "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-              "os.environ['XDG_RUNTIME_DIR'] = '/nonexistent'\n"
               "print(json.dumps([f.as_dict() for f in examine()]))\n")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    theirs = {f["name"]: f for f in json.loads(done.stdout)}
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False,
+                          env=environment | {"HOME": str(home), "XDG_RUNTIME_DIR": "/nonexistent"})
+    assert done.returncode == 0, done.stderr
+    return {f["name"]: f for f in json.loads(done.stdout)}
+
+
+@pytest.mark.root
+def test_a_user_without_rights(runtime_dir: Path) -> None:
+    home = runtime_dir / "home"
+    home.mkdir(mode=0o700)
+    findings = as_nobody(home)      # of somebody else: not even looked into
+    assert findings["kernel cache"]["status"] == "warn"
+    assert "XDG_CACHE_HOME" in findings["kernel cache"]["advice"]
     privileged = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
-    assert theirs["post-copy"]["status"] == ("ok" if privileged else "absent")
+    assert findings["post-copy"]["status"] == ("ok" if privileged else "absent")
     if not privileged:
-        assert "vm.unprivileged_userfaultfd=1" in theirs["post-copy"]["finding"] + theirs["post-copy"]["advice"]
+        assert "vm.unprivileged_userfaultfd=1" in findings["post-copy"]["finding"]
+    os.chown(home, 65534, 65534)
+    runtime_dir.chmod(0o711)
+    assert as_nobody(home)["kernel cache"]["status"] == "ok"        # ~/.cache can be made
+    home.rmdir()
 
 
 FULL = [Finding("kvm", "ok", ""), Finding("unicorn", "ok", ""), Finding("/dev/shm", "ok", "")]

@@ -19,13 +19,14 @@ REQUESTS = [m.SetMemslot(2, SLOT), m.RemoveMemslot(3, 7), m.GetLog(4, 1), m.Clea
             m.SetState(9, {"regs": {"rax": 2**64 - 1}}), m.Userfault(13, "/run/x/userfault"), m.Userfault(14, ""),
             m.Shutdown(10)]
 REPLIES = [m.Done(1, 2**40), m.Done(2, 0, {"xsave": b"\0\1"}), m.Failed(3, "why")]
-NOTIFICATIONS = [m.Hello(0, 99, 1, 12288, 4096), m.Hello(0, 99, 1, error="no"), m.RingFull(1), m.KickAck(2, 2**32 - 1),
-                 m.Console(3, b"\xff\n"), m.Exited(4, m.ExitReason.EXCEPTION, -1, "#UD", {"rip": 2**63})]
+NOTIFICATIONS = [m.Hello(0, 99, 1, 12288, 4096), m.Hello(0, 99, 1, error="no"), m.RingFull(1),
+                 m.KickAck(2, 2**32 - 1), m.Console(3, b"\xff\n"), m.Exited(4, m.ExitReason.EXCEPTION, -1, "#UD", {"rip": 2**63})]
 GROUPS = [(m.decode_request, m.AnyRequest, REQUESTS), (m.decode_reply, m.AnyReply, REPLIES),
           (m.decode_notification, m.AnyNotification, NOTIFICATIONS)]
 SPEC = m.WorkerSpec(machine="t", index=1, vcpu_count=2, accel="kvm", slots=[SLOT], system_slot=SLOT,
                     control_segment="/c", request_endpoint="ipc://r", notify_endpoint="ipc://n", fd_socket="/f",
-                    boot={"rip": 0x10_0000}, replay=m.ReplaySpec([m.ReplayPhase("zipf", 5, exponent=1.1)], rate=2.5))
+                    boot={"rip": 0x10_0000},
+                    replay=m.ReplaySpec([m.ReplayPhase("zipf", 5, exponent=1.1)], rate=2.5))
 
 
 @pytest.mark.parametrize(("decode", "sample"), [(decode, sample) for decode, _, samples in GROUPS
@@ -66,7 +67,8 @@ _WRONG = ({"a": "map"}, 1.5, [[]], None)
 @pytest.mark.parametrize(("decode", "document"), [
     pytest.param(decode, document, id=f"{document['t']}-{number}") for decode, _, samples in GROUPS
     for number, document in enumerate(documents(samples))])
-def test_a_message_with_a_field_of_a_wrong_type_or_without_one_is_refused(decode: Any, document: dict[str, Any]) -> None:
+def test_a_message_with_a_field_of_a_wrong_type_or_without_one_is_refused(
+        decode: Any, document: dict[str, Any]) -> None:
     """Each field in turn; what is left of the document stays as it was."""
     assert decode(msgspec.msgpack.encode(document)) is not None
     for name, value in document.items():

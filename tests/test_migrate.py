@@ -155,8 +155,8 @@ def test_walking_up_there_is_one_step_down_at_most(accel: str, vcpus: int, ring:
 
 
 def test_only_vcpus_that_dirty_most_are_held_back(address: str) -> None:
-    """vCPU 0 dirties all of its share, 1,000 pages, in each round, which is more than 1,000 pages per second carry off
-    within the downtime; vCPU 1 dirties next to nothing."""
+    """vCPU 0 dirties all of its share, 1,000 pages, in each round, which is more than 1,000 pages per second carry
+    off within the downtime; vCPU 1 dirties next to nothing."""
     walk = spec("sequential", accel="unicorn", mib=8, passes=0, timeout=None)
     with Machine.launch(walk) as machine:
         machine.dirty_limit(50, 1)

@@ -39,9 +39,9 @@ def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_suite.py").write_text(SUITE)
     (folder / "pytest.ini").write_text("[pytest]\n")
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("SHARDVMM_REQUIRE_", "PYTEST_"))}
-    return subprocess.run([sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
-                           str(folder)], env={**ours, "PYTHONPATH": str(TESTS), **environment}, capture_output=True,
-                          text=True, timeout=60, check=False, cwd=folder)
+    return subprocess.run([sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-p",
+                           "no:hypothesispytest", str(folder)], cwd=folder, capture_output=True, text=True,
+                          env={**ours, "PYTHONPATH": str(TESTS), **environment}, timeout=60, check=False)
 
 
 def test_what_is_missing_is_skipped_with_its_reason(tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def caught(work: MachineSpec) -> Iterator[Machine]:
 
 
 def snapshots_in_the_middle(machine: Machine, directory: Path) -> int:
-    """Of a paused machine, which runs on meanwhile: full, live, incremental, compressed, as many as the guest's work
-    leaves time for; how many."""
+    """Of a paused machine, which runs on meanwhile: full, live, incremental, compressed, as many as the guest's
+    work leaves time for; how many."""
     snapshot.create(machine, directory)
     machine.resume()
     kinds: list[dict[str, Any]] = [{"incremental": True, "live": True},
@@ -246,8 +246,8 @@ def test_hotplugged_slots_are_in_the_chain(endless: Machine, tmp_path: Path) -> 
 
 #: vCPU 0 ends with code 7 at once. The others count up the word at 0x200000 until the host writes to the one behind
 #: it, and end with code 9.
-ONE_ENDS = bytes.fromhex("85ff 7507 b807000000 e7f4  48ff042500002000 833c250800200000 74ee b809000000 e7f4".replace(
-    " ", ""))
+ONE_ENDS = bytes.fromhex(
+    "85ff 7507 b807000000 e7f4  48ff042500002000 833c250800200000 74ee b809000000 e7f4".replace(" ", ""))
 
 
 @pytest.mark.parametrize("target", ACCELS)

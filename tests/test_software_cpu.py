@@ -309,12 +309,13 @@ def test_code_that_the_guest_rewrites() -> None:
 
 
 def test_more_blocks_than_are_remembered() -> None:
-    """Twice over a chain of more blocks than the table of those looked at takes before it is emptied. One in 64 has a
-    locked instruction, which must not be left alone: none is run twice, or without its hook, or not logged."""
+    """Twice over a chain of more blocks than the table of those looked at takes before it is emptied. One in 64 has
+    a locked instruction, which must not be left alone: none is run twice, or without its hook, or not logged."""
     locked, plain = hexes("f0 48 ff 03 eb 00"), hexes("90 90 90 90 eb 00")      # lock incq (%rbx), or nops; jmp on
     blocks = SEEN_BLOCKS // 2 + 500
     chain = b"".join(plain if number % 64 else locked for number in range(blocks))
-    back = hexes("e7 f8 ff c9 0f 85") + (-(len(chain) + 10)).to_bytes(4, "little", signed=True)   # hypercall; dec; jnz
+    to_its_start = (-(len(chain) + 10)).to_bytes(4, "little", signed=True)
+    back = hexes("e7 f8 ff c9 0f 85") + to_its_start        # hypercall; dec %ecx; jnz
     assert CODE + len(chain) + len(back) + PAGE_SIZE < DATA
     with bare("unicorn", chain + back + EXIT, rbx=DATA, rcx=2) as vcpu:
         for turn in (1, 2):

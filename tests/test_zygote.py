@@ -19,8 +19,8 @@ from workers import zygote
 from workers.zygote import Zygote
 
 SLOT = SlotSpec(0, 0, 4096, "/none")
-SPEC = WorkerSpec(machine="t", index=0, vcpu_count=1, accel="kvm", slots=[SLOT], system_slot=SLOT, control_segment="/none",
-                  request_endpoint="", notify_endpoint="", fd_socket="", boot={})
+SPEC = WorkerSpec(machine="t", index=0, vcpu_count=1, accel="kvm", slots=[SLOT], system_slot=SLOT,
+                  control_segment="/none", request_endpoint="", notify_endpoint="", fd_socket="", boot={})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ipc.layout import MAX_VCPUS
 from ipc.shm import free_bytes
@@ -121,10 +122,17 @@ def _kernel_cache() -> Finding:
     """Compiled kernels are kept beside the source, or in the user's cache."""
     from ipc.native import cache_directories
 
-    if any(os.access(p if p.exists() else p.parent, os.W_OK) for p in cache_directories("ipc.kernel_source")):
+    if any(_can_be_written(path) for path in cache_directories("ipc.kernel_source")):
         return Finding("kernel cache", "ok", "compiled kernels can be kept")
     return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
                    "set XDG_CACHE_HOME to a folder that can be written")
+
+
+def _can_be_written(directory: Path) -> bool:
+    """It can, or could be made: what there is of the way to it says so. (A way that this user may not look into is
+    not there; Path.exists would raise.)"""
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 def _compiler() -> Finding:

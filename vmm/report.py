@@ -156,7 +156,7 @@ def progress_text(report: dict[str, Any], rate: float) -> str:
     running = sum(v["state"] not in ("exited", "dead") for v in vcpus)
     text = (f"{report['elapsed_s']:6.1f} s  {running}/{len(vcpus)} vCPUs running  "
             f"{sum(v['dirty_pages'] for v in vcpus):,} pages dirtied ({rate:,.0f}/s)  "
-            f"{sum(v['ring_full_exits'] for v in vcpus)} ring full")
+            f"{sum(v['ring_full_exits'] for v in vcpus):,} ring full")
     if report["verification"]:
         text += f"  {report['verification']['rounds']} rounds verified"
     return text
