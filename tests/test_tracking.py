@@ -24,13 +24,14 @@ from needs import missing
 from ipc.bitmap import word_count
 from ipc.channel import FdListener
 from ipc.layout import Tracking, vcpu_control
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 from ipc.writelog import WriteLog
 from vmm import control
 from vmm.autotrack import AutoTracking
 from vmm.config import ConfigError, load_config
 from vmm.errors import VmmError
 from vmm.machine import Machine
+from vmm.names import segment_name
 from vmm.plan import plan
 from vmm.spec import RamSlot
 
