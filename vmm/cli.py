@@ -78,9 +78,9 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json(machines)
     elif machines:
-        from .report import machines_table, screen
+        from .report import machines_table, print_table, screen
 
-        screen().print(machines_table(machines))
+        print_table(machines_table(machines), screen())
     else:
         click.echo("no machine is running")
 
@@ -266,9 +266,9 @@ def doctor(as_json: bool) -> int:
     if as_json:
         print_json([f.as_dict() for f in findings])
     else:
-        from .report import doctor_table, screen
+        from .report import doctor_table, print_table, screen
 
-        screen().print(doctor_table([f.as_dict() for f in findings]))
+        print_table(doctor_table([f.as_dict() for f in findings]), screen())
     return ExitCode.OK if healthy(findings) else 1
 
 
