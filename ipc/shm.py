@@ -19,7 +19,7 @@ from types import TracebackType
 import posix_ipc
 
 __all__ = ["PAGE_SIZE", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
-           "machine_prefix", "open_fd", "segment_name", "unlink_segment"]
+           "machine_prefix", "open_fd", "scope", "segment_name", "unlink_segment"]
 
 PAGE_SIZE = 4096
 _SHM_DIR = Path("/dev/shm")
@@ -31,10 +31,10 @@ class SegmentError(Exception):
 
 def machine_prefix(machine: str) -> str:
     """Prefix (without the leading slash) of every segment that belongs to ``machine``."""
-    return f"shardvmm-{os.getuid()}-{_scope()}-{machine}-"
+    return f"shardvmm-{os.getuid()}-{scope()}-{machine}-"
 
 
-def _scope() -> str:
+def scope() -> str:
     """Eight hexadecimal digits for $XDG_RUNTIME_DIR. Machines are known by a lock under that directory
     (vmm/runtime.py); /dev/shm is one for all, and two that know nothing of each other may have one name."""
     return hashlib.sha256(os.environ.get("XDG_RUNTIME_DIR", "").encode()).hexdigest()[:8]
