@@ -20,6 +20,7 @@ from .errors import ExitCode, VmmError
 __all__ = ["ControlClient"]
 
 _ATTEMPTS = 4           # a request that was on its way when so many coordinators died is given up
+_POLL = 3600.0          # poll(2) takes 24 days at most
 _RETRY = 0.02           # seconds between two attempts to connect
 
 
@@ -150,6 +151,8 @@ class ControlClient:
         assert connection is not None
         while not connection.lines:
             if not _wait(connection, select.POLLIN, deadline):
+                if time.monotonic() < deadline:
+                    continue
                 return None
             try:
                 if connection.receive():
@@ -176,7 +179,7 @@ class ControlClient:
 
 
 def _wait(connection: LineConnection, event: int, deadline: float) -> bool:
-    """It is ready before the deadline (monotonic seconds)."""
+    """It is ready before the deadline (monotonic seconds), or _POLL seconds have passed without."""
     poll = select.poll()
     poll.register(connection, event)
-    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    return bool(poll.poll(min(max(0.0, deadline - time.monotonic()), _POLL) * 1000))

@@ -53,7 +53,7 @@ _READ = 64 << 10
 class Keeper:
     """``tell`` passes a line on to whoever launches the machine."""
 
-    def __init__(self, name: str, spec: bytes, status_fd: int, life_fd: int, log: LogFile) -> None:
+    def __init__(self, name: str, spec: bytes, status_fd: int, life_fd: int, signals: int, log: LogFile) -> None:
         self._name = name
         self._spec = spec
         self._status_fd = status_fd
@@ -62,7 +62,7 @@ class Keeper:
         self._log_error = ""
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._zygote: subprocess.Popen[bytes] | None = None     # kept: its end is nobody's warning
-        self._signals = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signals = signals
         # Only the keeper holds the write end: it closes when the keeper ends, however that happens.
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
         self.log_read, self.log_write = os.pipe2(os.O_CLOEXEC)
@@ -80,10 +80,6 @@ class Keeper:
 
     def run(self) -> tuple[int, str, str]:
         """Until the machine has ended: exit status, state (``ended``, or ``failed`` to start) and why."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
-        for signum in (signal.SIGTERM, signal.SIGQUIT):     # _watch heeds them: a handler may run anywhere
-            signal.signal(signum, lambda *_: None)
         self._watch_directory()
         deaths: deque[float] = deque(maxlen=_DEATHS_MAX)
         recover = False
@@ -136,13 +132,13 @@ class Keeper:
         assert self._coordinator is not None
         self._said = b""
         with selectors.PollSelector() as selector:
-            for fd in (pidfd, answer_fd, self._signals[0], self.log_read, self._life_fd, self._removal):
+            for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._removal):
                 if fd >= 0:
                     selector.register(fd, selectors.EVENT_READ)
             while True:
                 ready = {key.fd for key, _ in selector.select(self._left())}
-                if self._signals[0] in ready:
-                    for signum in os.read(self._signals[0], 64):
+                if self._signals in ready:
+                    for signum in os.read(self._signals, 64):
                         self._on_signal(signum)
                 if self.log_read in ready:
                     self.read_log()
@@ -215,7 +211,7 @@ class Keeper:
         if self.ending and not at_once:
             return
         self.ending = why
-        self._log.say("info", f"the machine is being ended: {why}")
+        self._log.say("info", f"is told to end: {why}")
         self._kill_at = time.monotonic() + _END_TIMEOUT
         if coordinator is not None and coordinator.poll() is None:
             if at_once:
@@ -265,6 +261,17 @@ class Keeper:
             self._log.feed(data)
 
 
+def _catch_signals() -> int:
+    """A descriptor that gives the numbers of SIGTERM and SIGQUIT as they come. (Handlers of its own would run between
+    any two steps of what goes on.)"""
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for signum in (signal.SIGTERM, signal.SIGQUIT):
+        signal.signal(signum, lambda *_: None)
+    return read
+
+
 def _print(text: str) -> None:
     """On standard error, unless that would have to wait for its reader."""
     try:
@@ -306,6 +313,7 @@ def main(argv: list[str]) -> int:
     name, status_fd, life_fd = argv[0], int(argv[1]), int(argv[2])
     process.set_name("vmm-keeper")
     process.set_subreaper()
+    signals = _catch_signals()
     spec = sys.stdin.buffer.read()
     try:
         lock = claim(name)
@@ -316,7 +324,7 @@ def main(argv: list[str]) -> int:
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)     # for vmm stop --force
     record = _open_record(name)
     log = LogFile(record.log_path if isinstance(record, records.Record) else None)
-    keeper = Keeper(name, spec, status_fd, life_fd, log)
+    keeper = Keeper(name, spec, status_fd, life_fd, signals, log)
     if isinstance(record, str):
         keeper.tell({"warning": record})
     code, state, why = int(ExitCode.BUG), "ended", "its keeper failed"
@@ -328,7 +336,7 @@ def main(argv: list[str]) -> int:
     finally:
         _kill_children(_REAP_TIMEOUT)
         keeper.read_all_of_log()
-        log.say("info", f"{state}, exit status {code}" + (f": {why}" if why else ""))
+        log.say("info" if keeper.ending or not why else "error", f"{state}, exit status {code}" + (f": {why}" if why else ""))
         if isinstance(record, records.Record):
             _report(name, record, code, state, why)
         log.close()

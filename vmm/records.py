@@ -26,7 +26,8 @@ from typing import Any
 from ipc.shm import scope
 
 from .errors import ExitCode, VmmError
-from .runtime import is_running, machine_dir
+from .names import check_machine_name, is_machine_name
+from .runtime import is_running, machine_names
 
 __all__ = ["KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome", "remove_records",
            "state_root", "write_report"]
@@ -49,7 +50,8 @@ def state_root() -> Path:
 
 
 def _directory(name: str) -> Path:
-    return state_root() / f"{scope()}-{machine_dir(name).name}"
+    """Raises VmmError where no machine may be called so, and OSError."""
+    return state_root() / f"{scope()}-{check_machine_name(name)}"
 
 
 def log_path(name: str) -> Path:
@@ -114,8 +116,6 @@ def outcome(name: str) -> dict[str, Any] | None:
 
 def no_machine(name: str) -> VmmError:
     """What is said to whoever asks a machine for something that only a running one can do."""
-    from .runtime import machine_names
-
     ended = outcome(name)
     if ended is not None:
         return VmmError(f"machine '{name}' does not run any more: {ended['cause']} (vmm status {name}, "
@@ -132,7 +132,7 @@ def ended_names() -> list[str]:
         found = [p.name.removeprefix(prefix) for p in state_root().iterdir() if p.name.startswith(prefix)]
     except OSError:
         return []
-    return sorted(name for name in found if not is_running(name))
+    return sorted(name for name in found if is_machine_name(name) and not is_running(name))
 
 
 def remove_records(name: str | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from pathlib import Path
 
 from ipc.process import remove_machine_files
@@ -17,7 +18,7 @@ from ipc.shm import list_segments, machine_prefix
 from .errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name
 
-__all__ = ["claim", "collect_garbage", "is_running", "leftovers", "machine_dir", "machine_names",
+__all__ = ["claim", "collect_garbage", "end_at_once", "is_running", "leftovers", "machine_dir", "machine_names",
            "runtime_root"]
 
 _SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
@@ -83,6 +84,25 @@ def claim(name: str) -> int:
         raise VmmError(f"a machine named '{name}' is running already: choose another --name, or "
                        f"stop it with: vmm stop {name}") from None
     return fd
+
+
+def end_at_once(name: str) -> int:
+    """Have the keeper of a running machine kill all of it; the keeper's pid. Raises VmmError."""
+    try:
+        pid = int((machine_dir(name) / "lock").read_text())
+        fd = os.pidfd_open(pid)
+    except (OSError, ValueError) as exc:
+        raise VmmError(f"machine '{name}': its keeper is not known ({exc})", ExitCode.NO_MACHINE) from None
+    try:
+        # Whoever holds the lock has written its pid there; while it is held, the pid is nobody else's.
+        if is_running(name):
+            for signum in (signal.SIGQUIT, signal.SIGCONT):
+                signal.pidfd_send_signal(fd, signum)
+    except OSError:
+        pass    # it has just ended
+    finally:
+        os.close(fd)
+    return pid
 
 
 def machine_names() -> list[str]:

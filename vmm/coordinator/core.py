@@ -19,8 +19,8 @@ __all__ = ["Core"]
 
 
 class Core:
-    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` sends an event
-    to every follower, ``save`` writes the journal."""
+    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` gives an
+    event to every client that wants it, ``save`` writes the journal."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -63,7 +63,6 @@ class Core:
         assert self.verifier is not None
         self.reaper.drain()
         self.verifier.round()
-        self.save()
 
     # --- checks; each raises VmmError ---------------------------------------------------------
 

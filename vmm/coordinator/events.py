@@ -49,7 +49,8 @@ class EventLog:
         if not 0 <= after < end:        # from now on; or it has a number from somewhere else
             return {"events": [], "next": end, "dropped": 0}
         first = end - len(self._kept)
-        events, size = [], 0
+        events: list[msgspec.Raw] = []
+        size = 0
         for encoded in itertools.islice(self._kept, max(after, first) - first, None):
             if events and size + len(encoded) > _ANSWER:
                 break
