@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import Duration, json_option, on_machine, print_json
+from .cli_common import Duration, json_option, print_json
 from .errors import ExitCode, VmmError
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def list_(everything: bool, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def status(name: str, as_json: bool) -> None:
-    """Show everything about a machine: vCPUs, reaper, slots, verification. Of one that has ended, its last report."""
+    """Show everything about a machine: vCPUs, reaper, slots, verification. Of one that has ended, its last
+    report."""
     from .machine import Machine
     from .records import outcome
 
@@ -113,8 +114,8 @@ def _kill(name: str) -> None:
     deadline = time.monotonic() + _FORCE_TIMEOUT
     while is_running(name):
         if time.monotonic() > deadline:
-            raise VmmError(f"machine '{name}' is still there after {_FORCE_TIMEOUT:.0f} s; its keeper is process {keeper}",
-                           ExitCode.WORKER_DIED)
+            raise VmmError(f"machine '{name}' is still there after {_FORCE_TIMEOUT:.0f} s; its keeper is process "
+                           f"{keeper}", ExitCode.WORKER_DIED)
         time.sleep(0.02)
 
 
@@ -166,7 +167,7 @@ def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
         _print_lines(lines, console, as_json)
     except FileNotFoundError:
         if is_running(name):
-            raise VmmError(f"machine '{name}' keeps no log: it could not be made when the machine was launched") from None
+            raise VmmError(f"machine '{name}' keeps no log: none could be made when it was launched") from None
         raise no_machine(name) from None
     except OSError as exc:
         raise VmmError(f"the log of machine '{name}' cannot be read: {exc}") from None
@@ -174,6 +175,7 @@ def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
 
 
 def _print_lines(lines: Iterable[LogLine], console: bool, as_json: bool) -> None:
+    import dataclasses
     import json
 
     for line in lines:
@@ -181,7 +183,7 @@ def _print_lines(lines: Iterable[LogLine], console: bool, as_json: bool) -> None
         if console and vcpu is None:
             continue
         if as_json:
-            click.echo(json.dumps({"time": line.time, "source": line.source, "level": line.level, "text": line.text}))
+            click.echo(json.dumps(dataclasses.asdict(line)))
         elif console:
             click.echo(f"[vcpu {vcpu}] {line.text}")
         else:

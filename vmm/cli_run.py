@@ -22,8 +22,8 @@ _NOTES = {
     "ring-rebuilt": "vcpu {vcpu}: its ring lost count ({harvested} harvested, {reset} reset) and was rebuilt; "
                     "{pages_marked} pages marked dirty",
     "warning": "vmm: warning: {text}",
-    "dropped": "{count} events were dropped, console output among them: they were not read in time (vmm logs {name} "
-               "may have them)",
+    "dropped": "{count} events were dropped, console output among them: they were not read in time (vmm logs "
+               "{name} may have them)",
     "incoming-lost": "{detail}",
 }
 

@@ -56,8 +56,8 @@ class ControlClient:
                 raise self._silent(timeout)
             if verb is control.Sync:
                 arguments["again"] = True       # it may have been served, and the answer was lost
-        raise VmmError(f"machine '{self._name}': {_ATTEMPTS} coordinators died while one was asked for this (vmm logs "
-                       f"{self._name})", ExitCode.WORKER_DIED)
+        raise VmmError(f"machine '{self._name}': {_ATTEMPTS} coordinators died while one was asked for this (vmm "
+                       f"logs {self._name})", ExitCode.WORKER_DIED)
 
     def event(self, timeout: float) -> dict[str, Any] | None:
         """The next event, or None when none came within ``timeout`` seconds. ``{"event": "dropped", "count": n}``

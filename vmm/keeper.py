@@ -3,8 +3,8 @@
 ``vmm launch`` starts it; it claims the machine's name, starts the coordinator and waits. Only a decision ends a
 machine (docs/decisions/0011):
 
-* The coordinator says that it is done (vmm/coordinator/__main__.py) and ends: the keeper clears what may be left and
-  passes on the exit status.
+* The coordinator says that it is done (vmm/coordinator/__main__.py) and ends: the keeper clears what may be left
+  and passes on the exit status.
 * The coordinator ends without having said so, killed or of an error of its own: the workers stand on their own, so
   another coordinator is started, which carries on (invariant 5). After too many such deaths within a minute the
   machine is torn down: whatever kills them is not going to stop.
@@ -262,8 +262,8 @@ class Keeper:
 
 
 def _catch_signals() -> int:
-    """A descriptor that gives the numbers of SIGTERM and SIGQUIT as they come. (Handlers of its own would run between
-    any two steps of what goes on.)"""
+    """A descriptor that gives the numbers of SIGTERM and SIGQUIT as they come. (Handlers of its own would run
+    between any two steps of what goes on.)"""
     read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -336,7 +336,8 @@ def main(argv: list[str]) -> int:
     finally:
         _kill_children(_REAP_TIMEOUT)
         keeper.read_all_of_log()
-        log.say("info" if keeper.ending or not why else "error", f"{state}, exit status {code}" + (f": {why}" if why else ""))
+        log.say("info" if keeper.ending or not why else "error",
+                f"{state}, exit status {code}" + (f": {why}" if why else ""))
         if isinstance(record, records.Record):
             _report(name, record, code, state, why)
         log.close()

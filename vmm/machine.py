@@ -81,9 +81,9 @@ class Machine:
                trace_file: str = "", detach: bool = False, start: bool = True) -> Machine:
         """Start a machine from a MachineConfig (vmm/config.py) or a MachineSpec.
 
-        The machine ends when this process does; one that is detached (``detach``) lives on, once it runs. ``start=False``
-        leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with nothing left behind.
-        """
+        The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
+        ``start=False`` leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with
+        nothing left behind. """
         if isinstance(config, MachineSpec):
             spec = config
         else:
@@ -159,9 +159,10 @@ class Machine:
         return self._client.ask(control.Status)
 
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking, warning,
-        ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has their fields.
-        Stops after ``timeout`` seconds without one. Raises VmmError when the machine goes away in between."""
+        """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
+        warning, ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has
+        their fields. Stops after ``timeout`` seconds without one. Raises VmmError when the machine goes away in
+        between."""
         while True:
             event = self._client.event(_FOREVER if timeout is None else timeout)
             if event is not None:
@@ -172,8 +173,8 @@ class Machine:
                 return
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
-        """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that it
-        has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
+        """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
+        it has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
         deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
         try:
             self._client.skip_events()

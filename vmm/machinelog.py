@@ -6,8 +6,8 @@
     2026-03-01T09:15:02.140Z stderr error Traceback (most recent call last):
 
 The standard error of coordinator, workers and of the process that forks them is one pipe. The keeper reads it and
-writes the file (vmm/records.py says where), so a machine never waits for a disk, a full disk costs lines and not the
-machine, and what a process said before it died is there. What begins with ``_RECORD`` is a finished line, from
+writes the file (vmm/records.py says where), so a machine never waits for a disk, a full disk costs lines and not
+the machine, and what a process said before it died is there. What begins with ``_RECORD`` is a finished line, from
 :class:`PipeHandler`; all else is what Python, a library or the kernel's loader has written, and gets a head here.
 
 logging of the standard library does the rest: no further dependency in the keeper, which has to start fast and must
@@ -65,8 +65,8 @@ class LogLine:
 
 
 class PipeHandler(logging.Handler):
-    """Writes to standard error, which is the keeper's pipe, and never waits for it: what does not fit is counted, and
-    said with the next line that does. ``extra={"source": …, "level": …}`` of a record replaces those two."""
+    """Writes to standard error, which is the keeper's pipe, and never waits for it: what does not fit is counted,
+    and said with the next line that does. ``extra={"source": …, "level": …}`` of a record replaces those two."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -81,9 +81,10 @@ class PipeHandler(logging.Handler):
             level = getattr(record, "level", record.levelname.lower())
             lines = [log_line(source, level, part, record.created)
                      for text in self.format(record).split("\n") for part in _parts(text)]
-            if self._dropped and self._write([log_line(self._source, "warning",
-                                                       f"{self._dropped} lines were dropped: the keeper was busy")]):
-                self._dropped = 0
+            if self._dropped:
+                note = f"{self._dropped} lines were dropped: the keeper was busy"
+                if self._write([log_line(self._source, "warning", note)]):
+                    self._dropped = 0
             if not self._write(lines):
                 self._dropped += len(lines)
         except Exception:   # whatever it is: a log never harms what it is about

@@ -6,8 +6,8 @@ whatever ends the machine. ``scope`` tells runtime directories apart (ipc/shm.py
 under two of them.
 
 One record for each name, that of the last machine called so; the oldest go when there are more than KEPT, or after
-KEPT_DAYS. A keeper holds a flock on its machine's ``lock`` there, and for a moment that of the whole directory, while
-it makes a record and removes old ones.
+KEPT_DAYS. A keeper holds a flock on its machine's ``lock`` there, and for a moment that of the whole directory,
+while it makes a record and removes old ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name
 from .runtime import is_running, machine_names
 
-__all__ = ["KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome", "remove_records",
-           "state_root", "write_report"]
+__all__ = ["KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome",
+           "remove_records", "state_root", "write_report"]
 
 KEPT = 64           # machines
 KEPT_DAYS = 30

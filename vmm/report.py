@@ -35,8 +35,8 @@ def size_text(size: int) -> str:
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as tables."""
     if "vcpus" not in report:       # nobody was left to make a whole one (vmm/records.py)
-        console.print(f"[bold]{report['name']}[/bold]  {report['state']}, exit code {report['exit_code']}: ", end="")
-        console.print(report["cause"], markup=False)
+        console.print(f"[bold]{report['name']}[/bold]  {report['state']} at {report['ended_at']}, exit code "
+                      f"{report['exit_code']}: {escape(report['cause'])}")
         return
     outcome = "running" if report["state"] != "ended" else f"exit code {report['exit_code']}"
     console.print(f"[bold]{report['name']}[/bold]  {report['state']}, {report['elapsed_s']:.3f} s, "
@@ -123,7 +123,8 @@ def doctor_table(findings: list[dict[str, str]]) -> Table:
 def machines_table(machines: list[dict[str, Any]]) -> Table:
     """Reports, whole or not."""
     ended = any(m.get("ended_at") for m in machines)
-    table = Table("name", "state", "accelerator", "vCPUs", "memory", "elapsed", *(["ended", "why"] if ended else []))
+    columns = ["name", "state", "accelerator", "vCPUs", "memory", "elapsed"] + (["ended", "why"] if ended else [])
+    table = Table(*columns)
     for m in machines:
         row = [m["name"], _state_text(m)]
         if "vcpus" in m:

@@ -24,8 +24,8 @@ _TIMEOUT = 60.0         # seconds; the first one ever compiles hooks
 
 
 def start(keeper_fd: int, log_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``). What it and
-    its workers print goes to ``log_fd``."""
+    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``). What it
+    and its workers print goes to ``log_fd``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         started = subprocess.Popen(

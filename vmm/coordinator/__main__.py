@@ -1,8 +1,8 @@
 """``python -m vmm.coordinator``: started by the keeper (vmm/keeper.py).
 
-It tells the keeper, in lines of JSON, ``{"ready": true}`` or ``{"error": …, "code": n}``; and, once it is decided that
-the machine ends, ``{"done": exit status}``, before anything is torn down. A coordinator that ends without that last
-line has failed, however it ended: the machine runs on, and another one takes over.
+It tells the keeper, in lines of JSON, ``{"ready": true}`` or ``{"error": …, "code": n}``; and, once it is decided
+that the machine ends, ``{"done": exit status}``, before anything is torn down. A coordinator that ends without that
+last line has failed, however it ended: the machine runs on, and another one takes over.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 
 def main(argv: list[str]) -> int:
     """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD TERMINAL_FD``; the specification is on
-    standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there. TERMINAL_FD: for trace
-    events without a file."""
+    standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there. TERMINAL_FD: for
+    trace events without a file."""
     status_fd, keeper_fd, keeper_pid, zygote_fd, terminal_fd = (int(a) for a in argv[:5])
     process.set_name("vmm-coordinator")
     process.set_time_slice(process.SERVICE_SLICE)

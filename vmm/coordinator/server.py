@@ -1,7 +1,7 @@
 """The coordinator's end of the control socket (vmm/control.py has the verbs, vmm/connection.py the client's end).
 
-A client gets what it asks for, one request after the other, and no client more than its share of a turn of the loop.
-Whatever a verb raises is that verb's answer: one that fails never ends the machine.
+A client gets what it asks for, one request after the other, and no client more than its share of a turn of the
+loop. Whatever a verb raises is that verb's answer: one that fails never ends the machine.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class ControlServer:
             return _error(number, f"machine '{self._machine}': {name} failed: {exc}", ExitCode.BAD_INPUT)
         except Exception as exc:
             _log.exception("%s failed", name)
-            return _error(number, f"machine '{self._machine}': {name} failed: {type(exc).__name__}: {exc} (this is a "
-                                  f"bug; vmm logs {self._machine} shows where)", ExitCode.BUG)
+            return _error(number, f"machine '{self._machine}': {name} failed: {type(exc).__name__}: {exc} (this is "
+                                  f"a bug; vmm logs {self._machine} shows where)", ExitCode.BUG)
 
     def close(self) -> None:
         """Who waits for events has the last of them first."""

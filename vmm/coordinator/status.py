@@ -26,8 +26,8 @@ def reason_text(reason: ExitReason) -> str:
 
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
                    restarts: int, turns: int) -> dict[str, Any]:
-    """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds; ``turns``: of
-    the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None."""
+    """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds; ``turns``:
+    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
     verification: dict[str, Any] | None = None
     if core.verifier is not None:
