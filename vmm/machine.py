@@ -28,7 +28,6 @@ from . import control, records
 from .connection import ControlClient
 from .errors import ExitCode, VmmError, no_memory
 from .launch import Launched
-from .names import check_machine_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec
@@ -92,7 +91,9 @@ class Machine:
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
         if name is not None:
             spec = msgspec.structs.replace(spec, name=name)
-        check_machine_name(spec.name)
+        from .rules import check_machine
+
+        check_machine(spec)
         machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
         try:
             if start:

@@ -24,6 +24,7 @@ from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
 from ..machinelog import log_to_keeper
+from ..rules import check_machine
 from ..runtime import collect_garbage, machine_dir
 from ..spec import decode_spec
 from .loop import STOP_TIMEOUT, Coordinator
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> int:
         faulthandler.enable()
         spec = decode_spec(sys.stdin.buffer.read())
         name = spec.name
+        if zygote_fd >= 0:
+            check_machine(spec)
         coordinator = Coordinator(spec, machine_dir(name), keeper_fd, Zygote(zygote_fd) if zygote_fd >= 0 else None,
                                   terminal_fd)
         _tell(status_fd, ready=True)
