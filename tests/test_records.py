@@ -84,7 +84,7 @@ def test_the_oldest_go_and_those_that_run_stay(monkeypatch: pytest.MonkeyPatch) 
         ended(f"m{i}", age=1000.0 * (6 - i))
     ended("ancient", age=86400.0 * (records.KEPT_DAYS + 1))
     Record("new").close()
-    assert ended_names() == ["m4", "m5", "new", "running"]
+    assert ended_names() == ["m3", "m4", "m5", "new", "running"]
     assert running.log_path.exists()
     running.close()
 

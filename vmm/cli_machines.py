@@ -165,7 +165,7 @@ def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
         path = log_path(name)
         lines = follow_log(path, (is_running(name) for _ in itertools.count())) if follow else read_log(path)
         _print_lines(lines, console, as_json)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if is_running(name):
             raise VmmError(f"machine '{name}' keeps no log: none could be made when it was launched") from None
         raise no_machine(name) from None

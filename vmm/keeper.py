@@ -41,13 +41,27 @@ from .errors import ExitCode, VmmError
 from .machinelog import LogFile
 from .runtime import claim, machine_dir, runtime_root
 
-__all__ = ["main"]
+__all__ = ["Deaths", "main"]
 
 _DEATHS_MAX = 5             # deaths of the coordinator that are answered with another one,
 _DEATHS_WITHIN = 60.0       # within so many seconds
 _END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it will
 _REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
 _READ = 64 << 10
+
+
+class Deaths:
+    """Counted over time: a machine that runs for months may see many."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._recent: deque[float] = deque(maxlen=most)
+        self._seconds = seconds
+
+    def too_many(self, now: float) -> bool:
+        """There was one at ``now`` (monotonic seconds); were there ``most`` already in the ``seconds`` before?"""
+        found = len(self._recent) == self._recent.maxlen and now - self._recent[0] < self._seconds
+        self._recent.append(now)
+        return found
 
 
 class Keeper:
@@ -81,7 +95,7 @@ class Keeper:
     def run(self) -> tuple[int, str, str]:
         """Until the machine has ended: exit status, state (``ended``, or ``failed`` to start) and why."""
         self._watch_directory()
-        deaths: deque[float] = deque(maxlen=_DEATHS_MAX)
+        deaths = Deaths(_DEATHS_MAX, _DEATHS_WITHIN)
         recover = False
         while True:
             how = self._run_coordinator(recover=recover)
@@ -91,11 +105,9 @@ class Keeper:
                 return int(ExitCode.STOPPED), "ended", self.ending
             if not self._ready:
                 return int(ExitCode.WORKER_DIED), "failed", f"the coordinator died during set-up ({how})"
-            now = time.monotonic()
-            if len(deaths) == _DEATHS_MAX and now - deaths[0] < _DEATHS_WITHIN:
+            if deaths.too_many(time.monotonic()):
                 return (int(ExitCode.WORKER_DIED), "ended", f"its coordinator died {_DEATHS_MAX + 1} times within "
                                                             f"{_DEATHS_WITHIN:.0f} s, lastly of {how}")
-            deaths.append(now)
             recover = True
             self.say("warning", f"coordinator died ({how}), another one takes over")
 

@@ -82,7 +82,8 @@ class Machine:
 
         The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
         ``start=False`` leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with
-        nothing left behind. """
+        nothing left behind.
+        """
         if isinstance(config, MachineSpec):
             spec = config
         else:

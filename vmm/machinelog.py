@@ -81,24 +81,29 @@ class PipeHandler(logging.Handler):
             level = getattr(record, "level", record.levelname.lower())
             lines = [log_line(source, level, part, record.created)
                      for text in self.format(record).split("\n") for part in _parts(text)]
+            note = []
             if self._dropped:
-                note = f"{self._dropped} lines were dropped: the keeper was busy"
-                if self._write([log_line(self._source, "warning", note)]):
-                    self._dropped = 0
-            if not self._write(lines):
-                self._dropped += len(lines)
+                text = f"{self._dropped} lines were dropped: the keeper was busy"
+                note = [log_line(self._source, "warning", text)]
+            written = self._write(note + lines)
+            if note and written:
+                self._dropped = 0
+            self._dropped += len(lines) - max(0, written - len(note))
         except Exception:   # whatever it is: a log never harms what it is about
             self._dropped += 1
 
-    def _write(self, lines: list[str]) -> bool:
-        batch = b""
-        for line in (_RECORD + line.encode("utf-8", "replace") + b"\n" for line in lines):
-            if len(batch) + len(line) > _WRITE:
-                if not self._put(batch):
-                    return False
-                batch = b""
-            batch += line
-        return self._put(batch)
+    def _write(self, lines: list[str]) -> int:
+        """How many of them were written."""
+        written = 0
+        batch: list[bytes] = []
+        for line in [_RECORD + line.encode("utf-8", "replace") + b"\n" for line in lines] + [b""]:
+            if batch and (not line or len(b"".join(batch)) + len(line) > _WRITE):
+                if not self._put(b"".join(batch)):
+                    break
+                written += len(batch)
+                batch = []
+            batch.append(line)
+        return written
 
     def _put(self, batch: bytes) -> bool:
         try:

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def remove_records(name: str | None = None) -> list[str]:
     with _locked(state_root()):
         for each in ended_names() if name is None else [name]:
             path = _directory(each)
-            if path.is_dir() and _remove(path):
+            if path.is_dir() and _take(path, shutil.rmtree):
                 removed.append(str(path))
     return removed
 
@@ -183,20 +183,21 @@ def _prune(root: Path, kept: int, seconds: float) -> None:
         with contextlib.suppress(OSError):
             if path.is_dir():
                 ages.append((time.time() - max(p.stat().st_mtime for p in path.iterdir()), path))
-    for place, (age, path) in enumerate(sorted(ages)):
+    ended = [(age, path) for age, path in sorted(ages) if _take(path, lambda path: None)]
+    for place, (age, path) in enumerate(ended):
         if place >= kept or age > seconds:
-            _remove(path)
+            _take(path, shutil.rmtree)
 
 
-def _remove(path: Path) -> bool:
-    """False: its machine runs."""
+def _take(path: Path, act: Callable[[Path], None]) -> bool:
+    """Do this to a record whose machine does not run; False when it does, or this is no record."""
     try:
         fd = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False    # no record of ours
+        return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path)
+        act(path)
     except OSError:
         return False
     finally:

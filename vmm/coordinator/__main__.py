@@ -20,6 +20,7 @@ import msgspec
 
 from ipc import process
 from ipc.shm import SegmentError
+from ipc.steps import step
 from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
             os._exit(ExitCode.BUG)      # the machine is not torn down
         code = _not_made(exc, status_fd)
     _tell(status_fd, done=int(code))
+    step("done-said")
     if coordinator is not None:
         coordinator.close()
     if name and os.getppid() != keeper_pid:     # the keeper has been killed: nobody else clears up

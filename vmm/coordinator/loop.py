@@ -21,6 +21,7 @@ import zmq
 from ipc.layout import VcpuRequest, VcpuState
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
 from ipc.shm import SegmentError
+from ipc.steps import step
 from workers.zygote import Zygote
 
 from .. import boot, build, control, records, retrack
@@ -260,6 +261,7 @@ class Coordinator:
         """Serve the machine until it is over and released; its exit code."""
         while not self._done:
             self._turns += 1
+            step("turn")
             now = time.monotonic()
             if self._running():
                 self._run_due(now)
@@ -452,6 +454,7 @@ class Coordinator:
             records.write_report(self.spec.name, self._final)
         except OSError as exc:
             self._warn(f"its report cannot be kept: {exc}")
+        step("report-kept")
         self._tell({"event": "ended", "exit_code": int(code), "cause": cause})
 
     def _elapsed(self) -> float:

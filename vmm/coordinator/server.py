@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import zmq
 
 from ipc.lines import LINE_MAX, LineConnection, LineListener, LineTooLong
 from ipc.shm import SegmentError
+from ipc.steps import step
 
 from .. import control
 from ..errors import ExitCode, VmmError
@@ -53,11 +54,13 @@ class ControlServer:
     # --- for the loop ------------------------------------------------------------------------
 
     def interests(self) -> dict[int, int]:
-        """{descriptor: events to poll for}."""
-        found = {self._listener.fileno(): select.POLLIN}
+        """{descriptor: events to poll for}, as zmq.Poller has them."""
+        found: dict[int, int] = {self._listener.fileno(): zmq.POLLIN}
         for fd, connection in self._connections.items():
-            # Who does not read its answers, or has asked already, is not read from.
-            found[fd] = select.POLLOUT if connection.sending else 0 if connection.lines else select.POLLIN
+            if connection.sending:
+                found[fd] = zmq.POLLOUT
+            elif not connection.lines:      # who has asked already is not read from
+                found[fd] = zmq.POLLIN
         return found
 
     @property
@@ -68,10 +71,10 @@ class ControlServer:
     def serve(self, ready: Mapping[int, int]) -> None:
         """One turn: what is ready ({descriptor: events}) is read and written, and some requests are served."""
         for fd, happened in ready.items():
-            if fd == self._listener.fileno():
-                self._accept()
-            elif fd in self._connections:
+            if fd in self._connections:
                 self._exchange(self._connections[fd], happened)
+        if self._listener.fileno() in ready:
+            self._accept()      # now, when those that have hung up are out of the way
         deadline = time.monotonic() + _TURN
         for fd in list(self._connections):
             connection = self._connections.get(fd)
@@ -109,9 +112,9 @@ class ControlServer:
 
     def _exchange(self, connection: LineConnection, happened: int) -> None:
         try:
-            if happened & select.POLLOUT:
+            if happened & zmq.POLLOUT:
                 connection.flush()
-            elif happened & select.POLLIN:
+            elif happened & zmq.POLLIN:
                 if not connection.receive() and not connection.lines:
                     self._drop(connection)
             elif happened:      # hung up, and nothing can be read any more
@@ -163,6 +166,7 @@ class ControlServer:
             if isinstance(verb, control.Events):
                 self._waiting[connection.fileno()] = (number, verb.after)
                 return None
+            step("verb")
             return _encode({"id": number, "result": self._verbs[type(verb)](verb) or {}})
         except VmmError as exc:
             return _error(getattr(exc, "request_id", number), str(exc), exc.exit_code)
