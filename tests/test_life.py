@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from machines import alive, exact, machine_processes, spec, until
 
-from ipc.shm import list_segments, machine_prefix
+from ipc.shm import list_segments
 from vmm.errors import ExitCode, VmmError
 from vmm.keeper import Deaths
 from vmm.machine import Machine, list_machines
 from vmm.machinelog import LogLine, read_log
+from vmm.names import machine_prefix
 from vmm.records import ended_names, log_path, outcome
 from vmm.runtime import is_running, machine_dir
 from vmm.spec import MachineSpec
@@ -314,7 +315,8 @@ def test_an_idle_machine_idles(situation: str) -> None:
             machine.set_tracking("bitmap")
         elif situation == "owner-of-a-pause-gone":
             child = subprocess.run([sys.executable, "-c", "from vmm.machine import Machine\n"
-                                                          "Machine.attach('t').pause(mine=True)"], check=True)
+                                                          "Machine.attach('t').paused('a test').__enter__()\n"
+                                                          "import os; os._exit(0)"], check=True)
             assert child.returncode == 0
         else:
             with Machine.attach("t") as other:

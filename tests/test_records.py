@@ -11,7 +11,7 @@ import pytest
 from vmm import records
 from vmm.errors import ExitCode, VmmError
 from vmm.records import Record, ended_names, log_path, no_machine, outcome, remove_records, write_report
-from vmm.runtime import claim, machine_dir
+from vmm.runtime import claim, release
 
 REPORT = {"name": "m", "state": "ended", "exit_code": 4, "cause": "vCPU 0: exception", "ended_at": "2026-01-01"}
 
@@ -63,15 +63,12 @@ def test_a_damaged_report_is_none() -> None:
 
 def test_a_running_machine_has_not_ended() -> None:
     ended("m")
-    lock = claim("m")
+    taken = claim("m")
     try:
         assert outcome("m") is None
         assert ended_names() == []
     finally:
-        for path in machine_dir("m").iterdir():
-            path.unlink()
-        machine_dir("m").rmdir()
-        os.close(lock)
+        release(taken)
     assert ended_names() == ["m"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import select
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 
 from ipc.lines import LineConnection, LineTooLong, connect_lines
+from ipc.processid import identity
 
 from . import control
 from .errors import ExitCode, VmmError
@@ -29,11 +31,13 @@ class _Silent(VmmError):
 
 
 class ControlClient:
-    """One connection to a coordinator, or to the one that takes over when it dies. Not thread-safe. ``alive`` says
-    whether the machine still runs; ``after``: the events that ``event`` begins behind (0: from the first; -1: those
-    from now on)."""
+    """One connection to a coordinator, or to the one that takes over when it dies. Not thread-safe, nor for a
+    forked child. ``alive`` says whether the machine still runs; ``after``: the events that ``event`` begins behind
+    (0: from the first; -1: those from now on). ``lease``: token of the lease whose holder asks."""
 
     def __init__(self, directory: Path, name: str, alive: Callable[[], bool], *, after: int) -> None:
+        self.lease = ""
+        self._pid = os.getpid()
         self._path = directory / "control"
         self._name = name
         self._alive = alive
@@ -80,8 +84,13 @@ class ControlClient:
 
     def _send(self, verb: type[control.Verb], arguments: dict[str, Any], deadline: float) -> int:
         """The request's id. It may be lost. Raises VmmError."""
+        if os.getpid() != self._pid:
+            raise VmmError(f"this connection to machine '{self._name}' is that of process {self._pid}, which "
+                           "forked: attach to the machine here")
         number = next(self._ids)
-        frame = msgspec.json.encode(verb(v=control.CONTROL_VERSION, id=number, **arguments))
+        if issubclass(verb, control.Owned):
+            arguments = _owned(arguments)
+        frame = msgspec.json.encode(verb(v=control.CONTROL_VERSION, id=number, lease=self.lease, **arguments))
         while True:
             connection = self._connected(deadline)
             try:
@@ -176,6 +185,17 @@ class ControlClient:
 
     def close(self) -> None:
         self._drop()
+
+
+def _owned(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With ``mine``: when this process started. Which one it is, the coordinator sees."""
+    others = {key: value for key, value in arguments.items() if key != "mine"}
+    if not arguments.get("mine"):
+        return others
+    try:
+        return {**others, "owner_start": identity().start}
+    except ProcessLookupError:
+        raise VmmError("/proc/self/stat cannot be read: nothing can be held for this process") from None
 
 
 def _wait(connection: LineConnection, event: int, deadline: float) -> bool:

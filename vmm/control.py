@@ -8,19 +8,17 @@ vmm/coordinator/server.py the coordinator's.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from .errors import VmmError
 
-__all__ = ["CONTROL_VERSION", "Verb", "decode_verb"]
+__all__ = ["CONTROL_VERSION", "Owned", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 2
 
-#: A process id, or 0 for none; the kernel has none above (PID_MAX_LIMIT, linux/threads.h).
-Pid = Annotated[int, msgspec.Meta(ge=0, le=1 << 22)]
-#: What a verb does with a number it checks itself; here it is a number that Python, numpy and C agree on.
+#: One that Python, numpy and C agree on; whether a verb can do anything with it, it says itself.
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
@@ -29,9 +27,21 @@ def _dashed(name: str) -> str:
     return "".join("-" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
 
 
-class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True):
+class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True, kw_only=True):
+    """``lease``: the token of a lease that whoever asks has (``TakeLease``); some verbs are its holder's alone."""
+
     v: Number
     id: Number
+    lease: str = ""
+
+
+class Owned(Verb, kw_only=True):
+    """Something is to belong to the process that asks, and go with it. ``owner_start``: when that process started
+    (ipc/processid.py); which one it is, the coordinator sees from the connection. ``why``: for people. 0: it is
+    nobody's, and stays."""
+
+    owner_start: Number = 0
+    why: str = ""
 
 
 class Events(Verb):
@@ -50,10 +60,11 @@ class Status(Verb):
     pass
 
 
-class Pause(Verb):
-    """``owner``: a process id; the machine resumes when that process ends. 0: it stays paused."""
+class Pause(Owned):
+    """The guest stands still until nobody wants it to any more. Without ``token``: the user's pause, which stays
+    until ``Resume``. With one, made up by who asks: its own, until ``GiveBack`` or its end."""
 
-    owner: Pid = 0
+    token: str = ""
 
 
 class State(Verb):
@@ -66,13 +77,12 @@ class SetState(Verb):
     vcpus: list[dict[str, Any]]
 
 
-class Incoming(Verb):
-    """Before the start: pages of RAM are missing, and will be filled in by process ``owner`` while the guest runs.
-    Each worker sends a userfaultfd to the Unix socket ``socket``. The answer: ``addresses``, one a vCPU, {slot:
-    where its mapping begins}. Should the owner end before ``Arrived``, the machine is ended."""
+class Incoming(Owned):
+    """Before the start: pages of RAM are missing, and will be filled in by the process that asks while the guest
+    runs. Each worker sends a userfaultfd to the Unix socket ``socket``. The answer: ``addresses``, one a vCPU,
+    {slot: where its mapping begins}. Should the owner end before ``Arrived``, the machine is ended."""
 
     socket: str
-    owner: Pid
 
 
 class Arrived(Verb):
@@ -80,7 +90,51 @@ class Arrived(Verb):
 
 
 class Resume(Verb):
-    pass
+    """Take back the user's pause. The answer: ``held_by``, who wants the guest to stand still all the same. A
+    machine that was handed over is taken back only with ``force``."""
+
+    force: bool = False
+
+
+class TakeLease(Owned):
+    """Have the machine for something that others must not disturb (vmm/coordinator/leases.py), until ``GiveBack``
+    or the end of the process that asks. ``token``: made up by who asks. ``recover``: a migration that goes on with
+    a machine which was handed over."""
+
+    token: str
+    kind: str
+    recover: bool = False
+
+
+class Freeze(Verb):
+    """The lease's holder is about to copy the last of the memory: from now on no host write may begin, and the
+    guest stands still, until ``Thaw`` or the lease's end."""
+
+    token: str
+
+
+class Thaw(Verb):
+    token: str
+
+
+class HandOver(Verb):
+    """A frozen machine belongs to another host from now on (``to``, for people): it stays paused here whoever dies,
+    until ``TakeBack`` or a ``Resume`` with ``force``."""
+
+    token: str
+    to: str
+
+
+class TakeBack(Verb):
+    """The other host has refused it."""
+
+    token: str
+
+
+class GiveBack(Verb):
+    """End the pause, lease or limits of this token; nothing happens when there is none (any more)."""
+
+    token: str
 
 
 class Stop(Verb):
@@ -99,12 +153,11 @@ class LogStop(Verb):
     slot: Number
 
 
-class Register(Verb):
-    """``owner``: a process id; the client is unregistered when that process ends. 0: it stays.
-    ``like``: begin with what that other client has gathered, which stays as it is."""
+class Register(Owned):
+    """With ``owner_start``: the client is unregistered when the process that asks ends, and nobody else may sync or
+    unregister it. ``like``: begin with what that other client has gathered, which stays as it is."""
 
     client: str
-    owner: Pid = 0
     like: str = ""
 
 
@@ -120,11 +173,14 @@ class Sync(Verb):
     again: bool = False
 
 
-class DirtyLimit(Verb):
-    """At most so many pages a second, of one vCPU or (-1) of each; 0 lifts the limit."""
+class DirtyLimit(Owned):
+    """At most so many pages a second, of one vCPU or (null) of each; 0 lifts the limit. Without ``token``: the
+    user's, which stays. With one, made up by who asks: its own, over the user's, until ``GiveBack`` or its end. The
+    least counts."""
 
     pages_per_s: Number
-    vcpu: Number = -1
+    vcpu: Number | None = None
+    token: str = ""
 
 
 class SetTracking(Verb):
@@ -134,18 +190,18 @@ class SetTracking(Verb):
 
 
 class Mark(Verb):
-    """A host write was made: these pages are dirty."""
+    """A host write: these pages are dirty. ``when``: ``before`` and ``after`` go together, around a write that a
+    freeze waits for (vmm/holds.py); ``made`` stands alone, after one that nobody knew of."""
 
     slot: Number
     first: Number
     count: Number
+    when: Literal["before", "after", "made"] = "made"
 
 
-class RecordStart(Verb):
+class RecordStart(Owned):
     """From now on what is harvested from the rings is also put into the queue ``record`` (a dirty trace), until
-    ``RecordStop`` or the end of process ``owner``. One recording at a time."""
-
-    owner: Pid
+    ``RecordStop`` or the end of the process that asks. One recording at a time, which is its own."""
 
 
 class RecordStep(Verb):
@@ -169,6 +225,7 @@ class MemoryRemove(Verb):
 
 
 AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
+           | TakeLease | Freeze | Thaw | HandOver | TakeBack | GiveBack
            | Stop | Release | LogStart | LogStop | Register
            | Unregister | Sync | DirtyLimit | SetTracking | Mark | RecordStart | RecordStep | RecordStop
            | MemoryAdd | MemoryRemove)

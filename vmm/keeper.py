@@ -8,7 +8,7 @@ machine (docs/decisions/0011):
 * The coordinator ends without having said so, killed or of an error of its own: the workers stand on their own, so
   another coordinator is started, which carries on (invariant 5). After too many such deaths within a minute the
   machine is torn down: whatever kills them is not going to stop.
-* The launching process goes away in the foreground (end of file on the life pipe), or the keeper gets SIGTERM: the
+* The launching process goes away before it has let the machine go, or says so, or the keeper gets SIGTERM: the
   machine ends in order. SIGQUIT (``vmm stop --force``): at once.
 * The machine's runtime directory is removed: nobody could reach the machine any more, and it ends in order.
 * The keeper itself is killed: the kernel sends the coordinator SIGTERM, which ends the machine in
@@ -34,14 +34,17 @@ from pathlib import Path
 from typing import Any
 
 from ipc import inotify, process
+from ipc.claims import Claim
 from workers import zygote
 
 from . import records
 from .errors import ExitCode, VmmError
 from .machinelog import LogFile
-from .runtime import claim, machine_dir, runtime_root
+from .runtime import claim, machine_dir, release
 
-__all__ = ["Deaths", "main"]
+__all__ = ["END", "LET_GO", "Deaths", "main"]
+
+END, LET_GO = b"0", b"1"    # what is said on the life pipe: end the machine; it lives on without who launched it
 
 _DEATHS_MAX = 5             # deaths of the coordinator that are answered with another one,
 _DEATHS_WITHIN = 60.0       # within so many seconds
@@ -67,11 +70,14 @@ class Deaths:
 class Keeper:
     """``tell`` passes a line on to whoever launches the machine."""
 
-    def __init__(self, name: str, spec: bytes, status_fd: int, life_fd: int, signals: int, log: LogFile) -> None:
+    def __init__(self, name: str, spec: bytes, taken: Claim, status_fd: int, life_fd: int, launcher: int,
+                 signals: int, log: LogFile) -> None:
         self._name = name
+        self._claim = taken
         self._spec = spec
         self._status_fd = status_fd
         self._life_fd = life_fd
+        self._launcher_fd = os.pidfd_open(launcher) if os.getppid() == launcher else -1
         self._log = log
         self._log_error = ""
         self._coordinator: subprocess.Popen[bytes] | None = None
@@ -95,14 +101,16 @@ class Keeper:
     def run(self) -> tuple[int, str, str]:
         """Until the machine has ended: exit status, state (``ended``, or ``failed`` to start) and why."""
         self._watch_directory()
+        if self._launcher_fd < 0:
+            self.ending = "the process that had launched it went away"
         deaths = Deaths(_DEATHS_MAX, _DEATHS_WITHIN)
         recover = False
-        while True:
+        while not self.ending:
             how = self._run_coordinator(recover=recover)
             if self._done is not None:
                 return self._done, "ended" if self._ready else "failed", self._error or self.ending
             if self.ending:
-                return int(ExitCode.STOPPED), "ended", self.ending
+                break
             if not self._ready:
                 return int(ExitCode.WORKER_DIED), "failed", f"the coordinator died during set-up ({how})"
             if deaths.too_many(time.monotonic()):
@@ -110,12 +118,13 @@ class Keeper:
                                                             f"{_DEATHS_WITHIN:.0f} s, lastly of {how}")
             recover = True
             self.say("warning", f"coordinator died ({how}), another one takes over")
+        return int(ExitCode.STOPPED), "ended" if self._ready else "failed", self.ending
 
     def _run_coordinator(self, *, recover: bool) -> str:
         """Start one and wait for its end; how it ended."""
         read, write = os.pipe2(os.O_CLOEXEC)
         terminal = os.dup(sys.stderr.fileno())      # for trace events without a file
-        inherited = [write, self._alive_read, terminal]
+        inherited = [write, self._alive_read, self._claim.fd, terminal]
         with contextlib.ExitStack() as stack:
             sock = -1
             if not recover:
@@ -123,9 +132,9 @@ class Keeper:
                 sock = stack.enter_context(ours).fileno()
                 inherited.append(sock)
             self._coordinator = subprocess.Popen(
-                [sys.executable, "-m", "vmm.coordinator", str(write), str(self._alive_read), str(os.getpid()),
-                 str(sock), str(terminal)], stdin=subprocess.PIPE, stdout=self.log_write, stderr=self.log_write,
-                pass_fds=inherited)
+                process.python_module("vmm.coordinator", str(write), str(self._alive_read), str(os.getpid()),
+                                      str(sock), str(self._claim.fd), str(terminal)),
+                stdin=subprocess.PIPE, stdout=self.log_write, stderr=self.log_write, pass_fds=inherited)
         os.close(write)
         os.close(terminal)
         assert self._coordinator.stdin is not None
@@ -144,7 +153,8 @@ class Keeper:
         assert self._coordinator is not None
         self._said = b""
         with selectors.PollSelector() as selector:
-            for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._removal):
+            for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._launcher_fd,
+                       self._removal):
                 if fd >= 0:
                     selector.register(fd, selectors.EVENT_READ)
             while True:
@@ -156,9 +166,10 @@ class Keeper:
                     self.read_log()
                 if answer_fd in ready and not self._read_answer(answer_fd):
                     selector.unregister(answer_fd)
-                if self._life_fd in ready:
+                if self._life_fd in ready or self._launcher_fd in ready:
                     selector.unregister(self._life_fd)
-                    self._launcher_gone()
+                    selector.unregister(self._launcher_fd)
+                    self._part_from_launcher()
                 if self._removal in ready:
                     selector.unregister(self._removal)
                     os.close(self._removal)
@@ -179,13 +190,15 @@ class Keeper:
         elif signum == signal.SIGQUIT:
             self._end("ended by force", at_once=True)
 
-    def _launcher_gone(self) -> None:
-        """The life pipe is readable: one byte, the machine is to live on without it; its end, it has gone."""
-        left = os.read(self._life_fd, 1)
-        os.close(self._life_fd)
-        self._life_fd = -1
-        if not left:
-            self._end("the process that had launched it went away")
+    def _part_from_launcher(self) -> None:
+        """It has said its last word on the life pipe, or ended. (The pipe's end alone would not show that: children
+        that it has forked have the other end too.)"""
+        word = os.read(self._life_fd, 1) if select.select([self._life_fd], [], [], 0)[0] else b""
+        for fd in (self._life_fd, self._launcher_fd):
+            os.close(fd)
+        self._life_fd = self._launcher_fd = -1
+        if word != LET_GO:
+            self._end("its launch closed it" if word == END else "the process that had launched it went away")
 
     def _read_answer(self, fd: int) -> bool:
         """What the coordinator says; False when that was all."""
@@ -320,23 +333,22 @@ def _open_record(name: str) -> records.Record | str:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.keeper NAME STATUS_FD LIFE_FD``; the machine's specification is on standard
-    input. LIFE_FD is -1 for a machine that outlives whoever launched it."""
-    name, status_fd, life_fd = argv[0], int(argv[1]), int(argv[2])
+    """``python -m vmm.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID``; the machine's specification is on standard
+    input."""
+    name = argv[0]
+    status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
     process.set_name("vmm-keeper")
     process.set_subreaper()
     signals = _catch_signals()
     spec = sys.stdin.buffer.read()
     try:
-        lock = claim(name)
+        taken = claim(name)
     except VmmError as exc:
         os.write(status_fd, json.dumps({"error": str(exc), "code": int(exc.exit_code)}).encode() + b"\n")
         return int(exc.exit_code)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)     # for vmm stop --force
     record = _open_record(name)
     log = LogFile(record.log_path if isinstance(record, records.Record) else None)
-    keeper = Keeper(name, spec, status_fd, life_fd, signals, log)
+    keeper = Keeper(name, spec, taken, status_fd, life_fd, launcher, signals, log)
     if isinstance(record, str):
         keeper.tell({"warning": record})
     code, state, why = int(ExitCode.BUG), "ended", "its keeper failed"
@@ -357,10 +369,7 @@ def main(argv: list[str]) -> int:
             keeper.tell({"error": f"machine '{name}' did not start: {why}", "code": code})
         elif why and not keeper.ending:
             _print(f"vmm: machine '{name}': {why} (vmm logs {name})")
-        process.remove_machine_files(name, machine_dir(name))
-        with contextlib.suppress(OSError):
-            runtime_root().rmdir()  # the last machine's keeper takes the root along
-        os.close(lock)
+        release(taken)
     return code
 
 

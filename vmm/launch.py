@@ -7,12 +7,14 @@ import io
 import os
 import select
 import subprocess
-import sys
 import time
 
 import msgspec
 
+from ipc import process
+
 from .errors import ExitCode, VmmError
+from .keeper import END, LET_GO
 from .runtime import collect_garbage, machine_dir
 from .spec import MachineSpec, encode_spec
 
@@ -24,8 +26,9 @@ _CLEAR_TIMEOUT = 30.0       # seconds; a coordinator without a keeper has 25 (vm
 
 
 class Launched:
-    """A keeper that this process has started, and whose machine is ready. It ends when this process does (the life
-    pipe closes), unless it was ``let_go``. ``warnings``: what its user should know."""
+    """A keeper that this process has started, and whose machine is ready. It ends when this process does, unless it
+    was ``let_go``. (The keeper watches this process; a child that forks off inherits nothing of that.)
+    ``warnings``: what its user should know."""
 
     def __init__(self, spec: MachineSpec, *, quiet: bool) -> None:
         """``quiet``: nothing is printed by anybody. Raises VmmError, with nothing left behind."""
@@ -54,7 +57,8 @@ class Launched:
         try:
             with say:
                 self.keeper = subprocess.Popen(
-                    [sys.executable, "-m", "vmm.keeper", spec.name, str(say.fileno()), str(life.fileno())],
+                    process.python_module("vmm.keeper", spec.name, str(say.fileno()), str(life.fileno()),
+                                          str(os.getpid())),
                     stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if quiet else None,
                     pass_fds=(say.fileno(), life.fileno()), start_new_session=True)
         except BaseException:
@@ -86,16 +90,20 @@ class Launched:
 
     def let_go(self) -> None:
         """The machine lives on without this process. Idempotent."""
+        self._say(LET_GO)
+
+    def _say(self, word: bytes) -> None:
+        """On the life pipe, for the last time."""
         if not self._life.closed:
             with contextlib.suppress(BrokenPipeError):
-                self._life.write(b"1")
+                self._life.write(word)
             self._life.close()
 
     def end(self) -> None:
         """Have the machine end, in order if it can, and wait until nothing of it is left."""
         if self._life.closed:
             self.keeper.terminate()
-        self._life.close()          # the keeper sees it and has the machine end in order
+        self._say(END)
         try:
             self.keeper.wait(_END_TIMEOUT)
             return

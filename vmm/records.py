@@ -2,8 +2,8 @@
 
 ``$XDG_STATE_HOME/shardvmm/<scope>-<name>/`` (else ``~/.local/state/…``), mode 0700, with ``log``, ``log.1``
 (vmm/machinelog.py) and, once it has ended, ``report.json``. It lies there from the start, so that it is there
-whatever ends the machine. ``scope`` tells runtime directories apart (ipc/shm.py): two machines of one name may run
-under two of them.
+whatever ends the machine. ``scope`` tells runtime directories apart (vmm/names.py): two machines of one name may
+run under two of them.
 
 One record for each name, that of the last machine called so; the oldest go when there are more than KEPT, or after
 KEPT_DAYS. A keeper holds a flock on its machine's ``lock`` there, and for a moment that of the whole directory,
@@ -23,10 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ipc.shm import scope
-
 from .errors import ExitCode, VmmError
-from .names import check_machine_name, is_machine_name
+from .names import check_machine_name, is_machine_name, scope
 from .runtime import is_running, machine_names
 
 __all__ = ["KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome",

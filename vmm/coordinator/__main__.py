@@ -26,7 +26,7 @@ from workers.zygote import Zygote
 from ..errors import ExitCode, VmmError
 from ..machinelog import log_to_keeper
 from ..rules import check_machine
-from ..runtime import collect_garbage, machine_dir
+from ..runtime import adopt_claim, machine_dir, release
 from ..spec import decode_spec
 from .loop import STOP_TIMEOUT, Coordinator
 
@@ -34,25 +34,25 @@ _log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD TERMINAL_FD``; the specification is on
-    standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there. TERMINAL_FD: for
-    trace events without a file."""
-    status_fd, keeper_fd, keeper_pid, zygote_fd, terminal_fd = (int(a) for a in argv[:5])
+    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD CLAIM_FD TERMINAL_FD``; the
+    specification is on standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there.
+    TERMINAL_FD: for trace events without a file."""
+    status_fd, keeper_fd, keeper_pid, zygote_fd, claim_fd, terminal_fd = (int(a) for a in argv[:6])
     process.set_name("vmm-coordinator")
     process.set_time_slice(process.SERVICE_SLICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _early_stop)
-    name, coordinator, code = "", None, ExitCode.STOPPED
+    taken, coordinator, code = None, None, ExitCode.STOPPED
     try:
         process.die_with_parent(signal.SIGTERM, keeper_pid)
         log_to_keeper("coordinator")
         faulthandler.enable()
         spec = decode_spec(sys.stdin.buffer.read())
-        name = spec.name
+        taken = adopt_claim(spec.name, claim_fd)
         if zygote_fd >= 0:
             check_machine(spec)
-        coordinator = Coordinator(spec, machine_dir(name), keeper_fd, Zygote(zygote_fd) if zygote_fd >= 0 else None,
-                                  terminal_fd)
+        coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
+                                  Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)
         _tell(status_fd, ready=True)
         code = ExitCode(coordinator.run())
     except SystemExit:      # SIGTERM, before the loop could heed it
@@ -66,9 +66,8 @@ def main(argv: list[str]) -> int:
     step("done-said")
     if coordinator is not None:
         coordinator.close()
-    if name and os.getppid() != keeper_pid:     # the keeper has been killed: nobody else clears up
-        with contextlib.suppress(VmmError):
-            collect_garbage(name)
+    if taken is not None and os.getppid() != keeper_pid:    # it was killed, and cannot do it any more
+        release(taken)
     return code
 
 

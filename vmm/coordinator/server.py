@@ -36,19 +36,21 @@ _log = logging.getLogger(__name__)
 
 
 class ControlServer:
-    """``verbs``: what is called with each verb; it gives the answer's result (None: an empty one), or raises.
-    ``Events`` is this class's own."""
+    """``before`` is called before each verb. ``verbs``: what is called with it; it gives the answer's result (None:
+    an empty one), or raises. ``Events`` is this class's own."""
 
     def __init__(self, machine: str, directory: Path, verbs: dict[type[control.Verb], Handler],
-                 events: EventLog) -> None:
+                 before: Callable[[], None], events: EventLog) -> None:
         """Raises OSError."""
         self._machine = machine
         self._verbs = verbs
+        self._before = before
         self._events = events
         self._listener = LineListener(directory / "control")
         self._connections: dict[int, LineConnection] = {}   # by descriptor; who was served last is the last
         self._waiting: dict[int, tuple[int, int]] = {}      # {descriptor: (id, after)} of requests for events
-        #: Pid of the process whose verb is being served.
+        #: Process id of whoever asks, while a verb is carried out: of the peer of the socket, seen from here. 0: it
+        #: is in a PID namespace that is not seen from here.
         self.asker = 0
 
     # --- for the loop ------------------------------------------------------------------------
@@ -166,6 +168,7 @@ class ControlServer:
             if isinstance(verb, control.Events):
                 self._waiting[connection.fileno()] = (number, verb.after)
                 return None
+            self._before()
             step("verb")
             return _encode({"id": number, "result": self._verbs[type(verb)](verb) or {}})
         except VmmError as exc:
