@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import click
 from .cli_common import json_option, on_machine, print_json
 from .cli_compare import compare
 from .cli_dirty import dirty_limit, dirty_rate, tracking, working_set
+from .cli_machines import VERBS as MACHINE_VERBS
 from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
@@ -68,37 +68,6 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
 # --- running machines ------------------------------------------------------------------------------------
 
 
-@cli.command("list")
-@json_option
-def list_(as_json: bool) -> None:
-    """List the running machines."""
-    from .machine import list_machines
-
-    machines = list_machines()
-    if as_json:
-        print_json(machines)
-    elif machines:
-        from .report import machines_table, print_table, screen
-
-        print_table(machines_table(machines), screen())
-    else:
-        click.echo("no machine is running")
-
-
-@cli.command()
-@on_machine
-@json_option
-def status(machine: Machine, as_json: bool) -> None:
-    """Show everything about a machine: vCPUs, reaper, slots, verification."""
-    report = machine.status()
-    if as_json:
-        print_json(report)
-    else:
-        from .report import print_report, screen
-
-        print_report(report, screen())
-
-
 def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str) -> None:
     """A verb that does one thing to a machine and says so."""
 
@@ -130,30 +99,6 @@ def resume(machine: Machine, force: bool, as_json: bool) -> None:
         click.echo(f"{machine.name} stays paused: {', '.join(held_by)}")
     else:
         click.echo(f"{machine.name} is running")
-
-
-@cli.command()
-@on_machine
-@json_option
-def stop(machine: Machine, as_json: bool) -> None:
-    """End every vCPU, and the machine, in order."""
-    from .runtime import is_running
-
-    machine.stop()
-    deadline = time.monotonic() + 30.0
-    while is_running(machine.name):
-        if time.monotonic() > deadline:
-            raise VmmError(f"machine '{machine.name}' is still there after 30 s", ExitCode.WORKER_DIED)
-        try:
-            if machine.status()["state"] == "ended":
-                machine.release()
-        except VmmError:
-            pass    # it went away meanwhile, which is what was wanted
-        time.sleep(0.02)
-    if as_json:
-        print_json({"name": machine.name, "done": "stop"})
-    else:
-        click.echo(f"{machine.name} has ended")
 
 
 @cli.group()
@@ -248,8 +193,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (compare, dirty_rate, dirty_limit, tracking, working_set, trace_group, snapshot, migrate, receive,
-              keys, stress):
+for _verb in (*MACHINE_VERBS, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group, snapshot,
+              migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 
@@ -274,12 +219,19 @@ def doctor(as_json: bool) -> int:
 
 @cli.command()
 @click.argument("name", required=False)
+@click.option("--logs", is_flag=True, help="Also the logs and reports of machines that have ended.")
 @json_option
-def gc(name: str | None, as_json: bool) -> None:
+def gc(name: str | None, logs: bool, as_json: bool) -> None:
     """Clear what machines that died have left behind (of NAME, or of all)."""
+    from .records import remove_records
     from .runtime import collect_garbage
 
     removed = collect_garbage(name)
+    if logs:
+        try:
+            removed += remove_records(name)
+        except OSError as exc:
+            raise VmmError(f"the logs cannot be removed: {exc}") from None
     if as_json:
         print_json({"removed": removed})
     else:

@@ -91,6 +91,10 @@ def size_text(size: int) -> str:
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as tables."""
+    if "vcpus" not in report:       # nobody was left to make a whole one (vmm/records.py)
+        console.print(f"[bold]{report['name']}[/bold]  {report['state']} at {report['ended_at']}, exit code "
+                      f"{report['exit_code']}: {escape(report['cause'])}")
+        return
     outcome = "running" if report["state"] != "ended" else f"exit code {report['exit_code']}"
     console.print(f"[bold]{report['name']}[/bold]  {report['state']}, {report['elapsed_s']:.3f} s, "
                   f"{report['accelerator']}, dirty {report['tracking']}"
@@ -122,6 +126,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     if report["coordinator"]["restarts"]:
         console.print(f"coordinator replaced {report['coordinator']['restarts']} times")
     _print_verification(report["verification"], console)
+    if report["cause"]:
+        console.print(f"ended at {report['ended_at']}: {report['cause']}", markup=False)
 
 
 def _print_trouble(vcpu: dict[str, Any], console: Console) -> None:
@@ -178,11 +184,25 @@ def doctor_table(findings: list[dict[str, str]]) -> Table:
 
 
 def machines_table(machines: list[dict[str, Any]]) -> Table:
-    found = table("name", "state", "accelerator", numbers=("vCPUs", "memory", "elapsed"))
+    """Reports, whole or not."""
+    ended = any(m.get("ended_at") for m in machines)
+    found = table("name", "state", "accelerator", numbers=("vCPUs", "memory", "elapsed"),
+                  texts=("ended", "why") if ended else ())
     for m in machines:
-        if "vcpus" not in m:
-            found.add_row(m["name"], m["state"])
-            continue
-        found.add_row(m["name"], m["state"], m["accelerator"], str(len(m["vcpus"])),
-                      size_text(sum(s["size"] for s in m["slots"])), f"{m['elapsed_s']:.1f} s")
+        row = [m["name"], _state_text(m)]
+        if "vcpus" in m:
+            row += [m["accelerator"], str(len(m["vcpus"])), size_text(sum(s["size"] for s in m["slots"])),
+                    f"{m['elapsed_s']:.1f} s"]
+        elif ended:
+            row += [""] * 4
+        if m.get("ended_at"):
+            row += [m["ended_at"], m["cause"]]
+        found.add_row(*map(escape, row))
     return found
+
+
+def _state_text(machine: dict[str, Any]) -> str:
+    if machine.get("ended_at"):
+        return f"{machine['state']} ({machine['exit_code']})"
+    dead = sum(v["state"] == "dead" for v in machine.get("vcpus", []))
+    return machine["state"] + (f" ({dead} vCPU{'s' if dead > 1 else ''} dead)" if dead else "")
