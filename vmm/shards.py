@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +48,8 @@ from workers.zygote import Zygote
 from .errors import ExitCode, VmmError
 
 __all__ = ["Shard", "Shards"]
+
+_log = logging.getLogger(__name__)
 
 _RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
 _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
@@ -296,16 +298,16 @@ class Shards:
         """Start the worker's process; it reads its specification from a pipe."""
         assert self._zygote is not None
         read, write = os.pipe()
-        try:
-            shard.watch(self._zygote.fork(spec.accel, read))
+        with contextlib.suppress(BrokenPipeError), os.fdopen(write, "wb") as pipe:  # (its death is seen later)
+            try:
+                shard.watch(self._zygote.fork(spec.accel, read))
+            except OSError as exc:
+                raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
+                               ExitCode.WORKER_DIED) from None
+            finally:
+                os.close(read)
             self.all.append(shard)
-        except OSError as exc:
-            raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
-                           ExitCode.WORKER_DIED) from None
-        finally:
-            os.close(read)
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(msgspec.json.encode(spec))
+            pipe.write(msgspec.json.encode(spec))
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
@@ -475,7 +477,7 @@ class Shards:
     def _bad(self, error: MessageError) -> None:
         self._bad_messages += 1
         if self._bad_messages <= _COMPLAINTS:
-            print(f"vmm: dropped on a socket of the workers: {error}", file=sys.stderr)
+            _log.warning("dropped on a socket of the workers: %s", error)
 
     # --- requests -----------------------------------------------------------------------------------
 
