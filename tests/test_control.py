@@ -85,8 +85,9 @@ def machine() -> Iterator[Machine]:
 
 
 BAD = [b"", b"\0", b"null", b"[]", b"{", b"{}", b"\xff\xfe", b'{"v": 2, "id": "x", "verb": "status"}',
-       b"[" * 99_999, b'{"v":' * 50_000, b'{"v": 2, "verb": "\xff"}', b"\x01",
-       request("status", 1 << 80), request("status", v=1 << 80), request("no-such-verb"), request("status", extra=1),
+       b"[" * 99_999, b'{"v":' * 50_000, b'{"v": 2, "verb": "\xff"}', b"\x01\0",
+       request("status", 1 << 80), request("status", v=1 << 80), request("no-such-verb"),
+        request("status", extra=1),
        *(request(verb, owner_start=start, **fields)
          for start in (-1, 1, 1 << 40, 1 << 70, "me")
          for verb, fields in (("pause", {"token": "a"}), ("register", {"client": "c"}), ("record-start", {}),

@@ -173,15 +173,17 @@ def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, a
 @memory.command("remove")
 @on_machine
 @click.argument("slot", type=int)
+@click.option("--force", is_flag=True, help="Although it holds the guest's image or stacks.")
 @json_option
-def memory_remove(machine: Machine, slot: int, as_json: bool) -> None:
+def memory_remove(machine: Machine, slot: int, force: bool, as_json: bool) -> None:
     """Remove SLOT: vCPUs stopped, rings reaped, bitmap synced, slot removed, vCPUs resumed."""
-    machine.memory_remove(slot)
+    machine.memory_remove(slot, force=force)
     _memory_done(machine, slot, "removed", as_json)
 
 
 def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    """``4096`` is bytes; everything else is for parse_size."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
 
 
 def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
@@ -209,9 +211,9 @@ def doctor(as_json: bool) -> int:
     if as_json:
         print_json([f.as_dict() for f in findings])
     else:
-        from .report import doctor_table, screen
+        from .report import doctor_table, print_table, screen
 
-        screen().print(doctor_table([f.as_dict() for f in findings]))
+        print_table(doctor_table([f.as_dict() for f in findings]), screen())
     return ExitCode.OK if healthy(findings) else 1
 
 

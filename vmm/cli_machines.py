@@ -40,9 +40,9 @@ def list_(everything: bool, as_json: bool) -> None:
     if as_json:
         print_json(machines)
     elif machines:
-        from .report import machines_table, screen
+        from .report import machines_table, print_table, screen
 
-        screen().print(machines_table(machines))
+        print_table(machines_table(machines), screen())
     else:
         click.echo("no machine is running" + (", and none has left a report" if everything else ""))
 

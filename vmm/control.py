@@ -167,7 +167,8 @@ class Unregister(Verb):
 
 class Sync(Verb):
     """Flush, then give this client what was dirtied since its last sync. ``again``: the last one's
-    answer was not received; what it took is given once more, and nothing is lost."""
+    answer was not received; what it took is given once more, and nothing is lost. The answer: ``slots``, and
+    ``at`` and ``vcpu_pages``, the monotonic time of the flush and each vCPU's pages until then."""
 
     client: str
     again: bool = False
@@ -221,7 +222,10 @@ class MemoryAdd(Verb):
 
 
 class MemoryRemove(Verb):
+    """``force``: although it holds the guest's image or stacks."""
+
     slot: Number
+    force: bool = False
 
 
 AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume

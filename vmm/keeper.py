@@ -46,10 +46,12 @@ __all__ = ["END", "LET_GO", "Deaths", "main"]
 
 END, LET_GO = b"0", b"1"    # what is said on the life pipe: end the machine; it lives on without who launched it
 
-_LIVES = 6                  # so many coordinators in a row
-_LIVED = 60.0               # that were at work for less than so many seconds in all, and died: there is no use in
-another _END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it
-will _REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
+# There is no use in another coordinator when so many in a row have died that were at work for less than so many
+# seconds in all.
+_LIVES = 6
+_LIVED = 60.0
+_END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it will
+_REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
 _READ = 64 << 10
 
 
@@ -115,8 +117,8 @@ class Keeper:
             if not self._ready:
                 return int(ExitCode.WORKER_DIED), "failed", f"the coordinator died during set-up ({how})"
             if deaths.too_many(0.0 if self._at_work_since is None else time.monotonic() - self._at_work_since):
-                return (int(ExitCode.WORKER_DIED), "ended", f"{_LIVES} coordinators died within {_LIVED:.0f} s of work, "
-                                                            f"the last of {how}")
+                why = f"{_LIVES} coordinators died within {_LIVED:.0f} s of work, the last of {how}"
+                return int(ExitCode.WORKER_DIED), "ended", why
             recover = True
             self.say("warning", f"coordinator died ({how}), another one takes over")
         return int(ExitCode.STOPPED), "ended" if self._ready else "failed", self.ending

@@ -33,7 +33,7 @@ from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec
 
-__all__ = ["Machine", "SyncResult", "list_machines"]
+__all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
 _FOREVER = 86400.0 * 365    # seconds; what poll(2) can still be asked to wait for is less, and asked for again
 
@@ -46,6 +46,18 @@ class SyncResult:
     slots: dict[int, list[tuple[int, int]]]
     #: Dirty pages in all.
     pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What one flush of the dirty log gave a client, as of one moment."""
+
+    #: {slot id: dirty pages}; which ones they are is in ``Machine.bitmap``.
+    slots: dict[int, int]
+    #: CLOCK_MONOTONIC of this host when the flush was over, seconds.
+    at: float
+    #: Pages that each vCPU has dirtied until then, ring entries where there are rings.
+    vcpu_pages: list[int]
 
 
 class Machine:
@@ -324,20 +336,22 @@ class Machine:
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
-        slots = self._take(client)
+        return self.flush(client).slots
+
+    def flush(self, client: str) -> Flushed:
+        """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
+        answer = self._client.ask(control.Sync, client=client)
+        slots = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
         for slot_id, counts in slots.items():
             self._maps(client, slot_id, counts["pages"])
-        return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
+        return Flushed({slot_id: counts["dirty"] for slot_id, counts in slots.items()}, answer["at"],
+                       answer["vcpu_pages"])
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
-        return sum(s["dirty"] for s in self._take(client).values())
-
-    def _take(self, client: str) -> dict[int, dict[str, int]]:
-        answer = self._client.ask(control.Sync, client=client)
-        return {int(i): s for i, s in answer["slots"].items()}
+        return sum(s["dirty"] for s in self._client.ask(control.Sync, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
@@ -391,10 +405,11 @@ class Machine:
         """Plug a memory slot in (bytes, multiples of 4096)."""
         self._client.ask(control.MemoryAdd, slot=slot, gpa=gpa, size=size, log=log)
 
-    def memory_remove(self, slot: int) -> None:
+    def memory_remove(self, slot: int, *, force: bool = False) -> None:
         """Unplug a slot: vCPUs stopped, rings reaped, bitmap synced, removed, resumed. What was dirty
-        in it is in each client's next sync."""
-        self._client.ask(control.MemoryRemove, slot=slot)
+        in it is in each client's next sync. ``force``: also one that holds the guest's image or stacks. Raises
+        VmmError."""
+        self._client.ask(control.MemoryRemove, slot=slot, force=force)
         segment = self._segments.pop(f"ram{slot}", None)
         if segment is not None:
             segment.close()

@@ -298,15 +298,16 @@ class Shards:
         """Start the worker's process; it reads its specification from a pipe."""
         assert self._zygote is not None
         read, write = os.pipe()
-        with contextlib.suppress(BrokenPipeError), os.fdopen(write, "wb") as pipe:  # (its death is seen later)
-            try:
-                shard.watch(self._zygote.fork(spec.accel, read))
-            except OSError as exc:
-                raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
-                               ExitCode.WORKER_DIED) from None
-            finally:
-                os.close(read)
+        try:
+            shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
+        except OSError as exc:
+            os.close(write)
+            raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
+                           ExitCode.WORKER_DIED) from None
+        finally:
+            os.close(read)
+        with contextlib.suppress(BrokenPipeError), os.fdopen(write, "wb") as pipe:  # await_hello says that it ended
             pipe.write(msgspec.json.encode(spec))
 
     def await_hello(self) -> None:

@@ -177,7 +177,7 @@ class Coordinator:
             control.RecordStop: lambda v: self.recording.stop(self._server.asker),
             control.MemoryAdd: allowed(Change.SLOTS, lambda v: hotplug.add_slot(
                 core, RamSlot(v.slot, v.gpa, v.size, v.log, born=time.time_ns()))),
-            control.MemoryRemove: allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot)),
+            control.MemoryRemove: allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot, force=v.force)),
         }
 
     # --- verbs that concern several of the parts ---------------------------------------------------
