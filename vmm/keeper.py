@@ -46,25 +46,27 @@ __all__ = ["END", "LET_GO", "Deaths", "main"]
 
 END, LET_GO = b"0", b"1"    # what is said on the life pipe: end the machine; it lives on without who launched it
 
-_DEATHS_MAX = 5             # deaths of the coordinator that are answered with another one,
-_DEATHS_WITHIN = 60.0       # within so many seconds
+# There is no use in another coordinator when so many in a row have died that were at work for less than so many
+# seconds in all.
+_LIVES = 6
+_LIVED = 60.0
 _END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it will
 _REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
 _READ = 64 << 10
 
 
 class Deaths:
-    """Counted over time: a machine that runs for months may see many."""
+    """Of coordinators, counted over the time in which there was one at work: a machine that runs for months may see
+    many. How long each took to take over does not matter, be the host as slow as it may."""
 
-    def __init__(self, most: int, seconds: float) -> None:
-        self._recent: deque[float] = deque(maxlen=most)
+    def __init__(self, lives: int, seconds: float) -> None:
+        self._lived: deque[float] = deque(maxlen=lives)
         self._seconds = seconds
 
-    def too_many(self, now: float) -> bool:
-        """There was one at ``now`` (monotonic seconds); were there ``most`` already in the ``seconds`` before?"""
-        found = len(self._recent) == self._recent.maxlen and now - self._recent[0] < self._seconds
-        self._recent.append(now)
-        return found
+    def too_many(self, lived: float) -> bool:
+        """One has died after ``lived`` seconds of work: have the last ``lives`` done less than ``seconds``?"""
+        self._lived.append(lived)
+        return len(self._lived) == self._lived.maxlen and sum(self._lived) < self._seconds
 
 
 class Keeper:
@@ -89,6 +91,7 @@ class Keeper:
         os.set_blocking(self.log_read, False)
         self._removal = -1
         self._ready = False
+        self._at_work_since: float | None = None    # monotonic seconds; of the present coordinator
         self._done: int | None = None       # the exit status that the coordinator has said to end with
         self._error = ""
         self._said = b""
@@ -103,7 +106,7 @@ class Keeper:
         self._watch_directory()
         if self._launcher_fd < 0:
             self.ending = "the process that had launched it went away"
-        deaths = Deaths(_DEATHS_MAX, _DEATHS_WITHIN)
+        deaths = Deaths(_LIVES, _LIVED)
         recover = False
         while not self.ending:
             how = self._run_coordinator(recover=recover)
@@ -113,9 +116,9 @@ class Keeper:
                 break
             if not self._ready:
                 return int(ExitCode.WORKER_DIED), "failed", f"the coordinator died during set-up ({how})"
-            if deaths.too_many(time.monotonic()):
-                return (int(ExitCode.WORKER_DIED), "ended", f"its coordinator died {_DEATHS_MAX + 1} times within "
-                                                            f"{_DEATHS_WITHIN:.0f} s, lastly of {how}")
+            if deaths.too_many(0.0 if self._at_work_since is None else time.monotonic() - self._at_work_since):
+                why = f"{_LIVES} coordinators died within {_LIVED:.0f} s of work, the last of {how}"
+                return int(ExitCode.WORKER_DIED), "ended", why
             recover = True
             self.say("warning", f"coordinator died ({how}), another one takes over")
         return int(ExitCode.STOPPED), "ended" if self._ready else "failed", self.ending
@@ -152,6 +155,7 @@ class Keeper:
         """Until this coordinator has ended; its return code (negative: the signal that killed it)."""
         assert self._coordinator is not None
         self._said = b""
+        self._at_work_since = None
         with selectors.PollSelector() as selector:
             for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._launcher_fd,
                        self._removal):
@@ -224,6 +228,8 @@ class Keeper:
         if "error" in answer:
             self._error = str(answer["error"])
             self._log.say("error", self._error)
+        if "ready" in answer:
+            self._at_work_since = time.monotonic()
         if self._ready:
             return      # a replacement's: nobody waits for it
         self._ready = "ready" in answer

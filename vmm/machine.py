@@ -212,22 +212,29 @@ class Machine:
         """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
         it has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
         deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
-        try:
-            self._client.skip_events()
-            report = self.status()
-            while report["state"] != "ended":
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
-                event = self._client.event(left)
-                if event is None or event["event"] == "ended":
-                    report = self.status()
-        except VmmError as exc:
-            left_behind = records.outcome(self.name) if exc.exit_code is ExitCode.NO_MACHINE else None
-            if left_behind is None:
-                raise
-            report = left_behind
+        report: dict[str, Any] | None = None
+        while report is None:
+            try:
+                report = self._wait_for_end(deadline)
+            except VmmError as exc:
+                report = records.outcome(self.name)
+                # Without an answer while it runs, one coordinator is taking over from another.
+                if report is None and not (exc.exit_code is ExitCode.NO_MACHINE and is_running(self.name)):
+                    raise
+            if report is None and time.monotonic() >= deadline:
+                raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
         self._report = report
+        return report
+
+    def _wait_for_end(self, deadline: float) -> dict[str, Any] | None:
+        """The report; None: it runs still. Raises VmmError."""
+        self._client.skip_events()
+        while (report := self.status())["state"] != "ended":
+            event: dict[str, Any] | None = {"event": ""}
+            while event is not None and event["event"] != "ended":
+                event = self._client.event(deadline - time.monotonic())
+            if time.monotonic() >= deadline:
+                return None
         return report
 
     # --- memory -----------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +48,8 @@ from workers.zygote import Zygote
 from .errors import ExitCode, VmmError
 
 __all__ = ["Shard", "Shards"]
+
+_log = logging.getLogger(__name__)
 
 _RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
 _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
@@ -476,7 +478,7 @@ class Shards:
     def _bad(self, error: MessageError) -> None:
         self._bad_messages += 1
         if self._bad_messages <= _COMPLAINTS:
-            print(f"vmm: dropped on a socket of the workers: {error}", file=sys.stderr)
+            _log.warning("dropped on a socket of the workers: %s", error)
 
     # --- requests -----------------------------------------------------------------------------------
 
