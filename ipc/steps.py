@@ -3,8 +3,8 @@
 Whoever changes what a successor must know calls :func:`step` between any two actions that can be torn apart by a
 kill. In ordinary life that is one comparison. With ``$VMM_STEPS`` naming a directory, a process that reaches step
 ``NAME`` looks for the file ``kill-NAME`` there (it removes it and sends itself SIGKILL), then for ``fail-NAME``
-(it removes it and raises OSError with the errno written in it, in decimal). A file serves once, so that a successor
-lives.
+(it removes it and raises OSError with the errno written in it, in decimal). A file serves once, so that a
+successor lives.
 
 ``STEPS`` is the whole list, by what is being done; tests/test_steps.py holds it against the calls in the source,
 and walks it.

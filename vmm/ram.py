@@ -92,6 +92,11 @@ class MemorySlot:
         self._open.append(segment)
         return segment
 
+    @property
+    def now(self) -> RamSlot:
+        """Its specification, with the logging as it is."""
+        return RamSlot(self.spec.id, self.spec.gpa, self.spec.size, self.logged, self.spec.born)
+
     def worker_spec(self, vcpu: int) -> SlotSpec:
         return SlotSpec(id=self.spec.id, gpa=self.spec.gpa, size=self.spec.size, segment=self.ram.name,
                         log=self.logged, log_segment=self._vlog_names[vcpu] if self._vlog_names else "")

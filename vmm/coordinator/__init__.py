@@ -1,0 +1,13 @@
+"""The coordinator process: it reaps, keeps the dirty log, and serves the control socket.
+
+    __main__        entry: ``python -m vmm.coordinator``, started by the keeper (vmm/keeper.py)
+    loop            one loop, one thread: what is due, what has come; from the first vCPU to the last
+    server          the control socket: a verb in, a call out, an answer
+    core            what all of the modules below share, and the checks that many verbs begin with
+    owners          processes that hold something here, watched by pidfd
+    journal         state.json: what a replacement coordinator must know
+    pauses, clients, hotplug, limits, tracking, recording, incoming, vcpu_states     a family of verbs each
+    status          the report and the exit code
+
+Nobody outside this package imports any of it.
+"""

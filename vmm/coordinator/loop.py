@@ -1,0 +1,389 @@
+"""The coordinator process: one loop, one thread, which is the machine's big lock.
+
+The loop sleeps in one poll: on notifications (above all ring-full), on the control socket, on the pidfds of workers
+and owners, on its own signals, until the reaper, the verifier or the timeout is due.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from ipc.layout import VcpuRequest, VcpuState
+from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
+from workers.zygote import Zygote
+
+from .. import boot, build, control, retrack
+from ..reaper import Reaper
+from ..shards import Shard, Shards
+from ..spec import MachineSpec, RamSlot
+from ..trace import Tracer
+from ..verify import Verification, make_verifier
+from . import hotplug, limits, vcpu_states
+from .clients import Clients
+from .core import Core
+from .incoming import Incoming
+from .journal import Journal, Saved
+from .pauses import Pauses
+from .recording import Recording
+from .server import ControlServer, Handler
+from .status import machine_report, reason_text
+from .tracking import TrackingSwitch
+
+__all__ = ["Coordinator"]
+
+
+class Coordinator:
+    """A machine from its making (``zygote``: makes the workers), or from where one that died has left it (None), to
+    its end. Raises VmmError and SegmentError when it cannot be had."""
+
+    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
+        self._journal = Journal(directory)
+        saved = self._journal.read() if zygote is None else None
+        # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
+        if spec.image:
+            image = directory / "image"
+            if zygote is not None:
+                build.copy_image(spec.image, image)
+            spec = msgspec.structs.replace(spec, image=str(image))
+        self.spec = spec
+        self._started = 0.0
+        self._elapsed_at_end: float | None = None
+        self._stop_asked = False
+        self._done = False
+        self._linger = spec.linger
+        self._final: dict[str, Any] | None = None
+        self._restarts = 0
+        self._next_round = 0.0
+        self._round = 0
+        core = self.core = Core(spec, directory, Tracer(spec.trace, spec.trace_file))
+        core.save = self._save
+        self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
+        self.pauses = Pauses(core)
+        self.clients = Clients(core, self.tracking)
+        self.recording = Recording(core)
+        self.incoming = Incoming(core, self.tracking)
+        if saved is None:
+            core.parts = build.make_parts(spec, self.tracking.first())
+        else:
+            core.parts = build.adopt_parts(spec, saved.slots, saved.clients, saved.tracking)
+        self._block = core.parts.control
+        self._block.coordinator_pid = os.getpid()
+        self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
+        self._server = ControlServer(directory, self._verbs())
+        core.tell = self._server.tell
+        self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.reaper = core.reaper = Reaper(spec.reaper, self.shards, core.parts.log, self._block, core.tracer,
+                                           self._on_rebuild, tracking=core.parts.tracking)
+        if saved is None:
+            self._create(keeper_fd)
+        else:
+            self._recover(saved)
+
+    def _verbs(self) -> dict[type[control.Verb], Handler]:
+        """Every verb of the control socket, and what it calls."""
+        core, log = self.core, self.core.parts.log
+        return {
+            control.Start: lambda v: self._start(),
+            control.Status: lambda v: self._final if self._final is not None else self._report(),
+            control.Stop: lambda v: self._stop_or_go(),
+            control.Release: lambda v: self._go(),
+            control.State: lambda v: vcpu_states.take_states(core, paused=self.pauses.paused,
+                                                             tracking=self.tracking.asked),
+            control.SetState: lambda v: vcpu_states.set_states(core, v.vcpus),
+            control.Incoming: lambda v: {"addresses": self.incoming.expect(v.socket, v.owner)},
+            control.Arrived: lambda v: self.incoming.arrived(),
+            control.Pause: lambda v: self.pauses.pause(v.owner),
+            control.Resume: lambda v: self.pauses.resume(),
+            control.Register: lambda v: self.clients.register(v.client, v.owner, v.like),
+            control.Unregister: lambda v: self.clients.unregister(v.client),
+            control.Sync: lambda v: self.clients.sync(v.client, v.again),
+            control.Mark: lambda v: log.mark(v.slot, v.first, v.count),
+            control.DirtyLimit: lambda v: limits.set_limit(core, self.tracking, v.pages_per_s, v.vcpu),
+            control.SetTracking: lambda v: self.tracking.ask(v.tracking),
+            control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
+            control.LogStop: lambda v: hotplug.set_logging(core, v.slot, False),
+            control.RecordStart: lambda v: self.recording.start(v.owner),
+            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running())},
+            control.RecordStop: lambda v: self.recording.stop(),
+            control.MemoryAdd: lambda v: hotplug.add_slot(core, RamSlot(v.slot, v.gpa, v.size, v.log,
+                                                                        born=time.time_ns())),
+            control.MemoryRemove: lambda v: hotplug.remove_slot(core, v.slot),
+        }
+
+    # --- set-up ------------------------------------------------------------------------------
+
+    def _create(self, keeper_fd: int) -> None:
+        core = self.core
+        for shard in build.make_shards(core.parts):
+            self.shards.spawn(shard, build.worker_spec(core.parts, shard.index, core.directory, keeper_fd))
+        self.shards.start_paused()
+        self.shards.await_hello()
+        if self.spec.verify is not None:
+            core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
+                                          self._block, core.parts.usable)
+        core.state = "ready"
+        self._save()
+
+    def _start(self) -> None:
+        """Let the vCPUs enter the guest for the first time."""
+        if self.core.state != "ready":
+            return
+        self.core.state = "running"
+        now = time.monotonic()
+        self._started = now
+        if self.spec.verify is not None:
+            self._next_round = now + self.spec.verify.interval
+        self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
+        self.shards.resume_all()
+        self.core.parts.log.load_kernels()      # the guest runs already, and no ring is full so soon
+        self._save()
+
+    def _recover(self, saved: Saved) -> None:
+        """Carry on where a coordinator that died left off (invariant 5).
+
+        Its harvest may have stopped anywhere. What it had harvested lies in staging, what it had not
+        is still in the rings; entries it had harvested and not reset are counted by the difference of
+        the two totals. So one ordinary reap, of every ring, puts all of it right.
+        """
+        core = self.core
+        self._restarts = saved.restarts + 1
+        self.recording.clear()
+        self._started = time.monotonic() - saved.elapsed if saved.started else 0.0
+        for shard in build.make_shards(core.parts):
+            shard.exited = saved.exits.get(shard.index)
+            self.shards.all.append(shard)
+            try:
+                if shard.control.state == VcpuState.DEAD:
+                    raise ProcessLookupError
+                shard.watch(shard.control.pid)
+            except ProcessLookupError:
+                shard.bury()
+        if retrack.unfinished(core.parts, self.shards):
+            # The vCPUs stand still. They stay so with what is set here, until resume_all below.
+            self.shards.pause(self.shards.all)
+            retrack.fulfil(core.parts, self.shards)
+        elif self.spec.accel == "kvm":
+            self.shards.adopt_fds(core.live)
+        # Whatever the predecessor was in the middle of, everybody is stopped first.
+        self.shards.pause_all()
+        if self.spec.verify is not None:
+            core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
+                                          self._block, core.parts.usable, saved.verification or Verification())
+            self._next_round = time.monotonic()
+        for shard in self.shards.all:
+            # A message that the predecessor took with it: the control block still says so.
+            if shard.control.state == VcpuState.EXITED and shard.exited is None:
+                shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
+                                      shard.control.exit_code)
+            if core.parts.ring_entries:
+                self.reaper.full.add(shard.index)
+        self.reaper.drain()
+        core.parts.log.publish()
+        self.clients.adopt(saved.owners)
+        self.incoming.adopt(saved.incoming)
+        core.state = "running" if saved.started else "ready"
+        self.pauses.adopt(saved.user_paused, saved.pause_owner)
+        if saved.started and not self.pauses.paused:
+            self.shards.resume_all()
+        self._save()
+
+    def _save(self) -> None:
+        core = self.core
+        self._journal.write(Saved(
+            slots=[slot.now for slot in core.parts.log.slots.values()], clients=core.parts.log.clients,
+            elapsed=self._elapsed(), started=self._started > 0, user_paused=self.pauses.paused,
+            verification=core.verifier.result if core.verifier else None,
+            exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
+            restarts=self._restarts, owners=self.clients.owner_pids, pause_owner=self.pauses.owner_pid,
+            incoming=self.incoming.owner_pid, tracking=core.parts.tracking, asked_tracking=self.tracking.asked))
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve the machine until it is over and released; its exit code."""
+        while not self._done:
+            now = time.monotonic()
+            if self._running():
+                self._run_due(now)
+            # Not by the control block: its state says so before the notification with the reason comes.
+            if self.core.state == "running" and not any(s.alive and s.exited is None for s in self.shards.all):
+                self._finish()
+                continue
+            self.reaper.wait()
+            self._wait(time.monotonic())
+        return int(self._report()["exit_code"])
+
+    def _running(self) -> bool:
+        return self.core.state == "running" and not self.pauses.paused
+
+    def _run_due(self, now: float) -> None:
+        """What is due in time, or asked for by a full ring."""
+        if self.spec.timeout is not None and now - self._started >= self.spec.timeout:
+            self._stop(ExitReason.TIMEOUT)
+        if self.reaper.full:
+            self.reaper.wake("ring-full")
+        elif self.core.parts.ring_entries and self.reaper.schedule.left(now) == 0:
+            self.reaper.wake()
+        if self.core.verifying and now >= self._next_round:
+            self._verify_round()
+        self.tracking.choose_or_keep()
+
+    def _wait(self, now: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self.shards.notify, zmq.POLLIN)
+        poller.register(self._server.socket, zmq.POLLIN)
+        poller.register(self._signal_fd, zmq.POLLIN)
+        by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
+        owners = self.core.owners.watched
+        for fd in (*by_fd, *owners):
+            poller.register(fd, zmq.POLLIN)
+        ended = []
+        for ready, _ in poller.poll(self._poll_ms(now)):
+            if ready is self.shards.notify:
+                self.shards.drain_notifications()
+            elif ready is self._server.socket:
+                self._server.serve()
+            elif ready == self._signal_fd:
+                os.read(self._signal_fd, 4096)
+                self._linger = False
+                self._stop_or_go()
+            elif ready in by_fd:
+                self.shards.bury(by_fd[ready])
+            else:
+                ended.append(ready)
+        self.core.owners.ended(ended)
+
+    def _poll_ms(self, now: float) -> int | None:
+        """Time until something is due; None while nothing can be."""
+        if not self._running():
+            return None
+        waits = []
+        if self.core.parts.ring_entries:
+            waits.append(0.0 if self.reaper.full else self.reaper.schedule.left(now))
+        if self.core.verifying:
+            waits.append(self._next_round - now)
+        idle = self.tracking.left(now)
+        if idle is not None:
+            waits.append(idle)
+        if self.spec.timeout is not None and not self._stop_asked:
+            waits.append(self._started + self.spec.timeout - now)
+        return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
+
+    def catch_signals(self) -> None:
+        """SIGTERM wakes the loop, which stops the machine in order. Through the wakeup fd: a handler in
+        Python would not run while the poll is being entered."""
+        signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda signum, frame: None)
+
+    # --- events from workers ---------------------------------------------------------------------
+
+    def _on_notification(self, message: AnyNotification) -> None:
+        if isinstance(message, RingFull):
+            if self.core.tracer.full:
+                self.core.tracer.full(message.vcpu)
+            if self.core.parts.ring_entries:    # else it comes from before the last switch
+                self.reaper.full.add(message.vcpu)
+        elif isinstance(message, Console):
+            self.core.tell({"event": "console", "vcpu": message.vcpu,
+                            "data": message.data.decode("utf-8", "replace")})
+        elif isinstance(message, Exited):
+            self.shards.all[message.vcpu].exited = message
+            self.core.tell({"event": "exit", "vcpu": message.vcpu, "reason": reason_text(message.reason),
+                            "code": message.code, "detail": message.detail})
+
+    def _on_death(self, shard: Shard) -> None:
+        """A worker's process ended. Its ring is still mapped here and will be harvested; a plain
+        bitmap died with it."""
+        if self._done or self.core.state == "ended":
+            return
+        self.reaper.full.discard(shard.index)
+        if not self.core.parts.ring_entries:
+            self.core.parts.log.mark_logged_slots()
+        self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
+                        "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
+
+    def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
+        if self.core.verifier is not None:
+            self.core.verifier.blind_to_surplus = True
+        self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
+                        "pages_marked": pages})
+
+    # --- verification, end ------------------------------------------------------------------------
+
+    def _verify_round(self) -> None:
+        assert self.spec.verify is not None
+        with self.shards.all_paused():
+            self.core.drain_and_verify()
+            self._round += 1
+            boot.set_round(memoryview(self.core.parts.system.buf), self._round)
+        self._next_round = time.monotonic() + self.spec.verify.interval
+
+    def _stop(self, reason: ExitReason) -> None:
+        """Ask every vCPU to end. They do so at once, paused or not."""
+        if self._stop_asked or self.core.state != "running":
+            return
+        self._stop_asked = True
+        for shard in self.shards.all:
+            if shard.running:
+                shard.control.stop_reason = reason
+                shard.control.request |= VcpuRequest.STOP
+                shard.kick()
+                if self.core.pages_missing:     # it may wait for a page that never comes
+                    shard.signal(signal.SIGKILL)
+
+    def _stop_or_go(self) -> None:
+        self._stop(ExitReason.STOPPED)
+        self._go()
+
+    def _go(self) -> None:
+        """Let a machine go that does not run."""
+        self._done = self._done or self.core.state in ("ready", "ended")
+
+    def _finish(self) -> None:
+        """Every vCPU has ended: what their rings still hold is reaped and checked."""
+        self.shards.drain_notifications()
+        if self.core.verifying:
+            self.core.drain_and_verify()
+        else:
+            self.reaper.drain()
+        self._elapsed_at_end = self._elapsed()
+        self.core.state = "ended"
+        self._final = self._report()
+        self.core.tell({"event": "ended", "exit_code": self._final["exit_code"]})
+        self._done = not self._linger
+
+    def _elapsed(self) -> float:
+        """Seconds since the start."""
+        if self._elapsed_at_end is not None:
+            return self._elapsed_at_end
+        return time.monotonic() - self._started if self._started else 0.0
+
+    def _report(self) -> dict[str, Any]:
+        return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
+                              asked_tracking=self.tracking.asked, switches=self.tracking.switches,
+                              restarts=self._restarts)
+
+    # --- tear-down ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        self._done = True
+        self.recording.close()
+        self.shards.shut_down()
+        self.reaper.close()
+        self.shards.close()
+        if self.core.verifier is not None:
+            self.core.verifier.close()
+        self.core.owners.close()
+        self.core.parts.close()
+        self._server.close()
+        signal.set_wakeup_fd(-1)
+        os.close(self._signal_fd)
+        os.close(self._signal_write)
+        self.core.tracer.close()

@@ -1,0 +1,84 @@
+"""The report of a machine, and the exit code that its end means."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from ipc.layout import ReaperState, VcpuState
+from ipc.messages import ExitReason
+
+from ..errors import ExitCode
+from ..shards import Shard
+from .core import Core
+
+__all__ = ["exit_code", "machine_report", "reason_text"]
+
+_CRASHES = frozenset({ExitReason.TRIPLE_FAULT, ExitReason.EXCEPTION, ExitReason.BAD_ADDRESS,
+                      ExitReason.UNKNOWN_PORT, ExitReason.INTERNAL_ERROR, ExitReason.HALT})
+
+
+def reason_text(reason: ExitReason) -> str:
+    return reason.name.lower().replace("_", "-")
+
+
+def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
+                   restarts: int) -> dict[str, Any]:
+    """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds."""
+    spec, log, block = core.spec, core.parts.log, core.parts.control
+    verification: dict[str, Any] | None = None
+    if core.verifier is not None:
+        verification = {**msgspec.to_builtins(core.verifier.result), "ok": core.verifier.result.ok}
+    return {
+        "name": spec.name, "state": "paused" if paused and core.state == "running" else core.state,
+        "elapsed_s": round(elapsed, 6),
+        "exit_code": int(exit_code(core)), "accelerator": spec.accel,
+        "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
+        "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
+        "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
+        "coordinator": {"pid": os.getpid(), "restarts": restarts},
+        "vcpus": [_vcpu_report(core, s) for s in core.shards.all],
+        "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
+                   "iterations": block.reaper_iteration, "pages": block.reaped_pages,
+                   "microseconds": block.reap_ns // 1000, "flushes": block.flushes},
+        "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
+                   "dirty": log.dirty_pages(i), "logged": s.logged, "born": s.spec.born}
+                  for i, s in log.slots.items()],
+        "clients": log.clients, "incoming": core.pages_missing,
+        "verification": verification,
+    }
+
+
+def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
+    block, exited = shard.control, shard.exited
+    return {
+        "index": shard.index, "pid": block.pid, "accelerator": core.spec.accel,
+        "state": VcpuState(block.state).name.lower().replace("_", "-"),
+        "exit_reason": reason_text(ExitReason(block.exit_reason)), "exit_code": block.exit_code,
+        "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
+        "dirty_pages": block.dirty_pages, "ring_full_exits": block.ring_full_exits,
+        "resets": block.resets, "reset_s": block.reset_ns / 1e9, "ring_rebuilds": block.ring_rebuilds,
+        "bad_entries": block.bad_entries, "guest_entries": block.guest_entries,
+        "guest_s": block.guest_ns / 1e9, "stalled_s": block.stalled_ns / 1e9,
+        "dirty_limit_pages_per_s": block.dirty_quota, "throttled_s": block.throttled_ns / 1e9,
+    }
+
+
+def exit_code(core: Core) -> ExitCode:
+    """The worst of what happened, in the order of what a user must know first."""
+    reasons = {ExitReason(s.control.exit_reason) for s in core.shards.all}
+    if core.verifier is not None and not core.verifier.result.ok:
+        return ExitCode.VERIFY_FAILED
+    if ExitReason.WORKER_DIED in reasons:
+        return ExitCode.WORKER_DIED
+    if reasons & _CRASHES:
+        return ExitCode.GUEST_CRASHED
+    if ExitReason.TIMEOUT in reasons:
+        return ExitCode.TIMEOUT
+    if ExitReason.STOPPED in reasons:
+        return ExitCode.STOPPED
+    if any(s.control.exit_code for s in core.shards.all):
+        return ExitCode.GUEST_FAILED
+    return ExitCode.OK

@@ -1,0 +1,101 @@
+"""Changing the way of dirty tracking, for a user or because ``auto`` wants it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ipc.shm import SegmentError
+
+from .. import retrack
+from ..autotrack import AutoTracking
+from ..errors import VmmError
+from ..tracking import check_tracking, not_logged
+from .core import Core
+
+__all__ = ["TrackingSwitch"]
+
+
+class TrackingSwitch:
+    """``asked``: one of vmm.tracking.CHOICES; ``switches``: how often the way has changed."""
+
+    def __init__(self, core: Core, asked: str) -> None:
+        self._core = core
+        self._auto = AutoTracking()
+        self.asked = asked
+        self.switches = 0
+
+    def first(self) -> str:
+        """Of a machine that is about to be made; one of vmm.tracking.MODES."""
+        if self.asked != "auto":
+            return self.asked
+        spec = self._core.spec
+        return self._auto.first(logged=spec.verify is not None, limited=spec.dirty_quota > 0)
+
+    def left(self, now: float) -> float | None:
+        """Seconds until ``choose`` may say something else although nothing happens; None: never."""
+        return self._auto.left(now)
+
+    def ask(self, asked: str) -> dict[str, Any]:
+        """What a user wants from now on. Raises VmmError, with everything as it was."""
+        core = self._core
+        core.require_not_ended()
+        core.require_whole_memory()
+        check_tracking(asked, core.spec.accel, core.spec.ring_entries)
+        if asked not in ("ring", "auto") and self._limited():
+            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
+                           f" (vmm dirty-limit cancel {core.spec.name})")
+        before = core.parts.tracking
+        mode = asked
+        if asked == "auto":
+            self._auto = AutoTracking()
+            mode = self._auto.first(logged=bool(core.parts.log.clients), limited=self._limited())
+        seconds = self.switch(mode)
+        self.asked = asked
+        core.save()
+        return {"before": before, "tracking": core.parts.tracking, "asked": asked, "seconds": seconds}
+
+    def switch(self, mode: str) -> float:
+        """Seconds that it took, the vCPUs standing still; 0 when it is so already."""
+        core = self._core
+        before = core.parts.tracking
+        if mode == before:
+            return 0.0
+        began = time.monotonic()
+        with core.shards.all_paused():
+            retrack.switch(core.parts, core.shards, core.reaper, mode, core.save)
+            self.switches += 1
+            if core.verifier is not None:
+                core.verifier.switched(blind=before == "none")
+        now = time.monotonic()
+        if core.parts.ring_entries:
+            core.reaper.schedule.plan(now, {s.index: s.soft_limit for s in core.shards.all})
+        core.tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
+        return now - began
+
+    def choose(self, *, logged: bool = False, limited: bool = False) -> None:
+        """Tracking auto: as it is best now, or with a client or a dirty limit that is about to come."""
+        core = self._core
+        if self.asked == "auto" and not core.pages_missing:
+            self.switch(self._auto.choose(time.monotonic(), core.parts.tracking,
+                                          logged=logged or bool(core.parts.log.clients),
+                                          limited=limited or self._limited()))
+
+    def choose_or_keep(self) -> None:
+        """``choose``, by itself: where that fails, it stays as it is, and for good."""
+        core = self._core
+        try:
+            self.choose()
+        except (VmmError, SegmentError) as exc:
+            self.asked = core.parts.tracking
+            core.save()
+            print(f"vmm: machine '{core.spec.name}': tracking is {self.asked} from now on: {exc}", file=sys.stderr)
+
+    def require_log(self) -> None:
+        """Raises VmmError."""
+        if self._core.parts.tracking == "none":
+            raise not_logged(self._core.spec.name)
+
+    def _limited(self) -> bool:
+        return any(s.control.dirty_quota for s in self._core.shards.all)
