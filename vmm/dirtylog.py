@@ -8,18 +8,16 @@ acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sy
 from __future__ import annotations
 
 import functools
-import re
 from types import ModuleType
 
 from ipc.bitmap import slot_table
 from ipc.layout import MAX_SLOTS
 
 from .errors import VmmError
+from .names import check_client_name
 from .ram import ClientBitmaps, MemorySlot
 
 __all__ = ["DirtyLog"]
-
-_CLIENT_NAME = re.compile(r"[a-z0-9_]{1,32}")
 
 
 class DirtyLog:
@@ -103,8 +101,7 @@ class DirtyLog:
         """Begin to gather for ``client``; idempotent. Raises VmmError for a bad name."""
         if client in self._clients:
             return
-        if not _CLIENT_NAME.fullmatch(client):
-            raise VmmError(f"client name '{client}': use 1 to 32 of a-z, 0-9 and _")
+        check_client_name(client)
         # What the slot bitmaps hold by now was dirtied before this client was there.
         self._fold_all()
         made: dict[int, ClientBitmaps] = {}
