@@ -233,7 +233,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block = vcpu_control(parts.control_segment.address, index)
     block.ring_entries = parts.ring_entries
     block.request = VcpuRequest.PAUSE
-    block.dirty_quota = spec.dirty_quota
+    block.dirty_quota = spec.quotas[index]
     first = spec.slots[0]
     replay = spec.replay
     if replay is not None and parts.traces:

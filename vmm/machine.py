@@ -159,6 +159,14 @@ class Machine:
     def resume(self) -> None:
         self._client.ask(control.Resume)
 
+    def hand_over(self, where: str, *, owner: int, client: str = "") -> bool:
+        """STUB"""
+        self.pause()
+        return True
+
+    def take_back(self) -> None:
+        """STUB"""
+
     def stop(self) -> None:
         """End every vCPU; ``wait`` then has the report. An ended machine is released."""
         self._client.ask(control.Stop)
@@ -376,12 +384,13 @@ class Machine:
         self._segments.clear()
         self._client.close()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
-        drop the connection to an attached one."""
+        drop the connection to an attached one. False when a launched one could not be ended in order, and parts of
+        it may be there still."""
         if self._keeper is None:
             self.detach()
-            return
+            return True
         keeper, self._keeper = self._keeper, None
         self.detach()
         if self._life_fd >= 0:
@@ -393,6 +402,7 @@ class Machine:
         except subprocess.TimeoutExpired:
             keeper.kill()
             keeper.wait()
+        return keeper.returncode >= 0
 
     def __enter__(self) -> Machine:
         return self

@@ -31,7 +31,7 @@ class TrackingSwitch:
         if self.asked != "auto":
             return self.asked
         spec = self._core.spec
-        return self._auto.first(logged=spec.verify is not None, limited=spec.dirty_quota > 0)
+        return self._auto.first(logged=spec.verify is not None, limited=any(spec.quotas))
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""

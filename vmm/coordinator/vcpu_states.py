@@ -27,7 +27,8 @@ def take_states(core: Core, *, paused: bool, tracking: str) -> dict[str, Any]:
         raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it", ExitCode.WORKER_DIED)
     replies = core.shards.request(core.shards.all, lambda seq, s: GetState(seq))
     log = core.parts.log
-    spec = msgspec.structs.replace(core.spec, slots=[slot.now for slot in log.slots.values()], tracking=tracking)
+    spec = msgspec.structs.replace(core.spec, slots=[slot.now for slot in log.slots.values()], tracking=tracking,
+                                   dirty_quotas=[s.control.dirty_quota for s in core.shards.all])
     vcpus = []
     for shard in core.shards.all:
         state = dict(replies[shard.index].data or {})

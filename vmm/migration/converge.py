@@ -87,8 +87,8 @@ class Convergence:
         return Next.ROUND
 
     def _hold_back(self, dirtied: list[float]) -> None:
-        """Limit the vCPUs that dirty most, until all together stay below what can be sent; the others are left alone.
-        Again and again, to half each time."""
+        """Limit the vCPUs that dirty most, until all together stay below what can be sent; the others are left
+        alone. Again and again, to half each time."""
         if self.quotas:
             self.quotas = {vcpu: max(1, int(quota * _THROTTLE_STEP)) for vcpu, quota in self.quotas.items()}
             return

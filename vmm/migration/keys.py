@@ -1,7 +1,7 @@
 """CURVE: keys in files, and sockets that let in who has the right one, and nobody when in doubt.
 
-``vmm keys DIR NAME`` makes a pair: NAME.key to give away, NAME.key_secret to keep. Either end of a migration is given
-its own secret file and the other end's public one.
+``vmm keys DIR NAME`` makes a pair: NAME.key to give away, NAME.key_secret to keep. Either end of a migration is
+given its own secret file and the other end's public one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from ..errors import VmmError
+from ..names import check_key_name
 from .addresses import Address
 
 __all__ = ["Keys", "admit", "load_keys", "make_keys", "present"]
@@ -30,7 +31,6 @@ _DOMAIN = b"shardvmm"
 _KEY_SIZE = 40              # characters of Z85: 32 bytes
 _FILE_MAX = 65536
 _LINE = re.compile(rb"""^[ \t]*(public|secret)-key[ \t]*=[ \t]*["']?([^"'\r\n]*?)["']?[ \t\r]*$""", re.MULTILINE)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ def _load(path: str) -> tuple[bytes, bytes | None]:
         raise VmmError(f"{path}: is not a key file (vmm keys makes them)")
     for key in (public, secret):
         if key is not None and not _is_key(key):
-            raise VmmError(f"{path}: the key in it is damaged ({len(key)} characters, {_KEY_SIZE} of Z85 make a key)")
+            raise VmmError(f"{path}: the key in it is damaged (it has {len(key)} characters, and should have "
+                           f"{_KEY_SIZE} of Z85)")
     return public, secret
 
 
@@ -124,8 +125,7 @@ def admit(context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes], keys
 def make_keys(directory: Path, name: str, *, force: bool = False) -> tuple[Path, Path]:
     """A new pair in ``directory`` (made if need be): public and secret file. Raises VmmError, for a pair that is
     there too, unless ``force``."""
-    if not _NAME.fullmatch(name):
-        raise VmmError(f"key name '{name}': use letters, digits, '_', '-' and '.' (not first), at most 64 characters")
+    check_key_name(name)
     public, secret = directory / f"{name}.key", directory / f"{name}.key_secret"
     there = [path for path in (public, secret) if os.path.lexists(path)]
     if there and not force:

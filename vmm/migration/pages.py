@@ -2,9 +2,9 @@
 
 The bytes of pages are a frame of their own, so that they need not be copied into the message: ZeroMQ sends them
 from guest memory itself where they lie there one after the other. A page that the guest writes meanwhile arrives
-half old, half new. It is dirty then, and comes again; but its checksum is wrong, as that of a damaged page is. So the
-target sums up what it got instead, page by page, and the source, when it knows which pages are dirty, compares those
-that are not with its own (``changed``).
+half old, half new. It is dirty then, and comes again; but its checksum is wrong, as that of a damaged page is. So
+the target sums up what it got instead, page by page, and the source, when it knows which pages are dirty, compares
+those that are not with its own (``changed``).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from .wire import Buffer, Missing, Pages, Torn, Want, WireError
 
-__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "changed", "missing", "missing_pages", "page_numbers", "torn",
-           "unpack", "want"]
+__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "changed", "missing", "missing_pages", "page_numbers",
+           "torn", "unpack", "want"]
 
 PAGE = 4096
 CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
@@ -89,9 +89,9 @@ def page_numbers(message: Pages | Want | Torn, total: int) -> NDArray[np.int64]:
 
 
 def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None, bool]:
-    """(page numbers, their bytes [n, 4096] or None for zero pages, intact), for a slot of ``total`` pages; the bytes
-    may be a view of ``data``. Not intact: the bytes do not have the sum that they were sent with; there are none
-    then of pages that were compressed. Raises WireError for anything that does not fit."""
+    """(page numbers, their bytes [n, 4096] or None for zero pages, intact), for a slot of ``total`` pages; the
+    bytes may be a view of ``data``. Not intact: the bytes do not have the sum that they were sent with; there are
+    none then of pages that were compressed. Raises WireError for anything that does not fit."""
     numbers = page_numbers(message, total)
     size = len(numbers) * PAGE
     if message.encoding == "zero":

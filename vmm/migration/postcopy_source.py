@@ -24,8 +24,8 @@ _WINDOW = 1 << 16           # pages looked at for the next chunk
 def serve(talk: Talk, channels: Channels, machine: Machine, there: dict[int, NDArray[np.int64]], report: Report,
           compression: Encoding, sent: Callable[[Pages, int], None], tell: Callable[[], None]) -> None:
     """Until the target says that it has everything. ``there``: the pages that are missing there, {slot: pages}.
-    Raises Lost when the connection breaks (what had not arrived by then is missing still), GoneThere when the machine
-    has ended there."""
+    Raises Lost when the connection breaks (what had not arrived by then is missing still), GoneThere when the
+    machine has ended there."""
     talk.patience = RUNNING_PATIENCE
     talk.begin()
     work = _Missing({slot: pages for slot, pages in there.items() if len(pages)})

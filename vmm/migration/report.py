@@ -62,11 +62,11 @@ class Ram:
 
 @dataclass
 class Report:
-    """Times in milliseconds. ``status``: setup, active, device (the guest is stopped), handed-over, postcopy-active,
-    completed, failed, cancelled; handed-over-paused, postcopy-paused: the source gave up after the hand-over, and the
-    machine stays paused there. ``pid`` and ``pid_started``: the source's process, whose start the second is
-    (clock ticks since the boot, as in /proc/PID/stat). ``warnings``: what went wrong beside, after it was
-    completed."""
+    """Times in milliseconds. ``status``: setup, active, device (the guest is stopped), handed-over,
+    postcopy-active, completed, failed, cancelled; handed-over-paused, postcopy-paused: the source gave up after the
+    hand-over, and the machine stays paused there. ``pid`` and ``pid_started``: the source's process, whose start
+    the second is (clock ticks since the boot, as in /proc/PID/stat). ``warnings``: what went wrong beside, after it
+    was completed."""
 
     id: str
     machine: str

@@ -2,9 +2,9 @@
 was looked at.
 
 The target listens on a ROUTER, the source connects DEALERs. A connection that breaks is an error, never mended
-behind our back: ZeroMQ's own reconnecting is off. Heartbeats (ZMTP's PING and PONG) find the end of a peer that says
-nothing any more, without a FIN or RST; the answers of the other end's program, not only of its ZeroMQ, are awaited
-above (vmm/migration/source.py, target.py).
+behind our back: ZeroMQ's own reconnecting is off. Heartbeats (ZMTP's PING and PONG) find the end of a peer that
+says nothing any more, without a FIN or RST; the answers of the other end's program, not only of its ZeroMQ, are
+awaited above (vmm/migration/source.py, target.py).
 
 A Unix socket is the user's own: the file of one who listens is mode 0600, whoever connects to it is this user or
 root, and so is whoever is connected to (SO_PEERCRED, both ways).
@@ -91,8 +91,8 @@ def _bind(sock: zmq.Socket[bytes], address: Address) -> None:
 
 @contextlib.contextmanager
 def _own_socket(sock: zmq.Socket[bytes], address: Address) -> Iterator[None]:
-    """Have ``sock`` listen at the path, which is a socket of ours while this lasts. ZeroMQ is given one that listens
-    already: left to itself it would unlink whatever is there first."""
+    """Have ``sock`` listen at the path, which is a socket of ours while this lasts. ZeroMQ is given one that
+    listens already: left to itself it would unlink whatever is there first."""
     path = Path(address.path)
     made = None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as listener:
@@ -122,8 +122,8 @@ def _own_socket(sock: zmq.Socket[bytes], address: Address) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _folder_locked(folder: Path) -> Iterator[None]:
-    """Two that listen at one path at the same moment take turns: else each could unlink the other's socket, which was
-    stale when it looked. Raises OSError."""
+    """Two that listen at one path at the same moment take turns: else each could unlink the other's socket, which
+    was stale when it looked. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = time.monotonic() + _LOCK_PATIENCE
@@ -196,8 +196,8 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Key
     while True:
         for endpoint in endpoints:
             try:
-                return _attempt(context, endpoint, address, keys, min(until, time.monotonic() + _HANDSHAKE_MS / 1000),
-                                queue)
+                patience = min(until, time.monotonic() + _HANDSHAKE_MS / 1000)
+                return _attempt(context, endpoint, address, keys, patience, queue)
             except _NotNow as exc:
                 why = str(exc) or why
         if time.monotonic() + _RETRY > until:

@@ -5,10 +5,10 @@ left can be sent within the downtime limit, or the rounds are used up (vmm/migra
 stopped, the rest and the vCPU states are sent, and the target is told to go on.
 
 Never two, never none: until the machine here is handed over (``Machine.hand_over``) it alone may run, and any
-failure, a kill included, lets it go on: its pause, its dirty limits and the dirty-log client belong to this process.
-From the hand-over on it never runs here again by itself. Commit is repeated until the target says that it runs, by
-this process or, should it be killed, by one that the coordinator starts. Only a target that says that it does not
-have the machine, and never will, gives it back.
+failure, a kill included, lets it go on: its pause, its dirty limits and the dirty-log client belong to this
+process. From the hand-over on it never runs here again by itself. Commit is repeated until the target says that it
+runs, by this process or, should it be killed, by one that the coordinator starts. Only a target that says that it
+does not have the machine, and never will, gives it back.
 
 Post-copy is for guests that do not converge: Commit comes before the last pages, which follow while the guest runs
 at the target (vmm/migration/postcopy_source.py).
@@ -102,7 +102,8 @@ def migrate(machine: Machine, address: str, options: Options | None = None, *, m
 def recover(machine: Machine, address: str = "", options: Options | None = None, *, migration_id: str = "",
             progress: Callable[[Report], None] = lambda report: None) -> Report:
     """Finish a migration whose source was lost after the hand-over: the machine is paused here since, and the
-    target waits. ``address`` and ``options``: as they were, unless others are given. Raises MigrationError, VmmError."""
+    target waits. ``address`` and ``options``: as they were, unless others are given. Raises MigrationError,
+    VmmError."""
     record = load_hand_over(machine.name)
     return _carry_out(machine, address or record.address, options or record.options, migration_id or record.id,
                       progress, Source.recover)
@@ -127,7 +128,8 @@ def _carry_out(machine: Machine, address: str, options: Options, migration_id: s
 
 
 class Source:
-    """One migration, or the end of one. ``with`` it: nothing of it is left afterwards but what the machine keeps."""
+    """One migration, or the end of one. ``with`` it: nothing of it is left afterwards but what the machine
+    keeps."""
 
     def __init__(self, machine: Machine, address: str, options: Options, report: Report,
                  progress: Callable[[Report], None]) -> None:
@@ -384,8 +386,8 @@ class Source:
         before = {(s.id, s.gpa, s.size, s.born) for s in self._offered.slots}
         after = {(s.id, s.gpa, s.size, s.born) for s in now.slots}
         if other := sorted({each[0] for each in before ^ after}):
-            raise MigrationError(f"memory slot {', '.join(map(str, other))} of machine '{self.machine.name}' was added "
-                                 "or removed during the migration: try again")
+            raise MigrationError(f"memory slot {', '.join(map(str, other))} of machine '{self.machine.name}' was "
+                                 "added or removed during the migration: try again")
 
     def _hand_over(self) -> bool:
         """The point of no return. False when a host write came just before."""
@@ -404,9 +406,9 @@ class Source:
         return self._committed
 
     def _commit(self) -> None:
-        """Tell the target to go on, on another connection if need be, until it says that it does. Then ``_there`` has
-        the pages that are missing there. Raises MigrationError, the machine here staying paused unless the target
-        has refused it for good."""
+        """Tell the target to go on, on another connection if need be, until it says that it does. Then ``_there``
+        has the pages that are missing there. Raises MigrationError, the machine here staying paused unless the
+        target has refused it for good."""
         deadline = time.monotonic() + _COMMIT_PATIENCE
         self._there.clear()
         while True:
@@ -459,8 +461,8 @@ class Source:
                  if self._postcopy else "it may run there already")
         return MigrationError(
             f"{why}. Machine '{name}' was handed over, and stays paused here; {there}. vmm migrate {name} ADDRESS "
-            f"--recover tries again; if the target is lost for good, vmm resume {name} --force goes on here from the "
-            f"hand-over; if it runs there, vmm stop {name}")
+            f"--recover tries again; if the target is lost for good, vmm resume {name} --force goes on here from "
+            f"the hand-over; if it runs there, vmm stop {name}")
 
     def _finish(self) -> None:
         """The machine runs at the target."""

@@ -1,5 +1,5 @@
-"""The report of a machine's last migration, where ``vmm migrate status`` and ``cancel`` find it; and the process that
-carries it out, told from another that has its number by now."""
+"""The report of a machine's last migration, where ``vmm migrate status`` and ``cancel`` find it; and the process
+that carries it out, told from another that has its number by now."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _alive(report: dict[str, Any]) -> bool:
 
 
 def interrupt(report: dict[str, Any]) -> bool:
-    """Have the migration's process end it (SIGTERM); False when that process has gone. It, and no other that has its
-    number by now: the pidfd is opened first, then its start is compared."""
+    """Have the migration's process end it (SIGTERM); False when that process has gone. It, and no other that has
+    its number by now: the pidfd is opened first, then its start is compared."""
     try:
         pidfd = os.pidfd_open(report["pid"])
     except OSError:

@@ -1,8 +1,8 @@
 """The source's control connection: what it says, what it hears, and an end to every wait.
 
-The target's program says ``Alive`` every second with the number of page messages it has taken. A wait goes on as long
-as there is progress (an answer, or more pages), and no longer than ``patience`` without: while the guest stands
-still that is short.
+The target's program says ``Alive`` every second with the number of page messages it has taken. A wait goes on as
+long as there is progress (an answer, or more pages), and no longer than ``patience`` without: while the guest
+stands still that is short.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import VmmError
 from .addresses import Address
 from .keys import Keys
 from .report import MigrationError
-from .sockets import Connection, connect
+from .sockets import connect
 from .wire import Alive, Answer, Ping, Refused, Wire, WireError, decode_answer, frames
 
 __all__ = ["PAUSED_PATIENCE", "RUNNING_PATIENCE", "GoneThere", "Lost", "Talk"]
@@ -97,7 +97,8 @@ class Talk:
             self.send(Ping())
 
     def check(self) -> None:
-        """While pages are sent nothing is to be heard. Raises MigrationError for a target that has refused or gone."""
+        """While pages are sent nothing is to be heard. Raises MigrationError for a target that has refused or
+        gone."""
         self._waiting()
         answer = self.hear(0.0)
         if answer is not None:

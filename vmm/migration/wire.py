@@ -2,8 +2,8 @@
 
 One control connection and several for pages. A message is two frames, and a third for the bytes of pages: the
 message, its checksum (XXH3, 64 bits), the bytes. The control connection is the one that made the offer; the others
-say the token of that offer first (Join), and so does a source that takes over from another (Commit). Who does neither
-is a stranger, and is not listened to.
+say the token of that offer first (Join), and so does a source that takes over from another (Commit). Who does
+neither is a stranger, and is not listened to.
 
 A round of pages ends with a barrier: the target acknowledges when it has every message of the round, so that a page
 of the next round cannot be overtaken by an older copy.
@@ -23,9 +23,9 @@ from ..errors import VmmError
 from ..spec import MachineSpec
 
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
-           "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared", "Received", "Refused",
-           "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want", "WireError", "decode_answer",
-           "decode_message", "frames"]
+           "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared",
+           "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
+           "WireError", "decode_answer", "decode_message", "frames"]
 
 VERSION = 3
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
@@ -141,8 +141,8 @@ class Alive(Wire, frozen=True, tag="alive"):
 
 
 class Torn(Wire, frozen=True):
-    """Pages that did not arrive with the sum they were sent with: the guest wrote to them on their way, or they were
-    damaged. ``sums``: XXH3 (8 bytes each) of what is there now; none of pages that could not be unpacked."""
+    """Pages that did not arrive with the sum they were sent with: the guest wrote to them on their way, or they
+    were damaged. ``sums``: XXH3 (8 bytes each) of what is there now; none of pages that could not be unpacked."""
 
     slot: int
     numbers: bytes
@@ -240,8 +240,8 @@ def _look_for_version(frame: Buffer) -> None:
     except (msgspec.MsgspecError, RecursionError):
         return
     if other.t in ("offer", "commit") and other.version != VERSION:
-        raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, this program "
-                           f"{VERSION}")
+        raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, this "
+                           f"program {VERSION}")
 
 
 def decode_answer(received: list[bytes]) -> Answer:
