@@ -74,8 +74,7 @@ def _bracketed(host: str) -> str:
 def parse_address(text: str, *, listen: bool = False) -> Address:
     """Raises VmmError, one line, for what cannot be connected to (``listen``: listened at)."""
     def refuse(why: str) -> VmmError:
-        shown = text if len(text) <= 60 else text[:57] + "..."
-        return VmmError(f"address '{shown}': {why}")
+        return VmmError(f"address {text if len(text) <= 60 else text[:57] + '...'!r}: {why}")
 
     scheme, separator, rest = text.partition("://")
     if not separator or scheme not in ("tcp", "ipc") or not rest:
