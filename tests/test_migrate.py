@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import zmq
 from machines import ACCELS, exact, machine_processes, replace, spec, until
 
 from ipc.shm import list_segments, machine_prefix
@@ -23,7 +21,6 @@ from vmm import migrate, receive
 from vmm.errors import VmmError
 from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
-from vmm.migration import wire
 from vmm.migration.pages import PAGE
 from vmm.runtime import machine_dir
 
@@ -395,41 +392,3 @@ def test_curve_lets_the_right_key_in_and_no_other(endless: Machine, tmp_path: Pa
                                              peer=str(tmp_path / "target.key")))
         receiver.join(TIMEOUT)
         assert found[1] == "target"
-
-
-@pytest.mark.parametrize("change", [
-    {"vcpus": 0}, {"vcpus": 100_000}, {"ring_entries": 1000}, {"ring_entries": 1 << 30}, {"slots": []},
-    {"privilege": "root"}, {"stack_size": 3}, {"params": [-1]}, {"cmdline": "x" * 300}, {"dirty_quota": -1},
-])
-def test_an_offer_that_no_configuration_could_make_is_refused(change: dict[str, Any]) -> None:
-    good = spec("idle", accel="unicorn")
-    receive.check_spec(good)
-    with pytest.raises(WireError, match="the source offers"):
-        receive.check_spec(replace(good, **change))
-
-
-@pytest.mark.parametrize("frames", [
-    [b"nonsense"], [b""], [wire.encode(wire.RoundEnd(0, 5))], [wire.encode(wire.Pages(0, 0, b"\0\0\0\0", "zero"))],
-    [wire.encode(wire.Commit())], ["offer", wire.encode(wire.Commit())],
-    ["offer", wire.encode(wire.Pages(0, 9, b"\0\0\0\0", "zero"))],
-    ["offer", wire.encode(wire.Pages(0, 0, b"\xff\xff\xff\xff", "zero"))],
-    ["offer", wire.encode(wire.State(b"x", []))], ["offer", wire.encode(wire.State(b"x", [{}, {}]))],
-    ["offer", b"\xc1"], ["offer", wire.encode(wire.Missing(9, b""))], ["offer", wire.encode(wire.Missing(0, b"x"))],
-    ["offer", wire.encode(wire.missing(0, np.ones(9, bool)))], ["offer", wire.encode(wire.Recover(1, "source"))],
-])
-def test_a_stranger_gets_nowhere_and_nothing_is_left(frames: list[Any], address: str) -> None:
-    work = spec("idle", accel="unicorn", mib=4, milliseconds=0)
-    offer = wire.encode(wire.Offer(wire.VERSION, "0", work, Path(work.image).read_bytes()))
-    receiver = Receiver(address, accel="unicorn", timeout=1.0)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with context.socket(zmq.DEALER) as sock:
-        sock.linger = 0
-        sock.connect(address)
-        for frame in frames:
-            sock.send(offer if frame == "offer" else frame)
-        receiver.join(TIMEOUT)
-    context.term()
-    assert isinstance(receiver.error, VmmError)
-    assert receiver.machine is None
-    until(lambda: nothing_left("target"), "nothing is left")
-    assert os.path.exists(work.image)

@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from machines import machine_processes, replace, spec, until
 from migrations import (
     TIMEOUT,
@@ -22,6 +24,7 @@ from migrations import (
     goes_on,
     nothing_left,
     receiver_process,
+    spec_of,
 )
 
 from vmm import migrate
@@ -30,7 +33,7 @@ from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
 from vmm.migration import offers, source, talk, target, wire
 from vmm.migration.pages import PAGE
-from vmm.migration.wire import Torn
+from vmm.migration.wire import Torn, WireError
 from vmm.spec import RamSlot
 
 IDLE = spec("idle", accel="unicorn", name="source", mib=4, milliseconds=0, timeout=None)
@@ -89,7 +92,7 @@ BAD_OFFERS: dict[str, dict[str, Any]] = {
     "vcpus": {"vcpus": 0}, "many vcpus": {"vcpus": 100_000}, "ring": {"ring_entries": 1000},
     "huge ring": {"ring_entries": 1 << 30}, "no slots": {"slots": []}, "privilege": {"privilege": "root"},
     "stack": {"stack_size": 3}, "params": {"params": [-1]}, "cmdline": {"cmdline": "x" * 300},
-    "quota": {"dirty_quota": -1}, "quotas": {"dirty_quotas": [1]}, "name": {"name": "../x"},
+    "quota": {"dirty_quota": -1}, "quotas": {"dirty_quotas": [1]}, "a quota": {"dirty_quotas": [1, -1]},
     "two slots": {"slots": [RamSlot(0, 0, PAGE * 1024), RamSlot(0, 1 << 30, PAGE)]},
     "overlap": {"slots": [RamSlot(0, 0, PAGE * 1024), RamSlot(1, PAGE, PAGE)]},
     "odd size": {"slots": [RamSlot(0, 0, 5)]}, "timeout": {"timeout": -1.0}, "tracking": {"tracking": "magic"},
@@ -98,16 +101,19 @@ BAD_OFFERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", BAD_OFFERS)
 def test_an_offer_that_no_configuration_could_make_is_refused(what: str) -> None:
+    """With a name of their own each, so that it is not the name that is refused."""
     good = wire.Offer(wire.VERSION, "0", "0" * 32, IDLE, b"", False)
-    offers.check_offer(good)
-    with pytest.raises(VmmError):
-        offers.check_offer(msgspec.structs.replace(good, spec=replace(IDLE, **BAD_OFFERS[what])))
+    here = {"name": "here", "accel": "unicorn", "image": "/image", "linger": True}
+    assert offers.taken(good, **here).name == "here"
+    with pytest.raises(WireError, match="cannot be"):
+        offers.taken(msgspec.structs.replace(good, spec=replace(IDLE, **BAD_OFFERS[what])), **here)
 
 
 @pytest.mark.parametrize("token", ["", "short", "0" * 31 + "G", "0" * 33, "0" * 31 + "\n"])
 def test_an_offer_needs_a_token(token: str) -> None:
-    with pytest.raises(VmmError, match="token"):
-        offers.check_offer(wire.Offer(wire.VERSION, "0", token, IDLE, b"", False))
+    with pytest.raises(WireError, match="token"):
+        offers.taken(wire.Offer(wire.VERSION, "0", token, IDLE, b"", False), name="here", accel="unicorn",
+                     image="/image", linger=True)
 
 
 def test_a_bad_offer_is_refused_and_another_awaited(address: str) -> None:

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 import zmq
 import zstandard
@@ -30,13 +29,14 @@ from workers.state import StateError, check_states
 from ..errors import ExitCode, VmmError
 from ..machine import Machine
 from ..names import check_machine_name
+from ..plan import choose_accelerator
 from ..runtime import is_running
 from ..spec import MachineSpec
 from . import wire
 from .addresses import parse_address
 from .keys import load_keys
 from .memory import SlotMemory
-from .offers import check_offer, check_settings
+from .offers import check_settings, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .postcopy import MissingPages, Wanted
 from .sockets import listen
@@ -103,6 +103,7 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
     keys = load_keys(key, peer, where, insecure=insecure)
     if name is not None:
         check_machine_name(name)
+    accel = choose_accelerator(accel)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
     with contextlib.ExitStack() as stack:
         stack.callback(context.term)
@@ -309,35 +310,27 @@ class _Target:
 
     def _take_offer(self, offer: Offer) -> None:
         """Raises _NotWanted."""
-        try:
-            check_offer(offer)
-            if offer.postcopy:
-                Userfault.make().close()
-        except UserfaultError as exc:
-            raise _NotWanted(f"post-copy is not possible here: {exc}") from None
-        except VmmError as exc:
-            raise _NotWanted(str(exc)) from None
-        self._token = offer.token
-        self._say(Received())
-        self._machine = self._launch(offer)
+        with tempfile.NamedTemporaryFile(prefix="shardvmm-image-") as image:
+            image.write(offer.image)
+            image.flush()
+            try:
+                spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
+                             linger=not self._detach)
+                if offer.postcopy:
+                    Userfault.make().close()
+            except WireError as exc:
+                raise _NotWanted(str(exc)) from None
+            except UserfaultError as exc:
+                raise _NotWanted(f"post-copy is not possible here: {exc}") from None
+            self._token = offer.token
+            self._say(Received())
+            self._machine = Machine.launch(spec, detach=self._detach, start=False)
         self._offered = offer.spec
         for slot in offer.spec.slots:
             self._memory[slot.id] = SlotMemory(self._machine, slot.id)
             self._pages[slot.id] = slot.pages
         self._heard = time.monotonic()
         self._say(Accept())
-
-    def _launch(self, offer: Offer) -> Machine:
-        from ..plan import choose_accelerator
-
-        with tempfile.NamedTemporaryFile(prefix="shardvmm-image-") as image:
-            image.write(offer.image)
-            image.flush()
-            # Nothing that is written, or read, is where the offer says.
-            spec = msgspec.structs.replace(offer.spec, name=self._name or offer.spec.name,
-                                           accel=choose_accelerator(self._accel), image=image.name, trace=[],
-                                           trace_file="", linger=not self._detach)
-            return Machine.launch(spec, detach=self._detach, start=False)
 
     # --- memory and state -----------------------------------------------------------------------------------------
 
