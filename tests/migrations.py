@@ -40,7 +40,7 @@ class Receiver(threading.Thread):
     """``receive`` in a thread of its own."""
 
     def __init__(self, address: str, **options: Any) -> None:
-        super().__init__()
+        super().__init__(daemon=True)       # a test that has failed does not wait for it
         self._arguments = (address, {"name": "target", **options})
         self._listening = threading.Event()
         self.at = ""
@@ -166,8 +166,8 @@ class PlayedSource:
     def offer(self, spec: MachineSpec, *, postcopy: bool = False, **changes: Any) -> None:
         """Sent, not answered yet."""
         fields = {"version": wire.VERSION, "program": "0", "token": self.token, "spec": spec,
-                  "image": Path(spec.image).read_bytes(), "postcopy": postcopy, **changes}
-        self.say(wire.Offer(**fields))
+                  "postcopy": postcopy, **changes}
+        self.say(wire.Offer(**{"image": fields.get("image") or Path(spec.image).read_bytes(), **fields}))
 
     def offered(self, spec: MachineSpec, **changes: Any) -> None:
         """And accepted."""
@@ -210,7 +210,7 @@ class PlayedTarget(threading.Thread):
     ``close``."""
 
     def __init__(self, address: str, replies: dict[type[wire.Wire], Any] | None = None) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self._replies = replies or {}
         self._over = threading.Event()
         self._listening = threading.Event()

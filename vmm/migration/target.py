@@ -167,15 +167,14 @@ class _Target:
         return machine
 
     def _refuse(self, exc: BaseException) -> None:
-        """End the machine, and only then say so."""
+        """End the machine, and only then say so; nothing, if that is not certain, and the source may have handed the
+        machine over already."""
         gone = self._end_machine()
         if self._missing is not None:
             self._missing.close()
-        if not gone or not self._peer:
-            return
-        if self._prepared:      # the source may have handed the machine over already: it has to hear this
+        if self._prepared and gone:
             self._answer_until_heard([Refused(_reason(exc))])
-        else:
+        elif self._peer and not self._prepared:
             with contextlib.suppress(_Gone):
                 self._say(Refused(_reason(exc)))
 
