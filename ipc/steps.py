@@ -22,9 +22,22 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
+    "pause": ("pause-noted", "pause-standing"),
+    "resume": ("resume-noted",),
+    "lease": ("lease-noted",),
+    "freeze": ("freeze-noted",),
+    "hand over": ("hand-over-noted",),
+    "migration, its source": ("migrate-frozen", "migrate-state", "migrate-prepared", "migrate-hand-over",
+                              "migrate-handed-over", "migrate-commit", "migrate-stop", "migrate-done"),
+    "migration, its target": ("receive-commit", "receive-started"),
+    "dirty limit": ("limit-noted",),
     "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
     "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
     "snapshot delete": ("snapshot-out-of-chain",),
+    "claiming a machine's name": ("claim-locked", "claim-cleared"),
+    "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
+    "ring rebuild": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
+    "dead ring": ("dead-ring-published",),
 }
 
 

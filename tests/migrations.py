@@ -20,7 +20,7 @@ import zmq
 import zstandard
 from machines import machine_processes, until
 
-from ipc.shm import list_segments, machine_prefix
+from ipc.shm import list_segments
 from vmm import receive
 from vmm.errors import VmmError
 from vmm.machine import Machine
@@ -28,6 +28,7 @@ from vmm.migration import wire
 from vmm.migration.addresses import parse_address
 from vmm.migration.pages import PAGE, Packer
 from vmm.migration.sockets import Connection, connect, listen
+from vmm.names import machine_prefix
 from vmm.runtime import machine_dir
 from vmm.spec import MachineSpec
 
@@ -184,7 +185,7 @@ class PlayedSource:
     def state(self, machine: Machine, **changes: Any) -> wire.State:
         """As the machine, which is paused, has it; for a target that was offered ``spec_of`` it."""
         fields = {"system": zstandard.ZstdCompressor().compress(machine.system().tobytes()),
-                  "vcpus": machine.state()["vcpus"], "spec": spec_of(machine), **changes}
+                  "vcpus": machine.state()["vcpus"], "spec": spec_of(machine), "paused": False, **changes}
         return wire.State(**fields)
 
     def commit(self) -> wire.Commit:

@@ -67,9 +67,9 @@ def endless() -> Iterator[Machine]:
 STRANGE: list[list[bytes]] = [
     [b""], [b"nonsense"], [b"x" * 100_000], [b"a", b"b", b"c", b"d", b"e"], wire.frames(wire.Ping()),
     wire.frames(wire.RoundEnd(0, 5)), [*wire.frames(wire.Pages(0, 0, b"\0\0\0\0", "none")), b"x" * PAGE],
-    wire.frames(wire.State(b"x", [{}, {}], IDLE)), wire.frames(wire.Join("00" * 16)), wire.frames(wire.Join("")),
-    wire.frames(wire.Missing(0, b"")), wire.frames(wire.Abort("go")), wire.frames(wire.Done()),
-    [b"\xc1", b"12345678"], [wire.frames(wire.Commit(wire.VERSION, ""))[0], b"12345678"],
+    wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), wire.frames(wire.Join("00" * 16)),
+    wire.frames(wire.Join("")), wire.frames(wire.Missing(0, b"")), wire.frames(wire.Abort("go")),
+    wire.frames(wire.Done()), [b"\xc1", b"12345678"], [wire.frames(wire.Commit(wire.VERSION, ""))[0], b"12345678"],
 ]
 
 
@@ -247,7 +247,7 @@ BAD_WORDS: dict[str, tuple[list[bytes], str]] = {
     "damaged": ([wire.frames(wire.Ping())[0], b"12345678"], "damaged"),
     "slot": (wire.frames(wire.Pages(0, 9, b"\0\0\0\0", "zero")), "slot 9"),
     "commit": ([], "Commit out of turn"),
-    "state": (wire.frames(wire.State(b"x", [{}, {}], IDLE)), "vcpu 0"),
+    "state": (wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), "vcpu 0"),
 }
 
 

@@ -8,6 +8,7 @@ acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sy
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 from ipc.bitmap import slot_table
@@ -30,6 +31,8 @@ class DirtyLog:
         self.tables = [slot_table(MAX_SLOTS) for _ in range(reapers)]
         self.table_addresses = [table.ctypes.data for table in self.tables]
         self._clients: dict[str, dict[int, ClientBitmaps]] = {}
+        #: Is told of pages that are marked without the guest having written them: (slot id, first page, pages).
+        self.on_mark: Callable[[int, int, int], None] = lambda slot_id, first, count: None
         #: Removed slots that a client still holds bitmaps of: its next take reports them once more
         #: (False), the one after that drops them (True).
         self._retired: dict[tuple[str, int], bool] = {}
@@ -82,18 +85,20 @@ class DirtyLog:
         pages = 0
         for slot in self.slots.values():
             if slot.logged:
-                slot.bitmap.mark_range(0, slot.pages)
+                self.mark(slot.spec.id, 0, slot.pages)
                 pages += slot.pages
         return pages
 
     def mark(self, slot_id: int, first: int, count: int) -> None:
-        """A host write (invariant 7), after it was made. Raises VmmError outside the slot."""
+        """These pages may have been written, by the host (invariant 7, after it was made) or nobody knows by whom.
+        Raises VmmError outside the slot."""
         if slot_id not in self.slots:
             raise VmmError(f"there is no memory slot {slot_id}")
         try:
             self.slots[slot_id].bitmap.mark_range(first, count)
         except IndexError as exc:
             raise VmmError(f"slot {slot_id}: {exc}") from None
+        self.on_mark(slot_id, first, count)
 
     # --- clients -------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ class Core:
         self.save: Callable[[], None]
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
+
+    def save_if_possible(self) -> None:
+        """For what a process gives back, or leaves when it ends: that must not fail because the journal cannot be
+        written, and the next entry makes up for it. Should this coordinator die before, its successor finds that
+        the process has gone, or at the worst holds for it what it had given back, until it has."""
+        try:
+            self.save()
+        except OSError as exc:
+            print(f"vmm: machine '{self.spec.name}': its journal was not written: {exc.strerror}", file=sys.stderr)
 
     @property
     def live(self) -> list[Shard]:

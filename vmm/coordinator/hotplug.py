@@ -28,7 +28,7 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
         core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
         if on and core.verifier is not None:
             core.verifier.forget(slot_id)
-            core.verifier.adopt(slot_id)
+            core.verifier.adopt(slot_id, dirty=True)
         core.save()
 
 

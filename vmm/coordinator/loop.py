@@ -17,6 +17,7 @@ import zmq
 
 from ipc.layout import VcpuRequest, VcpuState
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
+from ipc.processid import ProcessId
 from workers.zygote import Zygote
 
 from .. import boot, build, control, retrack
@@ -25,13 +26,17 @@ from ..shards import Shard, Shards
 from ..spec import MachineSpec, RamSlot
 from ..trace import Tracer
 from ..verify import Verification, make_verifier
-from . import hotplug, limits, vcpu_states
+from . import hotplug, vcpu_states
 from .clients import Clients
 from .core import Core
 from .incoming import Incoming
-from .journal import Journal, Saved
+from .journal import Holds, Journal, Saved
+from .leases import Change, Lease, Leases
+from .limits import Limit, Limits, with_limits
+from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
+from .recovery import Recovery
 from .server import ControlServer, Handler
 from .status import machine_report, reason_text
 from .tracking import TrackingSwitch
@@ -66,6 +71,8 @@ class Coordinator:
         core.save = self._save
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
+        self.leases = Leases(core, self.pauses, self._go, Recovery(spec.name).begin)
+        self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
         self.recording = Recording(core)
         self.incoming = Incoming(core, self.tracking)
@@ -76,7 +83,7 @@ class Coordinator:
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
         self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
-        self._server = ControlServer(directory, self._verbs())
+        self._server = ControlServer(directory, self._verbs(), core.owners.look)
         core.tell = self._server.tell
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.reaper = core.reaper = Reaper(spec.reaper, self.shards, core.parts.log, self._block, core.tracer,
@@ -88,34 +95,80 @@ class Coordinator:
 
     def _verbs(self) -> dict[type[control.Verb], Handler]:
         """Every verb of the control socket, and what it calls."""
-        core, log = self.core, self.core.parts.log
+        core = self.core
+
+        def allowed(change: Change, then: Handler) -> Handler:
+            """Unless somebody has a lease that keeps it out."""
+            def handler(verb: Any) -> dict[str, Any] | None:
+                self.leases.require(change, verb.lease)
+                return then(verb)
+            return handler
+
         return {
-            control.Start: lambda v: self._start(),
+            control.Start: allowed(Change.START, lambda v: self._start()),
             control.Status: lambda v: self._final if self._final is not None else self._report(),
             control.Stop: lambda v: self._stop_or_go(),
             control.Release: lambda v: self._go(),
-            control.State: lambda v: vcpu_states.take_states(core, paused=self.pauses.paused,
-                                                             tracking=self.tracking.asked),
-            control.SetState: lambda v: vcpu_states.set_states(core, v.vcpus),
-            control.Incoming: lambda v: {"addresses": self.incoming.expect(v.socket, v.owner)},
-            control.Arrived: lambda v: self.incoming.arrived(),
-            control.Pause: lambda v: self.pauses.pause(v.owner),
-            control.Resume: lambda v: self.pauses.resume(),
-            control.Register: lambda v: self.clients.register(v.client, v.owner, v.like),
-            control.Unregister: lambda v: self.clients.unregister(v.client),
-            control.Sync: lambda v: self.clients.sync(v.client, v.again),
-            control.Mark: lambda v: log.mark(v.slot, v.first, v.count),
-            control.DirtyLimit: lambda v: limits.set_limit(core, self.tracking, v.pages_per_s, v.vcpu),
-            control.SetTracking: lambda v: self.tracking.ask(v.tracking),
+            control.State: lambda v: self._state(),
+            control.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),
+            control.Incoming: allowed(Change.STATE, lambda v: {"addresses": self.incoming.expect(v.socket,
+                                                                                                 self._asker(v))}),
+            control.Arrived: allowed(Change.STATE, lambda v: self.incoming.arrived()),
+            control.Pause: lambda v: self.pauses.pause(Hold(v.token, v.why, self._asker(v)) if v.token else None),
+            control.Resume: lambda v: {"held_by": self.pauses.resume(force=v.force, held=self.leases.at_hand_over)},
+            control.TakeLease: lambda v: self.leases.take(Lease(v.token, v.why, self._asker(v), v.kind),
+                                                          recover=v.recover),
+            control.Freeze: lambda v: self.leases.freeze(v.token),
+            control.Thaw: lambda v: self.leases.thaw(v.token),
+            control.HandOver: lambda v: self.leases.hand_over(v.token, v.to),
+            control.TakeBack: lambda v: self.leases.take_back(v.token),
+            control.GiveBack: lambda v: self._give_back(v.token),
+            control.Register: allowed(Change.REGISTER, lambda v: self.clients.register(
+                v.client, self._asker(v) if v.owner_start else None, v.like)),
+            control.Unregister: lambda v: self.clients.unregister(v.client, self._server.asker),
+            control.Sync: lambda v: self.clients.sync(v.client, v.again, self._server.asker),
+            control.Mark: lambda v: self._mark(v),
+            control.DirtyLimit: lambda v: self.limits.set(
+                v.pages_per_s, v.vcpu, Limit(v.token, v.why, self._asker(v)) if v.token else None),
+            control.SetTracking: lambda v: self._set_tracking(v.tracking),
             control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
-            control.LogStop: lambda v: hotplug.set_logging(core, v.slot, False),
-            control.RecordStart: lambda v: self.recording.start(v.owner),
-            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running())},
-            control.RecordStop: lambda v: self.recording.stop(),
-            control.MemoryAdd: lambda v: hotplug.add_slot(core, RamSlot(v.slot, v.gpa, v.size, v.log,
-                                                                        born=time.time_ns())),
-            control.MemoryRemove: lambda v: hotplug.remove_slot(core, v.slot),
+            control.LogStop: allowed(Change.UNLOG, lambda v: hotplug.set_logging(core, v.slot, False)),
+            control.RecordStart: lambda v: self.recording.start(self._asker(v)),
+            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running(), self._server.asker)},
+            control.RecordStop: lambda v: self.recording.stop(self._server.asker),
+            control.MemoryAdd: allowed(Change.SLOTS, lambda v: hotplug.add_slot(
+                core, RamSlot(v.slot, v.gpa, v.size, v.log, born=time.time_ns()))),
+            control.MemoryRemove: allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot)),
         }
+
+    # --- verbs that concern several of the parts ---------------------------------------------------
+
+    def _asker(self, verb: control.Owned) -> ProcessId:
+        """Who sent it: the pid is seen, the start time told; they must fit together (vmm/coordinator/owners.py).
+        Raises VmmError."""
+        process = ProcessId(self._server.asker, verb.owner_start)
+        if not (process.pid and process.start > 0):
+            raise unseen(process)
+        return process
+
+    def _give_back(self, token: str) -> None:
+        """Whatever it is that this token holds; nothing, if it was given back before."""
+        if not self.leases.end(token) and not self.limits.give_back(token):
+            self.pauses.give_back(token)
+
+    def _mark(self, verb: control.Mark) -> None:
+        if verb.when != "after":        # one that began before a freeze is over before what is dirty is looked at
+            self.leases.require(Change.HOST_WRITE, verb.lease)
+        self.core.parts.log.mark(verb.slot, verb.first, verb.count)
+
+    def _set_tracking(self, asked: str) -> dict[str, Any]:
+        if asked == "none":
+            self.leases.require(Change.UNLOG)
+        return self.tracking.ask(asked, [limit.who for limit in self.limits.held])
+
+    def _state(self) -> dict[str, Any]:
+        spec = with_limits(msgspec.structs.replace(self.spec, tracking=self.tracking.asked), self.limits.user)
+        return {**vcpu_states.take_states(self.core, spec, paused=self.pauses.paused), "paused": self.pauses.user}
 
     # --- set-up ------------------------------------------------------------------------------
 
@@ -165,6 +218,7 @@ class Coordinator:
                 shard.watch(shard.control.pid)
             except ProcessLookupError:
                 shard.bury()
+                self.reaper.worker_died(shard)
         if retrack.unfinished(core.parts, self.shards):
             # The vCPUs stand still. They stay so with what is set here, until resume_all below.
             self.shards.pause(self.shards.all)
@@ -186,23 +240,32 @@ class Coordinator:
                 self.reaper.full.add(shard.index)
         self.reaper.drain()
         core.parts.log.publish()
-        self.clients.adopt(saved.owners)
-        self.incoming.adopt(saved.incoming)
+        holds = saved.holds
+        self.clients.adopt(holds.clients)
+        self.incoming.adopt(holds.incoming)
         core.state = "running" if saved.started else "ready"
-        self.pauses.adopt(saved.user_paused, saved.pause_owner)
-        if saved.started and not self.pauses.paused:
-            self.shards.resume_all()
+        self.pauses.adopt(holds.user_paused, holds.pauses, holds.handed_over)
+        self.leases.adopt(holds.leases)
+        self.limits.adopt(holds.user_limits, holds.limits)
+        if saved.started:
+            self.shards.resume_all()    # those who want it to stand still have their own pause by now
         self._save()
 
     def _save(self) -> None:
         core = self.core
         self._journal.write(Saved(
             slots=[slot.now for slot in core.parts.log.slots.values()], clients=core.parts.log.clients,
-            elapsed=self._elapsed(), started=self._started > 0, user_paused=self.pauses.paused,
+            elapsed=self._elapsed(), started=self._started > 0,
             verification=core.verifier.result if core.verifier else None,
             exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
-            restarts=self._restarts, owners=self.clients.owner_pids, pause_owner=self.pauses.owner_pid,
-            incoming=self.incoming.owner_pid, tracking=core.parts.tracking, asked_tracking=self.tracking.asked))
+            restarts=self._restarts, holds=self._holds(), tracking=core.parts.tracking,
+            asked_tracking=self.tracking.asked))
+
+    def _holds(self) -> Holds:
+        pauses, limits = self.pauses, self.limits
+        return Holds(user_paused=pauses.user, pauses=list(pauses.held), handed_over=pauses.handed_over,
+                     leases=list(self.leases.held), user_limits=limits.user, limits=list(limits.held),
+                     clients=list(self.clients.held), incoming=self.incoming.owner)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -299,19 +362,14 @@ class Coordinator:
                             "code": message.code, "detail": message.detail})
 
     def _on_death(self, shard: Shard) -> None:
-        """A worker's process ended. Its ring is still mapped here and will be harvested; a plain
-        bitmap died with it."""
+        """A worker's process has ended."""
         if self._done or self.core.state == "ended":
             return
-        self.reaper.full.discard(shard.index)
-        if not self.core.parts.ring_entries:
-            self.core.parts.log.mark_logged_slots()
+        self.reaper.worker_died(shard)
         self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
-                        "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
+                        "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
-        if self.core.verifier is not None:
-            self.core.verifier.blind_to_surplus = True
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                         "pages_marked": pages})
 
@@ -348,7 +406,7 @@ class Coordinator:
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
-        self.shards.drain_notifications()
+        self.shards.drain_notifications(everything=True)
         if self.core.verifying:
             self.core.drain_and_verify()
         else:
@@ -368,7 +426,23 @@ class Coordinator:
     def _report(self) -> dict[str, Any]:
         return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
                               asked_tracking=self.tracking.asked, switches=self.tracking.switches,
-                              restarts=self._restarts)
+                              restarts=self._restarts, holders=self._holders(),
+                              handed_over=self.pauses.handed_over.to if self.pauses.handed_over else "")
+
+    def _holders(self) -> list[dict[str, Any]]:
+        """Who has what of the machine, for the report; pid 0: the user."""
+        pauses, limits, recorder = self.pauses, self.limits, self.recording.owner
+        holders: list[tuple[str, str, int]] = []
+        if pauses.user:
+            holders.append(("pause", "user", 0))
+        if any(limits.user):
+            holders.append(("limit", "user", 0))
+        for what, held in (("pause", pauses.held), ("limit", limits.held), ("client", self.clients.held)):
+            holders += [(what, hold.why, hold.owner.pid) for hold in held]
+        holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
+        if recorder is not None:
+            holders.append(("recording", "trace", recorder.pid))
+        return [{"what": what, "why": why, "pid": pid} for what, why, pid in holders]
 
     # --- tear-down ---------------------------------------------------------------------------------
 

@@ -37,15 +37,17 @@ class TrackingSwitch:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
         return self._auto.left(now)
 
-    def ask(self, asked: str) -> dict[str, Any]:
-        """What a user wants from now on. Raises VmmError, with everything as it was."""
+    def ask(self, asked: str, limits: list[str]) -> dict[str, Any]:
+        """What a user wants from now on; ``limits``: processes that limit vCPUs, for people. Raises VmmError, with
+        everything as it was."""
         core = self._core
         core.require_not_ended()
         core.require_whole_memory()
         check_tracking(asked, core.spec.accel, core.spec.ring_entries)
         if asked not in ("ring", "auto") and self._limited():
-            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
-                           f" (vmm dirty-limit cancel {core.spec.name})")
+            what = f"by {', '.join(limits)}: wait for that" if limits else (
+                f"cancel it first (vmm dirty-limit cancel {core.spec.name})")
+            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: {what}")
         before = core.parts.tracking
         mode = asked
         if asked == "auto":
@@ -67,7 +69,7 @@ class TrackingSwitch:
             retrack.switch(core.parts, core.shards, core.reaper, mode, core.save)
             self.switches += 1
             if core.verifier is not None:
-                core.verifier.switched(blind=before == "none")
+                core.verifier.switched()
         now = time.monotonic()
         if core.parts.ring_entries:
             core.reaper.schedule.plan(now, {s.index: s.soft_limit for s in core.shards.all})

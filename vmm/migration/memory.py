@@ -7,9 +7,10 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 
 from ..machine import Machine
+from ..names import segment_name
 from .pages import PAGE
 
 __all__ = ["SlotMemory"]

@@ -1,14 +1,14 @@
 """Live migration, the source: pre-copy rounds from the dirty log, stop-and-copy, hand-over.
 
 The machine runs on while its memory is sent; each round sends what was dirtied during the last. When what is
-left can be sent within the downtime limit, or the rounds are used up (vmm/migration/converge.py), the guest is
-stopped, the rest and the vCPU states are sent, and the target is told to go on.
+left can be sent within the downtime limit, or the rounds are used up (vmm/migration/converge.py), the machine is
+frozen, the rest and the vCPU states are sent, and the target is told to go on.
 
-Never two, never none: until the machine here is handed over (``Machine.hand_over``) it alone may run, and any
-failure, a kill included, lets it go on: its pause, its dirty limits and the dirty-log client belong to this
-process. From the hand-over on it never runs here again by itself. Commit is repeated until the target says that it
-runs, by this process or, should it be killed, by one that the coordinator starts. Only a target that says that it
-does not have the machine, and never will, gives it back.
+Never two, never none: until the machine here is handed over (``Lease.hand_over``) it alone may run, and any
+failure, a kill included, lets it go on: the lease, the dirty limits and the dirty-log client are this process' own.
+From the hand-over on it never runs here again by itself. Commit is repeated until the target says that it runs, by
+this process or, should it be killed, by one that the coordinator starts. Only a target that says that it does not
+have the machine, and never will, gives it back.
 
 Post-copy is for guests that do not converge: Commit comes before the last pages, which follow while the guest runs
 at the target (vmm/migration/postcopy_source.py).
@@ -33,11 +33,13 @@ import zmq
 import zstandard
 from numpy.typing import NDArray
 
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 from ipc.steps import step
 
 from ..errors import VmmError
+from ..holds import Lease
 from ..machine import Machine
+from ..names import segment_name
 from ..spec import MachineSpec
 from .addresses import parse_address
 from .channels import Channels, Job, chunk_pages
@@ -151,7 +153,8 @@ class Source:
         self._there: _Todo = {}                 # post-copy: what is missing at the target
         self._number = 0                        # of the round
         self._torn: list[Torn] = []
-        self._limits: dict[int, int] = {}       # {vCPU: its quota before}
+        self._lease: Lease
+        self._limits = machine.limits(f"migration to {address}")
         self._committed = False
         self._postcopy = False
         self._interrupted = False
@@ -165,29 +168,30 @@ class Source:
     # --- the way of a migration ----------------------------------------------------------------------------
 
     def run(self) -> None:
-        spec = self._read_spec()
-        try:
-            self._talk = Talk(self._context, self._address, self._keys, time.monotonic() + _PATIENCE, self._tell)
-            self._offer(self._talk, spec)
-            self.machine.register(self._client, mine=True)
-            self._pre_copy()
-            self._stop_and_copy()
-        except BaseException as exc:
-            if not self._committed:
-                self._give_up(exc)
-            raise
-        self._finish()
+        with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
+            spec = self._read_spec()
+            try:
+                self._talk = Talk(self._context, self._address, self._keys, time.monotonic() + _PATIENCE, self._tell)
+                self._offer(self._talk, spec)
+                self.machine.register(self._client, mine=True)
+                self._pre_copy()
+                self._stop_and_copy()
+            except BaseException as exc:
+                if not self._committed:
+                    self._give_up(exc)
+                raise
+            self._finish()
 
     def recover(self) -> None:
         record = load_hand_over(self.machine.name)
-        self._shield.enter_context(uninterrupted(self._on_signal))
-        self._token = record.token
-        self._committed = True
-        self.machine.hand_over(record.where, owner=os.getpid())
-        self.report.status = "handed-over"
-        self._tell(force=True)
-        self._commit()
-        self._finish()
+        with self.machine.lease("migration", f"to {self._address.text}", recover=True) as self._lease:
+            self._shield.enter_context(uninterrupted(self._on_signal))
+            self._token = record.token
+            self._committed = True
+            self.report.status = "handed-over"
+            self._tell(force=True)
+            self._commit()
+            self._finish()
 
     def failed(self, exc: BaseException) -> str:
         """The status that an end by this exception is."""
@@ -196,14 +200,13 @@ class Source:
         return "failed" if isinstance(exc, Exception) else "cancelled"
 
     def _read_spec(self) -> MachineSpec:
-        """Of the machine, with its slots as they are. Raises MigrationError when it does not run."""
+        """Of the machine, with its slots as they are. Raises VmmError when it is not one that runs."""
         machine = self.machine
         machine.require_memory()
-        if machine.status()["state"] != "running":
-            raise VmmError(f"machine '{machine.name}' does not run: resume it first")
-        with self._paused():        # for its specification alone: the state that comes with it is not used
-            state = machine.state()
-        return msgspec.convert(state["spec"], MachineSpec)
+        if (state := machine.status()["state"]) not in ("running", "paused"):
+            raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
+        with machine.paused("migration"):   # for its specification; the state that comes with it is not used
+            return msgspec.convert(machine.state()["spec"], MachineSpec)
 
     def _offer(self, talk: Talk, spec: MachineSpec) -> None:
         image = Path(spec.image).read_bytes()
@@ -256,7 +259,7 @@ class Source:
                 self._postcopy = what is Next.POSTCOPY
                 self._rest = todo
                 return
-            self._limit(status)
+            self._limit()
 
     def _touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
         """The slot's pages but for those that nobody has ever touched: they are zero, at the target too."""
@@ -321,18 +324,15 @@ class Source:
         if channels.failure:
             raise talk.error(channels.failure, Lost)
 
-    def _limit(self, status: dict[str, Any]) -> None:
+    def _limit(self) -> None:
         for vcpu, quota in self._convergence.quotas.items():
             if self.report.throttled.get(str(vcpu)) != (shown := quota * PAGE / 1e6):
-                self._limits.setdefault(vcpu, status["vcpus"][vcpu]["dirty_limit_pages_per_s"])
-                self.machine.dirty_limit(quota, vcpu)
+                self._limits.set(quota, vcpu)
                 self.report.throttled[str(vcpu)] = shown
 
     def _release_limits(self) -> None:
-        for vcpu, quota in self._limits.items():
-            with contextlib.suppress(VmmError):
-                self.machine.dirty_limit(quota, vcpu)
-        self._limits.clear()
+        with contextlib.suppress(VmmError):
+            self._limits.close()
 
     # --- stop-and-copy, hand-over ----------------------------------------------------------------------------
 
@@ -341,28 +341,26 @@ class Source:
         assert self._talk is not None
         machine, report, talk = self.machine, self.report, self._talk
         report.status = "device"
+        self._tell(force=True)
         talk.patience = PAUSED_PATIENCE
-        with self._paused():
+        with self._frozen():
             stopped = time.monotonic()
-            step("migrate-paused")
+            step("migrate-frozen")
             self._release_limits()
             todo = _joined(self._rest, self._dirty())
             for slot in machine.status()["slots"]:
                 if not slot["logged"]:      # nobody knows what changed there: all of it, now
                     todo[slot["id"]] = self._touched(slot)
-            while True:
-                self._send_rest(talk, todo)
-                state = machine.state()
-                spec = msgspec.convert(state["spec"], MachineSpec)
-                self._check_slots(spec)
-                system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes())
-                step("migrate-state")
-                talk.send(State(system, state["vcpus"], spec))
-                talk.expect(Prepared)
-                step("migrate-prepared")
-                # A host write may have come since: it is sent too. From the hand-over on there can be none.
-                if not (todo := self._dirty()) and self._hand_over():
-                    break
+            self._send_rest(talk, todo)
+            state = machine.state()
+            spec = msgspec.convert(state["spec"], MachineSpec)
+            self._check_slots(spec)
+            system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes())
+            step("migrate-state")
+            talk.send(State(system, state["vcpus"], spec, state["paused"]))
+            talk.expect(Prepared)
+            step("migrate-prepared")
+            self._hand_over()
             self._commit()
             report.downtime = (time.monotonic() - stopped) * 1000
 
@@ -389,21 +387,24 @@ class Source:
             raise MigrationError(f"memory slot {', '.join(map(str, other))} of machine '{self.machine.name}' was "
                                  "added or removed during the migration: try again")
 
-    def _hand_over(self) -> bool:
-        """The point of no return. False when a host write came just before."""
-        machine = self.machine
+    def _hand_over(self) -> None:
+        """The point of no return."""
+        name = self.machine.name
         record = HandOver(self.report.id, self._token, self._address.text, self.options)
-        save_hand_over(machine.name, record)
+        save_hand_over(name, record)
         self._shield.enter_context(uninterrupted(self._on_signal))
         self._obey()
         step("migrate-hand-over")
         self._committed = True      # should no answer come, only the coordinator knows
-        self._committed = machine.hand_over(record.where, owner=os.getpid(), client=self._client)
-        if self._committed:
-            step("migrate-handed-over")
-            self.report.status = "handed-over"
-            self._tell(force=True)
-        return self._committed
+        try:
+            self._lease.hand_over(record.where)
+        except VmmError:
+            self._committed = bool(self.machine.status()["handed_over"])
+            if not self._committed:
+                raise
+        step("migrate-handed-over")
+        self.report.status = "handed-over"
+        self._tell(force=True)
 
     def _commit(self) -> None:
         """Tell the target to go on, on another connection if need be, until it says that it does. Then ``_there``
@@ -442,7 +443,7 @@ class Source:
                     pages = self.machine.ram(slot).size // PAGE
                     self._there[slot] = np.flatnonzero(missing_pages(answer, pages))
                 case Refused(error=error):
-                    self.machine.take_back()
+                    self._lease.take_back()
                     self._committed = False
                     raise talk.error(f"refused at the last moment: {error}")
                 case Ended(error=error):
@@ -452,10 +453,8 @@ class Source:
         return False
 
     def _stranded(self, why: str) -> MigrationError:
-        """Handed over, and nobody says that it runs. No other process is to try in our place."""
+        """Handed over, and nobody says that it runs."""
         name = self.machine.name
-        with contextlib.suppress(VmmError):
-            self.machine.hand_over(load_hand_over(name).where, owner=0)
         left = sum(len(pages) for pages in self._there.values())
         there = (f"its last {left:,} pages are not at the target, which waits for them"
                  if self._postcopy else "it may run there already")
@@ -496,14 +495,14 @@ class Source:
         self._tell(force=True)
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Paused for the time being, and for good once the machine is handed over."""
-        self.machine.pause(mine=True)
+    def _frozen(self) -> Iterator[None]:
+        """For the time being, and for good once the machine is handed over."""
+        self._lease.freeze()
         try:
             yield
         finally:
             if not self._committed:
-                self.machine.resume()
+                self._lease.thaw()
 
     def _give_up(self, exc: BaseException) -> None:
         """The machine runs on here; the target cleans up."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from ipc.userfault import Userfault, UserfaultError
 from workers.state import StateError, check_states
 
 from ..errors import ExitCode, VmmError
+from ..holds import Lease
 from ..machine import Machine
 from ..names import check_machine_name
 from ..plan import choose_accelerator
@@ -140,6 +142,8 @@ class _Target:
         self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
         self._torn: dict[int, list[Torn]] = {}
         self._prepared = False
+        self._paused = False
+        self._lease: Lease
         self._absent: dict[int, NDArray[np.bool_]] = {}     # post-copy: what comes after the start
         self._missing: MissingPages | None = None
 
@@ -154,6 +158,7 @@ class _Target:
             self._refuse(exc)
             raise
         if self._missing is None:
+            self._lease.close()
             self._answer_until_heard([Running()])
             return machine
         with self._missing as pages:
@@ -167,8 +172,8 @@ class _Target:
         return machine
 
     def _refuse(self, exc: BaseException) -> None:
-        """End the machine, and only then say so; nothing, if that is not certain, and the source may have handed the
-        machine over already."""
+        """End the machine, and only then say so; nothing, if that is not certain, and the source may have handed
+        the machine over already."""
         gone = self._end_machine()
         if self._missing is not None:
             self._missing.close()
@@ -324,6 +329,8 @@ class _Target:
             self._token = offer.token
             self._say(Received())
             self._machine = Machine.launch(spec, detach=self._detach, start=False)
+        # Only we may start it, or write to it; should we go before, it does.
+        self._lease = self._machine.lease("incoming", f"(vmm receive, pid {os.getpid()})")
         self._offered = offer.spec
         for slot in offer.spec.slots:
             self._memory[slot.id] = SlotMemory(self._machine, slot.id)
@@ -421,6 +428,7 @@ class _Target:
             self._missing.add(self._absent)
         self._absent = {}
         machine.set_state(message.vcpus)
+        self._paused = message.paused
         self._prepared = True
         self._say(Prepared())
 
@@ -446,6 +454,8 @@ class _Target:
         assert machine is not None
         self._close_memory()
         step("receive-commit")
+        if self._paused:
+            machine.pause()
         machine.start()
         step("receive-started")
         with contextlib.suppress(_Gone):        # it will ask again
@@ -507,6 +517,7 @@ class _Target:
         for fd in pages.faults:
             self._poller.unregister(fd)
         pages.finish()
+        self._lease.close()
 
     def _put(self, pages: MissingPages, message: Pages, data: Buffer) -> bool:
         """False for pages that are damaged, or none of this machine."""

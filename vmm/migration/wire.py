@@ -95,12 +95,12 @@ class Missing(Wire, frozen=True, tag="missing"):
 
 class State(Wire, frozen=True, tag="state"):
     """The system slot's memory (zstd), the vCPUs' states (workers/state.py), and the specification as it is now: it
-    has the slots of the offer, and the settings that were made since. May come again, if memory had to be sent once
-    more."""
+    has the slots of the offer, and the settings that were made since. ``paused``: by its user, and so it stays."""
 
     system: bytes
     vcpus: list[dict[str, Any]]
     spec: MachineSpec
+    paused: bool
 
 
 class Commit(Wire, frozen=True, tag="commit"):
