@@ -25,6 +25,7 @@ from vmm.migration.keys import Keys, load_keys, make_keys
 from vmm.migration.sockets import Unreachable, connect, listen
 
 LOCAL = parse_address("ipc://x")
+ANYWHERE = parse_address("tcp://127.0.0.1:*", listen=True)
 
 
 @pytest.fixture
@@ -313,7 +314,7 @@ def test_curve_lets_the_right_key_in_and_no_other(context: zmq.Context[zmq.Socke
                                                   own: str | None, peer: str | None) -> None:
     good = pair_of(tmp_path, "source", "target")
     bad = pair_of(tmp_path, own, peer) if own and peer else None
-    with listen(context, parse_address("tcp://127.0.0.1:*", listen=True), pair_of(tmp_path, "target", "source")) as at:
+    with listen(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as at:
         address = parse_address(at.get_string(zmq.LAST_ENDPOINT))
         with pytest.raises(VmmError, match=r"refuses these keys|with the right keys"):
             connect(context, address, bad, until=time.monotonic() + 1.5)
@@ -334,7 +335,7 @@ def test_without_its_authenticator_a_target_lets_nobody_in(context: zmq.Context[
         def stop(self) -> None: ...
 
     monkeypatch.setattr(keys_module, "ThreadAuthenticator", Dead)
-    with listen(context, parse_address("tcp://127.0.0.1:*", listen=True), pair_of(tmp_path, "target", "source")) as at:
+    with listen(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as at:
         address = parse_address(at.get_string(zmq.LAST_ENDPOINT))
         with pytest.raises(VmmError):
             connect(context, address, pair_of(tmp_path, "source", "target"), until=time.monotonic() + 1.5)

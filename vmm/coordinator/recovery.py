@@ -1,8 +1,8 @@
 """A migration whose process was killed after the machine had been handed over is finished by another.
 
 The machine stands still here, and the target may never have been told to run it: without somebody who tells it,
-nobody would. That is a client's process like the one that died (vmm/migration/recoverer.py), so the coordinator does
-no more than start it; it takes the lease that the dead one had, or leaves that to a user who was quicker.
+nobody would. That is a client's process like the one that died (vmm/migration/recoverer.py), so the coordinator
+does no more than start it; it takes the lease that the dead one had, or leaves that to a user who was quicker.
 """
 
 from __future__ import annotations

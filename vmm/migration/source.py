@@ -171,7 +171,7 @@ class Source:
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             spec = self._read_spec()
             try:
-                self._talk = Talk(self._context, self._address, self._keys, time.monotonic() + _PATIENCE, self._tell)
+                self._talk = self._connect(_PATIENCE)
                 self._offer(self._talk, spec)
                 self.machine.register(self._client, mine=True)
                 self._pre_copy()
@@ -224,6 +224,9 @@ class Source:
         self.report.setup_time = self._elapsed_ms()
         self.report.ram.total = sum(s.size for s in spec.slots)
         self.report.status = "active"
+
+    def _connect(self, patience: float) -> Talk:
+        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._tell)
 
     def _open_channels(self) -> None:
         until = time.monotonic() + _PATIENCE
@@ -415,8 +418,7 @@ class Source:
         while True:
             try:
                 if self._talk is None:
-                    self._talk = Talk(self._context, self._address, self._keys,
-                                      min(deadline, time.monotonic() + _NOBODY_PATIENCE), self._tell)
+                    self._talk = self._connect(min(_NOBODY_PATIENCE, deadline - time.monotonic()))
                 if self._told_to_go_on(self._talk):
                     return
             except (Lost, WireError, zmq.ZMQError):
