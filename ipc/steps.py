@@ -22,6 +22,7 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
+    "a machine's life": ("turn", "verb", "report-kept", "done-said"),
     "pause": ("pause-noted", "pause-standing"),
     "resume": ("resume-noted",),
     "lease": ("lease-noted",),

@@ -30,7 +30,7 @@ from types import TracebackType
 from ipc.shm import open_fd
 
 from . import control
-from .control import ControlClient
+from .connection import ControlClient
 from .errors import ExitCode, VmmError
 from .names import segment_name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ipc.processid import ProcessId
@@ -78,6 +79,7 @@ class Clients:
         self._core.flush()
         if again:
             log.give_back(client)
+        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in self._core.shards.all]}
         taken = log.take(client)
         return {"slots": {str(i): {"dirty": n, "pages": log.front(client, i).front.pages}
-                          for i, n in taken.items()}}
+                          for i, n in taken.items()}, **flushed}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ __all__ = ["Core"]
 
 
 class Core:
-    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` sends an event
-    to every follower, ``save`` writes the journal."""
+    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` gives an
+    event to every client that wants it, ``save`` writes the journal."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -45,7 +44,7 @@ class Core:
         try:
             self.save()
         except OSError as exc:
-            print(f"vmm: machine '{self.spec.name}': its journal was not written: {exc.strerror}", file=sys.stderr)
+            self.tell({"event": "warning", "text": f"its journal was not written: {exc.strerror}"})
 
     @property
     def live(self) -> list[Shard]:
@@ -73,7 +72,6 @@ class Core:
         assert self.verifier is not None
         self.reaper.drain()
         self.verifier.round()
-        self.save()
 
     # --- checks; each raises VmmError ---------------------------------------------------------
 
