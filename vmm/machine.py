@@ -426,13 +426,13 @@ class Machine:
         self._segments.clear()
         self._client.close()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
-        drop the connection to an attached one."""
+        drop the connection to an attached one. False when a launched one could not be ended in order, and parts of
+        it may be there still."""
         launched, self._launched = self._launched, None
         self.detach()
-        if launched is not None:
-            launched.end()
+        return launched is None or launched.end()
 
     def __enter__(self) -> Machine:
         return self
