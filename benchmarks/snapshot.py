@@ -18,10 +18,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ipc.shm import segment_name
 from vmm import snapshot
 from vmm.guests import WORKLOADS, resolve_params
 from vmm.machine import Machine
+from vmm.names import segment_name
 from vmm.plan import choose_accelerator
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec
 

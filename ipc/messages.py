@@ -108,6 +108,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     slots: list[SlotSpec]       # RAM
     system_slot: SlotSpec       # never logged
     control_segment: str
+    belongings: str             # the name that all of the machine goes with (ipc/claims.py)
     request_endpoint: str
     notify_endpoint: str
     fd_socket: str              # path of the Unix socket that takes the vCPU fd ("" if none wanted)

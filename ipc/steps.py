@@ -22,9 +22,18 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
+    "a machine's life": ("turn", "verb", "report-kept", "done-said"),
+    "pause": ("pause-noted", "pause-standing"),
+    "resume": ("resume-noted",),
+    "lease": ("lease-noted",),
+    "freeze": ("freeze-noted",),
+    "hand over": ("hand-over-noted",),
+    "dirty limit": ("limit-noted",),
     "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
     "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
     "snapshot delete": ("snapshot-out-of-chain",),
+    "claiming a machine's name": ("claim-locked", "claim-cleared"),
+    "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
     "ring rebuild": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
     "dead ring": ("dead-ring-published",),
 }

@@ -18,6 +18,7 @@ from ipc.messages import ExitReason
 from ipc.shm import PAGE_SIZE
 from workers.accel import ExitKind
 from workers.ports import PortEventKind
+from workers.soft_context import SEEN_BLOCKS
 from workers.soft_decode import PortAccess
 
 CF, PF, AF, ZF, SF, OF = 1, 4, 0x10, 0x40, 0x80, 0x800
@@ -330,6 +331,29 @@ def test_code_that_the_guest_rewrites() -> None:
             assert vcpu.run().kind is ExitKind.PORT
             assert vcpu.word(DATA) == 1                     # -1 + 1
         assert CODE // PAGE_SIZE in vcpu.harvest()
+
+
+def test_more_blocks_than_are_remembered() -> None:
+    """Twice over a chain of more blocks than the table of those looked at takes before it is emptied. One in 64 has
+    a locked instruction, which must not be left alone: none is run twice, or without its hook, or not logged."""
+    locked, plain = hexes("f0 48 ff 03 eb 00"), hexes("90 90 90 90 eb 00")      # lock incq (%rbx), or nops; jmp on
+    blocks = SEEN_BLOCKS // 2 + 500
+    chain = b"".join(plain if number % 64 else locked for number in range(blocks))
+    to_its_start = (-(len(chain) + 10)).to_bytes(4, "little", signed=True)
+    back = hexes("e7 f8 ff c9 0f 85") + to_its_start        # hypercall; dec %ecx; jnz
+    assert CODE + len(chain) + len(back) + PAGE_SIZE < DATA
+    with bare("unicorn", chain + back + EXIT, rbx=DATA, rcx=2) as vcpu:
+        for turn in (1, 2):
+            leave = vcpu.run()
+            assert leave.event is not None
+            assert leave.event.kind is PortEventKind.HYPERCALL
+            assert vcpu.word(DATA) == turn * -(-blocks // 64)
+            assert vcpu.harvest() == [DATA // PAGE_SIZE]
+            assert vcpu.accel.reset_ring(1) == 1
+            vcpu.control.reset_total += 1
+        leave = vcpu.run()
+        assert leave.event is not None
+        assert leave.event.kind is PortEventKind.EXIT
 
 
 # --- ends -----------------------------------------------------------------------------------------------------

@@ -10,10 +10,7 @@ own shared memory, without copies.
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,18 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap
-from ipc.shm import Segment, SegmentError, segment_name
+from ipc.shm import Segment, SegmentError
 
-from . import control
+from . import control, holds, records
+from .connection import ControlClient
 from .errors import ExitCode, VmmError, no_memory
+from .launch import Launched
+from .names import segment_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
-from .spec import MachineSpec, encode_spec
+from .spec import MachineSpec
 
-__all__ = ["Machine", "SyncResult", "list_machines"]
+__all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
-_LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
-_END_TIMEOUT = 30.0
+_FOREVER = 86400.0 * 365    # seconds; what poll(2) can still be asked to wait for is less, and asked for again
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +48,43 @@ class SyncResult:
     pages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What one flush of the dirty log gave a client, as of one moment."""
+
+    #: {slot id: dirty pages}; which ones they are is in ``Machine.bitmap``.
+    slots: dict[int, int]
+    #: CLOCK_MONOTONIC of this host when the flush was over, seconds.
+    at: float
+    #: Pages that each vCPU has dirtied until then, ring entries where there are rings.
+    vcpu_pages: list[int]
+
+
 class Machine:
     """A connection to one machine's coordinator. Not thread-safe; open one a thread.
 
     A launched machine ends with its ``with`` (or ``close``), an attached one goes on.
     """
 
-    def __init__(self, name: str, *, keeper: subprocess.Popen[bytes] | None = None,
-                 life_fd: int = -1) -> None:
+    def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False) -> None:
         self.name = name
-        self._keeper = keeper
-        self._life_fd = life_fd
-        self._client = control.ControlClient(machine_dir(name), name, lambda: is_running(name))
+        self._launched = launched
+        self._detached = detached       # a launched one that lives on without this process once it runs
+        self._client = ControlClient(machine_dir(name), name, lambda: is_running(name),
+                                     after=-1 if launched is None else 0)
         self._segments: dict[str, Segment] = {}
         self._clients: dict[tuple[str, int], ClientBitmaps] = {}
         self._report: dict[str, Any] | None = None
-        self._following = False
+
+    @property
+    def _keeper(self) -> subprocess.Popen[bytes] | None:
+        """Of a launched machine."""
+        return None if self._launched is None else self._launched.keeper
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user of a machine that was launched here should know (that no log is kept, for example)."""
+        return [] if self._launched is None else list(self._launched.warnings)
 
     # --- launch, attach ----------------------------------------------------------------------
 
@@ -73,8 +93,9 @@ class Machine:
                trace_file: str = "", detach: bool = False, start: bool = True) -> Machine:
         """Start a machine from a MachineConfig (vmm/config.py) or a MachineSpec.
 
-        A machine that is not detached ends when this process does. ``start=False`` leaves the vCPUs
-        before their first instruction until ``start()``. Raises VmmError, with nothing left behind.
+        The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
+        ``start=False`` leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with
+        nothing left behind.
         """
         if isinstance(config, MachineSpec):
             spec = config
@@ -87,58 +108,55 @@ class Machine:
         from .rules import check_machine
 
         check_machine(spec)
-        status_read, status_write = os.pipe2(os.O_CLOEXEC)
-        life_read, life_write = (-1, -1) if detach else os.pipe2(os.O_CLOEXEC)
-        inherited = [fd for fd in (status_write, life_read) if fd >= 0]
-        quiet = subprocess.DEVNULL if detach else None
+        machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
         try:
-            keeper = subprocess.Popen(
-                [sys.executable, "-m", "vmm.keeper", spec.name, str(status_write), str(life_read)],
-                stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, pass_fds=inherited,
-                start_new_session=True)
-            for fd in inherited:
-                os.close(fd)
-            assert keeper.stdin is not None
-            with contextlib.suppress(BrokenPipeError), keeper.stdin as pipe:
-                pipe.write(encode_spec(spec))
-            try:
-                _await_ready(spec.name, status_read)
-            except BaseException:
-                _close_fd(life_write)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    keeper.wait(_END_TIMEOUT)
-                raise
-        finally:
-            os.close(status_read)
-        machine = cls(spec.name, keeper=keeper, life_fd=life_write)
-        machine.follow()
-        if start:
-            machine.start()
+            if start:
+                machine.start()
+        except BaseException:
+            machine.close()
+            raise
         return machine
 
     @classmethod
     def attach(cls, name: str) -> Machine:
         """Connect to a running machine. Raises VmmError when there is none of that name, or it is no name."""
         if not is_running(name):
-            names = machine_names()
-            there = f"running: {', '.join(names)}" if names else "none is running"
-            raise VmmError(f"no machine named '{name}' ({there})", ExitCode.NO_MACHINE)
+            raise records.no_machine(name)
         return cls(name)
 
     # --- life -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Let the vCPUs enter the guest for the first time."""
+        """Let the vCPUs enter the guest for the first time. Raises VmmError."""
         self._client.ask(control.Start)
+        if self._launched is not None and self._detached:
+            self._launched.let_go()
 
-    def pause(self, *, mine: bool = False) -> None:
-        """Every vCPU is out of the guest when this returns, and stays so until ``resume``. ``mine``: or until
-        this process ends."""
-        self._client.ask(control.Pause, owner=os.getpid() if mine else 0)
+    def pause(self) -> None:
+        """The user's pause: every vCPU is out of the guest when this returns, and stays so until ``resume``,
+        whatever becomes of this process. There is one; programs that need the guest to stand still have their own
+        (``paused``). Raises VmmError."""
+        self._client.ask(control.Pause)
+
+    def paused(self, why: str) -> contextlib.AbstractContextManager[None]:
+        """A pause of this process' own: within the ``with`` every vCPU is out of the guest, whoever else pauses and
+        resumes. It ends with this process at the latest. ``why``: what it is for, as others are told
+        (``snapshot``). Raises VmmError."""
+        return holds.paused(self._client, why)
+
+    def lease(self, kind: str, why: str, *, recover: bool = False) -> holds.Lease:
+        """Have the machine for something that others must not disturb (vmm/holds.py), until the end of the
+        ``with``, or of this process. ``kind``: ``migration``, ``snapshot``, or ``incoming`` (not started yet: only
+        who has the lease may start it, set its state and write its memory; should it go before, the machine does).
+        ``why``: completes "it is being migrated …" for others. What each keeps out stands in
+        vmm/coordinator/leases.py. ``recover``: go on with a machine that was handed over by a process which has
+        gone. Raises VmmError, with who has it."""
+        return holds.Lease(self._client, self.name, kind, why, recover)
 
     def state(self) -> dict[str, Any]:
-        """Of a paused machine: ``spec``, its specification with the slots as they are, and ``vcpus``, their
-        states (workers/accel.py; ``xsave`` in base64). Raises VmmError."""
+        """Of a paused machine: ``spec``, its specification with the slots, limits and tracking as they are,
+        ``vcpus``, their states (workers/accel.py; ``xsave`` in base64), and ``paused``, whether the user has paused
+        it. Raises VmmError."""
         return self._client.ask(control.State)
 
     def set_state(self, vcpus: list[dict[str, Any]]) -> None:
@@ -150,15 +168,19 @@ class Machine:
         """Before ``start``: pages of RAM are missing (holes in its segments), and this process fills them in while
         the guest runs (post-copy). The workers send their userfaultfds to the Unix socket ``socket``. {slot id:
         address of its mapping} for each vCPU. Nobody else may look at the memory until ``arrived``."""
-        answer = self._client.ask(control.Incoming, socket=socket, owner=os.getpid())
+        answer = self._client.ask(control.Incoming, socket=socket, mine=True)
         return [{int(slot): address for slot, address in each.items()} for each in answer["addresses"]]
 
     def arrived(self) -> None:
         """Every page that was missing is there."""
         self._client.ask(control.Arrived)
 
-    def resume(self) -> None:
-        self._client.ask(control.Resume)
+    def resume(self, *, force: bool = False) -> list[str]:
+        """Take back the user's pause, if there is one, and nobody else's. Who wants the guest to stand still all
+        the same (``snapshot (pid 123)``): it runs on when they have done; empty when it runs. ``force``: also a
+        machine that was handed over to another host, which must not run there then. Raises VmmError for such a
+        machine without ``force``, and while it is being handed over."""
+        return [str(who) for who in self._client.ask(control.Resume, force=force)["held_by"]]
 
     def stop(self) -> None:
         """End every vCPU; ``wait`` then has the report. An ended machine is released."""
@@ -172,41 +194,39 @@ class Machine:
         """The report so far; the same document as ``wait`` returns."""
         return self._client.ask(control.Status)
 
-    def follow(self) -> None:
-        """Have events sent to this client from now on."""
-        if not self._following:
-            self._client.ask(control.Follow)
-            self._following = True
-
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Events as they come: console, exit, ring-rebuilt, ended (the last). Stops after ``timeout``
-        seconds without one. A machine that goes away in between raises VmmError."""
-        self.follow()
-        last = time.monotonic()
-        while timeout is None or time.monotonic() - last < timeout:
-            step = 0.5 if timeout is None else max(0.0, min(0.5, last + timeout - time.monotonic()))
-            event = self._client.event(step)
+        """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
+        warning, ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has
+        their fields. Stops after ``timeout`` seconds without one. Raises VmmError when the machine goes away in
+        between."""
+        while True:
+            event = self._client.event(_FOREVER if timeout is None else timeout)
             if event is not None:
-                last = time.monotonic()
                 yield event
                 if event["event"] == "ended":
                     return
-            elif not is_running(self.name):
-                raise VmmError(f"machine '{self.name}' went away", ExitCode.NO_MACHINE)
+            elif timeout is not None:
+                return
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
-        """Until every vCPU has ended; the final report. Raises TimeoutError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self.follow()
-        report = self.status()
-        while report["state"] != "ended":
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
-            for event in self.events(1.0 if left is None else min(left, 1.0)):
-                if event["event"] == "ended":
-                    break
+        """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
+        it has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
+        deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
+        try:
+            self._client.skip_events()
             report = self.status()
+            while report["state"] != "ended":
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
+                event = self._client.event(left)
+                if event is None or event["event"] == "ended":
+                    report = self.status()
+        except VmmError as exc:
+            left_behind = records.outcome(self.name) if exc.exit_code is ExitCode.NO_MACHINE else None
+            if left_behind is None:
+                raise
+            report = left_behind
         self._report = report
         return report
 
@@ -250,19 +270,32 @@ class Machine:
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write guest memory within one slot, and mark the pages dirty: KVM logs only the guest's own
-        stores. Raises VmmError outside RAM."""
+        stores. Raises VmmError outside RAM, and while somebody has the machine who must not be disturbed (the last
+        copy of a migration), with nothing written."""
         slot, offset = self._locate(gpa, len(data))
-        self.ram(slot, writable=True)[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
-        if data:
-            first = offset // 4096
-            self.mark_dirty(slot, first, (offset + len(data) - 1) // 4096 - first + 1)
+        if not data:
+            return
+        memory = self.ram(slot, writable=True)
+        first = offset // 4096
+        with self.writing(slot, first, (offset + len(data) - 1) // 4096 - first + 1):
+            memory[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def writing(self, slot: int, first: int, count: int) -> contextlib.AbstractContextManager[None]:
+        """Around a write of pages ``first``..``first + count - 1`` through a writable view (``ram``): they are
+        dirty for every client, and whoever freezes the machine waits for the end (5 s at most, so write what is in
+        memory already). Raises VmmError, before the write, outside the slot and while it is frozen."""
+        return holds.host_write(self._client, self.name, slot, first, count)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
         """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after
-        the write: a mark that comes first can be synced away before it."""
+        the write: a mark that comes first can be synced away before it. Raises VmmError outside the slot, and while
+        the machine is frozen: what was written may be missing where the machine goes (``writing`` says so
+        before)."""
         self._client.ask(control.Mark, slot=slot, first=first, count=count)
 
     def _locate(self, gpa: int, size: int) -> tuple[int, int]:
+        if size < 0:
+            raise VmmError(f"a size of {size} bytes")
         for slot in self.status()["slots"]:
             if slot["gpa"] <= gpa and gpa + size <= slot["gpa"] + slot["size"]:
                 return slot["id"], gpa - slot["gpa"]
@@ -279,8 +312,9 @@ class Machine:
 
     def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
         """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. ``mine``: until this
-        process ends at the latest. ``like``: begin with what that client has gathered."""
-        self._client.ask(control.Register, client=client, owner=os.getpid() if mine else 0, like=like)
+        process ends at the latest, and for it alone. ``like``: begin with what that client has gathered. Raises
+        VmmError, also when it is another process' own."""
+        self._client.ask(control.Register, client=client, mine=mine, like=like)
 
     def unregister(self, client: str) -> None:
         self._client.ask(control.Unregister, client=client)
@@ -295,20 +329,22 @@ class Machine:
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
-        slots = self._take(client)
+        return self.flush(client).slots
+
+    def flush(self, client: str) -> Flushed:
+        """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
+        answer = self._client.ask(control.Sync, client=client)
+        slots = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
         for slot_id, counts in slots.items():
             self._maps(client, slot_id, counts["pages"])
-        return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
+        return Flushed({slot_id: counts["dirty"] for slot_id, counts in slots.items()}, answer["at"],
+                       answer["vcpu_pages"])
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
-        return sum(s["dirty"] for s in self._take(client).values())
-
-    def _take(self, client: str) -> dict[int, dict[str, int]]:
-        answer = self._client.ask(control.Sync, client=client)
-        return {int(i): s for i, s in answer["slots"].items()}
+        return sum(s["dirty"] for s in self._client.ask(control.Sync, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
@@ -327,9 +363,14 @@ class Machine:
         return found
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
-        """Let one vCPU, or each, dirty at most so many pages a second; 0 lifts the limit. In force when this
-        returns. Raises VmmError on a machine without dirty rings."""
-        self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
+        """The user's limit: let one vCPU, or each, dirty at most so many pages a second; 0 lifts it. It stays, and
+        moves with the machine. In force when this returns; a program's own (``limits``) may be lower still. Raises
+        VmmError on a machine without dirty rings."""
+        self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=vcpu)
+
+    def limits(self, why: str) -> holds.Limits:
+        """Dirty limits of this process' own over the user's, until the end of the ``with`` or of the process."""
+        return holds.Limits(self._client, why)
 
     def set_tracking(self, tracking: str) -> dict[str, Any]:
         """Log dirty pages in another way (one of vmm.tracking.CHOICES). The vCPUs are paused for it, nothing that
@@ -340,7 +381,7 @@ class Machine:
 
     def record_start(self) -> None:
         """Begin to record a dirty trace (vmm/record.py does all of it). It ends with this process at the latest."""
-        self._client.ask(control.RecordStart, owner=os.getpid())
+        self._client.ask(control.RecordStart, mine=True)
 
     def record_step(self) -> bool:
         """Have the rings harvested now; False when the machine has ended. Raises VmmError when nothing is being
@@ -357,10 +398,11 @@ class Machine:
         """Plug a memory slot in (bytes, multiples of 4096)."""
         self._client.ask(control.MemoryAdd, slot=slot, gpa=gpa, size=size, log=log)
 
-    def memory_remove(self, slot: int) -> None:
+    def memory_remove(self, slot: int, *, force: bool = False) -> None:
         """Unplug a slot: vCPUs stopped, rings reaped, bitmap synced, removed, resumed. What was dirty
-        in it is in each client's next sync."""
-        self._client.ask(control.MemoryRemove, slot=slot)
+        in it is in each client's next sync. ``force``: also one that holds the guest's image or stacks. Raises
+        VmmError."""
+        self._client.ask(control.MemoryRemove, slot=slot, force=force)
         segment = self._segments.pop(f"ram{slot}", None)
         if segment is not None:
             segment.close()
@@ -380,20 +422,10 @@ class Machine:
     def close(self) -> None:
         """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
         drop the connection to an attached one."""
-        if self._keeper is None:
-            self.detach()
-            return
-        keeper, self._keeper = self._keeper, None
+        launched, self._launched = self._launched, None
         self.detach()
-        if self._life_fd >= 0:
-            os.close(self._life_fd)     # the keeper sees it and has the machine end in order
-        else:
-            keeper.terminate()
-        try:
-            keeper.wait(_END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            keeper.kill()
-            keeper.wait()
+        if launched is not None:
+            launched.end()
 
     def __enter__(self) -> Machine:
         return self
@@ -403,35 +435,17 @@ class Machine:
         self.close()
 
 
-def _close_fd(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
-
-
-def _await_ready(name: str, fd: int) -> None:
-    """The coordinator's one line. Raises VmmError with what it says, or that it said nothing."""
-    deadline = time.monotonic() + _LAUNCH_TIMEOUT
-    text = b""
-    while not text.endswith(b"\n"):
-        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        chunk = os.read(fd, 65536) if ready else b""
-        if not chunk:
-            raise VmmError(f"machine '{name}' did not start", ExitCode.WORKER_DIED)
-        text += chunk
-    answer = msgspec.json.decode(text.splitlines()[0])
-    if "error" in answer:
-        raise VmmError(answer["error"], ExitCode(answer["code"]))
-
-
 def list_machines() -> list[dict[str, Any]]:
-    """Status of every running machine; one that does not answer is listed with state ``unknown``."""
+    """Status of every running machine; one that does not answer is listed with state ``unknown``. One that ends
+    meanwhile is not."""
     found = []
     for name in machine_names():
         machine = Machine(name)
         try:
             found.append(machine._client.ask(control.Status, timeout=2.0))
         except VmmError:
-            found.append({"name": name, "state": "unknown"})
+            if is_running(name):
+                found.append({"name": name, "state": "unknown"})
         finally:
             machine.detach()
     return found

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.channel import FdListener
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 from ipc.userfault import Userfault, UserfaultError
 
 from .errors import VmmError
 from .machine import Machine
+from .names import segment_name
 from .runtime import machine_dir
 
 __all__ = ["Missing", "Wanted"]

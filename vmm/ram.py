@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap, bitmap_bytes, word_count
 from ipc.messages import SlotSpec
-from ipc.shm import Segment, SegmentError, segment_name
+from ipc.shm import Segment, SegmentError
 
+from .names import segment_name
 from .spec import RamSlot
 
 __all__ = ["ClientBitmaps", "MemorySlot", "adopt_or_make", "make_or_adopt"]

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 
 from . import wire
 from .errors import VmmError
 from .machine import Machine
+from .names import segment_name
 from .postcopy import Missing, Wanted
 from .rules import RuleError, arriving
 from .wire import (

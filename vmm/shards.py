@@ -300,12 +300,13 @@ class Shards:
             shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
         except OSError as exc:
+            os.close(write)
             raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
                            ExitCode.WORKER_DIED) from None
         finally:
             os.close(read)
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(msgspec.json.encode(spec))
+        with contextlib.suppress(BrokenPipeError), os.fdopen(write, "wb") as pipe:  # await_hello says that it ended
+            pipe.write(msgspec.json.encode(spec))
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""

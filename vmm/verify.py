@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import GROUP_WORDS, set_bit_indices, words_of_groups
 from ipc.layout import MachineControl
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 
 from .dirtylog import DirtyLog
+from .names import segment_name
 from .ram import make_or_adopt
 from .shards import Shard
 from .spec import VerifySpec

@@ -16,6 +16,7 @@ futex of the wait hypercall.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -33,6 +34,7 @@ import msgspec
 import zmq
 
 from ipc import channel, futex, process, userfault
+from ipc.claims import Belongings, ClaimError
 from ipc.layout import (
     PROTOCOL_VERSION,
     Tracking,
@@ -523,7 +525,9 @@ class Worker:
 
     def _orphaned(self) -> None:
         """Keeper and coordinator are both gone: leave nothing behind, then go."""
-        process.remove_machine_files(self.spec.machine, Path(self.spec.fd_socket).parent)
+        # A coordinator that lives, or a machine that has the name by now, keeps all that it has.
+        with contextlib.suppress(ClaimError):
+            Belongings(self.spec.belongings, Path(self.spec.fd_socket).parent).clear()
         os._exit(1)  # the vCPU thread may be deep in the guest; there is nobody left to tell
 
     def close(self) -> None:

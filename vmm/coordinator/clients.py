@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
+
+from ipc.processid import ProcessId
 
 from ..errors import VmmError
 from ..verify import CLIENT as VERIFY_CLIENT
 from .core import Core
-from .owners import Owner
+from .owners import Held, Hold
 from .tracking import TrackingSwitch
 
 __all__ = ["Clients"]
@@ -17,21 +20,19 @@ class Clients:
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
         self._core = core
         self._tracking = tracking
-        self._owners: dict[str, Owner] = {}
+        #: Those that go when a process does; the token is the client's name.
+        self.held: Held[Hold] = Held(core.owners, lambda hold: self._unregister(hold.token))
 
-    @property
-    def owner_pids(self) -> dict[str, int]:
-        """{client: pid} of those that go when a process does."""
-        return {client: owner.pid for client, owner in self._owners.items()}
-
-    def adopt(self, owners: dict[str, int]) -> None:
+    def adopt(self, held: list[Hold]) -> None:
         """As a coordinator that died has left them."""
-        for client, pid in owners.items():
-            self._own(client, pid)
+        for hold in self.held.adopt(held):
+            self._unregister(hold.token)
 
-    def register(self, client: str, owner: int, like: str) -> None:
+    def register(self, client: str, owner: ProcessId | None, like: str) -> None:
+        """``owner``: it goes with this process, which alone may use it. Raises VmmError."""
         log = self._core.parts.log
         if client in log.clients:
+            self._require_own(client, owner.pid if owner else 0)
             return
         self._tracking.choose(logged=True)
         self._tracking.require_log()
@@ -41,33 +42,44 @@ class Clients:
         log.register(client)
         if like:
             log.copy_client(client, like)
-        if owner:
-            self._own(client, owner)
-        self._core.save()
-
-    def unregister(self, client: str) -> None:
-        self._core.parts.log.unregister(client)
-        owner = self._owners.pop(client, None)
         if owner is not None:
-            owner.close()
+            try:
+                self.held.add(Hold(client, f"client {client}", owner))
+            except VmmError:
+                log.unregister(client)
+                raise
         self._core.save()
 
-    def sync(self, client: str, again: bool) -> dict[str, Any]:
+    def unregister(self, client: str, asker: int) -> None:
+        """``asker``: pid of who asks, as for ``sync``. Raises VmmError."""
+        if client == VERIFY_CLIENT:
+            raise VmmError(f"client '{client}' is the verifier's own")
+        self._require_own(client, asker)
+        self._unregister(client)
+
+    def _unregister(self, client: str) -> None:
+        self.held.pop(client)
+        self._core.parts.log.unregister(client)
+        self._core.save()
+
+    def _require_own(self, client: str, asker: int) -> None:
+        """What another process gathers is not to be taken from it."""
+        hold = self.held.get(client)
+        if hold is not None and hold.owner.pid != asker:
+            raise VmmError(f"client '{client}' of the dirty log belongs to process {hold.owner.pid}")
+
+    def sync(self, client: str, again: bool, asker: int) -> dict[str, Any]:
         log = self._core.parts.log
         if client not in log.clients:
             raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
         if client == VERIFY_CLIENT:
             raise VmmError(f"client '{client}' is the verifier's own")
+        self._require_own(client, asker)
         self._tracking.require_log()
         self._core.flush()
         if again:
             log.give_back(client)
+        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in self._core.shards.all]}
         taken = log.take(client)
         return {"slots": {str(i): {"dirty": n, "pages": log.front(client, i).front.pages}
-                          for i, n in taken.items()}}
-
-    def _own(self, client: str, pid: int) -> None:
-        try:
-            self._owners[client] = self._core.owners.watch(pid, lambda: self.unregister(client))
-        except ProcessLookupError:
-            self._core.parts.log.unregister(client)
+                          for i, n in taken.items()}, **flushed}

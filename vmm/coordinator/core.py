@@ -19,8 +19,8 @@ __all__ = ["Core"]
 
 
 class Core:
-    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` sends an event
-    to every follower, ``save`` writes the journal."""
+    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` gives an
+    event to every client that wants it, ``save`` writes the journal."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -36,6 +36,15 @@ class Core:
         self.save: Callable[[], None]
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
+
+    def save_if_possible(self) -> None:
+        """For what a process gives back, or leaves when it ends: that must not fail because the journal cannot be
+        written, and the next entry makes up for it. Should this coordinator die before, its successor finds that
+        the process has gone, or at the worst holds for it what it had given back, until it has."""
+        try:
+            self.save()
+        except OSError as exc:
+            self.tell({"event": "warning", "text": f"its journal was not written: {exc.strerror}"})
 
     @property
     def live(self) -> list[Shard]:
@@ -63,7 +72,6 @@ class Core:
         assert self.verifier is not None
         self.reaper.drain()
         self.verifier.round()
-        self.save()
 
     # --- checks; each raises VmmError ---------------------------------------------------------
 

@@ -7,11 +7,29 @@ from pathlib import Path
 import msgspec
 
 from ipc.messages import Exited
+from ipc.processid import ProcessId
 
 from ..spec import RamSlot
 from ..verify import Verification
+from .leases import Lease
+from .limits import Limit
+from .owners import Hold
+from .pauses import HandedOver
 
-__all__ = ["Journal", "Saved"]
+__all__ = ["Holds", "Journal", "Saved"]
+
+
+class Holds(msgspec.Struct):
+    """Who has what of the machine: the user, and processes."""
+
+    user_paused: bool
+    pauses: list[Hold]
+    handed_over: HandedOver | None
+    leases: list[Lease]
+    user_limits: list[int]      # of each vCPU, pages a second
+    limits: list[Limit]
+    clients: list[Hold]
+    incoming: ProcessId | None  # fills in the memory
 
 
 class Saved(msgspec.Struct):
@@ -19,13 +37,10 @@ class Saved(msgspec.Struct):
     clients: list[str]
     elapsed: float
     started: bool
-    user_paused: bool
     verification: Verification | None
     exits: dict[int, Exited]
     restarts: int
-    owners: dict[str, int]
-    pause_owner: int
-    incoming: int
+    holds: Holds
     tracking: str               # one of vmm.tracking.MODES
     asked_tracking: str         # one of vmm.tracking.CHOICES
 

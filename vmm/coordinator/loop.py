@@ -6,10 +6,13 @@ and owners, on its own signals, until the reaper, the verifier or the timeout is
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -17,33 +20,60 @@ import zmq
 
 from ipc.layout import VcpuRequest, VcpuState
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
+from ipc.processid import ProcessId
+from ipc.shm import SegmentError
+from ipc.steps import step
 from workers.zygote import Zygote
 
-from .. import boot, build, control, retrack
+from .. import boot, build, control, records, retrack
+from ..errors import ExitCode, VmmError
 from ..reaper import Reaper
 from ..shards import Shard, Shards
 from ..spec import MachineSpec, RamSlot
 from ..trace import Tracer
 from ..verify import Verification, make_verifier
-from . import hotplug, limits, vcpu_states
+from . import hotplug, vcpu_states
 from .clients import Clients
+from .consoles import Consoles
 from .core import Core
+from .events import EventLog
 from .incoming import Incoming
-from .journal import Journal, Saved
+from .journal import Holds, Journal, Saved
+from .leases import Change, Lease, Leases
+from .limits import Limit, Limits, with_limits
+from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
 from .server import ControlServer, Handler
-from .status import machine_report, reason_text
+from .status import cause_of, exit_code, machine_report, reason_text
 from .tracking import TrackingSwitch
 
-__all__ = ["Coordinator"]
+__all__ = ["STOP_TIMEOUT", "Coordinator"]
+
+STOP_TIMEOUT = 25      # seconds after SIGTERM in which it is gone, whatever it is doing
+
+_log = logging.getLogger(__name__)
 
 
 class Coordinator:
     """A machine from its making (``zygote``: makes the workers), or from where one that died has left it (None), to
-    its end. Raises VmmError and SegmentError when it cannot be had."""
+    its end. ``terminal``: a descriptor for trace events without a file.
 
-    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
+    Raises VmmError, SegmentError and OSError when it cannot be had. What was made of a new machine is gone then; of
+    one that there is, all stays as it was, for another coordinator."""
+
+    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None,
+                 terminal: int) -> None:
+        self._closing = contextlib.ExitStack()
+        try:
+            self._set_up(spec, directory, keeper_fd, zygote, terminal)
+        except BaseException:
+            if zygote is not None:
+                self.close()
+            raise
+
+    def _set_up(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None,
+                terminal: int) -> None:
         self._journal = Journal(directory)
         saved = self._journal.read() if zygote is None else None
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
@@ -57,15 +87,22 @@ class Coordinator:
         self._elapsed_at_end: float | None = None
         self._stop_asked = False
         self._done = False
+        self._turns = 0
         self._linger = spec.linger
         self._final: dict[str, Any] | None = None
         self._restarts = 0
         self._next_round = 0.0
         self._round = 0
-        core = self.core = Core(spec, directory, Tracer(spec.trace, spec.trace_file))
+        tracer = Tracer(spec.trace, spec.trace_file, terminal, self._warn)
+        self._closing.callback(tracer.close)
+        core = self.core = Core(spec, directory, tracer)
+        self._closing.callback(core.owners.close)
         core.save = self._save
+        core.tell = self._tell
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
+        self.leases = Leases(core, self.pauses, self._go)
+        self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
         self.recording = Recording(core)
         self.incoming = Incoming(core, self.tracking)
@@ -73,49 +110,104 @@ class Coordinator:
             core.parts = build.make_parts(spec, self.tracking.first())
         else:
             core.parts = build.adopt_parts(spec, saved.slots, saved.clients, saved.tracking)
+        self._closing.callback(core.parts.close)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
+        self._events = EventLog(self._block)
+        self._consoles = Consoles(self._on_console)
         self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
-        self._server = ControlServer(directory, self._verbs())
-        core.tell = self._server.tell
+        self._closing.callback(self.shards.close)
+        self._server = ControlServer(spec.name, directory, self._verbs(), core.owners.look, self._events)
+        self._closing.callback(self._server.close)
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._closing.callback(self._close_signals)
         self.reaper = core.reaper = Reaper(spec.reaper, self.shards, core.parts.log, self._block, core.tracer,
                                            self._on_rebuild, tracking=core.parts.tracking)
+        self._closing.callback(self.reaper.close)
+        self._closing.callback(self.shards.shut_down)
+        self._closing.callback(self.recording.close)
         if saved is None:
             self._create(keeper_fd)
         else:
             self._recover(saved)
+        self._catch_signals()
 
     def _verbs(self) -> dict[type[control.Verb], Handler]:
         """Every verb of the control socket, and what it calls."""
-        core, log = self.core, self.core.parts.log
+        core = self.core
+
+        def allowed(change: Change, then: Handler) -> Handler:
+            """Unless somebody has a lease that keeps it out."""
+            def handler(verb: Any) -> dict[str, Any] | None:
+                self.leases.require(change, verb.lease)
+                return then(verb)
+            return handler
+
         return {
-            control.Start: lambda v: self._start(),
+            control.Start: allowed(Change.START, lambda v: self._start()),
             control.Status: lambda v: self._final if self._final is not None else self._report(),
             control.Stop: lambda v: self._stop_or_go(),
             control.Release: lambda v: self._go(),
-            control.State: lambda v: vcpu_states.take_states(core, paused=self.pauses.paused,
-                                                             tracking=self.tracking.asked),
-            control.SetState: lambda v: vcpu_states.set_states(core, v.vcpus),
-            control.Incoming: lambda v: {"addresses": self.incoming.expect(v.socket, v.owner)},
-            control.Arrived: lambda v: self.incoming.arrived(),
-            control.Pause: lambda v: self.pauses.pause(v.owner),
-            control.Resume: lambda v: self.pauses.resume(),
-            control.Register: lambda v: self.clients.register(v.client, v.owner, v.like),
-            control.Unregister: lambda v: self.clients.unregister(v.client),
-            control.Sync: lambda v: self.clients.sync(v.client, v.again),
-            control.Mark: lambda v: log.mark(v.slot, v.first, v.count),
-            control.DirtyLimit: lambda v: limits.set_limit(core, self.tracking, v.pages_per_s, v.vcpu),
-            control.SetTracking: lambda v: self.tracking.ask(v.tracking),
+            control.State: lambda v: self._state(),
+            control.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),
+            control.Incoming: allowed(Change.STATE, lambda v: {"addresses": self.incoming.expect(v.socket,
+                                                                                                 self._asker(v))}),
+            control.Arrived: allowed(Change.STATE, lambda v: self.incoming.arrived()),
+            control.Pause: lambda v: self.pauses.pause(Hold(v.token, v.why, self._asker(v)) if v.token else None),
+            control.Resume: lambda v: {"held_by": self.pauses.resume(force=v.force, held=self.leases.at_hand_over)},
+            control.TakeLease: lambda v: self.leases.take(Lease(v.token, v.why, self._asker(v), v.kind),
+                                                          recover=v.recover),
+            control.Freeze: lambda v: self.leases.freeze(v.token),
+            control.Thaw: lambda v: self.leases.thaw(v.token),
+            control.HandOver: lambda v: self.leases.hand_over(v.token, v.to),
+            control.TakeBack: lambda v: self.leases.take_back(v.token),
+            control.GiveBack: lambda v: self._give_back(v.token),
+            control.Register: allowed(Change.REGISTER, lambda v: self.clients.register(
+                v.client, self._asker(v) if v.owner_start else None, v.like)),
+            control.Unregister: lambda v: self.clients.unregister(v.client, self._server.asker),
+            control.Sync: lambda v: self.clients.sync(v.client, v.again, self._server.asker),
+            control.Mark: lambda v: self._mark(v),
+            control.DirtyLimit: lambda v: self.limits.set(
+                v.pages_per_s, v.vcpu, Limit(v.token, v.why, self._asker(v)) if v.token else None),
+            control.SetTracking: lambda v: self._set_tracking(v.tracking),
             control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
-            control.LogStop: lambda v: hotplug.set_logging(core, v.slot, False),
-            control.RecordStart: lambda v: self.recording.start(v.owner),
-            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running())},
-            control.RecordStop: lambda v: self.recording.stop(),
-            control.MemoryAdd: lambda v: hotplug.add_slot(core, RamSlot(v.slot, v.gpa, v.size, v.log,
-                                                                        born=time.time_ns())),
-            control.MemoryRemove: lambda v: hotplug.remove_slot(core, v.slot),
+            control.LogStop: allowed(Change.UNLOG, lambda v: hotplug.set_logging(core, v.slot, False)),
+            control.RecordStart: lambda v: self.recording.start(self._asker(v)),
+            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running(), self._server.asker)},
+            control.RecordStop: lambda v: self.recording.stop(self._server.asker),
+            control.MemoryAdd: allowed(Change.SLOTS, lambda v: hotplug.add_slot(
+                core, RamSlot(v.slot, v.gpa, v.size, v.log, born=time.time_ns()))),
+            control.MemoryRemove: allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot, force=v.force)),
         }
+
+    # --- verbs that concern several of the parts ---------------------------------------------------
+
+    def _asker(self, verb: control.Owned) -> ProcessId:
+        """Who sent it: the pid is seen, the start time told; they must fit together (vmm/coordinator/owners.py).
+        Raises VmmError."""
+        process = ProcessId(self._server.asker, verb.owner_start)
+        if not (process.pid and process.start > 0):
+            raise unseen(process)
+        return process
+
+    def _give_back(self, token: str) -> None:
+        """Whatever it is that this token holds; nothing, if it was given back before."""
+        if not self.leases.end(token) and not self.limits.give_back(token):
+            self.pauses.give_back(token)
+
+    def _mark(self, verb: control.Mark) -> None:
+        if verb.when != "after":        # one that began before a freeze is over before what is dirty is looked at
+            self.leases.require(Change.HOST_WRITE, verb.lease)
+        self.core.parts.log.mark(verb.slot, verb.first, verb.count)
+
+    def _set_tracking(self, asked: str) -> dict[str, Any]:
+        if asked == "none":
+            self.leases.require(Change.UNLOG)
+        return self.tracking.ask(asked, [limit.who for limit in self.limits.held])
+
+    def _state(self) -> dict[str, Any]:
+        spec = with_limits(msgspec.structs.replace(self.spec, tracking=self.tracking.asked), self.limits.user)
+        return {**vcpu_states.take_states(self.core, spec, paused=self.pauses.paused), "paused": self.pauses.user}
 
     # --- set-up ------------------------------------------------------------------------------
 
@@ -128,8 +220,10 @@ class Coordinator:
         if self.spec.verify is not None:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable)
+            self._closing.callback(core.verifier.close)
         core.state = "ready"
         self._save()
+        _log.info("%d vCPUs (%s) are ready", self.spec.vcpus, self.spec.accel)
 
     def _start(self) -> None:
         """Let the vCPUs enter the guest for the first time."""
@@ -177,6 +271,7 @@ class Coordinator:
         if self.spec.verify is not None:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable, saved.verification or Verification())
+            self._closing.callback(core.verifier.close)
             self._next_round = time.monotonic()
         for shard in self.shards.all:
             # A message that the predecessor took with it: the control block still says so.
@@ -187,29 +282,41 @@ class Coordinator:
                 self.reaper.full.add(shard.index)
         self.reaper.drain()
         core.parts.log.publish()
-        self.clients.adopt(saved.owners)
-        self.incoming.adopt(saved.incoming)
+        holds = saved.holds
+        self.clients.adopt(holds.clients)
+        self.incoming.adopt(holds.incoming)
         core.state = "running" if saved.started else "ready"
-        self.pauses.adopt(saved.user_paused, saved.pause_owner)
-        if saved.started and not self.pauses.paused:
-            self.shards.resume_all()
-        self._save()
+        self.pauses.adopt(holds.user_paused, holds.pauses, holds.handed_over)
+        self.leases.adopt(holds.leases)
+        self.limits.adopt(holds.user_limits, holds.limits)
+        if saved.started:
+            self.shards.resume_all()    # those who want it to stand still have their own pause by now
+        core.save_if_possible()
+        _log.info("has taken over, for the %d. time", self._restarts)
 
     def _save(self) -> None:
         core = self.core
         self._journal.write(Saved(
             slots=[slot.now for slot in core.parts.log.slots.values()], clients=core.parts.log.clients,
-            elapsed=self._elapsed(), started=self._started > 0, user_paused=self.pauses.paused,
+            elapsed=self._elapsed(), started=self._started > 0,
             verification=core.verifier.result if core.verifier else None,
             exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
-            restarts=self._restarts, owners=self.clients.owner_pids, pause_owner=self.pauses.owner_pid,
-            incoming=self.incoming.owner_pid, tracking=core.parts.tracking, asked_tracking=self.tracking.asked))
+            restarts=self._restarts, holds=self._holds(), tracking=core.parts.tracking,
+            asked_tracking=self.tracking.asked))
+
+    def _holds(self) -> Holds:
+        pauses, limits = self.pauses, self.limits
+        return Holds(user_paused=pauses.user, pauses=list(pauses.held), handed_over=pauses.handed_over,
+                     leases=list(self.leases.held), user_limits=limits.user, limits=list(limits.held),
+                     clients=list(self.clients.held), incoming=self.incoming.owner)
 
     # --- the loop -----------------------------------------------------------------------------
 
     def run(self) -> int:
         """Serve the machine until it is over and released; its exit code."""
         while not self._done:
+            self._turns += 1
+            step("turn")
             now = time.monotonic()
             if self._running():
                 self._run_due(now)
@@ -219,7 +326,8 @@ class Coordinator:
                 continue
             self.reaper.wait()
             self._wait(time.monotonic())
-        return int(self._report()["exit_code"])
+        assert self._final is not None
+        return int(self._final["exit_code"])
 
     def _running(self) -> bool:
         return self.core.state == "running" and not self.pauses.paused
@@ -239,27 +347,39 @@ class Coordinator:
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
         poller.register(self.shards.notify, zmq.POLLIN)
-        poller.register(self._server.socket, zmq.POLLIN)
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
         owners = self.core.owners.watched
         for fd in (*by_fd, *owners):
             poller.register(fd, zmq.POLLIN)
-        ended = []
-        for ready, _ in poller.poll(self._poll_ms(now)):
+        self._server.answer_waiting()
+        clients = self._server.interests()
+        for fd, events in clients.items():
+            poller.register(fd, events)
+        ended, asking = [], {}
+        for ready, happened in poller.poll(0 if self._server.behind else self._poll_ms(now)):
             if ready is self.shards.notify:
                 self.shards.drain_notifications()
-            elif ready is self._server.socket:
-                self._server.serve()
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
                 self._linger = False
                 self._stop_or_go()
             elif ready in by_fd:
                 self.shards.bury(by_fd[ready])
+            elif ready in clients:
+                asking[ready] = happened
             else:
                 ended.append(ready)
-        self.core.owners.ended(ended)
+        self._server.serve(asking)
+        self._let_go(ended)
+
+    def _let_go(self, ended: list[int]) -> None:
+        """Of what these processes held."""
+        try:
+            self.core.owners.ended(ended)
+        except (VmmError, SegmentError, OSError) as exc:
+            _log.exception("something that a process held could not be given back")
+            self._warn(f"what a process held that has ended could not be given back: {exc}")
 
     def _poll_ms(self, now: float) -> int | None:
         """Time until something is due; None while nothing can be."""
@@ -277,11 +397,11 @@ class Coordinator:
             waits.append(self._started + self.spec.timeout - now)
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 
-    def catch_signals(self) -> None:
+    def _catch_signals(self) -> None:
         """SIGTERM wakes the loop, which stops the machine in order. Through the wakeup fd: a handler in
-        Python would not run while the poll is being entered."""
+        Python would not run while the poll is being entered. One that is stuck is ended by SIGALRM."""
         signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda signum, frame: None)
+        signal.signal(signal.SIGTERM, _on_term)
 
     # --- events from workers ---------------------------------------------------------------------
 
@@ -292,9 +412,9 @@ class Coordinator:
             if self.core.parts.ring_entries:    # else it comes from before the last switch
                 self.reaper.full.add(message.vcpu)
         elif isinstance(message, Console):
-            self.core.tell({"event": "console", "vcpu": message.vcpu,
-                            "data": message.data.decode("utf-8", "replace")})
+            self._consoles.write(message.vcpu, message.data)
         elif isinstance(message, Exited):
+            self._consoles.write(message.vcpu, b"", final=True)
             self.shards.all[message.vcpu].exited = message
             self.core.tell({"event": "exit", "vcpu": message.vcpu, "reason": reason_text(message.reason),
                             "code": message.code, "detail": message.detail})
@@ -303,6 +423,7 @@ class Coordinator:
         """A worker's process has ended."""
         if self._done or self.core.state == "ended":
             return
+        self._consoles.write(shard.index, b"", final=True)
         self.reaper.worker_died(shard)
         self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
                         "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
@@ -311,12 +432,32 @@ class Coordinator:
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                         "pages_marked": pages})
 
+    # --- what is said -----------------------------------------------------------------------------
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """To every client that wants events, and to the log."""
+        self._events.add(event)
+        kind = event["event"]
+        if kind == "warning":
+            _log.warning("%s", event["text"])
+        elif kind != "console":
+            _log.info("%s %s", kind, " ".join(f"{k}={v}" for k, v in event.items() if k != "event" and v != ""))
+
+    def _on_console(self, vcpu: int, text: str) -> None:
+        self._tell({"event": "console", "vcpu": vcpu, "data": text})
+        _log.info("%s", text.removesuffix("\n"), extra={"source": f"vcpu{vcpu}", "level": "console"})
+
+    def _warn(self, text: str) -> None:
+        """Something that a user should know, and the machine runs on."""
+        self._tell({"event": "warning", "text": text})
+
     # --- verification, end ------------------------------------------------------------------------
 
     def _verify_round(self) -> None:
         assert self.spec.verify is not None
         with self.shards.all_paused():
             self.core.drain_and_verify()
+            self.core.save_if_possible()
             self._round += 1
             boot.set_round(memoryview(self.core.parts.system.buf), self._round)
         self._next_round = time.monotonic() + self.spec.verify.interval
@@ -340,7 +481,9 @@ class Coordinator:
 
     def _go(self) -> None:
         """Let a machine go that does not run."""
-        self._done = self._done or self.core.state in ("ready", "ended")
+        if self.core.state == "ready" and not self._done:
+            self._keep_report(ExitCode.STOPPED, "stopped before it was started")
+        self._done = self._done or self.core.state == "ended"
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
@@ -349,11 +492,20 @@ class Coordinator:
             self.core.drain_and_verify()
         else:
             self.reaper.drain()
+        self._keep_report(exit_code(self.core), cause_of(self.core))
+        self._done = not self._linger
+
+    def _keep_report(self, code: ExitCode, cause: str) -> None:
+        """The machine has ended: its report stays, here while the machine lingers, and on disk."""
         self._elapsed_at_end = self._elapsed()
         self.core.state = "ended"
-        self._final = self._report()
-        self.core.tell({"event": "ended", "exit_code": self._final["exit_code"]})
-        self._done = not self._linger
+        self._final = {**self._report(), "exit_code": int(code), "cause": cause, "ended_at": records.now()}
+        try:
+            records.write_report(self.spec.name, self._final)
+        except OSError as exc:
+            self._warn(f"its report cannot be kept: {exc}")
+        step("report-kept")
+        self._tell({"event": "ended", "exit_code": int(code), "cause": cause})
 
     def _elapsed(self) -> float:
         """Seconds since the start."""
@@ -364,22 +516,36 @@ class Coordinator:
     def _report(self) -> dict[str, Any]:
         return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
                               asked_tracking=self.tracking.asked, switches=self.tracking.switches,
-                              restarts=self._restarts)
+                              restarts=self._restarts, turns=self._turns, holders=self._holders(),
+                              handed_over=self.pauses.handed_over.to if self.pauses.handed_over else "")
+
+    def _holders(self) -> list[dict[str, Any]]:
+        """Who has what of the machine, for the report; pid 0: the user."""
+        pauses, limits, recorder = self.pauses, self.limits, self.recording.owner
+        holders: list[tuple[str, str, int]] = []
+        if pauses.user:
+            holders.append(("pause", "user", 0))
+        if any(limits.user):
+            holders.append(("limit", "user", 0))
+        for what, held in (("pause", pauses.held), ("limit", limits.held), ("client", self.clients.held)):
+            holders += [(what, hold.why, hold.owner.pid) for hold in held]
+        holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
+        if recorder is not None:
+            holders.append(("recording", "trace", recorder.pid))
+        return [{"what": what, "why": why, "pid": pid} for what, why, pid in holders]
 
     # --- tear-down ---------------------------------------------------------------------------------
 
     def close(self) -> None:
+        """Nothing is left of the machine; of one that was never whole, of what there was. Idempotent."""
         self._done = True
-        self.recording.close()
-        self.shards.shut_down()
-        self.reaper.close()
-        self.shards.close()
-        if self.core.verifier is not None:
-            self.core.verifier.close()
-        self.core.owners.close()
-        self.core.parts.close()
-        self._server.close()
+        self._closing.close()
+
+    def _close_signals(self) -> None:
         signal.set_wakeup_fd(-1)
         os.close(self._signal_fd)
         os.close(self._signal_write)
-        self.core.tracer.close()
+
+
+def _on_term(signum: int, frame: FrameType | None) -> None:
+    signal.alarm(STOP_TIMEOUT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -31,21 +30,23 @@ class TrackingSwitch:
         if self.asked != "auto":
             return self.asked
         spec = self._core.spec
-        return self._auto.first(logged=spec.verify is not None, limited=spec.dirty_quota > 0)
+        return self._auto.first(logged=spec.verify is not None, limited=any(spec.quotas))
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
-        return self._auto.left(now)
+        return self._auto.left(now) if self.asked == "auto" else None
 
-    def ask(self, asked: str) -> dict[str, Any]:
-        """What a user wants from now on. Raises VmmError, with everything as it was."""
+    def ask(self, asked: str, limits: list[str]) -> dict[str, Any]:
+        """What a user wants from now on; ``limits``: processes that limit vCPUs, for people. Raises VmmError, with
+        everything as it was."""
         core = self._core
         core.require_not_ended()
         core.require_whole_memory()
         check_tracking(asked, core.spec.accel, core.spec.ring_entries)
         if asked not in ("ring", "auto") and self._limited():
-            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
-                           f" (vmm dirty-limit cancel {core.spec.name})")
+            what = f"by {', '.join(limits)}: wait for that" if limits else (
+                f"cancel it first (vmm dirty-limit cancel {core.spec.name})")
+            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: {what}")
         before = core.parts.tracking
         mode = asked
         if asked == "auto":
@@ -90,7 +91,7 @@ class TrackingSwitch:
         except (VmmError, SegmentError) as exc:
             self.asked = core.parts.tracking
             core.save()
-            print(f"vmm: machine '{core.spec.name}': tracking is {self.asked} from now on: {exc}", file=sys.stderr)
+            core.tell({"event": "warning", "text": f"tracking is {self.asked} from now on: {exc}"})
 
     def require_log(self) -> None:
         """Raises VmmError."""

@@ -10,14 +10,15 @@ from ipc.messages import Exited, GetState, SetState
 from workers.state import ExitState, StateError, VcpuSaved, check_states, plain_state
 
 from ..errors import ExitCode, VmmError
+from ..spec import MachineSpec
 from .core import Core
 
 __all__ = ["set_states", "take_states"]
 
 
-def take_states(core: Core, *, paused: bool, tracking: str) -> dict[str, Any]:
-    """What a snapshot keeps beside the memory: ``spec``, ``vcpus``. ``tracking``: what was asked for. Raises
-    VmmError."""
+def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any]:
+    """What a snapshot keeps beside the memory: ``spec``, ``vcpus``. ``spec``: the machine's, with what was set at
+    run time; its slots are put in here. Raises VmmError."""
     core.require_memory()
     if core.state != "running" or not paused:
         raise VmmError(f"machine '{core.spec.name}' is not paused")
@@ -27,7 +28,7 @@ def take_states(core: Core, *, paused: bool, tracking: str) -> dict[str, Any]:
         raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it", ExitCode.WORKER_DIED)
     replies = core.shards.request(core.shards.all, lambda seq, s: GetState(seq))
     log = core.parts.log
-    spec = msgspec.structs.replace(core.spec, slots=[slot.now for slot in log.slots.values()], tracking=tracking)
+    spec = msgspec.structs.replace(spec, slots=[slot.now for slot in log.slots.values()])
     gone = [str(s.index) for s in core.shards.all if s.index not in replies]
     if gone:
         raise VmmError(f"vCPU {', '.join(gone)}: its worker ended, and its state with it", ExitCode.WORKER_DIED)
