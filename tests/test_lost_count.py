@@ -18,7 +18,6 @@ from shared import control_blocks, forge_full, software_ring
 from ipc.layout import VcpuControl, machine_control, vcpu_control
 from ipc.shm import Segment, segment_name
 from ipc.steps import STEPS
-from ipc.writelog import write_log_missing
 from vmm.dirtylog import DirtyLog
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
@@ -31,7 +30,7 @@ from vmm.trace import Tracer
 TIMEOUT = 60.0
 PAGE = 300
 
-needs_uffd = pytest.mark.skipif(bool(write_log_missing()), reason=write_log_missing())
+needs_uffd = pytest.mark.uffd
 
 
 @pytest.fixture(params=ACCELS)
