@@ -37,7 +37,7 @@ from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
 from .server import ControlServer, Handler
-from .status import machine_report, reason_text
+from .status import exit_code, machine_report, reason_text
 from .tracking import TrackingSwitch
 
 __all__ = ["Coordinator"]
@@ -280,7 +280,7 @@ class Coordinator:
                 continue
             self.reaper.wait()
             self._wait(time.monotonic())
-        return int(self._report()["exit_code"])
+        return int(exit_code(self.core))
 
     def _running(self) -> bool:
         return self.core.state == "running" and not self.pauses.paused
