@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import replace, spec, until
+from machines import spec, until
 from migrations import TIMEOUT, Receiver, goes_on, nothing_left, receiver_process, vmm
 
 from ipc.steps import STEPS
