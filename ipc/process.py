@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
+import select
 import shutil
 import threading
 from pathlib import Path
 
+import msgspec
+
 from .shm import list_segments, machine_prefix, unlink_segment
 
-__all__ = ["SERVICE_SLICE", "die_with_parent", "remove_machine_files", "set_name", "set_subreaper",
-           "set_time_slice"]
+__all__ = ["SERVICE_SLICE", "ProcessId", "die_with_parent", "open_process", "remove_machine_files", "set_name",
+           "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -48,6 +52,47 @@ def die_with_parent(signum: int, parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:
         os.kill(os.getpid(), signum)
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """A process, and no later one that is given its pid: its start time goes with it (proc_pid_stat(5), field 22,
+    in clock ticks since boot). To be written down, where a pidfd cannot be kept."""
+
+    pid: int
+    started: int
+
+
+def open_process(who: int | ProcessId) -> tuple[int, ProcessId]:
+    """(pidfd, who it is) of a process that runs. Raises ProcessLookupError where there is none, the pid is another's
+    by now, or it is no pid of a process; OSError where no descriptor can be had (EMFILE)."""
+    pid = who.pid if isinstance(who, ProcessId) else who
+    gone = ProcessLookupError(errno.ESRCH, f"there is no process {pid}")
+    try:
+        fd = os.pidfd_open(pid)
+    except (ProcessLookupError, OverflowError):
+        raise gone from None
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:   # not a positive number, or a thread's
+            raise gone from None
+        raise
+    try:
+        found = ProcessId(pid, _start_time(pid))
+        # While the process that the descriptor means has not ended, nobody else has its pid: what was read is its.
+        if select.select([fd], [], [], 0)[0] or (isinstance(who, ProcessId) and who != found):
+            raise gone
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, found
+
+
+def _start_time(pid: int) -> int:
+    """Raises ProcessLookupError."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from None
+    return int(stat.rpartition(b")")[2].split()[19])    # the name before may hold blanks and brackets
 
 
 class _SchedAttr(ctypes.Structure):

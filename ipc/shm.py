@@ -7,6 +7,7 @@ posix_fallocate: a full /dev/shm is then an error here (ENOSPC) and never a SIGB
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -18,8 +19,10 @@ from types import TracebackType
 
 import posix_ipc
 
+from .steps import step
+
 __all__ = ["PAGE_SIZE", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
-           "machine_prefix", "open_fd", "segment_name", "unlink_segment"]
+           "machine_prefix", "machine_segments", "open_fd", "segment_name", "unlink_segment"]
 
 PAGE_SIZE = 4096
 _SHM_DIR = Path("/dev/shm")
@@ -71,6 +74,13 @@ def list_segments(prefix: str) -> list[str]:
     if not _SHM_DIR.is_dir():
         return []
     return sorted(f"/{p.name}" for p in _SHM_DIR.iterdir() if p.name.startswith(prefix))
+
+
+def machine_segments(machine: str) -> list[str]:
+    """Names (with the leading slash) of the existing segments of ``machine``, and of no other: what comes after a
+    machine's prefix has no dash, and the rest of a longer machine's name would have one."""
+    prefix = machine_prefix(machine)
+    return [name for name in list_segments(prefix) if "-" not in name[1 + len(prefix):]]
 
 
 def unlink_segment(name: str) -> bool:
@@ -144,7 +154,9 @@ class Segment:
         except (posix_ipc.Error, OSError) as exc:
             raise SegmentError(f"cannot make shared-memory segment {name}: {exc}") from None
         try:
+            step("segment-empty")
             os.ftruncate(shm.fd, size)
+            step("segment-sized")
             if reserve:
                 os.posix_fallocate(shm.fd, 0, size)
             return cls(name, shm.fd, size, owner=True)
@@ -160,12 +172,29 @@ class Segment:
 
     @classmethod
     def open(cls, name: str) -> Segment:
-        """Map an existing segment whole. Raises SegmentError when it is not there."""
-        try:
-            shm = posix_ipc.SharedMemory(name)
-        except (posix_ipc.Error, OSError) as exc:
-            raise SegmentError(f"cannot open shared-memory segment {name}: {exc}") from None
-        return cls(name, shm.fd, os.fstat(shm.fd).st_size, owner=False)
+        """Map an existing segment whole. Raises SegmentError when it is not there, or has no size yet (its maker
+        was killed)."""
+        fd = open_fd(name)
+        size = os.fstat(fd).st_size
+        if not size:
+            os.close(fd)
+            raise SegmentError(f"cannot open shared-memory segment {name}: it is empty")
+        return cls(name, fd, size, owner=False)
+
+    @classmethod
+    def adopt(cls, name: str, size: int, *, reserve: bool = True) -> tuple[Segment, bool]:
+        """The segment of that name, which a process that died has left; a new one, zero-filled, where there is none
+        or it is not whole (whoever made it was killed in between: it has another size, or is not reserved). Owned
+        either way. The second value: it is new. Not for memory that has holes. Raises SegmentError."""
+        wanted = -(-size // PAGE_SIZE) * PAGE_SIZE
+        with contextlib.suppress(SegmentError):
+            fd = open_fd(name)
+            status = os.fstat(fd)
+            if status.st_size == wanted and (status.st_blocks * 512 >= wanted or not reserve):
+                return cls(name, fd, wanted, owner=True), False
+            os.close(fd)
+        unlink_segment(name)
+        return cls.create(name, size, reserve=reserve), True
 
     def unlink(self) -> None:
         unlink_segment(self.name)
