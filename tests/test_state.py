@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from typing import Any
 
 import msgspec
@@ -9,7 +11,9 @@ import pytest
 from bare import DATA, STATEFUL, STATEFUL_REGISTERS, bare, finish_stateful
 from machines import ACCELS
 
+from ipc.messages import ExitReason
 from workers.accel import AccelError
+from workers.state import ExitState, StateError, VcpuSaved, check_state, check_states, plain_state
 
 #: MSRs that go on by themselves: time stamp, APIC timer, paravirtual clocks.
 _DRIFTING = {str(m) for m in (0x10, 0x6E0, 0x11, 0x12, 0x4B56_4D00, 0x4B56_4D01, 0x4000_0020)}
@@ -24,36 +28,121 @@ def test_state_moves(source: str, target: str, privilege: str) -> None:
     with bare(source, STATEFUL, privilege=privilege, **STATEFUL_REGISTERS) as first:
         first.run()
         first.accel.set_hypercall_result(0)
-        sent = msgspec.msgpack.encode(first.accel.get_state())
+        sent = msgspec.msgpack.encode(plain_state(first.accel.get_state()))
         before = first.accel.registers()
-    state: dict[str, Any] = msgspec.msgpack.decode(sent)
+    state = check_state(msgspec.msgpack.decode(sent))
     with bare(target, STATEFUL, privilege=privilege) as second:
         second.accel.set_state(state)
         assert second.accel.registers() == before
         again = second.accel.get_state()
         if source == target:
-            assert {k: v for k, v in again.items() if k != "msrs"} == {
-                k: v for k, v in state.items() if k != "msrs"}
-            assert ({k: v for k, v in again["msrs"].items() if k not in _DRIFTING}
-                    == {k: v for k, v in state["msrs"].items() if k not in _DRIFTING})
-        for part in ("regs", "segments", "gdt", "idt", "debug"):
-            assert part == "segments" or again[part] == state[part], part
+            assert msgspec.structs.replace(again, msrs={}) == msgspec.structs.replace(state, msrs={})
+            assert ({k: v for k, v in again.msrs.items() if k not in _DRIFTING}
+                    == {k: v for k, v in state.msrs.items() if k not in _DRIFTING})
+        for part in ("regs", "gdt", "idt", "debug"):
+            assert getattr(again, part) == getattr(state, part), part
         for name in ("cs", "ss", "ds", "fs", "gs", "tr"):
             for field in ("base", "limit", "selector", "dpl", "l", "type"):
-                assert again["segments"][name][field] == state["segments"][name][field], (name, field)
+                assert (getattr(getattr(again.segments, name), field)
+                        == getattr(getattr(state.segments, name), field)), (name, field)
         finish_stateful(second)
-
-
-@pytest.mark.parametrize("accel", ACCELS)
-def test_state_of_another_version_is_refused(accel: str) -> None:
-    with bare(accel, b"\xf4") as vcpu, pytest.raises(AccelError, match="version 99"):
-        vcpu.accel.set_state({"version": 99})
 
 
 def test_what_the_software_cpu_does_not_have_is_refused() -> None:
     with bare("unicorn", STATEFUL, rcx=DATA) as vcpu:
         state = vcpu.accel.get_state()
         with pytest.raises(AccelError, match="extended registers"):
-            vcpu.accel.set_state(state | {"xcr0": 7})
+            vcpu.accel.set_state(msgspec.structs.replace(state, xcr0=7))
+        pending = msgspec.structs.replace(state.events, nmi_pending=1)
         with pytest.raises(AccelError, match="event under way"):
-            vcpu.accel.set_state(state | {"events": state["events"] | {"nmi_pending": 1}})
+            vcpu.accel.set_state(msgspec.structs.replace(state, events=pending))
+
+
+# --- the format ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved() -> VcpuSaved:
+    with bare("unicorn", STATEFUL, rcx=DATA) as vcpu:
+        return vcpu.accel.get_state()
+
+
+def test_a_state_survives_every_way_out_of_the_process(saved: VcpuSaved) -> None:
+    ended = msgspec.structs.replace(saved, exit=ExitState(ExitReason.CODE, -7, "why"))
+    for state in (saved, ended):
+        plain = plain_state(state)
+        assert check_state(plain) == state
+        assert check_state(msgspec.msgpack.decode(msgspec.msgpack.encode(plain))) == state
+        text = {**plain, "xsave": base64.b64encode(plain["xsave"]).decode()}
+        assert check_state(json.loads(json.dumps(text))) == state
+    assert "exit" not in plain_state(saved)
+
+
+def test_all_64_bits_are_taken(saved: VcpuSaved) -> None:
+    top = (1 << 64) - 1
+    plain = plain_state(saved)
+    plain["regs"]["rax"] = plain["cr2"] = plain["msrs"]["16"] = top
+    assert check_state(plain).regs.rax == top
+
+
+#: What the state says instead -> what the error must name.
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"version": 99}, "version 99: this program knows 1"),
+    ({"version": "1"}, "version"),
+    ({"regs": "x"}, r"\$\.regs"), ({"regs": {"rax": "x"}}, "regs"), ({"regs": {}}, "rax"),
+    ({"regs.rax": "x"}, r"\$\.regs\.rax"), ({"regs.rax": 1 << 64}, "more than 64 bits"),
+    ({"regs.rax": -1}, r"\$\.regs\.rax"), ({"regs.rax": True}, r"\$\.regs\.rax"), ({"regs.xyz": 1}, "xyz"),
+    ({"segments": []}, r"\$\.segments"), ({"segments.cs": None}, r"\$\.segments\.cs"),
+    ({"segments.cs.selector": 1 << 16}, "selector"), ({"segments.cs.dpl": 256}, "dpl"),
+    ({"gdt.limit": 1 << 16}, "limit"), ({"cr3": 1.5}, "cr3"), ({"cr3": 1 << 64}, "cr3"),
+    ({"xsave": b""}, "xsave"), ({"xsave": bytes(4097)}, "xsave"), ({"xsave": "%"}, "xsave"),
+    ({"xsave": 4}, "xsave"),
+    ({"debug": [0] * 5}, "debug"), ({"debug": ["x"] * 6}, "debug"), ({"debug": [1 << 64] * 6}, "debug"),
+    ({"msrs": {"x": 1}}, "'x' is not the number of an MSR"), ({"msrs": {"99999999999": 1}}, "not the number"),
+    ({"msrs": {"16": "x"}}, "msrs"), ({"msrs": {"16": 1 << 64}}, "MSR"), ({"msrs": [1]}, "msrs"),
+    ({"msrs": {"\u0661": 1}}, "not the number"),
+    ({"events.nmi_pending": 300}, "nmi_pending"), ({"mp_state": -1}, "mp_state"), ({"colour": "red"}, "colour"),
+    ({"exit": {}}, r"\$\.exit|reason"), ({"exit": "ended"}, "exit"),
+    ({"exit": {"reason": 77, "code": 0, "detail": ""}}, "reason"),
+    ({"exit": {"reason": "1", "code": 0, "detail": ""}}, "reason"),
+    ({"exit": {"reason": 0, "code": 0, "detail": ""}}, "reason 0"),
+    ({"exit": {"reason": 10, "code": 0, "detail": ""}}, "reason 10"),
+    ({"exit": {"reason": 1, "code": "0", "detail": ""}}, "code"),
+    ({"exit": {"reason": 1, "code": 1 << 31, "detail": ""}}, "code"),
+    ({"exit": {"reason": 1, "code": 0, "detail": 5}}, "detail"),
+    ({"exit": {"reason": 1, "code": 0, "detail": "x" * 5000}}, "detail"),
+]
+
+
+def changed(state: VcpuSaved, changes: dict[str, Any]) -> dict[str, Any]:
+    plain = plain_state(state)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        at = plain
+        for name in parents:
+            at = at[name]
+        at[last] = value
+    return plain
+
+
+@pytest.mark.parametrize(("changes", "error"), WRONG)
+def test_what_is_not_a_state_is_one_line_that_names_the_field(saved: VcpuSaved, changes: dict[str, Any],
+                                                              error: str) -> None:
+    with pytest.raises(StateError, match=error) as caught:
+        check_state(changed(saved, changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [None, 5, "x", [], {}, {"version": 1}, [[]], b"x"])
+def test_anything_else_is_not_a_state_either(data: Any) -> None:
+    with pytest.raises(StateError):
+        check_state(data)
+
+
+def test_states_of_a_machine(saved: VcpuSaved) -> None:
+    plain = plain_state(saved)
+    assert check_states([plain, plain], 2) == [saved, saved]
+    with pytest.raises(StateError, match="states of 1 vCPUs for a machine of 2"):
+        check_states([plain], 2)
+    with pytest.raises(StateError, match=r"vcpu 1: not the state of a vCPU: .*cr3"):
+        check_states([plain, changed(saved, {"cr3": None})], 2)

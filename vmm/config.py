@@ -22,6 +22,7 @@ from ipc.layout import MAX_SLOTS, MAX_VCPUS
 
 from .boot import SYSTEM_GPA
 from .errors import VmmError
+from .names import MACHINE_NAME
 from .spec import REAPERS_MAX
 
 __all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
@@ -223,7 +224,7 @@ def _number_slots(value: object) -> object:
 class MachineConfig(_Model):
     """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+    name: Annotated[str, Field(pattern=f"^{MACHINE_NAME}$")]
     accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"

@@ -8,7 +8,6 @@ acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sy
 from __future__ import annotations
 
 import functools
-import re
 from types import ModuleType
 
 import msgspec
@@ -18,12 +17,11 @@ from ipc.layout import MAX_SLOTS
 from ipc.steps import step
 
 from .errors import VmmError
+from .names import check_client_name
 from .ram import ClientBitmaps, MemorySlot
 from .spec import RamSlot
 
 __all__ = ["DirtyLog", "LogClient", "Retired", "Taken"]
-
-_CLIENT_NAME = re.compile(r"[a-z0-9_]{1,32}")
 
 
 class Retired(msgspec.Struct):
@@ -200,8 +198,7 @@ class DirtyLog:
         everything is as it was then."""
         if client in self._clients:
             return
-        if not _CLIENT_NAME.fullmatch(client):
-            raise VmmError(f"client name '{client}': use 1 to 32 of a-z, 0-9 and _")
+        check_client_name(client)
         if like and like not in self._clients:
             raise VmmError(f"there is no client '{like}' of the dirty log")
         # What the slot bitmaps hold by now was dirtied before this client was there.
@@ -256,7 +253,7 @@ class DirtyLog:
         owner = self._clients[client]
         if again:
             for maps in (*owner.maps.values(), *(maps for _, maps in owner.retired.values())):
-                maps.gathering.merge(maps.front.words)
+                self._kernels.fold(maps.front, maps.gathering)
                 step("sync-again")
         alone = len(self._clients) == 1
         if not alone:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from ipc.shm import Segment, SegmentError, segment_name
 
 from . import control
 from .errors import ExitCode, VmmError, no_memory
+from .names import check_machine_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -38,7 +38,6 @@ __all__ = ["Machine", "SyncResult", "list_machines"]
 
 _LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
 _END_TIMEOUT = 30.0
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +85,7 @@ class Machine:
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
         if name is not None:
             spec = msgspec.structs.replace(spec, name=name)
-        if not _NAME.fullmatch(spec.name):
-            raise VmmError(f"machine name '{spec.name}': use a-z, 0-9 and dashes, at most 32 characters")
+        check_machine_name(spec.name)
         status_read, status_write = os.pipe2(os.O_CLOEXEC)
         life_read, life_write = (-1, -1) if detach else os.pipe2(os.O_CLOEXEC)
         inherited = [fd for fd in (status_write, life_read) if fd >= 0]
@@ -119,8 +117,8 @@ class Machine:
 
     @classmethod
     def attach(cls, name: str) -> Machine:
-        """Connect to a running machine. Raises VmmError when there is none of that name."""
-        if not _NAME.fullmatch(name) or not is_running(name):
+        """Connect to a running machine. Raises VmmError when there is none of that name, or it is no name."""
+        if not is_running(name):
             names = machine_names()
             there = f"running: {', '.join(names)}" if names else "none is running"
             raise VmmError(f"no machine named '{name}' ({there})", ExitCode.NO_MACHINE)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from ipc.shm import data_extents, open_fd, segment_name
 from . import boot, wire
 from .errors import VmmError
 from .machine import Machine
+from .names import check_machine_name
 from .postcopy import Missing, Wanted
 from .spec import REAPERS_MAX, MachineSpec
 from .tracking import CHOICES
@@ -69,7 +69,6 @@ _LOOK_EVERY = 1000          # ms without pages after which the target looks whet
 _QUEUE = 64                 # messages that wait here, a connection
 _MESSAGE_MAX = 1 << 30      # bytes
 _RUN = 4                    # pages that must follow one another, on average, to be written through the file
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
 class ReceiveError(VmmError):
@@ -305,9 +304,7 @@ class _Target:
     def _launch(self, offer: Offer) -> Machine:
         from .plan import choose_accelerator
 
-        name = self._name or offer.spec.name
-        if not _NAME.fullmatch(name):
-            raise WireError("the source offers a machine of a name that cannot be")
+        name = check_machine_name(self._name or offer.spec.name)
         with tempfile.NamedTemporaryFile(prefix="shardvmm-image-") as image:
             image.write(offer.image)
             image.flush()

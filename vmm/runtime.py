@@ -15,6 +15,7 @@ from ipc.process import remove_machine_files
 from ipc.shm import list_segments, machine_prefix
 
 from .errors import ExitCode, VmmError
+from .names import check_machine_name, is_machine_name
 
 __all__ = ["claim", "collect_garbage", "is_running", "leftovers", "machine_dir", "machine_names",
            "runtime_root"]
@@ -31,7 +32,8 @@ def runtime_root() -> Path:
 
 
 def machine_dir(name: str) -> Path:
-    return runtime_root() / name
+    """Raises VmmError where no machine may be called so: what is no name never becomes a path."""
+    return runtime_root() / check_machine_name(name)
 
 
 def is_running(name: str) -> bool:
@@ -88,7 +90,7 @@ def machine_names() -> list[str]:
     root = runtime_root()
     if not root.is_dir():
         return []
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and is_running(p.name))
+    return sorted(p.name for p in root.iterdir() if is_machine_name(p.name) and p.is_dir() and is_running(p.name))
 
 
 def leftovers() -> dict[str, list[str]]:
@@ -97,7 +99,7 @@ def leftovers() -> dict[str, list[str]]:
     root = runtime_root()
     if root.is_dir():
         for path in sorted(root.iterdir()):
-            if path.is_dir() and not is_running(path.name):
+            if is_machine_name(path.name) and path.is_dir() and not is_running(path.name):
                 found.setdefault(path.name, []).append(str(path))
     mine = machine_prefix("")[:-1]
     running = machine_names()
@@ -105,7 +107,7 @@ def leftovers() -> dict[str, list[str]]:
         rest = segment[1 + len(mine):]
         # Names may hold dashes; the part after the machine's name never does (vmm/ram.py).
         name = rest.rsplit("-", 1)[0]
-        if name not in running:
+        if is_machine_name(name) and name not in running:
             found.setdefault(name, []).append(segment)
     return found
 

@@ -7,22 +7,18 @@ guest; everything else only while the vCPU is out of the guest and parked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
 from .memory import GuestMemory
 from .ports import PortBus, PortEvent
+from .state import VcpuSaved
 
-__all__ = ["STATE_VERSION", "AccelError", "Accelerator", "Exit", "ExitKind", "load"]
-
-
-#: Version of what ``get_state`` returns.
-STATE_VERSION = 1
+__all__ = ["AccelError", "Accelerator", "Exit", "ExitKind", "load"]
 
 
 class AccelError(Exception):
@@ -108,15 +104,11 @@ class Accelerator(Protocol):
         """rax…r15, rip, rflags, cr0, cr2, cr3, cr4 and the like, for a report."""
         ...
 
-    def get_state(self) -> dict[str, Any]:
-        """Complete architectural state, the same for every accelerator: ``version``; ``regs`` {name: value};
-        ``segments`` {cs ds es fs gs ss tr ldt: {base limit selector type present dpl db s l g avl
-        unusable}}; ``gdt``, ``idt`` {base limit}; ``cr0`` ``cr2`` ``cr3`` ``cr4`` ``cr8`` ``efer``
-        ``apic_base`` ``xcr0``; ``xsave``, the XSAVE area in its standard form (bytes); ``debug`` [DR0-3, DR6,
-        DR7]; ``msrs`` {number in decimal: value}; ``events``, fields of kvm_vcpu_events; ``mp_state``."""
+    def get_state(self) -> VcpuSaved:
+        """Complete architectural state, the same for every accelerator (without ``exit``)."""
         ...
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: VcpuSaved) -> None:
         """Raises AccelError when this host cannot take it over."""
 
     def close(self) -> None:

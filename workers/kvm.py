@@ -26,6 +26,7 @@ from .accel import AccelError, Exit, ExitKind
 from .faults import describe, read_frame
 from .memory import GuestMemory
 from .ports import PortBus, PortEvent, PortEventKind, UnknownPort
+from .state import VcpuSaved
 
 __all__ = ["MIN_RING_ENTRIES", "KvmAccelerator", "KvmInfo", "probe", "ring_size_error"]
 
@@ -388,10 +389,10 @@ class KvmAccelerator:
 
     # --- state ------------------------------------------------------------------------------------------------
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> VcpuSaved:
         return kvm_state.get_state(self._kvm, self.vcpu_fd)
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: VcpuSaved) -> None:
         kvm_state.set_state(self.vcpu_fd, state)
 
     def close(self) -> None:

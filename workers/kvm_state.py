@@ -1,22 +1,23 @@
-"""The complete architectural state of a KVM vCPU, in the form that workers/accel.py describes: what a
-snapshot stores, a migration sends, and a rebuilt ring is given back. The vCPU is out of the guest."""
+"""The complete architectural state of a KVM vCPU, in and out (workers/state.py has the format). The vCPU is out
+of the guest."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
+
+import msgspec
 
 from . import kvm_api as api
-from .accel import STATE_VERSION, AccelError
+from .accel import AccelError
+from .state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 
-__all__ = ["SEGMENTS", "get_state", "set_msr", "set_state"]
+__all__ = ["get_state", "set_msr", "set_state"]
 
-SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
-_SEGMENT_FIELDS = ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g", "avl", "unusable")
+_State = TypeVar("_State", bound=msgspec.Struct)
+
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
-_EVENT_FIELDS = tuple(name for name, *_ in api.VcpuEvents._fields_ if name != "reserved")
 #: A host that refuses one of these cannot run the guest on; all others it may not know.
 _NEEDED_MSRS = frozenset({
     api.MSR_TSC, api.MSR_SYSENTER_CS, api.MSR_SYSENTER_ESP, api.MSR_SYSENTER_EIP, api.MSR_PAT, api.MSR_STAR,
@@ -25,7 +26,7 @@ _NEEDED_MSRS = frozenset({
 _ELSEWHERE = frozenset({api.MSR_FS_BASE, api.MSR_GS_BASE, api.MSR_EFER})
 
 
-def get_state(kvm: int, vcpu: int) -> dict[str, Any]:
+def get_state(kvm: int, vcpu: int) -> VcpuSaved:
     """Raises OSError."""
     regs, sregs, xsave, xcrs = api.Regs(), api.Sregs(), api.Xsave(), api.Xcrs()
     debug, events, mp_state = api.DebugRegs(), api.VcpuEvents(), api.MpState()
@@ -36,38 +37,37 @@ def get_state(kvm: int, vcpu: int) -> dict[str, Any]:
     api.ioctl(vcpu, api.GET_DEBUGREGS, debug)
     api.ioctl(vcpu, api.GET_VCPU_EVENTS, events)
     api.ioctl(vcpu, api.GET_MP_STATE, mp_state)
-    return {
-        "version": STATE_VERSION,
-        "regs": {name: getattr(regs, name) for name, *_ in regs._fields_},
-        "segments": {s: {f: getattr(getattr(sregs, s), f) for f in _SEGMENT_FIELDS} for s in SEGMENTS},
-        "gdt": {"base": sregs.gdt.base, "limit": sregs.gdt.limit},
-        "idt": {"base": sregs.idt.base, "limit": sregs.idt.limit},
+    return VcpuSaved(
+        regs=_from(regs, RegsState),
+        segments=SegmentsState(**{s: _from(getattr(sregs, s), SegmentState)
+                                  for s in SegmentsState.__struct_fields__}),
+        gdt=_from(sregs.gdt, TableState), idt=_from(sregs.idt, TableState),
         **{name: getattr(sregs, name) for name in _CONTROL},
-        "xcr0": next((x.value for x in xcrs.xcrs[:xcrs.nr_xcrs] if x.xcr == 0), 1),
-        "xsave": bytes(xsave.region),
-        "debug": [*debug.db, debug.dr6, debug.dr7],
-        "msrs": _get_msrs(kvm, vcpu),
-        "events": {name: getattr(events, name) for name in _EVENT_FIELDS},
-        "mp_state": mp_state.mp_state,
-    }
+        xcr0=next((x.value for x in xcrs.xcrs[:xcrs.nr_xcrs] if x.xcr == 0), 1),
+        xsave=bytes(xsave.region), debug=(*debug.db, debug.dr6, debug.dr7), msrs=_get_msrs(kvm, vcpu),
+        events=_from(events, EventsState), mp_state=mp_state.mp_state)
 
 
-def set_state(vcpu: int, state: Mapping[str, Any]) -> None:
+def _from(raw: ctypes.Structure, kind: type[_State]) -> _State:
+    """KVM's structure as ours; the fields have the same names."""
+    return kind(**{name: getattr(raw, name) for name in kind.__struct_fields__})
+
+
+def set_state(vcpu: int, state: VcpuSaved) -> None:
     """Raises AccelError when this host cannot take it over."""
-    if state.get("version") != STATE_VERSION:
-        raise AccelError(f"vCPU state of version {state.get('version')}: this program knows {STATE_VERSION}")
-    regs, sregs, xcrs = api.Regs(**state["regs"]), api.Sregs(), api.Xcrs()
-    for name in SEGMENTS:
-        setattr(sregs, name, api.Segment(**state["segments"][name]))
-    sregs.gdt, sregs.idt = api.Dtable(**state["gdt"]), api.Dtable(**state["idt"])
+    regs, sregs, xcrs = api.Regs(**msgspec.structs.asdict(state.regs)), api.Sregs(), api.Xcrs()
+    for name, segment in msgspec.structs.asdict(state.segments).items():
+        setattr(sregs, name, api.Segment(**msgspec.structs.asdict(segment)))
+    for name in ("gdt", "idt"):
+        setattr(sregs, name, api.Dtable(**msgspec.structs.asdict(getattr(state, name))))
     for name in _CONTROL:
-        setattr(sregs, name, state[name])
-    xsave = api.Xsave.from_buffer_copy(state["xsave"].ljust(ctypes.sizeof(api.Xsave), b"\0"))
+        setattr(sregs, name, getattr(state, name))
+    xsave = api.Xsave.from_buffer_copy(state.xsave.ljust(ctypes.sizeof(api.Xsave), b"\0"))
     xcrs.nr_xcrs = 1
-    xcrs.xcrs[0].value = state["xcr0"]
+    xcrs.xcrs[0].value = state.xcr0
     debug = api.DebugRegs()
-    debug.db[:] = state["debug"][:4]
-    debug.dr6, debug.dr7 = state["debug"][4:]
+    debug.db[:] = state.debug[:4]
+    debug.dr6, debug.dr7 = state.debug[4:]
     try:
         api.ioctl(vcpu, api.SET_SREGS, sregs)
         with contextlib.suppress(OSError):      # a host without XSAVE has no XCR0 to set
@@ -75,11 +75,11 @@ def set_state(vcpu: int, state: Mapping[str, Any]) -> None:
         api.ioctl(vcpu, api.SET_XSAVE, xsave)
         api.ioctl(vcpu, api.SET_REGS, regs)
         api.ioctl(vcpu, api.SET_DEBUGREGS, debug)
-        for index, value in state["msrs"].items():
-            if not set_msr(vcpu, int(index), value) and int(index) in _NEEDED_MSRS:
-                raise AccelError(f"this host's KVM refuses MSR {int(index):#x} = {value:#x} of the saved state")
-        api.ioctl(vcpu, api.SET_VCPU_EVENTS, api.VcpuEvents(**state["events"]))
-        api.ioctl(vcpu, api.SET_MP_STATE, api.MpState(state["mp_state"]))
+        for index, value in state.msr_values.items():
+            if not set_msr(vcpu, index, value) and index in _NEEDED_MSRS:
+                raise AccelError(f"this host's KVM refuses MSR {index:#x} = {value:#x} of the saved state")
+        api.ioctl(vcpu, api.SET_VCPU_EVENTS, api.VcpuEvents(**msgspec.structs.asdict(state.events)))
+        api.ioctl(vcpu, api.SET_MP_STATE, api.MpState(state.mp_state))
     except OSError as exc:
         raise AccelError(f"this host's KVM refuses the saved vCPU state: {exc.strerror}") from None
 

@@ -15,7 +15,6 @@ import ctypes
 import itertools
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from .accel import AccelError, Exit, ExitKind
 from .memory import GuestMemory
 from .ports import PortBus
 from .replay_kernels import PRODUCER, QUANTILES, SLOT, Left, Pattern
+from .state import VcpuSaved
 
 __all__ = ["ReplayAccelerator", "share_of", "vcpu_seed", "zipf_quantiles"]
 
@@ -280,10 +280,10 @@ class ReplayAccelerator:
     def clear_dirty_log(self, slot_id: int) -> None:
         raise AccelError("the replay accelerator has rings, no plain bitmap")
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> VcpuSaved:
         raise AccelError("a replayed vCPU has no state to save")
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: VcpuSaved) -> None:
         raise AccelError("a replayed vCPU has no state to restore")
 
     def close(self) -> None:

@@ -1,25 +1,24 @@
-"""The software CPU's architectural state, in the form that workers/accel.py describes: the same that KVM
-gives and takes, so that a snapshot taken on one runs on the other."""
+"""The software CPU's architectural state, in and out (workers/state.py has the format, which is that of
+KVM: a snapshot taken on one runs on the other)."""
 
 from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 import unicorn
 from unicorn import x86_const as ux
 
 from . import kvm_api as api
-from .accel import STATE_VERSION, AccelError
+from .accel import AccelError
 from .memory import GuestMemory
+from .state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 
 __all__ = ["check", "get_state", "set_registers", "set_system_registers"]
 
 _DATA_SEGMENTS = ("ds", "es", "fs", "gs")
-_REGS = tuple(name for name, *_ in api.Regs._fields_)
-_EVENTS = tuple(name for name, *_ in api.VcpuEvents._fields_ if name != "reserved")
+_REGS = RegsState.__struct_fields__
 _MSRS = (api.MSR_TSC, api.MSR_SYSENTER_CS, api.MSR_SYSENTER_ESP, api.MSR_SYSENTER_EIP, api.MSR_PAT, api.MSR_STAR,
          api.MSR_LSTAR, api.MSR_CSTAR, api.MSR_SYSCALL_MASK, api.MSR_KERNEL_GS_BASE)
 _APIC_BASE = 0xFEE0_0900        # at its place, enabled, of the first processor: what KVM begins with
@@ -38,7 +37,7 @@ def _number(name: str) -> int:
 # --- out ------------------------------------------------------------------------------------------------
 
 
-def get_state(engine: Any, memory: GuestMemory) -> dict[str, Any]:
+def get_state(engine: Any, memory: GuestMemory) -> VcpuSaved:
     """The engine is outside the emulation."""
     read = engine.reg_read
     gdt, idt = read(ux.UC_X86_REG_GDTR), read(ux.UC_X86_REG_IDTR)
@@ -53,19 +52,16 @@ def get_state(engine: Any, memory: GuestMemory) -> dict[str, Any]:
         segments[name] = {"base": base, "limit": limit, "selector": selector, "type": 0xB if name == "tr" else 2,
                           "present": 1, "dpl": 0, "db": 0, "s": 0, "l": 0, "g": 0, "avl": 0,
                           "unusable": int(name == "ldt" and not selector)}
-    return {
-        "version": STATE_VERSION,
-        "regs": {name: int(read(_number(name))) for name in _REGS},
-        "segments": segments,
-        "gdt": {"base": gdt[1], "limit": gdt[2]}, "idt": {"base": idt[1], "limit": idt[2]},
-        **{name: int(read(_number(name))) for name in ("cr0", "cr2", "cr3", "cr4")},
-        "cr8": 0, "efer": int(engine.msr_read(api.MSR_EFER)), "apic_base": _APIC_BASE, "xcr0": 1,
-        "xsave": _xsave(engine),
-        "debug": [int(read(_number(f"dr{i}"))) for i in (0, 1, 2, 3, 6, 7)],
-        "msrs": {str(index): int(engine.msr_read(index)) for index in _MSRS},
-        "events": dict.fromkeys(_EVENTS, 0),
-        "mp_state": 0,
-    }
+    dr0, dr1, dr2, dr3, dr6, dr7 = (int(read(_number(f"dr{i}"))) for i in (0, 1, 2, 3, 6, 7))
+    return VcpuSaved(
+        regs=RegsState(**{name: int(read(_number(name))) for name in _REGS}),
+        segments=SegmentsState(**{name: SegmentState(**fields) for name, fields in segments.items()}),
+        gdt=TableState(gdt[1], gdt[2]), idt=TableState(idt[1], idt[2]),
+        cr0=int(read(ux.UC_X86_REG_CR0)), cr2=int(read(ux.UC_X86_REG_CR2)), cr3=int(read(ux.UC_X86_REG_CR3)),
+        cr4=int(read(ux.UC_X86_REG_CR4)), cr8=0,
+        efer=int(engine.msr_read(api.MSR_EFER)), apic_base=_APIC_BASE, xcr0=1, xsave=_xsave(engine),
+        debug=(dr0, dr1, dr2, dr3, dr6, dr7), msrs={str(index): int(engine.msr_read(index)) for index in _MSRS},
+        events=EventsState(**dict.fromkeys(EventsState.__struct_fields__, 0)), mp_state=0)
 
 
 def _descriptor(memory: GuestMemory, table: int, limit: int, selector: int) -> dict[str, int]:
@@ -101,51 +97,49 @@ def _xsave(engine: Any) -> bytes:
 # --- in ---------------------------------------------------------------------------------------------------
 
 
-def check(state: Mapping[str, Any]) -> None:
+def check(state: VcpuSaved) -> None:
     """Raises AccelError for what the software CPU does not have."""
-    if state.get("version") != STATE_VERSION:
-        raise AccelError(f"vCPU state of version {state.get('version')}: this program knows {STATE_VERSION}")
-    if state["xcr0"] & ~_XCR0_X87_SSE:
-        raise AccelError(f"the saved vCPU uses extended registers (XCR0 {state['xcr0']:#x}), which the software "
+    if state.xcr0 & ~_XCR0_X87_SSE:
+        raise AccelError(f"the saved vCPU uses extended registers (XCR0 {state.xcr0:#x}), which the software "
                          "CPU does not have: restore it on kvm")
-    pending = [name for name in ("exception_injected", "exception_pending", "interrupt_injected", "nmi_injected",
-                                 "nmi_pending", "smi_pending", "triple_fault_pending") if state["events"].get(name)]
+    under_way = ("exception_injected", "exception_pending", "interrupt_injected", "nmi_injected", "nmi_pending",
+                 "smi_pending", "triple_fault_pending")
+    pending = [name for name in under_way if getattr(state.events, name)]
     if pending:
         raise AccelError(f"the saved vCPU has an event under way ({', '.join(pending)}), which the software CPU "
                          "cannot deliver: restore it on kvm")
 
 
-def set_system_registers(engine: Any, state: Mapping[str, Any]) -> None:
+def set_system_registers(engine: Any, state: VcpuSaved) -> None:
     """What must be so before the guest's segments can be loaded. The memory is in its place already."""
     write = engine.reg_write
-    for register, table in ((ux.UC_X86_REG_GDTR, "gdt"), (ux.UC_X86_REG_IDTR, "idt")):
-        write(register, (0, state[table]["base"], state[table]["limit"], 0))
-    for register, name in ((ux.UC_X86_REG_TR, "tr"), (ux.UC_X86_REG_LDTR, "ldt")):
-        segment = state["segments"][name]
-        flags = 0x8000 | segment["type"] << 8 if segment["present"] else 0
-        write(register, (segment["selector"], segment["base"], segment["limit"], flags))
-    write(ux.UC_X86_REG_CR3, state["cr3"])
-    write(ux.UC_X86_REG_CR4, state["cr4"])
-    engine.msr_write(api.MSR_EFER, state["efer"])
-    write(ux.UC_X86_REG_CR0, state["cr0"])
-    write(ux.UC_X86_REG_CR2, state["cr2"])
+    for register, table in ((ux.UC_X86_REG_GDTR, state.gdt), (ux.UC_X86_REG_IDTR, state.idt)):
+        write(register, (0, table.base, table.limit, 0))
+    for register, segment in ((ux.UC_X86_REG_TR, state.segments.tr), (ux.UC_X86_REG_LDTR, state.segments.ldt)):
+        flags = 0x8000 | segment.type << 8 if segment.present else 0
+        write(register, (segment.selector, segment.base, segment.limit, flags))
+    write(ux.UC_X86_REG_CR3, state.cr3)
+    write(ux.UC_X86_REG_CR4, state.cr4)
+    engine.msr_write(api.MSR_EFER, state.efer)
+    write(ux.UC_X86_REG_CR0, state.cr0)
+    write(ux.UC_X86_REG_CR2, state.cr2)
 
 
-def set_registers(engine: Any, state: Mapping[str, Any]) -> None:
+def set_registers(engine: Any, state: VcpuSaved) -> None:
     """All that IRETQ has not set: not RIP, RSP, RFLAGS and the selectors."""
     write = engine.reg_write
-    for name in ("fs", "gs"):
-        write(_number(f"{name}_base"), state["segments"][name]["base"])
-    for i, value in zip((0, 1, 2, 3, 6, 7), state["debug"], strict=True):
+    for name, segment in (("fs", state.segments.fs), ("gs", state.segments.gs)):
+        write(_number(f"{name}_base"), segment.base)
+    for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
         write(_number(f"dr{i}"), value)
-    for index in _MSRS:
-        if index != api.MSR_TSC and str(index) in state["msrs"]:
+    for index, value in state.msr_values.items():
+        if index in _MSRS and index != api.MSR_TSC:
             with contextlib.suppress(unicorn.UcError):
-                engine.msr_write(index, state["msrs"][str(index)])
-    _set_xsave(engine, state["xsave"])
+                engine.msr_write(index, value)
+    _set_xsave(engine, state.xsave)
     for name in _REGS:
         if name not in ("rip", "rsp", "rflags"):
-            write(_number(name), state["regs"][name])
+            write(_number(name), getattr(state.regs, name))
 
 
 def _set_xsave(engine: Any, area: bytes) -> None:

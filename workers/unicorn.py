@@ -35,6 +35,7 @@ from .memory import GuestMemory
 from .ports import PortBus, PortEventKind, UnknownPort
 from .soft_context import CONTEXT, PAGE_CODE, PAGE_LOGGED, SEEN, SEEN_BLOCKS, SLOT, Stop
 from .soft_decode import Decoder, PortAccess
+from .state import VcpuSaved
 
 __all__ = ["UnicornAccelerator"]
 
@@ -499,24 +500,23 @@ class UnicornAccelerator:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> VcpuSaved:
         with self._outside():
             return soft_state.get_state(self._engine, self._memory)
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: VcpuSaved) -> None:
         """In a fresh engine: the old one may have translated what is no longer in memory."""
         soft_state.check(state)
         with self._outside():
-            regs, segments = state["regs"], state["segments"]
+            regs, segments = state.regs, state.segments
             self._hooked.clear()
             self._seen[:] = 0
             self._seen_count = 0
             try:
                 self._engine = self._make_engine()
                 soft_state.set_system_registers(self._engine, state)
-                self._enter(regs["rip"], regs["rsp"], regs["rflags"], segments["cs"]["selector"],
-                            segments["ss"]["selector"],
-                            [segments[name]["selector"] for name in ("ds", "es", "fs", "gs")])
+                self._enter(regs.rip, regs.rsp, regs.rflags, segments.cs.selector, segments.ss.selector,
+                            [one.selector for one in (segments.ds, segments.es, segments.fs, segments.gs)])
                 soft_state.set_registers(self._engine, state)
                 self._add_hooks()
             except unicorn.UcError as exc:

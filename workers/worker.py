@@ -65,6 +65,7 @@ from ipc.shm import Segment, SegmentError
 from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
+from .state import ExitState, StateError, check_state, plain_state
 from .throttle import SliceTimer, TokenBucket
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Worker:
         self.accel: Accelerator | None = None
         self._bucket = TokenBucket()
         self._timer: SliceTimer | None = None
-        self._restored_exit: dict[str, Any] | None = None    # of a vCPU that had ended when it was saved
+        self._restored_exit: ExitState | None = None     # of a vCPU that had ended when it was saved
         self._ran = 0.0     # seconds in the guest since the bucket was last told
         self._userfault = userfault.Userfault(-1)   # open during post-copy
         self._writes: SlotWrites | None = None      # with tracking ``uffd``
@@ -161,7 +162,7 @@ class Worker:
                 continue
             if self._restored_exit is not None:
                 was = self._restored_exit
-                self._end(Exit(ExitKind.END, reason=ExitReason(was["reason"]), detail=was["detail"]), was["code"])
+                self._end(Exit(ExitKind.END, reason=was.reason, detail=was.detail), was.code)
                 break
             quota = control.dirty_quota
             if quota and self._in_debt(quota):
@@ -458,15 +459,16 @@ class Worker:
                         channel.send_fd(self.spec.fd_socket, self.spec.index, accel.vcpu_fd, _FD_TIMEOUT)
                         value = accel.kvm_run_size
                 case GetState():
-                    data = accel.get_state()
-                case SetState(state=state):
+                    data = plain_state(accel.get_state())
+                case SetState():
+                    state = check_state(request.state)
                     accel.set_state(state)
-                    self._restored_exit = state.get("exit")
+                    self._restored_exit = state.exit
                 case Userfault(socket=path):
                     data = self._wait_for_missing(path)
                 case Shutdown():
                     self._shutdown = True
-        except (AccelError, SegmentError, userfault.UserfaultError, OSError, KeyError) as exc:
+        except (AccelError, StateError, SegmentError, userfault.UserfaultError, OSError, KeyError) as exc:
             sock.send(encode(Failed(request.seq, str(exc))))
             return
         sock.send(encode(Done(request.seq, value, data)))

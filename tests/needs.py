@@ -1,0 +1,66 @@
+"""What a test may need of the host. Each need is a marker; where the host lacks it, the tests that bear the marker
+are skipped with the reason, and an environment variable turns that skip into a failure. ``.ci/run`` sets the variable
+of each need that the host can meet, so that nothing is skipped there unnoticed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from ipc.userfault import Userfault, UserfaultError
+from ipc.writelog import write_log_missing
+from workers.kvm import probe
+
+__all__ = ["NEEDS", "Need", "apply", "missing"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """``missing`` says what the host lacks, and why; empty when it lacks nothing."""
+
+    missing: Callable[[], str]
+    variable: str
+
+
+def _kvm() -> str:
+    info = probe()
+    if info.reason:
+        return info.reason
+    return "" if info.ring_capability else "this kernel has no dirty rings"
+
+
+def _missing_pages() -> str:
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return str(exc)
+    return ""
+
+
+#: By marker (pyproject.toml lists them).
+NEEDS = {
+    "kvm": Need(_kvm, "SHARDVMM_REQUIRE_KVM"),
+    "uffd": Need(write_log_missing, "SHARDVMM_REQUIRE_UFFD"),
+    "postcopy": Need(_missing_pages, "SHARDVMM_REQUIRE_POSTCOPY"),
+}
+
+
+@functools.cache
+def missing(marker: str) -> str:
+    """What the host lacks for tests with this marker; empty when it lacks nothing."""
+    return NEEDS[marker].missing()
+
+
+def apply(items: list[pytest.Item]) -> None:
+    """Skip what this host cannot run. Raises pytest.UsageError where a need must be met and is not."""
+    for marker, need in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing(marker) if marked else ""
+        if reason and os.environ.get(need.variable) == "1":
+            raise pytest.UsageError(f"{need.variable}=1, but {reason}")
+        for item in marked if reason else ():
+            item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
