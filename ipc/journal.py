@@ -35,7 +35,7 @@ class Journal:
     def __init__(self, names: tuple[str, str], fds: tuple[int, ...]) -> None:
         self.names = names
         self._fds = fds
-        self._room = [os.fstat(fd).st_size for fd in fds]
+        self._room = min(os.fstat(fd).st_size for fd in fds)
         self._sequence = 0
 
     @classmethod
@@ -80,9 +80,11 @@ class Journal:
         head = struct.pack("<8sQQ", _MAGIC, self._sequence + 1, len(record))
         data = b"".join((head, struct.pack("<I4x", zlib.crc32(record, zlib.crc32(head))), record))
         step("journal-write")
-        if len(data) > self._room[at]:
-            os.posix_fallocate(self._fds[at], 0, _whole_pages(2 * len(data)))
-            self._room[at] = os.fstat(self._fds[at]).st_size
+        if len(data) > self._room:
+            room = _whole_pages(2 * len(data))
+            for fd in self._fds:    # both: a record that is no longer than one before is never refused
+                os.posix_fallocate(fd, 0, room)
+            self._room = room
         written = os.pwrite(self._fds[at], data, 0)     # the room is there: never less than all
         if written != len(data):
             raise OSError(f"{self.names[at]}: {written} of {len(data)} bytes were written")

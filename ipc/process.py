@@ -24,6 +24,8 @@ _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine(), 314)
 
+_NEVER = -1         # when no process was started
+
 #: Seconds of a thread that has little to do, and that at once.
 SERVICE_SLICE = 0.0001
 
@@ -63,8 +65,9 @@ class ProcessId(msgspec.Struct, frozen=True):
 
 
 def open_process(who: int | ProcessId) -> tuple[int, ProcessId]:
-    """(pidfd, who it is) of a process that runs. Raises ProcessLookupError where there is none, the pid is another's
-    by now, or it is no pid of a process; OSError where no descriptor can be had (EMFILE)."""
+    """(pidfd, who it is). A process that has just ended, and that nobody has waited for, counts as there: its pidfd
+    says so. Raises ProcessLookupError where there is none, where the pid is another's by now, or where it is no
+    process's; OSError where no descriptor can be had (EMFILE)."""
     pid = who.pid if isinstance(who, ProcessId) else who
     gone = ProcessLookupError(errno.ESRCH, f"there is no process {pid}")
     try:
@@ -75,23 +78,22 @@ def open_process(who: int | ProcessId) -> tuple[int, ProcessId]:
         if exc.errno == errno.EINVAL:   # not a positive number, or a thread's
             raise gone from None
         raise
-    try:
-        found = ProcessId(pid, _start_time(pid))
-        # While the process that the descriptor means has not ended, nobody else has its pid: what was read is its.
-        if select.select([fd], [], [], 0)[0] or (isinstance(who, ProcessId) and who != found):
+    found = ProcessId(pid, _start_time(pid))
+    if isinstance(who, ProcessId):
+        if who != found:
+            os.close(fd)
             raise gone
-    except BaseException:
-        os.close(fd)
-        raise
+    elif select.select([fd], [], [], 0)[0]:
+        # It has ended: what was read may be another's, to whom the pid has been given since.
+        found = ProcessId(pid, _NEVER)
     return fd, found
 
 
 def _start_time(pid: int) -> int:
-    """Raises ProcessLookupError."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from None
+        return _NEVER
     return int(stat.rpartition(b")")[2].split()[19])    # the name before may hold blanks and brackets
 
 

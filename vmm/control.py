@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from .errors import ExitCode, VmmError
 
 __all__ = ["CONTROL_VERSION", "ControlClient", "Verb", "decode_verb"]
 
-CONTROL_VERSION = 1
+CONTROL_VERSION = 2
 _LOST: dict[str, Any] = {"lost": True}
 _ALIVE_EVERY = 0.1      # seconds without an answer after which a client asks whether there can be one
 _FOLLOW_HWM = 100_000   # events a slow follower may lag behind before some are dropped
@@ -35,9 +36,13 @@ def _dashed(name: str) -> str:
     return "".join("-" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(name))
 
 
-class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True):
+class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True, kw_only=True):
+    """``request``: the client's name for it, that no other request has. One that is sent again, because the
+    connection broke before the answer came, has the same; what must not be done twice is not."""
+
     v: int
     id: int
+    request: str = ""
 
 
 class Follow(Verb):
@@ -135,12 +140,37 @@ class SetTracking(Verb):
     tracking: str
 
 
+class Slots(Verb):
+    """The memory slots as they are now. Answer: ``slots``, {id: {``gpa``, ``size``, ``born``, ``logged``, ``ram``:
+    name of its segment}}; ``accelerator``; ``incoming``."""
+
+
+class WriteBegin(Verb):
+    """Process ``owner`` is about to write to these pages: they are dirty in every sync until ``WriteEnd`` has the same
+    ``key``, or that process has ended. ``born``: of the slot that is meant."""
+
+    key: str
+    slot: int
+    born: int
+    first: int
+    count: int
+    owner: int
+
+
+class WriteEnd(Verb):
+    """The write is over. Fails where the slot was removed in between."""
+
+    key: str
+
+
 class Mark(Verb):
-    """A host write was made: these pages are dirty."""
+    """A host write was made: these pages are dirty. ``born``: of the slot that is meant; null: of whichever is there
+    now."""
 
     slot: int
     first: int
     count: int
+    born: int | None = None
 
 
 class RecordStart(Verb):
@@ -172,8 +202,8 @@ class MemoryRemove(Verb):
 
 AnyVerb = (Follow | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | SetTracking | Mark | RecordStart | RecordStep | RecordStop
-           | MemoryAdd | MemoryRemove)
+           | Unregister | Sync | DirtyLimit | SetTracking | Slots | WriteBegin | WriteEnd | Mark
+           | RecordStart | RecordStep | RecordStop | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)
 
@@ -199,6 +229,10 @@ def decode_verb(frame: bytes) -> AnyVerb:
         raise error from None
 
 
+class Refusal(VmmError):
+    """The coordinator's own answer: it has done nothing."""
+
+
 class ControlClient:
     """One connection to a coordinator. Not thread-safe. ``alive`` says whether the machine still runs."""
 
@@ -217,12 +251,37 @@ class ControlClient:
         self._following = False
         self._ids = itertools.count(1)
         self._events: deque[dict[str, Any]] = deque()
+        self._token = uuid.uuid4().hex
+        self._requests = itertools.count(1)
+        self._unanswered: set[str] = set()      # clients of the dirty log whose last sync was not answered
 
     def ask(self, verb: type[Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Send one verb and wait for its answer; sent again when the coordinator died in between
         (another one takes over, and every verb may be repeated). Raises VmmError."""
+        self._notice_losses()
         self._following = self._following or verb is Follow
-        number = self._send(verb, arguments)
+        request = f"{self._token}.{next(self._requests)}"
+        if verb is Sync:
+            return self._sync(arguments, request, timeout)
+        return self._ask(verb, arguments, request, timeout)
+
+    def _sync(self, arguments: dict[str, Any], request: str, timeout: float) -> dict[str, Any]:
+        """What the last one took is asked for again where its answer never came (it took too long, or the program was
+        interrupted): else those pages would be lost."""
+        client = arguments["client"]
+        arguments["again"] = again = client in self._unanswered
+        self._unanswered.add(client)
+        try:
+            answer = self._ask(Sync, arguments, request, timeout)
+        except Refusal:
+            if not (again or arguments["again"]):
+                self._unanswered.discard(client)    # it was asked once, and has taken nothing
+            raise
+        self._unanswered.discard(client)
+        return answer
+
+    def _ask(self, verb: type[Verb], arguments: dict[str, Any], request: str, timeout: float) -> dict[str, Any]:
+        number = self._send(verb, arguments, request)
         deadline = time.monotonic() + timeout
         while True:
             left = deadline - time.monotonic()
@@ -237,14 +296,14 @@ class ControlClient:
             if answer is _LOST:
                 if verb is Sync:
                     arguments["again"] = True
-                number = self._send(verb, arguments)
+                number = self._send(verb, arguments, request)
                 continue
             if answer.get("id") != number:
                 if "event" in answer:
                     self._events.append(answer)
                 continue
             if "error" in answer:
-                raise VmmError(answer["error"], ExitCode(answer.get("code", ExitCode.BAD_INPUT)))
+                raise Refusal(answer["error"], ExitCode(answer.get("code", ExitCode.BAD_INPUT)))
             return dict(answer["result"])
 
     def event(self, timeout: float) -> dict[str, Any] | None:
@@ -257,9 +316,9 @@ class ControlClient:
             if answer is None or "event" in answer:
                 return answer
 
-    def _send(self, verb: type[Verb], arguments: dict[str, Any]) -> int:
+    def _send(self, verb: type[Verb], arguments: dict[str, Any], request: str = "") -> int:
         number = next(self._ids)
-        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, **arguments)))
+        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, request=request, **arguments)))
         return number
 
     def _receive(self, timeout: float) -> dict[str, Any] | None:
@@ -268,11 +327,19 @@ class ControlClient:
         if self._sock in ready:
             return dict(msgspec.json.decode(self._sock.recv()))
         if self._monitor in ready:
-            self._monitor.recv_multipart()
-            if self._following:
-                self._send(Follow, {})
+            self._notice_losses()
             return _LOST
         return None
+
+    def _notice_losses(self) -> None:
+        """The connection has broken, perhaps: whatever was sent before that may be lost, and what is sent from now on
+        is not. Another coordinator does not know its followers."""
+        lost = False
+        while self._monitor.poll(0):
+            self._monitor.recv_multipart()
+            lost = True
+        if lost and self._following:
+            self._send(Follow, {})
 
     def close(self) -> None:
         self._sock.disable_monitor()

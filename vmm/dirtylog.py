@@ -40,7 +40,7 @@ class LogClient(msgspec.Struct):
     retired: list[Retired] = []
 
 
-class _Client:
+class LogMaps:
     """Of the dirty log: its bitmaps of each slot, and of those that it is still to be told of."""
 
     def __init__(self, name: str, generation: int) -> None:
@@ -53,6 +53,7 @@ class _Client:
         """Its segments are unlinked."""
         for maps in self.maps.values():
             maps.close()
+            step("client-unlink")
         for _, maps in self.retired.values():
             maps.close()
         self.maps.clear()
@@ -84,13 +85,13 @@ class DirtyLog:
         #: One for each reaper: where its harvests go.
         self.tables = [slot_table(MAX_SLOTS) for _ in range(reapers)]
         self.table_addresses = [table.ctypes.data for table in self.tables]
-        self._clients: dict[str, _Client] = {}
-        #: Host writes under way, (slot id, first page, pages): dirty in each take until they are over.
-        self.open_writes: list[tuple[int, int, int]] = []
+        self._clients: dict[str, LogMaps] = {}
+        #: Host writes under way, (slot id, its born, first page, pages): dirty in each take until they are over.
+        self.open_writes: list[tuple[int, int, int, int]] = []
         #: What the journal says of ``clients`` is not so any more.
         self.changed = False
-        #: Bitmaps that nobody needs once the journal does not name them.
-        self._gone: list[ClientBitmaps] = []
+        #: What nobody needs once the journal does not name it.
+        self._gone: list[ClientBitmaps | LogMaps] = []
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:
@@ -104,28 +105,29 @@ class DirtyLog:
 
     # --- slots ------------------------------------------------------------------------------
 
-    def add_slot(self, slot: MemorySlot, *, adopt: bool = False) -> None:
+    def add_slot(self, slot: MemorySlot) -> None:
         """Each client gathers its pages from now on. Under an id that had another slot before, all of it is dirty:
-        what a client knows of that id is of the other. ``adopt``: as a coordinator that died has left it. Raises
-        SegmentError, with everything as it was."""
+        what a client knows of that id is of the other. Raises SegmentError, with everything as it was."""
         slot_id = slot.spec.id
         made: dict[str, ClientBitmaps] = {}
         try:
             for client in self._clients.values():
-                made[client.name] = ClientBitmaps.make(self.machine, client.name, client.generation, slot.spec,
-                                                       adopt=adopt)
-                step("slot-client")
+                made[client.name] = ClientBitmaps.make(self.machine, client.name, client.generation, slot.spec)
+                step("memory-add-client")
         except BaseException:
             for maps in made.values():
                 maps.close()
             raise
-        if slot_id in self.reused and not adopt:
+        if slot_id in self.reused:
             slot.mark_all()
         for name, maps in made.items():
             self._clients[name].maps[slot_id] = maps
-        self.slots[slot_id] = slot
+        self._insert(slot)
+
+    def _insert(self, slot: MemorySlot) -> None:
+        self.slots[slot.spec.id] = slot
         for table, staging in zip(self.tables, slot.staging, strict=True):
-            table[slot_id] = (staging.words_address, staging.summary_address, slot.pages)
+            table[slot.spec.id] = (staging.words_address, staging.summary_address, slot.pages)
 
     def discard_slot(self, slot_id: int) -> None:
         """Take ``add_slot`` back; the slot itself is the caller's to close."""
@@ -154,9 +156,7 @@ class DirtyLog:
         slot_id = slot.spec.id
         for client in self._clients.values():
             client.maps[slot_id] = client.retired.pop(slot_id)[1]
-        self.slots[slot_id] = slot
-        for table, staging in zip(self.tables, slot.staging, strict=True):
-            table[slot_id] = (staging.words_address, staging.summary_address, slot.pages)
+        self._insert(slot)
 
     # --- producer's side ---------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class DirtyLog:
             raise VmmError(f"there is no client '{like}' of the dirty log")
         # What the slot bitmaps hold by now was dirtied before this client was there.
         self._fold_all()
-        made = _Client(client, generation)
+        made = LogMaps(client, generation)
         try:
             for slot_id, slot in self.slots.items():
                 made.maps[slot_id] = ClientBitmaps.make(self.machine, client, generation, slot.spec)
@@ -217,18 +217,28 @@ class DirtyLog:
 
     def adopt_client(self, saved: LogClient) -> None:
         """Take over the bitmaps of a client of a coordinator that died. Raises SegmentError."""
-        client = self._clients[saved.name] = _Client(saved.name, saved.generation)
+        client = self._clients[saved.name] = LogMaps(saved.name, saved.generation)
         for slot_id, slot in self.slots.items():
             client.maps[slot_id] = ClientBitmaps.make(self.machine, saved.name, saved.generation, slot.spec, adopt=True)
         for retired in saved.retired:
             maps = ClientBitmaps.make(self.machine, saved.name, saved.generation, retired.slot, adopt=True)
             client.retired[retired.slot.id] = (retired, maps)
 
-    def unregister(self, client: str) -> None:
-        """Idempotent. The segments go at the next ``sweep``."""
-        found = self._clients.pop(client, None)
-        if found is not None:
-            self._gone += [*found.maps.values(), *(maps for _, maps in found.retired.values())]
+    def unregister(self, client: str) -> LogMaps:
+        """Gather no more for it. Its segments go once the journal does not name it (``committed``), or it is
+        readmitted."""
+        found = self._clients.pop(client)
+        self._gone.append(found)
+        return found
+
+    def readmit(self, client: LogMaps) -> None:
+        """Take ``unregister`` back, at once."""
+        self._gone.remove(client)
+        self._clients[client.name] = client
+
+    def discard_client(self, client: str) -> None:
+        """Take ``register`` back: no journal has named it."""
+        self._clients.pop(client).close()
 
     @property
     def clients(self) -> list[str]:
@@ -247,8 +257,8 @@ class DirtyLog:
         """Fold the slot bitmaps into every client's, then give ``client`` its own: its front bitmaps hold what was
         dirtied since its last take. By slot id. ``again``: the last take was not received, and is given once more
         with it. The caller has flushed; where ``changed`` is set, it has the journal written before it answers."""
-        for slot_id, first, count in self.open_writes:
-            if slot_id in self.slots:
+        for slot_id, born, first, count in self.open_writes:
+            if slot_id in self.slots and self.slots[slot_id].spec.born == born:
                 self.slots[slot_id].bitmap.mark_range(first, count)
         owner = self._clients[client]
         if again:
@@ -294,7 +304,7 @@ class DirtyLog:
             step("fold-client")
         self._kernels.clear(slot.bitmap)
 
-    def _drop_retired(self, client: _Client, slot_id: int) -> None:
+    def _drop_retired(self, client: LogMaps, slot_id: int) -> None:
         if slot_id in client.retired:
             self._gone.append(client.retired.pop(slot_id)[1])
             self.changed = True
@@ -304,10 +314,9 @@ class DirtyLog:
     def committed(self) -> None:
         """The journal has been written: what it does not name any more is unlinked."""
         self.changed = False
-        gone, self._gone = self._gone, []
-        for maps in gone:
-            step("unlink-client")
-            maps.close()
+        while self._gone:
+            step("log-unlink")
+            self._gone.pop().close()
 
     def segments(self) -> list[str]:
         """Names of every segment that is the log's: of slots and of clients."""
@@ -322,9 +331,10 @@ class DirtyLog:
         return self.slots[slot_id].bitmap.count()
 
     def close(self) -> None:
-        for client in list(self._clients):
-            self.unregister(client)
-        self.committed()
+        for each in (*self._clients.values(), *self._gone):
+            each.close()
+        self._clients.clear()
+        self._gone.clear()
         for slot in self.slots.values():
             slot.close()
         self.slots.clear()

@@ -15,6 +15,7 @@ import select
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError, segment_name
+from ipc.steps import step
 
 from . import control
 from .errors import ExitCode, VmmError, no_memory
@@ -48,6 +50,20 @@ class SyncResult:
     slots: dict[int, list[tuple[int, int]]]
     #: Dirty pages in all.
     pages: int
+    #: Slots that are not logged now: what is written there meanwhile is not in ``slots`` (all of such a slot is, once
+    #: its logging is switched on again).
+    unlogged: frozenset[int] = frozenset()
+    #: Slots that have been removed, told for the last time. (One that was added since under such a number has all of
+    #: its pages in ``slots`` at first, and is not in here.)
+    retired: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A slot that is mapped here. ``born`` tells it from another under its number."""
+
+    born: int
+    segment: Segment
 
 
 class Machine:
@@ -62,7 +78,8 @@ class Machine:
         self._keeper = keeper
         self._life_fd = life_fd
         self._client = control.ControlClient(machine_dir(name), name, lambda: is_running(name))
-        self._segments: dict[str, Segment] = {}
+        self._system: Segment | None = None
+        self._views: dict[int, _View] = {}
         self._clients: dict[tuple[str, int], ClientBitmaps] = {}
         self._report: dict[str, Any] | None = None
         self._following = False
@@ -211,27 +228,47 @@ class Machine:
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def _segment(self, what: str) -> Segment:
-        if what not in self._segments:
-            try:
-                self._segments[what] = Segment.open(segment_name(self.name, what))
-            except SegmentError as exc:
-                raise VmmError(str(exc), ExitCode.NO_MACHINE) from None
-        return self._segments[what]
-
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
         """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
-        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing, and
-        where there is no memory (replay)."""
-        if f"ram{slot}" not in self._segments:
-            status = self.status()
-            if status["accelerator"] == "replay":
-                raise VmmError(no_memory(self.name))
-            if status["incoming"]:
-                raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
-        view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
+        view must call ``mark_dirty`` afterwards; ``write`` does both. A view is of the slot as it is now: when that
+        is removed, the view stays, of memory that is no longer the guest's (``born`` in ``status`` tells). Raises
+        VmmError where there is no such slot, while pages are missing, and where there is no memory (replay)."""
+        view = np.frombuffer(self._view(slot).segment.buf, np.uint8)
         view.flags.writeable = writable
         return view
+
+    def ram_segment(self, slot: int) -> str:
+        """Name of the shared-memory segment that is the slot's memory now. Raises VmmError as ``ram`` does."""
+        return self._view(slot).segment.name
+
+    def _slots(self) -> dict[int, dict[str, Any]]:
+        """As they are now. Raises VmmError where nobody may look into them."""
+        answer = self._client.ask(control.Slots)
+        if answer["accelerator"] == "replay":
+            raise VmmError(no_memory(self.name))
+        if answer["incoming"]:
+            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
+        return {int(i): slot for i, slot in answer["slots"].items()}
+
+    def _view(self, slot: int, slots: dict[int, dict[str, Any]] | None = None) -> _View:
+        """The slot as it is now, or as ``slots`` (that ``_slots`` gave) has it."""
+        slots = self._slots() if slots is None else slots
+        if slot not in slots:
+            raise VmmError(f"there is no memory slot {slot} (there are: {', '.join(map(str, slots))})")
+        born, name = slots[slot]["born"], slots[slot]["ram"]
+        known = self._views.get(slot)
+        if known is None or known.segment.name != name:
+            if known is not None:
+                del self._views[slot]
+                known.segment.close()
+            known = self._views[slot] = _View(born, self._open(name))
+        return known
+
+    def _open(self, name: str) -> Segment:
+        try:
+            return Segment.open(name)
+        except SegmentError as exc:
+            raise VmmError(f"machine '{self.name}': {exc} (it was removed just now)", ExitCode.NO_MACHINE) from None
 
     def require_memory(self) -> None:
         """Raises VmmError for a machine that has none to save or move (replay)."""
@@ -240,31 +277,45 @@ class Machine:
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
-        return np.frombuffer(self._segment("system").buf, np.uint8)
+        if self._system is None:
+            self._system = self._open(segment_name(self.name, "system"))
+        return np.frombuffer(self._system.buf, np.uint8)
 
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of guest memory within one slot. Raises VmmError outside RAM."""
-        slot, offset = self._locate(gpa, size)
-        return self.ram(slot)[offset:offset + size].tobytes()
+        view, _, offset = self._locate(gpa, size)
+        return bytes(view.segment.buf[offset:offset + size])
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory within one slot, and mark the pages dirty: KVM logs only the guest's own
-        stores. Raises VmmError outside RAM."""
-        slot, offset = self._locate(gpa, len(data))
-        self.ram(slot, writable=True)[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
-        if data:
-            first = offset // 4096
-            self.mark_dirty(slot, first, (offset + len(data) - 1) // 4096 - first + 1)
+        """Write guest memory within one slot, and have the pages dirty for every client of the dirty log, from before
+        the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and where the
+        slot was removed in between: the data is gone with it then."""
+        view, slot, offset = self._locate(gpa, len(data))
+        if not data:
+            return
+        first, key = offset // 4096, uuid.uuid4().hex
+        self._client.ask(control.WriteBegin, key=key, slot=slot, born=view.born, first=first,
+                         count=(offset + len(data) - 1) // 4096 - first + 1, owner=os.getpid())
+        try:
+            step("host-write-begun")
+            view.segment.buf[offset:offset + len(data)] = data
+            step("host-write-made")
+        finally:
+            self._client.ask(control.WriteEnd, key=key)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
-        """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after
-        the write: a mark that comes first can be synced away before it."""
-        self._client.ask(control.Mark, slot=slot, first=first, count=count)
+        """Pages ``first``..``first + count - 1`` of the slot were written by the host, through a view (``ram``). Call
+        it after the write: a mark that comes first can be synced away before it. Raises VmmError where another slot
+        has taken the place of the one that this ``Machine`` has given a view of."""
+        known = self._views.get(slot)
+        self._client.ask(control.Mark, slot=slot, first=first, count=count, born=known.born if known else None)
 
-    def _locate(self, gpa: int, size: int) -> tuple[int, int]:
-        for slot in self.status()["slots"]:
-            if slot["gpa"] <= gpa and gpa + size <= slot["gpa"] + slot["size"]:
-                return slot["id"], gpa - slot["gpa"]
+    def _locate(self, gpa: int, size: int) -> tuple[_View, int, int]:
+        """(view, slot id, offset within the slot). Raises VmmError."""
+        slots = self._slots()
+        for slot_id, slot in slots.items():
+            if slot["gpa"] <= gpa and size >= 0 and gpa + size <= slot["gpa"] + slot["size"]:
+                return self._view(slot_id, slots), slot_id, gpa - slot["gpa"]
         raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within one memory slot")
 
     # --- dirty log ------------------------------------------------------------------------------------
@@ -287,43 +338,45 @@ class Machine:
             self._clients.pop(key).close()
 
     def sync(self, client: str) -> SyncResult:
-        """Flush, then take what was dirtied since this client's last sync (or its registration)."""
-        slots = self.collect(client)
-        ranges = {i: self.bitmap(i, client).ranges() if dirty else [] for i, dirty in slots.items()}
-        return SyncResult(ranges, sum(slots.values()))
+        """Flush, then take what was dirtied since this client's last sync (or its registration). Raises VmmError; the
+        next sync has what this one would have had then."""
+        slots = self._collect(client)
+        ranges = {i: self.bitmap(i, client).ranges() if s["dirty"] else [] for i, s in slots.items()}
+        return SyncResult(ranges, sum(s["dirty"] for s in slots.values()),
+                          frozenset(i for i, s in slots.items() if not s["logged"]),
+                          frozenset(i for i, s in slots.items() if s["retired"]))
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
+        return {slot_id: s["dirty"] for slot_id, s in self._collect(client).items()}
+
+    def _collect(self, client: str) -> dict[int, dict[str, Any]]:
         slots = self._take(client)
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
-        for slot_id, counts in slots.items():
-            self._maps(client, slot_id, counts["pages"])
-        return {slot_id: counts["dirty"] for slot_id, counts in slots.items()}
+        for slot_id, slot in slots.items():
+            found = self._clients.get((client, slot_id))
+            if found is None or found.segment.name != slot["bitmap"]:   # of another slot, or another client
+                if found is not None:
+                    del self._clients[client, slot_id]
+                    found.close()
+                self._clients[client, slot_id] = ClientBitmaps(self._open(slot["bitmap"]), slot["pages"])
+        return slots
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
         return sum(s["dirty"] for s in self._take(client).values())
 
-    def _take(self, client: str) -> dict[int, dict[str, int]]:
+    def _take(self, client: str) -> dict[int, dict[str, Any]]:
         answer = self._client.ask(control.Sync, client=client)
         return {int(i): s for i, s in answer["slots"].items()}
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
-        """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
+        """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself may
+        have been removed since: the next sync says so.)"""
         if (client, slot) not in self._clients:
             raise VmmError(f"client '{client}' has not synced slot {slot} yet")
         return self._clients[client, slot].front
-
-    def _maps(self, client: str, slot: int, pages: int) -> ClientBitmaps:
-        # A slot may have been removed and another added under its id since: compare the size.
-        found = self._clients.get((client, slot))
-        if found is None or found.front.pages != pages:
-            if found is not None:
-                found.close()
-            found = ClientBitmaps.open(self.name, client, slot, pages)
-            self._clients[client, slot] = found
-        return found
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
         """Let one vCPU, or each, dirty at most so many pages a second; 0 lifts the limit. In force when this
@@ -335,6 +388,7 @@ class Machine:
         was dirtied before is lost. ``tracking``: the way it is now; ``seconds`` of pause. Raises VmmError where it
         cannot be had, with everything as it was."""
         return self._client.ask(control.SetTracking, tracking=tracking)
+
     # --- dirty traces -----------------------------------------------------------------------------------
 
     def record_start(self) -> None:
@@ -360,9 +414,9 @@ class Machine:
         """Unplug a slot: vCPUs stopped, rings reaped, bitmap synced, removed, resumed. What was dirty
         in it is in each client's next sync."""
         self._client.ask(control.MemoryRemove, slot=slot)
-        segment = self._segments.pop(f"ram{slot}", None)
-        if segment is not None:
-            segment.close()
+        view = self._views.pop(slot, None)
+        if view is not None:
+            view.segment.close()
 
     # --- end ----------------------------------------------------------------------------------------------
 
@@ -371,9 +425,12 @@ class Machine:
         for maps in self._clients.values():
             maps.close()
         self._clients.clear()
-        for segment in self._segments.values():
-            segment.close()
-        self._segments.clear()
+        for view in self._views.values():
+            view.segment.close()
+        self._views.clear()
+        if self._system is not None:
+            self._system.close()
+            self._system = None
         self._client.close()
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ import zstandard
 from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 
 from .errors import VmmError
 from .machine import Machine
@@ -390,7 +390,7 @@ class _Source:
 
     def _touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
         """The slot's pages but for those that nobody has ever touched: they are zero, at the target too."""
-        fd = open_fd(segment_name(self.machine.name, f"ram{slot['id']}"))
+        fd = open_fd(self.machine.ram_segment(slot["id"]))
         try:
             extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
         finally:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.channel import FdListener
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 from ipc.userfault import Userfault, UserfaultError
 
 from .errors import VmmError
@@ -66,7 +66,7 @@ class Missing:
         self._segments: dict[int, Segment] = {}
         for slot, missing in self._missing.items():
             # A mapping of our own: the machine's views of it may be looked at, this one never is.
-            segment = self._open.enter_context(Segment.open(segment_name(machine.name, f"ram{slot}")))
+            segment = self._open.enter_context(Segment.open(machine.ram_segment(slot)))
             for first, count in _runs(missing):
                 segment.buf.madvise(mmap.MADV_REMOVE, first * PAGE, count * PAGE)
             self._own.register(segment.address, segment.size)
@@ -75,9 +75,14 @@ class Missing:
         try:
             self._addresses = machine.incoming(str(listener.path))
             self.faults: dict[int, tuple[int, Userfault]] = {}      # {fd: (vCPU, its userfaultfd)}
-            for _ in self._addresses:
+            waiting = set(range(len(self._addresses)))
+            while waiting:
                 index, fd = listener.receive(_FD_TIMEOUT)
-                self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                if index in waiting:
+                    self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                    waiting.discard(index)
+                else:       # the same once more: the request was repeated
+                    os.close(fd)
         finally:
             listener.close()
 

@@ -153,11 +153,6 @@ class ClientBitmaps:
             made.gathering.mark_range(0, slot.pages)
         return made
 
-    @classmethod
-    def open(cls, name: str, pages: int) -> ClientBitmaps:
-        """A consumer's, of the name that it was told. Raises SegmentError."""
-        return cls(Segment.open(name), pages)
-
     def close(self) -> None:
         self.__dict__.pop("gathering", None)
         self.__dict__.pop("front", None)

@@ -25,7 +25,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
-from ipc.shm import data_extents, open_fd, segment_name
+from ipc.shm import data_extents, open_fd
 
 from . import boot, wire
 from .errors import VmmError
@@ -155,7 +155,7 @@ class _Memory:
 
     def __init__(self, machine: Machine, slot: int) -> None:
         self._pages = machine.ram(slot, writable=True).reshape(-1, PAGE)
-        self._fd = open_fd(segment_name(machine.name, f"ram{slot}"))
+        self._fd = open_fd(machine.ram_segment(slot))
         #: Pages that are zero for certain: never touched.
         self._untouched = np.ones(len(self._pages), bool)
         for start, end in data_extents(self._fd, self._pages.size):     # what the loader has put there

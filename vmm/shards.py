@@ -38,6 +38,7 @@ from ipc.messages import (
     decode_reply,
     encode,
 )
+from ipc.process import ProcessId, open_process
 from ipc.shm import Segment
 from workers.zygote import Zygote
 
@@ -71,6 +72,7 @@ class Shard:
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
         self.pidfd = -1
+        self.process = ProcessId(0, 0)
         self.ring_address = 0
         self._ring: Segment | mmap.mmap | None = None
         self._run: mmap.mmap | None = None
@@ -98,8 +100,10 @@ class Shard:
         """The guest has not ended on this vCPU."""
         return self.alive and self.control.state != VcpuState.EXITED
 
-    def watch(self, pid: int) -> None:
-        self.pidfd = os.pidfd_open(pid)
+    def watch(self, who: int | ProcessId) -> None:
+        """Its process: a pid that has just been given, or as it was written down (never what the control block says,
+        which the worker writes). Raises ProcessLookupError."""
+        self.pidfd, self.process = open_process(who)
 
     def signal(self, signum: int) -> None:
         if self.pidfd >= 0:
@@ -491,6 +495,16 @@ class Shards:
             yield
         finally:
             self.resume_all()
+
+    def expect_paused(self, paused: bool) -> None:
+        """A replacement's, that cannot wait for the vCPUs now: they are paused, or are soon, or (not ``paused``) will
+        be told to go on by the ``resume_all`` that follows."""
+        self._pauses = 1
+        if paused:
+            for shard in self.all:
+                if shard.running:
+                    shard.control.request |= VcpuRequest.PAUSE
+                    shard.kick()
 
     def start_paused(self) -> None:
         """The workers were started with PAUSE in their control blocks."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+
+from ipc.process import ProcessId
+from ipc.steps import step
 
 from ..errors import VmmError
 from ..verify import CLIENT as VERIFY_CLIENT
@@ -20,54 +24,88 @@ class Clients:
         self._owners: dict[str, Owner] = {}
 
     @property
-    def owner_pids(self) -> dict[str, int]:
-        """{client: pid} of those that go when a process does."""
-        return {client: owner.pid for client, owner in self._owners.items()}
+    def owners(self) -> dict[str, ProcessId]:
+        """{client: process} of those that go when a process does."""
+        return {client: owner.process for client, owner in self._owners.items()}
 
-    def adopt(self, owners: dict[str, int]) -> None:
-        """As a coordinator that died has left them."""
-        for client, pid in owners.items():
-            self._own(client, pid)
+    def adopt(self, owners: dict[str, ProcessId]) -> None:
+        """As a coordinator that died has left them; those whose process has gone meanwhile go now."""
+        for client, process in owners.items():
+            try:
+                self._own(client, process)
+            except ProcessLookupError:
+                self._core.parts.log.unregister(client)
 
     def register(self, client: str, owner: int, like: str) -> None:
-        log = self._core.parts.log
+        """Raises VmmError and SegmentError, with nothing done."""
+        core, log = self._core, self._core.parts.log
+        _require_not_the_verifier(client)
         if client in log.clients:
             return
         self._tracking.choose(logged=True)
         self._tracking.require_log()
-        self._core.flush()
-        if like and like not in log.clients:
-            raise VmmError(f"there is no client '{like}' of the dirty log")
-        log.register(client)
-        if like:
-            log.copy_client(client, like)
-        if owner:
-            self._own(client, owner)
-        self._core.save()
+        core.flush()
+        log.register(client, core.new_generation(), like)
+        try:
+            if owner:
+                self._own(client, owner)
+            step("register-made")
+            core.commit()
+        except (VmmError, ProcessLookupError) as exc:
+            self._disown(client)
+            log.discard_client(client)
+            if isinstance(exc, ProcessLookupError):
+                raise VmmError(f"process {owner}, with which client '{client}' is to go, is not there") from None
+            raise
+        step("register-committed")
 
     def unregister(self, client: str) -> None:
-        self._core.parts.log.unregister(client)
+        """Idempotent. Raises VmmError, with nothing done."""
+        _require_not_the_verifier(client)
+        if client in self._core.parts.log.clients:
+            self._remove(client)
+
+    def sync(self, client: str, again: bool) -> dict[str, Any]:
+        core, log = self._core, self._core.parts.log
+        if client not in log.clients:
+            raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
+        _require_not_the_verifier(client)
+        self._tracking.require_log()
+        core.flush()
+        step("sync-flushed")
+        taken = log.take(client, again=again)
+        step("sync-taken")
+        if log.changed:
+            core.save()
+        return {"slots": {str(i): {"dirty": t.dirty, "pages": t.slot.pages, "born": t.slot.born, "logged": t.slot.log,
+                                   "retired": t.retired, "bitmap": t.segment} for i, t in taken.items()}}
+
+    def _remove(self, client: str) -> None:
+        log = self._core.parts.log
+        found = log.unregister(client)
+        step("unregister")
+        try:
+            self._core.commit()
+        except VmmError:
+            log.readmit(found)
+            raise
+        self._disown(client)
+
+    def _owner_ended(self, client: str) -> None:
+        with contextlib.suppress(VmmError):     # it stays, then: nothing is lost by that
+            self._remove(client)
+
+    def _own(self, client: str, who: int | ProcessId) -> None:
+        """Raises ProcessLookupError."""
+        self._owners[client] = self._core.owners.watch(who, lambda: self._owner_ended(client))
+
+    def _disown(self, client: str) -> None:
         owner = self._owners.pop(client, None)
         if owner is not None:
             owner.close()
-        self._core.save()
 
-    def sync(self, client: str, again: bool) -> dict[str, Any]:
-        log = self._core.parts.log
-        if client not in log.clients:
-            raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
-        if client == VERIFY_CLIENT:
-            raise VmmError(f"client '{client}' is the verifier's own")
-        self._tracking.require_log()
-        self._core.flush()
-        if again:
-            log.give_back(client)
-        taken = log.take(client)
-        return {"slots": {str(i): {"dirty": n, "pages": log.front(client, i).front.pages}
-                          for i, n in taken.items()}}
 
-    def _own(self, client: str, pid: int) -> None:
-        try:
-            self._owners[client] = self._core.owners.watch(pid, lambda: self.unregister(client))
-        except ProcessLookupError:
-            self._core.parts.log.unregister(client)
+def _require_not_the_verifier(client: str) -> None:
+    """Raises VmmError."""
+    if client == VERIFY_CLIENT:
+        raise VmmError(f"client '{client}' is the verifier's own")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,12 @@ from .owners import Owners
 
 __all__ = ["Core"]
 
+_REQUESTS = 64      # a client has one under way at a time
+
 
 class Core:
     """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` sends an event
-    to every follower, ``save`` writes the journal."""
+    to every follower, ``write_journal`` writes down what is now (or raises VmmError)."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -33,7 +38,15 @@ class Core:
         self.shards: Shards
         self.reaper: Reaper
         self.tell: Callable[[dict[str, Any]], None]
-        self.save: Callable[[], None]
+        self.write_journal: Callable[[], None]
+        #: The last attempt to write the journal failed.
+        self.unsaved = False
+        #: The last that was given to a slot or a client.
+        self.generation = 0
+        #: What is being served: the client's name for it, the same when it asks again; "" where it has none.
+        self.request = ""
+        #: Those that are not to be carried out twice, and have been.
+        self.requests: deque[str] = deque(maxlen=_REQUESTS)
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
 
@@ -47,16 +60,44 @@ class Core:
         """The verifier reads all memory; not before all of it is there. And it looks into the log."""
         return self.verifier is not None and not self.pages_missing and self.parts.tracking != "none"
 
+    # --- the journal --------------------------------------------------------------------------
+
+    def new_generation(self) -> int:
+        """A number that nothing of this machine had before."""
+        self.generation = max(time.time_ns(), self.generation + 1)
+        return self.generation
+
+    def commit(self, *, done: bool = False) -> None:
+        """Write the journal, before anybody relies on what it is to say. ``done``: the request has been carried out
+        with this, and must not be again. Raises VmmError, and the caller takes back what it has changed."""
+        if done:
+            self.carried_out()
+        try:
+            self.write_journal()
+        except VmmError:
+            if done and self.request:
+                self.requests.pop()
+            raise
+        self.unsaved = False
+        self.parts.log.committed()
+
+    def carried_out(self) -> None:
+        """What is being served must not be done again."""
+        if self.request:
+            self.requests.append(self.request)
+
+    def save(self) -> None:
+        """Write the journal after the fact. Where that fails, the machine goes on, and it is tried again."""
+        try:
+            self.commit()
+        except VmmError as exc:
+            if not self.unsaved:
+                self.complain(str(exc))
+            self.unsaved = True
+
     def flush(self) -> None:
         if self.state == "running":
             self.reaper.flush()
-
-    def verify_from_here(self) -> None:
-        """The memory was replaced: this is what it begins with."""
-        assert self.verifier is not None
-        for slot_id in self.parts.log.slots:
-            self.verifier.forget(slot_id)
-            self.verifier.adopt(slot_id)
 
     def drain_and_verify(self) -> None:
         """With every vCPU paused."""
@@ -64,6 +105,10 @@ class Core:
         self.reaper.drain()
         self.verifier.round()
         self.save()
+
+    def complain(self, text: str) -> None:
+        """Of something that nobody asked for and somebody should know."""
+        print(f"vmm: machine '{self.spec.name}': {text}", file=sys.stderr)
 
     # --- checks; each raises VmmError ---------------------------------------------------------
 

@@ -6,9 +6,11 @@ import signal
 from typing import Any
 
 from ipc.messages import Userfault
+from ipc.process import ProcessId
+from ipc.shm import SegmentError
+from ipc.steps import step
 
 from ..errors import VmmError
-from ..verify import CLIENT as VERIFY_CLIENT
 from .core import Core
 from .owners import Owner
 from .tracking import TrackingSwitch
@@ -21,56 +23,74 @@ class Incoming:
         self._core = core
         self._tracking = tracking
         self._owner: Owner | None = None
-        #: Of the process that fills the pages in; it stays when that process has gone. 0: none is missing.
-        self.owner_pid = 0
+        #: The process that fills the pages in; it stays when that process has gone. None: no page is missing.
+        self.process: ProcessId | None = None
 
-    def adopt(self, owner: int) -> None:
+    def adopt(self, process: ProcessId | None) -> None:
         """As a coordinator that died has left it."""
-        if owner:
+        if process is not None:
             try:
-                self._missing(owner)
+                self._missing(process)
             except ProcessLookupError:
-                self.owner_pid = owner
+                self.process = process
+                self._expecting(True)
                 self._lost()
 
     def expect(self, socket: str, owner: int) -> list[dict[str, Any]]:
-        """{slot id: address of its mapping} for each vCPU. Raises VmmError."""
+        """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError; with nothing begun, but
+        where a worker does not answer."""
         core = self._core
         core.require_not_started()
+        if self._owner is not None:
+            self._owner.close()
         try:
             self._missing(owner)
         except ProcessLookupError:
             raise VmmError(f"process {owner}, which is to fill in the memory, is not there") from None
-        if core.parts.tracking == "uffd":
-            self._tracking.switch("bitmap")     # a mapping has one userfaultfd; back when all has arrived
-        replies = core.shards.request(core.shards.all, lambda seq, s: Userfault(seq, socket))
-        core.save()
+        try:
+            step("incoming")
+            core.commit()
+            step("incoming-committed")
+            if core.parts.tracking == "uffd":
+                self._tracking.switch("bitmap")     # a mapping has one userfaultfd; back when all has arrived
+            replies = core.shards.request(core.shards.all, lambda seq, s: Userfault(seq, socket))
+        except (VmmError, SegmentError):
+            self._whole()
+            core.save()
+            raise
+        step("incoming-set")
         return [replies[s.index].data or {} for s in core.shards.all]
 
-    def _missing(self, owner: int) -> None:
+    def _missing(self, who: int | ProcessId) -> None:
         """Raises ProcessLookupError."""
+        self._owner = self._core.owners.watch(who, self._lost)
+        self.process = self._owner.process
+        self._expecting(True)
+
+    def _expecting(self, missing: bool) -> None:
         core = self._core
-        self._owner = core.owners.watch(owner, self._lost)
-        self.owner_pid = owner
-        core.pages_missing = core.shards.pages_missing = True
-        core.reaper.only_full = core.spec.accel != "kvm"    # KVM_RUN is interrupted while it waits for a page
+        core.pages_missing = core.shards.pages_missing = missing
+        core.reaper.only_full = missing and core.spec.accel != "kvm"    # KVM_RUN is interrupted while it waits for a page
+
+    def _whole(self) -> None:
+        if self._owner is not None:
+            self._owner.close()
+        self._owner = self.process = None
+        self._expecting(False)
 
     def arrived(self) -> None:
-        """Every page is there."""
+        """Every page is there. May be repeated. Raises VmmError, and is to be repeated then."""
         core = self._core
-        if self._owner is None:
+        if self.process is None:
             return
-        self._owner.close()
-        self._owner = None
-        self.owner_pid = 0
-        core.pages_missing = core.shards.pages_missing = core.reaper.only_full = False
+        step("arrived")
         core.shards.request(core.live, lambda seq, s: Userfault(seq, ""))
+        step("arrived-set")
+        self._whole()
         if core.verifier is not None and core.state == "running":
             with core.shards.all_paused():
                 core.reaper.drain()
-                core.parts.log.take(VERIFY_CLIENT)
-                core.verifier.blind_to_surplus = True
-                core.verify_from_here()
+                core.verifier.restart()
         if self._tracking.asked == "uffd":
             self._tracking.switch("uffd")
         core.save()

@@ -6,6 +6,7 @@ and owners, on its own signals, until the reaper, the verifier or the timeout is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,10 +17,13 @@ import msgspec
 import zmq
 
 from ipc.layout import VcpuRequest, VcpuState
-from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
+from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull, SetMemslots
+from ipc.shm import machine_segments, unlink_segment
+from ipc.steps import step
 from workers.zygote import Zygote
 
 from .. import boot, build, control, retrack
+from ..errors import VmmError
 from ..reaper import Reaper
 from ..shards import Shard, Shards
 from ..spec import MachineSpec, RamSlot
@@ -33,8 +37,9 @@ from .journal import Journal, Saved
 from .pauses import Pauses
 from .recording import Recording
 from .server import ControlServer, Handler
-from .status import machine_report, reason_text
+from .status import machine_report, machine_slots, reason_text
 from .tracking import TrackingSwitch
+from .writes import HostWrites
 
 __all__ = ["Coordinator"]
 
@@ -44,8 +49,9 @@ class Coordinator:
     its end. Raises VmmError and SegmentError when it cannot be had."""
 
     def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
-        self._journal = Journal(directory)
-        saved = self._journal.read() if zygote is None else None
+        saved: Saved | None = None
+        if zygote is None:
+            self._journal, saved = Journal.adopt(spec.name)
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
         if spec.image:
             image = directory / "image"
@@ -53,9 +59,9 @@ class Coordinator:
                 build.copy_image(spec.image, image)
             spec = msgspec.structs.replace(spec, image=str(image))
         self.spec = spec
-        self._started = 0.0
+        self._started: float | None = None      # seconds of CLOCK_MONOTONIC
         self._elapsed_at_end: float | None = None
-        self._stop_asked = False
+        self._stopping = ExitReason.NONE        # somebody wants it to end
         self._done = False
         self._linger = spec.linger
         self._final: dict[str, Any] | None = None
@@ -63,16 +69,21 @@ class Coordinator:
         self._next_round = 0.0
         self._round = 0
         core = self.core = Core(spec, directory, Tracer(spec.trace, spec.trace_file))
-        core.save = self._save
+        core.write_journal = self._write_journal
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
         self.clients = Clients(core, self.tracking)
-        self.recording = Recording(core)
+        self.recording = Recording(core, self.tracking)
+        self.writes = HostWrites(core)
         self.incoming = Incoming(core, self.tracking)
         if saved is None:
             core.parts = build.make_parts(spec, self.tracking.first())
+            with contextlib.ExitStack() as undo:
+                undo.callback(core.parts.close)
+                self._journal = Journal.create(spec.name, spec.vcpus)
+                undo.pop_all()
         else:
-            core.parts = build.adopt_parts(spec, saved.slots, saved.clients, saved.tracking)
+            core.parts = build.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
         self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
@@ -88,7 +99,7 @@ class Coordinator:
 
     def _verbs(self) -> dict[type[control.Verb], Handler]:
         """Every verb of the control socket, and what it calls."""
-        core, log = self.core, self.core.parts.log
+        core = self.core
         return {
             control.Start: lambda v: self._start(),
             control.Status: lambda v: self._final if self._final is not None else self._report(),
@@ -104,18 +115,33 @@ class Coordinator:
             control.Register: lambda v: self.clients.register(v.client, v.owner, v.like),
             control.Unregister: lambda v: self.clients.unregister(v.client),
             control.Sync: lambda v: self.clients.sync(v.client, v.again),
-            control.Mark: lambda v: log.mark(v.slot, v.first, v.count),
+            control.Slots: lambda v: machine_slots(core),
+            control.Mark: lambda v: self.writes.mark(v.slot, v.first, v.count, v.born),
+            control.WriteBegin: lambda v: self.writes.begin(v.key, v.slot, v.born, v.first, v.count, v.owner),
+            control.WriteEnd: lambda v: self.writes.end(v.key),
             control.DirtyLimit: lambda v: limits.set_limit(core, self.tracking, v.pages_per_s, v.vcpu),
             control.SetTracking: lambda v: self.tracking.ask(v.tracking),
             control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
             control.LogStop: lambda v: hotplug.set_logging(core, v.slot, False),
-            control.RecordStart: lambda v: self.recording.start(v.owner),
+            control.RecordStart: self._once(lambda v: self.recording.start(v.owner)),
             control.RecordStep: lambda v: {"going_on": self.recording.step(self._running())},
-            control.RecordStop: lambda v: self.recording.stop(),
-            control.MemoryAdd: lambda v: hotplug.add_slot(core, RamSlot(v.slot, v.gpa, v.size, v.log,
-                                                                        born=time.time_ns())),
-            control.MemoryRemove: lambda v: hotplug.remove_slot(core, v.slot),
+            control.RecordStop: self._once(lambda v: self.recording.stop()),
+            control.MemoryAdd: self._once(lambda v: hotplug.add_slot(core, RamSlot(
+                v.slot, v.gpa, v.size, v.log, born=core.new_generation()))),
+            control.MemoryRemove: self._once(lambda v: hotplug.remove_slot(core, v.slot)),
         }
+
+    def _once(self, handler: Handler) -> Handler:
+        """Of a verb that must not be carried out twice when a client asks again (it did not get the answer)."""
+        core = self.core
+
+        def answer(verb: control.Verb) -> dict[str, Any] | None:
+            if verb.request and verb.request in core.requests:
+                return None
+            core.request = verb.request
+            return handler(verb)
+
+        return answer
 
     # --- set-up ------------------------------------------------------------------------------
 
@@ -129,21 +155,27 @@ class Coordinator:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable)
         core.state = "ready"
-        self._save()
+        core.commit()
 
     def _start(self) -> None:
         """Let the vCPUs enter the guest for the first time."""
         if self.core.state != "ready":
             return
-        self.core.state = "running"
         now = time.monotonic()
         self._started = now
+        try:
+            self.core.commit()
+        except VmmError:
+            self._started = None
+            raise
+        step("start-committed")
+        self.core.state = "running"
         if self.spec.verify is not None:
             self._next_round = now + self.spec.verify.interval
         self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
         self.shards.resume_all()
+        step("start-resumed")
         self.core.parts.log.load_kernels()      # the guest runs already, and no ring is full so soon
-        self._save()
 
     def _recover(self, saved: Saved) -> None:
         """Carry on where a coordinator that died left off (invariant 5).
@@ -154,25 +186,25 @@ class Coordinator:
         """
         core = self.core
         self._restarts = saved.restarts + 1
-        self.recording.clear()
-        self._started = time.monotonic() - saved.elapsed if saved.started else 0.0
-        for shard in build.make_shards(core.parts):
+        self._started, self._elapsed_at_end = saved.started, saved.elapsed
+        self._stopping = ExitReason(saved.stopping)
+        core.generation = saved.generation
+        core.requests.extend(saved.requests)
+        for shard, process in zip(build.make_shards(core.parts), saved.workers, strict=True):
             shard.exited = saved.exits.get(shard.index)
             self.shards.all.append(shard)
             try:
                 if shard.control.state == VcpuState.DEAD:
                     raise ProcessLookupError
-                shard.watch(shard.control.pid)
+                shard.watch(process)
             except ProcessLookupError:
                 shard.bury()
-        if retrack.unfinished(core.parts, self.shards):
-            # The vCPUs stand still. They stay so with what is set here, until resume_all below.
-            self.shards.pause(self.shards.all)
-            retrack.fulfil(core.parts, self.shards)
-        elif self.spec.accel == "kvm":
-            self.shards.adopt_fds(core.live)
-        # Whatever the predecessor was in the middle of, everybody is stopped first.
-        self.shards.pause_all()
+        # Before anybody is waited for: a vCPU may be waiting for a page.
+        self.incoming.adopt(saved.incoming)
+        if core.reaper.only_full:
+            self._leave_alone(paused=saved.user_paused or saved.started is None)
+        else:
+            self._bring_into_line()
         if self.spec.verify is not None:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable, saved.verification or Verification())
@@ -182,33 +214,75 @@ class Coordinator:
             if shard.control.state == VcpuState.EXITED and shard.exited is None:
                 shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
                                       shard.control.exit_code)
-            if core.parts.ring_entries:
-                self.reaper.full.add(shard.index)
-        self.reaper.drain()
         core.parts.log.publish()
         self.clients.adopt(saved.owners)
-        self.incoming.adopt(saved.incoming)
-        core.state = "running" if saved.started else "ready"
+        self.writes.adopt(saved.writes)
+        core.state = "ready" if saved.started is None else "running"
         self.pauses.adopt(saved.user_paused, saved.pause_owner)
-        if saved.started and not self.pauses.paused:
+        step("take-over")
+        core.commit()       # from here on it is another one's machine
+        step("take-over-committed")
+        self._sweep()
+        if self._stopping != ExitReason.NONE:
+            self._ask_to_end()
+        if saved.started is not None and not self.pauses.paused:
             self.shards.resume_all()
-        self._save()
 
-    def _save(self) -> None:
+    def _bring_into_line(self) -> None:
+        """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the slots
+        and the tracking that the journal has, and what they have logged is reaped."""
         core = self.core
+        if retrack.unfinished(core.parts, self.shards):
+            # The vCPUs stand still. They stay so with what is set here, until they are resumed.
+            self.shards.pause(self.shards.all)
+            retrack.fulfil(core.parts, self.shards)
+        elif self.spec.accel == "kvm":
+            self.shards.adopt_fds(core.live)
+        self.shards.pause_all()
+        slots = list(core.parts.log.slots.values())
+        self.shards.request(core.live, lambda seq, s: SetMemslots(seq, [slot.worker_spec(s.index) for slot in slots]))
+        if core.parts.ring_entries:
+            self.reaper.full.update(s.index for s in self.shards.all)
+        self.reaper.drain()
+
+    def _leave_alone(self, *, paused: bool) -> None:
+        """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes. Nor
+        can the predecessor have been in the middle of anything that concerns them, but a pause."""
+        self.shards.expect_paused(paused)
+        self.reaper.full.update(s.index for s in self.shards.all if s.control.state == VcpuState.RING_FULL)
+
+    def _sweep(self) -> None:
+        """Unlink what nobody has: segments that a predecessor had made and not written down, or struck out and not
+        removed."""
+        known = {*self._journal.segments, *self.core.parts.segments,
+                 *(self.core.verifier.segments if self.core.verifier is not None else ())}
+        for name in machine_segments(self.spec.name):
+            if name not in known:
+                unlink_segment(name)
+                step("take-over-swept")
+
+    def _write_journal(self) -> None:
+        """Raises VmmError."""
+        core = self.core
+        log = core.parts.log
         self._journal.write(Saved(
-            slots=[slot.now for slot in core.parts.log.slots.values()], clients=core.parts.log.clients,
-            elapsed=self._elapsed(), started=self._started > 0, user_paused=self.pauses.paused,
-            verification=core.verifier.result if core.verifier else None,
+            restarts=self._restarts, generation=core.generation, requests=list(core.requests),
+            slots=[slot.now for slot in log.slots.values()], reused=sorted(log.reused), clients=log.saved_clients(),
+            owners=self.clients.owners, writes=self.writes.open,
+            workers=[s.process for s in self.shards.all],
             exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
-            restarts=self._restarts, owners=self.clients.owner_pids, pause_owner=self.pauses.owner_pid,
-            incoming=self.incoming.owner_pid, tracking=core.parts.tracking, asked_tracking=self.tracking.asked))
+            started=self._started, elapsed=self._elapsed_at_end, stopping=self._stopping,
+            user_paused=self.pauses.paused, pause_owner=self.pauses.owner, incoming=self.incoming.process,
+            tracking=core.parts.tracking, asked_tracking=self.tracking.asked,
+            verification=core.verifier.result if core.verifier else None))
 
     # --- the loop -----------------------------------------------------------------------------
 
     def run(self) -> int:
         """Serve the machine until it is over and released; its exit code."""
         while not self._done:
+            if self.core.unsaved:
+                self.core.save()
             now = time.monotonic()
             if self._running():
                 self._run_due(now)
@@ -225,7 +299,7 @@ class Coordinator:
 
     def _run_due(self, now: float) -> None:
         """What is due in time, or asked for by a full ring."""
-        if self.spec.timeout is not None and now - self._started >= self.spec.timeout:
+        if self.spec.timeout is not None and self._elapsed() >= self.spec.timeout:
             self._stop(ExitReason.TIMEOUT)
         if self.reaper.full:
             self.reaper.wake("ring-full")
@@ -272,8 +346,8 @@ class Coordinator:
         idle = self.tracking.left(now)
         if idle is not None:
             waits.append(idle)
-        if self.spec.timeout is not None and not self._stop_asked:
-            waits.append(self._started + self.spec.timeout - now)
+        if self.spec.timeout is not None and self._stopping == ExitReason.NONE:
+            waits.append(self.spec.timeout - self._elapsed())
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 
     def catch_signals(self) -> None:
@@ -307,9 +381,11 @@ class Coordinator:
         if not self.core.parts.ring_entries:
             self.core.parts.log.mark_logged_slots()
         self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
-                        "code": 0, "detail": f"its worker process (pid {shard.control.pid}) ended"})
+                        "code": 0, "detail": f"its worker process (pid {shard.process.pid}) ended"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
+        if self.reaper.recorder is not None:
+            self.reaper.recorder.miss()
         if self.core.verifier is not None:
             self.core.verifier.blind_to_surplus = True
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
@@ -327,16 +403,22 @@ class Coordinator:
 
     def _stop(self, reason: ExitReason) -> None:
         """Ask every vCPU to end. They do so at once, paused or not."""
-        if self._stop_asked or self.core.state != "running":
+        if self._stopping != ExitReason.NONE or self.core.state != "running":
             return
-        self._stop_asked = True
+        self._stopping = reason
+        self.core.save()
+        step("stop-saved")
+        self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
         for shard in self.shards.all:
             if shard.running:
-                shard.control.stop_reason = reason
+                shard.control.stop_reason = self._stopping
                 shard.control.request |= VcpuRequest.STOP
                 shard.kick()
                 if self.core.pages_missing:     # it may wait for a page that never comes
                     shard.signal(signal.SIGKILL)
+                step("stop-asked")
 
     def _stop_or_go(self) -> None:
         self._stop(ExitReason.STOPPED)
@@ -355,6 +437,7 @@ class Coordinator:
             self.reaper.drain()
         self._elapsed_at_end = self._elapsed()
         self.core.state = "ended"
+        self.core.save()
         self._final = self._report()
         self.core.tell({"event": "ended", "exit_code": self._final["exit_code"]})
         self._done = not self._linger
@@ -363,7 +446,7 @@ class Coordinator:
         """Seconds since the start."""
         if self._elapsed_at_end is not None:
             return self._elapsed_at_end
-        return time.monotonic() - self._started if self._started else 0.0
+        return time.monotonic() - self._started if self._started is not None else 0.0
 
     def _report(self) -> dict[str, Any]:
         return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
@@ -382,6 +465,7 @@ class Coordinator:
             self.core.verifier.close()
         self.core.owners.close()
         self.core.parts.close()
+        self._journal.close()
         self._server.close()
         signal.set_wakeup_fd(-1)
         os.close(self._signal_fd)

@@ -1,7 +1,7 @@
 """Processes that hold something of the machine: it goes when they do.
 
-A holder is watched by its pidfd, so that a pid which is used again is never mistaken for it. The loop polls all of
-them and calls back.
+A holder is watched by its pidfd, and written down with its start time (ipc/process.py): a pid that is used again is
+never mistaken for it, by this coordinator or by the next. The loop polls all of them and calls back.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
+from ipc.process import ProcessId, open_process
+
 __all__ = ["Owner", "Owners"]
 
 
 class Owner:
-    """One process that holds one thing; ``close`` it when the thing is given back. ``pid`` in this namespace."""
+    """One process that holds one thing; ``close`` it when the thing is given back. ``process``: who it is."""
 
-    def __init__(self, owners: Owners, pid: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, owners: Owners, who: int | ProcessId, on_end: Callable[[], None]) -> None:
         """Raises ProcessLookupError."""
-        self.pid = pid
+        self.fd, self.process = open_process(who)
         self.on_end = on_end
-        self.fd = os.pidfd_open(pid)
         self._owners = owners
         owners.watched[self.fd] = self
 
@@ -37,10 +38,10 @@ class Owners:
     def __init__(self) -> None:
         self.watched: dict[int, Owner] = {}
 
-    def watch(self, pid: int, on_end: Callable[[], None]) -> Owner:
-        """``on_end`` is called once that process has ended, unless the owner was closed before. Raises
-        ProcessLookupError when there is no such process."""
-        return Owner(self, pid, on_end)
+    def watch(self, who: int | ProcessId, on_end: Callable[[], None]) -> Owner:
+        """``who``: a pid of this namespace, or a process as it was written down. ``on_end`` is called once it has
+        ended, unless the owner was closed before. Raises ProcessLookupError when there is no such process."""
+        return Owner(self, who, on_end)
 
     def ended(self, fds: Iterable[int]) -> None:
         """These pidfds have become readable."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipc.process import ProcessId
+
 from .core import Core
 from .owners import Owner
 
@@ -17,14 +19,14 @@ class Pauses:
         self.paused = False
 
     @property
-    def owner_pid(self) -> int:
-        """Of the process whose pause it is; 0: nobody's, it stays."""
-        return self._owner.pid if self._owner is not None else 0
+    def owner(self) -> ProcessId | None:
+        """The process whose pause it is; None: nobody's, it stays."""
+        return self._owner.process if self._owner is not None else None
 
-    def adopt(self, paused: bool, owner: int) -> None:
+    def adopt(self, paused: bool, owner: ProcessId | None) -> None:
         """As a coordinator that died has left it; the vCPUs are paused."""
         self.paused = paused
-        if paused and owner:
+        if paused and owner is not None:
             try:
                 self._owner = self._core.owners.watch(owner, self._owner_ended)
             except ProcessLookupError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -31,7 +30,7 @@ class TrackingSwitch:
         if self.asked != "auto":
             return self.asked
         spec = self._core.spec
-        return self._auto.first(logged=spec.verify is not None, limited=spec.dirty_quota > 0)
+        return self._auto.first(logged=spec.verify is not None, ring=spec.dirty_quota > 0)
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
@@ -43,6 +42,9 @@ class TrackingSwitch:
         core.require_not_ended()
         core.require_whole_memory()
         check_tracking(asked, core.spec.accel, core.spec.ring_entries)
+        if asked not in ("ring", "auto") and core.reaper.recorder is not None:
+            raise VmmError(f"machine '{core.spec.name}' is being recorded (vmm trace record), which needs dirty rings: "
+                           "end that first")
         if asked not in ("ring", "auto") and self._limited():
             raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
                            f" (vmm dirty-limit cancel {core.spec.name})")
@@ -50,10 +52,14 @@ class TrackingSwitch:
         mode = asked
         if asked == "auto":
             self._auto = AutoTracking()
-            mode = self._auto.first(logged=bool(core.parts.log.clients), limited=self._limited())
-        seconds = self.switch(mode)
-        self.asked = asked
-        core.save()
+            mode = self._auto.first(logged=bool(core.parts.log.clients), ring=self._ring_needed())
+        asked_before, self.asked = self.asked, asked    # written down with the first step of the switch
+        try:
+            seconds = self.switch(mode)
+            core.commit()
+        except (VmmError, SegmentError):
+            self.asked = asked_before
+            raise
         return {"before": before, "tracking": core.parts.tracking, "asked": asked, "seconds": seconds}
 
     def switch(self, mode: str) -> float:
@@ -64,7 +70,7 @@ class TrackingSwitch:
             return 0.0
         began = time.monotonic()
         with core.shards.all_paused():
-            retrack.switch(core.parts, core.shards, core.reaper, mode, core.save)
+            retrack.switch(core.parts, core.shards, core.reaper, mode, core.commit)
             self.switches += 1
             if core.verifier is not None:
                 core.verifier.switched(blind=before == "none")
@@ -74,13 +80,13 @@ class TrackingSwitch:
         core.tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
         return now - began
 
-    def choose(self, *, logged: bool = False, limited: bool = False) -> None:
-        """Tracking auto: as it is best now, or with a client or a dirty limit that is about to come."""
+    def choose(self, *, logged: bool = False, limited: bool = False, recorded: bool = False) -> None:
+        """Tracking auto: as it is best now, or with a client, a dirty limit or a recording that is about to come."""
         core = self._core
         if self.asked == "auto" and not core.pages_missing:
+            ring = self._ring_needed() or ((limited or recorded) and core.spec.ring_entries > 0)
             self.switch(self._auto.choose(time.monotonic(), core.parts.tracking,
-                                          logged=logged or bool(core.parts.log.clients),
-                                          limited=limited or self._limited()))
+                                          logged=logged or bool(core.parts.log.clients), ring=ring))
 
     def choose_or_keep(self) -> None:
         """``choose``, by itself: where that fails, it stays as it is, and for good."""
@@ -90,12 +96,16 @@ class TrackingSwitch:
         except (VmmError, SegmentError) as exc:
             self.asked = core.parts.tracking
             core.save()
-            print(f"vmm: machine '{core.spec.name}': tracking is {self.asked} from now on: {exc}", file=sys.stderr)
+            core.complain(f"tracking is {self.asked} from now on: {exc}")
 
     def require_log(self) -> None:
         """Raises VmmError."""
         if self._core.parts.tracking == "none":
             raise not_logged(self._core.spec.name)
+
+    def _ring_needed(self) -> bool:
+        """By a dirty limit, or a recording."""
+        return self._limited() or self._core.reaper.recorder is not None
 
     def _limited(self) -> bool:
         return any(s.control.dirty_quota for s in self._core.shards.all)

@@ -48,5 +48,5 @@ def set_states(core: Core, vcpus: list[dict[str, Any]]) -> None:
     except (KeyError, TypeError, ValueError) as exc:
         raise VmmError(f"not the state of a vCPU: {exc}") from None
     core.shards.request(core.shards.all, lambda seq, s: SetState(seq, states[s.index]))
-    if core.verifying:
-        core.verify_from_here()
+    if core.verifying and core.verifier is not None:
+        core.verifier.restart()
