@@ -1,9 +1,10 @@
 """A record in shared memory that a kill never tears, and that a full disk never refuses.
 
 There are two segments, written in turn: a write goes to the older one, so that the newer is whole whatever becomes
-of the writer. Each holds a header (magic, sequence number, length, CRC-32 of all but itself) and the record. Which of
-the two counts is seen by their sequence numbers; one that was half written fails its checksum. Room is reserved when
-they are made: only a record that has outgrown it can be refused for lack of memory, and then the one before it stays.
+of the writer. Each holds a header (magic, sequence number, length, CRC-32 of all but itself) and the record. Which
+of the two counts is seen by their sequence numbers; one that was half written fails its checksum. Room is reserved
+when they are made: only a record that has outgrown it can be refused for lack of memory, and then the one before
+it stays.
 
 What this guards against is the end of a process. Shared memory does not outlive the host, nor does the machine.
 """

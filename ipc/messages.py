@@ -125,8 +125,8 @@ class Request(Wire, frozen=True, tag_field="t"):
 
 
 class SetMemslot(Request, frozen=True, tag="set-memslot"):
-    """Add a slot, or change its logging. The vCPU is paused. One of this id that has another segment is another slot,
-    and goes."""
+    """Add a slot, or change its logging. The vCPU is paused. One of this id that has another segment is another
+    slot, and goes."""
 
     slot: SlotSpec
 

@@ -292,11 +292,15 @@ def test_log_stop_and_start(endless: Machine) -> None:
     deadline = time.monotonic() + 10
     while not changed_pages(before, endless.ram(0)):
         assert time.monotonic() < deadline
-    assert endless.sync("a").pages == 0
+    gap = endless.sync("a")
+    assert (gap.pages, gap.unlogged) == (0, {0})
     endless.log_start(0)
+    whole = endless.ram(0).size // 4096
+    assert endless.sync("a").slots[0] == [(0, whole)]       # what was written in between nobody knows
     deadline = time.monotonic() + 10
     while endless.sync("a").pages == 0:
         assert time.monotonic() < deadline
+    assert endless.sync("a").pages < whole
     assert endless.status()["slots"][0]["logged"] is True
 
 
@@ -317,6 +321,7 @@ def test_hotplug_keeps_what_was_dirty_in_the_slot_that_goes(accel: str) -> None:
         with pytest.raises(VmmError, match="overlaps slot 1"):
             machine.memory_add(2, 0x1000_0000, 4096)
         machine.memory_add(2, 0x2000_0000, 8192)
+        assert machine.sync("a").slots[2] == [(0, 2)]       # what "a" knows of slot 2 is of the other one
         assert machine.sync("a").slots[2] == []
         # vCPU 1 works in slot 1 now: taking it away ends that vCPU, and its last pages are known.
         before = machine.ram(1).copy()

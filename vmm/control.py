@@ -146,8 +146,8 @@ class Slots(Verb):
 
 
 class WriteBegin(Verb):
-    """Process ``owner`` is about to write to these pages: they are dirty in every sync until ``WriteEnd`` has the same
-    ``key``, or that process has ended. ``born``: of the slot that is meant."""
+    """Process ``owner`` is about to write to these pages: they are dirty in every sync until ``WriteEnd`` has the
+    same ``key``, or that process has ended. ``born``: of the slot that is meant."""
 
     key: str
     slot: int
@@ -164,8 +164,8 @@ class WriteEnd(Verb):
 
 
 class Mark(Verb):
-    """A host write was made: these pages are dirty. ``born``: of the slot that is meant; null: of whichever is there
-    now."""
+    """A host write was made: these pages are dirty. ``born``: of the slot that is meant; null: of whichever is
+    there now."""
 
     slot: int
     first: int
@@ -266,8 +266,8 @@ class ControlClient:
         return self._ask(verb, arguments, request, timeout)
 
     def _sync(self, arguments: dict[str, Any], request: str, timeout: float) -> dict[str, Any]:
-        """What the last one took is asked for again where its answer never came (it took too long, or the program was
-        interrupted): else those pages would be lost."""
+        """What the last one took is asked for again where its answer never came (it took too long, or the program
+        was interrupted): else those pages would be lost."""
         client = arguments["client"]
         arguments["again"] = again = client in self._unanswered
         self._unanswered.add(client)
@@ -332,8 +332,8 @@ class ControlClient:
         return None
 
     def _notice_losses(self) -> None:
-        """The connection has broken, perhaps: whatever was sent before that may be lost, and what is sent from now on
-        is not. Another coordinator does not know its followers."""
+        """The connection has broken, perhaps: whatever was sent before that may be lost, and what is sent from now
+        on is not. Another coordinator does not know its followers."""
         lost = False
         while self._monitor.poll(0):
             self._monitor.recv_multipart()

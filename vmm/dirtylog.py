@@ -72,9 +72,9 @@ class Taken(msgspec.Struct):
 class DirtyLog:
     """All bitmaps of a machine. Single-threaded: the coordinator's loop is its lock.
 
-    What is done here is done in an order that a successor can go on from wherever it was torn: bitmaps are in shared
-    memory, and a bit is set where it is to go before it is cleared where it was. What the journal is to say of it
-    (``clients``, ``slots``) changes in one place of each method, and the caller commits it.
+    What is done here is done in an order that a successor can go on from wherever it was torn: bitmaps are in
+    shared memory, and a bit is set where it is to go before it is cleared where it was. What the journal is to say
+    of it (``clients``, ``slots``) changes in one place of each method, and the caller commits it.
     """
 
     def __init__(self, machine: str, reapers: int = 1) -> None:
@@ -139,8 +139,8 @@ class DirtyLog:
 
     def retire_slot(self, slot_id: int) -> MemorySlot:
         """Fold what is known of the slot into every client, then forget it. The guest is stopped and the rings are
-        empty (invariant 6). Each client sees the slot once more, at its next sync. Closing the slot is the caller's,
-        when this has been committed."""
+        empty (invariant 6). Each client sees the slot once more, at its next sync. Closing the slot is the
+        caller's, when this has been committed."""
         slot = self.slots[slot_id]
         self._fold(slot)
         for table in self.tables:
@@ -193,9 +193,9 @@ class DirtyLog:
     # --- clients -------------------------------------------------------------------------------
 
     def register(self, client: str, generation: int, like: str = "") -> None:
-        """Begin to gather for ``client``, with what ``like`` has gathered; idempotent. ``generation``: not that of an
-        earlier client of this name. Raises VmmError for a bad name, or when there is no ``like``, and SegmentError;
-        everything is as it was then."""
+        """Begin to gather for ``client``, with what ``like`` has gathered; idempotent. ``generation``: not that of
+        an earlier client of this name. Raises VmmError for a bad name, or when there is no ``like``, and
+        SegmentError; everything is as it was then."""
         if client in self._clients:
             return
         check_client_name(client)
@@ -218,11 +218,11 @@ class DirtyLog:
     def adopt_client(self, saved: LogClient) -> None:
         """Take over the bitmaps of a client of a coordinator that died. Raises SegmentError."""
         client = self._clients[saved.name] = LogMaps(saved.name, saved.generation)
+        adopt = functools.partial(ClientBitmaps.make, self.machine, saved.name, saved.generation, adopt=True)
         for slot_id, slot in self.slots.items():
-            client.maps[slot_id] = ClientBitmaps.make(self.machine, saved.name, saved.generation, slot.spec, adopt=True)
+            client.maps[slot_id] = adopt(slot.spec)
         for retired in saved.retired:
-            maps = ClientBitmaps.make(self.machine, saved.name, saved.generation, retired.slot, adopt=True)
-            client.retired[retired.slot.id] = (retired, maps)
+            client.retired[retired.slot.id] = (retired, adopt(retired.slot))
 
     def unregister(self, client: str) -> LogMaps:
         """Gather no more for it. Its segments go once the journal does not name it (``committed``), or it is

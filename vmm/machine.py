@@ -50,11 +50,11 @@ class SyncResult:
     slots: dict[int, list[tuple[int, int]]]
     #: Dirty pages in all.
     pages: int
-    #: Slots that are not logged now: what is written there meanwhile is not in ``slots`` (all of such a slot is, once
-    #: its logging is switched on again).
+    #: Slots that are not logged now: what is written there meanwhile is not in ``slots`` (all of such a slot is,
+    #: once its logging is switched on again).
     unlogged: frozenset[int] = frozenset()
-    #: Slots that have been removed, told for the last time. (One that was added since under such a number has all of
-    #: its pages in ``slots`` at first, and is not in here.)
+    #: Slots that have been removed, told for the last time. (One that was added since under such a number has all
+    #: of its pages in ``slots`` at first, and is not in here.)
     retired: frozenset[int] = frozenset()
 
 
@@ -287,9 +287,9 @@ class Machine:
         return bytes(view.segment.buf[offset:offset + size])
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory within one slot, and have the pages dirty for every client of the dirty log, from before
-        the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and where the
-        slot was removed in between: the data is gone with it then."""
+        """Write guest memory within one slot, and have the pages dirty for every client of the dirty log, from
+        before the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and
+        where the slot was removed in between: the data is gone with it then."""
         view, slot, offset = self._locate(gpa, len(data))
         if not data:
             return
@@ -304,9 +304,9 @@ class Machine:
             self._client.ask(control.WriteEnd, key=key)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
-        """Pages ``first``..``first + count - 1`` of the slot were written by the host, through a view (``ram``). Call
-        it after the write: a mark that comes first can be synced away before it. Raises VmmError where another slot
-        has taken the place of the one that this ``Machine`` has given a view of."""
+        """Pages ``first``..``first + count - 1`` of the slot were written by the host, through a view (``ram``).
+        Call it after the write: a mark that comes first can be synced away before it. Raises VmmError where
+        another slot has taken the place of the one that this ``Machine`` has given a view of."""
         known = self._views.get(slot)
         self._client.ask(control.Mark, slot=slot, first=first, count=count, born=known.born if known else None)
 
@@ -338,8 +338,8 @@ class Machine:
             self._clients.pop(key).close()
 
     def sync(self, client: str) -> SyncResult:
-        """Flush, then take what was dirtied since this client's last sync (or its registration). Raises VmmError; the
-        next sync has what this one would have had then."""
+        """Flush, then take what was dirtied since this client's last sync (or its registration). Raises VmmError;
+        the next sync has what this one would have had then."""
         slots = self._collect(client)
         ranges = {i: self.bitmap(i, client).ranges() if s["dirty"] else [] for i, s in slots.items()}
         return SyncResult(ranges, sum(s["dirty"] for s in slots.values()),
@@ -372,8 +372,8 @@ class Machine:
         return {int(i): s for i, s in answer["slots"].items()}
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
-        """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself may
-        have been removed since: the next sync says so.)"""
+        """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself
+        may have been removed since: the next sync says so.)"""
         if (client, slot) not in self._clients:
             raise VmmError(f"client '{client}' has not synced slot {slot} yet")
         return self._clients[client, slot].front

@@ -1,11 +1,11 @@
 """Guest RAM and its bitmaps: which segments a machine has, who is the owner, what they are called.
 
 Segment names after the machine's prefix (no dashes within): ``control``, ``journal0``, ``journal1``, ``system``,
-``ring<vcpu>`` (software rings); and of what may go and come again under the same number or name, with its generation:
-``ram<slot>.<born>``, ``log<slot>.<born>`` (staging and slot bitmap), ``vlog<vcpu>.<slot>.<born>`` (bitmap mode, a
-vCPU's own log buffer; replay with verification, its record), ``copy<slot>.<born>`` (vmm/verify.py),
-``client.<client>.<generation>.<slot>.<born>``. Generations are hexadecimal. So nobody who has an earlier one open can
-take it for the present one, and one that was not finished is never in the way of the next.
+``ring<vcpu>`` (software rings); and of what may go and come again under the same number or name, with its
+generation: ``ram<slot>.<born>``, ``log<slot>.<born>`` (staging and slot bitmap), ``vlog<vcpu>.<slot>.<born>``
+(bitmap mode, a vCPU's own log buffer; replay with verification, its record), ``copy<slot>.<born>``
+(vmm/verify.py), ``client.<client>.<generation>.<slot>.<born>``. Generations are hexadecimal. So nobody who has an
+earlier one open can take it for the present one, and one that was not finished is never in the way of the next.
 
 Only the coordinator makes these names; consumers and workers are told them.
 """
@@ -140,9 +140,10 @@ class ClientBitmaps:
         self.front = Bitmap(self.segment, bitmap_bytes(pages), pages)
 
     @classmethod
-    def make(cls, machine: str, client: str, generation: int, slot: RamSlot, *, adopt: bool = False) -> ClientBitmaps:
-        """The coordinator's: owned, made anew, or (``adopt``) taken over from one that died. Where that one's are not
-        there, nobody knows what was gathered: all is marked. Raises SegmentError."""
+    def make(cls, machine: str, client: str, generation: int, slot: RamSlot, *,
+             adopt: bool = False) -> ClientBitmaps:
+        """The coordinator's: owned, made anew, or (``adopt``) taken over from one that died. Where that one's are
+        not there, nobody knows what was gathered: all is marked. Raises SegmentError."""
         name = segment_name(machine, f"client.{client}.{generation:x}.{slot.id}.{slot.born:x}")
         size = 2 * bitmap_bytes(slot.pages)
         if not adopt:

@@ -101,8 +101,8 @@ class Shard:
         return self.alive and self.control.state != VcpuState.EXITED
 
     def watch(self, who: int | ProcessId) -> None:
-        """Its process: a pid that has just been given, or as it was written down (never what the control block says,
-        which the worker writes). Raises ProcessLookupError."""
+        """Its process: a pid that has just been given, or as it was written down (never what the control block
+        says, which the worker writes). Raises ProcessLookupError."""
         self.pidfd, self.process = open_process(who)
 
     def signal(self, signum: int) -> None:
@@ -497,8 +497,8 @@ class Shards:
             self.resume_all()
 
     def expect_paused(self, paused: bool) -> None:
-        """A replacement's, that cannot wait for the vCPUs now: they are paused, or are soon, or (not ``paused``) will
-        be told to go on by the ``resume_all`` that follows."""
+        """A replacement's, that cannot wait for the vCPUs now: they are paused, or are soon, or (not ``paused``)
+        will be told to go on by the ``resume_all`` that follows."""
         self._pauses = 1
         if paused:
             for shard in self.all:

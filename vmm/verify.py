@@ -191,7 +191,8 @@ class Verifier:
         self.blind_to_surplus = False
 
     def _take(self) -> None:
-        """What the log has. From before it is taken until the copy is up to date, a successor is to take it again."""
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
         self._control.verify_in_round = 1
         self.blind_to_surplus = self.blind_to_surplus or bool(self._log.open_writes)
         step("verify-take")
@@ -290,7 +291,8 @@ class ReplayVerifier:
         self.blind_to_surplus = False
 
     def _take(self) -> None:
-        """What the log has. From before it is taken until the copy is up to date, a successor is to take it again."""
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
         self._control.verify_in_round = 1
         self.blind_to_surplus = self.blind_to_surplus or bool(self._log.open_writes)
         step("verify-take")

@@ -27,8 +27,8 @@ class Slots:
         self._system_id = system_id
 
     def set(self, slot: SlotSpec) -> None:
-        """Have it, logged as it says. A slot has the segment that it was added with: one of this id that has another
-        is an earlier one, and goes."""
+        """Have it, logged as it says. A slot has the segment that it was added with: one of this id that has
+        another is an earlier one, and goes."""
         known = self._memory.slots.get(slot.id)
         if known is not None and known.spec.segment != slot.segment:
             self.remove(slot.id)

@@ -77,8 +77,9 @@ class Clients:
         step("sync-taken")
         if log.changed:
             core.save()
-        return {"slots": {str(i): {"dirty": t.dirty, "pages": t.slot.pages, "born": t.slot.born, "logged": t.slot.log,
-                                   "retired": t.retired, "bitmap": t.segment} for i, t in taken.items()}}
+        return {"slots": {str(i): {"dirty": t.dirty, "pages": t.slot.pages, "born": t.slot.born,
+                                   "logged": t.slot.log, "retired": t.retired, "bitmap": t.segment}
+                          for i, t in taken.items()}}
 
     def _remove(self, client: str) -> None:
         log = self._core.parts.log

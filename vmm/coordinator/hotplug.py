@@ -1,9 +1,9 @@
 """Memory slots at run time: plugged in, pulled out, their logging switched.
 
 Each verb changes the journal once (vmm/coordinator/journal.py says in which order): whoever takes over before that
-finds the machine as it was, and the client's second try does the work; whoever takes over after it makes the workers
-follow, and drops the segments that nobody has. The vCPUs stand still from before the first worker is told until after
-the last, also when the coordinator is replaced in between.
+finds the machine as it was, and the client's second try does the work; whoever takes over after it makes the
+workers follow, and drops the segments that nobody has. The vCPUs stand still from before the first worker is told
+until after the last, also when the coordinator is replaced in between.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["add_slot", "remove_slot", "set_logging"]
 
 def set_logging(core: Core, slot_id: int, on: bool) -> None:
     """Switch dirty logging of one slot. Switching it off reaps first: what was written while it was on is in the
-    log. Switching it on marks all of it first: what was written while it was off is not known. Raises VmmError, with
-    the logging as it was."""
+    log. Switching it on marks all of it first: what was written while it was off is not known. Raises VmmError,
+    with the logging as it was."""
     core.require_not_ended()
     core.require_whole_memory()
     slot = _slot(core, slot_id)
@@ -117,8 +117,8 @@ def remove_slot(core: Core, slot_id: int) -> None:
 
 
 def _insist(core: Core, make: Callable[[int, Shard], AnyRequest]) -> None:
-    """Every worker follows, or goes: one that has other memory than the machine must not run on. Its death is seen as
-    any other, and what it may have written is marked."""
+    """Every worker follows, or goes: one that has other memory than the machine must not run on. Its death is seen
+    as any other, and what it may have written is marked."""
     for shard in core.live:
         try:
             core.shards.request([shard], make)

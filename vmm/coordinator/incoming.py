@@ -37,8 +37,8 @@ class Incoming:
                 self._lost()
 
     def expect(self, socket: str, owner: int) -> list[dict[str, Any]]:
-        """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError; with nothing begun, but
-        where a worker does not answer."""
+        """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError; with nothing begun,
+        but where a worker does not answer."""
         core = self._core
         core.require_not_started()
         if self._owner is not None:
@@ -70,7 +70,8 @@ class Incoming:
     def _expecting(self, missing: bool) -> None:
         core = self._core
         core.pages_missing = core.shards.pages_missing = missing
-        core.reaper.only_full = missing and core.spec.accel != "kvm"    # KVM_RUN is interrupted while it waits for a page
+        # KVM_RUN is interrupted while it waits for a page.
+        core.reaper.only_full = missing and core.spec.accel != "kvm"
 
     def _whole(self) -> None:
         if self._owner is not None:

@@ -4,10 +4,11 @@ It is the one place that says what the machine is: which slots and clients there
 A verb changes the machine in such an order that at each moment either the journal is true, or what differs from it
 can be told by looking, and is put right by whoever takes over (vmm/coordinator/takeover.py):
 
-* What is **made** (segments, a slot in the workers) is made first, and then written down. Until then nobody counts on
-  it: a successor removes what the journal does not name.
+* What is **made** (segments, a slot in the workers) is made first, and then written down. Until then nobody counts
+  on it: a successor removes what the journal does not name.
 * What **goes** is struck out first, and then removed. Until then nobody counts on its absence: the same holds.
-* What is **switched** (logging, tracking) is written down first, and then done. A successor does what is left of it.
+* What is **switched** (logging, tracking) is written down first, and then done. A successor does what is left of
+  it.
 
 Should the writing fail, the verb fails, and has done nothing. Writing needs no memory that is not there already
 (ipc/journal.py) but when the journal grows.
@@ -102,7 +103,8 @@ class Journal:
         try:
             self._record.write(msgspec.json.encode(saved))
         except OSError as exc:
-            raise VmmError(f"the machine's journal cannot be written: {exc.strerror or exc} (is /dev/shm full?)") from None
+            raise VmmError(f"the machine's journal cannot be written: {exc.strerror or exc} (is /dev/shm "
+                           "full?)") from None
 
     def close(self) -> None:
         """Idempotent."""

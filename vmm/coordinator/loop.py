@@ -229,8 +229,8 @@ class Coordinator:
             self.shards.resume_all()
 
     def _bring_into_line(self) -> None:
-        """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the slots
-        and the tracking that the journal has, and what they have logged is reaped."""
+        """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the
+        slots and the tracking that the journal has, and what they have logged is reaped."""
         core = self.core
         if retrack.unfinished(core.parts, self.shards):
             # The vCPUs stand still. They stay so with what is set here, until they are resumed.
@@ -239,15 +239,15 @@ class Coordinator:
         elif self.spec.accel == "kvm":
             self.shards.adopt_fds(core.live)
         self.shards.pause_all()
-        slots = list(core.parts.log.slots.values())
-        self.shards.request(core.live, lambda seq, s: SetMemslots(seq, [slot.worker_spec(s.index) for slot in slots]))
+        slots = core.parts.log.slots.values()
+        self.shards.request(core.live, lambda seq, s: SetMemslots(seq, [m.worker_spec(s.index) for m in slots]))
         if core.parts.ring_entries:
             self.reaper.full.update(s.index for s in self.shards.all)
         self.reaper.drain()
 
     def _leave_alone(self, *, paused: bool) -> None:
-        """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes. Nor
-        can the predecessor have been in the middle of anything that concerns them, but a pause."""
+        """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes.
+        Nor can the predecessor have been in the middle of anything that concerns them, but a pause."""
         self.shards.expect_paused(paused)
         self.reaper.full.update(s.index for s in self.shards.all if s.control.state == VcpuState.RING_FULL)
 

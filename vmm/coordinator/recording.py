@@ -32,8 +32,8 @@ class Recording:
         if not core.parts.ring_entries:
             how = (f"vmm tracking {core.spec.name} ring" if core.spec.ring_entries
                    else "launch it with a dirty_ring_size")
-            raise VmmError(f"machine '{core.spec.name}' has tracking {core.parts.tracking}, which does not say which "
-                           f"page came after which: a trace needs dirty rings ({how})")
+            raise VmmError(f"machine '{core.spec.name}' has tracking {core.parts.tracking}, which does not say "
+                           f"which page came after which: a trace needs dirty rings ({how})")
         core.flush()        # what was dirtied before does not belong to it
         step("record-start")
         core.reaper.recorder = Recorder(core.spec.name, core.parts.log.tables[0])

@@ -43,8 +43,8 @@ class TrackingSwitch:
         core.require_whole_memory()
         check_tracking(asked, core.spec.accel, core.spec.ring_entries)
         if asked not in ("ring", "auto") and core.reaper.recorder is not None:
-            raise VmmError(f"machine '{core.spec.name}' is being recorded (vmm trace record), which needs dirty rings: "
-                           "end that first")
+            raise VmmError(f"machine '{core.spec.name}' is being recorded (vmm trace record), which needs dirty "
+                           "rings: end that first")
         if asked not in ("ring", "auto") and self._limited():
             raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
                            f" (vmm dirty-limit cancel {core.spec.name})")
@@ -81,7 +81,8 @@ class TrackingSwitch:
         return now - began
 
     def choose(self, *, logged: bool = False, limited: bool = False, recorded: bool = False) -> None:
-        """Tracking auto: as it is best now, or with a client, a dirty limit or a recording that is about to come."""
+        """Tracking auto: as it is best now, or with a client, a dirty limit or a recording that is about to
+        come."""
         core = self._core
         if self.asked == "auto" and not core.pages_missing:
             ring = self._ring_needed() or ((limited or recorded) and core.spec.ring_entries > 0)

@@ -1,9 +1,9 @@
 """Host writes: memory that a process of the host, not the guest, is writing to.
 
-KVM logs the guest's stores alone. Whoever writes says so first (``begin``) and afterwards (``end``). In between the
-pages are dirty in every sync: one that comes before the write has the page as it was, the next has it again. A writer
-that ends in between, or a coordinator, changes nothing of that: its pages are dirty once more, and then it is
-forgotten.
+KVM logs the guest's stores alone. Whoever writes says so first (``begin``) and afterwards (``end``). In between
+the pages are dirty in every sync: one that comes before the write has the page as it was, the next has it again. A
+writer that ends in between, or a coordinator, changes nothing of that: its pages are dirty once more, and then it
+is forgotten.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class HostWrites:
         step("write-begun")
 
     def end(self, key: str) -> None:
-        """It has written. Raises VmmError where the slot was removed meanwhile: what was written is gone with it."""
+        """It has written. Raises VmmError where the slot was removed meanwhile: what was written is gone with
+        it."""
         if key not in self._open:
             return
         write = self._open[key][0]
