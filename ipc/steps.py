@@ -22,6 +22,9 @@ _directory = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
+    "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
+    "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
+    "snapshot delete": ("snapshot-out-of-chain",),
 }
 
 

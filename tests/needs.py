@@ -1,6 +1,6 @@
 """What a test may need of the host. Each need is a marker; where the host lacks it, the tests that bear the marker
-are skipped with the reason, and an environment variable turns that skip into a failure. ``.ci/run`` sets the variable
-of each need that the host can meet, so that nothing is skipped there unnoticed."""
+are skipped with the reason, and an environment variable turns that skip into a failure. ``.ci/run`` sets the
+variable of each need that the host can meet, so that nothing is skipped there unnoticed."""
 
 from __future__ import annotations
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmm.config import ConfigError, config_schema, load_config, parse_duration, parse_size
+from vmm.yamlfile import FILE_MAX
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "pages": 4096}
 
@@ -76,3 +78,124 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, text: str) 
 def test_schema_names_every_key() -> None:
     keys = set(config_schema()["properties"])
     assert {"vcpus", "accel", "memory", "guest", "reaper", "verify", "timeout"} <= keys
+
+
+# --- text from anywhere -------------------------------------------------------------------------------------------
+
+GOOD = "memory: [{size: 4MiB}]\nguest: {workload: hello}\n"
+
+#: What the parts of a hostile file may look like.
+_words = st.sampled_from([
+    "memory", "size", "4MiB", "guest", "workload", "hello", "params", "vcpus", "2", "yes", "~", "<<", "*a", "&a ",
+    "*b", "&b [*a, *a]", "!!int ", "!!float", "!!bool x", "!!timestamp 1", "!!binary x", "!!set ",
+    "!!python/tuple ", "2001-13-45", "1:2:3:4:5:6:7:8:9:1:1:1:1:1:1:1:1", ".inf", ".nan", "0x" + "f" * 5000,
+    "9" * 5000, '"\\uD800"', '"\\Uffffffff"', '"a\\0b"', '"a\\nb"', "\u2028", "%YAML 1.1\n---\n", "---\n", "? ",
+    "'", '"', "|\n", "[" * 40, "{" * 40, "²", "\x00"])
+_glue = st.sampled_from([": ", "\n", "\n  ", "- ", ", ", " ", "[", "]", "{", "}", ""])
+hostile = st.lists(st.one_of(_words, _glue, st.text(max_size=4)), max_size=25).map("".join)
+
+
+def refused(error: ConfigError, begins: str | tuple[str, ...]) -> None:
+    """One line a problem, each saying where; nothing in it that would move a terminal's cursor."""
+    lines = str(error).split("\n")
+    assert all(line.startswith(begins) and line.isprintable() and len(line) < 1000 for line in lines), lines
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.one_of(hostile, hostile.map(lambda t: GOOD + t)))
+def test_any_text_is_a_configuration_or_a_line_about_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        assert load_config(path).vcpus >= 1
+    except ConfigError as exc:
+        refused(exc, f"{path}")
+    assert os.listdir(tmp_path) == ["m.yaml"]
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.lists(st.one_of(st.sampled_from(["memory", "0", "²", "1_0", "size", "guest", "params", ""]),
+                              st.text(max_size=3)), max_size=60).map(".".join),
+       value=st.one_of(st.none(), hostile))
+def test_any_override_is_taken_or_a_line_about_it(tmp_path: Path, key: str, value: str | None) -> None:
+    path = write(tmp_path / "m.yaml", GOOD)
+    try:
+        load_config(path, [key if value is None else f"{key}={value}"])
+    except ConfigError as exc:
+        refused(exc, ("--set ", f"{path}:"))    # the latter of a check over several keys
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(8)),
+     "m.yaml:1: more than 65,536 values"),
+    ("a: &a {<<: *a}\n", "m.yaml:1: a: nested deeper than 32 levels"),
+    ("[" * 200_000, "m.yaml:1: not YAML: nested deeper"),
+    (GOOD + "#" * FILE_MAX, "m.yaml: is too large"),
+    (GOOD + "timeout: !!int abc\n", "m.yaml:3: timeout: not a valid int: 'abc'"),
+    (GOOD + "timeout: 2001-13-45\n", "m.yaml:3: timeout: '2001-13-45' is not a duration"),
+    (GOOD + "timeout: !!set {a}\n", "m.yaml:3: timeout: unknown tag '!!set'"),
+    (GOOD + f"vcpus: {'9' * 5000}\n", "m.yaml:3: vcpus: not a valid int"),
+    (GOOD + f"vcpus: 0x{'f' * 5000}\n", "m.yaml:3: vcpus: the number is beyond reason"),
+    (GOOD + "vcpus: yes\n", "m.yaml:3: vcpus: input should be a valid integer (not True)"),
+    (GOOD + "timeout: no\n", "m.yaml:3: timeout: False is not a duration"),
+    (GOOD + "reapers: on\n", "m.yaml:3: reapers: input should be a valid integer (not True)"),
+    (GOOD + '"a\\nb": 1\n', "m.yaml:3: a\\nb: unknown key"),
+    (GOOD + "vcpus: 2\nx: \xff\n", "m.yaml:4: not UTF-8 text"),
+    ('memory: [{size: 4MiB}]\nguest: {image: "a\\0b"}\n', "m.yaml:2: guest.image: not a file name"),
+    ('memory: [{size: 4MiB}]\nreplay: {trace: ""}\n', "m.yaml:2: replay.trace: not a file name"),
+    ("memory: [{size: 64MB}]\nguest: {workload: hello}\n", "(did you mean 64MiB?)"),
+    ("memory: [{size: ٤ MiB}]\nguest: {workload: hello}\n", "'٤ MiB' is not a size"),
+])
+def test_what_a_text_may_not_make_of_itself(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_bytes(text.encode("latin-1") if "\xff" in text else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    refused(caught.value, f"{path}")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("memory.²=1", "memory has no item ²"),
+    (".".join("a" * 5000) + "=1", "nested deeper than 32 levels"),
+    ("vcpus=!!int abc", "not a valid int: 'abc'"),
+    ("vcpus=" + "9" * 5000, "not a valid int"),
+    ("vcpus=" + "[" * 5000, "not YAML: nested deeper"),
+    ("vcpus=" + "1" * FILE_MAX + "1", "is too long"),
+])
+def test_overrides_that_cannot_be(tmp_path: Path, override: str, said: str) -> None:
+    path = write(tmp_path / "m.yaml", GOOD)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    refused(caught.value, "--set ")
+    assert said in str(caught.value)
+
+
+def test_merge_keys_give_what_a_mapping_does_not_say_itself(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.yaml", "memory:\n  - &m {size: 4MiB, log: false}\n  - {<<: *m, gpa: 1GiB}\n"
+                                      "  - {<<: [{log: true}, *m], gpa: 2GiB, size: 8MiB}\n"
+                                      "guest: {workload: hello}\n")
+    assert [(m.gpa, m.size, m.log) for m in load_config(path).memory] == [
+        (0, 4 << 20, False), (1 << 30, 4 << 20, False), (2 << 30, 8 << 20, True)]
+
+
+# --- what is no file ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/tty", "/proc/self/mem", "fifo", ".", "a\0b", "\udfff",
+                                  "x" * 5000])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / name)
+    refused(caught.value, "")
+
+
+def test_a_pipe_that_this_process_was_given_is_read(tmp_path: Path) -> None:
+    read, written = os.pipe()
+    os.write(written, GOOD.encode() + b"vcpsu: 1\n")
+    os.close(written)
+    with pytest.raises(ConfigError, match=rf"/dev/fd/{read}:3: vcpsu: unknown key"):
+        load_config(f"/dev/fd/{read}")
+    os.close(read)

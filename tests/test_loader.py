@@ -108,7 +108,7 @@ def test_flat_binary_outside_physical_addresses(load, address):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(GuestImageError, match=f"{tmp_path}/none does not exist"):
+    with pytest.raises(GuestImageError, match=f"{tmp_path}/none cannot be read: No such file or directory"):
         load_image(tmp_path / "none")
 
 
@@ -132,6 +132,7 @@ def test_unreadable_file_names_the_reason(tmp_path, monkeypatch):
     def refuse(*_args):
         raise PermissionError(13, "Permission denied")
 
+    (tmp_path / "image").write_bytes(b"1")
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(GuestImageError, match="cannot be read: Permission denied"):
         load_image(tmp_path / "image")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_common import json_option, on_machine, print_json
+from .errors import one_line
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -40,7 +41,7 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
-    return {"id": manifest.id, "parent": manifest.parent, "created": manifest.created,
+    return {"id": manifest.id, "parent": manifest.parent, "damaged": None, "created": manifest.created,
             "machine": manifest.spec.name, "accelerator": manifest.accelerator, "vcpus": len(manifest.vcpus),
             "live": manifest.live,
             "compression": manifest.compression, "pages": manifest.pages,
@@ -77,22 +78,30 @@ def create(machine: Machine, directory: Path, incremental: bool, live: bool, com
 @_directory
 @json_option
 def list_(directory: Path, as_json: bool) -> None:
-    """List the snapshots in DIRECTORY."""
+    """List the snapshots in DIRECTORY, those whose manifest is damaged too."""
     from . import snapshot as snapshots
 
-    found = snapshots.list_snapshots(directory)
+    found = snapshots.survey(directory)
     if as_json:
-        print_json([_summary(m) for m in found])
+        print_json([{"id": m.id, "damaged": m.reason} if isinstance(m, snapshots.Damaged) else _summary(m)
+                    for m in found])
         return
     from rich.table import Table
+    from rich.text import Text
 
     from .report import screen
 
     table = Table("id", "on", "created", "machine", "accelerator", "vCPUs", "pages", "form")
     for m in found:
-        table.add_row(m.id, m.parent or "(full)", m.created, m.spec.name, m.accelerator, str(len(m.vcpus)),
-                      f"{m.pages:,}", m.compression)
+        if isinstance(m, snapshots.Damaged):
+            table.add_row(m.id, "damaged")
+            continue
+        table.add_row(m.id, m.parent or "(full)", Text(one_line(m.created, 40)), m.spec.name, m.accelerator,
+                      str(len(m.vcpus)), f"{m.pages:,}", m.compression)
     screen().print(table)
+    for m in found:
+        if isinstance(m, snapshots.Damaged):
+            click.echo(f"damaged: {m.reason}")
 
 
 @snapshot.command()

@@ -30,12 +30,10 @@ class _Values(click.ParamType):
     name = "value,…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        import yaml
+        from .yamlfile import parse_value
 
-        try:
-            return [yaml.safe_load(part) for part in value.split(",")]
-        except yaml.YAMLError:
-            raise VmmError(f"{param.opts[0] if param else value}: not a list of values: {value}") from None
+        where = param.opts[0] if param else "value"
+        return [parse_value(part, where) for part in value.split(",")]
 
 
 def _axis(name: str, help_text: str) -> Callable[[Any], Any]:

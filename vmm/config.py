@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,28 +18,29 @@ from pydantic import (
 )
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
+from ipc.shm import PAGE_SIZE
 
-from .boot import SYSTEM_GPA
-from .errors import VmmError
+from . import rules
+from .errors import one_line
+from .inputs import input_name
 from .names import MACHINE_NAME
-from .spec import REAPERS_MAX
+from .spec import REAPERS_MAX, RamSlot
+from .yamlfile import DEPTH_MAX, ConfigError, Lines, key_text, parse_value, read_yaml
 
 __all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
-           "parse_rate", "parse_size", "read_yaml"]
+           "parse_rate", "parse_size"]
 
-PAGE = 4096
-RING_MIN, RING_MAX = 1024, 65536
-SYSTEM_AREA = (SYSTEM_GPA, SYSTEM_GPA + 0x100_0000)
-GPA_MAX = 1 << 40
-REPLAY_GPA_MAX = 1 << 44        # nothing is mapped there: this is what the numbering of pages allows
-
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE}
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE_SIZE}
 _RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+_DECIMAL = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
+_PROBLEMS_SHOWN = 20
 
 
-class ConfigError(VmmError):
-    """A configuration that cannot be used; one line a problem, each naming file, line and key."""
+def _shown(value: object) -> str:
+    """A value that somebody gave, in the error about it."""
+    return one_line(repr(value), 60)
+
 
 
 def parse_size(value: object) -> int:
@@ -48,13 +48,18 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     text = str(value).strip()
+    hint = ""
     if isinstance(value, str):
-        if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
+        if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", text):
             return int(text, 16)
-        match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text)
+        match = re.fullmatch(r"([0-9]{1,20})\s*([A-Za-z]*)", text)
         if match and match[2].lower() in _UNITS:
             return int(match[1]) * _UNITS[match[2].lower()]
-    raise ValueError(f"{text!r} is not a size: write bytes, 0x… or a number with KiB, MiB, GiB or pages")
+        binary = f"{match[2][0].upper()}iB" if match and match[2] else ""
+        if match and binary.lower() in _UNITS:
+            hint = f" (did you mean {match[1]}{binary}?)"
+    raise ValueError(f"{_shown(text)} is not a size: write bytes, 0x… or a number with KiB, MiB, GiB or pages"
+                     + hint)
 
 
 def parse_duration(value: object) -> float:
@@ -63,11 +68,11 @@ def parse_duration(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
     elif isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|)", value.strip())
+        match = re.fullmatch(rf"{_DECIMAL}\s*(us|ms|s|m|h|)", value.strip())
         if match:
             seconds = float(match[1]) * _SECONDS[match[2]]
-    if not 0 < seconds < 1e9:
-        raise ValueError(f"{value!r} is not a duration: write seconds, or a number with us, ms, s, m or h")
+    if not 0 < seconds < rules.SECONDS_MAX:
+        raise ValueError(f"{_shown(value)} is not a duration: write seconds, or a number with us, ms, s, m or h")
     return seconds
 
 
@@ -77,11 +82,11 @@ def parse_rate(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         rate = float(value)
     elif isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)(?:/s)?", value.strip())
+        match = re.fullmatch(rf"{_DECIMAL}\s*([A-Za-z]*)(?:/s)?", value.strip())
         if match and match[2].lower() in _RATE_UNITS:
             rate = float(match[1]) * _RATE_UNITS[match[2].lower()]
     if not 0 < rate < 1e15:
-        raise ValueError(f"{value!r} is not a rate: write bytes a second, or a number with kB/s, MB/s, GB/s, "
+        raise ValueError(f"{_shown(value)} is not a rate: write bytes a second, or a number with kB/s, MB/s, GB/s, "
                          "KiB/s, MiB/s or GiB/s")
     return rate
 
@@ -92,7 +97,18 @@ Rate = Annotated[float, BeforeValidator(parse_rate)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """``strict``: ``yes`` is not the number 1, nor "2" the number 2."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _file_name(value: object) -> object:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError("not a file name")
+    return value
+
+
+FileName = Annotated[Path, Field(strict=False), BeforeValidator(_file_name)]
 
 
 class MemoryConfig(_Model):
@@ -103,20 +119,12 @@ class MemoryConfig(_Model):
     size: Size
     log: bool = True
 
-    @model_validator(mode="after")
-    def _check(self) -> MemoryConfig:
-        if self.size <= 0 or self.size % PAGE:
-            raise ValueError(f"size: {self.size} must be a positive multiple of {PAGE} bytes")
-        if self.gpa < 0 or self.gpa % PAGE:
-            raise ValueError(f"gpa: {self.gpa:#x} must be a multiple of {PAGE}")
-        return self
-
 
 class GuestConfig(_Model):
     """A sample guest by ``workload``, or any static x86-64 ELF (or flat binary) by ``image``."""
 
     workload: str | None = None
-    image: Path | None = None
+    image: FileName | None = None
     address: Size | None = None
     params: dict[str, int] | list[int] = Field(default_factory=dict)
 
@@ -139,9 +147,9 @@ class ReplayPhaseConfig(_Model):
     ``random`` any, ``zipf`` the first ones most often, the more so the larger its ``exponent``."""
 
     pattern: Pattern
-    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
-    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
-    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ReplayPhaseConfig:
@@ -161,13 +169,14 @@ class ReplayConfig(_Model):
     """What the replay accelerator dirties: one pattern, several one after another, or a recorded trace."""
 
     pattern: Pattern | None = None
-    writes: Annotated[int, Field(ge=0, le=1 << 48)] = 0     # of each vCPU; 0: for ever
-    stride: Annotated[int, Field(ge=1, le=1 << 32)] | None = None       # pages
-    exponent: Annotated[float, Field(gt=0, le=10)] | None = None
-    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1)] | None = None
-    trace: Path | None = None       # a file of ``vmm trace record``
-    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=1e6)] = "original"
-    rate: Annotated[float, Field(ge=0, le=1e12)] = 0.0      # writes a second of each vCPU; 0: as fast as it can
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
+    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1, max_length=rules.PHASES_MAX)] | None = None
+    trace: FileName | None = None       # a file of ``vmm trace record``
+    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=rules.SPEED_MAX)] = "original"
+    #: Writes a second of each vCPU; 0: as fast as it can.
+    rate: Annotated[float, Field(ge=0, le=rules.RATE_MAX)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     shared: bool = False            # every vCPU writes to all pages, else each to its own share
     repeat: bool = False            # each write makes a ring entry, not only the first since the page's reset
@@ -246,7 +255,7 @@ class MachineConfig(_Model):
 
     def where(self, key: str) -> str:
         """``file:line: key`` for an error about ``key``."""
-        at: tuple[str | int, ...] = tuple(int(s) if s.isdigit() else s for s in key.split("."))
+        at: tuple[str | int, ...] = tuple(_step(s) for s in key.split("."))
         while at and at not in self._origins:
             at = at[:-1]
         origin = self._origins.get(at)
@@ -255,14 +264,12 @@ class MachineConfig(_Model):
     @model_validator(mode="after")
     def _check(self) -> MachineConfig:
         entries = self.dirty_ring_size
-        if entries and (entries & (entries - 1) or not RING_MIN <= entries <= RING_MAX):
-            raise ValueError(f"dirty_ring_size: {entries} entries must be a power of two from {RING_MIN} to "
-                             f"{RING_MAX}, or 0 for the plain bitmap")
+        rules.check_ring(entries)
         if self.tracking == "ring" and not entries:
             raise ValueError("tracking: ring needs a dirty_ring_size above 0")
         if self.tracking == "none" and self.verify is not None:
             raise ValueError("tracking: none leaves nothing to verify (verify is on)")
-        if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE):
+        if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE_SIZE):
             raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
                                                 else f"{self.dirty_limit:g} is less than a page a second"))
         if self.dirty_limit is not None and self.tracking not in (None, "ring", "auto"):
@@ -278,23 +285,8 @@ class MachineConfig(_Model):
             raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
         if self.replay is not None and not entries:
             raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
-        if self.stack_size < 1024 or self.stack_size % 16:
-            raise ValueError("stack_size: must be a multiple of 16, at least 1024 bytes")
-        taken: list[tuple[int, int, str]] = [] if self.replay else [(*SYSTEM_AREA, "the system area")]
-        top = REPLAY_GPA_MAX if self.replay else GPA_MAX
-        ids: set[int] = set()
-        for i, memory in enumerate(self.memory):
-            start, end = memory.gpa, memory.gpa + memory.size
-            if end > top:
-                raise ValueError(f"memory.{i}.size: ends at {end:#x}, above {top:#x}")
-            if memory.slot in ids:
-                raise ValueError(f"memory.{i}.slot: slot {memory.slot} is there twice")
-            ids.add(memory.slot)
-            for other_start, other_end, what in taken:
-                if start < other_end and other_start < end:
-                    raise ValueError(f"memory.{i}: [{start:#x}, {end:#x}) overlaps {what} "
-                                     f"[{other_start:#x}, {other_end:#x})")
-            taken.append((start, end, f"memory.{i}"))
+        rules.check_stack(self.stack_size)
+        rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], replay=self.replay is not None)
         return self
 
 
@@ -306,40 +298,14 @@ def config_schema() -> dict[str, Any]:
 # --- loading -----------------------------------------------------------------------------------------
 
 
-Lines = dict[tuple[str | int, ...], int]
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """A file's mapping, and the line of each key in it. Raises ConfigError."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    lines: Lines = {}
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = _construct(node, (), lines, path) if node is not None else None
-    except yaml.YAMLError as exc:
-        mark = getattr(exc, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        problem = str(getattr(exc, "problem", None) or exc).splitlines()[0]
-        raise ConfigError(f"{path}{where}: not YAML: {problem}") from None
-    except RecursionError:      # an alias within its own anchor, or brackets beyond reason
-        raise ConfigError(f"{path}: not a configuration: nested without end") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values")
-    return document, lines
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> MachineConfig:
     """Read and validate a file, after ``key.path=value`` overrides. Raises ConfigError."""
     path = Path(path)
     document, lines = read_yaml(path)
     set_keys = {}
     for override in overrides or []:
-        set_keys[_override(document, override)] = f"--set {override}"
-    document.setdefault("name", re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-") or "vm")
+        set_keys[_override(document, override)] = f"--set {one_line(override, 80)}"
+    document.setdefault("name", re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:32].strip("-") or "vm")
     try:
         config = MachineConfig.model_validate(document)
     except ValidationError as exc:
@@ -350,58 +316,42 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Machine
         if given is not None and not given.is_absolute():
             config = config.model_copy(
                 update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
-    config._origins.update({at: f"{path}:{line}" for at, line in lines.items()})
+    config._origins.update({at: f"{input_name(path)}:{line}" for at, line in lines.items()})
     config._origins.update(set_keys)
     return config
 
 
-def _construct(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, path: Path) -> Any:
-    """Plain Python values of a node tree, noting each key's line; a key given twice is an error."""
-    lines[at] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key in found:
-                raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: "
-                                  f"{'.'.join(map(str, (*at, key)))}: given twice")
-            found[key] = _construct(value_node, (*at, key), lines, path)
-            lines[(*at, key)] = key_node.start_mark.line + 1
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(n, (*at, i), lines, path) for i, n in enumerate(node.value)]
-    return yaml.safe_load(yaml.serialize(node))
+def _step(text: str) -> str | int:
+    """A part of a dotted key: a list's items go by their numbers."""
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else text
 
 
 def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
     """Apply one ``--set``; the path that it set. Raises ConfigError."""
+    where = f"--set {one_line(text, 80)}"
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {text}: write key=value, for example vcpus=8")
+        raise ConfigError(f"{where}: write key=value, for example vcpus=8")
+    parts = key.split(".")
+    if len(parts) > DEPTH_MAX:
+        raise ConfigError(f"{where}: nested deeper than {DEPTH_MAX} levels")
+    given = parse_value(value, where)
     steps: list[str | int] = []
     target: Any = document
-    parts = key.split(".")
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
+        step: str | int = part
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
-                raise ConfigError(f"--set {text}: {'.'.join(map(str, steps))} has no item {part}")
-            step: str | int = int(part)
-        elif isinstance(target, dict):
-            step = part
-        else:
-            raise ConfigError(f"--set {text}: {'.'.join(map(str, steps))} is not a mapping")
+            step = _step(part)
+            if not isinstance(step, int) or step >= len(target):
+                raise ConfigError(f"{where}: {key_text(tuple(steps))} has no item {one_line(part, 60)}")
+        elif not isinstance(target, dict):
+            raise ConfigError(f"{where}: {key_text(tuple(steps))} is not a mapping")
         steps.append(step)
-        if last:
-            try:
-                target[step] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ConfigError(f"--set {text}: the value is not YAML") from None
-        elif isinstance(target, dict):
-            if not isinstance(target.get(part), dict | list):
-                target[part] = {}
-            target = target[part]
+        if i == len(parts) - 1:
+            target[step] = given
         else:
+            if isinstance(target, dict) and not isinstance(target.get(part), dict | list):
+                target[part] = {}
             target = target[step]
     return tuple(steps)
 
@@ -410,7 +360,11 @@ def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple
             document: dict[str, Any], model: type[BaseModel] = MachineConfig) -> ConfigError:
     """What pydantic found, a line a problem. ``set_keys``: keys that were given on the command line, and how.
     ``model``: what the document was validated as."""
-    return ConfigError("\n".join(_explain(error, path, lines, set_keys, document, model) for error in exc.errors()))
+    problems = exc.errors()
+    found = [_explain(error, path, lines, set_keys, document, model) for error in problems[:_PROBLEMS_SHOWN]]
+    if len(problems) > _PROBLEMS_SHOWN:
+        found.append(f"{input_name(path)}: and {len(problems) - _PROBLEMS_SHOWN} more")
+    return ConfigError("\n".join(found))
 
 
 def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
@@ -420,7 +374,7 @@ def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | in
     at = tuple(error["loc"])
     named = re.match(r"([a-z_]+(?:\.[a-z0-9_]+)*): (.*)", message)
     if named:   # a check over several keys names the one it is about itself
-        at += tuple(int(s) if s.isdigit() else s for s in named[1].split("."))
+        at += tuple(_step(s) for s in named[1].split("."))
         message = named[2]
     while at and at not in lines and at not in set_keys and not _holds(document, at):
         at = at[:-1]    # pydantic's own steps (a union's member, for one) are not keys
@@ -432,15 +386,16 @@ def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | in
     else:
         given = error.get("input")
         if error["type"] != "value_error" and isinstance(given, str | int | float | bool):
-            message = f"{message[0].lower()}{message[1:]} (not {given!r})"
-    key = ".".join(map(str, at))
+            message = f"{message[0].lower()}{message[1:]} (not {_shown(given)})"
+    key = key_text(at)
     for set_path, text in set_keys.items():
         if at[: len(set_path)] == set_path:
-            return f"{text}: {key}: {message}"
+            return f"{text}: {key}: {one_line(message, 500)}"
     probe = at
     while probe not in lines and probe:
         probe = probe[:-1]
-    where = f"{path}:{lines.get(probe, 1)}"
+    where = f"{input_name(path)}:{lines.get(probe, 1)}"
+    message = one_line(message, 500)
     return f"{where}: {key}: {message}" if key else f"{where}: {message}"
 
 

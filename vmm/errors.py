@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["ExitCode", "VmmError", "no_memory"]
+__all__ = ["ExitCode", "VmmError", "no_memory", "one_line"]
 
 
 class ExitCode(IntEnum):
@@ -33,3 +33,10 @@ class VmmError(Exception):
 def no_memory(machine: str) -> str:
     """What is said to whoever asks a replayed machine for its memory or vCPU states."""
     return f"machine '{machine}' replays dirtied pages: it has no memory and no vCPU state to look at, save or move"
+
+
+def one_line(text: str, length: int = 200) -> str:
+    """Text from outside (a key, a file's name, a trace's header) as a part of one line: what would end the line or
+    steer a terminal is escaped, and what is longer than ``length`` characters is cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length + 1])
+    return shown if len(text) <= length else f"{shown[:length]}…"

@@ -7,7 +7,6 @@ relocated. Whatever is wrong with a file is a GuestImageError of one line that n
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,6 +18,7 @@ from elftools.common.utils import struct_parse
 from elftools.elf.elffile import ELFFile
 
 from .errors import VmmError
+from .inputs import input_name, read_input
 
 __all__ = ["IMAGE_SIZE_MAX", "GuestImage", "GuestImageError", "Segment", "check_fits", "load_image"]
 
@@ -103,32 +103,14 @@ def check_fits(image: GuestImage, slots: Iterable[tuple[int, int]]) -> None:
 
 
 def _error(path: Path, what: str) -> GuestImageError:
-    return GuestImageError(f"guest image {path} {what}")
+    return GuestImageError(f"guest image {input_name(path)} {what}")
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb", opener=_open_nonblocking) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise _error(path, "is not a regular file")
-            if status.st_size > IMAGE_SIZE_MAX:
-                raise _error(path, f"is too large: {status.st_size} bytes, at most {IMAGE_SIZE_MAX}")
-            data = file.read()
-    except FileNotFoundError:
-        raise _error(path, "does not exist") from None
-    except IsADirectoryError:
-        raise _error(path, "is a directory") from None
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        raise _error(path, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from None
+    data = read_input(path, IMAGE_SIZE_MAX, _error)
     if not data:
         raise _error(path, "is empty")
     return data
-
-
-def _open_nonblocking(name: str, flags: int) -> int:
-    """Opening a FIFO must not wait for its writer."""
-    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def _flat(path: Path, data: bytes, load_address: int) -> GuestImage:

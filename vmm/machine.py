@@ -31,7 +31,6 @@ from ipc.steps import step
 
 from . import control
 from .errors import ExitCode, VmmError, no_memory
-from .names import check_machine_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -102,7 +101,9 @@ class Machine:
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
         if name is not None:
             spec = msgspec.structs.replace(spec, name=name)
-        check_machine_name(spec.name)
+        from .rules import check_machine
+
+        check_machine(spec)
         status_read, status_write = os.pipe2(os.O_CLOEXEC)
         life_read, life_write = (-1, -1) if detach else os.pipe2(os.O_CLOEXEC)
         inherited = [fd for fd in (status_write, life_read) if fd >= 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ipc.bitmap import bitmap_bytes
 from ipc.messages import ReplayPhase, ReplaySpec
 from ipc.shm import PAGE_SIZE, free_bytes
@@ -11,6 +13,7 @@ from . import loader
 from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
 from .errors import VmmError
 from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
+from .rules import RuleError, check_machine
 from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from .trace import check_patterns
 from .tracefile import TraceError, TraceReader, check_trace
@@ -87,17 +90,23 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     patterns = [*config.trace, *(trace or [])]
     check_patterns(patterns)
     verify = config.verify
-    return MachineSpec(
+    spec = MachineSpec(
         name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
-        ring_entries=entries, tracking=config.tracking or "", slots=slots, image=image, load_address=address,
+        ring_entries=entries, tracking=config.tracking or "", slots=slots,
+        image=os.path.abspath(image) if image else "", load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
                           config.reaper.max_interval, config.reapers),
         verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
         timeout=config.timeout, dirty_quota=round((config.dirty_limit or 0) / PAGE_SIZE),
-        trace=patterns, trace_file=trace_file, linger=linger,
+        trace=patterns, trace_file=os.path.abspath(trace_file) if trace_file else "", linger=linger,
         replay=None if config.replay is None else _replay(config.replay),
-        replay_trace=str((config.replay and config.replay.trace) or ""))
+        replay_trace=os.path.abspath(config.replay.trace) if config.replay and config.replay.trace else "")
+    try:
+        check_machine(spec)
+    except RuleError as exc:
+        raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
+    return spec
 
 
 def _replay(replay: ReplayConfig) -> ReplaySpec:
@@ -122,5 +131,6 @@ def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], b
     try:
         params = resolve_params(guest.workload, guest.params)
     except WorkloadError as exc:
-        raise ConfigError(f"{config.where('guest.params')}: {exc}") from None
+        key = f"guest.params.{exc.param}" if exc.param in guest.params else "guest.params"
+        raise ConfigError(f"{config.where(key)}: {exc}") from None
     return str(WORKLOADS[guest.workload].image), params, workload.exact

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import zmq
 import zstandard
@@ -24,16 +23,13 @@ from numpy.typing import NDArray
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from ipc.layout import MAX_SLOTS, MAX_VCPUS
 from ipc.shm import data_extents, open_fd
 
-from . import boot, wire
+from . import wire
 from .errors import VmmError
 from .machine import Machine
-from .names import check_machine_name
 from .postcopy import Missing, Wanted
-from .spec import REAPERS_MAX, MachineSpec
-from .tracking import CHOICES
+from .rules import RuleError, arriving
 from .wire import (
     PAGE,
     VERSION,
@@ -62,7 +58,7 @@ from .wire import (
     unpack,
 )
 
-__all__ = ["ReceiveError", "check_spec", "receive"]
+__all__ = ["ReceiveError", "receive"]
 
 _SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
 _LOOK_EVERY = 1000          # ms without pages after which the target looks whether its machine is still there
@@ -118,36 +114,6 @@ def _authenticator(context: zmq.Context[zmq.Socket[bytes]], peer: str) -> Iterat
             yield
         finally:
             guard.stop()
-
-
-def check_spec(spec: MachineSpec) -> None:
-    """A specification that came over the wire: what a configuration file is held to. Raises VmmError."""
-    def need(good: bool, what: str) -> None:
-        if not good:
-            raise WireError(f"the source offers {what}")
-
-    entries = spec.ring_entries
-    need(1 <= spec.vcpus <= MAX_VCPUS, f"{spec.vcpus} vCPUs")
-    need(entries == 0 or (entries & entries - 1 == 0 and 1024 <= entries <= 65536), f"rings of {entries} entries")
-    need(spec.tracking in ("", *CHOICES) and (entries > 0 or spec.tracking != "ring"),
-         f"tracking '{spec.tracking}' with rings of {entries} entries")
-    need(spec.privilege in ("user", "kernel"), f"privilege '{spec.privilege}'")
-    need(1024 <= spec.stack_size <= 1 << 30 and spec.stack_size % 16 == 0, f"stacks of {spec.stack_size} bytes")
-    need(len(spec.params) <= boot.PARAMS_MAX and all(0 <= p < 1 << 64 for p in spec.params), "parameters")
-    need(len(spec.cmdline.encode()) <= boot.CMDLINE_MAX, "a command line that is too long")
-    need(spec.reaper.mode in ("adaptive", "fixed"), f"reaper '{spec.reaper.mode}'")
-    need(1 <= spec.reaper.reapers <= REAPERS_MAX, f"{spec.reaper.reapers} reapers")
-    need(0 < spec.reaper.min_interval <= spec.reaper.max_interval and spec.reaper.interval > 0, "reaper intervals")
-    need(spec.dirty_quota >= 0, "a dirty limit below zero")
-    need(0 < len(spec.slots) <= MAX_SLOTS, f"{len(spec.slots)} memory slots")
-    need(len({s.id for s in spec.slots}) == len(spec.slots), "two slots of one id")
-    taken = [(boot.SYSTEM_GPA, boot.SYSTEM_GPA + 0x100_0000)]
-    for slot in spec.slots:
-        start, end = slot.gpa, slot.gpa + slot.size
-        need(0 <= slot.id < MAX_SLOTS and slot.size > 0 and not slot.size % PAGE and start >= 0 and not start % PAGE
-             and end <= boot.TOP_GPA_MAX, f"slot {slot.id} at {start:#x} of {slot.size} bytes")
-        need(all(end <= s or e <= start for s, e in taken), f"slot {slot.id}, which overlaps another")
-        taken.append((start, end))
 
 
 class _Memory:
@@ -292,7 +258,6 @@ class _Target:
             raise WireError(f"the source ({message.program}) speaks migration protocol {message.version}, this "
                             f"program ({metadata.version('shardvmm')}) {VERSION}")
         self._answer(Received())
-        check_spec(message.spec)
         self._source_name = message.spec.name
         self._machine = self._launch(message)
         self._vcpus = message.spec.vcpus
@@ -304,12 +269,15 @@ class _Target:
     def _launch(self, offer: Offer) -> Machine:
         from .plan import choose_accelerator
 
-        name = check_machine_name(self._name or offer.spec.name)
+        name = self._name or offer.spec.name
         with tempfile.NamedTemporaryFile(prefix="shardvmm-image-") as image:
             image.write(offer.image)
             image.flush()
-            spec = msgspec.structs.replace(offer.spec, name=name, accel=choose_accelerator(self._accel),
-                                           image=image.name, trace=[], trace_file="", linger=not self._detach)
+            try:
+                spec = arriving(offer.spec, name=name, accel=choose_accelerator(self._accel), image=image.name,
+                                linger=not self._detach)
+            except RuleError as exc:
+                raise WireError(f"the source offers a machine that cannot be: {exc}") from None
             return Machine.launch(spec, detach=self._detach, start=False)
 
     def _take_memory(self) -> None:

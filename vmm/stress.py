@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,22 +30,21 @@ from pydantic import (
 )
 
 from .config import (
-    ConfigError,
     Duration,
-    Lines,
     MachineConfig,
     Rate,
     ReaperConfig,
     Size,
     VerifyConfig,
     explain,
-    read_yaml,
 )
 from .errors import VmmError
 from .guests import WORKLOADS, WorkloadError, get_workload
+from .inputs import read_input
 from .plan import choose_accelerator, plan
 from .spec import MachineSpec
 from .stress_measure import Figures, Proof, Stopped, measure
+from .yamlfile import ConfigError, Lines, read_yaml
 
 __all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "run"]
 
@@ -97,11 +97,13 @@ def _verify(value: object) -> object:
     return None if value is False else value
 
 
+_POINTS_MAX = 100_000
+_RESULTS_MAX = 1 << 30      # bytes
 _PROOF_INTERVAL = 0.1       # seconds between rounds: many rounds in a short proof
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class WorkloadConfig(_Model):
@@ -138,6 +140,10 @@ class Sweep(_Model):
         for key in self.machine:
             if key == "name" or (key in _AXES and key != "reaper"):
                 raise ValueError(f"machine.{key}: the sweep sets it" + (f": {_AXES[key]}" if key in _AXES else ""))
+        axes = (self.accel, self.workload, self.ram, self.dirty_limit, self.ring, self.reaper, self.vcpus)
+        points = self.repeat * math.prod(len(axis) for axis in axes)
+        if points > _POINTS_MAX:
+            raise ValueError(f"{points:,} points are more than {_POINTS_MAX:,}")
         return self
 
     def points(self) -> list[Point]:
@@ -321,19 +327,16 @@ def _result(document: dict[str, Any]) -> PointResult:
 def load_results(directory: Path) -> list[PointResult]:
     """What DIR/results.jsonl holds. A last line that was cut off by a crash is left out. Raises VmmError."""
     path = directory / RESULTS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as exc:
-        raise VmmError(f"{path}: cannot be read: {exc.strerror}") from None
+    lines = read_input(path, _RESULTS_MAX).split(b"\n")
     results = []
     for number, line in enumerate(lines[:-1], 1):   # the last one is empty, or has no end
         if not line:
             continue
         try:
             results.append(_result(json.loads(line)))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise VmmError(f"{path}:{number}: is no result of this version: use another --output") from None
     return results
 

@@ -15,6 +15,7 @@ from ipc.shm import SegmentError
 from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
+from ..rules import check_machine
 from ..runtime import machine_dir
 from ..spec import decode_spec
 from .loop import Coordinator
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, early_stop)
     try:
+        check_machine(spec)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
                                   Zygote(zygote_fd) if zygote_fd >= 0 else None)
     except (VmmError, SegmentError) as exc:

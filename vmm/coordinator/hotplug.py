@@ -12,13 +12,13 @@ import contextlib
 import signal
 from collections.abc import Callable
 
-from ipc.layout import MAX_SLOTS
 from ipc.messages import AnyRequest, RemoveMemslot, SetMemslot
 from ipc.steps import step
 
 from .. import boot
 from ..errors import VmmError
 from ..ram import MemorySlot
+from ..rules import check_new_slot
 from ..shards import Shard
 from ..spec import RamSlot
 from .core import Core
@@ -64,7 +64,8 @@ def add_slot(core: Core, spec: RamSlot) -> None:
     """Raises VmmError and SegmentError, with the machine as it was, in every worker."""
     core.require_not_ended()
     core.require_whole_memory()
-    _check_new_slot(core, spec)
+    check_new_slot(spec, [s.spec for s in core.parts.log.slots.values()], replay=core.spec.accel == "replay",
+                   top=boot.mapped_top(max(s.gpa + s.size for s in core.spec.slots)))
     with contextlib.ExitStack() as undo:
         slot = core.parts.new_slot(spec, create=True)
         undo.callback(slot.close)
@@ -133,24 +134,3 @@ def _slot(core: Core, slot_id: int) -> MemorySlot:
         there = ", ".join(str(i) for i in slots)
         raise VmmError(f"there is no memory slot {slot_id} (there are: {there})")
     return slots[slot_id]
-
-
-def _check_new_slot(core: Core, spec: RamSlot) -> None:
-    where = f"slot {spec.id}"
-    slots = core.parts.log.slots
-    if not 0 <= spec.id < MAX_SLOTS:
-        raise VmmError(f"{where}: slot ids are 0 to {MAX_SLOTS - 1}")
-    if spec.id in slots:
-        raise VmmError(f"{where}: there is one already")
-    if spec.size <= 0 or spec.size % 4096 or spec.gpa % 4096 or spec.gpa < 0:
-        raise VmmError(f"{where}: gpa {spec.gpa:#x} and size {spec.size:#x} must be multiples of 4096")
-    taken = [(f"slot {i}", s.spec.gpa, s.spec.size) for i, s in slots.items()]
-    if core.spec.accel != "replay":
-        top = boot.mapped_top(max(s.gpa + s.size for s in core.spec.slots))
-        if spec.gpa + spec.size > top:
-            raise VmmError(f"{where}: ends at {spec.gpa + spec.size:#x}, the machine maps up to {top:#x}")
-        taken.append(("the system area", boot.SYSTEM_GPA, max(core.parts.system.size, 0x100_0000)))
-    for what, gpa, size in taken:
-        if spec.gpa < gpa + size and gpa < spec.gpa + spec.size:
-            raise VmmError(f"{where}: [{spec.gpa:#x}, {spec.gpa + spec.size:#x}) overlaps {what} "
-                           f"[{gpa:#x}, {gpa + size:#x})")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from ..errors import VmmError
+from ..errors import VmmError, one_line
 
 __all__ = ["WORKLOADS", "Param", "Workload", "WorkloadError", "get_workload", "resolve_params"]
 
@@ -21,7 +21,12 @@ _U64 = (1 << 64) - 1
 
 
 class WorkloadError(VmmError):
-    """An unknown workload or parameter, or a value out of range; the text is fit for a user."""
+    """An unknown workload or parameter, or a value out of range; the text is fit for a user. ``param``: which
+    parameter it is about."""
+
+    def __init__(self, message: str, param: str = "") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,7 @@ def get_workload(name: str) -> Workload:
     """Raises WorkloadError, which lists the workloads there are."""
     workload = WORKLOADS.get(name)
     if workload is None:
-        raise WorkloadError(f"unknown workload '{name}'{_suggestion(name, WORKLOADS)}; "
+        raise WorkloadError(f"unknown workload '{one_line(name, 60)}'{_suggestion(name, WORKLOADS)}; "
                             f"there are: {', '.join(WORKLOADS)}")
     return workload
 
@@ -107,13 +112,13 @@ def resolve_params(workload_name: str, params: Mapping[str, int]) -> list[int]:
     known = {param.name: param for param in workload.params}
     for name, value in params.items():
         if name not in known:
-            raise WorkloadError(f"workload {workload.name} has no parameter '{name}'"
-                                f"{_suggestion(name, known)}; it has: {', '.join(known)}")
+            raise WorkloadError(f"workload {workload.name} has no parameter '{one_line(name, 60)}'"
+                                f"{_suggestion(name, known)}; it has: {', '.join(known)}", name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise WorkloadError(f"workload {workload.name}: {name} must be a whole number, not {value!r}")
+            raise WorkloadError(f"workload {workload.name}: {name} must be a whole number, not {value!r}", name)
         low, high = known[name].minimum, known[name].maximum
         if not low <= value <= high:
-            raise WorkloadError(f"workload {workload.name}: {name} must be from {low} to {high}, not {value}")
+            raise WorkloadError(f"workload {workload.name}: {name} must be from {low} to {high}, not {value}", name)
     return [params.get(param.name, param.default) for param in workload.params]
 
 

@@ -1,0 +1,70 @@
+"""Launching a machine from a chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..machine import Machine
+from ..pagefile import PAGE, read_pages
+from ..rules import RuleError, arriving
+from ..spec import MachineSpec
+from .chain import Progress, chain, layers
+from .folder import SnapshotError
+from .manifest import Manifest, file_checksum
+
+__all__ = ["restore"]
+
+
+def restore(directory: Path, name: str | None = None, *, machine_name: str | None = None, accel: str = "auto",
+            detach: bool = False, start: bool = True,
+            progress: Progress = lambda done, total: None) -> Machine:
+    """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
+    ``start=False`` it is left before its first instruction. Raises VmmError, with nothing left behind."""
+    manifests = chain(directory, name)
+    newest = manifests[-1]
+    folder = directory / newest.id
+    if file_checksum(folder / "image") != newest.image_checksum:
+        raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
+    spec = _specification(folder, newest, machine_name, accel, linger=not detach)
+    machine = Machine.launch(spec, detach=detach, start=False)
+    try:
+        total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
+        done = 0
+        for slot in newest.slots:
+            memory = machine.ram(slot.id, writable=True)
+            memory[:] = 0       # the loader has put the image there
+            for where, each in layers(directory, manifests, slot):
+                for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
+                    done += count
+                    progress(done, total)
+        _restore_system(machine, folder, newest)
+        machine.set_state(newest.vcpus)
+        if start:
+            machine.start()
+    except BaseException:
+        machine.stop()
+        machine.close()
+        raise
+    return machine
+
+
+def _specification(folder: Path, manifest: Manifest, name: str | None, accel: str, *, linger: bool) -> MachineSpec:
+    """The manifest's machine as it may be here: what it writes, and where, is this host's to say.
+    Raises VmmError."""
+    from ..plan import choose_accelerator
+
+    try:
+        return arriving(manifest.spec, name=name or manifest.spec.name, image=str((folder / "image").resolve()),
+                        accel=choose_accelerator(accel), linger=linger)
+    except RuleError as exc:
+        raise SnapshotError(f"{folder / 'manifest.json'}: a machine that cannot be: {exc}") from None
+
+
+def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
+    system = machine.system()
+    if manifest.system.size != len(system):
+        raise SnapshotError(f"{folder}: its system slot has {manifest.system.size} bytes, this program's "
+                            f"{len(system)}")
+    system[:] = 0
+    for _ in read_pages(folder, "system", len(system) // PAGE, manifest.system.checksum, system):
+        pass
