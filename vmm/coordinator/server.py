@@ -11,6 +11,7 @@ import zmq
 
 from ipc import channel
 from ipc.shm import SegmentError
+from ipc.steps import step
 
 from .. import control
 from ..errors import ExitCode, VmmError
@@ -50,6 +51,7 @@ class ControlServer:
             except ValueError:
                 continue  # not a message of two frames: not from a client of ours
             answer = self._answer(client, frame)
+            step("verb-carried-out")
             try:
                 self.socket.send_multipart([client, msgspec.json.encode(answer)], zmq.DONTWAIT)
             except zmq.ZMQError:
