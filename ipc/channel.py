@@ -4,26 +4,35 @@ carries file descriptors (ZeroMQ cannot)."""
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
 
 from .layout import MAX_VCPUS
 
-__all__ = ["FdListener", "bind", "connect", "endpoint", "send_fd"]
+__all__ = ["FRAME_MAX", "FdListener", "bind", "connect", "endpoint", "send_fd"]
 
 _LINGER_MS = 500  # a last notification may still leave at exit, but never holds the process up
+
+#: Bytes of the largest message that a worker sends (a vCPU's state is some 12 KiB); whoever sends more is cut off.
+FRAME_MAX = 1 << 20
 
 
 def endpoint(directory: Path, name: str) -> str:
     return f"ipc://{directory / name}"
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> zmq.Socket[bytes]:
+def bind(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, *,
+         frame_max: int = -1) -> zmq.Socket[bytes]:
+    """``frame_max``: bytes of a frame; a peer that sends a larger one is disconnected."""
     sock = context.socket(kind)
     sock.linger = 0
+    sock.setsockopt(zmq.MAXMSGSIZE, frame_max)
     if kind == zmq.ROUTER:
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unknown peer is an error, not silence
         sock.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -42,14 +51,20 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str,
 
 
 _INDEX = struct.Struct("<I")
+_CREDENTIALS = struct.Struct("3i")      # struct ucred: pid, uid, gid
+_WAITING_MAX = 2 * MAX_VCPUS            # connections that have sent nothing yet
 
 
 class FdListener:
-    """The receiving end: takes (vCPU index, fd) pairs."""
+    """The receiving end: takes (vCPU index, fd) pairs. Connections of other users, those that close without a
+    descriptor and those that send something else are counted (``dropped``) and hold nobody up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.dropped = 0
+        self._waiting: dict[int, tuple[socket.socket, int]] = {}     # {fd: (connection, pid)}, the oldest first
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._sock.setblocking(False)
         path.unlink(missing_ok=True)    # a coordinator that died has left its own
         try:
             self._sock.bind(str(path))
@@ -58,20 +73,63 @@ class FdListener:
             self._sock.close()
             raise
 
-    def receive(self, timeout: float) -> tuple[int, int]:
-        """The next (index, fd). Raises TimeoutError, and OSError on a peer that sent neither."""
-        self._sock.settimeout(timeout)
-        peer, _ = self._sock.accept()
+    def receive(self, timeout: float, known: Callable[[int, int], bool] | None = None) -> tuple[int, int]:
+        """The next (index, fd). ``known(pid, index)``: such a process may send this one; without it, whichever of
+        this user. Raises TimeoutError after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        left = timeout
+        while left >= 0:
+            poller = select.poll()
+            for fd in (self._sock.fileno(), *self._waiting):
+                poller.register(fd, select.POLLIN)
+            for fd, _ in poller.poll(left * 1000):
+                if fd == self._sock.fileno():
+                    self._accept()
+                    continue
+                found = self._take(*self._waiting.pop(fd), known)
+                if found is not None:
+                    return found
+            left = deadline - time.monotonic()
+        raise TimeoutError(f"no file descriptor came within {timeout:.0f} s")
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._sock.accept()
+        except OSError:
+            return      # it has gone again
+        pid, uid, _ = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if uid != os.getuid():
+            self.dropped += 1
+            peer.close()
+            return
+        peer.setblocking(False)
+        self._waiting[peer.fileno()] = (peer, pid)
+        if len(self._waiting) > _WAITING_MAX:
+            self._waiting.pop(next(iter(self._waiting)))[0].close()
+            self.dropped += 1
+
+    def _take(self, peer: socket.socket, pid: int,
+              known: Callable[[int, int], bool] | None) -> tuple[int, int] | None:
+        """What a connection that is readable has sent; None when it is not for us."""
+        fds: list[int] = []
         with peer:
-            peer.settimeout(timeout)
-            data, fds, _, _ = socket.recv_fds(peer, _INDEX.size, 1)
-            if len(data) != _INDEX.size or len(fds) != 1:
-                for fd in fds:
-                    os.close(fd)
-                raise OSError("a worker sent no file descriptor")
-            return _INDEX.unpack(data)[0], fds[0]
+            try:
+                data, fds, flags, _ = socket.recv_fds(peer, _INDEX.size, 1, socket.MSG_CMSG_CLOEXEC)
+            except OSError:
+                data, flags = b"", 0
+        if len(data) == _INDEX.size and len(fds) == 1 and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            index = _INDEX.unpack(data)[0]
+            if known is None or known(pid, index):
+                return index, fds[0]
+        for fd in fds:
+            os.close(fd)
+        self.dropped += 1
+        return None
 
     def close(self) -> None:
+        for peer, _ in self._waiting.values():
+            peer.close()
+        self._waiting.clear()
         self._sock.close()
         self.path.unlink(missing_ok=True)
 

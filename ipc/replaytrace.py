@@ -39,14 +39,12 @@ class TraceSegment:
         self.entries: U64 = parts[2]
 
     @classmethod
-    def create(cls, name: str, times: U64, ends: U64, entries: U64) -> TraceSegment:
-        """Raises SegmentError."""
-        segment = Segment.create(name, trace_segment_bytes(len(times), len(entries)))
+    def create(cls, name: str, records: int, entries: int) -> TraceSegment:
+        """To be filled in. Raises SegmentError."""
+        segment = Segment.create(name, trace_segment_bytes(records, entries))
         words = np.frombuffer(segment.buf, np.uint64)
-        words[:_HEADER] = len(times), len(entries)
-        made = cls(segment)
-        made.times[:], made.ends[:], made.entries[:] = times, ends, entries
-        return made
+        words[:_HEADER] = records, entries
+        return cls(segment)
 
     @classmethod
     def open(cls, name: str) -> TraceSegment:

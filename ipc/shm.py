@@ -1,8 +1,7 @@
 """POSIX shared-memory segments: made, opened, reserved and unlinked in one place.
 
-Names are ``/shardvmm-<uid>-<scope>-<machine>-<what>``, so that every segment of a machine can be found by
-its prefix after a crash (``vmm gc``). Segments are mode 0600. A created segment is *reserved* with
-posix_fallocate: a full /dev/shm is then an error here (ENOSPC) and never a SIGBUS in a guest store.
+Segments are mode 0600. A created segment is *reserved* with posix_fallocate: a full /dev/shm is then an error here
+(ENOSPC) and never a SIGBUS in a guest store. What they are called is ipc/claims.py's and vmm/names.py's.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -21,36 +19,21 @@ import posix_ipc
 
 from .steps import step
 
-__all__ = ["PAGE_SIZE", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
-           "machine_prefix", "machine_segments", "open_fd", "segment_name", "unlink_segment"]
+__all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
+           "open_fd", "unlink_segment"]
 
 PAGE_SIZE = 4096
-_SHM_DIR = Path("/dev/shm")
+SHM_DIRECTORY = Path("/dev/shm")
 
 
 class SegmentError(Exception):
     """A segment could not be made or opened; the text is fit for a user."""
 
 
-def machine_prefix(machine: str) -> str:
-    """Prefix (without the leading slash) of every segment that belongs to ``machine``."""
-    return f"shardvmm-{os.getuid()}-{_scope()}-{machine}-"
-
-
-def _scope() -> str:
-    """Eight hexadecimal digits for $XDG_RUNTIME_DIR. Machines are known by a lock under that directory
-    (vmm/runtime.py); /dev/shm is one for all, and two that know nothing of each other may have one name."""
-    return hashlib.sha256(os.environ.get("XDG_RUNTIME_DIR", "").encode()).hexdigest()[:8]
-
-
-def segment_name(machine: str, what: str) -> str:
-    return f"/{machine_prefix(machine)}{what}"
-
-
 def free_bytes() -> int:
     """Bytes that /dev/shm can still give: what its size leaves, and the host has. (Its size may be all of the
     host's memory; reserving that much would have the kernel kill somebody.)"""
-    st = os.statvfs(_SHM_DIR)
+    st = os.statvfs(SHM_DIRECTORY)
     return min(st.f_bavail * st.f_frsize, _available_memory())
 
 
@@ -71,16 +54,9 @@ def _too_small(name: str, size: int) -> SegmentError:
 
 def list_segments(prefix: str) -> list[str]:
     """Names (with the leading slash) of the existing segments that start with ``prefix``."""
-    if not _SHM_DIR.is_dir():
+    if not SHM_DIRECTORY.is_dir():
         return []
-    return sorted(f"/{p.name}" for p in _SHM_DIR.iterdir() if p.name.startswith(prefix))
-
-
-def machine_segments(machine: str) -> list[str]:
-    """Names (with the leading slash) of the existing segments of ``machine``, and of no other: what comes after a
-    machine's prefix has no dash, and the rest of a longer machine's name would have one."""
-    prefix = machine_prefix(machine)
-    return [name for name in list_segments(prefix) if "-" not in name[1 + len(prefix):]]
+    return sorted(f"/{p.name}" for p in SHM_DIRECTORY.iterdir() if p.name.startswith(prefix))
 
 
 def unlink_segment(name: str) -> bool:

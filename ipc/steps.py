@@ -42,9 +42,19 @@ STEPS: dict[str, tuple[str, ...]] = {
     "post-copy": ("incoming", "incoming-committed", "incoming-set", "arrived", "arrived-set"),
     "stop": ("stop-saved", "stop-asked"),
     "take-over": ("take-over", "take-over-committed", "take-over-swept"),
+    "pause": ("pause-noted", "pause-standing"),
+    "resume": ("resume-noted",),
+    "lease": ("lease-noted",),
+    "freeze": ("freeze-noted",),
+    "hand over": ("hand-over-noted",),
+    "dirty limit": ("limit-noted",),
     "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
     "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
     "snapshot delete": ("snapshot-out-of-chain",),
+    "claiming a machine's name": ("claim-locked", "claim-cleared"),
+    "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
+    "ring rebuild": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
+    "dead ring": ("dead-ring-published",),
 }
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from ipc.shm import list_segments, machine_prefix
+from ipc.shm import list_segments
+from vmm.names import scope_prefix
 
 REQUIRE_KVM = os.environ.get("SHARDVMM_REQUIRE_KVM") == "1"
 
@@ -92,7 +93,7 @@ def processes_of(runtime_dir: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
     """No segment, no runtime file and no process survives a test."""
-    prefix = machine_prefix("")[:-1]        # of this test's runtime directory
+    prefix = scope_prefix()         # of this test's runtime directory
     before = set(list_segments(prefix))
     yield
     deadline = time.monotonic() + 5.0       # the last process of a killed machine is on its way out

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from ipc.bitmap import bitmap_bytes
 from ipc.layout import RING_RESERVE, DirtyGfn, VcpuControl, control_size, vcpu_control
 from ipc.messages import ReplayPhase, ReplaySpec, SlotSpec, WorkerSpec
-from ipc.shm import Segment, list_segments, machine_prefix, segment_name
+from ipc.shm import Segment, list_segments
 from vmm.cli import cli
 from vmm.config import ConfigError, load_config
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
+from vmm.names import machine_prefix, segment_name
 from vmm.plan import plan
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec
 from workers.accel import Accelerator, ExitKind, load

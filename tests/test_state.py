@@ -103,14 +103,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"msrs": {"\u0661": 1}}, "not the number"),
     ({"events.nmi_pending": 300}, "nmi_pending"), ({"mp_state": -1}, "mp_state"), ({"colour": "red"}, "colour"),
     ({"exit": {}}, r"\$\.exit|reason"), ({"exit": "ended"}, "exit"),
-    ({"exit": {"reason": 77, "code": 0, "detail": ""}}, "reason"),
+    ({"exit": {"reason": 77, "code": 0, "detail": ""}}, "reason UNKNOWN"),
     ({"exit": {"reason": "1", "code": 0, "detail": ""}}, "reason"),
-    ({"exit": {"reason": 0, "code": 0, "detail": ""}}, "reason 0"),
-    ({"exit": {"reason": 10, "code": 0, "detail": ""}}, "reason 10"),
+    ({"exit": {"reason": 0, "code": 0, "detail": ""}}, "reason NONE"),
+    ({"exit": {"reason": 10, "code": 0, "detail": ""}}, "reason WORKER_DIED"),
     ({"exit": {"reason": 1, "code": "0", "detail": ""}}, "code"),
     ({"exit": {"reason": 1, "code": 1 << 31, "detail": ""}}, "code"),
     ({"exit": {"reason": 1, "code": 0, "detail": 5}}, "detail"),
-    ({"exit": {"reason": 1, "code": 0, "detail": "x" * 5000}}, "detail"),
+    ({"exit": {"reason": 1, "code": 0, "detail": "x" * 1001}}, "detail"),
 ]
 
 

@@ -23,13 +23,14 @@ from machines import ACCELS, exact, replace, spec, until
 from ipc.bitmap import word_count
 from ipc.channel import FdListener
 from ipc.layout import Tracking, vcpu_control
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 from ipc.writelog import WriteLog, write_log_missing
 from vmm import control
 from vmm.autotrack import AutoTracking
 from vmm.config import ConfigError, load_config
 from vmm.errors import VmmError
 from vmm.machine import Machine
+from vmm.names import segment_name
 from vmm.plan import plan
 from vmm.spec import RamSlot
 

@@ -22,24 +22,28 @@ from ipc.layout import (
     SYSTEM_SLOT,
     MachineControl,
     VcpuRequest,
+    control_error,
     control_size,
     machine_control,
     vcpu_control,
 )
 from ipc.messages import SlotSpec, WorkerSpec
 from ipc.replaytrace import TraceSegment
-from ipc.shm import PAGE_SIZE, Segment, segment_name
+from ipc.shm import PAGE_SIZE, Segment
 
 from . import boot, loader
 from .dirtylog import DirtyLog, LogClient
 from .errors import VmmError
+from .names import belongings, segment_name
 from .ram import MemorySlot, make_or_open
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
-from .tracefile import TraceError, TraceReader, check_trace, unpack
+from .tracefile import Trace, TraceError, TraceReader, check_trace, unpack
 from .tracking import BITMAPS
 
 __all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
+
+_TRACE_PIECE = 1 << 20      # entries of a trace looked at together
 
 
 @dataclass
@@ -147,23 +151,26 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
 
 
 def _load_trace(spec: MachineSpec, stack: contextlib.ExitStack) -> list[Segment]:
-    """A segment a vCPU. Raises TraceError."""
+    """A segment a vCPU, of the size that the trace needs: what there is no room for fails before it is read. Raises
+    TraceError and SegmentError."""
     path = Path(spec.replay_trace)
     made = []
     with TraceReader(path) as reader:
         check_trace(path, reader.header, spec.vcpus, spec.slots)
+        for index, (records, entries) in enumerate(reader.sizes()):
+            segment = TraceSegment.create(segment_name(spec.name, f"replay{index}"), records, entries)
+            stack.callback(segment.close)
+            made.append(segment)
+        reader.read_into([Trace(s.times, s.ends, s.entries) for s in made])
         sizes = np.zeros(MAX_SLOTS, np.uint64)
         for slot in reader.header.slots:
             sizes[slot.id] = slot.pages
-        for index, part in enumerate(reader.vcpus()):
-            slots, pages = unpack(part.entries)
-            if len(slots) and (int(slots.max()) >= MAX_SLOTS or np.any(pages >= sizes[slots])):
-                raise TraceError(f"{path}: is damaged: it names pages outside its memory slots")
-            segment = TraceSegment.create(segment_name(spec.name, f"replay{index}"), part.times, part.ends,
-                                          part.entries)
-            stack.callback(segment.close)
-            made.append(segment.segment)
-    return made
+        for segment in made:
+            for at in range(0, len(segment.entries), _TRACE_PIECE):
+                slots, pages = unpack(segment.entries[at:at + _TRACE_PIECE])
+                if int(slots.max()) >= MAX_SLOTS or np.any(pages >= sizes[slots]):
+                    raise TraceError(f"{path}: is damaged: it names pages outside its memory slots")
+    return [segment.segment for segment in made]
 
 
 def _boot_slots(spec: MachineSpec, image: loader.GuestImage) -> list[boot.BootSlot]:
@@ -204,7 +211,11 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
         def segment(what: str) -> Segment:
             return stack.enter_context(make_or_open(segment_name(spec.name, what), 0, create=False))
 
-        parts = Parts(spec, segment("control"), segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
+        control = segment("control")
+        wrong = control_error(control.address, control.size)
+        if wrong:
+            raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
+        parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
                       tracking=tracking, stack=stack)
         if spec.accel != "replay":
             image = loader.load_image(spec.image, spec.load_address)
@@ -240,7 +251,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block = vcpu_control(parts.control_segment.address, index)
     block.ring_entries = parts.ring_entries
     block.request = VcpuRequest.PAUSE
-    block.dirty_quota = spec.dirty_quota
+    block.dirty_quota = spec.quotas[index]
     first = spec.slots[0]
     replay = spec.replay
     if replay is not None and parts.traces:
@@ -252,7 +263,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
                              segment=parts.system.name),
-        control_segment=parts.control_segment.name,
+        control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,
         request_endpoint=channel.endpoint(directory, "requests"),
         notify_endpoint=channel.endpoint(directory, "notify"),
         fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,

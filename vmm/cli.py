@@ -114,7 +114,22 @@ def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str
 
 
 _simple("pause", "Take every vCPU out of the guest and keep it out.", lambda m: m.pause(), "is paused")
-_simple("resume", "Let a paused machine run on.", lambda m: m.resume(), "is running")
+
+
+@cli.command()
+@on_machine
+@click.option("--force", is_flag=True, help="Also a machine that was handed over and is lost where it went. It "
+                                            "runs on here, from that moment.")
+@json_option
+def resume(machine: Machine, force: bool, as_json: bool) -> None:
+    """Take back the pause of vmm pause. The machine runs on, unless somebody else wants it to stand still."""
+    held_by = machine.resume(force=force)
+    if as_json:
+        print_json({"name": machine.name, "done": "resume", "held_by": held_by})
+    elif held_by:
+        click.echo(f"{machine.name} stays paused: {', '.join(held_by)}")
+    else:
+        click.echo(f"{machine.name} is running")
 
 
 @cli.command()

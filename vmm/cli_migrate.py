@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ipc.process import python_module
+
 from .cli_common import Duration, Rate, json_option, print_json
 from .cli_run import run_or_leave
 from .errors import ExitCode, VmmError
@@ -108,7 +110,7 @@ def _start_in_background(name: str, address: str, as_json: bool) -> None:
     migration_id = uuid.uuid4().hex[:8]
     arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json")]
     errors = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-m", "vmm", *arguments, "--id", migration_id],
+    process = subprocess.Popen(python_module("vmm", *arguments, "--id", migration_id),
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
                                start_new_session=True)
     deadline = time.monotonic() + _BACKGROUND_PATIENCE

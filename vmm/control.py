@@ -9,21 +9,23 @@ verb. A client sends ``{"v": 1, "id": n, "verb": …, …}`` and gets ``{"id": n
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import zmq
 
 from ipc import channel
+from ipc.processid import identity
 
 from .errors import ExitCode, VmmError
 
-__all__ = ["CONTROL_VERSION", "ControlClient", "Verb", "decode_verb"]
+__all__ = ["CONTROL_VERSION", "ControlClient", "Owned", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 2
 _LOST: dict[str, Any] = {"lost": True}
@@ -37,12 +39,23 @@ def _dashed(name: str) -> str:
 
 
 class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True, kw_only=True):
-    """``request``: the client's name for it, that no other request has. One that is sent again, because the
-    connection broke before the answer came, has the same; what must not be done twice is not."""
+    """``lease``: the token of a lease that whoever asks has (``TakeLease``); some verbs are its holder's alone.
+    ``request``: the client's name for it, that no other request has. One that is sent again, because the connection
+    broke before the answer came, has the same; what must not be done twice is not."""
 
     v: int
     id: int
+    lease: str = ""
     request: str = ""
+
+
+class Owned(Verb, kw_only=True):
+    """Something is to belong to the process that asks, and go with it. ``owner_start``: when that process started
+    (ipc/processid.py); which one it is, the coordinator sees from the connection. ``why``: for people. 0: it is
+    nobody's, and stays."""
+
+    owner_start: int = 0
+    why: str = ""
 
 
 class Follow(Verb):
@@ -57,10 +70,11 @@ class Status(Verb):
     pass
 
 
-class Pause(Verb):
-    """``owner``: a process id; the machine resumes when that process ends. 0: it stays paused."""
+class Pause(Owned):
+    """The guest stands still until nobody wants it to any more. Without ``token``: the user's pause, which stays
+    until ``Resume``. With one, made up by who asks: its own, until ``GiveBack`` or its end."""
 
-    owner: int = 0
+    token: str = ""
 
 
 class State(Verb):
@@ -73,13 +87,12 @@ class SetState(Verb):
     vcpus: list[dict[str, Any]]
 
 
-class Incoming(Verb):
-    """Before the start: pages of RAM are missing, and will be filled in by process ``owner`` while the guest runs.
-    Each worker sends a userfaultfd to the Unix socket ``socket``. The answer: ``addresses``, one a vCPU, {slot:
-    where its mapping begins}. Should the owner end before ``Arrived``, the machine is ended."""
+class Incoming(Owned):
+    """Before the start: pages of RAM are missing, and will be filled in by the process that asks while the guest
+    runs. Each worker sends a userfaultfd to the Unix socket ``socket``. The answer: ``addresses``, one a vCPU,
+    {slot: where its mapping begins}. Should the owner end before ``Arrived``, the machine is ended."""
 
     socket: str
-    owner: int
 
 
 class Arrived(Verb):
@@ -87,7 +100,51 @@ class Arrived(Verb):
 
 
 class Resume(Verb):
-    pass
+    """Take back the user's pause. The answer: ``held_by``, who wants the guest to stand still all the same. A
+    machine that was handed over is taken back only with ``force``."""
+
+    force: bool = False
+
+
+class TakeLease(Owned):
+    """Have the machine for something that others must not disturb (vmm/coordinator/leases.py), until ``GiveBack``
+    or the end of the process that asks. ``token``: made up by who asks. ``recover``: a migration that goes on with
+    a machine which was handed over."""
+
+    token: str
+    kind: str
+    recover: bool = False
+
+
+class Freeze(Verb):
+    """The lease's holder is about to copy the last of the memory: from now on no host write may begin, and the
+    guest stands still, until ``Thaw`` or the lease's end."""
+
+    token: str
+
+
+class Thaw(Verb):
+    token: str
+
+
+class HandOver(Verb):
+    """A frozen machine belongs to another host from now on (``to``, for people): it stays paused here whoever dies,
+    until ``TakeBack`` or a ``Resume`` with ``force``."""
+
+    token: str
+    to: str
+
+
+class TakeBack(Verb):
+    """The other host has refused it."""
+
+    token: str
+
+
+class GiveBack(Verb):
+    """End the pause, lease or limits of this token; nothing happens when there is none (any more)."""
+
+    token: str
 
 
 class Stop(Verb):
@@ -106,12 +163,11 @@ class LogStop(Verb):
     slot: int
 
 
-class Register(Verb):
-    """``owner``: a process id; the client is unregistered when that process ends. 0: it stays.
-    ``like``: begin with what that other client has gathered, which stays as it is."""
+class Register(Owned):
+    """With ``owner_start``: the client is unregistered when the process that asks ends, and nobody else may sync or
+    unregister it. ``like``: begin with what that other client has gathered, which stays as it is."""
 
     client: str
-    owner: int = 0
     like: str = ""
 
 
@@ -127,11 +183,14 @@ class Sync(Verb):
     again: bool = False
 
 
-class DirtyLimit(Verb):
-    """At most so many pages a second, of one vCPU or (-1) of each; 0 lifts the limit."""
+class DirtyLimit(Owned):
+    """At most so many pages a second, of one vCPU or (null) of each; 0 lifts the limit. Without ``token``: the
+    user's, which stays. With one, made up by who asks: its own, over the user's, until ``GiveBack`` or its end. The
+    least counts."""
 
     pages_per_s: int
-    vcpu: int = -1
+    vcpu: int | None = None
+    token: str = ""
 
 
 class SetTracking(Verb):
@@ -145,39 +204,23 @@ class Slots(Verb):
     name of its segment}}; ``accelerator``; ``incoming``."""
 
 
-class WriteBegin(Verb):
-    """Process ``owner`` is about to write to these pages: they are dirty in every sync until ``WriteEnd`` has the
-    same ``key``, or that process has ended. ``born``: of the slot that is meant."""
-
-    key: str
-    slot: int
-    born: int
-    first: int
-    count: int
-    owner: int
-
-
-class WriteEnd(Verb):
-    """The write is over. Fails where the slot was removed in between."""
-
-    key: str
-
-
-class Mark(Verb):
-    """A host write was made: these pages are dirty. ``born``: of the slot that is meant; null: of whichever is
-    there now."""
+class Mark(Owned):
+    """A host write: these pages are dirty. ``when``: ``before`` and ``after`` go together by their ``token``,
+    around a write that a freeze waits for (vmm/holds.py), and the pages are dirty in every sync in between;
+    ``made`` stands alone, after one that nobody knew of. ``born``: of the slot that is meant; null: of whichever
+    is there now."""
 
     slot: int
     first: int
     count: int
     born: int | None = None
+    when: Literal["before", "after", "made"] = "made"
+    token: str = ""
 
 
-class RecordStart(Verb):
+class RecordStart(Owned):
     """From now on what is harvested from the rings is also put into the queue ``record`` (a dirty trace), until
-    ``RecordStop`` or the end of process ``owner``. One recording at a time."""
-
-    owner: int
+    ``RecordStop`` or the end of the process that asks. One recording at a time, which is its own."""
 
 
 class RecordStep(Verb):
@@ -201,9 +244,10 @@ class MemoryRemove(Verb):
 
 
 AnyVerb = (Follow | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
+           | TakeLease | Freeze | Thaw | HandOver | TakeBack | GiveBack
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | SetTracking | Slots | WriteBegin | WriteEnd | Mark
-           | RecordStart | RecordStep | RecordStop | MemoryAdd | MemoryRemove)
+           | Unregister | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
+           | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)
 
@@ -234,11 +278,14 @@ class Refusal(VmmError):
 
 
 class ControlClient:
-    """One connection to a coordinator. Not thread-safe. ``alive`` says whether the machine still runs."""
+    """One connection to a coordinator. Not thread-safe, nor for a forked child. ``alive`` says whether the machine
+    still runs. ``lease``: token of the lease whose holder asks."""
 
     def __init__(self, directory: Path, name: str, alive: Callable[[], bool]) -> None:
+        self.lease = ""
         self._name = name
         self._alive = alive
+        self._pid = os.getpid()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._sock = channel.connect(self._context, zmq.DEALER, channel.endpoint(directory, "control"))
         self._sock.linger = 0
@@ -258,6 +305,9 @@ class ControlClient:
     def ask(self, verb: type[Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Send one verb and wait for its answer; sent again when the coordinator died in between
         (another one takes over, and every verb may be repeated). Raises VmmError."""
+        if os.getpid() != self._pid:
+            raise VmmError(f"this connection to machine '{self._name}' is that of process {self._pid}, which "
+                           "forked: attach to the machine here")
         self._notice_losses()
         self._following = self._following or verb is Follow
         request = f"{self._token}.{next(self._requests)}"
@@ -318,7 +368,13 @@ class ControlClient:
 
     def _send(self, verb: type[Verb], arguments: dict[str, Any], request: str = "") -> int:
         number = next(self._ids)
-        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, request=request, **arguments)))
+        if issubclass(verb, Owned) and arguments.pop("mine", False):
+            try:
+                arguments["owner_start"] = identity().start
+            except ProcessLookupError:
+                raise VmmError("/proc/self/stat cannot be read: nothing can be held for this process") from None
+        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, lease=self.lease, request=request,
+                                            **arguments)))
         return number
 
     def _receive(self, timeout: float) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sy
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import msgspec
@@ -92,6 +93,8 @@ class DirtyLog:
         self.changed = False
         #: What nobody needs once the journal does not name it.
         self._gone: list[ClientBitmaps | LogMaps] = []
+        #: Is told of pages that are marked without the guest having written them: (slot id, first page, pages).
+        self.on_mark: Callable[[int, int, int], None] = lambda slot_id, first, count: None
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:
@@ -118,11 +121,11 @@ class DirtyLog:
             for maps in made.values():
                 maps.close()
             raise
-        if slot_id in self.reused:
-            slot.mark_all()
         for name, maps in made.items():
             self._clients[name].maps[slot_id] = maps
         self._insert(slot)
+        if slot_id in self.reused:
+            self.mark_all(slot_id)
 
     def _insert(self, slot: MemorySlot) -> None:
         self.slots[slot.spec.id] = slot
@@ -173,13 +176,17 @@ class DirtyLog:
         pages = 0
         for slot in self.slots.values():
             if slot.logged:
-                slot.bitmap.mark_range(0, slot.pages)
+                self.mark_all(slot.spec.id)
                 pages += slot.pages
         return pages
 
+    def mark_all(self, slot_id: int) -> None:
+        """Nobody knows which pages of the slot were written."""
+        self.mark(slot_id, 0, self.slots[slot_id].pages)
+
     def mark(self, slot_id: int, first: int, count: int, born: int | None = None) -> None:
-        """A host write (invariant 7). ``born``: of the slot that is meant. Raises VmmError outside the slot, and
-        where that slot is not there any more."""
+        """These pages may have been written, by the host (invariant 7) or nobody knows by whom. ``born``: of the
+        slot that is meant. Raises VmmError outside the slot, and where that slot is not there any more."""
         if slot_id not in self.slots:
             raise VmmError(f"there is no memory slot {slot_id}")
         slot = self.slots[slot_id]
@@ -189,6 +196,7 @@ class DirtyLog:
             slot.bitmap.mark_range(first, count)
         except IndexError as exc:
             raise VmmError(f"slot {slot_id}: {exc}") from None
+        self.on_mark(slot_id, first, count)
 
     # --- clients -------------------------------------------------------------------------------
 
@@ -259,7 +267,7 @@ class DirtyLog:
         with it. The caller has flushed; where ``changed`` is set, it has the journal written before it answers."""
         for slot_id, born, first, count in self.open_writes:
             if slot_id in self.slots and self.slots[slot_id].spec.born == born:
-                self.slots[slot_id].bitmap.mark_range(first, count)
+                self.mark(slot_id, first, count)
         owner = self._clients[client]
         if again:
             for maps in (*owner.maps.values(), *(maps for _, maps in owner.retired.values())):

@@ -11,15 +11,20 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+import msgspec
 
 from .errors import VmmError, one_line
 
-__all__ = ["Refusal", "input_name", "open_input", "read_input"]
+__all__ = ["Refusal", "decode_json", "input_name", "open_input", "read_input"]
+
+_T = TypeVar("_T")
 
 #: Makes the error of what is wrong with a file, for example ``"is not a regular file"``.
 Refusal = Callable[[Path, str], VmmError]
 
+_PIECE = 1 << 20    # bytes
 _OWN = re.compile(r"/(?:dev|proc/self)/fd/([0-9]{1,9})")
 
 
@@ -72,10 +77,21 @@ def read_input(path: Path, limit: int, refuse: Refusal = _refusal, *, pipes: boo
     """All of a file of at most ``limit`` bytes. Raises what ``refuse`` makes."""
     with open_input(path, refuse, pipes=pipes) as file:
         try:
+            data = bytearray()      # piece by piece: a read of ``limit`` bytes would take as much memory at once
             large = os.fstat(file.fileno()).st_size > limit
-            data = b"" if large else file.read(limit + 1)
+            while not large and (piece := file.read(_PIECE)):
+                data += piece
+                large = len(data) > limit
         except OSError as exc:
             raise refuse(path, f"cannot be read: {exc.strerror}") from None
-    if large or len(data) > limit:
+    if large:
         raise refuse(path, f"is too large: more than {limit} bytes")
-    return data
+    return bytes(data)
+
+
+def decode_json(data: bytes, kind: type[_T]) -> _T:
+    """What is in the JSON text ``data``, which must be of this type. Raises ValueError, with one line."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:   # the latter two are not msgspec's
+        raise ValueError(one_line(str(exc))) from None

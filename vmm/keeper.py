@@ -24,10 +24,11 @@ import time
 from pathlib import Path
 
 from ipc import process
+from ipc.claims import Claim
 from workers import zygote
 
 from .errors import ExitCode, VmmError
-from .runtime import claim, machine_dir, runtime_root
+from .runtime import claim, release
 
 __all__ = ["main"]
 
@@ -36,8 +37,9 @@ _REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
 
 
 class Keeper:
-    def __init__(self, name: str, spec: bytes, status_fd: int, life_fd: int) -> None:
+    def __init__(self, name: str, spec: bytes, taken: Claim, status_fd: int, life_fd: int) -> None:
         self._name = name
+        self._claim = taken
         self._spec = spec
         self._status_fd = status_fd
         self._life_fd = life_fd
@@ -67,7 +69,7 @@ class Keeper:
     def _run_coordinator(self, *, recover: bool) -> int:
         """Start one and wait for its end; its return code (negative: the signal that killed it)."""
         read, write = os.pipe2(os.O_CLOEXEC)
-        inherited = [write, self._alive_read]
+        inherited = [write, self._alive_read, self._claim.fd]
         with contextlib.ExitStack() as stack:
             sock = -1
             if not recover:
@@ -75,8 +77,8 @@ class Keeper:
                 sock = stack.enter_context(ours).fileno()
                 inherited.append(sock)
             self._coordinator = subprocess.Popen(
-                [sys.executable, "-m", "vmm.coordinator", str(write), str(self._alive_read), str(os.getpid()),
-                 str(sock)], stdin=subprocess.PIPE, pass_fds=inherited)
+                process.python_module("vmm.coordinator", str(write), str(self._alive_read), str(os.getpid()),
+                                      str(sock), str(self._claim.fd)), stdin=subprocess.PIPE, pass_fds=inherited)
         os.close(write)
         assert self._coordinator.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._coordinator.stdin as pipe:
@@ -144,18 +146,15 @@ def main(argv: list[str]) -> int:
     process.set_subreaper()
     spec = sys.stdin.buffer.read()
     try:
-        lock = claim(name)
+        taken = claim(name)
     except VmmError as exc:
         os.write(status_fd, json.dumps({"error": str(exc), "code": int(exc.exit_code)}).encode() + b"\n")
         return int(exc.exit_code)
     try:
-        return Keeper(name, spec, status_fd, life_fd).run()
+        return Keeper(name, spec, taken, status_fd, life_fd).run()
     finally:
         _kill_children(_REAP_TIMEOUT)
-        process.remove_machine_files(name, machine_dir(name))
-        with contextlib.suppress(OSError):
-            runtime_root().rmdir()  # the last machine's keeper takes the root along
-        os.close(lock)
+        release(taken)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ import contextlib
 import os
 import select
 import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,12 +23,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc import process
 from ipc.bitmap import Bitmap
-from ipc.shm import Segment, SegmentError, segment_name
-from ipc.steps import step
+from ipc.shm import Segment, SegmentError
 
-from . import control
+from . import control, holds
 from .errors import ExitCode, VmmError, no_memory
+from .names import segment_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
 from .spec import MachineSpec, encode_spec
@@ -110,7 +109,7 @@ class Machine:
         quiet = subprocess.DEVNULL if detach else None
         try:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "vmm.keeper", spec.name, str(status_write), str(life_read)],
+                process.python_module("vmm.keeper", spec.name, str(status_write), str(life_read)),
                 stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, pass_fds=inherited,
                 start_new_session=True)
             for fd in inherited:
@@ -145,17 +144,34 @@ class Machine:
     # --- life -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Let the vCPUs enter the guest for the first time."""
+        """Let the vCPUs enter the guest for the first time. Raises VmmError."""
         self._client.ask(control.Start)
 
-    def pause(self, *, mine: bool = False) -> None:
-        """Every vCPU is out of the guest when this returns, and stays so until ``resume``. ``mine``: or until
-        this process ends."""
-        self._client.ask(control.Pause, owner=os.getpid() if mine else 0)
+    def pause(self) -> None:
+        """The user's pause: every vCPU is out of the guest when this returns, and stays so until ``resume``,
+        whatever becomes of this process. There is one; programs that need the guest to stand still have their own
+        (``paused``). Raises VmmError."""
+        self._client.ask(control.Pause)
+
+    def paused(self, why: str) -> contextlib.AbstractContextManager[None]:
+        """A pause of this process' own: within the ``with`` every vCPU is out of the guest, whoever else pauses and
+        resumes. It ends with this process at the latest. ``why``: what it is for, as others are told
+        (``snapshot``). Raises VmmError."""
+        return holds.paused(self._client, why)
+
+    def lease(self, kind: str, why: str, *, recover: bool = False) -> holds.Lease:
+        """Have the machine for something that others must not disturb (vmm/holds.py), until the end of the
+        ``with``, or of this process. ``kind``: ``migration``, ``snapshot``, or ``incoming`` (not started yet: only
+        who has the lease may start it, set its state and write its memory; should it go before, the machine does).
+        ``why``: completes "it is being migrated …" for others. What each keeps out stands in
+        vmm/coordinator/leases.py. ``recover``: go on with a machine that was handed over by a process which has
+        gone. Raises VmmError, with who has it."""
+        return holds.Lease(self._client, self.name, kind, why, recover)
 
     def state(self) -> dict[str, Any]:
-        """Of a paused machine: ``spec``, its specification with the slots as they are, and ``vcpus``, their
-        states (workers/accel.py; ``xsave`` in base64). Raises VmmError."""
+        """Of a paused machine: ``spec``, its specification with the slots, limits and tracking as they are,
+        ``vcpus``, their states (workers/accel.py; ``xsave`` in base64), and ``paused``, whether the user has paused
+        it. Raises VmmError."""
         return self._client.ask(control.State)
 
     def set_state(self, vcpus: list[dict[str, Any]]) -> None:
@@ -167,15 +183,19 @@ class Machine:
         """Before ``start``: pages of RAM are missing (holes in its segments), and this process fills them in while
         the guest runs (post-copy). The workers send their userfaultfds to the Unix socket ``socket``. {slot id:
         address of its mapping} for each vCPU. Nobody else may look at the memory until ``arrived``."""
-        answer = self._client.ask(control.Incoming, socket=socket, owner=os.getpid())
+        answer = self._client.ask(control.Incoming, socket=socket, mine=True)
         return [{int(slot): address for slot, address in each.items()} for each in answer["addresses"]]
 
     def arrived(self) -> None:
         """Every page that was missing is there."""
         self._client.ask(control.Arrived)
 
-    def resume(self) -> None:
-        self._client.ask(control.Resume)
+    def resume(self, *, force: bool = False) -> list[str]:
+        """Take back the user's pause, if there is one, and nobody else's. Who wants the guest to stand still all
+        the same (``snapshot (pid 123)``): it runs on when they have done; empty when it runs. ``force``: also a
+        machine that was handed over to another host, which must not run there then. Raises VmmError for such a
+        machine without ``force``, and while it is being handed over."""
+        return [str(who) for who in self._client.ask(control.Resume, force=force)["held_by"]]
 
     def stop(self) -> None:
         """End every vCPU; ``wait`` then has the report. An ended machine is released."""
@@ -290,24 +310,31 @@ class Machine:
     def write(self, gpa: int, data: bytes) -> None:
         """Write guest memory within one slot, and have the pages dirty for every client of the dirty log, from
         before the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and
-        where the slot was removed in between: the data is gone with it then."""
+        while somebody has the machine who must not be disturbed (the last copy of a migration), with nothing
+        written; and where the slot was removed meanwhile: the data is gone with it then."""
         view, slot, offset = self._locate(gpa, len(data))
         if not data:
             return
-        first, key = offset // 4096, uuid.uuid4().hex
-        self._client.ask(control.WriteBegin, key=key, slot=slot, born=view.born, first=first,
-                         count=(offset + len(data) - 1) // 4096 - first + 1, owner=os.getpid())
-        try:
-            step("host-write-begun")
+        first = offset // 4096
+        with holds.host_write(self._client, self.name, slot, view.born, first,
+                              (offset + len(data) - 1) // 4096 - first + 1):
             view.segment.buf[offset:offset + len(data)] = data
-            step("host-write-made")
-        finally:
-            self._client.ask(control.WriteEnd, key=key)
+
+    def writing(self, slot: int, first: int, count: int) -> contextlib.AbstractContextManager[None]:
+        """Around a write of pages ``first``..``first + count - 1`` through a writable view (``ram``): they are
+        dirty in every sync of every client from its beginning to its end, and whoever freezes the machine waits
+        for the end (5 s at most, so write what is in memory already). Raises VmmError, before the write, outside
+        the slot and while it is frozen; and where another slot has taken the place of the one that this
+        ``Machine`` has given a view of."""
+        known = self._views.get(slot)
+        born = known.born if known is not None else self._view(slot).born
+        return holds.host_write(self._client, self.name, slot, born, first, count)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
-        """Pages ``first``..``first + count - 1`` of the slot were written by the host, through a view (``ram``).
-        Call it after the write: a mark that comes first can be synced away before it. Raises VmmError where
-        another slot has taken the place of the one that this ``Machine`` has given a view of."""
+        """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after
+        the write: a mark that comes first can be synced away before it. Raises VmmError outside the slot, and while
+        the machine is frozen: what was written may be missing where the machine goes (``writing`` says so
+        before); and where another slot has taken the place of the one that this ``Machine`` has given a view of."""
         known = self._views.get(slot)
         self._client.ask(control.Mark, slot=slot, first=first, count=count, born=known.born if known else None)
 
@@ -330,8 +357,9 @@ class Machine:
 
     def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
         """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. ``mine``: until this
-        process ends at the latest. ``like``: begin with what that client has gathered."""
-        self._client.ask(control.Register, client=client, owner=os.getpid() if mine else 0, like=like)
+        process ends at the latest, and for it alone. ``like``: begin with what that client has gathered. Raises
+        VmmError, also when it is another process' own."""
+        self._client.ask(control.Register, client=client, mine=mine, like=like)
 
     def unregister(self, client: str) -> None:
         self._client.ask(control.Unregister, client=client)
@@ -380,9 +408,14 @@ class Machine:
         return self._clients[client, slot].front
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
-        """Let one vCPU, or each, dirty at most so many pages a second; 0 lifts the limit. In force when this
-        returns. Raises VmmError on a machine without dirty rings."""
-        self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=-1 if vcpu is None else vcpu)
+        """The user's limit: let one vCPU, or each, dirty at most so many pages a second; 0 lifts it. It stays, and
+        moves with the machine. In force when this returns; a program's own (``limits``) may be lower still. Raises
+        VmmError on a machine without dirty rings."""
+        self._client.ask(control.DirtyLimit, pages_per_s=pages_per_s, vcpu=vcpu)
+
+    def limits(self, why: str) -> holds.Limits:
+        """Dirty limits of this process' own over the user's, until the end of the ``with`` or of the process."""
+        return holds.Limits(self._client, why)
 
     def set_tracking(self, tracking: str) -> dict[str, Any]:
         """Log dirty pages in another way (one of vmm.tracking.CHOICES). The vCPUs are paused for it, nothing that
@@ -394,7 +427,7 @@ class Machine:
 
     def record_start(self) -> None:
         """Begin to record a dirty trace (vmm/record.py does all of it). It ends with this process at the latest."""
-        self._client.ask(control.RecordStart, owner=os.getpid())
+        self._client.ask(control.RecordStart, mine=True)
 
     def record_step(self) -> bool:
         """Have the rings harvested now; False when the machine has ended. Raises VmmError when nothing is being

@@ -38,6 +38,7 @@ from zmq.utils.monitor import recv_monitor_message
 from ipc.shm import data_extents, open_fd
 
 from .errors import VmmError
+from .holds import Lease
 from .machine import Machine
 from .runtime import machine_dir
 from .spec import MachineSpec
@@ -292,7 +293,8 @@ class _Source:
         self._messages = 0
         self._began = time.monotonic()
         self._last_ping = 0.0
-        self._limits: dict[int, int] = {}       # {vCPU: its quota before}
+        self._limits = machine.limits("migration")
+        self._lease: Lease
         self._quotas: dict[int, int] = {}
         self._committed = False
         self._told = 0.0
@@ -311,6 +313,10 @@ class _Source:
     # --- the way of a migration ----------------------------------------------------------------------------
 
     def run(self) -> None:
+        with self.machine.lease("migration", f"to {self.address}") as self._lease:
+            self._run()
+
+    def _run(self) -> None:
         self._offer()
         self.machine.register(self._client, mine=True)
         try:
@@ -324,6 +330,10 @@ class _Source:
 
     def recover(self) -> None:
         """Another source has handed the machine over and is gone."""
+        with self.machine.lease("migration", f"to {self.address}", recover=True) as self._lease:
+            self._recover()
+
+    def _recover(self) -> None:
         machine = self.machine
         state = machine.status()
         mark = _handover_mark(machine)
@@ -357,7 +367,7 @@ class _Source:
         machine = self.machine
         if machine.status()["state"] != "running":
             raise MigrationError(f"machine '{machine.name}' does not run: resume it first")
-        with self._paused():        # for its specification alone: the state that comes with it is not used
+        with machine.paused("migration"):   # for its specification; the state that comes with it is not used
             state = machine.state()
         spec = msgspec.convert(state["spec"], MachineSpec)
         self._send(Offer(VERSION, metadata.version("shardvmm"), spec, Path(spec.image).read_bytes()))
@@ -456,19 +466,18 @@ class _Source:
         hot = [i for i, r in enumerate(self._rates) if r > share]
         calm = sum(r for r in self._rates if r <= share)
         for vcpu in hot:
-            self._limits[vcpu] = status["vcpus"][vcpu]["dirty_limit_pages_per_s"]
             self._limit(vcpu, max(1, int((budget - calm) / len(hot))))
 
     def _limit(self, vcpu: int, quota: int) -> None:
         self._quotas[vcpu] = quota
-        self.machine.dirty_limit(quota, vcpu)
+        self._limits.set(quota, vcpu)
         self.report.throttled[str(vcpu)] = quota * PAGE / 1e6
 
     def _stop_and_copy(self) -> dict[int, NDArray[np.int64]]:
         """Up to the hand-over; with post-copy, the pages that are still to be sent."""
         machine, report = self.machine, self.report
         report.status = "device"
-        with self._paused():
+        with self._frozen():
             stopped = time.monotonic()
             self._release_limits()
             todo = self._rest
@@ -499,7 +508,7 @@ class _Source:
         """The point of no return."""
         machine = self.machine
         machine.unregister(self._client)
-        machine.pause()     # for good: this process may die now, and the machine must not run on here
+        self._lease.hand_over(self.address)     # for good: this process may die now
         self._committed = True
         deadline = time.monotonic() + _HANDOVER_PATIENCE
         while time.monotonic() < deadline:
@@ -508,6 +517,7 @@ class _Source:
             if isinstance(answer, Running):
                 return
             if isinstance(answer, Refused):
+                self._lease.take_back()
                 self._committed = False
                 raise MigrationError(f"{self.address}: refused at the last moment: {answer.error}")
         raise MigrationError(
@@ -558,7 +568,7 @@ class _Source:
             raise MigrationError(
                 f"{exc or 'interrupted'}; {left:,} pages or more are not at the target, which waits for them. The "
                 f"machine is paused here, as it was handed over: vmm migrate {self.machine.name} ADDRESS --recover "
-                "goes on; if the target is lost, vmm resume goes on here from that moment") from None
+                "goes on; if the target is lost, vmm resume --force goes on here from that moment") from None
 
     @staticmethod
     def _next_pages(todo: dict[int, NDArray[np.bool_]],
@@ -594,19 +604,18 @@ class _Source:
         return fresh
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Paused for the time being, and for good once the machine is committed to the target."""
-        self.machine.pause(mine=True)
+    def _frozen(self) -> Iterator[None]:
+        """The guest stands still for the time being, and for good once the machine is committed to the target."""
+        self._lease.freeze()
         try:
             yield
         finally:
             if not self._committed:
-                self.machine.resume()
+                self._lease.thaw()
 
     def _release_limits(self) -> None:
-        for vcpu, quota in self._limits.items():
-            with contextlib.suppress(VmmError):
-                self.machine.dirty_limit(quota, vcpu)
+        with contextlib.suppress(VmmError):
+            self._limits.close()
 
     def _give_up(self, reason: str) -> None:
         """The machine runs on here; the target cleans up."""

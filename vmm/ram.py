@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap, bitmap_bytes, word_count
 from ipc.messages import SlotSpec
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 
+from .names import segment_name
 from .spec import RamSlot
 
 __all__ = ["ClientBitmaps", "MemorySlot", "make_or_open", "slot_segment"]
@@ -96,10 +97,6 @@ class MemorySlot:
     def segments(self) -> list[str]:
         """Names of all that are its."""
         return [segment.name for segment in self._open]
-
-    def mark_all(self) -> None:
-        """Nobody knows which of its pages were written."""
-        self.bitmap.mark_range(0, self.pages)
 
     @property
     def now(self) -> RamSlot:

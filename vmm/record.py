@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.shm import segment_name
 from ipc.tracequeue import TraceQueue
 
 from .errors import VmmError
+from .names import segment_name
 from .spec import RamSlot
 from .tracefile import TraceEnd, TraceHeader, TraceWriter, pack
 

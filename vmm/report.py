@@ -58,6 +58,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     r = report["reaper"]
     console.print(f"reaper       {r['mode']}, {r['state']}: {r['iterations']} iterations, "
                   f"{r['pages']:,} pages, {r['microseconds']:,} us; {r['flushes']} flushes")
+    if report["handed_over"]:
+        console.print(f"handed over to {report['handed_over']}", markup=False)
+    for what in ("pause", "limit", "lease", "client", "recording"):
+        of = [h["why"] + (f" (pid {h['pid']})" if h["pid"] else "") for h in report["holders"] if h["what"] == what]
+        if of:
+            console.print(f"{what:<12} {', '.join(of)}", markup=False)
     if report["coordinator"]["restarts"]:
         console.print(f"coordinator replaced {report['coordinator']['restarts']} times")
     _print_verification(report["verification"], console)

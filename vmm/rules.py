@@ -26,8 +26,8 @@ from .trace import check_patterns
 from .tracking import CHOICES
 
 __all__ = ["ACCELERATORS", "GPA_MAX", "REPLAY_GPA_MAX", "RING_MAX", "RING_MIN", "SECONDS_MAX", "STACK_MAX",
-           "STACK_MIN", "SYSTEM_AREA", "RuleError", "arriving", "check_machine", "check_new_slot", "check_ring",
-           "check_slots", "check_stack"]
+           "STACK_MIN", "SYSTEM_AREA", "RuleError", "arriving", "check_machine", "check_new_slot", "check_quota",
+           "check_ring", "check_slots", "check_stack"]
 
 ACCELERATORS = ("kvm", "unicorn", "replay")
 RING_MIN, RING_MAX = 1024, 65536        # entries; KVM's own limits are a page and (with 4 KiB pages) 65536
@@ -75,8 +75,11 @@ def check_machine(spec: MachineSpec) -> None:
     check_stack(spec.stack_size)
     _check_guest(spec, replay)
     _check_times(spec)
-    _number("dirty_limit", spec.dirty_quota, 0, QUOTA_MAX, "pages a second")
-    if spec.dirty_quota and not spec.ring_entries:
+    for quota in (spec.dirty_quota, *spec.dirty_quotas):
+        check_quota(quota)
+    if spec.dirty_quotas and len(spec.dirty_quotas) != spec.vcpus:
+        raise RuleError("dirty_limit", f"{len(spec.dirty_quotas)} limits for {spec.vcpus} vCPUs")
+    if any(spec.quotas) and not spec.ring_entries:
         raise RuleError("dirty_limit", "needs a dirty ring, and dirty_ring_size is 0")
     if len(spec.trace) > _EVENT_PATTERNS_MAX:
         raise RuleError("trace", f"{len(spec.trace)} patterns, at most {_EVENT_PATTERNS_MAX}")
@@ -97,6 +100,11 @@ def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bo
                                     trace_file="", replay_trace="")
     check_machine(found)
     return found
+
+
+def check_quota(pages_per_s: int) -> None:
+    """A dirty limit; 0 is none. Raises RuleError."""
+    _number("dirty_limit", pages_per_s, 0, QUOTA_MAX, "pages a second")
 
 
 def check_ring(entries: int) -> None:

@@ -62,10 +62,16 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     trace: list[str]
     trace_file: str             # "" is standard error
     dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
+    dirty_quotas: list[int] = []    # of each vCPU by itself, where they differ; empty: dirty_quota
     tracking: str = ""          # one of vmm.tracking.CHOICES; empty: ring, or bitmap where there is no ring
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
     replay_trace: str = ""      # absolute path of the trace that it is to be taken from
     linger: bool                # stay after the end until a client releases the machine
+
+    @property
+    def quotas(self) -> list[int]:
+        """Pages a second that each vCPU may dirty; 0: no limit."""
+        return self.dirty_quotas or [self.dirty_quota] * self.vcpus
 
     @property
     def asked_tracking(self) -> str:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +25,12 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from ipc.layout import MAX_SLOTS, MAX_VCPUS
+from ipc.layout import MAX_VCPUS
 
 from .errors import VmmError
+from .inputs import decode_json, input_name, open_input
+from .outputs import Output, open_output
+from .rules import RuleError, check_slots
 from .spec import RamSlot
 
 __all__ = ["VERSION", "Trace", "TraceEnd", "TraceError", "TraceHeader", "TraceReader", "TraceRecord",
@@ -146,11 +149,12 @@ def _checksum(*parts: bytes) -> bytes:
 
 
 class TraceWriter:
-    """Writes a file beside its name and renames it when it is finished. Raises TraceError where it cannot."""
+    """Writes a file that is there when it is finished (vmm/outputs.py). ``bytes``: written so far. Raises
+    OutputError where it cannot."""
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
         self.path = path
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}")
+        self.bytes = 0
         self._records: list[tuple[int, int, int]] = []
         self._entries: list[U64] = []
         self._pending = 0
@@ -158,18 +162,13 @@ class TraceWriter:
         self._last_ns = 0
         self._zstd = zstandard.ZstdCompressor(_LEVEL)
         text = msgspec.json.encode(header)
-        try:
-            self._file = open(self._aside, "xb")    # noqa: SIM115, closed by close()
-        except OSError as exc:
-            raise TraceError(f"{path}: cannot be written: {exc.strerror}") from None
+        self._out: Output = open_output(path)
         head = _HEAD.pack(_MAGIC, VERSION, len(text))
         self._write(head + text + _checksum(head, text))
 
     def _write(self, data: bytes) -> None:
-        try:
-            self._file.write(data)
-        except OSError as exc:
-            raise TraceError(f"{self.path}: cannot be written: {exc.strerror}") from None
+        self._out.write(data)
+        self.bytes += len(data)
 
     def append(self, time_ns: int, vcpu: int, entries: U64) -> None:
         """A record of packed entries, at most 65,536 or a few. Records come in the order of their times."""
@@ -202,19 +201,12 @@ class TraceWriter:
         end = TraceEnd(records=self._total_records, entries=self._total_entries, lost=lost, reason=reason,
                        seconds=self._last_ns / 1e9 if seconds is None else seconds)
         self._block(_END, 0, 0, msgspec.json.encode(end))
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.rename(self._aside, self.path)
-        except OSError as exc:
-            raise TraceError(f"{self.path}: cannot be written: {exc.strerror}") from None
+        self._out.commit()
         return end
 
     def close(self) -> None:
         """Without ``finish`` nothing is left of it."""
-        self._file.close()
-        self._aside.unlink(missing_ok=True)
+        self._out.close()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -225,25 +217,23 @@ class TraceWriter:
 
 
 class TraceReader:
-    """A trace file, checked as it is read. Raises TraceError, at once when it is none, or where damage is met."""
+    """A trace file, checked as it is read: whatever is in it, a block at a time is in memory. Raises TraceError, at
+    once when it is none, or where damage is met."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = open(path, "rb")   # noqa: SIM115, closed by close()
-        except OSError as exc:
-            raise TraceError(f"{path}: cannot be read: {exc.strerror}") from None
+        self._file = open_input(path, lambda path, what: TraceError(f"{input_name(path)}: {what}"))
         try:
             self.header = self._read_header()
+            self._start = self._file.tell()
         except BaseException:
             self._file.close()
             raise
         #: None until every record has been read.
         self.end: TraceEnd | None = None
-        self._start = self._file.tell()
 
     def _bad(self, why: str) -> TraceError:
-        return TraceError(f"{self.path}: {why}")
+        return TraceError(f"{input_name(self.path)}: {why}")
 
     def _read(self, size: int, what: str) -> bytes:
         try:
@@ -255,7 +245,10 @@ class TraceReader:
         return data
 
     def _read_header(self) -> TraceHeader:
-        head = self._file.read(_HEAD.size)
+        try:
+            head = self._file.read(_HEAD.size)
+        except OSError as exc:
+            raise self._bad(f"cannot be read: {exc.strerror}") from None
         if len(head) != _HEAD.size or head[:8] != _MAGIC:
             raise self._bad("is not a dirty trace (vmm trace record makes them)")
         _, version, size = _HEAD.unpack(head)
@@ -267,11 +260,13 @@ class TraceReader:
         if self._read(_CHECKSUM.size, "its header") != _checksum(head, text):
             raise self._bad("is damaged: its header's checksum does not match")
         try:
-            header = msgspec.json.decode(text, type=TraceHeader)
-        except msgspec.MsgspecError as exc:
+            header = decode_json(text, TraceHeader)
+            check_slots(header.slots, replay=True)
+        except RuleError as exc:
+            raise self._bad(f"is damaged: its header names a slot that cannot be: {exc}") from None
+        except ValueError as exc:
             raise self._bad(f"is damaged: {exc}") from None
-        slots = all(0 <= s.id < MAX_SLOTS and s.size > 0 for s in header.slots)
-        if not 1 <= header.vcpus <= MAX_VCPUS or not slots:
+        if not 1 <= header.vcpus <= MAX_VCPUS or not 0 <= header.interval < math.inf:
             raise self._bad("is damaged: its header names what cannot be")
         return header
 
@@ -306,22 +301,29 @@ class TraceReader:
     def _decode(self, payload: bytes, records: int, entries: int) -> tuple[NDArray[np.void], U64]:
         size = _RECORD.itemsize * records + 8 * entries
         try:
-            data = zstandard.ZstdDecompressor().decompress(payload, max_output_size=size)
+            # The decoder makes room for what the frame says, whatever it is told is the most.
+            if zstandard.frame_content_size(payload) != size:
+                raise self._bad("is damaged: a block has not the size that it says")
+            data = zstandard.ZstdDecompressor().decompress(payload)
         except zstandard.ZstdError as exc:
             raise self._bad(f"is damaged: {exc}") from None
-        if len(data) != size:
-            raise self._bad("is damaged: a block has not the size that it says")
         cut = _RECORD.itemsize * records
         return np.frombuffer(data[:cut], _RECORD), _unsqueeze(data[cut:], entries)
 
     def _read_end(self, payload: bytes, records: int, entries: int) -> TraceEnd:
         try:
-            end = msgspec.json.decode(payload, type=TraceEnd)
-        except msgspec.MsgspecError as exc:
+            end = decode_json(payload, TraceEnd)
+        except ValueError as exc:
             raise self._bad(f"is damaged: {exc}") from None
+        if end.lost < 0 or not 0 <= end.seconds < math.inf:
+            raise self._bad("is damaged: its end says what cannot be")
         if (end.records, end.entries) != (records, entries):
             raise self._bad(f"is damaged: it has {entries} entries, its end says {end.entries}")
-        if self._file.read(1):
+        try:
+            more = self._file.read(1)
+        except OSError as exc:
+            raise self._bad(f"cannot be read: {exc.strerror}") from None
+        if more:
             raise self._bad("is damaged: something follows its end")
         return end
 
@@ -333,21 +335,37 @@ class TraceReader:
                 yield TraceRecord(time_ns, vcpu, slots, pages)
                 at += count
 
-    def vcpus(self) -> list[Trace]:
-        """The whole trace, a part a vCPU."""
-        times: list[list[int]] = [[] for _ in range(self.header.vcpus)]
-        counts: list[list[int]] = [[] for _ in range(self.header.vcpus)]
-        parts: list[list[U64]] = [[] for _ in range(self.header.vcpus)]
+    def sizes(self) -> list[tuple[int, int]]:
+        """Each vCPU's records and entries. Reads, and checks, the whole file."""
+        records = np.zeros(self.header.vcpus, np.int64)
+        entries = np.zeros(self.header.vcpus, np.int64)
+        for found, _ in self.blocks():
+            records += np.bincount(found["vcpu"], minlength=len(records))
+            np.add.at(entries, found["vcpu"], found["count"])
+        return list(zip(records.tolist(), entries.tolist(), strict=True))
+
+    def read_into(self, parts: list[Trace]) -> None:
+        """The whole trace, into arrays of what ``sizes`` gave, a part per vCPU."""
+        at = [(0, 0)] * len(parts)
         for records, entries in self.blocks():
-            at = 0
+            begin = 0
             for time_ns, vcpu, count in records.tolist():
-                times[vcpu].append(time_ns)
-                counts[vcpu].append(count)
-                parts[vcpu].append(entries[at:at + count])
-                at += count
-        return [Trace(np.array(t, np.uint64), np.cumsum(np.array(c, np.uint64), dtype=np.uint64),
-                      np.concatenate([np.zeros(0, np.uint64), *p]))
-                for t, c, p in zip(times, counts, parts, strict=True)]
+                part, (record, entry) = parts[vcpu], at[vcpu]
+                if record == len(part.times) or entry + count > len(part.entries):
+                    raise self._bad("was changed while it was read")
+                part.times[record], part.ends[record] = time_ns, entry + count
+                part.entries[entry:entry + count] = entries[begin:begin + count]
+                at[vcpu] = record + 1, entry + count
+                begin += count
+        if at != [(len(p.times), len(p.entries)) for p in parts]:
+            raise self._bad("was changed while it was read")
+
+    def vcpus(self) -> list[Trace]:
+        """The whole trace, a part per vCPU."""
+        parts = [Trace(np.zeros(r, np.uint64), np.zeros(r, np.uint64), np.zeros(e, np.uint64))
+                 for r, e in self.sizes()]
+        self.read_into(parts)
+        return parts
 
     def close(self) -> None:
         self._file.close()

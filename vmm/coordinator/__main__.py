@@ -16,8 +16,8 @@ from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
 from ..rules import check_machine
-from ..runtime import machine_dir
-from ..spec import decode_spec
+from ..runtime import adopt_claim, machine_dir, release
+from ..spec import MachineSpec, decode_spec
 from .loop import Coordinator
 
 
@@ -31,14 +31,24 @@ def _answer(status_fd: int, **fields: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD``; the specification is on standard
-    input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
-    status_fd, keeper_fd, keeper_pid, zygote_fd = (int(a) for a in argv[:4])
+    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD CLAIM_FD``; the specification is on
+    standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
+    status_fd, keeper_fd, keeper_pid, zygote_fd, claim_fd = (int(a) for a in argv[:5])
     process.set_name("vmm-coordinator")
     process.set_time_slice(process.SERVICE_SLICE)
     process.die_with_parent(signal.SIGTERM, keeper_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = decode_spec(sys.stdin.buffer.read())
+    taken = adopt_claim(spec.name, claim_fd)
+    try:
+        return _run(spec, status_fd, keeper_fd, zygote_fd)
+    finally:
+        if os.getppid() != keeper_pid:      # it was killed, and cannot do it any more
+            release(taken)
+
+
+def _run(spec: MachineSpec, status_fd: int, keeper_fd: int, zygote_fd: int) -> int:
+    """The machine from here to its end; the exit status."""
     coordinator: Coordinator | None = None
 
     def early_stop(signum: int, frame: FrameType | None) -> None:

@@ -25,7 +25,8 @@ _REQUESTS = 64      # a client has one under way at a time
 
 class Core:
     """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` sends an event
-    to every follower, ``write_journal`` writes down what is now (or raises VmmError)."""
+    to every follower, ``write_journal`` writes down what is now, or raises VmmError; None: not yet, until all that
+    a predecessor has left has been taken over."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -38,8 +39,8 @@ class Core:
         self.shards: Shards
         self.reaper: Reaper
         self.tell: Callable[[dict[str, Any]], None]
-        self.write_journal: Callable[[], None]
-        #: The last attempt to write the journal failed.
+        self.write_journal: Callable[[], None] | None = None
+        #: The last attempt to write the journal has failed.
         self.unsaved = False
         #: The last that was given to a slot or a client.
         self.generation = 0
@@ -50,16 +51,6 @@ class Core:
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
 
-    @property
-    def live(self) -> list[Shard]:
-        """Those whose process is there."""
-        return [s for s in self.shards.all if s.alive]
-
-    @property
-    def verifying(self) -> bool:
-        """The verifier reads all memory; not before all of it is there. And it looks into the log."""
-        return self.verifier is not None and not self.pages_missing and self.parts.tracking != "none"
-
     # --- the journal --------------------------------------------------------------------------
 
     def new_generation(self) -> int:
@@ -67,9 +58,11 @@ class Core:
         self.generation = max(time.time_ns(), self.generation + 1)
         return self.generation
 
-    def commit(self, *, done: bool = False) -> None:
+    def save(self, *, done: bool = False) -> None:
         """Write the journal, before anybody relies on what it is to say. ``done``: the request has been carried out
         with this, and must not be again. Raises VmmError, and the caller takes back what it has changed."""
+        if self.write_journal is None:
+            return
         if done:
             self.carried_out()
         try:
@@ -86,14 +79,26 @@ class Core:
         if self.request:
             self.requests.append(self.request)
 
-    def save(self) -> None:
-        """Write the journal after the fact. Where that fails, the machine goes on, and it is tried again."""
+    def save_if_possible(self) -> None:
+        """For what nobody waits for, and what a process gives back, or leaves when it ends: that must not fail
+        because the journal cannot be written; it is tried again. Should this coordinator die before, its successor
+        finds that the process has gone, or at the worst holds for it what it had given back, until it has."""
         try:
-            self.commit()
+            self.save()
         except VmmError as exc:
             if not self.unsaved:
-                self.complain(str(exc))
+                print(f"vmm: machine '{self.spec.name}': {exc}", file=sys.stderr)
             self.unsaved = True
+
+    @property
+    def live(self) -> list[Shard]:
+        """Those whose process is there."""
+        return [s for s in self.shards.all if s.alive]
+
+    @property
+    def verifying(self) -> bool:
+        """The verifier reads all memory; not before all of it is there. And it looks into the log."""
+        return self.verifier is not None and not self.pages_missing and self.parts.tracking != "none"
 
     def flush(self) -> None:
         if self.state == "running":
@@ -104,11 +109,7 @@ class Core:
         assert self.verifier is not None
         self.reaper.drain()
         self.verifier.round()
-        self.save()
-
-    def complain(self, text: str) -> None:
-        """Of something that nobody asked for and somebody should know."""
-        print(f"vmm: machine '{self.spec.name}': {text}", file=sys.stderr)
+        self.save_if_possible()
 
     # --- checks; each raises VmmError ---------------------------------------------------------
 

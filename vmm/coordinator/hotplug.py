@@ -9,7 +9,6 @@ until after the last, also when the coordinator is replaced in between.
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable
 
 from ipc.messages import AnyRequest, RemoveMemslot, SetMemslot
@@ -39,13 +38,11 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
         core.reaper.drain()
         step("log-drained")
         if on:
-            slot.mark_all()
-            if core.verifier is not None:
-                core.verifier.blind_to_surplus = True
+            core.parts.log.mark_all(slot_id)
         step("log-marked")
         slot.logged = on
         try:
-            core.commit()
+            core.save()
         except VmmError:
             slot.logged = not on
             raise
@@ -54,7 +51,7 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
             core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
         except VmmError:
             slot.logged = not on
-            core.save()
+            core.save_if_possible()
             _insist(core, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
             raise
         step("log-set")
@@ -80,7 +77,7 @@ def add_slot(core: Core, spec: RamSlot) -> None:
             undo_paused.callback(_insist, core, lambda seq, s: RemoveMemslot(seq, spec.id))
             core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
             step("memory-add-set")
-            core.commit(done=True)
+            core.save(done=True)
             step("memory-add-committed")
             undo_paused.pop_all()
         undo.pop_all()
@@ -101,11 +98,11 @@ def remove_slot(core: Core, slot_id: int) -> None:
             core.drain_and_verify()
         step("memory-remove-drained")
         if not slot.logged or core.parts.tracking == "none":
-            slot.mark_all()     # nobody knows what was written to it
+            log.mark_all(slot_id)
         log.retire_slot(slot_id)
         step("memory-remove-retired")
         try:
-            core.commit(done=True)
+            core.save(done=True)
         except VmmError:
             log.unretire_slot(slot)
             raise
@@ -118,14 +115,12 @@ def remove_slot(core: Core, slot_id: int) -> None:
 
 
 def _insist(core: Core, make: Callable[[int, Shard], AnyRequest]) -> None:
-    """Every worker follows, or goes: one that has other memory than the machine must not run on. Its death is seen
-    as any other, and what it may have written is marked."""
+    """Every worker follows, or goes: one that has other memory than the machine must not run on."""
     for shard in core.live:
         try:
             core.shards.request([shard], make)
         except VmmError as exc:
-            core.complain(f"vCPU {shard.index} does not follow a change of the memory, and is ended: {exc}")
-            shard.signal(signal.SIGKILL)
+            core.shards.give_up([shard], f"did not follow a change of the machine's memory: {exc}")
 
 
 def _slot(core: Core, slot_id: int) -> MemorySlot:

@@ -6,13 +6,13 @@ import signal
 from typing import Any
 
 from ipc.messages import Userfault
-from ipc.process import ProcessId
+from ipc.processid import ProcessId
 from ipc.shm import SegmentError
 from ipc.steps import step
 
 from ..errors import VmmError
 from .core import Core
-from .owners import Owner
+from .owners import Watch, unseen
 from .tracking import TrackingSwitch
 
 __all__ = ["Incoming"]
@@ -22,49 +22,48 @@ class Incoming:
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
         self._core = core
         self._tracking = tracking
-        self._owner: Owner | None = None
-        #: The process that fills the pages in; it stays when that process has gone. None: no page is missing.
-        self.process: ProcessId | None = None
+        self._watch: Watch | None = None
+        #: Who fills the pages in; it stays when that process has gone. None: no page is missing.
+        self.owner: ProcessId | None = None
 
-    def adopt(self, process: ProcessId | None) -> None:
+    def adopt(self, owner: ProcessId | None) -> None:
         """As a coordinator that died has left it."""
-        if process is not None:
+        if owner is not None:
             try:
-                self._missing(process)
+                self._missing(owner)
             except ProcessLookupError:
-                self.process = process
+                self.owner = owner
                 self._expecting(True)
                 self._lost()
 
-    def expect(self, socket: str, owner: int) -> list[dict[str, Any]]:
-        """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError; with nothing begun,
-        but where a worker does not answer."""
+    def expect(self, socket: str, owner: ProcessId) -> list[dict[str, Any]]:
+        """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError and SegmentError."""
         core = self._core
         core.require_not_started()
-        if self._owner is not None:
-            self._owner.close()
+        if self._watch is not None:
+            self._watch.close()
         try:
             self._missing(owner)
         except ProcessLookupError:
-            raise VmmError(f"process {owner}, which is to fill in the memory, is not there") from None
+            raise unseen(owner) from None
         try:
             step("incoming")
-            core.commit()
+            core.save()
             step("incoming-committed")
             if core.parts.tracking == "uffd":
                 self._tracking.switch("bitmap")     # a mapping has one userfaultfd; back when all has arrived
             replies = core.shards.request(core.shards.all, lambda seq, s: Userfault(seq, socket))
         except (VmmError, SegmentError):
             self._whole()
-            core.save()
+            core.save_if_possible()
             raise
         step("incoming-set")
         return [replies[s.index].data or {} for s in core.shards.all]
 
-    def _missing(self, who: int | ProcessId) -> None:
+    def _missing(self, owner: ProcessId) -> None:
         """Raises ProcessLookupError."""
-        self._owner = self._core.owners.watch(who, self._lost)
-        self.process = self._owner.process
+        self._watch = self._core.owners.watch(owner, self._lost)
+        self.owner = owner
         self._expecting(True)
 
     def _expecting(self, missing: bool) -> None:
@@ -74,15 +73,15 @@ class Incoming:
         core.reaper.only_full = missing and core.spec.accel != "kvm"
 
     def _whole(self) -> None:
-        if self._owner is not None:
-            self._owner.close()
-        self._owner = self.process = None
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = self.owner = None
         self._expecting(False)
 
     def arrived(self) -> None:
         """Every page is there. May be repeated. Raises VmmError, and is to be repeated then."""
         core = self._core
-        if self.process is None:
+        if self.owner is None:
             return
         step("arrived")
         core.shards.request(core.live, lambda seq, s: Userfault(seq, ""))
@@ -94,12 +93,12 @@ class Incoming:
                 core.verifier.restart()
         if self._tracking.asked == "uffd":
             self._tracking.switch("uffd")
-        core.save()
+        core.save_if_possible()
 
     def _lost(self) -> None:
         """Who fills in the memory has gone: the guest can never go on, and must not with zeros instead."""
         core = self._core
-        self._owner = None
+        self._watch = None
         core.tell({"event": "incoming-lost", "detail": "the process that received this machine's memory ended "
                                                        "before all of it was here"})
         for shard in core.shards.all:

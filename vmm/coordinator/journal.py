@@ -2,7 +2,7 @@
 
 It is the one place that says what the machine is: which slots and clients there are, who holds what, how it tracks.
 A verb changes the machine in such an order that at each moment either the journal is true, or what differs from it
-can be told by looking, and is put right by whoever takes over (vmm/coordinator/takeover.py):
+can be told by looking, and is put right by whoever takes over (vmm/coordinator/loop.py, ``_recover``):
 
 * What is **made** (segments, a slot in the workers) is made first, and then written down. Until then nobody counts
   on it: a successor removes what the journal does not name.
@@ -20,28 +20,38 @@ import msgspec
 
 from ipc.journal import Journal as Record
 from ipc.messages import Exited
-from ipc.process import ProcessId
-from ipc.shm import SegmentError, segment_name
+from ipc.processid import ProcessId
+from ipc.shm import SegmentError
 
 from ..dirtylog import LogClient
 from ..errors import ExitCode, VmmError
+from ..names import segment_name
 from ..spec import RamSlot
 from ..verify import Verification
+from .leases import Lease
+from .limits import Limit
+from .owners import Hold
+from .pauses import HandedOver
+from .writes import HostWrite
 
-__all__ = ["VERSION", "HostWrite", "Journal", "Saved"]
+__all__ = ["VERSION", "Holds", "Journal", "Saved"]
 
 VERSION = 1
 _ROOM, _ROOM_PER_VCPU = 1 << 16, 1 << 11    # bytes; of a vCPU: who it is, and how it ended, with its registers
 
 
-class HostWrite(msgspec.Struct, frozen=True):
-    """Pages that a process is writing to (vmm/coordinator/writes.py)."""
+class Holds(msgspec.Struct):
+    """Who has what of the machine: the user, and processes."""
 
-    slot: int
-    born: int
-    first: int
-    count: int
-    owner: ProcessId
+    user_paused: bool
+    pauses: list[Hold]
+    handed_over: HandedOver | None
+    leases: list[Lease]
+    user_limits: list[int]      # of each vCPU, pages a second
+    limits: list[Limit]
+    clients: list[Hold]
+    writes: list[HostWrite]
+    incoming: ProcessId | None  # fills in the memory
 
 
 class Saved(msgspec.Struct, kw_only=True):
@@ -54,16 +64,12 @@ class Saved(msgspec.Struct, kw_only=True):
     slots: list[RamSlot]
     reused: list[int]                       # ids that had another slot before
     clients: list[LogClient]
-    owners: dict[str, ProcessId]            # of clients that go with a process
-    writes: dict[str, HostWrite]
+    holds: Holds
     workers: list[ProcessId]                # by vCPU index
     exits: dict[int, Exited]
     started: float | None                   # when the guest was let go
     elapsed: float | None                   # seconds that it ran, once it has ended
     stopping: int                           # an ExitReason: somebody wants it to end
-    user_paused: bool
-    pause_owner: ProcessId | None
-    incoming: ProcessId | None              # who fills in missing pages
     tracking: str                           # one of vmm.tracking.MODES
     asked_tracking: str                     # one of vmm.tracking.CHOICES
     verification: Verification | None

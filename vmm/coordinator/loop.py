@@ -18,28 +18,33 @@ import zmq
 
 from ipc.layout import VcpuRequest, VcpuState
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull, SetMemslots
-from ipc.shm import machine_segments, unlink_segment
+from ipc.processid import ProcessId
+from ipc.shm import list_segments, unlink_segment
 from ipc.steps import step
 from workers.zygote import Zygote
 
 from .. import boot, build, control, retrack
 from ..errors import VmmError
+from ..names import machine_prefix
 from ..reaper import Reaper
 from ..shards import Shard, Shards
 from ..spec import MachineSpec, RamSlot
 from ..trace import Tracer
 from ..verify import Verification, make_verifier
-from . import hotplug, limits, vcpu_states
+from . import hotplug, vcpu_states
 from .clients import Clients
 from .core import Core
 from .incoming import Incoming
-from .journal import Journal, Saved
+from .journal import Holds, Journal, Saved
+from .leases import Change, Lease, Leases
+from .limits import Limit, Limits, with_limits
+from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
 from .server import ControlServer, Handler
 from .status import machine_report, machine_slots, reason_text
 from .tracking import TrackingSwitch
-from .writes import HostWrites
+from .writes import HostWrite, HostWrites
 
 __all__ = ["Coordinator"]
 
@@ -61,7 +66,7 @@ class Coordinator:
         self.spec = spec
         self._started: float | None = None      # seconds of CLOCK_MONOTONIC
         self._elapsed_at_end: float | None = None
-        self._stopping = ExitReason.NONE        # somebody wants it to end
+        self._stopping = ExitReason.NONE        # why it is to end, if it is
         self._done = False
         self._linger = spec.linger
         self._final: dict[str, Any] | None = None
@@ -69,9 +74,10 @@ class Coordinator:
         self._next_round = 0.0
         self._round = 0
         core = self.core = Core(spec, directory, Tracer(spec.trace, spec.trace_file))
-        core.write_journal = self._write_journal
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
+        self.leases = Leases(core, self.pauses, self._go)
+        self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
         self.recording = Recording(core, self.tracking)
         self.writes = HostWrites(core)
@@ -87,7 +93,7 @@ class Coordinator:
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
         self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
-        self._server = ControlServer(directory, self._verbs())
+        self._server = ControlServer(directory, self._verbs(), core.owners.look)
         core.tell = self._server.tell
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.reaper = core.reaper = Reaper(spec.reaper, self.shards, core.parts.log, self._block, core.tracer,
@@ -100,53 +106,101 @@ class Coordinator:
     def _verbs(self) -> dict[type[control.Verb], Handler]:
         """Every verb of the control socket, and what it calls."""
         core = self.core
+
+        def allowed(change: Change, then: Handler) -> Handler:
+            """Unless somebody has a lease that keeps it out."""
+            def handler(verb: Any) -> dict[str, Any] | None:
+                self.leases.require(change, verb.lease)
+                return then(verb)
+            return handler
+
+        def once(then: Handler) -> Handler:
+            """Of a verb that must not be carried out twice when a client asks again (it did not get the answer)."""
+            def handler(verb: control.Verb) -> dict[str, Any] | None:
+                if verb.request and verb.request in core.requests:
+                    return None
+                core.request = verb.request
+                return then(verb)
+            return handler
+
         return {
-            control.Start: lambda v: self._start(),
+            control.Start: allowed(Change.START, lambda v: self._start()),
             control.Status: lambda v: self._final if self._final is not None else self._report(),
             control.Stop: lambda v: self._stop_or_go(),
             control.Release: lambda v: self._go(),
-            control.State: lambda v: vcpu_states.take_states(core, paused=self.pauses.paused,
-                                                             tracking=self.tracking.asked),
-            control.SetState: lambda v: vcpu_states.set_states(core, v.vcpus),
-            control.Incoming: lambda v: {"addresses": self.incoming.expect(v.socket, v.owner)},
-            control.Arrived: lambda v: self.incoming.arrived(),
-            control.Pause: lambda v: self.pauses.pause(v.owner),
-            control.Resume: lambda v: self.pauses.resume(),
-            control.Register: lambda v: self.clients.register(v.client, v.owner, v.like),
-            control.Unregister: lambda v: self.clients.unregister(v.client),
-            control.Sync: lambda v: self.clients.sync(v.client, v.again),
+            control.State: lambda v: self._state(),
+            control.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),
+            control.Incoming: allowed(Change.STATE, lambda v: {"addresses": self.incoming.expect(v.socket,
+                                                                                                 self._asker(v))}),
+            control.Arrived: allowed(Change.STATE, lambda v: self.incoming.arrived()),
+            control.Pause: lambda v: self.pauses.pause(Hold(v.token, v.why, self._asker(v)) if v.token else None),
+            control.Resume: lambda v: {"held_by": self.pauses.resume(force=v.force, held=self.leases.at_hand_over)},
+            control.TakeLease: lambda v: self.leases.take(Lease(v.token, v.why, self._asker(v), v.kind),
+                                                          recover=v.recover),
+            control.Freeze: lambda v: self.leases.freeze(v.token),
+            control.Thaw: lambda v: self.leases.thaw(v.token),
+            control.HandOver: lambda v: self.leases.hand_over(v.token, v.to),
+            control.TakeBack: lambda v: self.leases.take_back(v.token),
+            control.GiveBack: lambda v: self._give_back(v.token),
+            control.Register: allowed(Change.REGISTER, lambda v: self.clients.register(
+                v.client, self._asker(v) if v.owner_start else None, v.like)),
+            control.Unregister: lambda v: self.clients.unregister(v.client, self._server.asker),
+            control.Sync: lambda v: self.clients.sync(v.client, v.again, self._server.asker),
             control.Slots: lambda v: machine_slots(core),
-            control.Mark: lambda v: self.writes.mark(v.slot, v.first, v.count, v.born),
-            control.WriteBegin: lambda v: self.writes.begin(v.key, v.slot, v.born, v.first, v.count, v.owner),
-            control.WriteEnd: lambda v: self.writes.end(v.key),
-            control.DirtyLimit: lambda v: limits.set_limit(core, self.tracking, v.pages_per_s, v.vcpu),
-            control.SetTracking: lambda v: self.tracking.ask(v.tracking),
+            control.Mark: lambda v: self._mark(v),
+            control.DirtyLimit: lambda v: self.limits.set(
+                v.pages_per_s, v.vcpu, Limit(v.token, v.why, self._asker(v)) if v.token else None),
+            control.SetTracking: lambda v: self._set_tracking(v.tracking),
             control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
-            control.LogStop: lambda v: hotplug.set_logging(core, v.slot, False),
-            control.RecordStart: self._once(lambda v: self.recording.start(v.owner)),
-            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running())},
-            control.RecordStop: self._once(lambda v: self.recording.stop()),
-            control.MemoryAdd: self._once(lambda v: hotplug.add_slot(core, RamSlot(
-                v.slot, v.gpa, v.size, v.log, born=core.new_generation()))),
-            control.MemoryRemove: self._once(lambda v: hotplug.remove_slot(core, v.slot)),
+            control.LogStop: allowed(Change.UNLOG, lambda v: hotplug.set_logging(core, v.slot, False)),
+            control.RecordStart: once(lambda v: self.recording.start(self._asker(v))),
+            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running(), self._server.asker)},
+            control.RecordStop: once(lambda v: self.recording.stop(self._server.asker)),
+            control.MemoryAdd: once(allowed(Change.SLOTS, lambda v: hotplug.add_slot(
+                core, RamSlot(v.slot, v.gpa, v.size, v.log, born=core.new_generation())))),
+            control.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot))),
         }
 
-    def _once(self, handler: Handler) -> Handler:
-        """Of a verb that must not be carried out twice when a client asks again (it did not get the answer)."""
-        core = self.core
+    # --- verbs that concern several of the parts ---------------------------------------------------
 
-        def answer(verb: control.Verb) -> dict[str, Any] | None:
-            if verb.request and verb.request in core.requests:
-                return None
-            core.request = verb.request
-            return handler(verb)
+    def _asker(self, verb: control.Owned) -> ProcessId:
+        """Who sent it: the pid is seen, the start time told; they must fit together (vmm/coordinator/owners.py).
+        Raises VmmError."""
+        process = ProcessId(self._server.asker, verb.owner_start)
+        if not (process.pid and process.start > 0):
+            raise unseen(process)
+        return process
 
-        return answer
+    def _give_back(self, token: str) -> None:
+        """Whatever it is that this token holds; nothing, if it was given back before."""
+        if not self.leases.end(token) and not self.limits.give_back(token):
+            self.pauses.give_back(token)
+
+    def _mark(self, verb: control.Mark) -> None:
+        if verb.when == "after":        # one that began before a freeze is over before what is dirty is looked at
+            return self.writes.end(verb.token)
+        self.leases.require(Change.HOST_WRITE, verb.lease)
+        if verb.when == "made":
+            return self.core.parts.log.mark(verb.slot, verb.first, verb.count, verb.born)
+        if verb.born is None:
+            raise VmmError("a write begins in a slot with its born")
+        self.writes.begin(HostWrite(verb.token, verb.why, self._asker(verb), verb.slot, verb.born, verb.first,
+                                    verb.count))
+
+    def _set_tracking(self, asked: str) -> dict[str, Any]:
+        if asked == "none":
+            self.leases.require(Change.UNLOG)
+        return self.tracking.ask(asked, [limit.who for limit in self.limits.held])
+
+    def _state(self) -> dict[str, Any]:
+        spec = with_limits(msgspec.structs.replace(self.spec, tracking=self.tracking.asked), self.limits.user)
+        return {**vcpu_states.take_states(self.core, spec, paused=self.pauses.paused), "paused": self.pauses.user}
 
     # --- set-up ------------------------------------------------------------------------------
 
     def _create(self, keeper_fd: int) -> None:
         core = self.core
+        core.write_journal = self._write_journal
         for shard in build.make_shards(core.parts):
             self.shards.spawn(shard, build.worker_spec(core.parts, shard.index, core.directory, keeper_fd))
         self.shards.start_paused()
@@ -155,7 +209,7 @@ class Coordinator:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable)
         core.state = "ready"
-        core.commit()
+        core.save()
 
     def _start(self) -> None:
         """Let the vCPUs enter the guest for the first time."""
@@ -164,7 +218,7 @@ class Coordinator:
         now = time.monotonic()
         self._started = now
         try:
-            self.core.commit()
+            self.core.save()
         except VmmError:
             self._started = None
             raise
@@ -184,7 +238,7 @@ class Coordinator:
         is still in the rings; entries it had harvested and not reset are counted by the difference of
         the two totals. So one ordinary reap, of every ring, puts all of it right.
         """
-        core = self.core
+        core, holds = self.core, saved.holds
         self._restarts = saved.restarts + 1
         self._started, self._elapsed_at_end = saved.started, saved.elapsed
         self._stopping = ExitReason(saved.stopping)
@@ -196,13 +250,14 @@ class Coordinator:
             try:
                 if shard.control.state == VcpuState.DEAD:
                     raise ProcessLookupError
-                shard.watch(process)
+                shard.adopt(process)
             except ProcessLookupError:
                 shard.bury()
+                self.reaper.worker_died(shard)
         # Before anybody is waited for: a vCPU may be waiting for a page.
-        self.incoming.adopt(saved.incoming)
+        self.incoming.adopt(holds.incoming)
         if core.reaper.only_full:
-            self._leave_alone(paused=saved.user_paused or saved.started is None)
+            self._leave_alone()
         else:
             self._bring_into_line()
         if self.spec.verify is not None:
@@ -215,18 +270,21 @@ class Coordinator:
                 shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
                                       shard.control.exit_code)
         core.parts.log.publish()
-        self.clients.adopt(saved.owners)
-        self.writes.adopt(saved.writes)
+        self.clients.adopt(holds.clients)
+        self.writes.adopt(holds.writes)
         core.state = "ready" if saved.started is None else "running"
-        self.pauses.adopt(saved.user_paused, saved.pause_owner)
+        self.pauses.adopt(holds.user_paused, holds.pauses, holds.handed_over)
+        self.leases.adopt(holds.leases)
+        self.limits.adopt(holds.user_limits, holds.limits)
         step("take-over")
-        core.commit()       # from here on it is another one's machine
+        core.write_journal = self._write_journal
+        core.save()         # from here on it is this one's machine
         step("take-over-committed")
         self._sweep()
         if self._stopping != ExitReason.NONE:
             self._ask_to_end()
-        if saved.started is not None and not self.pauses.paused:
-            self.shards.resume_all()
+        if saved.started is not None:
+            self.shards.resume_all()    # those who want it to stand still have their own pause by now
 
     def _bring_into_line(self) -> None:
         """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the
@@ -245,10 +303,10 @@ class Coordinator:
             self.reaper.full.update(s.index for s in self.shards.all)
         self.reaper.drain()
 
-    def _leave_alone(self, *, paused: bool) -> None:
+    def _leave_alone(self) -> None:
         """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes.
         Nor can the predecessor have been in the middle of anything that concerns them, but a pause."""
-        self.shards.expect_paused(paused)
+        self.shards.expect_paused()
         self.reaper.full.update(s.index for s in self.shards.all if s.control.state == VcpuState.RING_FULL)
 
     def _sweep(self) -> None:
@@ -256,7 +314,7 @@ class Coordinator:
         removed."""
         known = {*self._journal.segments, *self.core.parts.segments,
                  *(self.core.verifier.segments if self.core.verifier is not None else ())}
-        for name in machine_segments(self.spec.name):
+        for name in list_segments(machine_prefix(self.spec.name)):
             if name not in known:
                 unlink_segment(name)
                 step("take-over-swept")
@@ -268,13 +326,17 @@ class Coordinator:
         self._journal.write(Saved(
             restarts=self._restarts, generation=core.generation, requests=list(core.requests),
             slots=[slot.now for slot in log.slots.values()], reused=sorted(log.reused), clients=log.saved_clients(),
-            owners=self.clients.owners, writes=self.writes.open,
-            workers=[s.process for s in self.shards.all],
+            holds=self._holds(), workers=[s.process for s in self.shards.all],
             exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
             started=self._started, elapsed=self._elapsed_at_end, stopping=self._stopping,
-            user_paused=self.pauses.paused, pause_owner=self.pauses.owner, incoming=self.incoming.process,
             tracking=core.parts.tracking, asked_tracking=self.tracking.asked,
             verification=core.verifier.result if core.verifier else None))
+
+    def _holds(self) -> Holds:
+        pauses, limits = self.pauses, self.limits
+        return Holds(user_paused=pauses.user, pauses=list(pauses.held), handed_over=pauses.handed_over,
+                     leases=list(self.leases.held), user_limits=limits.user, limits=list(limits.held),
+                     clients=list(self.clients.held), writes=list(self.writes.held), incoming=self.incoming.owner)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -282,7 +344,7 @@ class Coordinator:
         """Serve the machine until it is over and released; its exit code."""
         while not self._done:
             if self.core.unsaved:
-                self.core.save()
+                self.core.save_if_possible()
             now = time.monotonic()
             if self._running():
                 self._run_due(now)
@@ -373,21 +435,16 @@ class Coordinator:
                             "code": message.code, "detail": message.detail})
 
     def _on_death(self, shard: Shard) -> None:
-        """A worker's process ended. Its ring is still mapped here and will be harvested; a plain
-        bitmap died with it."""
+        """A worker's process has ended."""
         if self._done or self.core.state == "ended":
             return
-        self.reaper.full.discard(shard.index)
-        if not self.core.parts.ring_entries:
-            self.core.parts.log.mark_logged_slots()
+        self.reaper.worker_died(shard)
         self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
-                        "code": 0, "detail": f"its worker process (pid {shard.process.pid}) ended"})
+                        "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
         if self.reaper.recorder is not None:
             self.reaper.recorder.miss()
-        if self.core.verifier is not None:
-            self.core.verifier.blind_to_surplus = True
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                         "pages_marked": pages})
 
@@ -406,7 +463,7 @@ class Coordinator:
         if self._stopping != ExitReason.NONE or self.core.state != "running":
             return
         self._stopping = reason
-        self.core.save()
+        self.core.save_if_possible()
         step("stop-saved")
         self._ask_to_end()
 
@@ -430,14 +487,14 @@ class Coordinator:
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
-        self.shards.drain_notifications()
+        self.shards.drain_notifications(everything=True)
         if self.core.verifying:
             self.core.drain_and_verify()
         else:
             self.reaper.drain()
         self._elapsed_at_end = self._elapsed()
         self.core.state = "ended"
-        self.core.save()
+        self.core.save_if_possible()
         self._final = self._report()
         self.core.tell({"event": "ended", "exit_code": self._final["exit_code"]})
         self._done = not self._linger
@@ -451,7 +508,23 @@ class Coordinator:
     def _report(self) -> dict[str, Any]:
         return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
                               asked_tracking=self.tracking.asked, switches=self.tracking.switches,
-                              restarts=self._restarts)
+                              restarts=self._restarts, holders=self._holders(),
+                              handed_over=self.pauses.handed_over.to if self.pauses.handed_over else "")
+
+    def _holders(self) -> list[dict[str, Any]]:
+        """Who has what of the machine, for the report; pid 0: the user."""
+        pauses, limits, recorder = self.pauses, self.limits, self.recording.owner
+        holders: list[tuple[str, str, int]] = []
+        if pauses.user:
+            holders.append(("pause", "user", 0))
+        if any(limits.user):
+            holders.append(("limit", "user", 0))
+        for what, held in (("pause", pauses.held), ("limit", limits.held), ("client", self.clients.held)):
+            holders += [(what, hold.why, hold.owner.pid) for hold in held]
+        holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
+        if recorder is not None:
+            holders.append(("recording", "trace", recorder.pid))
+        return [{"what": what, "why": why, "pid": pid} for what, why, pid in holders]
 
     # --- tear-down ---------------------------------------------------------------------------------
 

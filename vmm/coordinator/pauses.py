@@ -1,67 +1,147 @@
-"""Pausing a machine for a user or a process."""
+"""Who wants the guest to stand still. It runs when nobody does.
+
+There is one pause of the user's (``vmm pause``), any number of those of processes, and that of a machine which was
+handed over to another host, which stays until somebody takes the machine back.
+"""
 
 from __future__ import annotations
 
-from ipc.process import ProcessId
+import msgspec
 
+from ipc.processid import ProcessId
+from ipc.steps import step
+
+from ..errors import VmmError
 from .core import Core
-from .owners import Owner
+from .owners import Held, Hold
 
-__all__ = ["Pauses"]
+__all__ = ["HandedOver", "Pauses"]
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """The machine was given to another host: it is not to run here again, unless it is taken back."""
+
+    to: str             # where, for people
+    by: ProcessId       # the process that did it; it may have gone
 
 
 class Pauses:
-    """``paused``: somebody wants the guest to stand still. A pause of a process ends with it."""
+    """``user``: the user has paused it. ``held``: the pauses of processes."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._owner: Owner | None = None
-        self.paused = False
+        self.user = False
+        self.held: Held[Hold] = Held(core.owners, lambda hold: self._given_back())
+        self.handed_over: HandedOver | None = None
+        self._standing = False      # all shards are paused on this module's account
 
     @property
-    def owner(self) -> ProcessId | None:
-        """The process whose pause it is; None: nobody's, it stays."""
-        return self._owner.process if self._owner is not None else None
+    def paused(self) -> bool:
+        """Somebody wants the guest to stand still."""
+        return self.user or len(self.held) > 0 or self.handed_over is not None
 
-    def adopt(self, paused: bool, owner: ProcessId | None) -> None:
-        """As a coordinator that died has left it; the vCPUs are paused."""
-        self.paused = paused
-        if paused and owner is not None:
+    @property
+    def holders(self) -> list[str]:
+        """Each who wants it, for people."""
+        return ([f"handed over to {self.handed_over.to}"] if self.handed_over else []) + \
+               (["the user"] if self.user else []) + [hold.who for hold in self.held]
+
+    def adopt(self, user: bool, held: list[Hold], handed_over: HandedOver | None) -> None:
+        """As a coordinator that died has left it; the vCPUs stand still."""
+        self.user, self.handed_over = user, handed_over
+        self.held.adopt(held)
+        self._follow()
+
+    def pause(self, hold: Hold | None) -> None:
+        """For a process, or (None) for the user. Every vCPU is out of the guest afterwards. May be repeated. Raises
+        VmmError, with nothing held."""
+        self._core.require_not_ended()
+        if hold is None:
+            self._pause_for_user()
+        elif self.held.add(hold):
             try:
-                self._owner = self._core.owners.watch(owner, self._owner_ended)
-            except ProcessLookupError:
-                self.paused = False
+                self._stand()
+            except BaseException:
+                self.held.pop(hold.token)
+                self._given_back()
+                raise
 
-    def pause(self, owner: int = 0) -> None:
+    def _pause_for_user(self) -> None:
+        if self.user:
+            return
+        self.user = True
+        try:
+            self._stand()
+        except BaseException:
+            self.user = False
+            self._given_back()
+            raise
+
+    def _stand(self) -> None:
+        self._core.save()
+        step("pause-noted")
+        self._follow()
+        step("pause-standing")
+
+    def resume(self, *, force: bool, held: str) -> list[str]:
+        """Take back the user's pause; who wants it to stand still all the same. ``force``: also a machine that was
+        handed over; ``held``: what has it while that is under way, for people. Raises VmmError."""
         core = self._core
         core.require_not_ended()
-        if self.paused:
-            if not owner:
-                self._disown()      # somebody wants it paused for good
-                core.save()
-            return
-        self.paused = True
-        core.shards.pause_all()
-        if owner:
-            try:
-                self._owner = core.owners.watch(owner, self._owner_ended)
-            except ProcessLookupError:
-                self.resume()
-        core.save()
+        if self.handed_over is not None:
+            to = self.handed_over.to
+            if held:
+                raise VmmError(f"machine '{core.spec.name}' was handed over to {to}, and {held} is at it still")
+            if not force:
+                raise VmmError(f"machine '{core.spec.name}' was handed over to {to}, and runs there. If it is lost "
+                               f"there for good: vmm resume --force {core.spec.name} goes on here from that moment")
+        before = self.user, self.handed_over
+        self.user, self.handed_over = False, None
+        try:
+            core.save()
+        except BaseException:
+            self.user, self.handed_over = before
+            raise
+        step("resume-noted")
+        self._follow()
+        return self.holders
 
-    def resume(self) -> None:
-        self._core.require_not_ended()
-        self._disown()
-        if self.paused:
-            self.paused = False
-            self._core.shards.resume_all()
+    def give_back(self, token: str) -> bool:
+        """A process' pause; False when there is none of that token."""
+        if self.held.pop(token) is None:
+            return False
+        self._given_back()
+        return True
+
+    def hand_over(self, handed_over: HandedOver | None) -> None:
+        """Stay paused whatever becomes of who asks, and of this coordinator; None takes that back. May be repeated.
+        Raises VmmError with nothing changed."""
+        before = self.handed_over
+        self.handed_over = handed_over
+        try:
             self._core.save()
+        except BaseException:
+            self.handed_over = before
+            raise
+        step("hand-over-noted")
+        self._follow()
 
-    def _owner_ended(self) -> None:
-        if self._core.state == "running":
-            self.resume()
+    def _given_back(self) -> None:
+        """A process has no pause any more. The journal need not be told at once: a successor finds a pause whose
+        process has gone, or who gave it back asks again."""
+        self._follow()
+        self._core.save_if_possible()
 
-    def _disown(self) -> None:
-        if self._owner is not None:
-            self._owner.close()
-            self._owner = None
+    def _follow(self) -> None:
+        """Stop or let go, where that has not been done yet."""
+        if self.paused == self._standing or self._core.state == "ended":
+            return
+        self._standing = not self._standing
+        if self._standing:
+            try:
+                self._core.shards.pause_all()
+            except BaseException:
+                self._standing = False      # it has let all of them go again
+                raise
+        else:
+            self._core.shards.resume_all()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ipc.processid import ProcessId
 from ipc.steps import step
 
 from ..errors import VmmError
 from ..record import Recorder
 from .core import Core
-from .owners import Owner
+from .owners import Watch, unseen
 from .tracking import TrackingSwitch
 
 __all__ = ["Recording"]
@@ -20,14 +21,20 @@ class Recording:
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
         self._core = core
         self._tracking = tracking
-        self._owner: Owner | None = None
+        self._owner: Watch | None = None
 
-    def start(self, owner: int) -> None:
+    @property
+    def owner(self) -> ProcessId | None:
+        """Who records; None: nobody."""
+        return self._owner.process if self._owner is not None else None
+
+    def start(self, owner: ProcessId) -> None:
         """Until ``stop`` or the end of process ``owner``. Raises VmmError and SegmentError."""
         core = self._core
         core.require_not_ended()
         if core.reaper.recorder is not None:
-            raise VmmError(f"machine '{core.spec.name}' is being recorded already")
+            pid = self._owner.process.pid if self._owner is not None else 0
+            raise VmmError(f"machine '{core.spec.name}' is being recorded already (pid {pid})")
         self._tracking.choose(recorded=True)
         if not core.parts.ring_entries:
             how = (f"vmm tracking {core.spec.name} ring" if core.spec.ring_entries
@@ -42,28 +49,35 @@ class Recording:
             self._owner = core.owners.watch(owner, self.close)
         except ProcessLookupError:
             self.close()
-            raise VmmError(f"process {owner}, which is to take the recording, is not there") from None
+            raise unseen(owner) from None
+        except VmmError:
+            self.close()
+            raise
         core.carried_out()
 
-    def step(self, running: bool) -> bool:
-        """Reap now; False when the machine has ended."""
-        self._require_recording()
+    def step(self, running: bool, asker: int) -> bool:
+        """Reap now; False when the machine has ended. ``asker``: pid of who asks, whose recording it must be.
+        Raises VmmError."""
+        self._require_recording(asker)
         if running:
             self._core.reaper.reap()
         return self._core.state != "ended"
 
-    def stop(self) -> None:
-        """Flush, and end it."""
-        self._require_recording()
+    def stop(self, asker: int) -> None:
+        """Flush, and end it. Raises VmmError."""
+        self._require_recording(asker)
         self._core.flush()
         step("record-stop")
         self.close()
         self._core.carried_out()
         step("record-stopped")
 
-    def _require_recording(self) -> None:
+    def _require_recording(self, asker: int) -> None:
         if self._core.reaper.recorder is None:
             raise VmmError(f"machine '{self._core.spec.name}' is not being recorded (any more)")
+        if self._owner is not None and self._owner.process.pid != asker:
+            raise VmmError(f"machine '{self._core.spec.name}' is being recorded by another process "
+                           f"({self._owner.process.pid})")
 
     def close(self) -> None:
         """Idempotent."""

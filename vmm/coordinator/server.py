@@ -22,11 +22,16 @@ Handler = Callable[[Any], dict[str, Any] | None]
 
 
 class ControlServer:
-    """``verbs``: what is called with each verb; it gives the answer's result (None: an empty one), or raises
-    VmmError or SegmentError. ``Follow`` is this class's own."""
+    """``before`` is called before each verb. ``verbs``: what is called with it; it gives the answer's result (None:
+    an empty one), or raises VmmError or SegmentError. ``Follow`` is this class's own."""
 
-    def __init__(self, directory: Path, verbs: dict[type[control.Verb], Handler]) -> None:
+    def __init__(self, directory: Path, verbs: dict[type[control.Verb], Handler],
+                 before: Callable[[], None]) -> None:
         self._verbs = verbs
+        self._before = before
+        #: Process id of whoever asks, while a verb is carried out: of the peer of the socket, seen from here. 0: it
+        #: is in a PID namespace that is not seen from here.
+        self.asker = 0
         self._followers: set[bytes] = set()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self.socket = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
@@ -45,11 +50,13 @@ class ControlServer:
         """Whatever has come."""
         while True:
             try:
-                client, frame = self.socket.recv_multipart(zmq.DONTWAIT)
+                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            except ValueError:
-                continue  # not a message of two frames: not from a client of ours
+            if len(frames) != 2:
+                continue  # not from a client of ours
+            client, frame = (f.bytes for f in frames)
+            self.asker = _peer_pid(frames[1])
             answer = self._answer(client, frame)
             step("verb-carried-out")
             try:
@@ -65,6 +72,7 @@ class ControlServer:
             if isinstance(verb, control.Follow):
                 self._followers.add(client)
                 return {"id": number, "result": {}}
+            self._before()
             return {"id": number, "result": self._verbs[type(verb)](verb) or {}}
         except VmmError as exc:
             return {"id": getattr(exc, "request_id", number), "error": str(exc), "code": int(exc.exit_code)}
@@ -74,3 +82,11 @@ class ControlServer:
     def close(self) -> None:
         self.socket.close()
         self._context.term()
+
+
+def _peer_pid(frame: zmq.Frame) -> int:
+    """libzmq puts SO_PEERCRED of an ipc connection into ``Peer-Address``: ``host:uid:gid:pid``."""
+    try:
+        return int(str(frame.get("Peer-Address")).rpartition(":")[2])
+    except (zmq.ZMQError, ValueError):
+        return 0

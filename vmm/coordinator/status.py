@@ -25,7 +25,7 @@ def reason_text(reason: ExitReason) -> str:
 
 
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
-                   restarts: int) -> dict[str, Any]:
+                   restarts: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
     """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
     verification: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
         "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
         "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
         "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
-        "coordinator": {"pid": os.getpid(), "restarts": restarts},
+        "coordinator": {"pid": os.getpid(), "restarts": restarts, "bad_messages": core.shards.dropped},
         "vcpus": [_vcpu_report(core, s) for s in core.shards.all],
         "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
                    "iterations": block.reaper_iteration, "pages": block.reaped_pages,
@@ -46,7 +46,7 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
         "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
                    "dirty": log.dirty_pages(i), "logged": s.logged, "born": s.spec.born}
                   for i, s in log.slots.items()],
-        "clients": log.clients, "incoming": core.pages_missing,
+        "clients": log.clients, "holders": holders, "handed_over": handed_over, "incoming": core.pages_missing,
         "verification": verification,
     }
 
@@ -61,7 +61,7 @@ def machine_slots(core: Core) -> dict[str, Any]:
 def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
     block, exited = shard.control, shard.exited
     return {
-        "index": shard.index, "pid": shard.process.pid, "accelerator": core.spec.accel,
+        "index": shard.index, "pid": shard.pid, "accelerator": core.spec.accel,
         "state": VcpuState(block.state).name.lower().replace("_", "-"),
         "exit_reason": reason_text(ExitReason(block.exit_reason)), "exit_code": block.exit_code,
         "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
@@ -78,7 +78,7 @@ def exit_code(core: Core) -> ExitCode:
     reasons = {ExitReason(s.control.exit_reason) for s in core.shards.all}
     if core.verifier is not None and not core.verifier.result.ok:
         return ExitCode.VERIFY_FAILED
-    if ExitReason.WORKER_DIED in reasons:
+    if reasons & {ExitReason.WORKER_DIED, ExitReason.UNKNOWN}:
         return ExitCode.WORKER_DIED
     if reasons & _CRASHES:
         return ExitCode.GUEST_CRASHED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -30,14 +31,15 @@ class TrackingSwitch:
         if self.asked != "auto":
             return self.asked
         spec = self._core.spec
-        return self._auto.first(logged=spec.verify is not None, ring=spec.dirty_quota > 0)
+        return self._auto.first(logged=spec.verify is not None, ring=any(spec.quotas))
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
         return self._auto.left(now)
 
-    def ask(self, asked: str) -> dict[str, Any]:
-        """What a user wants from now on. Raises VmmError, with everything as it was."""
+    def ask(self, asked: str, limits: list[str]) -> dict[str, Any]:
+        """What a user wants from now on; ``limits``: processes that limit vCPUs, for people. Raises VmmError, with
+        everything as it was."""
         core = self._core
         core.require_not_ended()
         core.require_whole_memory()
@@ -46,8 +48,9 @@ class TrackingSwitch:
             raise VmmError(f"machine '{core.spec.name}' is being recorded (vmm trace record), which needs dirty "
                            "rings: end that first")
         if asked not in ("ring", "auto") and self._limited():
-            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: cancel it first"
-                           f" (vmm dirty-limit cancel {core.spec.name})")
+            what = f"by {', '.join(limits)}: wait for that" if limits else (
+                f"cancel it first (vmm dirty-limit cancel {core.spec.name})")
+            raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: {what}")
         before = core.parts.tracking
         mode = asked
         if asked == "auto":
@@ -56,7 +59,7 @@ class TrackingSwitch:
         asked_before, self.asked = self.asked, asked    # written down with the first step of the switch
         try:
             seconds = self.switch(mode)
-            core.commit()
+            core.save()
         except (VmmError, SegmentError):
             self.asked = asked_before
             raise
@@ -70,10 +73,10 @@ class TrackingSwitch:
             return 0.0
         began = time.monotonic()
         with core.shards.all_paused():
-            retrack.switch(core.parts, core.shards, core.reaper, mode, core.commit)
+            retrack.switch(core.parts, core.shards, core.reaper, mode, core.save)
             self.switches += 1
             if core.verifier is not None:
-                core.verifier.switched(blind=before == "none")
+                core.verifier.switched()
         now = time.monotonic()
         if core.parts.ring_entries:
             core.reaper.schedule.plan(now, {s.index: s.soft_limit for s in core.shards.all})
@@ -96,8 +99,8 @@ class TrackingSwitch:
             self.choose()
         except (VmmError, SegmentError) as exc:
             self.asked = core.parts.tracking
-            core.save()
-            core.complain(f"tracking is {self.asked} from now on: {exc}")
+            core.save_if_possible()
+            print(f"vmm: machine '{core.spec.name}': tracking is {self.asked} from now on: {exc}", file=sys.stderr)
 
     def require_log(self) -> None:
         """Raises VmmError."""

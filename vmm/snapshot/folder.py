@@ -14,12 +14,12 @@ from pathlib import Path
 from ipc.steps import step
 
 from ..errors import VmmError
+from ..names import is_snapshot_id
 
-__all__ = ["SnapshotError", "clear_leftovers", "discard", "exchange", "foreign_file", "is_id", "locked",
+__all__ = ["SnapshotError", "clear_leftovers", "discard", "exchange", "foreign_file", "locked",
            "new_aside", "next_id", "remove", "snapshot_ids", "sync_directory", "sync_file"]
 
-_ID = re.compile(r"[0-9]{4,15}")
-_ASIDE = re.compile(r"\.(?:new|old)-[0-9]{4,15}-[0-9a-f]{8}")
+_ASIDE = re.compile(r"\.(?:new|old)-[0-9]{4,18}-[0-9a-f]{8}")
 _FILE = re.compile(r"manifest\.(?:json|sum)|(?:slot[0-9]{1,9}|system)\.(?:map|mem|zst)|image")
 _RENAME_EXCHANGE = 2        # renameat2(2)
 _AT_FDCWD = -100
@@ -27,11 +27,6 @@ _AT_FDCWD = -100
 
 class SnapshotError(VmmError):
     """A snapshot that is damaged, foreign, or not there; the text names the file."""
-
-
-def is_id(name: str) -> bool:
-    """``0001``, ``9999``, ``10000``: at least four digits, and no more zeros in front than that needs."""
-    return bool(_ID.fullmatch(name)) and name == f"{int(name):04d}"
 
 
 def snapshot_ids(directory: Path) -> list[str]:
@@ -43,7 +38,7 @@ def snapshot_ids(directory: Path) -> list[str]:
         names = os.listdir(directory)
     except OSError as exc:
         raise SnapshotError(f"{directory}: cannot be read: {exc.strerror}") from None
-    return sorted((n for n in names if is_id(n) and _has_manifest(directory / n)), key=int)
+    return sorted((n for n in names if is_snapshot_id(n) and _has_manifest(directory / n)), key=int)
 
 
 def _has_manifest(folder: Path) -> bool:

@@ -12,12 +12,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..errors import one_line
+from workers.state import StateError, check_states
+
+from ..errors import VmmError, one_line
 from ..inputs import open_input, read_input
 from ..loader import IMAGE_SIZE_MAX
+from ..names import check_snapshot_id, is_snapshot_id
 from ..pagefile import PAGE
+from ..rules import arriving
 from ..spec import MachineSpec
-from .folder import SnapshotError, is_id, sync_directory, sync_file
+from .folder import SnapshotError, sync_directory, sync_file
 
 __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "SnapshotError", "file_checksum",
            "load_manifest", "write_manifest"]
@@ -68,10 +72,8 @@ def _refuse(path: Path, what: str) -> SnapshotError:
 
 
 def load_manifest(directory: Path, name: str) -> Manifest:
-    """Raises SnapshotError."""
-    if not is_id(name):
-        raise SnapshotError(f"snapshot '{one_line(name, 60)}': ids are numbers of four digits or more, for example "
-                            "0001")
+    """Raises SnapshotError, and VmmError for a name that is not an id."""
+    check_snapshot_id(name)
     path = directory / name / "manifest.json"
     text = read_input(path, _MANIFEST_MAX, _refuse)
     checksum = read_input(path.with_suffix(".sum"), 1024, _refuse)
@@ -96,12 +98,18 @@ def load_manifest(directory: Path, name: str) -> Manifest:
 
 
 def _problem(manifest: Manifest) -> str:
-    """What in it cannot be; "" when nothing is."""
+    """What in it cannot be; "" when all of it can."""
     spec, system = manifest.spec, manifest.system
-    if manifest.parent is not None and not (is_id(manifest.parent) and int(manifest.parent) < int(manifest.id)):
+    parent = manifest.parent
+    if parent is not None and not (is_snapshot_id(parent) and int(parent) < int(manifest.id)):
         return "its parent is not a snapshot before it"
-    if spec.accel not in ("kvm", "unicorn") or spec.replay is not None:
+    if spec.accel == "replay":
         return "its machine has no memory to restore"
+    try:
+        arriving(spec, name=spec.name, image="/image", accel=spec.accel, linger=False)
+        check_states(manifest.vcpus, spec.vcpus)
+    except (VmmError, StateError) as exc:
+        return one_line(str(exc))
     if [(s.id, s.gpa, s.size, s.log, s.born) for s in manifest.slots] != [
             (s.id, s.gpa, s.size, s.log, s.born) for s in spec.slots]:
         return "its memory slots are not those of its machine"
@@ -110,8 +118,6 @@ def _problem(manifest: Manifest) -> str:
         return "a slot has more pages than it holds"
     if system.size > _SYSTEM_MAX:
         return "its system slot is beyond reason"
-    if len(manifest.vcpus) != spec.vcpus:
-        return f"it has the states of {len(manifest.vcpus)} vCPUs for a machine of {spec.vcpus}"
     return ""
 
 

@@ -88,7 +88,7 @@ def delete(directory: Path, name: str) -> None:
     """Damaged or not. Raises SnapshotError when there is none of that name, or another was built on it."""
     with locked(directory):
         if name not in snapshot_ids(directory):
-            load_manifest(directory, name)      # says what is wrong with the name, or the file
+            load_manifest(directory, name)      # says what is wrong with the name, or with the file
         children = [m.id for m in list_snapshots(directory) if m.parent == name]
         if children:
             raise SnapshotError(f"{directory / name}: {', '.join(children)} builds on it: merge or delete that "

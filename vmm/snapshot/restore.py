@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..machine import Machine
 from ..pagefile import PAGE, read_pages
-from ..rules import RuleError, arriving
-from ..spec import MachineSpec
+from ..rules import arriving
 from .chain import Progress, chain, layers
 from .folder import SnapshotError
 from .manifest import Manifest, file_checksum
@@ -20,12 +19,15 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
             progress: Progress = lambda done, total: None) -> Machine:
     """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
     ``start=False`` it is left before its first instruction. Raises VmmError, with nothing left behind."""
+    from ..plan import choose_accelerator
+
     manifests = chain(directory, name)
     newest = manifests[-1]
     folder = directory / newest.id
     if file_checksum(folder / "image") != newest.image_checksum:
         raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
-    spec = _specification(folder, newest, machine_name, accel, linger=not detach)
+    spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str((folder / "image").resolve()),
+                    accel=choose_accelerator(accel), linger=not detach)
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
         total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
@@ -46,18 +48,6 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
         machine.close()
         raise
     return machine
-
-
-def _specification(folder: Path, manifest: Manifest, name: str | None, accel: str, *, linger: bool) -> MachineSpec:
-    """The manifest's machine as it may be here: what it writes, and where, is this host's to say.
-    Raises VmmError."""
-    from ..plan import choose_accelerator
-
-    try:
-        return arriving(manifest.spec, name=name or manifest.spec.name, image=str((folder / "image").resolve()),
-                        accel=choose_accelerator(accel), linger=linger)
-    except RuleError as exc:
-        raise SnapshotError(f"{folder / 'manifest.json'}: a machine that cannot be: {exc}") from None
 
 
 def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:

@@ -17,7 +17,6 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,14 @@ _LIVE_ENOUGH = 512          # pages that are few enough to stop the guest for
 def create(machine: Machine, directory: Path, *, incremental: bool = False, live: bool = False,
            compression: Compression = "none", progress: Progress = lambda done, total: None) -> Manifest:
     """Take a snapshot. The machine is paused for it, or with ``live`` only for the last dirty pages and the
-    vCPU states; it is as before when this returns, also when it fails. Raises VmmError."""
+    vCPU states; it is as before when this returns, also when it fails. A migration, hotplug and the end of dirty
+    logging are kept out meanwhile. Raises VmmError."""
     machine.require_memory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise SnapshotError(f"{directory}: cannot be made: {exc.strerror}") from None
-    with locked(directory):
+    with locked(directory), machine.lease("snapshot", f"into {directory}"):
         return _create(machine, directory, incremental, live, compression, progress)
 
 
@@ -72,7 +72,7 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
             stack.callback(taking.close)
             if live:
                 taking.copy_while_it_runs()
-            with _paused(machine):
+            with machine.paused("snapshot"):
                 machine.register(epoch)     # before the last pages are looked for: nothing falls between the two
                 step("snapshot-epoch")
                 taking.finish_memory()
@@ -118,19 +118,6 @@ def _parent(machine: Machine, directory: Path) -> Manifest:
 def _forget(machine: Machine, client: str) -> None:
     with contextlib.suppress(VmmError):
         machine.unregister(client)
-
-
-@contextlib.contextmanager
-def _paused(machine: Machine) -> Iterator[None]:
-    """Paused for the time being, unless somebody had paused it already; resumed also if this process is killed."""
-    if machine.status()["state"] == "paused":
-        yield
-        return
-    machine.pause(mine=True)
-    try:
-        yield
-    finally:
-        machine.resume()
 
 
 class _Taking:

@@ -1,0 +1,406 @@
+"""Chains of snapshots as directories: what is ours in them, what a manifest may say, what a kill leaves. No machine
+runs here (tests/test_snapshot.py has those)."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from machines import replace, spec
+
+from ipc.steps import STEPS
+from vmm import snapshot
+from vmm.errors import VmmError
+from vmm.pagefile import PAGE, PageFileError, PageWriter, compress, iter_pages, read_pages
+from vmm.snapshot import Damaged, Manifest, SnapshotError
+from vmm.snapshot.folder import next_id
+from vmm.snapshot.manifest import FORMAT, VERSION, SlotFile, file_checksum, write_manifest
+from vmm.spec import RamSlot
+from workers.state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
+
+PAGES = 48
+
+_SEGMENT = SegmentState(*[0] * 12)
+STATE = json.loads(msgspec.json.encode(VcpuSaved(
+    regs=RegsState(*[0] * 18), segments=SegmentsState(*[_SEGMENT] * 8), gdt=TableState(0, 0), idt=TableState(0, 0),
+    cr0=0, cr2=0, cr3=0, cr4=0, cr8=0, efer=0, apic_base=0, xcr0=1, xsave=b"\0" * 576, debug=(0, 0, 0, 0, 0, 0),
+    msrs={}, events=EventsState(*[0] * 22), mp_state=0)))
+
+
+def slot_file(folder: Path, name: str, pages: dict[int, int], total: int, packed: bool = False) -> SlotFile:
+    """A page file with ``pages``: {page: the byte that it is full of}."""
+    with PageWriter(folder, name, total) as writer:
+        for value in set(pages.values()):
+            writer.write(np.broadcast_to(np.uint8(value), total * PAGE), np.array(sorted(
+                p for p, v in pages.items() if v == value)))
+        done = writer.finish()
+    if packed:
+        compress(folder, name)
+    return SlotFile(0, 0, total * PAGE, True, 0, int(done["pages"]), int(done["zero_pages"]), str(done["checksum"]))
+
+
+def made(directory: Path, name: str, parent: str | None, pages: dict[int, int] | None = None, *,
+         total: int = PAGES, packed: bool = False) -> Manifest:
+    """A snapshot as a machine of one slot would leave it."""
+    folder = directory / name
+    folder.mkdir(parents=True)
+    pages = {int(name) % total: int(name) % 256} if pages is None else pages
+    slot = slot_file(folder, "slot0", pages, total, packed)
+    system = slot_file(folder, "system", {0: 7}, 1)
+    (folder / "image").write_bytes(b"an image")
+    manifest = Manifest(
+        format=FORMAT, version=VERSION, id=name, parent=parent, created="2025-01-01T00:00:00+00:00", program="0",
+        accelerator="unicorn", live=False, compression="zstd" if packed else "none", epoch="snap_0",
+        image_checksum=file_checksum(folder / "image"),
+        spec=spec("idle", accel="unicorn", vcpus=1, slots=[RamSlot(0, 0, total * PAGE)]), slots=[slot],
+        system=system, vcpus=[STATE])
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def contents(directory: Path, name: str | None = None) -> dict[int, int]:
+    """{page: byte} of slot 0."""
+    found: dict[int, int] = {}
+    for manifest in snapshot.chain(directory, name):
+        slot = manifest.slots[0]
+        for first, data in iter_pages(directory / manifest.id, "slot0", slot.size // PAGE, slot.checksum):
+            found |= {first + i: int(v) for i, v in enumerate(data[::PAGE])}
+    return found
+
+
+def names(directory: Path) -> list[str]:
+    return [m.id for m in snapshot.list_snapshots(directory)]
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def tree(top: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(top)): p.read_bytes() if p.is_file() else None for p in sorted(top.rglob("*"))}
+
+
+# --- ids -------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_numbers(tmp_path: Path) -> None:
+    parent = None
+    for number in (9998, 9999, 10000, 10001):
+        parent = made(tmp_path, f"{number:04d}", parent).id
+    assert names(tmp_path) == ["9998", "9999", "10000", "10001"]
+    assert [m.id for m in snapshot.verify(tmp_path)] == ["9998", "9999", "10000", "10001"]
+    assert next_id(tmp_path) == "10002"
+    assert snapshot.merge(tmp_path, "10000").id == "10000"
+    assert names(tmp_path) == ["10000", "10001"]
+
+
+@pytest.mark.parametrize("name", ["../0001", "1", "00001", "", ".", "0001.bak", "\u0660\u0660\u0660\u0661", "0\n"])
+def test_what_is_not_an_id_is_never_a_path(tmp_path: Path, name: str) -> None:
+    made(tmp_path / "s", "0001", None)
+    for act in (snapshot.verify, snapshot.merge, snapshot.delete, snapshot.restore):
+        with pytest.raises(VmmError, match=r"^snapshot id ") as caught:
+            act(tmp_path / "s", name)
+        assert "\n" not in str(caught.value)
+    assert names(tmp_path / "s") == ["0001"]
+
+
+# --- what else is there ------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_a_snapshot_is_neither_read_nor_removed(tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    made(directory, "0001", None)
+    made(directory, "0002", "0001")
+    for name in ("lost+found", "notes", "0001.bak", "2024", ".old-photos", ".new-ideas", ".old-0001-cafecafe"):
+        (directory / name).mkdir()
+        (directory / name / "1.jpg").write_text("x")
+    os.mkfifo(directory / "0003")
+    (directory / ".new-0009-00000000").write_text("a file of mine")
+    foreign = {n: v for n, v in tree(directory).items() if n.partition("/")[0] not in ("0001", "0002")}
+    assert names(directory) == ["0001", "0002"]
+    assert next_id(directory) == "0004"
+    snapshot.verify(directory)
+    snapshot.merge(directory)
+    assert names(directory) == ["0002"]
+    made(directory, "0005", "0002")
+    snapshot.delete(directory, "0005")
+    assert {n: v for n, v in tree(directory).items() if n.partition("/")[0] != "0002"} == foreign
+    with pytest.raises(SnapshotError, match=r"2024/manifest\.json: cannot be read"):
+        snapshot.delete(directory, "2024")
+
+
+def test_a_file_of_somebody_elses_in_a_snapshot_is_not_deleted_with_it(tmp_path: Path) -> None:
+    made(tmp_path, "0001", None)
+    made(tmp_path, "0002", "0001")
+    (tmp_path / "0001" / "why.txt").write_text("before the update")
+    snapshot.merge(tmp_path)
+    assert (tmp_path / "0001" / "why.txt").exists()
+    with pytest.raises(SnapshotError, match=r"why\.txt: is not a snapshot's file"):
+        snapshot.delete(tmp_path, "0001")
+    (tmp_path / "0001" / "why.txt").unlink()
+    snapshot.delete(tmp_path, "0001")
+    assert names(tmp_path) == ["0002"]
+    snapshot.verify(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["manifest.json", "manifest.sum", "missing"])
+def test_one_damaged_manifest_harms_only_what_is_built_on_it(tmp_path: Path, how: str) -> None:
+    made(tmp_path, "0001", None)
+    made(tmp_path, "0002", "0001")
+    made(tmp_path, "0003", None)
+    made(tmp_path, "0004", "0003")
+    if how == "missing":
+        (tmp_path / "0003" / "manifest.json").unlink()
+    else:
+        damage(tmp_path / "0003" / how)
+    assert names(tmp_path) == ["0001", "0002", "0004"]
+    marked = snapshot.survey(tmp_path)[2]
+    assert isinstance(marked, Damaged)
+    assert marked.id == "0003"
+    assert "0003/manifest.json" in marked.reason
+    assert [m.id for m in snapshot.verify(tmp_path, "0002")] == ["0001", "0002"]
+    for name in (None, "0004"):
+        with pytest.raises(SnapshotError, match=r"0004: is built on 0003: .*0003/manifest\.json"):
+            snapshot.verify(tmp_path, name)
+    with pytest.raises(SnapshotError, match="0004 builds on it"):
+        snapshot.delete(tmp_path, "0003")
+    snapshot.delete(tmp_path, "0004")
+    snapshot.delete(tmp_path, "0003")
+    assert sorted(os.listdir(tmp_path)) == ["0001", "0002"]
+
+
+def test_the_newest_is_the_newest_even_when_it_is_damaged(tmp_path: Path) -> None:
+    """An older state is not taken for it in silence."""
+    made(tmp_path, "0001", None)
+    made(tmp_path, "0002", None)
+    damage(tmp_path / "0002" / "manifest.json")
+    for act in (snapshot.chain, snapshot.verify, snapshot.merge, snapshot.restore):
+        with pytest.raises(SnapshotError, match=r"0002/manifest\.json: is damaged"):
+            act(tmp_path)
+    assert next_id(tmp_path) == "0003"
+
+
+# --- what a manifest may say --------------------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, document: Any) -> None:
+    """With a checksum that is right: anybody can make one."""
+    text = json.dumps(document).encode()
+    (folder / "manifest.json").write_bytes(text)
+    (folder / "manifest.sum").write_text(hashlib.blake2b(text, digest_size=32).hexdigest())
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"parent": "../../etc"}, "its parent"), ({"parent": "0002"}, "its parent"), ({"parent": "0003"}, "its parent"),
+    ({"slots": []}, "slots are not"), ({"vcpus": []}, "states of 0 vCPUs"),
+    ({"vcpus": [{}]}, "vcpu 0: not the state"), ({"vcpus": [STATE | {"regs": "x"}]}, "vcpu 0: not the state"),
+    ({"id": "0003"}, "says that it is"),
+    ({"version": 2}, "format version 2"), ({"format": "x"}, "not a snapshot"), ({"extra": 1}, "extra"),
+    ({"live": "no"}, "live"), ({"created": None}, "created"),
+])
+def test_a_manifest_that_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    made(tmp_path, "0001", None)
+    manifest = made(tmp_path, "0002", "0001")
+    rewritten(tmp_path / "0002", msgspec.to_builtins(manifest) | change)
+    with pytest.raises(SnapshotError, match=r"0002/manifest\.json: ") as caught:
+        snapshot.load_manifest(tmp_path, "0002")
+    assert said in str(caught.value)
+
+
+def test_a_manifest_has_a_size(tmp_path: Path) -> None:
+    made(tmp_path, "0001", None)
+    path = tmp_path / "0001" / "manifest.json"
+    os.truncate(path, 1 << 40)
+    with pytest.raises(SnapshotError, match=r"manifest\.json: is too large"):
+        snapshot.load_manifest(tmp_path, "0001")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SnapshotError, match=r"manifest\.json: is not a regular file"):
+        snapshot.load_manifest(tmp_path, "0001")
+    path.unlink()
+    path.write_bytes(b"[" * 100_000)
+    (tmp_path / "0001" / "manifest.sum").write_text(hashlib.blake2b(b"[" * 100_000, digest_size=32).hexdigest())
+    with pytest.raises(SnapshotError, match=r"manifest\.json: is not a manifest"):
+        snapshot.load_manifest(tmp_path, "0001")
+
+
+_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.sampled_from([1 << 62, 1 << 64, -(1 << 70), 1e308]),
+              st.sampled_from(["", "../x", "/etc/passwd", "0001", "a\nb", "\x1b[2J", "kvm", "replay", "x" * 300]),
+              st.text(max_size=3)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_manifest_is_good_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Something else in one or two places of it."""
+    directory = tmp_path_factory.mktemp("m") / "s"
+    document = msgspec.to_builtins(made(directory, "0001", None))
+    for _ in range(data.draw(st.integers(1, 2))):
+        at, key = document, data.draw(st.sampled_from(sorted(document)))
+        while isinstance(at[key], dict | list) and at[key] and data.draw(st.booleans()):
+            at = at[key]
+            key = data.draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+        at[key] = data.draw(_json)
+    rewritten(directory / "0001", document)
+    before = tree(directory.parent)
+    said = ""
+    try:
+        snapshot.verify(directory)
+    except VmmError as exc:
+        said = str(exc)
+    assert not said or (said.isprintable() and str(directory) in said)
+    assert tree(directory.parent) == before
+
+
+# --- page files ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), packed=st.booleans())
+def test_any_page_file_is_good_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject,
+                                           packed: bool) -> None:
+    """Bytes flipped, cut, inserted in any of its files; never a page out of place, never more than was there."""
+    folder = tmp_path_factory.mktemp("p")
+    whole = slot_file(folder, "f", {p: p + 1 for p in range(0, PAGES, 3)}, PAGES, packed)
+    path = folder / data.draw(st.sampled_from(["f.map", "f.zst" if packed else "f.mem"]))
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "empty", "fifo", "directory"]))
+    if kind == "flip":
+        content[at] ^= data.draw(st.integers(1, 255))
+    elif kind == "insert":
+        content[at:at] = data.draw(st.binary(min_size=1, max_size=40))
+    else:
+        del content[0 if kind == "empty" else at:]
+    path.write_bytes(content)
+    if kind in ("fifo", "directory"):
+        path.unlink()
+        os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    memory = np.zeros((PAGES + 2) * PAGE, np.uint8)
+    said = ""
+    try:
+        for first, count in read_pages(folder, "f", PAGES, whole.checksum, memory[PAGE:-PAGE]):
+            assert 0 <= first < first + count <= PAGES
+    except PageFileError as exc:
+        said = str(exc)
+    assert not said or (said.isprintable() and str(folder / "f") in said)
+    if not said:    # something behind the stream, or in a hole: nobody looks at it
+        assert [int(v) for v in memory[PAGE:-PAGE:PAGE]] == [p + 1 if p % 3 == 0 else 0 for p in range(PAGES)]
+    assert not memory[:PAGE].any()
+    assert not memory[-PAGE:].any()
+
+
+def test_a_frame_that_asks_for_more_than_it_may_is_refused(tmp_path: Path) -> None:
+    """512 MiB of window, asked for in the frame's header."""
+    whole = slot_file(tmp_path, "f", {0: 1}, PAGES, packed=True)
+    (tmp_path / "f.zst").write_bytes(bytes.fromhex("28b52ffd") + bytes([0x00, (29 - 10) << 3]) + b"\0" * 20)
+    with pytest.raises(PageFileError, match="cannot be read"):
+        list(read_pages(tmp_path, "f", PAGES, whole.checksum))
+
+
+# --- merge, delete ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers=st.lists(st.tuples(st.dictionaries(st.integers(0, PAGES - 1), st.integers(0, 3), max_size=20),
+                                 st.booleans()), min_size=1, max_size=5))
+def test_a_merged_chain_is_what_the_chain_was(tmp_path_factory: pytest.TempPathFactory, layers: Any) -> None:
+    directory = tmp_path_factory.mktemp("g")
+    model: dict[int, int] = {}
+    for number, (pages, packed) in enumerate(layers, 1):
+        made(directory, f"{number:04d}", f"{number - 1:04d}" if number > 1 else None, pages, packed=packed)
+        model |= pages
+    merged = snapshot.merge(directory)
+    assert contents(directory) == model
+    assert merged.pages == len(model)
+    assert merged.slots[0].zero_pages == sum(v == 0 for v in model.values())
+    assert names(directory) == [merged.id]
+    assert sorted(os.listdir(directory)) == [merged.id]
+    snapshot.verify(directory)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_merging_takes_little_memory_whatever_the_slots_size(tmp_path: Path, packed: bool) -> None:
+    total = 8 << 10         # pages: 32 MiB
+    for number in range(1, 4):
+        made(tmp_path, f"{number:04d}", f"{number - 1:04d}" if number > 1 else None,
+             dict.fromkeys(range(number, total, 7), number), total=total, packed=packed)
+    tracemalloc.start()
+    try:
+        snapshot.merge(tmp_path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 16 << 20, most
+    snapshot.verify(tmp_path)
+
+
+def test_a_merge_that_fails_leaves_the_chain_as_it_was(tmp_path: Path) -> None:
+    made(tmp_path, "0001", None)
+    made(tmp_path, "0002", "0001")
+    damage(tmp_path / "0001" / "slot0.map")
+    before = tree(tmp_path)
+    with pytest.raises(PageFileError):
+        snapshot.merge(tmp_path)
+    assert tree(tmp_path) == before
+
+
+ACTS = {"snapshot merge": "snapshot.merge(Path(sys.argv[1]), '0003')",
+        "snapshot delete": "snapshot.delete(Path(sys.argv[1]), '0004')"}
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+@pytest.mark.parametrize(("act", "at"), [(act, at) for act in ACTS for at in STEPS[act]])
+def test_a_kill_or_an_error_at_every_step_leaves_the_chain_whole(tmp_path: Path, act: str, at: str,
+                                                                 how: str) -> None:
+    directory, steps = tmp_path / "s", tmp_path / "steps"
+    for number in range(1, 5):
+        made(directory, f"{number:04d}", f"{number - 1:04d}" if number > 1 else None)
+    third, fourth = contents(directory, "0003"), contents(directory, "0004")
+    steps.mkdir()
+    (steps / f"{how}-{at}").write_text(str(errno.ENOSPC))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\nfrom pathlib import Path\nfrom vmm import snapshot, VmmError\ntry:\n"
+                               f"    {ACTS[act]}\nexcept VmmError as e:\n    print(e)\n", str(directory)],
+        env={**os.environ, "VMM_STEPS": str(steps)}, capture_output=True, text=True, timeout=60, check=False)
+    assert not list(steps.iterdir()), done.stderr
+    if how == "kill":
+        assert done.returncode == -9
+    else:
+        assert done.stdout.endswith("No space left on device\n")
+        assert done.stdout.count("\n") == 1
+    assert contents(directory, "0003") == third
+    if "0004" in names(directory):
+        assert contents(directory, "0004") == fourth
+    snapshot.verify(directory, "0003")
+    # The same again, and whatever else, finds nothing in its way.
+    snapshot.merge(directory, "0003")
+    assert contents(directory, "0003") == third
+    made(directory, "0007", "0003")
+    snapshot.merge(directory)
+    assert [n for n in os.listdir(directory) if n.startswith(".")] == []
+
+
+def test_a_replayed_machine_cannot_be_in_a_manifest(tmp_path: Path) -> None:
+    manifest = made(tmp_path, "0001", None)
+    replayed = replace(manifest.spec, accel="replay")
+    write_manifest(tmp_path / "0001", msgspec.structs.replace(manifest, spec=replayed))
+    with pytest.raises(SnapshotError, match="no memory to restore"):
+        snapshot.restore(tmp_path)
