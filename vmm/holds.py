@@ -31,7 +31,7 @@ from ipc.shm import open_fd
 from ipc.steps import step
 
 from . import control
-from .control import ControlClient
+from .connection import ControlClient
 from .errors import ExitCode, VmmError
 from .names import segment_name
 

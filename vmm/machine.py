@@ -10,8 +10,6 @@ own shared memory, without copies.
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import subprocess
 import time
 from collections.abc import Iterator
@@ -23,21 +21,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc import process
 from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError
 
-from . import control, holds
+from . import control, holds, records
+from .connection import ControlClient
 from .errors import ExitCode, VmmError, no_memory
+from .launch import Launched
 from .names import segment_name
 from .ram import ClientBitmaps
 from .runtime import is_running, machine_dir, machine_names
-from .spec import MachineSpec, encode_spec
+from .spec import MachineSpec
 
-__all__ = ["Machine", "SyncResult", "list_machines"]
+__all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
-_LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
-_END_TIMEOUT = 30.0
+_FOREVER = 86400.0 * 365    # seconds; what poll(2) can still be asked to wait for is less, and asked for again
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,18 @@ class SyncResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Flushed:
+    """What one flush of the dirty log gave a client, as of one moment."""
+
+    #: {slot id: dirty pages}; which ones they are is in ``Machine.bitmap``.
+    slots: dict[int, int]
+    #: CLOCK_MONOTONIC of this host when the flush was over, seconds.
+    at: float
+    #: Pages that each vCPU has dirtied until then, ring entries where there are rings.
+    vcpu_pages: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class _View:
     """A slot that is mapped here. ``born`` tells it from another under its number."""
 
@@ -70,17 +80,26 @@ class Machine:
     A launched machine ends with its ``with`` (or ``close``), an attached one goes on.
     """
 
-    def __init__(self, name: str, *, keeper: subprocess.Popen[bytes] | None = None,
-                 life_fd: int = -1) -> None:
+    def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False) -> None:
         self.name = name
-        self._keeper = keeper
-        self._life_fd = life_fd
-        self._client = control.ControlClient(machine_dir(name), name, lambda: is_running(name))
+        self._launched = launched
+        self._detached = detached       # a launched one that lives on without this process once it runs
+        self._client = ControlClient(machine_dir(name), name, lambda: is_running(name),
+                                     after=-1 if launched is None else 0)
         self._system: Segment | None = None
         self._views: dict[int, _View] = {}
         self._clients: dict[tuple[str, int], ClientBitmaps] = {}
         self._report: dict[str, Any] | None = None
-        self._following = False
+
+    @property
+    def _keeper(self) -> subprocess.Popen[bytes] | None:
+        """Of a launched machine."""
+        return None if self._launched is None else self._launched.keeper
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user of a machine that was launched here should know (that no log is kept, for example)."""
+        return [] if self._launched is None else list(self._launched.warnings)
 
     # --- launch, attach ----------------------------------------------------------------------
 
@@ -89,56 +108,35 @@ class Machine:
                trace_file: str = "", detach: bool = False, start: bool = True) -> Machine:
         """Start a machine from a MachineConfig (vmm/config.py) or a MachineSpec.
 
-        A machine that is not detached ends when this process does. ``start=False`` leaves the vCPUs
-        before their first instruction until ``start()``. Raises VmmError, with nothing left behind.
+        The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
+        ``start=False`` leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with
+        nothing left behind.
         """
         if isinstance(config, MachineSpec):
-            spec = config
+            from .room import check_room
+            from .rules import check_machine
+
+            spec = config if name is None else msgspec.structs.replace(config, name=name)
+            check_machine(spec)
+            check_room(spec)
         else:
             from .plan import plan
 
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
-        if name is not None:
-            spec = msgspec.structs.replace(spec, name=name)
-        from .rules import check_machine
-
-        check_machine(spec)
-        status_read, status_write = os.pipe2(os.O_CLOEXEC)
-        life_read, life_write = (-1, -1) if detach else os.pipe2(os.O_CLOEXEC)
-        inherited = [fd for fd in (status_write, life_read) if fd >= 0]
-        quiet = subprocess.DEVNULL if detach else None
+        machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
         try:
-            keeper = subprocess.Popen(
-                process.python_module("vmm.keeper", spec.name, str(status_write), str(life_read)),
-                stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, pass_fds=inherited,
-                start_new_session=True)
-            for fd in inherited:
-                os.close(fd)
-            assert keeper.stdin is not None
-            with contextlib.suppress(BrokenPipeError), keeper.stdin as pipe:
-                pipe.write(encode_spec(spec))
-            try:
-                _await_ready(spec.name, status_read)
-            except BaseException:
-                _close_fd(life_write)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    keeper.wait(_END_TIMEOUT)
-                raise
-        finally:
-            os.close(status_read)
-        machine = cls(spec.name, keeper=keeper, life_fd=life_write)
-        machine.follow()
-        if start:
-            machine.start()
+            if start:
+                machine.start()
+        except BaseException:
+            machine.close()
+            raise
         return machine
 
     @classmethod
     def attach(cls, name: str) -> Machine:
         """Connect to a running machine. Raises VmmError when there is none of that name, or it is no name."""
         if not is_running(name):
-            names = machine_names()
-            there = f"running: {', '.join(names)}" if names else "none is running"
-            raise VmmError(f"no machine named '{name}' ({there})", ExitCode.NO_MACHINE)
+            raise records.no_machine(name)
         return cls(name)
 
     # --- life -----------------------------------------------------------------------------------
@@ -146,6 +144,8 @@ class Machine:
     def start(self) -> None:
         """Let the vCPUs enter the guest for the first time. Raises VmmError."""
         self._client.ask(control.Start)
+        if self._launched is not None and self._detached:
+            self._launched.let_go()
 
     def pause(self) -> None:
         """The user's pause: every vCPU is out of the guest when this returns, and stays so until ``resume``,
@@ -209,42 +209,47 @@ class Machine:
         """The report so far; the same document as ``wait`` returns."""
         return self._client.ask(control.Status)
 
-    def follow(self) -> None:
-        """Have events sent to this client from now on."""
-        if not self._following:
-            self._client.ask(control.Follow)
-            self._following = True
-
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Events as they come: console, exit, ring-rebuilt, ended (the last). Stops after ``timeout``
-        seconds without one. A machine that goes away in between raises VmmError."""
-        self.follow()
-        last = time.monotonic()
-        while timeout is None or time.monotonic() - last < timeout:
-            step = 0.5 if timeout is None else max(0.0, min(0.5, last + timeout - time.monotonic()))
-            event = self._client.event(step)
+        """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
+        warning, ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has
+        their fields. Stops after ``timeout`` seconds without one. Raises VmmError when the machine goes away in
+        between."""
+        while True:
+            event = self._client.event(_FOREVER if timeout is None else timeout)
             if event is not None:
-                last = time.monotonic()
                 yield event
                 if event["event"] == "ended":
                     return
-            elif not is_running(self.name):
-                raise VmmError(f"machine '{self.name}' went away", ExitCode.NO_MACHINE)
+            elif timeout is not None:
+                return
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
-        """Until every vCPU has ended; the final report. Raises TimeoutError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self.follow()
-        report = self.status()
-        while report["state"] != "ended":
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+        """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
+        it has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
+        deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
+        report: dict[str, Any] | None = None
+        while report is None:
+            try:
+                report = self._wait_for_end(deadline)
+            except VmmError as exc:
+                report = records.outcome(self.name)
+                # Without an answer while it runs, one coordinator is taking over from another.
+                if report is None and not (exc.exit_code is ExitCode.NO_MACHINE and is_running(self.name)):
+                    raise
+            if report is None and time.monotonic() >= deadline:
                 raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
-            for event in self.events(1.0 if left is None else min(left, 1.0)):
-                if event["event"] == "ended":
-                    break
-            report = self.status()
         self._report = report
+        return report
+
+    def _wait_for_end(self, deadline: float) -> dict[str, Any] | None:
+        """The report; None: it runs still. Raises VmmError."""
+        self._client.skip_events()
+        while (report := self.status())["state"] != "ended":
+            event: dict[str, Any] | None = {"event": ""}
+            while event is not None and event["event"] != "ended":
+                event = self._client.event(deadline - time.monotonic())
+            if time.monotonic() >= deadline:
+                return None
         return report
 
     # --- memory -----------------------------------------------------------------------------------
@@ -369,7 +374,7 @@ class Machine:
     def sync(self, client: str) -> SyncResult:
         """Flush, then take what was dirtied since this client's last sync (or its registration). Raises VmmError;
         the next sync has what this one would have had then."""
-        slots = self._collect(client)
+        slots = self._sync(client)["slots"]
         ranges = {i: self.bitmap(i, client).ranges() if s["dirty"] else [] for i, s in slots.items()}
         return SyncResult(ranges, sum(s["dirty"] for s in slots.values()),
                           frozenset(i for i, s in slots.items() if not s["logged"]),
@@ -377,10 +382,18 @@ class Machine:
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
-        return {slot_id: s["dirty"] for slot_id, s in self._collect(client).items()}
+        return self.flush(client).slots
 
-    def _collect(self, client: str) -> dict[int, dict[str, Any]]:
-        slots = self._take(client)
+    def flush(self, client: str) -> Flushed:
+        """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
+        answer = self._sync(client)
+        return Flushed({slot_id: slot["dirty"] for slot_id, slot in answer["slots"].items()}, answer["at"],
+                       answer["vcpu_pages"])
+
+    def _sync(self, client: str) -> dict[str, Any]:
+        """The answer; the bitmaps that it names are open."""
+        answer = self._client.ask(control.Sync, client=client)
+        slots = answer["slots"] = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
         for slot_id, slot in slots.items():
@@ -390,15 +403,11 @@ class Machine:
                     del self._clients[client, slot_id]
                     found.close()
                 self._clients[client, slot_id] = ClientBitmaps(self._open(slot["bitmap"]), slot["pages"])
-        return slots
+        return answer
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
-        return sum(s["dirty"] for s in self._take(client).values())
-
-    def _take(self, client: str) -> dict[int, dict[str, Any]]:
-        answer = self._client.ask(control.Sync, client=client)
-        return {int(i): s for i, s in answer["slots"].items()}
+        return sum(s["dirty"] for s in self._client.ask(control.Sync, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself
@@ -422,7 +431,6 @@ class Machine:
         was dirtied before is lost. ``tracking``: the way it is now; ``seconds`` of pause. Raises VmmError where it
         cannot be had, with everything as it was."""
         return self._client.ask(control.SetTracking, tracking=tracking)
-
     # --- dirty traces -----------------------------------------------------------------------------------
 
     def record_start(self) -> None:
@@ -444,10 +452,11 @@ class Machine:
         """Plug a memory slot in (bytes, multiples of 4096)."""
         self._client.ask(control.MemoryAdd, slot=slot, gpa=gpa, size=size, log=log)
 
-    def memory_remove(self, slot: int) -> None:
+    def memory_remove(self, slot: int, *, force: bool = False) -> None:
         """Unplug a slot: vCPUs stopped, rings reaped, bitmap synced, removed, resumed. What was dirty
-        in it is in each client's next sync."""
-        self._client.ask(control.MemoryRemove, slot=slot)
+        in it is in each client's next sync. ``force``: also one that holds the guest's image or stacks. Raises
+        VmmError."""
+        self._client.ask(control.MemoryRemove, slot=slot, force=force)
         view = self._views.pop(slot, None)
         if view is not None:
             view.segment.close()
@@ -467,23 +476,13 @@ class Machine:
             self._system = None
         self._client.close()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
-        drop the connection to an attached one."""
-        if self._keeper is None:
-            self.detach()
-            return
-        keeper, self._keeper = self._keeper, None
+        drop the connection to an attached one. False when a launched one could not be ended in order, and parts of
+        it may be there still."""
+        launched, self._launched = self._launched, None
         self.detach()
-        if self._life_fd >= 0:
-            os.close(self._life_fd)     # the keeper sees it and has the machine end in order
-        else:
-            keeper.terminate()
-        try:
-            keeper.wait(_END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            keeper.kill()
-            keeper.wait()
+        return launched is None or launched.end()
 
     def __enter__(self) -> Machine:
         return self
@@ -493,35 +492,17 @@ class Machine:
         self.close()
 
 
-def _close_fd(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
-
-
-def _await_ready(name: str, fd: int) -> None:
-    """The coordinator's one line. Raises VmmError with what it says, or that it said nothing."""
-    deadline = time.monotonic() + _LAUNCH_TIMEOUT
-    text = b""
-    while not text.endswith(b"\n"):
-        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        chunk = os.read(fd, 65536) if ready else b""
-        if not chunk:
-            raise VmmError(f"machine '{name}' did not start", ExitCode.WORKER_DIED)
-        text += chunk
-    answer = msgspec.json.decode(text.splitlines()[0])
-    if "error" in answer:
-        raise VmmError(answer["error"], ExitCode(answer["code"]))
-
-
 def list_machines() -> list[dict[str, Any]]:
-    """Status of every running machine; one that does not answer is listed with state ``unknown``."""
+    """Status of every running machine; one that does not answer is listed with state ``unknown``. One that ends
+    meanwhile is not."""
     found = []
     for name in machine_names():
         machine = Machine(name)
         try:
             found.append(machine._client.ask(control.Status, timeout=2.0))
         except VmmError:
-            found.append({"name": name, "state": "unknown"})
+            if is_running(name):
+                found.append({"name": name, "state": "unknown"})
         finally:
             machine.detach()
     return found

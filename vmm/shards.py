@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +49,8 @@ from workers.zygote import Zygote
 from .errors import ExitCode, VmmError
 
 __all__ = ["Shard", "Shards"]
+
+_log = logging.getLogger(__name__)
 
 _RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
 _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
@@ -295,7 +297,7 @@ class Shards:
         self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"),
                                       frame_max=channel.FRAME_MAX)
         self._bad_messages = 0
-        self._fds = channel.FdListener(directory / "fds")
+        self._fds = channel.FdListener(directory / "fds", self._sends_fd)
         self._on_notification = on_notification
         self._on_death = on_death
         #: Not from zero: an answer to a coordinator that died must not be taken for one to this.
@@ -315,12 +317,13 @@ class Shards:
             shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
         except OSError as exc:
+            os.close(write)
             raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
                            ExitCode.WORKER_DIED) from None
         finally:
             os.close(read)
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(msgspec.json.encode(spec))
+        with contextlib.suppress(BrokenPipeError), os.fdopen(write, "wb") as pipe:  # await_hello says that it ended
+            pipe.write(msgspec.json.encode(spec))
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
@@ -356,13 +359,12 @@ class Shards:
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
         """Map what the worker has sent, or is sending; one that sends nothing of use is given up."""
-        pids = {s.pid: s.index for s in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         try:
             # Workers connect in any order: an fd is kept for the shard whose index came with it.
             while shard.index not in self._early_fds:
                 try:
-                    index, fd = self._fds.receive(_FD_STEP, lambda pid, index: pids.get(pid) == index)
+                    index, fd = self._fds.receive(_FD_STEP)
                 except TimeoutError:
                     self._poll(None, 0.0)
                     if not shard.alive:
@@ -376,6 +378,10 @@ class Shards:
             shard.map_kvm(self._early_fds.pop(shard.index), run_size)
         except (OSError, ValueError) as exc:
             self.give_up([shard], f"sent no vCPU that can be mapped ({exc})")
+
+    def _sends_fd(self, pid: int, index: int) -> bool:
+        """That process is the worker of this vCPU."""
+        return index < len(self.all) and self.all[index].pid == pid
 
     def shut_down(self) -> None:
         """End every worker: asked first, killed if that does not help in time."""
@@ -490,7 +496,7 @@ class Shards:
     def _bad(self, error: MessageError) -> None:
         self._bad_messages += 1
         if self._bad_messages <= _COMPLAINTS:
-            print(f"vmm: dropped on a socket of the workers: {error}", file=sys.stderr)
+            _log.warning("dropped on a socket of the workers: %s", error)
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -514,6 +520,7 @@ class Shards:
         while pending:
             unsent = [(s, frame) for s, frame in unsent if s.alive and not self._send(s, frame)]
             self._poll(self._requests, deadline)
+            self._fds.serve()       # some answer when their descriptor is on its way
             while time.monotonic() < deadline and (answer := self._reply()) is not None:
                 sender, reply = answer
                 owner = pending.get(reply.seq)

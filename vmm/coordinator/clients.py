@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ipc.processid import ProcessId
@@ -91,13 +92,14 @@ class Clients:
         self._tracking.require_log()
         core.flush()
         step("sync-flushed")
+        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in core.shards.all]}
         taken = log.take(client, again=again)
         step("sync-taken")
         if log.changed:
             core.save_if_possible()
         return {"slots": {str(i): {"dirty": t.dirty, "pages": t.slot.pages, "born": t.slot.born,
                                    "logged": t.slot.log, "retired": t.retired, "bitmap": t.segment}
-                          for i, t in taken.items()}}
+                          for i, t in taken.items()}, **flushed}
 
 
 def _require_not_the_verifier(client: str) -> None:

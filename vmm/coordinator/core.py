@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,9 +23,9 @@ _REQUESTS = 64      # a client has one under way at a time
 
 
 class Core:
-    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` sends an event
-    to every follower, ``write_journal`` writes down what is now, or raises VmmError; None: not yet, until all that
-    a predecessor has left has been taken over."""
+    """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` gives an
+    event to every client that wants it, ``write_journal`` writes down what is now, or raises VmmError; None: not
+    yet, until all that a predecessor has left has been taken over."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -87,7 +86,7 @@ class Core:
             self.save()
         except VmmError as exc:
             if not self.unsaved:
-                print(f"vmm: machine '{self.spec.name}': {exc}", file=sys.stderr)
+                self.tell({"event": "warning", "text": str(exc)})
             self.unsaved = True
 
     @property
@@ -109,7 +108,6 @@ class Core:
         assert self.verifier is not None
         self.reaper.drain()
         self.verifier.round()
-        self.save_if_possible()
 
     # --- checks; each raises VmmError ---------------------------------------------------------
 

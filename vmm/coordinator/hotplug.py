@@ -83,12 +83,16 @@ def add_slot(core: Core, spec: RamSlot) -> None:
         undo.pop_all()
 
 
-def remove_slot(core: Core, slot_id: int) -> None:
+def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
     """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every shard, resume. Nothing can be dirtied
-    between the last reap and the removal. Raises VmmError, with the slot still there."""
+    between the last reap and the removal. ``force``: also one that the guest cannot run without. Raises VmmError,
+    with the slot still there."""
     core.require_not_ended()
     core.require_whole_memory()
     slot = _slot(core, slot_id)
+    if not force and _holds_guest(core, slot):
+        raise VmmError(f"slot {slot_id} holds the guest's image or stacks, which it cannot run without (--force "
+                       "removes it all the same)")
     log = core.parts.log
     if len(log.slots) == 1:
         raise VmmError(f"slot {slot_id} is the machine's only memory")
@@ -121,6 +125,13 @@ def _insist(core: Core, make: Callable[[int, Shard], AnyRequest]) -> None:
             core.shards.request([shard], make)
         except VmmError as exc:
             core.shards.give_up([shard], f"did not follow a change of the machine's memory: {exc}")
+
+
+def _holds_guest(core: Core, slot: MemorySlot) -> bool:
+    """Image or stacks: pages that were not the guest's to use when the machine was made."""
+    made = {(s.id, s.born) for s in core.spec.slots}
+    usable = core.parts.usable.get(slot.spec.id, (0, slot.pages))
+    return (slot.spec.id, slot.spec.born) in made and usable != (0, slot.pages)
 
 
 def _slot(core: Core, slot_id: int) -> MemorySlot:

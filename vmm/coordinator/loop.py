@@ -7,10 +7,12 @@ and owners, on its own signals, until the reaper, the verifier or the timeout is
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -19,12 +21,12 @@ import zmq
 from ipc.layout import VcpuRequest, VcpuState
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull, SetMemslots
 from ipc.processid import ProcessId
-from ipc.shm import list_segments, unlink_segment
+from ipc.shm import SegmentError, list_segments, unlink_segment
 from ipc.steps import step
 from workers.zygote import Zygote
 
-from .. import boot, build, control, retrack
-from ..errors import VmmError
+from .. import boot, build, control, records, retrack
+from ..errors import ExitCode, VmmError
 from ..names import machine_prefix
 from ..reaper import Reaper
 from ..shards import Shard, Shards
@@ -33,7 +35,9 @@ from ..trace import Tracer
 from ..verify import Verification, make_verifier
 from . import hotplug, vcpu_states
 from .clients import Clients
+from .consoles import Consoles
 from .core import Core
+from .events import EventLog
 from .incoming import Incoming
 from .journal import Holds, Journal, Saved
 from .leases import Change, Lease, Leases
@@ -41,22 +45,44 @@ from .limits import Limit, Limits, with_limits
 from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
+from .recovery import Recovery
 from .server import ControlServer, Handler
-from .status import machine_report, machine_slots, reason_text
+from .status import cause_of, exit_code, machine_report, machine_slots, reason_text
 from .tracking import TrackingSwitch
 from .writes import HostWrite, HostWrites
 
-__all__ = ["Coordinator"]
+__all__ = ["STOP_TIMEOUT", "Coordinator"]
+
+STOP_TIMEOUT = 25      # seconds after SIGTERM in which it is gone, whatever it is doing
+
+_log = logging.getLogger(__name__)
 
 
 class Coordinator:
     """A machine from its making (``zygote``: makes the workers), or from where one that died has left it (None), to
-    its end. Raises VmmError and SegmentError when it cannot be had."""
+    its end. ``terminal``: a descriptor for trace events without a file.
 
-    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None) -> None:
+    Raises VmmError, SegmentError and OSError when it cannot be had. What was made of a new machine is gone then; of
+    one that there is, all stays as it was, for another coordinator."""
+
+    def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None,
+                 terminal: int) -> None:
+        self._closing = contextlib.ExitStack()
+        try:
+            self._set_up(spec, directory, keeper_fd, zygote, terminal)
+        except BaseException:
+            if zygote is not None:
+                self.close()
+            raise
+
+    def _set_up(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None,
+                terminal: int) -> None:
         saved: Saved | None = None
         if zygote is None:
             self._journal, saved = Journal.adopt(spec.name)
+        else:
+            self._journal = Journal.create(spec.name, spec.vcpus)
+        self._closing.callback(self._journal.close)
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
         if spec.image:
             image = directory / "image"
@@ -68,15 +94,20 @@ class Coordinator:
         self._elapsed_at_end: float | None = None
         self._stopping = ExitReason.NONE        # why it is to end, if it is
         self._done = False
+        self._turns = 0
         self._linger = spec.linger
         self._final: dict[str, Any] | None = None
         self._restarts = 0
         self._next_round = 0.0
         self._round = 0
-        core = self.core = Core(spec, directory, Tracer(spec.trace, spec.trace_file))
+        tracer = Tracer(spec.trace, spec.trace_file, terminal, self._warn)
+        self._closing.callback(tracer.close)
+        core = self.core = Core(spec, directory, tracer)
+        self._closing.callback(core.owners.close)
+        core.tell = self._tell
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
-        self.leases = Leases(core, self.pauses, self._go)
+        self.leases = Leases(core, self.pauses, self._go, Recovery(spec.name).begin)
         self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
         self.recording = Recording(core, self.tracking)
@@ -84,24 +115,29 @@ class Coordinator:
         self.incoming = Incoming(core, self.tracking)
         if saved is None:
             core.parts = build.make_parts(spec, self.tracking.first())
-            with contextlib.ExitStack() as undo:
-                undo.callback(core.parts.close)
-                self._journal = Journal.create(spec.name, spec.vcpus)
-                undo.pop_all()
         else:
             core.parts = build.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
+        self._closing.callback(core.parts.close)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
+        self._events = EventLog(self._block)
+        self._consoles = Consoles(self._on_console)
         self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
-        self._server = ControlServer(directory, self._verbs(), core.owners.look)
-        core.tell = self._server.tell
+        self._closing.callback(self.shards.close)
+        self._server = ControlServer(spec.name, directory, self._verbs(), core.owners.look, self._events)
+        self._closing.callback(self._server.close)
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._closing.callback(self._close_signals)
         self.reaper = core.reaper = Reaper(spec.reaper, self.shards, core.parts.log, self._block, core.tracer,
                                            self._on_rebuild, tracking=core.parts.tracking)
+        self._closing.callback(self.reaper.close)
+        self._closing.callback(self.shards.shut_down)
+        self._closing.callback(self.recording.close)
         if saved is None:
             self._create(keeper_fd)
         else:
             self._recover(saved)
+        self._catch_signals()
 
     def _verbs(self) -> dict[type[control.Verb], Handler]:
         """Every verb of the control socket, and what it calls."""
@@ -158,7 +194,8 @@ class Coordinator:
             control.RecordStop: once(lambda v: self.recording.stop(self._server.asker)),
             control.MemoryAdd: once(allowed(Change.SLOTS, lambda v: hotplug.add_slot(
                 core, RamSlot(v.slot, v.gpa, v.size, v.log, born=core.new_generation())))),
-            control.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot))),
+            control.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(
+                core, v.slot, force=v.force))),
         }
 
     # --- verbs that concern several of the parts ---------------------------------------------------
@@ -208,8 +245,10 @@ class Coordinator:
         if self.spec.verify is not None:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable)
+            self._closing.callback(core.verifier.close)
         core.state = "ready"
         core.save()
+        _log.info("%d vCPUs (%s) are ready", self.spec.vcpus, self.spec.accel)
 
     def _start(self) -> None:
         """Let the vCPUs enter the guest for the first time."""
@@ -263,6 +302,7 @@ class Coordinator:
         if self.spec.verify is not None:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable, saved.verification or Verification())
+            self._closing.callback(core.verifier.close)
             self._next_round = time.monotonic()
         for shard in self.shards.all:
             # A message that the predecessor took with it: the control block still says so.
@@ -285,6 +325,7 @@ class Coordinator:
             self._ask_to_end()
         if saved.started is not None:
             self.shards.resume_all()    # those who want it to stand still have their own pause by now
+        _log.info("has taken over, for the %d. time", self._restarts)
 
     def _bring_into_line(self) -> None:
         """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the
@@ -343,6 +384,8 @@ class Coordinator:
     def run(self) -> int:
         """Serve the machine until it is over and released; its exit code."""
         while not self._done:
+            self._turns += 1
+            step("turn")
             if self.core.unsaved:
                 self.core.save_if_possible()
             now = time.monotonic()
@@ -354,7 +397,8 @@ class Coordinator:
                 continue
             self.reaper.wait()
             self._wait(time.monotonic())
-        return int(self._report()["exit_code"])
+        assert self._final is not None
+        return int(self._final["exit_code"])
 
     def _running(self) -> bool:
         return self.core.state == "running" and not self.pauses.paused
@@ -374,27 +418,39 @@ class Coordinator:
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
         poller.register(self.shards.notify, zmq.POLLIN)
-        poller.register(self._server.socket, zmq.POLLIN)
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
         owners = self.core.owners.watched
         for fd in (*by_fd, *owners):
             poller.register(fd, zmq.POLLIN)
-        ended = []
-        for ready, _ in poller.poll(self._poll_ms(now)):
+        self._server.answer_waiting()
+        clients = self._server.interests()
+        for fd, events in clients.items():
+            poller.register(fd, events)
+        ended, asking = [], {}
+        for ready, happened in poller.poll(0 if self._server.behind else self._poll_ms(now)):
             if ready is self.shards.notify:
                 self.shards.drain_notifications()
-            elif ready is self._server.socket:
-                self._server.serve()
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
                 self._linger = False
                 self._stop_or_go()
             elif ready in by_fd:
                 self.shards.bury(by_fd[ready])
+            elif ready in clients:
+                asking[ready] = happened
             else:
                 ended.append(ready)
-        self.core.owners.ended(ended)
+        self._server.serve(asking)
+        self._let_go(ended)
+
+    def _let_go(self, ended: list[int]) -> None:
+        """Of what these processes held."""
+        try:
+            self.core.owners.ended(ended)
+        except (VmmError, SegmentError, OSError) as exc:
+            _log.exception("something that a process held could not be given back")
+            self._warn(f"what a process held that has ended could not be given back: {exc}")
 
     def _poll_ms(self, now: float) -> int | None:
         """Time until something is due; None while nothing can be."""
@@ -412,11 +468,11 @@ class Coordinator:
             waits.append(self.spec.timeout - self._elapsed())
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 
-    def catch_signals(self) -> None:
+    def _catch_signals(self) -> None:
         """SIGTERM wakes the loop, which stops the machine in order. Through the wakeup fd: a handler in
-        Python would not run while the poll is being entered."""
+        Python would not run while the poll is being entered. One that is stuck is ended by SIGALRM."""
         signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda signum, frame: None)
+        signal.signal(signal.SIGTERM, _on_term)
 
     # --- events from workers ---------------------------------------------------------------------
 
@@ -427,9 +483,9 @@ class Coordinator:
             if self.core.parts.ring_entries:    # else it comes from before the last switch
                 self.reaper.full.add(message.vcpu)
         elif isinstance(message, Console):
-            self.core.tell({"event": "console", "vcpu": message.vcpu,
-                            "data": message.data.decode("utf-8", "replace")})
+            self._consoles.write(message.vcpu, message.data)
         elif isinstance(message, Exited):
+            self._consoles.write(message.vcpu, b"", final=True)
             self.shards.all[message.vcpu].exited = message
             self.core.tell({"event": "exit", "vcpu": message.vcpu, "reason": reason_text(message.reason),
                             "code": message.code, "detail": message.detail})
@@ -438,6 +494,7 @@ class Coordinator:
         """A worker's process has ended."""
         if self._done or self.core.state == "ended":
             return
+        self._consoles.write(shard.index, b"", final=True)
         self.reaper.worker_died(shard)
         self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
                         "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
@@ -448,12 +505,32 @@ class Coordinator:
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                         "pages_marked": pages})
 
+    # --- what is said -----------------------------------------------------------------------------
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """To every client that wants events, and to the log."""
+        self._events.add(event)
+        kind = event["event"]
+        if kind == "warning":
+            _log.warning("%s", event["text"])
+        elif kind != "console":
+            _log.info("%s %s", kind, " ".join(f"{k}={v}" for k, v in event.items() if k != "event" and v != ""))
+
+    def _on_console(self, vcpu: int, text: str) -> None:
+        self._tell({"event": "console", "vcpu": vcpu, "data": text})
+        _log.info("%s", text.removesuffix("\n"), extra={"source": f"vcpu{vcpu}", "level": "console"})
+
+    def _warn(self, text: str) -> None:
+        """Something that a user should know, and the machine runs on."""
+        self._tell({"event": "warning", "text": text})
+
     # --- verification, end ------------------------------------------------------------------------
 
     def _verify_round(self) -> None:
         assert self.spec.verify is not None
         with self.shards.all_paused():
             self.core.drain_and_verify()
+            self.core.save_if_possible()
             self._round += 1
             boot.set_round(memoryview(self.core.parts.system.buf), self._round)
         self._next_round = time.monotonic() + self.spec.verify.interval
@@ -483,7 +560,9 @@ class Coordinator:
 
     def _go(self) -> None:
         """Let a machine go that does not run."""
-        self._done = self._done or self.core.state in ("ready", "ended")
+        if self.core.state == "ready" and not self._done:
+            self._keep_report(ExitCode.STOPPED, "stopped before it was started")
+        self._done = self._done or self.core.state == "ended"
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
@@ -492,12 +571,21 @@ class Coordinator:
             self.core.drain_and_verify()
         else:
             self.reaper.drain()
+        self._keep_report(exit_code(self.core), cause_of(self.core))
+        self._done = not self._linger
+
+    def _keep_report(self, code: ExitCode, cause: str) -> None:
+        """The machine has ended: its report stays, here while the machine lingers, and on disk."""
         self._elapsed_at_end = self._elapsed()
         self.core.state = "ended"
         self.core.save_if_possible()
-        self._final = self._report()
-        self.core.tell({"event": "ended", "exit_code": self._final["exit_code"]})
-        self._done = not self._linger
+        self._final = {**self._report(), "exit_code": int(code), "cause": cause, "ended_at": records.now()}
+        try:
+            records.write_report(self.spec.name, self._final)
+        except OSError as exc:
+            self._warn(f"its report cannot be kept: {exc}")
+        step("report-kept")
+        self._tell({"event": "ended", "exit_code": int(code), "cause": cause})
 
     def _elapsed(self) -> float:
         """Seconds since the start."""
@@ -508,7 +596,7 @@ class Coordinator:
     def _report(self) -> dict[str, Any]:
         return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
                               asked_tracking=self.tracking.asked, switches=self.tracking.switches,
-                              restarts=self._restarts, holders=self._holders(),
+                              restarts=self._restarts, turns=self._turns, holders=self._holders(),
                               handed_over=self.pauses.handed_over.to if self.pauses.handed_over else "")
 
     def _holders(self) -> list[dict[str, Any]]:
@@ -529,18 +617,15 @@ class Coordinator:
     # --- tear-down ---------------------------------------------------------------------------------
 
     def close(self) -> None:
+        """Nothing is left of the machine; of one that was never whole, of what there was. Idempotent."""
         self._done = True
-        self.recording.close()
-        self.shards.shut_down()
-        self.reaper.close()
-        self.shards.close()
-        if self.core.verifier is not None:
-            self.core.verifier.close()
-        self.core.owners.close()
-        self.core.parts.close()
-        self._journal.close()
-        self._server.close()
+        self._closing.close()
+
+    def _close_signals(self) -> None:
         signal.set_wakeup_fd(-1)
         os.close(self._signal_fd)
         os.close(self._signal_write)
-        self.core.tracer.close()
+
+
+def _on_term(signum: int, frame: FrameType | None) -> None:
+    signal.alarm(STOP_TIMEOUT)

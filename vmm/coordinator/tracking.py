@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -35,7 +34,7 @@ class TrackingSwitch:
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
-        return self._auto.left(now)
+        return self._auto.left(now) if self.asked == "auto" else None
 
     def ask(self, asked: str, limits: list[str]) -> dict[str, Any]:
         """What a user wants from now on; ``limits``: processes that limit vCPUs, for people. Raises VmmError, with
@@ -100,7 +99,7 @@ class TrackingSwitch:
         except (VmmError, SegmentError) as exc:
             self.asked = core.parts.tracking
             core.save_if_possible()
-            print(f"vmm: machine '{core.spec.name}': tracking is {self.asked} from now on: {exc}", file=sys.stderr)
+            core.tell({"event": "warning", "text": f"tracking is {self.asked} from now on: {exc}"})
 
     def require_log(self) -> None:
         """Raises VmmError."""
