@@ -11,13 +11,16 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import posix_ipc
 
-__all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
-           "open_fd", "unlink_segment"]
+from .memory import available_memory, cgroup_left
+
+__all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",
+           "list_segments", "open_fd", "room", "unlink_segment"]
 
 PAGE_SIZE = 4096
 SHM_DIRECTORY = Path("/dev/shm")
@@ -27,26 +30,37 @@ class SegmentError(Exception):
     """A segment could not be made or opened; the text is fit for a user."""
 
 
-def free_bytes() -> int:
-    """Bytes that /dev/shm can still give: what its size leaves, and the host has. (Its size may be all of the
-    host's memory; reserving that much would have the kernel kill somebody.)"""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes of shared memory that can still be had, and what sets that limit."""
+
+    free: int
+    limit: str
+    remedy: str
+    of_cgroup: bool = False     # then what processes have to themselves counts as well
+
+    def shortage(self, what: str, needed: int) -> str:
+        """One line: ``what`` needs so many bytes, and they are not there."""
+        return (f"{self.limit} is too small: {what} needs {needed >> 10} KiB, {self.free >> 10} KiB are free "
+                f"({self.remedy})")
+
+
+def room() -> Room:
+    """What the size of /dev/shm leaves, the host has, and the memory cgroup of this process allows, whichever is
+    least. (The size of /dev/shm may be all of the host's memory; reserving that much, or more than a cgroup may
+    have, would have the kernel kill somebody.)"""
     st = os.statvfs(SHM_DIRECTORY)
-    return min(st.f_bavail * st.f_frsize, _available_memory())
-
-
-def _available_memory() -> int:
-    """MemAvailable and SwapFree of /proc/meminfo, in bytes."""
-    found = 0
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith(("MemAvailable:", "SwapFree:")):
-                found += int(line.split()[1]) << 10
+    found = Room(min(st.f_bavail * st.f_frsize, available_memory()), "/dev/shm",
+                 "mount -o remount,size=… /dev/shm, or less memory")
+    group = cgroup_left()
+    if group is not None and group[0] < found.free:
+        return Room(group[0], f"the memory cgroup {group[1]}", "raise its limit, or less memory", of_cgroup=True)
     return found
 
 
-def _too_small(name: str, size: int) -> SegmentError:
-    return SegmentError(f"/dev/shm is too small: segment {name} needs {size >> 10} KiB, {free_bytes() >> 10} KiB "
-                        "are free (mount -o remount,size=… /dev/shm, or less memory)")
+def free_bytes() -> int:
+    """Bytes of shared memory that can still be had."""
+    return room().free
 
 
 def list_segments(prefix: str) -> list[str]:
@@ -117,8 +131,8 @@ class Segment:
         Raises SegmentError when the name exists or /dev/shm has no room.
         """
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
-        if reserve and size > free_bytes():
-            raise _too_small(name, size)    # without filling the host's memory up to find out
+        if reserve and size > free_bytes():     # without filling the host's memory up to find out
+            raise SegmentError(room().shortage(f"segment {name}", size))
         try:
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError:
@@ -138,7 +152,7 @@ class Segment:
             except OSError:
                 pass  # the constructor closed it
             if exc.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise _too_small(name, size) from None
+                raise SegmentError(room().shortage(f"segment {name}", size)) from None
             raise SegmentError(f"cannot size shared-memory segment {name}: {exc}") from None
 
     @classmethod

@@ -371,6 +371,27 @@ def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
         listener.close()
 
 
+@pytest.mark.postcopy
+def test_a_sync_that_cannot_reach_a_vcpu_is_refused(accel: str, tmp_path: Path) -> None:
+    """In post-copy a software CPU that waits for a page cannot be stopped: its last pages would be missing."""
+    machine_spec = spec("stamp", accel=accel, writes=0, timeout=None, mib=4)
+    listener = FdListener(tmp_path / "userfault")
+    try:
+        with Machine.launch(machine_spec, start=False) as machine:
+            machine.register("a")
+            machine.incoming(str(listener.path))
+            machine.start()
+            if accel == "unicorn":
+                with pytest.raises(VmmError, match="cannot be flushed: pages are still on their way"):
+                    machine.sync("a")
+                with pytest.raises(VmmError, match="cannot be flushed"):
+                    machine.register("b")
+            machine.arrived()
+            until(lambda: machine.sync("a").pages > 0, "pages dirtied")
+    finally:
+        listener.close()
+
+
 # --- auto -------------------------------------------------------------------------------------------------
 
 

@@ -345,6 +345,7 @@ def main(argv: list[str]) -> int:
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
     process.set_name("vmm-keeper")
     process.set_subreaper()
+    process.raise_descriptor_limit()
     signals = _catch_signals()
     spec = sys.stdin.buffer.read()
     try:

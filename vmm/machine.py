@@ -98,16 +98,16 @@ class Machine:
         nothing left behind.
         """
         if isinstance(config, MachineSpec):
-            spec = config
+            from .room import check_room
+            from .rules import check_machine
+
+            spec = config if name is None else msgspec.structs.replace(config, name=name)
+            check_machine(spec)
+            check_room(spec)
         else:
             from .plan import plan
 
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
-        if name is not None:
-            spec = msgspec.structs.replace(spec, name=name)
-        from .rules import check_machine
-
-        check_machine(spec)
         machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
         try:
             if start:
@@ -426,13 +426,13 @@ class Machine:
         self._segments.clear()
         self._client.close()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
-        drop the connection to an attached one."""
+        drop the connection to an attached one. False when a launched one could not be ended in order, and parts of
+        it may be there still."""
         launched, self._launched = self._launched, None
         self.detach()
-        if launched is not None:
-            launched.end()
+        return launched is None or launched.end()
 
     def __enter__(self) -> Machine:
         return self

@@ -282,7 +282,7 @@ class Shards:
         self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"),
                                       frame_max=channel.FRAME_MAX)
         self._bad_messages = 0
-        self._fds = channel.FdListener(directory / "fds")
+        self._fds = channel.FdListener(directory / "fds", self._sends_fd)
         self._on_notification = on_notification
         self._on_death = on_death
         #: Not from zero: an answer to a coordinator that died must not be taken for one to this.
@@ -344,13 +344,12 @@ class Shards:
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
         """Map what the worker has sent, or is sending; one that sends nothing of use is given up."""
-        pids = {s.pid: s.index for s in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         try:
             # Workers connect in any order: an fd is kept for the shard whose index came with it.
             while shard.index not in self._early_fds:
                 try:
-                    index, fd = self._fds.receive(_FD_STEP, lambda pid, index: pids.get(pid) == index)
+                    index, fd = self._fds.receive(_FD_STEP)
                 except TimeoutError:
                     self._poll(None, 0.0)
                     if not shard.alive:
@@ -364,6 +363,10 @@ class Shards:
             shard.map_kvm(self._early_fds.pop(shard.index), run_size)
         except (OSError, ValueError) as exc:
             self.give_up([shard], f"sent no vCPU that can be mapped ({exc})")
+
+    def _sends_fd(self, pid: int, index: int) -> bool:
+        """That process is the worker of this vCPU."""
+        return index < len(self.all) and self.all[index].pid == pid
 
     def shut_down(self) -> None:
         """End every worker: asked first, killed if that does not help in time."""
@@ -502,6 +505,7 @@ class Shards:
         while pending:
             unsent = [(s, frame) for s, frame in unsent if s.alive and not self._send(s, frame)]
             self._poll(self._requests, deadline)
+            self._fds.serve()       # some answer when their descriptor is on its way
             while time.monotonic() < deadline and (answer := self._reply()) is not None:
                 sender, reply = answer
                 owner = pending.get(reply.seq)

@@ -109,6 +109,7 @@ class Worker:
         self._bucket = TokenBucket()
         self._timer: SliceTimer | None = None
         self._restored_exit: ExitState | None = None     # of a vCPU that had ended when it was saved
+        self._ended: Exited | None = None
         self._ran = 0.0     # seconds in the guest since the bucket was last told
         self._userfault = userfault.Userfault(-1)   # open during post-copy
         self._writes: SlotWrites | None = None      # with tracking ``uffd``
@@ -173,6 +174,7 @@ class Worker:
         while not self._shutdown:
             self.sleep()
             self._attend()
+            self._say_end()
 
     def _run_guest(self) -> None:
         accel = self.accel
@@ -340,10 +342,16 @@ class Worker:
 
     def _end(self, leave: Exit, code: int = 0) -> None:
         self.ports.flush()
-        self.control.exit_reason = leave.reason
-        self.control.exit_code = code
-        self.control.state = VcpuState.EXITED
-        self._say(Exited(self.spec.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers))
+        self._ended = Exited(self.spec.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers)
+        self._say_end()
+
+    def _say_end(self) -> None:
+        """Say, and write down, how the vCPU ended: again where the control block has been written over."""
+        ended, control = self._ended, self.control
+        if ended is not None and control.state != VcpuState.EXITED:
+            control.exit_reason, control.exit_code = ended.reason, ended.code
+            control.state = VcpuState.EXITED
+            self._say(ended)
 
     # --- service thread --------------------------------------------------------------------------
 
@@ -474,7 +482,8 @@ class Worker:
                                        ring_segment=request.ring_segment)
         accel, control = self.accel, self.control
         assert accel is not None
-        if control.tracking == spec.mode and self.spec.ring_entries == spec.ring_entries:
+        if self.spec.mode == spec.mode and self.spec.ring_entries == spec.ring_entries:
+            control.tracking = spec.mode
             return
         slots = self.memory.slots
         for slot_id, name in request.log_segments.items():

@@ -44,6 +44,7 @@ from .limits import Limit, Limits, with_limits
 from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
+from .recovery import Recovery
 from .server import ControlServer, Handler
 from .status import cause_of, exit_code, machine_report, reason_text
 from .tracking import TrackingSwitch
@@ -101,7 +102,7 @@ class Coordinator:
         core.tell = self._tell
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
-        self.leases = Leases(core, self.pauses, self._go)
+        self.leases = Leases(core, self.pauses, self._go, Recovery(spec.name).begin)
         self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
         self.recording = Recording(core)
