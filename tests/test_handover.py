@@ -254,8 +254,9 @@ def test_nothing_cancels_a_machine_that_was_handed_over(steps: Path, address: st
         os.kill(process.pid, signal.SIGCONT)
         source = vmm("migrate", "source", address, "--bandwidth", "8MB/s")
         until(lambda: bool(status_of(machine)), "begun")
-        until(lambda: running("target") or status_of(machine) == "device" or source.poll() is not None, "at the
-        end") source.send_signal(signal.SIGTERM)
+        until(lambda: running("target") or status_of(machine) == "device" or source.poll() is not None,
+              "at the end")
+        source.send_signal(signal.SIGTERM)
         _out, _err = source.communicate(timeout=TIMEOUT)
         if source.returncode:       # it came just in time
             goes_on(machine)

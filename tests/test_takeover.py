@@ -18,13 +18,13 @@ import pytest
 from machines import ACCELS, alive, replace, spec, until
 from needs import missing
 from shared import control_blocks
+from vmm.postcopy import Missing
 
 from ipc.shm import list_segments
 from vmm import control
 from vmm.errors import VmmError
 from vmm.machine import Machine
 from vmm.names import segment_name
-from vmm.postcopy import Missing
 from vmm.record import record
 from vmm.spec import MachineSpec, RamSlot
 
