@@ -3,6 +3,9 @@
 docs/protocol.md is the prose of this file; ``PROTOCOL_VERSION`` changes with either. Every field
 has one writer, named beside it: *c* the coordinator, *w* the vCPU worker. All fields are naturally
 aligned, so a store of one is a single machine store.
+
+A worker that went wild may have written anything over its block. Whoever reads one takes every number: those that
+name nothing are ``UNKNOWN``, sums that cannot be are a ring that has lost count (vmm/reaper.py).
 """
 
 from __future__ import annotations
@@ -22,17 +25,19 @@ __all__ = [
     "SYSTEM_SLOT",
     "DirtyGfn",
     "MachineControl",
+    "PeerEnum",
     "ReaperState",
     "Tracking",
     "VcpuControl",
     "VcpuRequest",
     "VcpuState",
+    "control_error",
     "control_size",
     "machine_control",
     "vcpu_control",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CONTROL_MAGIC = 0x4D4D5644_52414853  # "SHARDVMM"
 
 MAX_VCPUS = 256
@@ -59,7 +64,15 @@ class DirtyGfn(ctypes.Structure):
     ]
 
 
-class VcpuState(IntEnum):
+class PeerEnum(IntEnum):
+    """A number that somebody else has written; what names nothing is ``UNKNOWN``."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> IntEnum | None:
+        return cls["UNKNOWN"] if isinstance(value, int) else None
+
+
+class VcpuState(PeerEnum):
     NEW = 0         # process started, not ready
     READY = 1       # set up, has not entered the guest
     RUNNING = 2     # in the guest, or about to be
@@ -69,6 +82,7 @@ class VcpuState(IntEnum):
     EXITED = 6      # the guest ended; the process still serves (reset, state)
     DEAD = 7        # the process is gone (set by the coordinator)
     THROTTLED = 8   # out of the guest for its dirty limit
+    UNKNOWN = 0xFFFF_FFFF
 
 
 class VcpuRequest(IntFlag):
@@ -79,15 +93,16 @@ class VcpuRequest(IntFlag):
     STOP = 2        # end this vCPU now (reason in stop_reason)
 
 
-class ReaperState(IntEnum):
+class ReaperState(PeerEnum):
     """``enum KVMDirtyRingReaperState`` of the seed."""
 
     NONE = 0
     WAIT = 1
     REAPING = 2
+    UNKNOWN = 0xFFFF_FFFF
 
 
-class Tracking(IntEnum):
+class Tracking(PeerEnum):
     """How a worker logs what its vCPU dirties. Names in lower case are those of the configuration."""
 
     UNSET = 0       # process started, not ready
@@ -95,6 +110,7 @@ class Tracking(IntEnum):
     BITMAP = 2      # plain dirty bitmap: of KVM, or of the software CPU
     UFFD = 3        # write-protected page tables of the worker (ipc/writelog.py)
     NONE = 4        # not at all
+    UNKNOWN = 0xFFFF_FFFF
 
 
 class VcpuControl(ctypes.Structure):
@@ -112,7 +128,7 @@ class VcpuControl(ctypes.Structure):
         ("exit_reason", ctypes.c_uint32),     # w (ExitReason)
         ("exit_code", ctypes.c_int32),        # w
         ("ring_generation", ctypes.c_uint32), # w: raised by one when the ring is rebuilt
-        ("_pad0", ctypes.c_uint32),
+        ("collected", ctypes.c_uint32),       # c: the worker has died, and all it dirtied is in the slot bitmaps
         # --- ring indices: totals since the ring's (re)build, never wrapped -------------------
         ("pushed_total", ctypes.c_uint64),    # w: entries pushed (software rings only)
         ("fetch_total", ctypes.c_uint64),     # c: entries harvested (seed: kvm_fetch_index)
@@ -155,6 +171,7 @@ class MachineControl(ctypes.Structure):
         ("flushes", ctypes.c_uint64),
         ("publish_pending", ctypes.c_uint32),     # 1 while staging may hold unpublished pages
         ("verify_in_round", ctypes.c_uint32),     # 1 while the verifier brings its copy up to date
+        ("events", ctypes.c_uint64),              # events of the control socket that there have been
     ]
 
 
@@ -175,3 +192,19 @@ def machine_control(address: int) -> MachineControl:
 def vcpu_control(address: int, index: int) -> VcpuControl:
     """vCPU ``index``'s block of the control segment mapped at ``address``."""
     return VcpuControl.from_address(address + _PAGE * (1 + index))
+
+
+def control_error(address: int, size: int) -> str:
+    """What is wrong with the control segment of ``size`` bytes mapped at ``address``; empty when this program can
+    use it."""
+    if size < control_size(0):
+        return f"its control segment has {size} bytes"
+    block = machine_control(address)
+    if block.magic != CONTROL_MAGIC:
+        return "its control segment is not one of this program"
+    if block.version != PROTOCOL_VERSION:
+        return (f"it was started by another version of this program (protocol {block.version}, here "
+                f"{PROTOCOL_VERSION})")
+    if size < control_size(block.vcpu_count):
+        return f"its control segment has {size} bytes for {block.vcpu_count} vCPUs"
+    return ""

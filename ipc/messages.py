@@ -17,26 +17,29 @@ may add some. docs/protocol.md has a paragraph a message. Never pickle.
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from .layout import PROTOCOL_VERSION, Tracking
+from .layout import PROTOCOL_VERSION, PeerEnum, Tracking
 
 __all__ = [
-    "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
+    "DETAIL_MAX", "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
     "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "ReplayPhase", "ReplaySpec",
-    "Request", "RingFull", "SendFd", "SetMemslot", "SetState", "SetTracking", "Shutdown", "SlotSpec", "Userfault",
-    "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
+    "Request", "RingFull", "SendFd", "SetMemslot", "SetMemslots", "SetState", "SetTracking", "Shutdown", "SlotSpec",
+    "Userfault", "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
+
+
+#: Characters of what is said about a vCPU's end.
+DETAIL_MAX = 1000
 
 
 class MessageError(Exception):
     """A frame that is not a message of this protocol."""
 
 
-class ExitReason(IntEnum):
+class ExitReason(PeerEnum):
     """Why a vCPU is no longer running."""
 
     NONE = 0
@@ -50,6 +53,7 @@ class ExitReason(IntEnum):
     TIMEOUT = 8         # still running at the machine's timeout
     STOPPED = 9         # ended on request
     WORKER_DIED = 10    # the process is gone
+    UNKNOWN = 0xFFFF_FFFF   # what a worker says means nothing
 
 
 class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -104,6 +108,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     slots: list[SlotSpec]       # RAM
     system_slot: SlotSpec       # never logged
     control_segment: str
+    belongings: str             # the name that all of the machine goes with (ipc/claims.py)
     request_endpoint: str
     notify_endpoint: str
     fd_socket: str              # path of the Unix socket that takes the vCPU fd ("" if none wanted)
@@ -125,13 +130,23 @@ class Request(Wire, frozen=True, tag_field="t"):
 
 
 class SetMemslot(Request, frozen=True, tag="set-memslot"):
-    """Add a slot, or change its logging. The vCPU is paused."""
+    """Add a slot, or change its logging. The vCPU is paused. One of this id that has another segment is another
+    slot, and goes."""
 
     slot: SlotSpec
 
 
 class RemoveMemslot(Request, frozen=True, tag="remove-memslot"):
+    """There is no such slot any more. Nothing to do where there was none."""
+
     slot_id: int
+
+
+class SetMemslots(Request, frozen=True, tag="set-memslots"):
+    """These are the slots, with their logging: others are removed, missing ones added. From a coordinator that
+    replaces one which may have died in the middle of a change. The vCPU is paused."""
+
+    slots: list[SlotSpec]
 
 
 class GetLog(Request, frozen=True, tag="get-log"):
@@ -189,8 +204,8 @@ class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
-AnyRequest = (SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SetTracking | SendFd | GetState
-              | SetState | Userfault | Shutdown)
+AnyRequest = (SetMemslot | SetMemslots | RemoveMemslot | GetLog | ClearLog | RebuildRing | SetTracking | SendFd
+              | GetState | SetState | Userfault | Shutdown)
 
 
 # --- replies (worker -> coordinator) -----------------------------------------------------------
@@ -215,10 +230,11 @@ class Notification(Wire, frozen=True, tag_field="t"):
 
 
 class Hello(Notification, frozen=True, tag="hello"):
-    """Set up and ready to enter the guest; the vCPU fd has been sent. ``error`` says why not."""
+    """Set up and ready to enter the guest; the vCPU fd has been sent. ``error`` says why not. ``version`` is the
+    worker's own."""
 
     pid: int
-    version: int
+    version: int = PROTOCOL_VERSION
     kvm_run_size: int = 0       # bytes to map of the vCPU fd at offset 0
     ring_entries: int = 0
     error: str = ""
@@ -242,8 +258,8 @@ class Exited(Notification, frozen=True, tag="exited"):
     """The guest ended on this vCPU. ``registers`` where there is something to look into."""
 
     reason: ExitReason
-    code: int = 0
-    detail: str = ""
+    code: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] = 0
+    detail: Annotated[str, msgspec.Meta(max_length=DETAIL_MAX)] = ""
     registers: dict[str, int] | None = None
 
 

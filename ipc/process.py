@@ -1,29 +1,43 @@
-"""Process plumbing: prctl, and clearing up after a machine that nobody owns any more."""
+"""Process plumbing: what Linux has for it and Python does not, and how a process of ours is started."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import platform
-import shutil
+import resource
+import sys
 import threading
-from pathlib import Path
 
-from .shm import list_segments, machine_prefix, unlink_segment
-
-__all__ = ["SERVICE_SLICE", "die_with_parent", "remove_machine_files", "set_name", "set_subreaper",
-           "set_time_slice"]
+__all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descriptor_limit", "set_name",
+           "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine(), 314)
 
+_DESCRIPTORS = 1 << 20   # more are of no use to anybody
+
 #: Seconds of a thread that has little to do, and that at once.
 SERVICE_SLICE = 0.0001
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command line of a Python process of ours. ``-P``: the current directory is not looked into for modules.
+    It is the user's, and may hold a numpy.py, or a folder called ipc."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def raise_descriptor_limit() -> None:
+    """Of this process and those that it starts: as far as it may go. The soft limit is low by custom, for programs
+    that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _prctl(option: int, value: int | bytes) -> None:
@@ -66,14 +80,3 @@ def set_time_slice(seconds: float) -> None:
     nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     attributes = _SchedAttr(size=ctypes.sizeof(_SchedAttr), nice=nice, runtime=int(seconds * 1e9))
     _libc.syscall(_SYS_SCHED_SETATTR, 0, ctypes.byref(attributes), 0)
-
-
-def remove_machine_files(machine: str, runtime_dir: Path) -> list[str]:
-    """Unlink every segment of ``machine`` and its runtime directory; what was removed. Idempotent,
-    safe to be done by several processes at once."""
-    removed = [name for name in list_segments(machine_prefix(machine)) if unlink_segment(name)]
-    if runtime_dir.is_dir():
-        with contextlib.suppress(OSError):
-            shutil.rmtree(runtime_dir)
-            removed.append(str(runtime_dir))
-    return removed

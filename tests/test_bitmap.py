@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ipc import kernels
 from ipc.bitmap import Bitmap, bitmap_bytes, dirty_ranges, word_count
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
+from vmm.names import segment_name
 
 PAGES = 3 * 4096 + 3    # several summary groups, not a multiple of 64
 

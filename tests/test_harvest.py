@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ipc import kernels
 from ipc.bitmap import Bitmap, bitmap_bytes, slot_table
 from ipc.layout import MAX_SLOTS
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
+from vmm.names import segment_name
 
 ENTRIES = 16
 SLOTS = {0: 130, 3: 5000}   # slot id -> pages; neither a multiple of 64

@@ -45,7 +45,8 @@ def test_every_verb_refuses_a_path_for_a_name(verb: list[str], tmp_path: Path) -
 @pytest.mark.parametrize("name", NOT_NAMES)
 def test_what_is_no_name_reaches_no_file(name: str, runtime_dir: Path) -> None:
     (runtime_dir / "precious").mkdir()
-    (runtime_dir / "shardvmm" / "a").mkdir(parents=True)
+    (runtime_dir / "shardvmm").mkdir(mode=0o700)
+    (runtime_dir / "shardvmm" / "a").mkdir()
     before = sorted(runtime_dir.rglob("*"))
     for call in (runtime.machine_dir, runtime.is_running, runtime.claim, runtime.collect_garbage, Machine.attach,
                  Machine):
@@ -59,7 +60,7 @@ def test_what_is_no_name_reaches_no_file(name: str, runtime_dir: Path) -> None:
 @given(st.text(max_size=40))
 def test_a_name_is_one_component_of_a_path(text: str) -> None:
     """Whatever passes is one plain component; whatever does not is told in one line."""
-    for check in (names.check_machine_name, names.check_client_name, names.check_key_name, names.check_snapshot_id):
+    for check in (names.check_machine_name, names.check_client_name, names.check_key_name):
         try:
             name = check(text)
         except VmmError as exc:
@@ -80,8 +81,18 @@ def test_a_name_is_one_component_of_a_path(text: str) -> None:
 def test_directories_that_are_not_machines_are_left_alone(runtime_dir: Path) -> None:
     """What lies in the root under a name that is none is not ours."""
     strange = runtime_dir / "shardvmm" / "Not-A-Machine"
-    strange.mkdir(parents=True)
+    strange.parent.mkdir(mode=0o700)
+    strange.mkdir()
     assert runtime.machine_names() == []
     assert runtime.leftovers() == {}
     assert runtime.collect_garbage() == []
     strange.rmdir()
+
+
+@pytest.mark.parametrize("what", ["ram0", "ram499", "ram0.1f", "ram0.1f (deleted)", "ram7 (deleted)"])
+def test_a_mapping_of_ram_is_known_by_its_name(what: str) -> None:
+    line = f"7f0000000000-7f0000400000 rw-s 00000000 00:19 7 /dev/shm{names.segment_name('a-1', what)}"
+    assert names.RAM_MAPPING.search(line)
+    for other in ("log0", "client.ram0", "xram0"):
+        assert not names.RAM_MAPPING.search(line.replace(what, other))
+    assert names.machine_of(names.segment_name("a-1", what)[1:]) == "a-1"

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from ipc.bitmap import bitmap_bytes
 from ipc.layout import RING_RESERVE, DirtyGfn, VcpuControl, control_size, vcpu_control
 from ipc.messages import ReplayPhase, ReplaySpec, SlotSpec, WorkerSpec
-from ipc.shm import Segment, list_segments, machine_prefix, segment_name
+from ipc.shm import Segment, list_segments
 from vmm.cli import cli
 from vmm.config import ConfigError, load_config
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
+from vmm.names import machine_prefix, segment_name
 from vmm.plan import plan
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec
 from workers.accel import Accelerator, ExitKind, load
@@ -214,8 +215,9 @@ def bare(*phases: ReplayPhase, ring: int = 1024, pages: int = 5000, **fields: An
             "ring", ring * 16)
         record = segment("record", bitmap_bytes(pages))
         slot = SlotSpec(0, 0, pages * PAGE, ram.name, True, record.name)
-        worker = WorkerSpec(machine="bare", index=0, vcpu_count=1, accel="replay", ring_entries=ring,
-                            ring_segment=rings.name, slots=[slot], system_slot=slot, control_segment=control.name,
+        worker = WorkerSpec(machine="bare", belongings="bare", index=0, vcpu_count=1, accel="replay",
+                            ring_entries=ring, ring_segment=rings.name, slots=[slot], system_slot=slot,
+                            control_segment=control.name,
                             request_endpoint="", notify_endpoint="", fd_socket="", boot={},
                             replay=ReplaySpec(list(phases), **fields))
         memory = GuestMemory()

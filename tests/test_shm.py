@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ipc import shm
+from vmm.names import segment_name
 
-NAME = shm.segment_name(f"test-{os.getpid()}", "x")     # tests may run side by side
+NAME = segment_name(f"test-{os.getpid()}", "x")     # tests may run side by side
 
 
 def test_created_segment_is_private_zeroed_reserved_and_gone_after_close() -> None:

@@ -21,12 +21,12 @@ from machines import spec as guest_spec
 from numpy.typing import NDArray
 
 from ipc.messages import ReplayPhase, ReplaySpec
-from ipc.shm import segment_name
 from ipc.tracequeue import TraceQueue
 from vmm.cli import cli
 from vmm.config import ConfigError, load_config
 from vmm.errors import VmmError
 from vmm.machine import Machine
+from vmm.names import segment_name
 from vmm.plan import plan
 from vmm.record import record
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec

@@ -5,18 +5,19 @@ Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
+from .cli_clients import client
 from .cli_common import json_option, on_machine, print_json
 from .cli_compare import compare
 from .cli_dirty import dirty_limit, dirty_rate, tracking, working_set
+from .cli_machines import VERBS as MACHINE_VERBS
 from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
@@ -27,7 +28,7 @@ from .errors import ExitCode, VmmError
 if TYPE_CHECKING:
     from .machine import Machine
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -58,45 +59,14 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
 
     if trace and detach and not trace_file:
         raise VmmError("--trace with --detach needs --trace-file: nobody would see the lines")
-    machine_config = load_config(config, list(overrides))
-    machine = Machine.launch(machine_config, name=name, trace=list(trace),
+    machine_config = load_config(config, list(overrides), name=name)
+    machine = Machine.launch(machine_config, trace=list(trace),
                              trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
                              start=detach)
     return run_or_leave(machine, detach, as_json)
 
 
 # --- running machines ------------------------------------------------------------------------------------
-
-
-@cli.command("list")
-@json_option
-def list_(as_json: bool) -> None:
-    """List the running machines."""
-    from .machine import list_machines
-
-    machines = list_machines()
-    if as_json:
-        print_json(machines)
-    elif machines:
-        from .report import machines_table, screen
-
-        screen().print(machines_table(machines))
-    else:
-        click.echo("no machine is running")
-
-
-@cli.command()
-@on_machine
-@json_option
-def status(machine: Machine, as_json: bool) -> None:
-    """Show everything about a machine: vCPUs, reaper, slots, verification."""
-    report = machine.status()
-    if as_json:
-        print_json(report)
-    else:
-        from .report import print_report, screen
-
-        print_report(report, screen())
 
 
 def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str) -> None:
@@ -130,30 +100,6 @@ def resume(machine: Machine, force: bool, as_json: bool) -> None:
         click.echo(f"{machine.name} stays paused: {', '.join(held_by)}")
     else:
         click.echo(f"{machine.name} is running")
-
-
-@cli.command()
-@on_machine
-@json_option
-def stop(machine: Machine, as_json: bool) -> None:
-    """End every vCPU, and the machine, in order."""
-    from .runtime import is_running
-
-    machine.stop()
-    deadline = time.monotonic() + 30.0
-    while is_running(machine.name):
-        if time.monotonic() > deadline:
-            raise VmmError(f"machine '{machine.name}' is still there after 30 s", ExitCode.WORKER_DIED)
-        try:
-            if machine.status()["state"] == "ended":
-                machine.release()
-        except VmmError:
-            pass    # it went away meanwhile, which is what was wanted
-        time.sleep(0.02)
-    if as_json:
-        print_json({"name": machine.name, "done": "stop"})
-    else:
-        click.echo(f"{machine.name} has ended")
 
 
 @cli.group()
@@ -228,15 +174,17 @@ def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, a
 @memory.command("remove")
 @on_machine
 @click.argument("slot", type=int)
+@click.option("--force", is_flag=True, help="Although it holds the guest's image or stacks.")
 @json_option
-def memory_remove(machine: Machine, slot: int, as_json: bool) -> None:
+def memory_remove(machine: Machine, slot: int, force: bool, as_json: bool) -> None:
     """Remove SLOT: vCPUs stopped, rings reaped, bitmap synced, slot removed, vCPUs resumed."""
-    machine.memory_remove(slot)
+    machine.memory_remove(slot, force=force)
     _memory_done(machine, slot, "removed", as_json)
 
 
 def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    """``4096`` is bytes; everything else is for parse_size."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
 
 
 def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
@@ -246,8 +194,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (compare, dirty_rate, dirty_limit, tracking, working_set, trace_group, snapshot, migrate, receive,
-              keys, stress):
+for _verb in (*MACHINE_VERBS, client, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group,
+              snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 
@@ -264,20 +212,27 @@ def doctor(as_json: bool) -> int:
     if as_json:
         print_json([f.as_dict() for f in findings])
     else:
-        from .report import doctor_table, screen
+        from .report import doctor_table, print_table, screen
 
-        screen().print(doctor_table([f.as_dict() for f in findings]))
+        print_table(doctor_table([f.as_dict() for f in findings]), screen())
     return ExitCode.OK if healthy(findings) else 1
 
 
 @cli.command()
 @click.argument("name", required=False)
+@click.option("--logs", is_flag=True, help="Also the logs and reports of machines that have ended.")
 @json_option
-def gc(name: str | None, as_json: bool) -> None:
+def gc(name: str | None, logs: bool, as_json: bool) -> None:
     """Clear what machines that died have left behind (of NAME, or of all)."""
+    from .records import remove_records
     from .runtime import collect_garbage
 
     removed = collect_garbage(name)
+    if logs:
+        try:
+            removed += remove_records(name)
+        except OSError as exc:
+            raise VmmError(f"the logs cannot be removed: {exc}") from None
     if as_json:
         print_json({"removed": removed})
     else:
@@ -314,27 +269,34 @@ def guests(as_json: bool) -> None:
                "from a trace; vmm schema has its keys")
 
 
-def main() -> None:
-    """Entry point: every expected error is one line on standard error and an exit status."""
+def run() -> int:
+    """Carry out the command line; its exit status. Whatever goes wrong is said on standard error, but for what
+    becomes of standard output (vmm/main.py)."""
     try:
-        code = cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        return int(cli.main(standalone_mode=False) or 0)
     except VmmError as exc:
         for line in str(exc).splitlines():
-            click.echo(f"vmm: error: {line}", err=True)
-        code = exc.exit_code
+            _say(f"vmm: error: {line}")
+        return int(exc.exit_code)
     except click.ClickException as exc:
-        exc.show()
-        code = exc.exit_code
-    except (click.Abort, KeyboardInterrupt, Interrupted):
-        code = 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing more can be said to anybody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
+        with contextlib.suppress(OSError):
+            exc.show()
+        return exc.exit_code
+    except Interrupted as exc:
+        return 128 + exc.signum
+    except (click.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except MemoryError:
+        _say("vmm: error: there is not enough memory for this")
+        return ExitCode.BAD_INPUT
     except Exception as exc:
         if os.environ.get("VMM_DEBUG"):
             raise
-        click.echo(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)", err=True)
-        code = ExitCode.BUG
-    sys.exit(int(code or 0))
+        _say(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)")
+        return ExitCode.BUG
+
+
+def _say(text: str) -> None:
+    """On standard error, which may be closed or full: then there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)

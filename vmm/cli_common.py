@@ -5,17 +5,29 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import VmmError
 
-__all__ = ["Duration", "Rate", "json_option", "on_machine", "print_json"]
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+__all__ = ["Duration", "Rate", "json_option", "on_machine", "print_json", "progress_bar"]
 
 
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2))
+
+
+def progress_bar(*columns: ProgressColumn | str) -> Progress:
+    """On standard error, gone when it is done; nothing at all where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,17 +49,24 @@ def on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Duration(click.ParamType):
-    """``500ms``, ``1s``, ``2m``; a bare number is seconds."""
+    """``500ms``, ``1s``, ``2m``; a bare number is seconds. ``least``: the shortest that can be kept to, seconds."""
 
     name = "duration"
+
+    def __init__(self, least: float = 0.0) -> None:
+        self._least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         from .config import parse_duration
 
+        where = param.opts[0] if param else "duration"
         try:
-            return parse_duration(value)
+            seconds = parse_duration(value)
         except ValueError as exc:
-            raise VmmError(f"{param.opts[0] if param else 'duration'}: {exc}") from None
+            raise VmmError(f"{where}: {exc}") from None
+        if seconds < self._least:
+            raise VmmError(f"{where}: {value} is too short: at least {self._least * 1000:g} ms")
+        return seconds
 
 
 class Rate(click.ParamType):

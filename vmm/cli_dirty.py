@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import Duration, Rate, json_option, on_machine, print_json
+from .cli_common import Duration, Rate, json_option, on_machine, print_json, progress_bar
 from .errors import VmmError
 
 if TYPE_CHECKING:
@@ -76,10 +76,11 @@ def dirty_limit() -> None:
     """Limit how fast vCPUs may dirty memory."""
 
 
-_vcpu_option = click.option("--vcpu", type=int, default=None, help="Only this vCPU (default: each one).")
+_vcpu_option = click.option("--vcpu", type=click.IntRange(min=0), default=None,
+                            help="Only this vCPU (default: each one).")
 
 
-@dirty_limit.command("set")
+@dirty_limit.command("set", context_settings={"ignore_unknown_options": True})    # -5MB/s is a rate that cannot be
 @on_machine
 @click.argument("rate", type=Rate())
 @_vcpu_option
@@ -138,47 +139,53 @@ def limit_query(machine: Machine, vcpu: int | None, seconds: float, as_json: boo
 
 @click.command("working-set")
 @on_machine
-@click.option("--interval", type=Duration(), default="100ms", show_default=True)
+@click.option("--interval", type=Duration(least=0.001), default="100ms", show_default=True)
 @click.option("--time", "seconds", type=Duration(), default="10s", show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where to keep it (.npz).")
-@click.option("--png", type=click.Path(path_type=Path), help="Draw it.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="One self-contained page.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where the recording goes (.npz).")
+@click.option("--png", type=click.Path(path_type=Path), help="Where a picture of it goes.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Where a self-contained page goes.")
 @json_option
 def working_set(machine: Machine, interval: float, seconds: float, output: Path, png: Path | None,
-                html_path: Path | None, as_json: bool) -> None:
-    """Record which pages are dirtied in each interval; draw them over time, by address and by window."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+                html_path: Path | None, as_json: bool) -> int:
+    """Record which pages are dirtied in each interval; draw them over time, by address and by window. Ctrl-C ends
+    it early and keeps what there is."""
     from . import workingset
+    from .interrupts import Interrupts
+    from .outputs import open_output
 
     if interval > seconds:
         raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
-    began = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("recording", total=1.0)
-        recording = workingset.record(machine, interval, seconds,
-                                      lambda done: bar.update(task, completed=done))
-    if not recording.intervals:
-        raise VmmError(f"machine '{machine.name}' ended before the first interval did")
-    recording.save(output)
     title = f"{machine.name}: pages dirtied in {interval * 1000:g} ms intervals"
-    _write(png, lambda: workingset.draw(recording, title))
-    _write(html_path, lambda: workingset.page(recording, title).encode())
-    counts = recording.dirty_pages()
-    summary = {"name": machine.name, "intervals": recording.intervals,
-               "seconds": round(time.monotonic() - began, 3),
-               "mean_pages": float(counts.mean()), "most_pages": int(counts.max()), "output": str(output)}
+    with contextlib.ExitStack() as stack:       # every file is tried before the work begins
+        kept = stack.enter_context(open_output(output))
+        drawn = stack.enter_context(open_output(png)) if png else None
+        page = stack.enter_context(open_output(html_path)) if html_path else None
+        with Interrupts() as interrupts, progress_bar() as bar:
+            task = bar.add_task("recording", total=1.0)
+            recording = workingset.record(machine, interval, seconds, lambda done: bar.update(task, completed=done),
+                                          interrupts.wait)
+        if not recording.intervals:
+            raise VmmError(f"machine '{machine.name}' ended before the first interval did")
+        recording.write(kept.file)
+        kept.commit()       # whatever comes of the pictures
+        if drawn is not None:
+            drawn.write(workingset.draw(recording, title))
+        if page is not None:
+            page.write(workingset.page(recording, title).encode())
+    counts, took = recording.dirty_pages(), float(recording.times[-1])
+    summary = {"name": machine.name, "intervals": recording.intervals, "seconds": round(took, 3),
+               "mean_interval_s": round(took / recording.intervals, 6), "mean_pages": float(counts.mean()),
+               "most_pages": int(counts.max()), "output": str(output), "reason": recording.reason,
+               "complete": not recording.reason}
     if as_json:
         print_json(summary)
     else:
-        click.echo(f"{output}: {recording.intervals} intervals, {counts.mean():,.0f} pages dirty in one on "
-                   f"average, {counts.max():,} at most")
-
-
-def _write(path: Path | None, make: Any) -> None:
-    if path is not None:
-        try:
-            path.write_bytes(make())
-        except OSError as exc:
-            raise VmmError(f"{path}: cannot be written: {exc.strerror}") from None
+        mean = took / recording.intervals
+        click.echo(f"{output}: {recording.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} pages "
+                   f"dirty in one on average, {counts.max():,} at most"
+                   + (f"; incomplete: {recording.reason}" if recording.reason else ""))
+    if interrupts.came:
+        return 128 + interrupts.came
+    if recording.reason:
+        raise VmmError(f"{output}: is incomplete: {recording.reason}")
+    return 0

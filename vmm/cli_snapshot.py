@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import json_option, on_machine, print_json
+from .cli_common import json_option, on_machine, print_json, progress_bar
 from .errors import one_line
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ def snapshot() -> None:
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with rate and time left, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    with Progress(what, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-                  TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(what, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+                      TimeRemainingColumn()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done * _PAGE, total=total * _PAGE)
 
@@ -86,19 +85,18 @@ def list_(directory: Path, as_json: bool) -> None:
         print_json([{"id": m.id, "damaged": m.reason} if isinstance(m, snapshots.Damaged) else _summary(m)
                     for m in found])
         return
-    from rich.table import Table
     from rich.text import Text
 
-    from .report import screen
+    from .report import print_table, screen, table
 
-    table = Table("id", "on", "created", "machine", "accelerator", "vCPUs", "pages", "form")
+    listed = table("id", "on", "created", "machine", "accelerator", "form", numbers=("vCPUs", "pages"))
     for m in found:
         if isinstance(m, snapshots.Damaged):
-            table.add_row(m.id, "damaged")
+            listed.add_row(m.id, "damaged")
             continue
-        table.add_row(m.id, m.parent or "(full)", Text(one_line(m.created, 40)), m.spec.name, m.accelerator,
-                      str(len(m.vcpus)), f"{m.pages:,}", m.compression)
-    screen().print(table)
+        listed.add_row(m.id, m.parent or "(full)", Text(one_line(m.created, 40)), m.spec.name, m.accelerator,
+                       m.compression, str(len(m.vcpus)), f"{m.pages:,}")
+    print_table(listed, screen())
     for m in found:
         if isinstance(m, snapshots.Damaged):
             click.echo(f"damaged: {m.reason}")

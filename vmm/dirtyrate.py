@@ -72,22 +72,27 @@ def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> Dirt
     check_time(seconds)
     if mode == "sampling":
         return _sample(machine, seconds)
-    if mode == "ring" and machine.status()["tracking"] != "ring":
-        raise VmmError("--mode ring: this machine has plain bitmaps (use --mode bitmap, or sampling)")
+    before = machine.status()
+    if mode == "ring" and before["tracking"] != "ring":
+        raise VmmError(f"machine '{machine.name}' tracks dirty pages by {before['tracking']}, and only dirty rings "
+                       f"tell its vCPUs apart (vmm tracking {machine.name} ring)")
     client = f"rate_{os.getpid()}_{next(_numbers)}"
-    machine.register(client, mine=True)     # flushes: what was dirtied before does not count
+    machine.register(client, mine=True)
     try:
-        began, before = time.monotonic(), machine.status()
+        old = machine.flush(client)
         time.sleep(seconds)
-        distinct = machine.sync(client).pages
-        took, after = time.monotonic() - began, machine.status()
+        new = machine.flush(client)
+        switches = machine.status()["tracking_switches"]
     finally:
         machine.unregister(client)
+    took, distinct = new.at - old.at, sum(new.slots.values())
     vcpus = []
     if mode == "ring":
-        for old, new in zip(before["vcpus"], after["vcpus"], strict=True):
-            pages = new["dirty_pages"] - old["dirty_pages"]
-            vcpus.append(VcpuRate(new["index"], pages, pages / took, pages * _PAGE / _MIB / took))
+        if switches != before["tracking_switches"]:
+            raise VmmError(f"machine '{machine.name}' began to track dirty pages in another way meanwhile")
+        for index, (first, last) in enumerate(zip(old.vcpu_pages, new.vcpu_pages, strict=True)):
+            pages = last - first
+            vcpus.append(VcpuRate(index, pages, pages / took, pages * _PAGE / _MIB / took))
     repeated = max(0, sum(v.pages for v in vcpus) - distinct) if vcpus else 0
     return _result(mode, took, distinct, repeated, vcpus)
 

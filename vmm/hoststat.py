@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .names import RAM_MAPPING
+
 __all__ = ["CpuTime", "cores", "cpu_time", "describe_host", "pss_beyond_ram"]
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_RAM = re.compile(r"/dev/shm/shardvmm-.*-ram\d+( \(deleted\))?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def pss_beyond_ram(pid: int) -> int:
         if first == "Pss:":
             total += int(rest.split()[0]) * 1024 if counted else 0
         elif not first.endswith(":"):   # the head of a mapping
-            counted = not _RAM.search(line)
+            counted = not RAM_MAPPING.search(line)
     return total
 
 

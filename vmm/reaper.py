@@ -16,9 +16,11 @@ from functools import partial
 import numpy as np
 
 from ipc.layout import MachineControl, ReaperState
+from ipc.steps import step
 
 from .bitmaplog import gather_bitmaps
 from .dirtylog import DirtyLog
+from .errors import VmmError
 from .record import Recorder
 from .shards import Shard, Shards
 from .spec import ReaperSpec
@@ -26,10 +28,12 @@ from .trace import Tracer
 
 __all__ = ["Reaper", "Schedule"]
 
-_Harvested = dict[int, tuple[int, int]]
+_Harvested = dict[int, int]             # {vCPU index: entries}
+_Found = dict[int, tuple[int, int]]     # and those that await their reset
 
 _FILL_TARGET = 0.4      # wake when the fastest ring is expected to be this full
 _EMPTY_FULLS = 3        # full-but-empty reports in a row that mean a ring has lost count
+_DRAIN_PASSES = 8       # with every vCPU paused the second pass finds nothing
 
 
 class Schedule:
@@ -87,6 +91,7 @@ class Reaper:
         self.tracking = tracking
         self._reapers = spec.reapers
         self._threads = ThreadPoolExecutor(spec.reapers, "reaper") if spec.reapers > 1 else None
+        self._last: _Harvested = {}     # by the last reap
         #: Is given whatever is harvested, while the machine is being recorded.
         self.recorder: Recorder | None = None
         #: vCPUs that have reported a full ring and must be let go by the next reap.
@@ -114,6 +119,15 @@ class Reaper:
         self.reap()
         self._control.reaper_iteration += 1
 
+    def worker_died(self, shard: Shard) -> None:
+        """Its process is gone. What it logged is in its ring, as far as that is mapped here, and harvested by the
+        next reap; a plain bitmap has died with it, and so has a ring that only a predecessor had mapped.
+        Repeatable."""
+        self.full.discard(shard.index)
+        if not shard.ring_address and not shard.control.collected:
+            self._log.mark_logged_slots()
+            shard.control.collected = 1
+
     def reap(self) -> int:
         """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
         if self.tracking != "ring":
@@ -121,30 +135,36 @@ class Reaper:
         began = time.perf_counter_ns()
         self._control.publish_pending = 1
         full, self.full = self.full, set()
-        rings = [s for s in self._shards.all if s.ring_address and (s.index in full or not self.only_full)]
+        rings = [s for s in self._shards.all
+                 if s.ring_address and s.alive and (s.index in full or not self.only_full)]
         rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
-        harvested: dict[int, int] = {}
+        harvested: _Harvested = {}
         owed: dict[int, int] = {}
         for part in self._each_reaper([partial(self._harvest_some, rings[i::self._reapers], i, full)
                                        for i in range(self._reapers)]):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
-        self._shards.await_resets(s for s in rings if s.alive and (owed[s.index] or s.index in full))
-        total = sum(harvested.values())
+        self._shards.await_resets([s for s in rings if owed[s.index] or s.index in full])
         broken = []
         for shard in rings:
-            if not shard.alive:
-                # Nobody can write through a dead vCPU: its pages need no re-protection.
-                shard.control.reset_total = shard.control.fetch_total
-                continue
-            if shard.index in full:
+            if shard.alive and shard.index in full:
                 shard.reported_full()
             if shard.outstanding or shard.overflowed or shard.full_but_empty >= _EMPTY_FULLS:
                 broken.append(shard)
         for shard in broken:
-            self._lost_count(shard, owed[shard.index])
+            if shard.alive:
+                self._lost_count(shard, owed[shard.index])
+        dead = [s for s in self._shards.all if s.ring_address and not s.alive]
+        for shard in dead:
+            harvested[shard.index] = harvested.get(shard.index, 0) + self._collect(shard)
         self._log.publish()
         self._control.publish_pending = 0
+        for shard in dead:
+            step("dead-ring-published")
+            shard.forget_ring()
+            shard.control.collected = 1
+        total = sum(harvested.values())
+        self._last = harvested
         took = time.perf_counter_ns() - began
         self._control.reaped_pages += total
         self._control.reap_ns += took
@@ -155,21 +175,21 @@ class Reaper:
         self.schedule.plan(now, {s.index: s.soft_limit for s in self._shards.all if s.running})
         return total
 
-    def _each_reaper(self, work: list[Callable[[], _Harvested]]) -> list[_Harvested]:
+    def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
         """At the same time, one a thread: the loops over a ring run without the GIL. Trace lines and recordings are
         written in order, by this thread."""
         if self._threads is None or self._trace.reap_vcpu or self._trace.page or self.recorder is not None:
             return [each() for each in work]
         return list(self._threads.map(lambda each: each(), work))
 
-    def _harvest_some(self, rings: list[Shard], reaper: int, full: set[int]) -> _Harvested:
+    def _harvest_some(self, rings: list[Shard], reaper: int, full: set[int]) -> _Found:
         """Some of the rings, into this reaper's own staging bitmaps: {vCPU index: (entries, those that await their
         reset)}. While a ring is reset, the next one is harvested."""
         found = {}
         for shard in rings:
             count = self._harvest(shard, self._log.table_addresses[reaper])
             owed = shard.outstanding
-            if shard.alive and (owed or shard.index in full):
+            if owed or shard.index in full:
                 shard.ask_reset(owed)
             found[shard.index] = (count, owed)
         return found
@@ -183,19 +203,36 @@ class Reaper:
         count = shard.harvest(table, pages)
         if self.recorder is not None:
             self.recorder.put(shard.index, pages[:count])
-        if not self._trace.page:
-            return count
-        for fetch, _, offset in pages[:count].tolist():
-            self._trace.page(shard.index, fetch, offset)
+        trace_page = self._trace.page
+        if trace_page:
+            for fetch, _, offset in pages[:count].tolist():
+                trace_page(shard.index, fetch, offset)
+        return count
+
+    def _collect(self, shard: Shard) -> int:
+        """The last harvest of a ring whose worker has died; its entries. Nobody can write through a dead vCPU: its
+        pages need no re-protection. And nobody resets its ring, so it must not be looked at again."""
+        countable = shard.countable
+        count = self._harvest(shard, self._log.table_addresses[0])
+        if shard.overflowed or not countable or shard.full_but_empty >= _EMPTY_FULLS:
+            self._log.mark_logged_slots()
         return count
 
     def _lost_count(self, shard: Shard, owed: int) -> None:
-        """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may
-        be dirty. The vCPU stands still while its ring is replaced, so nothing escapes between."""
+        """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may be dirty. They
+        are marked before the ring, whose totals say that it has lost count, is replaced: whoever takes over in
+        between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
+        replaced could go on only without a log: it ends."""
         missing = shard.outstanding
         self._shards.pause([shard])
-        self._shards.rebuild_ring(shard)
+        step("lost-count-seen")
         pages = self._log.mark_logged_slots()
+        step("lost-count-marked")
+        try:
+            self._shards.rebuild_ring(shard)
+        except VmmError as exc:
+            self._shards.give_up([shard], f"could not replace its ring, which had lost count: {exc}")
+        step("lost-count-rebuilt")
         if not self._shards.paused:
             self._shards.resume([shard])
         self._report_rebuild(shard.index, owed, owed - missing, pages)
@@ -204,8 +241,12 @@ class Reaper:
         """Every page written before this call is in the slot bitmaps when it returns (seed:
         kvm_dirty_ring_flush): kick every vCPU out of the guest, then reap every ring to its end.
 
-        A running vCPU dirties on behind the reap; what it wrote before the kick is behind it.
+        A running vCPU dirties on behind the reap; what it wrote before the kick is behind it. Raises VmmError when
+        not every vCPU can be reached.
         """
+        if self.only_full:
+            raise VmmError("the dirty log cannot be flushed: pages are still on their way here (post-copy), and a "
+                           "software CPU that waits for one cannot be stopped")
         if self._trace.flush:
             self._trace.flush(0)
         self._shards.kick_all()
@@ -220,11 +261,16 @@ class Reaper:
         if self.tracking != "ring":
             return self._gather()
         total = 0
-        while True:
+        for _ in range(_DRAIN_PASSES):
             count = self.reap()
             total += count
             if not count:
                 return total
+        # A ring that fills while its vCPU stands still is no account of what that has written.
+        for shard in self._shards.all:
+            if shard.alive and self._last.get(shard.index):
+                self._lost_count(shard, self._last[shard.index])
+        return total
 
     def _gather(self) -> int:
         if self.tracking == "none":

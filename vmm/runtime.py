@@ -1,115 +1,134 @@
-"""Where running machines live on this host, and what is left of those that died.
+"""Machines on this host: whose names are taken, who runs, and what is left of those that died.
 
-``$XDG_RUNTIME_DIR/shardvmm/<name>`` (else ``/tmp/shardvmm-<uid>/<name>``), mode 0700. The keeper
-holds an exclusive flock on the directory's ``lock`` file for the machine's whole life, so that a
-directory nobody locks is a left-over, whatever killed its processes.
+A machine is its keeper's claim (ipc/claims.py), which its coordinator shares: as long as one of the two lives, the
+name is taken, and nobody removes anything of it. What no claim covers is left over, whatever killed its processes.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
+import signal
 from pathlib import Path
 
-from ipc.process import remove_machine_files
-from ipc.shm import list_segments, machine_prefix
+from ipc.claims import Claim, ClaimError, Held
+from ipc.shm import list_segments
 
 from .errors import ExitCode, VmmError
-from .names import check_machine_name, is_machine_name
+from .names import belongings, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
-__all__ = ["claim", "collect_garbage", "is_running", "leftovers", "machine_dir", "machine_names",
-           "runtime_root"]
+__all__ = ["adopt_claim", "claim", "collect_garbage", "end_at_once", "is_running", "leftovers", "machine_dir",
+           "machine_names", "release", "runtime_root"]
 
 _SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
-_LONGEST_SOCKET = "requests"
-
-
-def runtime_root() -> Path:
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.access(base, os.W_OK):
-        return Path(base) / "shardvmm"
-    return Path("/tmp") / f"shardvmm-{os.getuid()}"
-
-
-def machine_dir(name: str) -> Path:
-    """Raises VmmError where no machine may be called so: what is no name never becomes a path."""
-    return runtime_root() / check_machine_name(name)
+#: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
+LONGEST_SOCKET = "userfault"
+_ROOT_TRIES = 10
 
 
 def is_running(name: str) -> bool:
-    """Somebody holds the machine's lock."""
-    try:
-        fd = os.open(machine_dir(name) / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    """Somebody holds the machine's claim. Raises VmmError for what is no name."""
+    return belongings(name).held()
 
 
-def claim(name: str) -> int:
-    """Make the machine's directory and lock it for this process; the lock's fd.
+def claim(name: str) -> Claim:
+    """Take the name for this process, and make the machine's directory. What an earlier machine of that name left
+    behind is cleared first.
 
-    What an earlier machine of that name left behind is cleared first.
     Raises VmmError when a machine of that name runs.
     """
-    directory = machine_dir(name)
-    if len(str(directory / _LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
+    owned = belongings(name)
+    directory = owned.directory
+    if len(os.fsencode(directory / LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
         raise VmmError(f"the runtime directory {directory} is too long for a Unix socket: choose a shorter "
                        "name, or a shorter XDG_RUNTIME_DIR")
     try:
-        root = runtime_root()
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.stat().st_uid != os.getuid() or root.stat().st_mode & 0o077:
-            raise VmmError(f"the runtime directory {root} is open to other users: chmod 700 it, or remove it")
-        if not is_running(name):
-            remove_machine_files(name, directory)
-        try:
-            directory.mkdir(mode=0o700, exist_ok=True)
-        except FileNotFoundError:   # another machine's keeper took the empty root along just now
-            root.mkdir(mode=0o700, exist_ok=True)
-            directory.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise VmmError(f"cannot make the runtime directory {directory}: {exc.strerror}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
+        taken = owned.claim()
+    except Held:
         raise VmmError(f"a machine named '{name}' is running already: choose another --name, or "
                        f"stop it with: vmm stop {name}") from None
-    return fd
+    except ClaimError as exc:
+        raise VmmError(f"machine '{name}': {exc}") from None
+    try:
+        _make_directory(directory)
+    except OSError as exc:
+        release(taken)
+        raise VmmError(f"cannot make the runtime directory {directory}: {exc.strerror}") from None
+    return taken
+
+
+def _make_directory(directory: Path) -> None:
+    """Raises OSError."""
+    for last in [False] * (_ROOT_TRIES - 1) + [True]:
+        with contextlib.suppress(FileExistsError):
+            directory.parent.mkdir(mode=0o700)
+        try:
+            directory.mkdir(mode=0o700)
+        except FileNotFoundError:   # another machine's keeper took the empty root along just now
+            if last:
+                raise
+        else:
+            return
+
+
+def adopt_claim(name: str, fd: int) -> Claim:
+    """The claim that a parent process has taken, by the descriptor that it has passed on."""
+    os.set_inheritable(fd, False)
+    return Claim(belongings(name), fd)
+
+
+def release(taken: Claim) -> None:
+    """The machine is over: nothing of it is left."""
+    with contextlib.suppress(ClaimError):   # then it is vmm gc's
+        taken.release()
+    _remove_empty_root(taken.belongings.directory.parent)
+
+
+def _remove_empty_root(root: Path) -> None:
+    with contextlib.suppress(OSError):
+        root.rmdir()    # the last machine takes it along
+
+
+def end_at_once(name: str) -> int:
+    """Have the keeper of a running machine kill all of it; the keeper's pid. Raises VmmError."""
+    owned = belongings(name)
+    pid = owned.owner_pid()
+    if pid is None:
+        raise VmmError(f"machine '{name}' has just ended", ExitCode.NO_MACHINE)
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        raise VmmError(f"machine '{name}' is ending: its keeper was killed", ExitCode.WORKER_DIED) from None
+    try:
+        # What holds the claim may be a coordinator whose keeper has died, and the pid somebody else's by now.
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"vmm.keeper" in command and name.encode() in command:
+            for signum in (signal.SIGQUIT, signal.SIGCONT):
+                signal.pidfd_send_signal(fd, signum)
+    except OSError:
+        pass    # it has just ended
+    finally:
+        os.close(fd)
+    return pid
 
 
 def machine_names() -> list[str]:
     """Names of running machines."""
-    root = runtime_root()
-    if not root.is_dir():
-        return []
-    return sorted(p.name for p in root.iterdir() if is_machine_name(p.name) and p.is_dir() and is_running(p.name))
+    return [name for name in _known() if is_running(name)]
+
+
+def _known() -> list[str]:
+    """Of whom there is anything here."""
+    found = {machine_of(segment[1:]) for segment in list_segments(scope_prefix())}
+    with contextlib.suppress(OSError):
+        found |= {p.name for p in runtime_root().iterdir() if is_machine_name(p.name)}
+    return sorted(name for name in found if name is not None)
 
 
 def leftovers() -> dict[str, list[str]]:
-    """Segments and directories of machines that nobody runs any more, by machine name."""
-    found: dict[str, list[str]] = {}
-    root = runtime_root()
-    if root.is_dir():
-        for path in sorted(root.iterdir()):
-            if is_machine_name(path.name) and path.is_dir() and not is_running(path.name):
-                found.setdefault(path.name, []).append(str(path))
-    mine = machine_prefix("")[:-1]
-    running = machine_names()
-    for segment in list_segments(mine):
-        rest = segment[1 + len(mine):]
-        # Names may hold dashes; the part after the machine's name never does (vmm/ram.py).
-        name = rest.rsplit("-", 1)[0]
-        if is_machine_name(name) and name not in running:
-            found.setdefault(name, []).append(segment)
-    return found
+    """Segments, locks and directories of machines that nobody runs any more, by machine name."""
+    found = {name: belongings(name).left() for name in _known() if not is_running(name)}
+    return {name: left for name, left in found.items() if left}
 
 
 def collect_garbage(name: str | None = None) -> list[str]:
@@ -117,10 +136,15 @@ def collect_garbage(name: str | None = None) -> list[str]:
 
     Raises VmmError when ``name`` is running.
     """
-    if name is not None and is_running(name):
-        raise VmmError(f"machine '{name}' is running: stop it with: vmm stop {name}", ExitCode.BAD_INPUT)
-    names = [name] if name is not None else list(leftovers())
     removed: list[str] = []
-    for each in names:
-        removed += remove_machine_files(each, machine_dir(each))
+    for each in [name] if name is not None else list(leftovers()):
+        try:
+            cleared = belongings(each).clear()
+        except ClaimError as exc:
+            raise VmmError(f"machine '{each}': {exc}") from None
+        if cleared is not None:
+            removed += cleared
+        elif name is not None:
+            raise VmmError(f"machine '{name}' is running: stop it with: vmm stop {name}", ExitCode.BAD_INPUT)
+    _remove_empty_root(runtime_root())
     return removed

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,15 +23,17 @@ import zmq
 from numpy.typing import NDArray
 
 from ipc import channel, futex
-from ipc.layout import MAX_SLOTS, VcpuControl, VcpuRequest, VcpuState
+from ipc.layout import MAX_SLOTS, PROTOCOL_VERSION, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import (
     AnyNotification,
+    AnyReply,
     AnyRequest,
     Done,
     Exited,
     ExitReason,
     Failed,
     Hello,
+    MessageError,
     RebuildRing,
     SendFd,
     Shutdown,
@@ -38,31 +42,38 @@ from ipc.messages import (
     decode_reply,
     encode,
 )
+from ipc.processid import ProcessId, identity, open_process
 from ipc.shm import Segment
 from workers.zygote import Zygote
 
 from .errors import ExitCode, VmmError
 
-__all__ = ["Shard", "Shards", "WorkerGone"]
+__all__ = ["Shard", "Shards"]
+
+_log = logging.getLogger(__name__)
 
 _RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
 _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
 _RING_RESERVE = 64 + 512    # entries the kernel keeps free: its own, and a PML buffer's on Intel
-_REPLY_TIMEOUT = 30.0       # seconds; a worker that does not answer by then is taken for dead
+_REPLY_TIMEOUT = 30.0       # seconds; a worker that does not answer by then is taken for dead (Shards.give_up)
 _KICK_TIMEOUT = 30.0
+_KILL_TIMEOUT = 5.0         # seconds for a killed worker to be gone
 _MISSING_TIMEOUT = 3.0      # of either, while pages are missing: it is not the worker's fault
 _KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/worker.py says why)
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
 _KICK_SIGNAL = signal.SIGUSR1
-
-
-class WorkerGone(Exception):
-    """The worker's process has ended."""
+_FD_STEP = 0.1              # seconds between two looks at whether the sender of a descriptor has died
+_DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints without end holds nobody up
+_COMPLAINTS = 10            # bad messages that are said; all are counted
 
 
 class Shard:
-    """One vCPU worker."""
+    """One vCPU worker: its process, and its ring as the coordinator has it.
+
+    The ring is mapped (``ring_address``) while there may be something in it. When the worker has died it is
+    harvested once more (vmm/reaper.py) and unmapped; ``control.collected`` says so to a coordinator that takes
+    over."""
 
     def __init__(self, index: int, control: VcpuControl, entries: int) -> None:
         self.index = index
@@ -70,7 +81,10 @@ class Shard:
         self.entries = entries
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
+        self.process = ProcessId(0, 0)
         self.pidfd = -1
+        #: Why its process has ended, where that is known.
+        self.fate = ""
         self.ring_address = 0
         self._ring: Segment | mmap.mmap | None = None
         self._run: mmap.mmap | None = None
@@ -80,8 +94,8 @@ class Shard:
         block = ctypes.addressof(control)
         self._reset_request_address = block + VcpuControl.reset_request.offset
         self._reset_done_address = block + VcpuControl.reset_done.offset
-        #: The last harvest found no free entry. Rings keep a reserve free, so that never happens unless entries
-        #: were written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
+        #: A harvest found no free entry. Rings keep a reserve free, so that never happens unless entries were
+        #: written over (KVM does, where it emulates CPL 0: its soft-full check does not run within a batch).
         self.overflowed = False
         #: Times in a row that the vCPU reported a full ring, and nothing was harvested from it in between.
         self.full_but_empty = 0
@@ -98,8 +112,24 @@ class Shard:
         """The guest has not ended on this vCPU."""
         return self.alive and self.control.state != VcpuState.EXITED
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def watch(self, pid: int) -> None:
+        """A process that has just been made. Raises ProcessLookupError."""
         self.pidfd = os.pidfd_open(pid)
+        try:
+            self.process = identity(pid)
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:      # it has gone, and the pid may be another's: nobody is to look for it again
+            self.process = ProcessId(pid, 0)
+
+    def adopt(self, process: ProcessId) -> None:
+        """Its process as it was written down (not as the control block has it, which the worker itself writes).
+        Raises ProcessLookupError when that has gone."""
+        self.process = process
+        self.pidfd = open_process(process)
 
     def signal(self, signum: int) -> None:
         if self.pidfd >= 0:
@@ -120,11 +150,15 @@ class Shard:
     # --- ring ------------------------------------------------------------------------------------
 
     def map_software_ring(self, segment: Segment) -> None:
+        """Not that of a worker whose last entries have been collected."""
+        if self.control.collected:
+            return
         self._ring = segment
         self.ring_address = segment.address
 
     def map_kvm(self, fd: int, run_size: int) -> None:
-        """Map the kernel's ring and kvm_run through the vCPU fd; the fd is closed."""
+        """Map the kernel's ring and kvm_run through the vCPU fd; the fd is closed. Raises OSError and ValueError
+        where it is not that of a vCPU."""
         self.unmap()
         try:
             self._run = mmap.mmap(fd, run_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -151,19 +185,28 @@ class Shard:
 
     def use_ring(self, entries: int) -> None:
         """The worker's ring is another one now, or (0) there is none; it is not mapped yet."""
-        self.ring_address = 0
-        if isinstance(self._ring, mmap.mmap):
-            self._ring.close()
-        self._ring = None
+        self.forget_ring()
         self.entries = entries
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.full_but_empty = 0
         self.overflowed = False
 
+    def forget_ring(self) -> None:
+        """There is nothing in it any more."""
+        self.ring_address = 0
+        if isinstance(self._ring, mmap.mmap):   # a software ring's segment is its maker's to close
+            self._ring.close()
+        self._ring = None
+
     @property
     def outstanding(self) -> int:
-        """Entries harvested and not reset yet."""
+        """Entries harvested and not reset yet. Below 0 or above the ring's size: it has lost count."""
         return int(self.control.fetch_total - self.control.reset_total)
+
+    @property
+    def countable(self) -> bool:
+        """Its totals are such as can be."""
+        return 0 <= self.outstanding <= self.entries
 
     def harvest(self, table: int, pages: NDArray[np.uint64] | None = None) -> int:
         """Harvest what is there into the staging bitmaps; the number of entries.
@@ -180,11 +223,11 @@ class Shard:
         out = self._harvested
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
-        limit = self.entries - self.outstanding
+        limit = min(max(0, self.entries - self.outstanding), self.entries)
         kernels.harvest(self.ring_address, self.entries, fetch, limit, table, MAX_SLOTS, self._harvested_address,
                         *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         count = int(out[0])
-        self.overflowed = count == limit
+        self.overflowed = self.overflowed or count == limit
         if count:
             control.last_slot, control.last_offset = int(out[2]), int(out[3])
             control.bad_entries += int(out[1])
@@ -236,7 +279,11 @@ class Shards:
     """All workers of a machine, and the two sockets they are spoken to over.
 
     ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
-    notification but the set-up's; ``on_death`` with a shard whose process ended.
+    notification but the set-up's, and its ``vcpu`` is one of these; ``on_death`` with a shard whose process has
+    ended. Frames that are none of the protocol are counted (``dropped``) and change nothing.
+
+    A worker that does not do in time what it is asked for is taken for dead: it is killed and buried, and whoever
+    asked goes on without it. Only while pages are missing (post-copy) it is not its fault, and VmmError is raised.
     """
 
     def __init__(self, directory: Path, zygote: Zygote | None, on_notification: Callable[[AnyNotification], None],
@@ -245,9 +292,12 @@ class Shards:
         self._zygote = zygote
         self.all: list[Shard] = []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self.notify = channel.bind(self._context, zmq.PULL, channel.endpoint(directory, "notify"))
-        self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"))
-        self._fds = channel.FdListener(directory / "fds")
+        self.notify = channel.bind(self._context, zmq.PULL, channel.endpoint(directory, "notify"),
+                                   frame_max=channel.FRAME_MAX)
+        self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"),
+                                      frame_max=channel.FRAME_MAX)
+        self._bad_messages = 0
+        self._fds = channel.FdListener(directory / "fds", self._sends_fd)
         self._on_notification = on_notification
         self._on_death = on_death
         #: Not from zero: an answer to a coordinator that died must not be taken for one to this.
@@ -267,12 +317,13 @@ class Shards:
             shard.watch(self._zygote.fork(spec.accel, read))
             self.all.append(shard)
         except OSError as exc:
+            os.close(write)
             raise VmmError(f"vcpu {shard.index}: its worker cannot be started: {exc.strerror or exc}",
                            ExitCode.WORKER_DIED) from None
         finally:
             os.close(read)
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(msgspec.json.encode(spec))
+        with contextlib.suppress(BrokenPipeError), os.fdopen(write, "wb") as pipe:  # await_hello says that it ended
+            pipe.write(msgspec.json.encode(spec))
 
     def await_hello(self) -> None:
         """Until every worker is set up and its ring is mapped. Raises VmmError with its reason."""
@@ -282,18 +333,21 @@ class Shards:
         while waiting:
             self._poll(self.notify, deadline)
             gone = next((s for s in self.all if s.index in waiting and not s.alive), None)
-            while self.notify.poll(0):
-                hello = decode_notification(self.notify.recv())
+            while time.monotonic() < deadline and (hello := self._notification()) is not None:
                 if not isinstance(hello, Hello):
                     continue
                 if hello.error:
                     raise VmmError(f"vcpu {hello.vcpu}: {hello.error}")
+                if hello.version != PROTOCOL_VERSION:
+                    raise VmmError(f"vcpu {hello.vcpu}: its worker speaks protocol {hello.version}, this program "
+                                   f"{PROTOCOL_VERSION}")
                 if hello.kvm_run_size:
                     self._receive_fd(self.all[hello.vcpu], hello.kvm_run_size)
                 waiting.discard(hello.vcpu)
                 gone = None
             if gone is not None:
-                raise VmmError(f"vcpu {gone.index}: its worker ended during set-up", ExitCode.WORKER_DIED)
+                raise VmmError(f"vcpu {gone.index}: its worker {gone.fate or 'ended during set-up'}",
+                               ExitCode.WORKER_DIED)
             if waiting and time.monotonic() > deadline:
                 raise VmmError(f"vcpu {min(waiting)}: its worker was not ready after "
                                f"{_START_TIMEOUT:.0f} s", ExitCode.WORKER_DIED)
@@ -304,11 +358,30 @@ class Shards:
             self._zygote = None
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
-        # Workers connect in any order: an fd is kept for the shard whose index came with it.
-        while shard.index not in self._early_fds:
-            index, fd = self._fds.receive(_START_TIMEOUT)
-            self._early_fds[index] = fd
-        shard.map_kvm(self._early_fds.pop(shard.index), run_size)
+        """Map what the worker has sent, or is sending; one that sends nothing of use is given up."""
+        deadline = time.monotonic() + _START_TIMEOUT
+        try:
+            # Workers connect in any order: an fd is kept for the shard whose index came with it.
+            while shard.index not in self._early_fds:
+                try:
+                    index, fd = self._fds.receive(_FD_STEP)
+                except TimeoutError:
+                    self._poll(None, 0.0)
+                    if not shard.alive:
+                        return      # it has died before it could
+                    if time.monotonic() > deadline:
+                        raise
+                    continue
+                if index in self._early_fds:
+                    os.close(self._early_fds[index])
+                self._early_fds[index] = fd
+            shard.map_kvm(self._early_fds.pop(shard.index), run_size)
+        except (OSError, ValueError) as exc:
+            self.give_up([shard], f"sent no vCPU that can be mapped ({exc})")
+
+    def _sends_fd(self, pid: int, index: int) -> bool:
+        """That process is the worker of this vCPU."""
+        return index < len(self.all) and self.all[index].pid == pid
 
     def shut_down(self) -> None:
         """End every worker: asked first, killed if that does not help in time."""
@@ -362,13 +435,68 @@ class Shards:
         shard.bury()
         self._on_death(shard)
 
-    def drain_notifications(self) -> None:
+    def give_up(self, shards: Iterable[Shard], fate: str) -> None:
+        """These workers are of no use any more (``fate``: why, after "its worker"). Killed, they can dirty no page
+        behind the coordinator's back; their vCPUs end, the machine goes on."""
+        lost = [s for s in shards if s.alive]
+        for shard in lost:
+            shard.fate = fate
+            shard.signal(signal.SIGKILL)
+        deadline = time.monotonic() + _KILL_TIMEOUT
+        for shard in lost:
+            poller = select.poll()
+            poller.register(shard.pidfd, select.POLLIN)
+            poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            self.bury(shard)
+
+    def drain_notifications(self, *, everything: bool = False) -> None:
+        """What the workers have said, for a while; ``everything``: to the last that there is (nobody says anything
+        any more)."""
+        deadline = time.monotonic() + (_KICK_TIMEOUT if everything else _DRAIN_SECONDS)
+        while time.monotonic() < deadline and (message := self._notification()) is not None:
+            if not isinstance(message, Hello):
+                self._on_notification(message)
+
+    def _notification(self) -> AnyNotification | None:
+        """The next one; None when there is none now."""
         while True:
             try:
-                frame = self.notify.recv(zmq.DONTWAIT)
+                frames = self.notify.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
-                return
-            self._on_notification(decode_notification(frame))
+                return None
+            try:
+                if len(frames) != 1:
+                    raise MessageError(f"a notification of {len(frames)} frames")
+                message = decode_notification(frames[0])
+                if not 0 <= message.vcpu < len(self.all):
+                    raise MessageError(f"a notification of vCPU {message.vcpu}, of {len(self.all)}")
+                return message
+            except MessageError as exc:
+                self._bad(exc)
+
+    def _reply(self) -> tuple[bytes, AnyReply] | None:
+        """The next one, and who has sent it; None when there is none now."""
+        while True:
+            try:
+                frames = self._requests.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return None
+            try:
+                if len(frames) != 2:
+                    raise MessageError(f"a reply of {len(frames)} frames")
+                return frames[0], decode_reply(frames[1])
+            except MessageError as exc:
+                self._bad(exc)
+
+    @property
+    def dropped(self) -> int:
+        """Messages and connections that were none of a worker's."""
+        return self._bad_messages + self._fds.dropped
+
+    def _bad(self, error: MessageError) -> None:
+        self._bad_messages += 1
+        if self._bad_messages <= _COMPLAINTS:
+            _log.warning("dropped on a socket of the workers: %s", error)
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -376,8 +504,8 @@ class Shards:
                 timeout: float = 0.0) -> dict[int, Done]:
         """Send a request to each shard at once and gather the replies, {index: Done}.
 
-        A worker that dies meanwhile is missing from the result. Raises VmmError when one answers
-        with a failure, or not in time (``timeout`` seconds; 0: the usual).
+        A worker that dies meanwhile is missing from the result, and one that does not answer in time (``timeout``
+        seconds; 0: the usual). Raises VmmError when one answers with a failure.
         """
         timeout = timeout or (_MISSING_TIMEOUT if self.pages_missing else _REPLY_TIMEOUT)
         deadline = time.monotonic() + timeout
@@ -392,36 +520,37 @@ class Shards:
         while pending:
             unsent = [(s, frame) for s, frame in unsent if s.alive and not self._send(s, frame)]
             self._poll(self._requests, deadline)
-            while True:
-                try:
-                    _, frame = self._requests.recv_multipart(zmq.DONTWAIT)
-                except zmq.Again:
-                    break
-                reply = decode_reply(frame)
-                owner = pending.pop(reply.seq, None)
-                if owner is None:
+            self._fds.serve()       # some answer when their descriptor is on its way
+            while time.monotonic() < deadline and (answer := self._reply()) is not None:
+                sender, reply = answer
+                owner = pending.get(reply.seq)
+                if owner is None or sender != _identity(owner):
                     continue  # late: its request was given up
+                del pending[reply.seq]
                 if isinstance(reply, Failed):
                     failures.append(f"vcpu {owner.index}: {reply.error}")
                 else:
                     replies[owner.index] = reply
             pending = {seq: s for seq, s in pending.items() if s.alive}
             if pending and time.monotonic() > deadline:
-                late = ", ".join(str(s.index) for s in pending.values())
-                raise self._late(f"vcpu {late}: no answer from its worker within {timeout:.0f} s")
+                self._late(list(pending.values()), f"did not answer within {timeout:.0f} s")
+                break
         if failures:
             raise VmmError("; ".join(failures), ExitCode.WORKER_DIED)
         return replies
 
-    def _late(self, what: str) -> VmmError:
+    def _late(self, shards: Sequence[Shard], what: str) -> None:
+        """Raises VmmError while pages are missing, and gives the workers up otherwise."""
         if self.pages_missing:
-            return VmmError(f"{what}: it waits for a page that is still on its way here (post-copy)")
-        return VmmError(what, ExitCode.WORKER_DIED)
+            late = ", ".join(str(s.index) for s in shards)
+            raise VmmError(f"vcpu {late}: its worker {what}: it waits for a page that is still on its way here "
+                           "(post-copy)")
+        self.give_up(shards, what)
 
     def _send(self, shard: Shard, frame: bytes) -> bool:
         """False while the worker has not connected yet (just started, or this coordinator has)."""
         try:
-            self._requests.send_multipart([str(shard.index).encode(), frame], zmq.DONTWAIT)
+            self._requests.send_multipart([_identity(shard), frame], zmq.DONTWAIT)
         except zmq.ZMQError as exc:
             if exc.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -443,8 +572,8 @@ class Shards:
             if not waiting:
                 return
             if time.monotonic() > deadline:
-                late = ", ".join(str(s.index) for s in waiting)
-                raise self._late(f"vcpu {late}: did not leave the guest within {timeout:.0f} s")
+                self._late(waiting, f"did not leave the guest within {timeout:.0f} s")
+                return
             before = time.monotonic()
             self._poll(self.notify, deadline)
             self.drain_notifications()
@@ -492,6 +621,15 @@ class Shards:
         finally:
             self.resume_all()
 
+    def expect_paused(self) -> None:
+        """Of a replacement that cannot wait for the vCPUs now: they are to stand still, as soon as they can, until
+        ``resume_all``."""
+        self._pauses = 1
+        for shard in self.all:
+            if shard.running:
+                shard.control.request |= VcpuRequest.PAUSE
+                shard.kick()
+
     def start_paused(self) -> None:
         """The workers were started with PAUSE in their control blocks."""
         self._pauses = 1
@@ -499,20 +637,21 @@ class Shards:
     # --- rings ------------------------------------------------------------------------------------
 
     def await_resets(self, shards: Iterable[Shard]) -> None:
-        """Until each that was asked (``Shard.ask_reset``) has reset its ring, or died. Raises VmmError."""
+        """Until each that was asked (``Shard.ask_reset``) has reset its ring, or died."""
         timeout = _MISSING_TIMEOUT if self.pages_missing else _REPLY_TIMEOUT
         deadline = time.monotonic() + timeout
         for shard in shards:
             while not shard.await_reset(_KICK_REPEAT_MS / 1000) and shard.alive:
                 self._poll(None, 0.0)       # has it died?
                 if time.monotonic() > deadline:
-                    raise self._late(f"vcpu {shard.index}: its ring was not reset within {timeout:.0f} s")
+                    self._late([shard], f"did not reset its ring within {timeout:.0f} s")
 
     def rebuild_ring(self, shard: Shard) -> None:
-        """A fresh ring for a shard whose count was wrong; the vCPU is paused."""
+        """A fresh ring for a shard whose count was wrong; the vCPU is paused. Raises VmmError."""
         software = isinstance(shard._ring, Segment)
         run_size = 0 if shard._run is None else len(shard._run)
-        self.request([shard], lambda seq, s: RebuildRing(seq))
+        if not self.request([shard], lambda seq, s: RebuildRing(seq)):
+            return      # it has died
         shard.control.fetch_total = 0
         if not software and shard.alive:
             self._receive_fd(shard, run_size)
@@ -528,3 +667,7 @@ class Shards:
             if reply is not None and reply.value:
                 self._receive_fd(shard, reply.value)
 
+
+def _identity(shard: Shard) -> bytes:
+    """By which its worker is known on the requests socket."""
+    return str(shard.index).encode()

@@ -8,6 +8,8 @@ round ends with every vCPU paused and every ring drained. Then, for each page of
   had logged and not yet retired when it was stopped, the last entry of its ring. That store may come
   first in the next round, or never (the vCPU ended): the entry before the round is excused too. A plain
   bitmap has no last entry: there as many pages are excused, whichever they are.
+  Nor is a page surplus that was marked without a write of the guest's (:attr:`DirtyLog.on_mark`): by the host,
+  after a lost count, or where a log has died with its worker.
   Only pages that are the guest's to use are held to this, not its image and stacks: a return address
   is often the one that was there, and KVM logs a page when it first maps it writable, which the first
   read or instruction fetch may do (arch/x86/kvm/mmu/spte.c, make_spte).
@@ -25,10 +27,11 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import GROUP_WORDS, set_bit_indices, words_of_groups
 from ipc.layout import MachineControl
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
+from ipc.steps import step
 
 from .dirtylog import DirtyLog
-from .ram import make_or_adopt
+from .ram import slot_segment
 from .shards import Shard
 from .spec import VerifySpec
 
@@ -73,33 +76,62 @@ class Verifier:
         self._control = control
         self._usable = usable
         #: Surplus pages are not held against this round: it is the first of a replacement, which may find
-        #: pages that its predecessor had copied already, or a ring lost count and every page was marked.
+        #: pages that its predecessor had copied already.
         self.blind_to_surplus = resume is not None
+        #: {slot: pages that are no surplus in this round}
+        self._marked: dict[int, NDArray[np.bool_]] = {}
+        log.on_mark = self._on_mark
         #: Switches of the way of tracking, in this round and the one before.
         self._switches = [0, 0]
+        #: What a predecessor had taken for a round that it did not finish.
+        self._again = resume is not None and bool(control.verify_in_round)
         if resume is not None:
             self.result = resume
             self._inject = "none" if resume.injected != "none" else spec.inject
-            for slot_id in log.slots:
-                self._copies[slot_id] = make_or_adopt(self._name(slot_id), 0, create=False)
-            if control.verify_in_round:
-                log.give_back(CLIENT)
+            for slot_id, slot in log.slots.items():
+                self._copies[slot_id], fresh = Segment.adopt(self._name(slot_id), slot.spec.size)
+                if fresh:
+                    log.mark_client(CLIENT, slot_id)
             return
-        log.register(CLIENT)
+        log.register(CLIENT, 0)
         for slot_id in log.slots:
             self.adopt(slot_id)
+            self._copy(slot_id)[:] = self._pages(slot_id)
 
     def _name(self, slot_id: int) -> str:
-        return segment_name(self._log.machine, f"copy{slot_id}")
+        return slot_segment(self._log.machine, "copy", self._log.slots[slot_id].spec)
 
     def adopt(self, slot_id: int) -> None:
-        """Begin to watch a slot: its present contents are the reference (guest stopped, log taken)."""
+        """Begin to watch a slot of which nothing has been written yet: all zero, as its copy is. Raises
+        SegmentError."""
         self._copies[slot_id] = Segment.create(self._name(slot_id), self._log.slots[slot_id].spec.size)
-        self._copy(slot_id)[:] = self._pages(slot_id)
+
+    def restart(self) -> None:
+        """The memory has been replaced (guest stopped, log drained): this is what it begins with. Until the copy is
+        the same, all of it counts as dirty: whoever takes over in between finds no page changed that is clean."""
+        for slot_id in self._copies:
+            self._log.mark_client(CLIENT, slot_id)
+            self._copy(slot_id)[:] = self._pages(slot_id)
+        self._log.take(CLIENT)
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of all that are its."""
+        return [copy.name for copy in self._copies.values()]
 
     def forget(self, slot_id: int) -> None:
         if slot_id in self._copies:
             self._copies.pop(slot_id).close()
+
+    def _on_mark(self, slot_id: int, first: int, count: int) -> None:
+        self._marks(slot_id)[first:first + count] = True
+
+    def _marks(self, slot_id: int) -> NDArray[np.bool_]:
+        """Pages of the slot that are no surplus in this round."""
+        pages = self._log.slots[slot_id].pages
+        if len(self._marked.get(slot_id, ())) != pages:
+            self._marked[slot_id] = np.zeros(pages, bool)
+        return self._marked[slot_id]
 
     def _copy(self, slot_id: int) -> NDArray[np.uint64]:
         segment = self._copies[slot_id]
@@ -115,40 +147,39 @@ class Verifier:
 
     def _last_entries(self) -> set[tuple[int, int]]:
         return {(s.control.last_slot & 0xFFFF, s.control.last_offset) for s in self._shards
-                if s.control.dirty_pages and s.ring_address}
+                if s.control.dirty_pages and s.entries}
 
-    def switched(self, *, blind: bool) -> None:
+    def switched(self) -> None:
         """The way of tracking was switched: what was logged last before it, and had not been written yet, has no
-        name any more. ``blind``: every page was marked."""
+        name any more."""
         self._switches[0] += 1
-        self.blind_to_surplus = self.blind_to_surplus or blind
 
     def round(self) -> None:
         result = self.result
         result.rounds += 1
-        rings = any(s.ring_address for s in self._shards)
+        rings = any(s.entries for s in self._shards)
         # A plain bitmap does not say which page was logged last: any one a vCPU, of this round or the one before.
         unnamed = (sum(self._switches) + (0 if rings else 2)) * len(self._shards)
         self._switches = [0, self._switches[0]]
         last = self._last_entries()
         excused = last | self._previous_last
         self._previous_last = last
-        self._log.take(CLIENT)
-        self._control.verify_in_round = 1
+        self._take()
         for slot_id in self._copies:
             slot = self._log.slots[slot_id]
             copy = self._copy(slot_id)
             if not slot.logged:
                 continue
+            marked = self._marks(slot_id)
             now = self._pages(slot_id)
             dirty = self._log.front(CLIENT, slot_id).front.bools()
             changed = np.empty(slot.pages, bool)
             for at in range(0, slot.pages, _CHUNK):
                 part = slice(at, at + _CHUNK)
                 changed[part] = (now[part] != copy[part]).any(axis=1)
-            self._injection(slot_id, dirty, changed)
+            self._injection(slot_id, dirty, changed, marked)
             lost = np.flatnonzero(changed & ~dirty)
-            surplus = np.flatnonzero(dirty & ~changed & (not self.blind_to_surplus))
+            surplus = np.flatnonzero(dirty & ~changed & ~marked & (not self.blind_to_surplus))
             first, end = self._usable.get(slot_id, (0, slot.pages))
             excused_here = [p for p in surplus.tolist()
                             if (slot_id, p) in excused or not first <= p < end]
@@ -169,15 +200,26 @@ class Verifier:
                             f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
             update = dirty | changed
             copy[update] = now[update]
+            step("verify-copied")
+        self._marked.clear()
         self._control.verify_in_round = 0
         self.blind_to_surplus = False
 
-    def _injection(self, slot_id: int, dirty: NDArray[np.bool_],
-                   changed: NDArray[np.bool_]) -> None:
+    def _take(self) -> None:
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
+        self._control.verify_in_round = 1
+        step("verify-take")
+        self._log.take(CLIENT, again=self._again)
+        self._again = False
+        step("verify-taken")
+
+    def _injection(self, slot_id: int, dirty: NDArray[np.bool_], changed: NDArray[np.bool_],
+                   marked: NDArray[np.bool_]) -> None:
         """The verifier's own test: falsify one bit, once, and be caught."""
         if self._inject == "none" or self.result.injected != "none":
             return
-        want = changed & dirty if self._inject == "lost" else ~changed & ~dirty
+        want = changed & dirty if self._inject == "lost" else ~changed & ~dirty & ~marked
         first, end = self._usable.get(slot_id, (0, len(dirty)))
         pages = first + np.flatnonzero(want[first:end])
         if len(pages):
@@ -202,16 +244,26 @@ class ReplayVerifier:
         self._shards = shards
         self._control = control
         self.blind_to_surplus = resume is not None      # as in Verifier
+        self._marked: set[int] = set()
+        log.on_mark = lambda slot_id, first, count: self._marked.add(slot_id)
+        #: What a predecessor had taken for a round that it did not finish.
+        self._again = resume is not None and bool(control.verify_in_round)
         if resume is None:
-            log.register(CLIENT)
-        elif control.verify_in_round:
-            log.give_back(CLIENT)
+            log.register(CLIENT, 0)
 
-    def switched(self, *, blind: bool) -> None:
+    def switched(self) -> None:
         """Replay has rings alone (vmm/tracking.py)."""
 
     def adopt(self, slot_id: int) -> None:
         """The slot's records begin with it, and a page that was not logged is in neither record nor log."""
+
+    def restart(self) -> None:
+        """It has no memory that could be replaced."""
+
+    @property
+    def segments(self) -> list[str]:
+        """None: the records are the slots'."""
+        return []
 
     def forget(self, slot_id: int) -> None:
         """Its records go with it."""
@@ -222,8 +274,7 @@ class ReplayVerifier:
     def round(self) -> None:
         result = self.result
         result.rounds += 1
-        self._log.take(CLIENT)
-        self._control.verify_in_round = 1
+        self._take()
         for slot_id, slot in self._log.slots.items():
             front = self._log.front(CLIENT, slot_id).front
             groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
@@ -236,7 +287,7 @@ class ReplayVerifier:
                 written[there] |= record.words[at[there]]
             self._injection(dirty, written, at, slot.pages)
             lost = _pages(at, written & ~dirty)
-            surplus = [] if self.blind_to_surplus else _pages(at, dirty & ~written)
+            surplus = [] if self.blind_to_surplus or slot_id in self._marked else _pages(at, dirty & ~written)
             last = {s.control.last_offset for s in self._shards if not s.alive and s.control.last_slot == slot_id}
             excused = [p for p in surplus if p in last]
             result.checked_pages += slot.pages
@@ -252,8 +303,18 @@ class ReplayVerifier:
             for record in slot.records:
                 record.words[record.filled_words()] = 0
                 record.summary[:] = 0
+        self._marked.clear()
         self._control.verify_in_round = 0
         self.blind_to_surplus = False
+
+    def _take(self) -> None:
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
+        self._control.verify_in_round = 1
+        step("verify-take")
+        self._log.take(CLIENT, again=self._again)
+        self._again = False
+        step("verify-taken")
 
     def _injection(self, dirty: NDArray[np.uint64], written: NDArray[np.uint64], at: NDArray[np.int64],
                    pages: int) -> None:

@@ -24,13 +24,15 @@ from . import kvm_api as api
 from . import kvm_state
 from .accel import AccelError, Exit, ExitKind
 from .faults import describe, read_frame
+from .kvm_tables import PageTables, Region
 from .memory import GuestMemory
 from .ports import PortBus, PortEvent, PortEventKind, UnknownPort
 from .state import VcpuSaved
 
-__all__ = ["MIN_RING_ENTRIES", "KvmAccelerator", "KvmInfo", "probe", "ring_size_error"]
+__all__ = ["MIN_RING_ENTRIES", "KvmAccelerator", "KvmInfo", "nested_paging", "probe", "ring_size_error"]
 
 _DEVICE = Path("/dev/kvm")
+_MODULES = Path("/sys/module")
 MIN_RING_ENTRIES = 1024     # the kernel's reserve is up to 64 + 512 entries, and half a ring is to be usable
 
 _RING_CAPABILITIES = {"DIRTY_LOG_RING_ACQ_REL": api.CAP_DIRTY_LOG_RING_ACQ_REL,
@@ -76,6 +78,15 @@ def probe() -> KvmInfo:
         os.close(fd)
 
 
+def nested_paging() -> bool:
+    """KVM has the processor walk a second set of tables (EPT, NPT), and shadows none of the guest's."""
+    for parameter in ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt"):
+        with contextlib.suppress(OSError):
+            if (_MODULES / parameter).read_text().strip() in ("Y", "1"):
+                return True
+    return False
+
+
 def ring_size_error(entries: int, info: KvmInfo) -> str:
     """What is wrong with a ring of so many entries on this host; empty when nothing is [8.29]."""
     if entries & entries - 1 or not MIN_RING_ENTRIES <= entries <= info.max_entries:
@@ -98,8 +109,9 @@ class KvmAccelerator:
         self._slots: dict[int, SlotSpec] = {s.spec.id: s.spec for s in memory.slots.values()}
         self._manual_protect = False
         self._open = contextlib.ExitStack()
-        self._make_vm()
+        self._tables = PageTables(spec.system_slot, spec.boot["cr3"])
         try:
+            self._make_vm()
             self._load_boot(spec.boot)
         except BaseException:
             self.close()
@@ -113,8 +125,10 @@ class KvmAccelerator:
                 self._kvm = _owned(stack, os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
                 self._vm = _owned(stack, api.ioctl(self._kvm, api.CREATE_VM))
                 self._enable_dirty_log()
+                self._tables.forget_writes()
                 for slot in self._slots.values():
                     self._put_slot(slot, slot.size)
+                self._put_tables()
                 self.vcpu_fd = _owned(stack, api.ioctl(self._vm, api.CREATE_VCPU, 0))
                 self._set_cpuid()
                 self.kvm_run_size = api.ioctl(self._kvm, api.GET_VCPU_MMAP_SIZE)
@@ -355,11 +369,23 @@ class KvmAccelerator:
 
     def _put_slot(self, slot: SlotSpec, size: int) -> None:
         """[4.35]; size 0 removes it. Raises OSError."""
-        logged = slot.log and self._spec.mode in (Tracking.RING, Tracking.BITMAP)
-        region = api.UserspaceMemoryRegion(
-            slot=slot.id, flags=api.MEM_LOG_DIRTY_PAGES if logged else 0, guest_phys_addr=slot.gpa,
-            memory_size=size, userspace_addr=self._memory.slots[slot.id].host_address)
-        api.ioctl(self._vm, api.SET_USER_MEMORY_REGION, region)
+        address = self._memory.slots[slot.id].host_address
+        if slot.id == self._spec.system_slot.id:    # where its page tables begin, this vCPU has its own
+            self._put(Region(slot.id, slot.gpa, self._spec.boot["cr3"] - slot.gpa, address))
+            return
+        if size and self._tables.cover(slot):
+            self._put_tables()
+        self._put(Region(slot.id, slot.gpa, size, address),
+                  logged=slot.log and self._spec.mode in (Tracking.RING, Tracking.BITMAP))
+
+    def _put_tables(self) -> None:
+        for region in self._tables.regions:
+            self._put(region)
+
+    def _put(self, region: Region, *, logged: bool = False) -> None:
+        api.ioctl(self._vm, api.SET_USER_MEMORY_REGION, api.UserspaceMemoryRegion(
+            slot=region.slot_id, flags=api.MEM_LOG_DIRTY_PAGES if logged else 0, guest_phys_addr=region.gpa,
+            memory_size=region.size, userspace_addr=region.host_address))
 
     def set_memslot(self, slot: SlotSpec) -> None:
         try:
@@ -370,6 +396,7 @@ class KvmAccelerator:
 
     def remove_memslot(self, slot_id: int) -> None:
         self._put_slot(self._slots.pop(slot_id), 0)
+        self._tables.forget_writes()
 
     def get_dirty_log(self, slot_id: int) -> int:
         slot = self._memory.slots[slot_id]
@@ -400,6 +427,7 @@ class KvmAccelerator:
         self._run = api.Run()   # a mapping can only be closed without a view of it
         self._ring = None
         self._open.close()
+        self._tables.close()
 
 
 def _owned(stack: contextlib.ExitStack, fd: int) -> int:

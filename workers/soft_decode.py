@@ -50,8 +50,9 @@ class Special:
     """An instruction that the run loop carries out: a port access, or one that ends the vCPU."""
 
     next: int               # address of the next instruction
-    name: str               # "port", "hlt", "syscall", "sysenter", "locked"
+    name: str               # "port", "hlt", "syscall", "sysenter", "cr3", "locked"
     access: PortAccess | None = None
+    source: int = 0         # cr3: Unicorn's number of the register that goes there
 
 
 class Decoder:
@@ -74,6 +75,8 @@ class Decoder:
                 special[insn.address] = Special(after, _NAMED[insn.id])
             elif insn.id in _IN or insn.id in _OUT:
                 special[insn.address] = Special(after, "port", _port_access(insn))
+            elif insn.id == cx.X86_INS_MOV and _loads_cr3(insn):
+                special[insn.address] = Special(after, "cr3", source=self._register(insn, insn.operands[1].reg))
             elif insn.id in _LOCKED_OPS and _is_locked(insn):
                 locked[insn.address] = self._locked(insn, after)
         return locked, special
@@ -122,6 +125,11 @@ def _whole(name: str) -> int:
 def _is_locked(insn: Any) -> bool:
     in_memory = any(o.type == cx.X86_OP_MEM for o in insn.operands)
     return in_memory and (insn.prefix[0] == cx.X86_PREFIX_LOCK or insn.id == cx.X86_INS_XCHG)
+
+
+def _loads_cr3(insn: Any) -> bool:
+    target = insn.operands[0]
+    return target.type == cx.X86_OP_REG and target.reg == cx.X86_REG_CR3
 
 
 def _port_access(insn: Any) -> PortAccess:

@@ -15,7 +15,7 @@ from .accel import AccelError
 from .memory import GuestMemory
 from .state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 
-__all__ = ["check", "get_state", "set_registers", "set_system_registers"]
+__all__ = ["check", "get_state", "is_boot_cr3", "set_registers", "set_system_registers"]
 
 _DATA_SEGMENTS = ("ds", "es", "fs", "gs")
 _REGS = RegsState.__struct_fields__
@@ -23,6 +23,7 @@ _MSRS = (api.MSR_TSC, api.MSR_SYSENTER_CS, api.MSR_SYSENTER_ESP, api.MSR_SYSENTE
          api.MSR_LSTAR, api.MSR_CSTAR, api.MSR_SYSCALL_MASK, api.MSR_KERNEL_GS_BASE)
 _APIC_BASE = 0xFEE0_0900        # at its place, enabled, of the first processor: what KVM begins with
 _XCR0_X87_SSE = 3
+_CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
 
 # The XSAVE area in its standard form (Intel SDM vol. 1, 13.4): FXSAVE image, header, extended parts.
 _FX = struct.Struct("<HHBxHQQII")      # FCW FSW FTW FOP FIP FDP MXCSR MXCSR_MASK
@@ -97,11 +98,19 @@ def _xsave(engine: Any) -> bytes:
 # --- in ---------------------------------------------------------------------------------------------------
 
 
-def check(state: VcpuSaved) -> None:
+def is_boot_cr3(value: int, boot: int) -> bool:
+    """CR3 has this value, or one with other flags (SDM vol. 3, 4.5.2)."""
+    return value & _CR3_ADDRESS == boot
+
+
+def check(state: VcpuSaved, boot_cr3: int) -> None:
     """Raises AccelError for what the software CPU does not have."""
     if state.xcr0 & ~_XCR0_X87_SSE:
         raise AccelError(f"the saved vCPU uses extended registers (XCR0 {state.xcr0:#x}), which the software "
                          "CPU does not have: restore it on kvm")
+    if not is_boot_cr3(state.cr3, boot_cr3):
+        raise AccelError(f"the saved vCPU has page tables of its own (CR3 {state.cr3:#x}), and the software CPU "
+                         "cannot log what it writes there: restore it on kvm")
     under_way = ("exception_injected", "exception_pending", "interrupt_injected", "nmi_injected", "nmi_pending",
                  "smi_pending", "triple_fault_pending")
     pending = [name for name in under_way if getattr(state.events, name)]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ipc.messages import ExitReason
+from ipc.messages import DETAIL_MAX, ExitReason
 
 __all__ = ["STATE_VERSION", "EventsState", "ExitState", "RegsState", "SegmentState", "SegmentsState", "StateError",
            "TableState", "VcpuSaved", "check_state", "check_states", "plain_state"]
@@ -25,7 +25,6 @@ STATE_VERSION = 1
 XSAVE_MAX = 4096            # bytes: struct kvm_xsave
 _XSAVE_MIN = 512 + 64       # FXSAVE image and header
 _MSRS_MAX = 4096
-_DETAIL_MAX = 4096          # characters
 
 U8 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 8)]
 U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
@@ -138,12 +137,12 @@ class ExitState(_Part, frozen=True):
 
     reason: ExitReason
     code: I32
-    detail: Annotated[str, msgspec.Meta(max_length=_DETAIL_MAX)]
+    detail: Annotated[str, msgspec.Meta(max_length=DETAIL_MAX)]
 
     def __post_init__(self) -> None:
         # A vCPU whose worker has died has no state to be saved.
-        if self.reason in (ExitReason.NONE, ExitReason.WORKER_DIED):
-            raise ValueError(f"reason {int(self.reason)} is not how a vCPU ends that is saved")
+        if self.reason in (ExitReason.NONE, ExitReason.WORKER_DIED, ExitReason.UNKNOWN):
+            raise ValueError(f"reason {self.reason.name} is not how a vCPU ends that is saved")
 
 
 class VcpuSaved(_Part, frozen=True, kw_only=True):

@@ -6,7 +6,9 @@ workers/soft_hooks.py, this is what happens around it.
 
 The guest stands still whenever pages are re-protected: the service thread raises ``hold``, the next
 block's hook leaves the emulation, and the vCPU thread waits at the turnstile. Between two blocks no store
-is under way, so a page whose flag is cleared has its last value in memory already.
+is under way, so a page whose flag is cleared has its last value in memory already. Page flags are changed by
+whoever holds the gate, and by nobody else: a bit that another thread writes back is a page that is never logged
+again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from .faults import describe
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind, UnknownPort
 from .soft_context import CONTEXT, PAGE_CODE, PAGE_LOGGED, SEEN, SEEN_BLOCKS, SLOT, Stop
-from .soft_decode import Decoder, PortAccess
+from .soft_decode import Decoder, PortAccess, Special
 from .state import VcpuSaved
 
 __all__ = ["UnicornAccelerator"]
@@ -246,11 +248,17 @@ class UnicornAccelerator:
     def _emulate(self) -> int:
         """Until a hook stops it; Unicorn's error number."""
         begin = self._engine.reg_read(ux.UC_X86_REG_RIP)
+        with self._inside():
+            return int(uclib.uc_emu_start(self._engine._uch, ctypes.c_uint64(begin), ctypes.c_uint64(0),
+                                          ctypes.c_uint64(0), ctypes.c_size_t(0)))
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Nobody re-protects a page meanwhile. For the vCPU thread."""
         with self._turnstile:       # whoever wants the guest out goes first
             self._gate.acquire()
         try:
-            return int(uclib.uc_emu_start(self._engine._uch, ctypes.c_uint64(begin), ctypes.c_uint64(0),
-                                          ctypes.c_uint64(0), ctypes.c_size_t(0)))
+            yield
         finally:
             self._gate.release()
 
@@ -287,7 +295,8 @@ class UnicornAccelerator:
                 fresh = True
         if fresh:   # it was translated without the hooks
             self._engine.ctl_remove_cache(address, address + size)
-        self._mark_code(address, size)
+        with self._inside():
+            self._mark_code(address, size)
         soft_hooks.remember(self._address, address, size)
         self._seen_count += 1
 
@@ -299,6 +308,11 @@ class UnicornAccelerator:
 
     def _forget_code(self) -> None:
         """The guest has overwritten code: every block is looked at again."""
+        with self._inside():
+            self._drop_code()
+
+    def _drop_code(self) -> None:
+        """The gate is held."""
         for handle, _ in self._hooked.values():
             status = uclib.uc_hook_del(self._engine._uch, ctypes.c_size_t(handle))
             if status:
@@ -320,12 +334,28 @@ class UnicornAccelerator:
                 return self._exception(_GP)
             self._engine.reg_write(ux.UC_X86_REG_RIP, what.next)
             return self._end(ExitReason.HALT, "")
+        if name == "cr3":
+            return self._load_cr3(what)
         if name == "locked":
             return self._end(ExitReason.INTERNAL_ERROR, "the software CPU cannot make a locked instruction "
                              "atomic under page tables of the guest's own")
         if name == "syscall" and self._engine.msr_read(_MSR_EFER) & _EFER_SCE:
             return self._end(ExitReason.INTERNAL_ERROR, "the software CPU does not carry out syscall")
         return self._exception(_UD if name == "syscall" else _GP)
+
+    def _load_cr3(self, what: Special) -> Exit | None:
+        """Unicorn sets accessed and dirty bits in page tables, and calls no hook for that: in the machine's tables
+        they are all set, but tables in RAM would change in no log."""
+        engine = self._engine
+        value = engine.reg_read(what.source)
+        if engine.reg_read(ux.UC_X86_REG_CS) & 3:
+            return self._exception(_GP)
+        if not soft_state.is_boot_cr3(value, self._spec.boot["cr3"]):
+            return self._end(ExitReason.INTERNAL_ERROR, "the software CPU cannot log what it writes into page "
+                             f"tables of the guest's own (CR3 {value:#x})")
+        engine.reg_write(ux.UC_X86_REG_CR3, value)
+        engine.reg_write(ux.UC_X86_REG_RIP, what.next)
+        return None
 
     def _port(self, access: PortAccess, address: int, after: int) -> Exit | None:
         """IN, OUT, INS, OUTS, the repeated ones to their end."""
@@ -365,8 +395,9 @@ class UnicornAccelerator:
             value = self._ports.read(port, size)
             if access.string:
                 host = self._memory.host_address(at, size)
-                soft_hooks.log_write(self._address, at, size)
-                ctypes.memmove(host, value.to_bytes(size, "little"), size)
+                with self._inside():    # were the page reset between the two, its new contents would be in no log
+                    soft_hooks.log_write(self._address, at, size)
+                    ctypes.memmove(host, value.to_bytes(size, "little"), size)
             else:
                 engine.reg_write(_ACCUMULATOR[size], value)
         if access.string:
@@ -494,7 +525,7 @@ class UnicornAccelerator:
     def remove_memslot(self, slot_id: int) -> None:
         with self._outside():
             slot = self._slots.pop(slot_id)
-            self._forget_code()
+            self._drop_code()
             self._engine.mem_unmap(slot.spec.gpa, slot.spec.size)
             self._write_table()
 
@@ -506,7 +537,7 @@ class UnicornAccelerator:
 
     def set_state(self, state: VcpuSaved) -> None:
         """In a fresh engine: the old one may have translated what is no longer in memory."""
-        soft_state.check(state)
+        soft_state.check(state, self._spec.boot["cr3"])
         with self._outside():
             regs, segments = state.regs, state.segments
             self._hooked.clear()

@@ -16,6 +16,7 @@ futex of the wait hypercall.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -23,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -32,8 +34,18 @@ import msgspec
 import zmq
 
 from ipc import channel, futex, process, userfault
-from ipc.layout import Tracking, VcpuControl, VcpuRequest, VcpuState, vcpu_control
+from ipc.claims import Belongings, ClaimError
+from ipc.layout import (
+    PROTOCOL_VERSION,
+    Tracking,
+    VcpuControl,
+    VcpuRequest,
+    VcpuState,
+    control_error,
+    vcpu_control,
+)
 from ipc.messages import (
+    DETAIL_MAX,
     ClearLog,
     Console,
     Done,
@@ -51,6 +63,7 @@ from ipc.messages import (
     RingFull,
     SendFd,
     SetMemslot,
+    SetMemslots,
     SetState,
     SetTracking,
     Shutdown,
@@ -62,9 +75,11 @@ from ipc.messages import (
 )
 from ipc.shm import Segment, SegmentError
 
+from . import hypercalls
 from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
+from .slots import Slots
 from .state import ExitState, StateError, check_state, plain_state
 from .throttle import SliceTimer, TokenBucket
 
@@ -78,8 +93,6 @@ _FD_TIMEOUT = 10.0          # seconds to hand the vCPU fd over
 _THROTTLE_STEP = 0.1        # seconds after which a long wait shows in the statistics
 _JOB_TIMEOUT = 20.0         # seconds for the vCPU thread, which is parked, to begin a job
 _ORPHAN_GRACE = 3.0         # seconds an ownerless worker waits for a last Shutdown
-
-_HYPERCALL_YIELD, _HYPERCALL_WAIT, _HYPERCALL_WAKE, _HYPERCALL_SLEEP = range(4)
 
 
 class Worker:
@@ -98,6 +111,7 @@ class Worker:
         self._bucket = TokenBucket()
         self._timer: SliceTimer | None = None
         self._restored_exit: ExitState | None = None     # of a vCPU that had ended when it was saved
+        self._ended: Exited | None = None
         self._ran = 0.0     # seconds in the guest since the bucket was last told
         self._userfault = userfault.Userfault(-1)   # open during post-copy
         self._writes: SlotWrites | None = None      # with tracking ``uffd``
@@ -111,8 +125,13 @@ class Worker:
     def set_up(self) -> bool:
         """Build the vCPU and say Hello; False (and the reason said) when it cannot be had."""
         spec = self.spec
-        self.control.pid = os.getpid()
         try:
+            if spec.version != PROTOCOL_VERSION:
+                raise AccelError(f"was told to speak protocol {spec.version}: it speaks {PROTOCOL_VERSION}")
+            wrong = control_error(self._control_segment.address, self._control_segment.size)
+            if wrong:
+                raise AccelError(wrong)
+            self.control.pid = os.getpid()
             for slot in [*spec.slots, spec.system_slot]:
                 self.memory.add(slot)
             if spec.mode is Tracking.UFFD:
@@ -121,11 +140,11 @@ class Worker:
             if self.accel.vcpu_fd >= 0:
                 channel.send_fd(spec.fd_socket, spec.index, self.accel.vcpu_fd, _FD_TIMEOUT)
         except (AccelError, SegmentError, userfault.UserfaultError, OSError) as exc:
-            self._say(Hello(spec.index, os.getpid(), spec.version, error=str(exc)))
+            self._say(Hello(spec.index, os.getpid(), error=str(exc)))
             return False
         self.control.tracking = spec.mode
         self.control.state = VcpuState.READY
-        self._say(Hello(spec.index, os.getpid(), spec.version, kvm_run_size=self.accel.kvm_run_size,
+        self._say(Hello(spec.index, os.getpid(), kvm_run_size=self.accel.kvm_run_size,
                         ring_entries=spec.ring_entries))
         return True
 
@@ -148,6 +167,18 @@ class Worker:
 
     def run(self) -> None:
         """Run the guest to its end, then stay at the coordinator's service until Shutdown."""
+        try:
+            self._run_guest()
+        except Exception as exc:    # a fault of this program: the vCPU ends, its log and its state are still served
+            traceback.print_exc()
+            self._end(Exit(ExitKind.END, reason=ExitReason.INTERNAL_ERROR,
+                           detail=f"its worker failed: {type(exc).__name__}: {exc}"))
+        while not self._shutdown:
+            self.sleep()
+            self._attend()
+            self._say_end()
+
+    def _run_guest(self) -> None:
         accel = self.accel
         assert accel is not None
         control = self.control
@@ -182,9 +213,6 @@ class Worker:
             elif leave.kind is ExitKind.END:
                 self._end(leave)
                 break
-        while not self._shutdown:
-            self._sleep()
-            self._attend()
 
     # --- dirty limit ---------------------------------------------------------------------------
 
@@ -203,7 +231,7 @@ class Worker:
             if self._attend() or control.dirty_quota != quota:
                 break
             control.state = VcpuState.THROTTLED
-            self._sleep(min(left, _THROTTLE_STEP))
+            self.sleep(min(left, _THROTTLE_STEP))
             now = time.monotonic()
             control.throttled_ns += int((now - counted) * 1e9)
             counted = now
@@ -266,7 +294,7 @@ class Worker:
         if self._job_error is not None:
             raise self._job_error
 
-    def _sleep(self, seconds: float | None = None) -> None:
+    def sleep(self, seconds: float | None = None) -> None:
         """Until woken by the service thread, a kick, or the time."""
         ready, _, _ = select.select([self._wake], [], [], seconds)
         if ready:
@@ -276,7 +304,7 @@ class Worker:
         control = self.control
         while self._attend() and not self._shutdown and not control.request & VcpuRequest.STOP:
             control.state = VcpuState.PAUSED
-            self._sleep()
+            self.sleep()
 
     def _wait_for_reset(self) -> None:
         """KVM_EXIT_DIRTY_RING_FULL: tell the coordinator, stay out until the ring has been reset."""
@@ -287,7 +315,7 @@ class Worker:
         self._ring_full = True
         self._say(RingFull(self.spec.index))
         while self._ring_full and not self._attend():
-            self._sleep()
+            self.sleep()
         control.stalled_ns += time.perf_counter_ns() - began
 
     def _port_event(self, leave: Exit) -> bool:
@@ -299,52 +327,16 @@ class Worker:
             self._end(Exit(ExitKind.END, reason=ExitReason.CODE), code)
             return False
         if event.kind is PortEventKind.HYPERCALL:
+            assert self.accel is not None
             try:
-                self._hypercall()
-            except KeyError as exc:
-                assert self.accel is not None
-                self._end(Exit(ExitKind.END, reason=ExitReason.BAD_ADDRESS,
-                               detail=f"hypercall: {exc.args[0]}", registers=self.accel.registers()))
+                hypercalls.carry_out(self, self.accel, self.memory, self.control)
+            except hypercalls.BadHypercall as exc:
+                self._end(Exit(ExitKind.END, reason=ExitReason.BAD_ADDRESS, detail=f"hypercall: {exc}",
+                               registers=self.accel.registers()))
                 return False
         return True
 
-    def _hypercall(self) -> None:
-        accel = self.accel
-        assert accel is not None
-        number, rdi, rsi = accel.hypercall_args()
-        # At once, so that a state taken during a long wait is that of a wait which ended: a guest has to
-        # look again after waking anyway.
-        accel.set_hypercall_result(0)
-        result = 0
-        if number == _HYPERCALL_YIELD:
-            os.sched_yield()
-        elif number == _HYPERCALL_WAIT:
-            self._wait_on(self.memory.host_address(rdi, 4), rsi)
-        elif number == _HYPERCALL_WAKE:
-            result = futex.wake(self.memory.host_address(rdi, 4), rsi & 0xFFFF_FFFF)
-        elif number == _HYPERCALL_SLEEP:
-            self._sleep_until(time.monotonic() + rdi / 1e6)
-        else:
-            result = 0xFFFF_FFFF
-        if result:
-            accel.set_hypercall_result(result)
-
-    def _wait_on(self, address: int, expected: int) -> None:
-        """Guest futex wait. What the coordinator wants is served in between."""
-        while not self._ends_in_hypercall():
-            self.control.state = VcpuState.WAITING
-            if futex.wait(address, expected):
-                return
-
-    def _sleep_until(self, deadline: float) -> None:
-        while not self._ends_in_hypercall():
-            self.control.state = VcpuState.WAITING
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            self._sleep(left)
-
-    def _ends_in_hypercall(self) -> bool:
+    def ends_in_hypercall(self) -> bool:
         """Serve kicks and pauses from within a hypercall; True when the vCPU is to end."""
         if self._attend():
             self._stay_paused()
@@ -352,10 +344,16 @@ class Worker:
 
     def _end(self, leave: Exit, code: int = 0) -> None:
         self.ports.flush()
-        self.control.exit_reason = leave.reason
-        self.control.exit_code = code
-        self.control.state = VcpuState.EXITED
-        self._say(Exited(self.spec.index, leave.reason, code, leave.detail, leave.registers))
+        self._ended = Exited(self.spec.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers)
+        self._say_end()
+
+    def _say_end(self) -> None:
+        """Say, and write down, how the vCPU ended: again where the control block has been written over."""
+        ended, control = self._ended, self.control
+        if ended is not None and control.state != VcpuState.EXITED:
+            control.exit_reason, control.exit_code = ended.reason, ended.code
+            control.state = VcpuState.EXITED
+            self._say(ended)
 
     # --- service thread --------------------------------------------------------------------------
 
@@ -408,7 +406,7 @@ class Worker:
         began = time.perf_counter_ns()
         try:
             self.control.reset_total += self.accel.reset_ring(expected)
-        except (AccelError, OSError) as exc:
+        except Exception as exc:    # whatever it is, the count does not match then, and the coordinator sees that
             print(f"vcpu {self.spec.index}: reset of its ring: {exc}", file=sys.stderr)
         self.control.resets += 1
         self.control.reset_ns += time.perf_counter_ns() - began
@@ -427,23 +425,17 @@ class Worker:
         try:
             match request:
                 case SetMemslot(slot=slot):
-                    if slot.id not in self.memory.slots:
-                        self.memory.add(slot)
-                    accel.set_memslot(slot)
-                    self.memory.slots[slot.id].spec = slot
-                    if self._writes is not None:
-                        self._writes.follow(slot)
+                    self._slots(accel).set(slot)
+                case SetMemslots(slots=slots):
+                    self._slots(accel).set_all(slots)
                 case RemoveMemslot(slot_id=slot_id):
-                    if self._writes is not None:
-                        self._writes.drop(slot_id)
-                    accel.remove_memslot(slot_id)
-                    self.memory.remove(slot_id)
+                    self._slots(accel).remove(slot_id)
                 case GetLog(slot_id=slot_id):
                     value = accel.get_dirty_log(slot_id) if self._writes is None else self._writes.get(slot_id)
                 case ClearLog(slot_id=slot_id):
                     accel.clear_dirty_log(slot_id)
                 case RebuildRing():
-                    accel.rebuild_ring()
+                    self._on_vcpu_thread(accel.rebuild_ring)
                     control.pushed_total = 0
                     control.reset_total = 0
                     control.ring_generation += 1
@@ -471,10 +463,17 @@ class Worker:
         except (AccelError, StateError, SegmentError, userfault.UserfaultError, OSError, KeyError) as exc:
             sock.send(encode(Failed(request.seq, str(exc))))
             return
+        except Exception as exc:    # a request may fail, whatever is in it; this thread goes on
+            traceback.print_exc()
+            sock.send(encode(Failed(request.seq, f"its worker failed: {type(exc).__name__}: {exc}")))
+            return
         sock.send(encode(Done(request.seq, value, data)))
         if self._shutdown:
             accel.interrupt()
             self._wake_up()
+
+    def _slots(self, accel: Accelerator) -> Slots:
+        return Slots(self.memory, accel, self._writes, self.spec.system_slot.id)
 
     def _set_tracking(self, request: SetTracking) -> None:
         """Repeated, it does nothing. Where the new way cannot be had, the old one stays in force."""
@@ -482,7 +481,8 @@ class Worker:
                                        ring_segment=request.ring_segment)
         accel, control = self.accel, self.control
         assert accel is not None
-        if control.tracking == spec.mode and self.spec.ring_entries == spec.ring_entries:
+        if self.spec.mode == spec.mode and self.spec.ring_entries == spec.ring_entries:
+            control.tracking = spec.mode
             return
         slots = self.memory.slots
         for slot_id, name in request.log_segments.items():
@@ -515,16 +515,23 @@ class Worker:
                     self._userfault.unregister(slot.host_address, slot.spec.size)
             self._userfault.close()
             return {}
-        self._userfault.close()
-        self._userfault = userfault.Userfault.make()
-        for slot in slots:
-            self._userfault.register(slot.host_address, slot.spec.size)
+        if self._userfault.fd < 0:      # else the request is repeated, and the other end may have it already
+            made = userfault.Userfault.make()
+            try:
+                for slot in slots:
+                    made.register(slot.host_address, slot.spec.size)
+            except BaseException:
+                made.close()
+                raise
+            self._userfault = made
         channel.send_fd(path, self.spec.index, self._userfault.fd, _FD_TIMEOUT)
         return {str(slot.spec.id): slot.host_address for slot in slots}
 
     def _orphaned(self) -> None:
         """Keeper and coordinator are both gone: leave nothing behind, then go."""
-        process.remove_machine_files(self.spec.machine, Path(self.spec.fd_socket).parent)
+        # A coordinator that lives, or a machine that has the name by now, keeps all that it has.
+        with contextlib.suppress(ClaimError):
+            Belongings(self.spec.belongings, Path(self.spec.fd_socket).parent).clear()
         os._exit(1)  # the vCPU thread may be deep in the guest; there is nobody left to tell
 
     def close(self) -> None:

@@ -17,18 +17,22 @@ import struct
 import subprocess
 import sys
 
+from ipc import process
+
 __all__ = ["Zygote", "main", "start"]
 
 _PID = struct.Struct("<i")
 _TIMEOUT = 60.0         # seconds; the first one ever compiles hooks
 
 
-def start(keeper_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``)."""
+def start(keeper_fd: int, log_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``). What it
+    and its workers print goes to ``log_fd``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         started = subprocess.Popen(
-            [sys.executable, "-m", "workers.zygote", str(theirs.fileno())], stdin=subprocess.DEVNULL,
+            process.python_module("workers.zygote", str(theirs.fileno())), stdin=subprocess.DEVNULL,
+            stdout=log_fd, stderr=log_fd,
             pass_fds=[theirs.fileno(), keeper_fd], start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})     # forks have no use for its threads
     return started, ours
@@ -56,8 +60,6 @@ class Zygote:
 
 def main(argv: list[str]) -> int:
     """``python -m workers.zygote FD``: fork a worker for each (accelerator, pipe) that comes over the socket."""
-    from ipc import process
-
     from .__main__ import run
     from .accel import AccelError, load
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import msgspec
 
-from ipc.messages import GetState, SetState
+from ipc.messages import Exited, GetState, SetState
+from workers.state import ExitState, StateError, VcpuSaved, check_states, plain_state
 
 from ..errors import ExitCode, VmmError
 from ..spec import MachineSpec
@@ -29,25 +29,33 @@ def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any
     replies = core.shards.request(core.shards.all, lambda seq, s: GetState(seq))
     log = core.parts.log
     spec = msgspec.structs.replace(spec, slots=[slot.now for slot in log.slots.values()])
-    vcpus = []
-    for shard in core.shards.all:
-        state = dict(replies[shard.index].data or {})
-        if shard.exited is not None:
-            state["exit"] = {"reason": int(shard.exited.reason), "code": shard.exited.code,
-                             "detail": shard.exited.detail}
-        vcpus.append(state)
-    return {"spec": msgspec.to_builtins(spec), "vcpus": vcpus}
+    gone = [str(s.index) for s in core.shards.all if s.index not in replies]
+    if gone:
+        raise VmmError(f"vCPU {', '.join(gone)}: its worker ended, and its state with it", ExitCode.WORKER_DIED)
+    states = _checked([replies[s.index].data for s in core.shards.all], core)
+    return {"spec": msgspec.to_builtins(spec),
+            "vcpus": [plain_state(_with_exit(state, shard.exited))
+                      for state, shard in zip(states, core.shards.all, strict=True)]}
+
+
+def _with_exit(state: VcpuSaved, exited: Exited | None) -> VcpuSaved:
+    if exited is None:
+        return state
+    return msgspec.structs.replace(state, exit=ExitState(exited.reason, exited.code, exited.detail))
+
+
+def _checked(states: list[Any], core: Core) -> list[VcpuSaved]:
+    """Raises VmmError."""
+    try:
+        return check_states(states, len(core.shards.all))
+    except StateError as exc:
+        raise VmmError(str(exc)) from None
 
 
 def set_states(core: Core, vcpus: list[dict[str, Any]]) -> None:
     """Before the start, with the memory in its place. Raises VmmError."""
     core.require_not_started()
-    if len(vcpus) != len(core.shards.all):
-        raise VmmError(f"states of {len(vcpus)} vCPUs for a machine of {len(core.shards.all)}")
-    try:
-        states = [{**v, "xsave": base64.b64decode(v["xsave"], validate=True)} for v in vcpus]
-    except (KeyError, TypeError, ValueError) as exc:
-        raise VmmError(f"not the state of a vCPU: {exc}") from None
+    states = [plain_state(state) for state in _checked(vcpus, core)]
     core.shards.request(core.shards.all, lambda seq, s: SetState(seq, states[s.index]))
-    if core.verifying:
-        core.verify_from_here()
+    if core.verifying and core.verifier is not None:
+        core.verifier.restart()
