@@ -171,6 +171,7 @@ class MachineControl(ctypes.Structure):
         ("flushes", ctypes.c_uint64),
         ("publish_pending", ctypes.c_uint32),     # 1 while staging may hold unpublished pages
         ("verify_in_round", ctypes.c_uint32),     # 1 while the verifier brings its copy up to date
+        ("events", ctypes.c_uint64),              # events of the control socket that there have been
     ]
 
 

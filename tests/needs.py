@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,11 +42,20 @@ def _missing_pages() -> str:
     return ""
 
 
+def _root() -> str:
+    """To give up its rights, and to mount over what is there where nobody else sees it."""
+    if os.geteuid():
+        return "not root"
+    done = subprocess.run(["unshare", "--mount", "true"], stderr=subprocess.PIPE, text=True, check=False)
+    return done.stderr.strip()
+
+
 #: By marker (pyproject.toml lists them).
 NEEDS = {
     "kvm": Need(_kvm, "SHARDVMM_REQUIRE_KVM"),
     "uffd": Need(write_log_missing, "SHARDVMM_REQUIRE_UFFD"),
     "postcopy": Need(_missing_pages, "SHARDVMM_REQUIRE_POSTCOPY"),
+    "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
 }
 
 

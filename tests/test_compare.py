@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import missing
 
-from ipc.writelog import write_log_missing
 from vmm.compare import Grid, Point, available, summarise
 from vmm.compare_report import draw, verdict
 
@@ -61,9 +61,9 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_a_way_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmm.tracking.write_log_missing", lambda: "userfaultfd: no")
-    there, missing = available(["none", "bitmap", "uffd"], "unicorn")
+    there, left_out = available(["none", "bitmap", "uffd"], "unicorn")
     assert there == ["none", "bitmap"]
-    assert missing == {"uffd": "tracking uffd: userfaultfd: no (use ring, bitmap or auto)"}
+    assert left_out == {"uffd": "tracking uffd: userfaultfd: no (use ring, bitmap or auto)"}
 
 
 def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +76,7 @@ def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
     done = vmm(*small)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    ways = ["none", "sampling", "auto", "bitmap", "ring", *([] if write_log_missing() else ["uffd"])]
+    ways = ["none", "sampling", "auto", "bitmap", "ring", *([] if missing("uffd") else ["uffd"])]
     rows = {r["way"]: r for r in found["rows"]}
     assert list(rows) == ways
     for row in rows.values():

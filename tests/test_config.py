@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from vmm.config import ConfigError, config_schema, load_config, parse_duration, parse_size
 from vmm.yamlfile import FILE_MAX
 
+_TIMES = {"": 1, "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600}
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "pages": 4096}
 
 
@@ -29,11 +31,46 @@ def test_durations(number: int, unit: tuple[str, float]) -> None:
     assert parse_duration(number) == number
 
 
-@given(st.one_of(st.text(max_size=8), st.booleans(), st.none(), st.lists(st.integers(), max_size=2)))
-def test_whatever_is_no_size_is_a_value_error(value: object) -> None:
+def means(text: str, units: dict[str, int | float], whole: bool) -> Fraction | None:
+    """What a size or duration in the documented form says, exactly; None for a text that is not one. Written anew:
+    a number (of a duration with a fraction), blanks, a unit (of a size in any case)."""
+    match = re.fullmatch(r"([0-9]+)(\.[0-9]+)?\s*([A-Za-z]*)", text.strip())
+    if match is None or (whole and match[2]):
+        return None
+    named = {name.lower() if whole else name: unit for name, unit in units.items()}
+    unit = named.get(match[3].lower() if whole else match[3])
+    return None if unit is None else Fraction(match[1] + (match[2] or "")) * Fraction(unit)
+
+
+#: Close to what is meant, and just beside it.
+_NUMBERS = st.sampled_from(["0", "1", "4096", "007", "1.5", ".5", "1e3", "-1", "+1", "", "0x10", "1_000", "inf",
+                            "nan"])
+_SUFFIXES = st.sampled_from(["", "KiB", "MiB", "GiB", "pages", "kib", "MB", "M", "us", "ms", "s", "m", "h", "min",
+                             "S", "pages s"])
+
+
+@given(number=_NUMBERS, blank=st.sampled_from(["", " ", "  ", "\t", "-"]), unit=_SUFFIXES)
+def test_a_size_or_duration_is_understood_or_refused(number: str, blank: str, unit: str) -> None:
+    text = number + blank + unit
+    for parse, units, whole in ((parse_size, _UNITS, True), (parse_duration, _TIMES, False)):
+        wanted = means(text, units, whole)
+        if whole and number == "0x10":
+            wanted = Fraction(16) if not unit and not blank.strip() else None
+        if not whole and wanted == 0:
+            wanted = None       # a wait of no time is not meant
+        if wanted is None:
+            with pytest.raises(ValueError):     # noqa: PT011  (the texts are those of test_cli.py)
+                parse(text)
+        else:
+            assert parse(text) == pytest.approx(float(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [True, False, None, [], [1], {}, b"4KiB", "", " ", "KiB", "4 KiB 4", "-1",
+                                   float("nan"), float("inf"), "nan", "inf", "1e400"])
+def test_what_is_not_a_size_or_a_duration_is_refused(value: object) -> None:
     for parse in (parse_size, parse_duration):
-        with suppress(ValueError):      # and nothing else; the type checks of the value itself are its own
-            assert parse(value) >= 0
+        with pytest.raises(ValueError):     # noqa: PT011
+            parse(value)
 
 
 def write(path: Path, text: str) -> Path:

@@ -1,18 +1,21 @@
-"""Dirty rate, dirty limit, working set: measured on guests whose rate is known from elsewhere."""
+"""Dirty rate, dirty limit, working set: counted, on guests whose pages are known from elsewhere. How exact the
+limit is in time, on a quiet host, is measured by benchmarks/dirty_limit.py."""
 
 from __future__ import annotations
 
 import base64
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import ACCELS, replace, spec
+from machines import ACCELS, replace, spec, until
+from numpy.typing import NDArray
 
 from vmm import workingset
 from vmm.dirtyrate import MODES, measure
@@ -37,54 +40,95 @@ def busy(accel: str) -> Iterator[Machine]:
         yield machine
 
 
-def words(machine: Machine) -> int:
-    """What the guest itself has counted: one a page written."""
-    return int(machine.ram(0).view(np.uint64).reshape(-1, 512)[:, 0][512:-16].sum())
+def entries(machine: Machine) -> int:
+    """Ring entries harvested of all vCPUs."""
+    return sum(v["dirty_pages"] for v in machine.status()["vcpus"])
 
 
 # --- rate ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timing
-def test_the_rate_is_what_the_guest_counted(accel: str) -> None:
-    """Under a limit of 20,000 pages a second, a guest that walks over more pages than that dirties each page
-    once: its own counters say how many."""
-    walk = spec("sequential", accel=accel, mib=512, passes=0, timeout=None, vcpus=1)
-    with Machine.launch(replace(walk, dirty_quota=20_000)) as machine:
-        measure(machine, 0.2)       # the bucket has settled
-        machine.pause()
-        before = words(machine)
-        began = time.monotonic()
-        machine.resume()
-        rate = measure(machine, 1.0)
-        machine.pause()
-        counted = (words(machine) - before) / (time.monotonic() - began)
-        assert rate.pages_per_s == pytest.approx(counted, rel=0.15)
-        assert rate.vcpus[0].pages_per_s == pytest.approx(20_000, rel=0.05)
-        assert rate.mib_per_s == pytest.approx(rate.pages_per_s / 256)
+class Window:
+    """The time that a measurement takes, in the hands of a test: stands for the module ``time`` in vmm.dirtyrate,
+    where ``sleep`` does what is to happen meanwhile."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self._happens = happens
+        self.monotonic = time.monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self._happens()
+
+
+def dirtied(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> set[int]:
+    """Pages that differ."""
+    return set(np.flatnonzero((before.reshape(-1, PAGE) != after.reshape(-1, PAGE)).any(axis=1)).tolist())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_measures_and_disturbs_no_other_client(busy: Machine, mode: str) -> None:
-    before = busy.ram(0).copy()
+def test_a_rate_counts_what_the_guest_dirtied_in_its_time(accel: str, mode: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a guest's work happens while it is measured; memory itself says which pages it was."""
+    walk = spec("sequential", accel=accel, mib=16, passes=1)
+    with Machine.launch(walk, start=False) as machine:
+        before = machine.ram(0).copy()
+
+        def work() -> None:
+            machine.start()
+            until(lambda: machine.status()["state"] == "ended", "the guest's work is done", 60.0)
+
+        monkeypatch.setattr("vmm.dirtyrate.time", Window(work))
+        rate = measure(machine, 0.05, mode)  # type: ignore[arg-type]
+        changed = dirtied(before, machine.ram(0))
+        assert len(changed) > 3000      # of 4,099: what lies below the guest's image it does not walk over
+        assert rate.pages_per_s == pytest.approx(rate.pages / rate.seconds)
+        assert rate.mib_per_s == pytest.approx(rate.pages_per_s / 256)
+        assert rate.mode == mode
+        if mode == "sampling":      # an estimate, from 512 pages of the machine's
+            share = len(changed) / machine.status()["slots"][0]["pages"]
+            assert rate.pages / machine.status()["slots"][0]["pages"] == pytest.approx(share, abs=0.15)
+            return
+        # KVM may log a page that was read only, at its first access: of the image and the stacks.
+        assert len(changed) <= rate.pages <= len(changed) + 2 * 8
+        if mode == "ring":
+            entries = [v["dirty_pages"] for v in machine.status()["vcpus"]]
+            assert [v.pages for v in rate.vcpus] == entries
+            assert rate.repeated == sum(entries) - rate.pages
+            for vcpu in rate.vcpus:
+                assert vcpu.pages_per_s == pytest.approx(vcpu.pages / rate.seconds)
+                assert vcpu.mib_per_s == pytest.approx(vcpu.pages_per_s / 256)
+        else:
+            assert rate.vcpus == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_measures_and_disturbs_no_other_client(busy: Machine, mode: str,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    busy.pause()
     busy.sync("other")
+    before = busy.ram(0).copy()
+    start = entries(busy)
+    busy.resume()
+    monkeypatch.setattr("vmm.dirtyrate.time", Window(
+        lambda: until(lambda: entries(busy) > start + 5000, "the guest gets on", 60.0)))
     rate = measure(busy, 0.2, mode)  # type: ignore[arg-type]
     assert rate.pages > 0
     assert (len(rate.vcpus) == 2) == (mode == "ring")
     busy.pause()
     dirty = {p for first, count in busy.sync("other").slots[0] for p in range(first, first + count)}
-    after = busy.ram(0)
-    changed = set(np.flatnonzero((before.reshape(-1, PAGE) != after.reshape(-1, PAGE)).any(axis=1)).tolist())
-    assert len(changed - dirty) <= 2 * 2        # changed before the sync above, and not since
+    assert dirtied(before, busy.ram(0)) <= dirty
     assert [c for c in busy.status()["clients"] if c.startswith("rate")] == []
 
 
-def test_repeated_pages_are_told_apart(busy: Machine) -> None:
-    """32 MiB a vCPU at full speed: walked over many times in the time measured."""
+def test_repeated_pages_are_told_apart(busy: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 MiB, walked over more than three times while it is measured."""
+    start, pages = entries(busy), 64 << 20 >> 12
+    monkeypatch.setattr("vmm.dirtyrate.time", Window(
+        lambda: until(lambda: entries(busy) > start + 4 * pages, "the guest has come round", 60.0)))
     rate = measure(busy, 0.5)
-    assert rate.pages <= 64 << 20 >> 12
+    assert rate.pages <= pages + 3
     assert rate.repeated == sum(v.pages for v in rate.vcpus) - rate.pages
-    assert rate.repeated > rate.pages
+    assert rate.repeated > 2 * rate.pages
 
 
 def test_times_out_of_bounds_are_said(busy: Machine) -> None:
@@ -96,46 +140,65 @@ def test_times_out_of_bounds_are_said(busy: Machine) -> None:
 # --- limit -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timing
+BURST = 0.02        # seconds of its quota that a vCPU may have saved up (workers/throttle.py)
+
+
+def vcpu_of(machine: Machine, index: int) -> dict[str, Any]:
+    """Its statistics, when every ring has been harvested."""
+    machine.sync("other")
+    return dict(machine.status()["vcpus"][index])
+
+
+def paid_for(machine: Machine, index: int) -> int:
+    """Entries pushed by now, returned when the vCPU is known to have paid for them: it was held back since, and has
+    then run on. (In the middle of a slice it may be ahead of its quota.)"""
+    seen = vcpu_of(machine, index)
+    until(lambda: vcpu_of(machine, index)["throttled_s"] > seen["throttled_s"], "held back")
+    waited = vcpu_of(machine, index)["dirty_pages"]
+    until(lambda: vcpu_of(machine, index)["dirty_pages"] > waited, "let go on")
+    return int(seen["dirty_pages"])
+
+
 @pytest.mark.parametrize("ring", [1024, 65536])
-@pytest.mark.parametrize("megabytes", [1, 300])
-def test_the_limit_is_reached_at_once_and_the_other_vcpu_is_left_alone(accel: str, ring: int,
-                                                                        megabytes: int) -> None:
-    walk = spec("sequential", accel=accel, ring=ring, mib=512, passes=0, timeout=None)
+@pytest.mark.parametrize("megabytes", [1, 10])
+def test_a_limit_is_never_exceeded_and_is_of_that_vcpu_alone(accel: str, ring: int, megabytes: int) -> None:
+    """However the host's time is shared out: what a vCPU has dirtied when it runs on, its quota has paid for."""
+    walk = spec("sequential", accel=accel, ring=ring, mib=128, passes=0, timeout=None)
     with Machine.launch(walk) as machine:
+        machine.register("other")
         quota = round(megabytes * 1e6 / PAGE)
+        began = time.monotonic()
         machine.dirty_limit(quota, 0)
-        measure(machine, 0.5)
-        limited, free = measure(machine, 1.5).vcpus
-        tolerance = max(0.05 * quota, 2e6 / PAGE)
-        assert abs(limited.pages_per_s - quota) <= tolerance
-        assert free.pages_per_s > limited.pages_per_s
-        vcpus = machine.status()["vcpus"]
-        assert vcpus[0]["throttled_s"] > 0.1
-        assert vcpus[1]["throttled_s"] == 0
+        start = vcpu_of(machine, 0)["dirty_pages"]
+        for _ in range(3):
+            pushed = paid_for(machine, 0) - start
+            assert pushed <= quota * (time.monotonic() - began + BURST) + 1
+        assert pushed > 0
+        other = machine.status()["vcpus"][1]
+        assert (other["throttled_s"], other["dirty_limit_pages_per_s"]) == (0, 0)
         machine.dirty_limit(0)
-        again = measure(machine, 0.5).vcpus[0]
-        assert again.pages_per_s > quota + tolerance
-        assert machine.status()["vcpus"][0]["throttled_s"] == pytest.approx(
-            vcpus[0]["throttled_s"], abs=3.0)
+        lifted, then = time.monotonic(), vcpu_of(machine, 0)
+        until(lambda: vcpu_of(machine, 0)["dirty_pages"] - then["dirty_pages"]
+              > quota * (time.monotonic() - lifted + BURST) + 1, "faster than the limit that was lifted", 60.0)
+        assert vcpu_of(machine, 0)["throttled_s"] == then["throttled_s"]
 
 
-@pytest.mark.timing
 def test_a_vcpu_below_its_quota_is_not_held_back(accel: str) -> None:
-    slow = spec("sequential", accel=accel, mib=64, passes=0, spin=20_000, timeout=None, vcpus=1)
+    slow = spec("sequential", accel=accel, mib=64, passes=0, spin=4000, timeout=None, vcpus=1)
     with Machine.launch(replace(slow, dirty_quota=200_000)) as machine:
-        measure(machine, 1.0)
-        assert machine.status()["vcpus"][0]["throttled_s"] < 0.02
+        until(lambda: entries(machine) > 1000, "the guest gets on", 60.0)
+        assert machine.status()["vcpus"][0]["throttled_s"] == 0
 
 
-def test_a_limited_guest_still_pauses_syncs_and_stops_at_once(accel: str) -> None:
+def test_a_limited_guest_still_pauses_syncs_and_stops(accel: str) -> None:
+    """A wait of the bucket would be minutes, more than any of these is waited for."""
     walk = spec("sequential", accel=accel, mib=64, passes=0, timeout=None)
     with Machine.launch(replace(walk, dirty_quota=10)) as machine:
+        machine.register("a")
         for _ in range(5):
-            began = time.monotonic()
             machine.pause()
+            machine.sync("a")
             machine.resume()
-            assert time.monotonic() - began < 5.0      # a wait of the bucket would be minutes
         machine.stop()
         assert {v["exit_reason"] for v in machine.wait(30.0)["vcpus"]} == {"stopped"}
 

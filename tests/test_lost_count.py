@@ -18,7 +18,6 @@ from shared import control_blocks, forge_full, software_ring
 from ipc.layout import VcpuControl, machine_control, vcpu_control
 from ipc.shm import Segment, segment_name
 from ipc.steps import STEPS
-from ipc.writelog import write_log_missing
 from vmm.dirtylog import DirtyLog
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
@@ -30,8 +29,6 @@ from vmm.trace import Tracer
 
 TIMEOUT = 60.0
 PAGE = 300
-
-needs_uffd = pytest.mark.skipif(bool(write_log_missing()), reason=write_log_missing())
 
 
 @pytest.fixture(params=ACCELS)
@@ -259,7 +256,7 @@ def test_a_worker_and_the_coordinator_that_die_together_leave_nothing_behind_unm
         assert [v["state"] for v in machine.status()["vcpus"]] == ["dead", "paused"]
 
 
-@pytest.mark.parametrize("tracking", ["ring", "bitmap", pytest.param("uffd", marks=needs_uffd)])
+@pytest.mark.parametrize("tracking", ["ring", "bitmap", pytest.param("uffd", marks=pytest.mark.uffd)])
 def test_a_killed_worker_is_no_surplus(accel: str, tracking: str) -> None:
     """Whatever had to be marked: the verifier says that nothing was lost, and the exit status what happened."""
     with Machine.launch(busy(accel, tracking=tracking, verify=exact(0.02))) as machine:

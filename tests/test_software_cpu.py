@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from bare import CODE, DATA, EXIT, NativeCode, bare
@@ -16,6 +18,8 @@ from ipc.messages import ExitReason
 from ipc.shm import PAGE_SIZE
 from workers.accel import ExitKind
 from workers.ports import PortEventKind
+from workers.soft_context import SEEN_BLOCKS
+from workers.soft_decode import PortAccess
 
 CF, PF, AF, ZF, SF, OF = 1, 4, 0x10, 0x40, 0x80, 0x800
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
@@ -267,6 +271,28 @@ def test_an_interrupt_before_the_entry_is_not_lost() -> None:
         assert vcpu.accel.run().kind is ExitKind.KICKED
 
 
+@pytest.mark.parametrize("change", [
+    lambda accel: accel._look_at(CODE, 4),
+    lambda accel: accel._forget_code(),
+    lambda accel: accel._port_once(PortAccess(write=False, size=1, port=0x3FD, string=True, repeated=False), 0x3FD),
+], ids=["a block is looked at", "code is forgotten", "ins"])
+def test_nobody_changes_page_flags_or_memory_while_pages_are_reset(change: Callable[[Any], object]) -> None:
+    """A flag written back by another thread would be a page that is never logged again, and a store between its log
+    entry and the page's reset one that is in no log."""
+    with bare("unicorn", hexes("90 90 90 90") + EXIT, rdi=DATA) as vcpu:
+        accel: Any = vcpu.accel
+        thread = threading.Thread(target=change, args=(accel,))
+        with accel._outside():      # as a reset does
+            flags, ram = accel._slots[0].flags.copy(), vcpu.ram.copy()
+            thread.start()
+            thread.join(0.3)        # it must not get anywhere, however long
+            assert thread.is_alive()
+            assert (accel._slots[0].flags == flags).all()
+            assert (vcpu.ram == ram).all()
+        thread.join(60.0)
+        assert not thread.is_alive()
+
+
 def test_a_port_write_stops_right_behind_itself() -> None:
     code = hexes("b8 07000000 e7 f8 ff c0 ff c0") + EXIT    # hypercall 7, then eax += 2
     with bare("unicorn", code, rdi=5, rsi=6) as vcpu:
@@ -305,6 +331,29 @@ def test_code_that_the_guest_rewrites() -> None:
             assert vcpu.run().kind is ExitKind.PORT
             assert vcpu.word(DATA) == 1                     # -1 + 1
         assert CODE // PAGE_SIZE in vcpu.harvest()
+
+
+def test_more_blocks_than_are_remembered() -> None:
+    """Twice over a chain of more blocks than the table of those looked at takes before it is emptied. One in 64 has
+    a locked instruction, which must not be left alone: none is run twice, or without its hook, or not logged."""
+    locked, plain = hexes("f0 48 ff 03 eb 00"), hexes("90 90 90 90 eb 00")      # lock incq (%rbx), or nops; jmp on
+    blocks = SEEN_BLOCKS // 2 + 500
+    chain = b"".join(plain if number % 64 else locked for number in range(blocks))
+    to_its_start = (-(len(chain) + 10)).to_bytes(4, "little", signed=True)
+    back = hexes("e7 f8 ff c9 0f 85") + to_its_start        # hypercall; dec %ecx; jnz
+    assert CODE + len(chain) + len(back) + PAGE_SIZE < DATA
+    with bare("unicorn", chain + back + EXIT, rbx=DATA, rcx=2) as vcpu:
+        for turn in (1, 2):
+            leave = vcpu.run()
+            assert leave.event is not None
+            assert leave.event.kind is PortEventKind.HYPERCALL
+            assert vcpu.word(DATA) == turn * -(-blocks // 64)
+            assert vcpu.harvest() == [DATA // PAGE_SIZE]
+            assert vcpu.accel.reset_ring(1) == 1
+            vcpu.control.reset_total += 1
+        leave = vcpu.run()
+        assert leave.event is not None
+        assert leave.event.kind is PortEventKind.EXIT
 
 
 # --- ends -----------------------------------------------------------------------------------------------------

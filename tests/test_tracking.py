@@ -19,12 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import ACCELS, exact, replace, spec, until
+from needs import missing
 
 from ipc.bitmap import word_count
 from ipc.channel import FdListener
 from ipc.layout import Tracking, vcpu_control
 from ipc.shm import Segment
-from ipc.writelog import WriteLog, write_log_missing
+from ipc.writelog import WriteLog
 from vmm import control
 from vmm.autotrack import AutoTracking
 from vmm.config import ConfigError, load_config
@@ -35,9 +36,7 @@ from vmm.plan import plan
 from vmm.spec import RamSlot
 
 TIMEOUT = 60.0
-NO_UFFD = write_log_missing()
-needs_uffd = pytest.mark.skipif(bool(NO_UFFD), reason=NO_UFFD)
-MODES = ["ring", "bitmap", "none"] + ([] if NO_UFFD else ["uffd"])
+MODES = ["ring", "bitmap", "none"] + ([] if missing("uffd") else ["uffd"])
 
 
 @pytest.fixture(params=ACCELS)
@@ -77,7 +76,7 @@ def mapped() -> Iterator[Mapped]:
     made.close()
 
 
-@needs_uffd
+@pytest.mark.uffd
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["write", "read", "other"]), st.integers(0, 3 * 4096 + 2),
                           st.integers(1, 300)), max_size=30))
@@ -103,7 +102,7 @@ def test_a_write_log_has_exactly_the_pages_written_through_its_mapping(steps: li
         made.close()
 
 
-@needs_uffd
+@pytest.mark.uffd
 def test_a_write_log_takes_more_regions_than_one_call_reports() -> None:
     made = Mapped(70_001)
     try:
@@ -116,7 +115,7 @@ def test_a_write_log_takes_more_regions_than_one_call_reports() -> None:
         made.close()
 
 
-@needs_uffd
+@pytest.mark.uffd
 def test_a_page_whose_table_entry_was_dropped_is_not_lost(mapped: Mapped) -> None:
     """The kernel may throw shared pages out of a page table at any time."""
     mapped.log.watch(mapped.segment.address, mapped.segment.size)
@@ -128,7 +127,7 @@ def test_a_page_whose_table_entry_was_dropped_is_not_lost(mapped: Mapped) -> Non
     assert mapped.collect() == {6}
 
 
-@needs_uffd
+@pytest.mark.uffd
 def test_nothing_is_lost_while_another_thread_writes(mapped: Mapped) -> None:
     mapped.log.watch(mapped.segment.address, mapped.segment.size)
     done = threading.Event()
@@ -162,7 +161,7 @@ def verified(report: dict[str, Any]) -> None:
     assert result["dirty_pages"] > 0
 
 
-@needs_uffd
+@pytest.mark.uffd
 @pytest.mark.parametrize("workload", ["stamp", "sequential"])
 def test_uffd_loses_nothing(accel: str, workload: str) -> None:
     amount = {"writes": 30_000} if workload == "stamp" else {"passes": 10}
@@ -177,7 +176,7 @@ def test_uffd_loses_nothing(accel: str, workload: str) -> None:
     assert report["exit_code"] == 0
 
 
-@needs_uffd
+@pytest.mark.uffd
 def test_uffd_follows_slots_and_their_logging(accel: str) -> None:
     machine_spec = replace(spec("sequential", accel=accel, mib=4, passes=0, pages=300, timeout=None),
                            tracking="uffd")
@@ -255,9 +254,9 @@ def test_the_guest_is_not_disturbed_by_switches(accel: str) -> None:
 @pytest.mark.parametrize(("accel", "old", "new"), [
     *(pytest.param("kvm", *pair, marks=pytest.mark.kvm) for pair in (
         ("ring", "bitmap"), ("bitmap", "ring"), ("none", "ring"))),
-    *(pytest.param("kvm", *pair, marks=[pytest.mark.kvm, needs_uffd]) for pair in (
+    *(pytest.param("kvm", *pair, marks=[pytest.mark.kvm, pytest.mark.uffd]) for pair in (
         ("ring", "uffd"), ("uffd", "bitmap"))),
-    ("unicorn", "bitmap", "ring"), pytest.param("unicorn", "ring", "uffd", marks=needs_uffd)])
+    ("unicorn", "bitmap", "ring"), pytest.param("unicorn", "ring", "uffd", marks=pytest.mark.uffd)])
 def test_a_coordinator_killed_in_the_middle_of_a_switch_is_replaced(accel: str, old: str, new: str) -> None:
     """One worker has switched (or, where the old log is asked for first, none has), the other is held up: then the
     coordinator is killed. Its successor carries on, and nothing is lost."""
@@ -351,7 +350,8 @@ def restarts(machine: Machine) -> int:
         return -1
 
 
-@needs_uffd
+@pytest.mark.uffd
+@pytest.mark.postcopy
 def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
     """A mapping has one userfaultfd: until every page is there the machine has plain bitmaps."""
     machine_spec = replace(spec("stamp", accel=accel, writes=0, timeout=None, mib=4), tracking="uffd")
@@ -366,6 +366,27 @@ def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
             assert machine.status()["tracking"] == "uffd"
             machine.register("a")
             machine.start()
+            until(lambda: machine.sync("a").pages > 0, "pages dirtied")
+    finally:
+        listener.close()
+
+
+@pytest.mark.postcopy
+def test_a_sync_that_cannot_reach_a_vcpu_is_refused(accel: str, tmp_path: Path) -> None:
+    """In post-copy a software CPU that waits for a page cannot be stopped: its last pages would be missing."""
+    machine_spec = spec("stamp", accel=accel, writes=0, timeout=None, mib=4)
+    listener = FdListener(tmp_path / "userfault")
+    try:
+        with Machine.launch(machine_spec, start=False) as machine:
+            machine.register("a")
+            machine.incoming(str(listener.path))
+            machine.start()
+            if accel == "unicorn":
+                with pytest.raises(VmmError, match="cannot be flushed: pages are still on their way"):
+                    machine.sync("a")
+                with pytest.raises(VmmError, match="cannot be flushed"):
+                    machine.register("b")
+            machine.arrived()
             until(lambda: machine.sync("a").pages > 0, "pages dirtied")
     finally:
         listener.close()
@@ -416,17 +437,17 @@ def test_auto_loses_nothing(accel: str) -> None:
 
 def test_auto_waits_before_it_logs_no_more() -> None:
     auto = AutoTracking()
-    assert auto.first(logged=False, limited=False) == "none"
-    assert auto.choose(0.0, "none", logged=True, limited=False) == "bitmap"
+    assert auto.first(logged=False, ring=False) == "none"
+    assert auto.choose(0.0, "none", logged=True, ring=False) == "bitmap"
     assert auto.left(0.0) is None
-    assert auto.choose(1.0, "bitmap", logged=False, limited=False) == "bitmap"
-    assert auto.choose(4.0, "bitmap", logged=False, limited=False) == "bitmap"
+    assert auto.choose(1.0, "bitmap", logged=False, ring=False) == "bitmap"
+    assert auto.choose(4.0, "bitmap", logged=False, ring=False) == "bitmap"
     assert auto.left(4.0) == pytest.approx(2.0)
-    assert auto.choose(5.0, "bitmap", logged=True, limited=False) == "bitmap"   # somebody came again
+    assert auto.choose(5.0, "bitmap", logged=True, ring=False) == "bitmap"   # somebody came again
     assert auto.left(5.0) is None
-    assert auto.choose(9.0, "bitmap", logged=False, limited=False) == "bitmap"
-    assert auto.choose(14.0, "bitmap", logged=False, limited=False) == "none"
-    assert auto.choose(15.0, "none", logged=False, limited=True) == "ring"
+    assert auto.choose(9.0, "bitmap", logged=False, ring=False) == "bitmap"
+    assert auto.choose(14.0, "bitmap", logged=False, ring=False) == "none"
+    assert auto.choose(15.0, "none", logged=False, ring=True) == "ring"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

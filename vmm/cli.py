@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from .cli_clients import client
 from .cli_common import json_option, on_machine, print_json
 from .cli_compare import compare
 from .cli_dirty import dirty_limit, dirty_rate, tracking, working_set
+from .cli_machines import VERBS as MACHINE_VERBS
 from .cli_migrate import keys, migrate, receive
 from .cli_run import Interrupted, run_or_leave
 from .cli_snapshot import snapshot
@@ -59,45 +59,14 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
 
     if trace and detach and not trace_file:
         raise VmmError("--trace with --detach needs --trace-file: nobody would see the lines")
-    machine_config = load_config(config, list(overrides))
-    machine = Machine.launch(machine_config, name=name, trace=list(trace),
+    machine_config = load_config(config, list(overrides), name=name)
+    machine = Machine.launch(machine_config, trace=list(trace),
                              trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
                              start=detach)
     return run_or_leave(machine, detach, as_json)
 
 
 # --- running machines ------------------------------------------------------------------------------------
-
-
-@cli.command("list")
-@json_option
-def list_(as_json: bool) -> None:
-    """List the running machines."""
-    from .machine import list_machines
-
-    machines = list_machines()
-    if as_json:
-        print_json(machines)
-    elif machines:
-        from .report import machines_table, screen
-
-        screen().print(machines_table(machines))
-    else:
-        click.echo("no machine is running")
-
-
-@cli.command()
-@on_machine
-@json_option
-def status(machine: Machine, as_json: bool) -> None:
-    """Show everything about a machine: vCPUs, reaper, slots, verification."""
-    report = machine.status()
-    if as_json:
-        print_json(report)
-    else:
-        from .report import print_report, screen
-
-        print_report(report, screen())
 
 
 def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str) -> None:
@@ -131,30 +100,6 @@ def resume(machine: Machine, force: bool, as_json: bool) -> None:
         click.echo(f"{machine.name} stays paused: {', '.join(held_by)}")
     else:
         click.echo(f"{machine.name} is running")
-
-
-@cli.command()
-@on_machine
-@json_option
-def stop(machine: Machine, as_json: bool) -> None:
-    """End every vCPU, and the machine, in order."""
-    from .runtime import is_running
-
-    machine.stop()
-    deadline = time.monotonic() + 30.0
-    while is_running(machine.name):
-        if time.monotonic() > deadline:
-            raise VmmError(f"machine '{machine.name}' is still there after 30 s", ExitCode.WORKER_DIED)
-        try:
-            if machine.status()["state"] == "ended":
-                machine.release()
-        except VmmError:
-            pass    # it went away meanwhile, which is what was wanted
-        time.sleep(0.02)
-    if as_json:
-        print_json({"name": machine.name, "done": "stop"})
-    else:
-        click.echo(f"{machine.name} has ended")
 
 
 @cli.group()
@@ -249,8 +194,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (client, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group, snapshot, migrate,
-              receive, keys, stress):
+for _verb in (*MACHINE_VERBS, client, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group,
+              snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 
@@ -267,20 +212,27 @@ def doctor(as_json: bool) -> int:
     if as_json:
         print_json([f.as_dict() for f in findings])
     else:
-        from .report import doctor_table, screen
+        from .report import doctor_table, print_table, screen
 
-        screen().print(doctor_table([f.as_dict() for f in findings]))
+        print_table(doctor_table([f.as_dict() for f in findings]), screen())
     return ExitCode.OK if healthy(findings) else 1
 
 
 @cli.command()
 @click.argument("name", required=False)
+@click.option("--logs", is_flag=True, help="Also the logs and reports of machines that have ended.")
 @json_option
-def gc(name: str | None, as_json: bool) -> None:
+def gc(name: str | None, logs: bool, as_json: bool) -> None:
     """Clear what machines that died have left behind (of NAME, or of all)."""
+    from .records import remove_records
     from .runtime import collect_garbage
 
     removed = collect_garbage(name)
+    if logs:
+        try:
+            removed += remove_records(name)
+        except OSError as exc:
+            raise VmmError(f"the logs cannot be removed: {exc}") from None
     if as_json:
         print_json({"removed": removed})
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_common import print_json
-from .errors import ExitCode
+from .errors import ExitCode, VmmError
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "run_or_leave"]
 
 _PROGRESS_S = 0.25
+_NOTES = {
+    "ring-rebuilt": "vcpu {vcpu}: its ring lost count ({harvested} harvested, {reset} reset) and was rebuilt; "
+                    "{pages_marked} pages marked dirty",
+    "warning": "vmm: warning: {text}",
+    "dropped": "{count} events were dropped, console output among them: they were not read in time (vmm logs "
+               "{name} may have them)",
+    "incoming-lost": "{detail}",
+}
 
 
 class Interrupted(Exception):
@@ -30,6 +38,8 @@ class Interrupted(Exception):
 
 def run_or_leave(machine: Machine, detach: bool, as_json: bool) -> int:
     """With ``detach`` leave the machine running (it has been started), else run it to its end; exit status."""
+    for warning in machine.warnings:
+        click.echo(f"vmm: warning: {warning}", err=True)
     if not detach:
         with machine:
             return _run_in_foreground(machine, as_json)
@@ -37,7 +47,8 @@ def run_or_leave(machine: Machine, detach: bool, as_json: bool) -> int:
     if as_json:
         print_json({"name": machine.name})
     else:
-        click.echo(f"{machine.name} is running: vmm status {machine.name}, vmm stop {machine.name}")
+        name = machine.name
+        click.echo(f"{name} is running: vmm status {name}, vmm logs {name}, vmm wait {name}, vmm stop {name}")
     return ExitCode.OK
 
 
@@ -58,6 +69,10 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
             signal.signal(signum, signal.SIG_IGN)   # one is enough
         stopped_by = exc.signum
         machine.stop()
+    except VmmError as exc:
+        if exc.exit_code is not ExitCode.NO_MACHINE:
+            raise
+        # It has gone, and left its report.
     report = machine.wait(60.0)
     if as_json:
         print_json(report)
@@ -83,14 +98,13 @@ def _follow(machine: Machine, as_json: bool) -> None:
         while True:
             for event in machine.events(_PROGRESS_S):
                 if event["event"] == "console":
-                    for line in event["data"].splitlines():
+                    # Only these end a line; splitlines() knows many more characters that do.
+                    for line in event["data"].removesuffix("\n").split("\n"):
                         click.echo(f"[vcpu {event['vcpu']}] {line}", err=as_json)
-                elif event["event"] == "ring-rebuilt":
-                    screen.print(f"vcpu {event['vcpu']}: its ring lost count ({event['harvested']} "
-                                 f"harvested, {event['reset']} reset) and was rebuilt; "
-                                 f"{event['pages_marked']} pages marked dirty", markup=False)
                 elif event["event"] == "ended":
                     return
+                elif event["event"] in _NOTES:
+                    screen.print(_NOTES[event["event"]].format(name=machine.name, **event), markup=False)
                 if time.monotonic() - shown >= _PROGRESS_S:
                     break
             if screen.is_terminal:

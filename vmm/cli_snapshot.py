@@ -85,19 +85,18 @@ def list_(directory: Path, as_json: bool) -> None:
         print_json([{"id": m.id, "damaged": m.reason} if isinstance(m, snapshots.Damaged) else _summary(m)
                     for m in found])
         return
-    from rich.table import Table
     from rich.text import Text
 
-    from .report import screen
+    from .report import print_table, screen, table
 
-    table = Table("id", "on", "created", "machine", "accelerator", "vCPUs", "pages", "form")
+    listed = table("id", "on", "created", "machine", "accelerator", "form", numbers=("vCPUs", "pages"))
     for m in found:
         if isinstance(m, snapshots.Damaged):
-            table.add_row(m.id, "damaged")
+            listed.add_row(m.id, "damaged")
             continue
-        table.add_row(m.id, m.parent or "(full)", Text(one_line(m.created, 40)), m.spec.name, m.accelerator,
-                      str(len(m.vcpus)), f"{m.pages:,}", m.compression)
-    screen().print(table)
+        listed.add_row(m.id, m.parent or "(full)", Text(one_line(m.created, 40)), m.spec.name, m.accelerator,
+                       m.compression, str(len(m.vcpus)), f"{m.pages:,}")
+    print_table(listed, screen())
     for m in found:
         if isinstance(m, snapshots.Damaged):
             click.echo(f"damaged: {m.reason}")

@@ -1,35 +1,25 @@
-"""The control socket: how the CLI and the Python API speak to a coordinator.
+"""The verbs of the control socket: what the CLI and the Python API may ask a coordinator for.
 
-JSON over a ZeroMQ ROUTER in the machine's runtime directory; docs/protocol.md has a paragraph a
-verb. A client sends ``{"v": 1, "id": n, "verb": …, …}`` and gets ``{"id": n, "result": {…}}`` or
-``{"id": n, "error": text, "code": exit status}``. A client that has sent ``follow`` also gets events,
-``{"event": …}``, as they happen.
+JSON, one document per line, over the Unix socket ``control`` in the machine's runtime directory; docs/protocol.md
+has a paragraph for each verb. A client sends ``{"v": 2, "id": n, "verb": …, …}`` and gets ``{"id": n, "result":
+{…}}`` or ``{"id": n, "error": text, "code": exit status}``. vmm/connection.py is the client's end,
+vmm/coordinator/server.py the coordinator's.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import time
-from collections import deque
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-import zmq
 
-from ipc import channel
-from ipc.processid import identity
+from .errors import VmmError
 
-from .errors import ExitCode, VmmError
-
-__all__ = ["CONTROL_VERSION", "ControlClient", "Owned", "Verb", "decode_verb"]
+__all__ = ["CONTROL_VERSION", "Owned", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 2
-_LOST: dict[str, Any] = {"lost": True}
-_ALIVE_EVERY = 0.1      # seconds without an answer after which a client asks whether there can be one
-_FOLLOW_HWM = 100_000   # events a slow follower may lag behind before some are dropped
+
+#: One that Python, numpy and C agree on; whether a verb can do anything with it, it says itself.
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 def _dashed(name: str) -> str:
@@ -38,11 +28,14 @@ def _dashed(name: str) -> str:
 
 
 class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True, kw_only=True):
-    """``lease``: the token of a lease that whoever asks has (``TakeLease``); some verbs are its holder's alone."""
+    """``lease``: the token of a lease that whoever asks has (``TakeLease``); some verbs are its holder's alone.
+    ``request``: the client's name for it, that no other request has. One that is sent again, because the connection
+    broke before the answer came, has the same; what must not be done twice is not."""
 
-    v: int
-    id: int
+    v: Number
+    id: Number
     lease: str = ""
+    request: str = ""
 
 
 class Owned(Verb, kw_only=True):
@@ -50,12 +43,16 @@ class Owned(Verb, kw_only=True):
     (ipc/processid.py); which one it is, the coordinator sees from the connection. ``why``: for people. 0: it is
     nobody's, and stays."""
 
-    owner_start: int = 0
+    owner_start: Number = 0
     why: str = ""
 
 
-class Follow(Verb):
-    """Send events to this client from now on."""
+class Events(Verb):
+    """The events after the first ``after`` of this machine; -1: those from now on. The answer, ``events``, ``next``
+    (what to ask for then) and ``dropped`` (so many came too early for whoever asks only now), is held back until
+    there is one. Of one connection only the last such request is answered."""
+
+    after: Number = -1
 
 
 class Start(Verb):
@@ -152,11 +149,11 @@ class Release(Verb):
 
 
 class LogStart(Verb):
-    slot: int
+    slot: Number
 
 
 class LogStop(Verb):
-    slot: int
+    slot: Number
 
 
 class Register(Owned):
@@ -185,8 +182,8 @@ class DirtyLimit(Owned):
     user's, which stays. With one, made up by who asks: its own, over the user's, until ``GiveBack`` or its end. The
     least counts."""
 
-    pages_per_s: int
-    vcpu: int | None = None
+    pages_per_s: Number
+    vcpu: Number | None = None
     token: str = ""
 
 
@@ -196,14 +193,23 @@ class SetTracking(Verb):
     tracking: str
 
 
-class Mark(Verb):
-    """A host write: these pages are dirty. ``when``: ``before`` and ``after`` go together, around a write that a
-    freeze waits for (vmm/holds.py); ``made`` stands alone, after one that nobody knew of."""
+class Slots(Verb):
+    """The memory slots as they are now. Answer: ``slots``, {id: {``gpa``, ``size``, ``born``, ``logged``, ``ram``:
+    name of its segment}}; ``accelerator``; ``incoming``."""
 
-    slot: int
-    first: int
-    count: int
+
+class Mark(Owned):
+    """A host write: these pages are dirty. ``when``: ``before`` and ``after`` go together by their ``token``,
+    around a write that a freeze waits for (vmm/holds.py), and the pages are dirty in every sync in between;
+    ``made`` stands alone, after one that nobody knew of. ``born``: of the slot that is meant; null: of whichever
+    is there now."""
+
+    slot: Number
+    first: Number
+    count: Number
+    born: Number | None = None
     when: Literal["before", "after", "made"] = "made"
+    token: str = ""
 
 
 class RecordStart(Owned):
@@ -221,23 +227,23 @@ class RecordStop(Verb):
 
 
 class MemoryAdd(Verb):
-    slot: int
-    gpa: int
-    size: int
+    slot: Number
+    gpa: Number
+    size: Number
     log: bool
 
 
 class MemoryRemove(Verb):
     """``force``: although it holds the guest's image or stacks."""
 
-    slot: int
+    slot: Number
     force: bool = False
 
 
-AnyVerb = (Follow | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
+AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | TakeLease | Freeze | Thaw | HandOver | TakeBack | GiveBack
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | SetTracking | Mark | RecordStart | RecordStep | RecordStop
+           | Unregister | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
            | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)
@@ -246,112 +252,21 @@ _verbs = msgspec.json.Decoder(AnyVerb)
 class _Envelope(msgspec.Struct):
     """What can be read of a request that does not decode."""
 
-    v: int = 0
-    id: int = 0
+    v: Number = 0
+    id: Number = 0
 
 
 def decode_verb(frame: bytes) -> AnyVerb:
-    """Raises VmmError, with the request's id as ``request_id``."""
+    """Raises VmmError, with the request's id as ``request_id``, whatever the bytes are."""
     envelope = _Envelope()
     try:
         envelope = msgspec.json.decode(frame, type=_Envelope)
-        if envelope.v != CONTROL_VERSION:
-            raise VmmError(f"the machine speaks control protocol {CONTROL_VERSION}, not {envelope.v}")
-        return _verbs.decode(frame)
-    except msgspec.MsgspecError as exc:
-        error = VmmError(f"bad request: {exc}")
-        error.request_id = envelope.id  # type: ignore[attr-defined]
-        raise error from None
-
-
-class ControlClient:
-    """One connection to a coordinator. Not thread-safe, nor for a forked child. ``alive`` says whether the machine
-    still runs. ``lease``: token of the lease whose holder asks."""
-
-    def __init__(self, directory: Path, name: str, alive: Callable[[], bool]) -> None:
-        self.lease = ""
-        self._name = name
-        self._alive = alive
-        self._pid = os.getpid()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self._sock = channel.connect(self._context, zmq.DEALER, channel.endpoint(directory, "control"))
-        self._sock.linger = 0
-        self._sock.rcvhwm = _FOLLOW_HWM
-        # A coordinator that died took a request with it: the lost connection says so at once.
-        self._monitor = self._sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._poller = zmq.Poller()
-        self._poller.register(self._sock, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        self._following = False
-        self._ids = itertools.count(1)
-        self._events: deque[dict[str, Any]] = deque()
-
-    def ask(self, verb: type[Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
-        """Send one verb and wait for its answer; sent again when the coordinator died in between
-        (another one takes over, and every verb may be repeated). Raises VmmError."""
-        if os.getpid() != self._pid:
-            raise VmmError(f"this connection to machine '{self._name}' is that of process {self._pid}, which "
-                           "forked: attach to the machine here")
-        self._following = self._following or verb is Follow
-        number = self._send(verb, arguments)
-        deadline = time.monotonic() + timeout
-        while True:
-            left = deadline - time.monotonic()
-            answer = self._receive(min(left, _ALIVE_EVERY))
-            if answer is None and left > _ALIVE_EVERY:
-                if not self._alive():
-                    raise VmmError(f"machine '{self._name}' is gone", ExitCode.NO_MACHINE)
-                continue
-            if answer is None:
-                raise VmmError(f"machine '{self._name}' did not answer within {timeout:.0f} s",
-                               ExitCode.NO_MACHINE)
-            if answer is _LOST:
-                if verb is Sync:
-                    arguments["again"] = True
-                number = self._send(verb, arguments)
-                continue
-            if answer.get("id") != number:
-                if "event" in answer:
-                    self._events.append(answer)
-                continue
-            if "error" in answer:
-                raise VmmError(answer["error"], ExitCode(answer.get("code", ExitCode.BAD_INPUT)))
-            return dict(answer["result"])
-
-    def event(self, timeout: float) -> dict[str, Any] | None:
-        """The next event, or None when none came within ``timeout`` seconds."""
-        if self._events:
-            return self._events.popleft()
-        deadline = time.monotonic() + timeout
-        while True:
-            answer = self._receive(deadline - time.monotonic())
-            if answer is None or "event" in answer:
-                return answer
-
-    def _send(self, verb: type[Verb], arguments: dict[str, Any]) -> int:
-        number = next(self._ids)
-        if issubclass(verb, Owned) and arguments.pop("mine", False):
-            try:
-                arguments["owner_start"] = identity().start
-            except ProcessLookupError:
-                raise VmmError("/proc/self/stat cannot be read: nothing can be held for this process") from None
-        self._sock.send(msgspec.json.encode(verb(v=CONTROL_VERSION, id=number, lease=self.lease, **arguments)))
-        return number
-
-    def _receive(self, timeout: float) -> dict[str, Any] | None:
-        """The next message; None when none came in time; _LOST when the connection broke."""
-        ready = dict(self._poller.poll(max(0, int(timeout * 1000))))
-        if self._sock in ready:
-            return dict(msgspec.json.decode(self._sock.recv()))
-        if self._monitor in ready:
-            self._monitor.recv_multipart()
-            if self._following:
-                self._send(Follow, {})
-            return _LOST
-        return None
-
-    def close(self) -> None:
-        self._sock.disable_monitor()
-        self._monitor.close(linger=0)
-        self._sock.close()
-        self._context.term()
+        if envelope.v == CONTROL_VERSION:
+            return _verbs.decode(frame)
+        what = (f"the machine's program speaks version {CONTROL_VERSION} of the control protocol, and was asked in "
+                f"version {envelope.v}: use the program that started the machine")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        what = f"bad request: {exc}"
+    error = VmmError(what)
+    error.request_id = envelope.id  # type: ignore[attr-defined]
+    raise error from None

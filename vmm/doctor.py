@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import resource
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ipc.layout import MAX_VCPUS
 from ipc.shm import free_bytes
+from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
 from workers import kvm
 
@@ -18,8 +19,6 @@ from .runtime import leftovers
 
 __all__ = ["Finding", "examine", "healthy"]
 
-_SYS_USERFAULTFD = 323      # x86-64
-_UFFD_USER_MODE_ONLY = 1
 _SHM_COMFORTABLE = 1 << 30
 _PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic", "unicorn")
 
@@ -37,7 +36,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
-    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _userfaultfd(), _write_log(),
+    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _post_copy(), _write_log(),
             *_packages(), _kernel_cache(), _compiler(), *_left_behind()]
 
 
@@ -92,14 +91,12 @@ def _limits() -> list[Finding]:
     return [files, Finding("cores", "ok", f"{cores}; more vCPUs than cores take turns")]
 
 
-def _userfaultfd() -> Finding:
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
-    if fd < 0:
-        return Finding("userfaultfd", "warn", os.strerror(ctypes.get_errno()),
-                       "sysctl vm.unprivileged_userfaultfd=1, or run as root")
-    os.close(fd)
-    return Finding("userfaultfd", "ok", "usable")
+def _post_copy() -> Finding:
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return Finding("post-copy", "absent", str(exc), "migration without --postcopy works")
+    return Finding("post-copy", "ok", "userfaultfd for missing pages")
 
 
 def _write_log() -> Finding:
@@ -125,10 +122,17 @@ def _kernel_cache() -> Finding:
     """Compiled kernels are kept beside the source, or in the user's cache."""
     from ipc.native import cache_directories
 
-    if any(os.access(p if p.exists() else p.parent, os.W_OK) for p in cache_directories("ipc.kernel_source")):
+    if any(_can_be_written(path) for path in cache_directories("ipc.kernel_source")):
         return Finding("kernel cache", "ok", "compiled kernels can be kept")
     return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
                    "set XDG_CACHE_HOME to a folder that can be written")
+
+
+def _can_be_written(directory: Path) -> bool:
+    """It can, or could be made: what there is of the way to it says so. (A way that this user may not look into is
+    not there; Path.exists would raise.)"""
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 def _compiler() -> Finding:

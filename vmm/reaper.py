@@ -203,10 +203,10 @@ class Reaper:
         count = shard.harvest(table, pages)
         if self.recorder is not None:
             self.recorder.put(shard.index, pages[:count])
-        if not self._trace.page:
-            return count
-        for fetch, _, offset in pages[:count].tolist():
-            self._trace.page(shard.index, fetch, offset)
+        trace_page = self._trace.page
+        if trace_page:
+            for fetch, _, offset in pages[:count].tolist():
+                trace_page(shard.index, fetch, offset)
         return count
 
     def _collect(self, shard: Shard) -> int:

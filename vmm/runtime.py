@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 from ipc.claims import Claim, ClaimError, Held
@@ -16,8 +17,8 @@ from ipc.shm import list_segments
 from .errors import ExitCode, VmmError
 from .names import belongings, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
-__all__ = ["adopt_claim", "claim", "collect_garbage", "is_running", "leftovers", "machine_dir", "machine_names",
-           "release", "runtime_root"]
+__all__ = ["adopt_claim", "claim", "collect_garbage", "end_at_once", "is_running", "leftovers", "machine_dir",
+           "machine_names", "release", "runtime_root"]
 
 _SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
 #: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
@@ -86,6 +87,29 @@ def release(taken: Claim) -> None:
 def _remove_empty_root(root: Path) -> None:
     with contextlib.suppress(OSError):
         root.rmdir()    # the last machine takes it along
+
+
+def end_at_once(name: str) -> int:
+    """Have the keeper of a running machine kill all of it; the keeper's pid. Raises VmmError."""
+    owned = belongings(name)
+    pid = owned.owner_pid()
+    if pid is None:
+        raise VmmError(f"machine '{name}' has just ended", ExitCode.NO_MACHINE)
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        raise VmmError(f"machine '{name}' is ending: its keeper was killed", ExitCode.WORKER_DIED) from None
+    try:
+        # What holds the claim may be a coordinator whose keeper has died, and the pid somebody else's by now.
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"vmm.keeper" in command and name.encode() in command:
+            for signum in (signal.SIGQUIT, signal.SIGCONT):
+                signal.pidfd_send_signal(fd, signum)
+    except OSError:
+        pass    # it has just ended
+    finally:
+        os.close(fd)
+    return pid
 
 
 def machine_names() -> list[str]:

@@ -25,12 +25,14 @@ _PID = struct.Struct("<i")
 _TIMEOUT = 60.0         # seconds; the first one ever compiles hooks
 
 
-def start(keeper_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``)."""
+def start(keeper_fd: int, log_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``). What it
+    and its workers print goes to ``log_fd``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         started = subprocess.Popen(
             process.python_module("workers.zygote", str(theirs.fileno())), stdin=subprocess.DEVNULL,
+            stdout=log_fd, stderr=log_fd,
             pass_fds=[theirs.fileno(), keeper_fd], start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})     # forks have no use for its threads
     return started, ours

@@ -1,7 +1,15 @@
-"""``python -m vmm.coordinator``: started by the keeper (vmm/keeper.py)."""
+"""``python -m vmm.coordinator``: started by the keeper (vmm/keeper.py).
+
+It tells the keeper, in lines of JSON, ``{"ready": true}`` or ``{"error": …, "code": n}``; and, once it is decided
+that the machine ends, ``{"done": exit status}``, before anything is torn down. A coordinator that ends without that
+last line has failed, however it ended: the machine runs on, and another one takes over.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -12,65 +20,82 @@ import msgspec
 
 from ipc import process
 from ipc.shm import SegmentError
+from ipc.steps import step
 from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
+from ..machinelog import log_to_keeper
 from ..rules import check_machine
 from ..runtime import adopt_claim, machine_dir, release
-from ..spec import MachineSpec, decode_spec
-from .loop import Coordinator
+from ..spec import decode_spec
+from .loop import STOP_TIMEOUT, Coordinator
 
-
-def _answer(status_fd: int, **fields: Any) -> None:
-    """One JSON line to whoever launches the machine (it may have gone)."""
-    try:
-        os.write(status_fd, msgspec.json.encode(fields) + b"\n")
-        os.close(status_fd)
-    except OSError:
-        pass
+_log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD CLAIM_FD``; the specification is on
-    standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there."""
-    status_fd, keeper_fd, keeper_pid, zygote_fd, claim_fd = (int(a) for a in argv[:5])
+    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD CLAIM_FD TERMINAL_FD``; the
+    specification is on standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there.
+    TERMINAL_FD: for trace events without a file."""
+    status_fd, keeper_fd, keeper_pid, zygote_fd, claim_fd, terminal_fd = (int(a) for a in argv[:6])
     process.set_name("vmm-coordinator")
     process.set_time_slice(process.SERVICE_SLICE)
-    process.die_with_parent(signal.SIGTERM, keeper_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spec = decode_spec(sys.stdin.buffer.read())
-    taken = adopt_claim(spec.name, claim_fd)
+    signal.signal(signal.SIGTERM, _early_stop)
+    taken, coordinator, code = None, None, ExitCode.STOPPED
     try:
-        return _run(spec, status_fd, keeper_fd, zygote_fd)
-    finally:
-        if os.getppid() != keeper_pid:      # it was killed, and cannot do it any more
-            release(taken)
-
-
-def _run(spec: MachineSpec, status_fd: int, keeper_fd: int, zygote_fd: int) -> int:
-    """The machine from here to its end; the exit status."""
-    coordinator: Coordinator | None = None
-
-    def early_stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, early_stop)
-    try:
-        check_machine(spec)
+        process.die_with_parent(signal.SIGTERM, keeper_pid)
+        log_to_keeper("coordinator")
+        faulthandler.enable()
+        spec = decode_spec(sys.stdin.buffer.read())
+        taken = adopt_claim(spec.name, claim_fd)
+        if zygote_fd >= 0:
+            check_machine(spec)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
-                                  Zygote(zygote_fd) if zygote_fd >= 0 else None)
-    except (VmmError, SegmentError) as exc:
-        _answer(status_fd, error=str(exc), code=int(getattr(exc, "exit_code", ExitCode.BAD_INPUT)))
-        return int(getattr(exc, "exit_code", ExitCode.BAD_INPUT))
-    coordinator.catch_signals()
-    try:
-        _answer(status_fd, ready=True, pid=os.getpid())
-        return coordinator.run()
-    except VmmError as exc:
-        print(f"vmm: error: machine '{spec.name}': {exc}", file=sys.stderr)
-        return int(exc.exit_code)
-    finally:
+                                  Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)
+        _tell(status_fd, ready=True)
+        code = ExitCode(coordinator.run())
+    except SystemExit:      # SIGTERM, before the loop could heed it
+        pass
+    except Exception as exc:
+        if coordinator is not None or zygote_fd < 0:
+            _log.exception("the coordinator has failed: another one is to carry on")
+            os._exit(ExitCode.BUG)      # the machine is not torn down
+        code = _not_made(exc, status_fd)
+    _tell(status_fd, done=int(code))
+    step("done-said")
+    if coordinator is not None:
         coordinator.close()
+    if taken is not None and os.getppid() != keeper_pid:    # it was killed, and cannot do it any more
+        release(taken)
+    return code
+
+
+def _early_stop(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # one is enough
+    signal.alarm(STOP_TIMEOUT)
+    raise SystemExit(128 + signum)
+
+
+def _not_made(exc: Exception, status_fd: int) -> ExitCode:
+    """The machine could not be had; the exit status."""
+    if isinstance(exc, VmmError):
+        text, code = str(exc), exc.exit_code
+    elif isinstance(exc, SegmentError):
+        text, code = str(exc), ExitCode.BAD_INPUT
+    elif isinstance(exc, OSError):
+        text, code = f"the machine cannot be made: {exc}", ExitCode.BAD_INPUT
+    else:
+        _log.exception("the machine cannot be made")
+        text, code = f"the machine cannot be made: {type(exc).__name__}: {exc} (this is a bug)", ExitCode.BUG
+    _tell(status_fd, error=text, code=int(code))
+    return code
+
+
+def _tell(status_fd: int, **fields: Any) -> None:
+    """One JSON line to the keeper (it may have been killed: SIGTERM is on its way then)."""
+    with contextlib.suppress(OSError):
+        os.write(status_fd, msgspec.json.encode(fields) + b"\n")
 
 
 if __name__ == "__main__":

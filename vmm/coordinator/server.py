@@ -1,90 +1,201 @@
-"""The coordinator's end of the control socket (vmm/control.py has the protocol and the client's end)."""
+"""The coordinator's end of the control socket (vmm/control.py has the verbs, vmm/connection.py the client's end).
+
+A client gets what it asks for, one request after the other, and no client more than its share of a turn of the
+loop. Whatever a verb raises is that verb's answer: one that fails never ends the machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
-from ipc import channel
+from ipc.lines import LINE_MAX, LineConnection, LineListener, LineTooLong
 from ipc.shm import SegmentError
+from ipc.steps import step
 
 from .. import control
 from ..errors import ExitCode, VmmError
+from .events import EventLog
 
 __all__ = ["ControlServer", "Handler"]
 
 Handler = Callable[[Any], dict[str, Any] | None]
 
+_CONNECTIONS = 128
+_ACCEPTS = 16           # connections that are taken in a turn
+_TURN = 0.010           # seconds of verbs in a turn; the one that is being served then is still answered
+
+_log = logging.getLogger(__name__)
+
 
 class ControlServer:
     """``before`` is called before each verb. ``verbs``: what is called with it; it gives the answer's result (None:
-    an empty one), or raises VmmError or SegmentError. ``Follow`` is this class's own."""
+    an empty one), or raises. ``Events`` is this class's own."""
 
-    def __init__(self, directory: Path, verbs: dict[type[control.Verb], Handler],
-                 before: Callable[[], None]) -> None:
+    def __init__(self, machine: str, directory: Path, verbs: dict[type[control.Verb], Handler],
+                 before: Callable[[], None], events: EventLog) -> None:
+        """Raises OSError."""
+        self._machine = machine
         self._verbs = verbs
         self._before = before
+        self._events = events
+        self._listener = LineListener(directory / "control")
+        self._connections: dict[int, LineConnection] = {}   # by descriptor; who was served last is the last
+        self._waiting: dict[int, tuple[int, int]] = {}      # {descriptor: (id, after)} of requests for events
         #: Process id of whoever asks, while a verb is carried out: of the peer of the socket, seen from here. 0: it
         #: is in a PID namespace that is not seen from here.
         self.asker = 0
-        self._followers: set[bytes] = set()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self.socket = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "control"))
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """To every follower; one that lags too far behind loses events, never holds the machine."""
-        frame = msgspec.json.encode(event)
-        for follower in list(self._followers):
-            try:
-                self.socket.send_multipart([follower, frame], zmq.DONTWAIT)
-            except zmq.ZMQError as exc:
-                if exc.errno == zmq.EHOSTUNREACH:
-                    self._followers.discard(follower)
+    # --- for the loop ------------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """Whatever has come."""
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+    def interests(self) -> dict[int, int]:
+        """{descriptor: events to poll for}, as zmq.Poller has them."""
+        found: dict[int, int] = {self._listener.fileno(): zmq.POLLIN}
+        for fd, connection in self._connections.items():
+            if connection.sending:
+                found[fd] = zmq.POLLOUT
+            elif not connection.lines:      # who has asked already is not read from
+                found[fd] = zmq.POLLIN
+        return found
+
+    @property
+    def behind(self) -> bool:
+        """Requests are waiting to be served in the next turn."""
+        return any(c.lines and not c.sending for c in self._connections.values())
+
+    def serve(self, ready: Mapping[int, int]) -> None:
+        """One turn: what is ready ({descriptor: events}) is read and written, and some requests are served."""
+        for fd, happened in ready.items():
+            if fd in self._connections:
+                self._exchange(self._connections[fd], happened)
+        if self._listener.fileno() in ready:
+            self._accept()      # now, when those that have hung up are out of the way
+        deadline = time.monotonic() + _TURN
+        for fd in list(self._connections):
+            connection = self._connections.get(fd)
+            if connection is not None and connection.lines and not connection.sending:
+                self._connections[fd] = self._connections.pop(fd)       # the last in the next turn
+                self._serve_one(connection)
+                if time.monotonic() > deadline:
+                    return
+
+    def answer_waiting(self) -> None:
+        """Give those their events who wait for some."""
+        if not self._waiting:
+            return
+        for fd, (number, after) in list(self._waiting.items()):
+            connection = self._connections[fd]
+            result = None if connection.sending else self._events.since(after)
+            if result is not None:
+                del self._waiting[fd]
+                self._send(connection, _encode({"id": number, "result": result}))
+
+    # --- connections -------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS):
+            connection = self._listener.accept()
+            if connection is None:
                 return
-            if len(frames) != 2:
-                continue  # not from a client of ours
-            client, frame = (f.bytes for f in frames)
-            self.asker = _peer_pid(frames[1])
-            answer = self._answer(client, frame)
-            try:
-                self.socket.send_multipart([client, msgspec.json.encode(answer)], zmq.DONTWAIT)
-            except zmq.ZMQError:
-                pass  # the client has gone
+            if connection.uid not in (os.geteuid(), 0):
+                connection.close()
+            elif len(self._connections) >= _CONNECTIONS:
+                self._refuse(connection, f"machine '{self._machine}' has {_CONNECTIONS} connections to its control "
+                                         "socket already: close some")
+            else:
+                self._connections[connection.fileno()] = connection
 
-    def _answer(self, client: bytes, frame: bytes) -> dict[str, Any]:
-        number = 0
+    def _exchange(self, connection: LineConnection, happened: int) -> None:
         try:
-            verb = control.decode_verb(frame)
-            number = verb.id
-            if isinstance(verb, control.Follow):
-                self._followers.add(client)
-                return {"id": number, "result": {}}
+            if happened & zmq.POLLOUT:
+                connection.flush()
+            elif happened & zmq.POLLIN:
+                if not connection.receive() and not connection.lines:
+                    self._drop(connection)
+            elif happened:      # hung up, and nothing can be read any more
+                self._drop(connection)
+        except LineTooLong:
+            self._drop(connection, f"bad request: more than {LINE_MAX} bytes")
+        except OSError:
+            self._drop(connection)
+
+    def _refuse(self, connection: LineConnection, error: str) -> None:
+        try:
+            connection.send(_error(0, error, ExitCode.BAD_INPUT))
+        except OSError:
+            pass    # it has gone by itself
+        connection.close()
+
+    def _drop(self, connection: LineConnection, error: str = "") -> None:
+        fd = connection.fileno()
+        self._connections.pop(fd, None)
+        self._waiting.pop(fd, None)
+        if error:
+            self._refuse(connection, error)
+        connection.close()
+
+    def _send(self, connection: LineConnection, answer: bytes) -> None:
+        try:
+            connection.send(answer)
+        except OSError:
+            self._drop(connection)
+
+    # --- verbs -------------------------------------------------------------------------------
+
+    def _serve_one(self, connection: LineConnection) -> None:
+        line = connection.lines.popleft()
+        self.asker = connection.pid
+        try:
+            answer = self._answer(connection, line)
+        finally:
+            self.asker = 0
+        if answer is not None:
+            self._send(connection, answer)
+
+    def _answer(self, connection: LineConnection, line: bytes) -> bytes | None:
+        """None: it comes later."""
+        number, name = 0, "a request"
+        try:
+            verb = control.decode_verb(line)
+            number, name = verb.id, type(verb).__name__
+            if isinstance(verb, control.Events):
+                self._waiting[connection.fileno()] = (number, verb.after)
+                return None
             self._before()
-            return {"id": number, "result": self._verbs[type(verb)](verb) or {}}
+            step("verb")
+            result = self._verbs[type(verb)](verb)
+            step("verb-carried-out")
+            return _encode({"id": number, "result": result or {}})
         except VmmError as exc:
-            return {"id": getattr(exc, "request_id", number), "error": str(exc), "code": int(exc.exit_code)}
+            return _error(getattr(exc, "request_id", number), str(exc), exc.exit_code)
         except SegmentError as exc:
-            return {"id": number, "error": str(exc), "code": int(ExitCode.BAD_INPUT)}
+            return _error(number, str(exc), ExitCode.BAD_INPUT)
+        except OSError as exc:
+            _log.exception("%s failed", name)
+            return _error(number, f"machine '{self._machine}': {name} failed: {exc}", ExitCode.BAD_INPUT)
+        except Exception as exc:
+            _log.exception("%s failed", name)
+            return _error(number, f"machine '{self._machine}': {name} failed: {type(exc).__name__}: {exc} (this is "
+                                  f"a bug; vmm logs {self._machine} shows where)", ExitCode.BUG)
 
     def close(self) -> None:
-        self.socket.close()
-        self._context.term()
+        """Who waits for events has the last of them first."""
+        self.answer_waiting()
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._listener.close()
 
 
-def _peer_pid(frame: zmq.Frame) -> int:
-    """libzmq puts SO_PEERCRED of an ipc connection into ``Peer-Address``: ``host:uid:gid:pid``."""
-    try:
-        return int(str(frame.get("Peer-Address")).rpartition(":")[2])
-    except (zmq.ZMQError, ValueError):
-        return 0
+def _encode(answer: dict[str, Any]) -> bytes:
+    return msgspec.json.encode(answer)
+
+
+def _error(number: int, text: str, code: ExitCode) -> bytes:
+    return _encode({"id": number, "error": text, "code": int(code)})

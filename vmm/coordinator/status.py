@@ -14,7 +14,7 @@ from ..errors import ExitCode
 from ..shards import Shard
 from .core import Core
 
-__all__ = ["exit_code", "machine_report", "reason_text"]
+__all__ = ["cause_of", "exit_code", "machine_report", "machine_slots", "reason_text"]
 
 _CRASHES = frozenset({ExitReason.TRIPLE_FAULT, ExitReason.EXCEPTION, ExitReason.BAD_ADDRESS,
                       ExitReason.UNKNOWN_PORT, ExitReason.INTERNAL_ERROR, ExitReason.HALT})
@@ -25,9 +25,10 @@ def reason_text(reason: ExitReason) -> str:
 
 
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
-                   restarts: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
-    """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds. What is not
-    over has no exit code: None, of the machine and of each vCPU."""
+                   restarts: int, turns: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
+    """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds; ``turns``:
+    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None. What is not over has
+    no exit code: None, of the machine and of each vCPU."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
     verification: dict[str, Any] | None = None
     if core.verifier is not None:
@@ -39,7 +40,9 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
         "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
         "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
         "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
-        "coordinator": {"pid": os.getpid(), "restarts": restarts, "bad_messages": core.shards.dropped},
+        "coordinator": {"pid": os.getpid(), "restarts": restarts, "turns": turns,
+                        "bad_messages": core.shards.dropped},
+        "cause": None, "ended_at": None,
         "vcpus": [_vcpu_report(core, s) for s in core.shards.all],
         "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
                    "iterations": block.reaper_iteration, "pages": block.reaped_pages,
@@ -52,12 +55,19 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
     }
 
 
+def machine_slots(core: Core) -> dict[str, Any]:
+    """The memory as it is now, for whoever is going to look at it."""
+    return {"slots": {str(i): {"gpa": s.spec.gpa, "size": s.spec.size, "born": s.spec.born, "logged": s.logged,
+                               "ram": s.ram.name} for i, s in core.parts.log.slots.items()},
+            "accelerator": core.spec.accel, "incoming": core.pages_missing}
+
+
 def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
     block, exited = shard.control, shard.exited
     reason = ExitReason(block.exit_reason)
     over = reason != ExitReason.NONE
     return {
-        "index": shard.index, "pid": block.pid, "accelerator": core.spec.accel,
+        "index": shard.index, "pid": shard.pid, "accelerator": core.spec.accel,
         "state": VcpuState(block.state).name.lower().replace("_", "-"),
         "exit_reason": reason_text(reason) if over else None, "exit_code": block.exit_code if over else None,
         "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
@@ -85,3 +95,19 @@ def exit_code(core: Core) -> ExitCode:
     if any(s.control.exit_code for s in core.shards.all):
         return ExitCode.GUEST_FAILED
     return ExitCode.OK
+
+
+def cause_of(core: Core) -> str:
+    """Why the machine has ended, for people: what its exit code is about."""
+    code = exit_code(core)
+    if code is ExitCode.VERIFY_FAILED:
+        assert core.verifier is not None
+        result = core.verifier.result
+        return f"verification failed: {result.lost_pages} pages lost, {result.surplus_pages} surplus"
+    if code in (ExitCode.WORKER_DIED, ExitCode.GUEST_CRASHED):
+        return "; ".join(f"vCPU {s.index}: {reason_text(reason)}" for s in core.shards.all
+                         if (reason := ExitReason(s.control.exit_reason)) in _CRASHES | {ExitReason.WORKER_DIED})
+    if code is ExitCode.GUEST_FAILED:
+        return "; ".join(f"vCPU {s.index} ended with code {s.control.exit_code}" for s in core.shards.all
+                         if s.control.exit_code)
+    return {ExitCode.TIMEOUT: "timeout", ExitCode.STOPPED: "stopped"}.get(code, "every vCPU ended with code 0")
