@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command import vmm, vmm_here
 from machines import ACCELS, until
 
 from vmm.errors import ExitCode
@@ -22,11 +23,6 @@ REPLAYED = sorted((TOP / "configs").glob("replay-*.yaml"))
 SWEEPS = (TOP / "configs").glob("stress*.yaml")     # not machines
 CONFIGS = sorted(set((TOP / "configs").glob("*.yaml")) - {*SWEEPS, *REPLAYED})
 TIMEOUT = 60
-
-
-def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True,
-                          timeout=TIMEOUT, check=False)
 
 
 def write(path: Path, text: str) -> str:
@@ -49,7 +45,7 @@ def size_of(text: str) -> int:
 def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
     wanted = yaml.safe_load(config.read_text())
     fewer = []
-    if accel == "unicorn" and "writes" in wanted["guest"].get("params", {}):    # a tenth of KVM's speed
+    if "writes" in wanted.get("guest", {}).get("params", {}):   # to see that it works, not for how long
         fewer = ["--set", f"guest.params.writes={wanted['guest']['params']['writes'] // 4}"]
     done = vmm("launch", str(config), "--json", "--set", f"accel={accel}", *fewer)
     assert done.returncode == 0, done.stderr
@@ -119,7 +115,7 @@ def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
 def test_bad_input_is_one_clear_line(tmp_path: Path, text: str, arguments: list[str],
                                      fragments: list[str]) -> None:
     config = write(tmp_path / "m.yaml", text)
-    done = vmm("launch", config, *arguments)
+    done = vmm_here("launch", config, *arguments)
     assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -147,7 +143,7 @@ def test_memory_larger_than_shm_is_one_line_and_leaves_nothing(tmp_path: Path) -
 
 @pytest.mark.parametrize("verb", ["status", "pause", "resume", "stop", "sync"])
 def test_verbs_on_nothing_say_so(verb: str) -> None:
-    done = vmm(verb, "nobody")
+    done = vmm_here(verb, "nobody")
     assert done.returncode == ExitCode.NO_MACHINE
     assert done.stderr == "vmm: error: no machine named 'nobody' (none is running)\n"
 
@@ -231,9 +227,9 @@ def test_doctor_knows_this_host() -> None:
 
 def test_help_schema_and_guests() -> None:
     assert "launch" in vmm("--help").stdout
-    assert vmm("launch", "--no-such-option").returncode == 2
-    assert "memory" in json.loads(vmm("schema").stdout)["properties"]
-    assert "stamp" in json.loads(vmm("guests", "--json").stdout)
+    assert vmm_here("launch", "--no-such-option").returncode == 2
+    assert "memory" in json.loads(vmm_here("schema").stdout)["properties"]
+    assert "stamp" in json.loads(vmm_here("guests", "--json").stdout)
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
