@@ -17,7 +17,7 @@ TOP = Path(__file__).parent.parent
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=TOP, capture_output=True, text=True,
-                          timeout=100, check=False)
+                          timeout=240, check=False)
 
 
 @pytest.mark.parametrize("name", NAMES)

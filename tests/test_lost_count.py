@@ -30,8 +30,6 @@ from vmm.trace import Tracer
 TIMEOUT = 60.0
 PAGE = 300
 
-needs_uffd = pytest.mark.uffd
-
 
 @pytest.fixture(params=ACCELS)
 def accel(request: pytest.FixtureRequest) -> str:
@@ -258,7 +256,7 @@ def test_a_worker_and_the_coordinator_that_die_together_leave_nothing_behind_unm
         assert [v["state"] for v in machine.status()["vcpus"]] == ["dead", "paused"]
 
 
-@pytest.mark.parametrize("tracking", ["ring", "bitmap", pytest.param("uffd", marks=needs_uffd)])
+@pytest.mark.parametrize("tracking", ["ring", "bitmap", pytest.param("uffd", marks=pytest.mark.uffd)])
 def test_a_killed_worker_is_no_surplus(accel: str, tracking: str) -> None:
     """Whatever had to be marked: the verifier says that nothing was lost, and the exit status what happened."""
     with Machine.launch(busy(accel, tracking=tracking, verify=exact(0.02))) as machine:

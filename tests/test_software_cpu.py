@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from bare import CODE, DATA, EXIT, NativeCode, bare
@@ -17,6 +19,7 @@ from ipc.shm import PAGE_SIZE
 from workers.accel import ExitKind
 from workers.ports import PortEventKind
 from workers.soft_context import SEEN_BLOCKS
+from workers.soft_decode import PortAccess
 
 CF, PF, AF, ZF, SF, OF = 1, 4, 0x10, 0x40, 0x80, 0x800
 ARITHMETIC = CF | PF | AF | ZF | SF | OF
@@ -266,6 +269,28 @@ def test_an_interrupt_before_the_entry_is_not_lost() -> None:
         vcpu.accel.clear_immediate_exit()
         vcpu.accel.interrupt()
         assert vcpu.accel.run().kind is ExitKind.KICKED
+
+
+@pytest.mark.parametrize("change", [
+    lambda accel: accel._look_at(CODE, 4),
+    lambda accel: accel._forget_code(),
+    lambda accel: accel._port_once(PortAccess(write=False, size=1, port=0x3FD, string=True, repeated=False), 0x3FD),
+], ids=["a block is looked at", "code is forgotten", "ins"])
+def test_nobody_changes_page_flags_or_memory_while_pages_are_reset(change: Callable[[Any], object]) -> None:
+    """A flag written back by another thread would be a page that is never logged again, and a store between its log
+    entry and the page's reset one that is in no log."""
+    with bare("unicorn", hexes("90 90 90 90") + EXIT, rdi=DATA) as vcpu:
+        accel: Any = vcpu.accel
+        thread = threading.Thread(target=change, args=(accel,))
+        with accel._outside():      # as a reset does
+            flags, ram = accel._slots[0].flags.copy(), vcpu.ram.copy()
+            thread.start()
+            thread.join(0.3)        # it must not get anywhere, however long
+            assert thread.is_alive()
+            assert (accel._slots[0].flags == flags).all()
+            assert (vcpu.ram == ram).all()
+        thread.join(60.0)
+        assert not thread.is_alive()
 
 
 def test_a_port_write_stops_right_behind_itself() -> None:

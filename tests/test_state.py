@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from bare import DATA, EXIT, STATEFUL, STATEFUL_REGISTERS, Bare, bare, finish_stateful
-from machines import ACCELS
+from machines import ACCELS, spec, until
 
 from ipc.messages import ExitReason
+from vmm.errors import VmmError
+from vmm.machine import Machine
 from workers.accel import AccelError
 from workers.ports import PortEventKind
 from workers.state import ExitState, StateError, VcpuSaved, check_state, check_states, plain_state
@@ -72,6 +75,53 @@ def test_what_the_software_cpu_does_not_have_is_refused() -> None:
         pending = msgspec.structs.replace(state.events, nmi_pending=1)
         with pytest.raises(AccelError, match="event under way"):
             vcpu.accel.set_state(msgspec.structs.replace(state, events=pending))
+
+
+@pytest.mark.parametrize("accel", ACCELS)
+def test_a_state_that_is_none_fails_at_once_and_a_good_one_is_taken_then(accel: str, tmp_path: Path) -> None:
+    """It goes through the coordinator to the workers, whose service threads live on."""
+    with Machine.launch(spec("idle", accel=accel, milliseconds=0, timeout=None), start=False) as machine:
+        machine.start()
+        machine.pause()
+        good = machine.state()["vcpus"]
+        machine.resume()
+    with Machine.launch(spec("idle", accel=accel, milliseconds=0, timeout=None), start=False) as machine:
+        for changes in ({"regs": {"rax": "x"}}, {"segments": []}, {"debug": [0]}, {"msrs": {"16": "x"}},
+                        {"exit": {"reason": 77, "code": 0, "detail": ""}}, {"exit": {}}):
+            with pytest.raises(VmmError, match="vcpu 1: not the state of a vCPU"):
+                machine.set_state([good[0], {**good[1], **changes}])
+        with pytest.raises(VmmError, match="states of 1 vCPUs for a machine of 2"):
+            machine.set_state(good[:1])
+        # Well-formed, but not what this CPU can be: the worker says so.
+        with pytest.raises(VmmError, match="vcpu 1: "):
+            machine.set_state([good[0], {**good[1], "efer": 0, "cr0": 1 << 31}])
+        machine.set_state(good)
+        machine.start()
+        until(lambda: all(v["state"] == "waiting" for v in machine.status()["vcpus"]), "both sleep again", 60.0)
+
+
+@pytest.mark.parametrize("accel", ACCELS)
+def test_a_vcpu_that_had_ended_has_ended_when_it_is_restored(accel: str, tmp_path: Path) -> None:
+    """vCPU 0 exits with code 7, vCPU 1 sleeps: so it is in the machine that goes on, and no step is made."""
+    image = tmp_path / "guest.bin"
+    # test rdi, rdi; jnz behind; mov eax, 7; exit; sleep for ever
+    code = "4885ff 7507 b807000000 e7f4 b803000000 48c7c7ffffff7f e7f8 ebf0"
+    image.write_bytes(bytes.fromhex(code.replace(" ", "")))
+    machine_spec = spec("", accel=accel, image=image, load_address=0x10_0000, params=[], mib=4, timeout=None)
+    with Machine.launch(machine_spec) as first:
+        until(lambda: [v["state"] for v in first.status()["vcpus"]] == ["exited", "waiting"], "7 and a sleep", 60.0)
+        first.pause()
+        states = first.state()["vcpus"]
+        memory = first.ram(0).copy()
+    assert states[0]["exit"] == {"reason": 1, "code": 7, "detail": ""}
+    assert "exit" not in states[1]
+    with Machine.launch(machine_spec, start=False) as second:
+        second.ram(0, writable=True)[:] = memory
+        second.set_state(states)
+        second.start()
+        until(lambda: [v["state"] for v in second.status()["vcpus"]] == ["exited", "waiting"], "the same", 60.0)
+        vcpu = second.status()["vcpus"][0]
+        assert (vcpu["exit_reason"], vcpu["exit_code"], vcpu["guest_entries"]) == ("code", 7, 0)
 
 
 # --- the format ------------------------------------------------------------------------------------------

@@ -371,6 +371,27 @@ def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
         listener.close()
 
 
+@pytest.mark.postcopy
+def test_a_sync_that_cannot_reach_a_vcpu_is_refused(accel: str, tmp_path: Path) -> None:
+    """In post-copy a software CPU that waits for a page cannot be stopped: its last pages would be missing."""
+    machine_spec = spec("stamp", accel=accel, writes=0, timeout=None, mib=4)
+    listener = FdListener(tmp_path / "userfault")
+    try:
+        with Machine.launch(machine_spec, start=False) as machine:
+            machine.register("a")
+            machine.incoming(str(listener.path))
+            machine.start()
+            if accel == "unicorn":
+                with pytest.raises(VmmError, match="cannot be flushed: pages are still on their way"):
+                    machine.sync("a")
+                with pytest.raises(VmmError, match="cannot be flushed"):
+                    machine.register("b")
+            machine.arrived()
+            until(lambda: machine.sync("a").pages > 0, "pages dirtied")
+    finally:
+        listener.close()
+
+
 # --- auto -------------------------------------------------------------------------------------------------
 
 
@@ -416,17 +437,17 @@ def test_auto_loses_nothing(accel: str) -> None:
 
 def test_auto_waits_before_it_logs_no_more() -> None:
     auto = AutoTracking()
-    assert auto.first(logged=False, limited=False) == "none"
-    assert auto.choose(0.0, "none", logged=True, limited=False) == "bitmap"
+    assert auto.first(logged=False, ring=False) == "none"
+    assert auto.choose(0.0, "none", logged=True, ring=False) == "bitmap"
     assert auto.left(0.0) is None
-    assert auto.choose(1.0, "bitmap", logged=False, limited=False) == "bitmap"
-    assert auto.choose(4.0, "bitmap", logged=False, limited=False) == "bitmap"
+    assert auto.choose(1.0, "bitmap", logged=False, ring=False) == "bitmap"
+    assert auto.choose(4.0, "bitmap", logged=False, ring=False) == "bitmap"
     assert auto.left(4.0) == pytest.approx(2.0)
-    assert auto.choose(5.0, "bitmap", logged=True, limited=False) == "bitmap"   # somebody came again
+    assert auto.choose(5.0, "bitmap", logged=True, ring=False) == "bitmap"   # somebody came again
     assert auto.left(5.0) is None
-    assert auto.choose(9.0, "bitmap", logged=False, limited=False) == "bitmap"
-    assert auto.choose(14.0, "bitmap", logged=False, limited=False) == "none"
-    assert auto.choose(15.0, "none", logged=False, limited=True) == "ring"
+    assert auto.choose(9.0, "bitmap", logged=False, ring=False) == "bitmap"
+    assert auto.choose(14.0, "bitmap", logged=False, ring=False) == "none"
+    assert auto.choose(15.0, "none", logged=False, ring=True) == "ring"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,12 +42,15 @@ from ipc.messages import (
     decode_reply,
     encode,
 )
+from ipc.processid import ProcessId, identity, open_process
 from ipc.shm import Segment
 from workers.zygote import Zygote
 
 from .errors import ExitCode, VmmError
 
 __all__ = ["Shard", "Shards"]
+
+_log = logging.getLogger(__name__)
 
 _RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
 _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
@@ -78,7 +81,7 @@ class Shard:
         self.entries = entries
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
-        self.pid = 0
+        self.process = ProcessId(0, 0)
         self.pidfd = -1
         #: Why its process has ended, where that is known.
         self.fate = ""
@@ -109,10 +112,24 @@ class Shard:
         """The guest has not ended on this vCPU."""
         return self.alive and self.control.state != VcpuState.EXITED
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def watch(self, pid: int) -> None:
-        """Raises ProcessLookupError."""
+        """A process that has just been made. Raises ProcessLookupError."""
         self.pidfd = os.pidfd_open(pid)
-        self.pid = pid
+        try:
+            self.process = identity(pid)
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:      # it has gone, and the pid may be another's: nobody is to look for it again
+            self.process = ProcessId(pid, 0)
+
+    def adopt(self, process: ProcessId) -> None:
+        """Its process as it was written down (not as the control block has it, which the worker itself writes).
+        Raises ProcessLookupError when that has gone."""
+        self.process = process
+        self.pidfd = open_process(process)
 
     def signal(self, signum: int) -> None:
         if self.pidfd >= 0:
@@ -280,7 +297,7 @@ class Shards:
         self._requests = channel.bind(self._context, zmq.ROUTER, channel.endpoint(directory, "requests"),
                                       frame_max=channel.FRAME_MAX)
         self._bad_messages = 0
-        self._fds = channel.FdListener(directory / "fds")
+        self._fds = channel.FdListener(directory / "fds", self._sends_fd)
         self._on_notification = on_notification
         self._on_death = on_death
         #: Not from zero: an answer to a coordinator that died must not be taken for one to this.
@@ -342,13 +359,12 @@ class Shards:
 
     def _receive_fd(self, shard: Shard, run_size: int) -> None:
         """Map what the worker has sent, or is sending; one that sends nothing of use is given up."""
-        pids = {s.pid: s.index for s in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
         try:
             # Workers connect in any order: an fd is kept for the shard whose index came with it.
             while shard.index not in self._early_fds:
                 try:
-                    index, fd = self._fds.receive(_FD_STEP, lambda pid, index: pids.get(pid) == index)
+                    index, fd = self._fds.receive(_FD_STEP)
                 except TimeoutError:
                     self._poll(None, 0.0)
                     if not shard.alive:
@@ -362,6 +378,10 @@ class Shards:
             shard.map_kvm(self._early_fds.pop(shard.index), run_size)
         except (OSError, ValueError) as exc:
             self.give_up([shard], f"sent no vCPU that can be mapped ({exc})")
+
+    def _sends_fd(self, pid: int, index: int) -> bool:
+        """That process is the worker of this vCPU."""
+        return index < len(self.all) and self.all[index].pid == pid
 
     def shut_down(self) -> None:
         """End every worker: asked first, killed if that does not help in time."""
@@ -476,7 +496,7 @@ class Shards:
     def _bad(self, error: MessageError) -> None:
         self._bad_messages += 1
         if self._bad_messages <= _COMPLAINTS:
-            print(f"vmm: dropped on a socket of the workers: {error}", file=sys.stderr)
+            _log.warning("dropped on a socket of the workers: %s", error)
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -500,6 +520,7 @@ class Shards:
         while pending:
             unsent = [(s, frame) for s, frame in unsent if s.alive and not self._send(s, frame)]
             self._poll(self._requests, deadline)
+            self._fds.serve()       # some answer when their descriptor is on its way
             while time.monotonic() < deadline and (answer := self._reply()) is not None:
                 sender, reply = answer
                 owner = pending.get(reply.seq)
@@ -599,6 +620,15 @@ class Shards:
             yield
         finally:
             self.resume_all()
+
+    def expect_paused(self) -> None:
+        """Of a replacement that cannot wait for the vCPUs now: they are to stand still, as soon as they can, until
+        ``resume_all``."""
+        self._pauses = 1
+        for shard in self.all:
+            if shard.running:
+                shard.control.request |= VcpuRequest.PAUSE
+                shard.kick()
 
     def start_paused(self) -> None:
         """The workers were started with PAUSE in their control blocks."""

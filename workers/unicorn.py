@@ -237,8 +237,7 @@ class UnicornAccelerator:
             if self._fault is not None or status:
                 return self._ended(status)
             if stop & Stop.CODE_WRITTEN:
-                with self._inside():
-                    self._forget_code()
+                self._forget_code()
             if stop & Stop.UNSEEN:
                 self._look_at(int(c.block), int(c.block_size))
             if stop & Stop.SPECIAL:
@@ -277,8 +276,7 @@ class UnicornAccelerator:
     def _look_at(self, address: int, size: int) -> None:
         """A block is about to run for the first time: hook what it must not be left alone with."""
         if self._seen_count >= SEEN_BLOCKS // 2:
-            with self._inside():
-                self._forget_code()
+            self._forget_code()
         try:
             code = self._memory.read(address, size)
         except KeyError:
@@ -309,7 +307,12 @@ class UnicornAccelerator:
                 slot.flags[max(first, 0) // PAGE_SIZE:last // PAGE_SIZE + 1] |= PAGE_CODE
 
     def _forget_code(self) -> None:
-        """The guest has overwritten code: every block is looked at again. The gate is held."""
+        """The guest has overwritten code: every block is looked at again."""
+        with self._inside():
+            self._drop_code()
+
+    def _drop_code(self) -> None:
+        """The gate is held."""
         for handle, _ in self._hooked.values():
             status = uclib.uc_hook_del(self._engine._uch, ctypes.c_size_t(handle))
             if status:
@@ -522,7 +525,7 @@ class UnicornAccelerator:
     def remove_memslot(self, slot_id: int) -> None:
         with self._outside():
             slot = self._slots.pop(slot_id)
-            self._forget_code()
+            self._drop_code()
             self._engine.mem_unmap(slot.spec.gpa, slot.spec.size)
             self._write_table()
 

@@ -63,6 +63,7 @@ from ipc.messages import (
     RingFull,
     SendFd,
     SetMemslot,
+    SetMemslots,
     SetState,
     SetTracking,
     Shutdown,
@@ -78,6 +79,7 @@ from . import hypercalls
 from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
+from .slots import Slots
 from .state import ExitState, StateError, check_state, plain_state
 from .throttle import SliceTimer, TokenBucket
 
@@ -109,6 +111,7 @@ class Worker:
         self._bucket = TokenBucket()
         self._timer: SliceTimer | None = None
         self._restored_exit: ExitState | None = None     # of a vCPU that had ended when it was saved
+        self._ended: Exited | None = None
         self._ran = 0.0     # seconds in the guest since the bucket was last told
         self._userfault = userfault.Userfault(-1)   # open during post-copy
         self._writes: SlotWrites | None = None      # with tracking ``uffd``
@@ -173,6 +176,7 @@ class Worker:
         while not self._shutdown:
             self.sleep()
             self._attend()
+            self._say_end()
 
     def _run_guest(self) -> None:
         accel = self.accel
@@ -340,10 +344,16 @@ class Worker:
 
     def _end(self, leave: Exit, code: int = 0) -> None:
         self.ports.flush()
-        self.control.exit_reason = leave.reason
-        self.control.exit_code = code
-        self.control.state = VcpuState.EXITED
-        self._say(Exited(self.spec.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers))
+        self._ended = Exited(self.spec.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers)
+        self._say_end()
+
+    def _say_end(self) -> None:
+        """Say, and write down, how the vCPU ended: again where the control block has been written over."""
+        ended, control = self._ended, self.control
+        if ended is not None and control.state != VcpuState.EXITED:
+            control.exit_reason, control.exit_code = ended.reason, ended.code
+            control.state = VcpuState.EXITED
+            self._say(ended)
 
     # --- service thread --------------------------------------------------------------------------
 
@@ -415,17 +425,11 @@ class Worker:
         try:
             match request:
                 case SetMemslot(slot=slot):
-                    if slot.id not in self.memory.slots:
-                        self.memory.add(slot)
-                    accel.set_memslot(slot)
-                    self.memory.slots[slot.id].spec = slot
-                    if self._writes is not None:
-                        self._writes.follow(slot)
+                    self._slots(accel).set(slot)
+                case SetMemslots(slots=slots):
+                    self._slots(accel).set_all(slots)
                 case RemoveMemslot(slot_id=slot_id):
-                    if self._writes is not None:
-                        self._writes.drop(slot_id)
-                    accel.remove_memslot(slot_id)
-                    self.memory.remove(slot_id)
+                    self._slots(accel).remove(slot_id)
                 case GetLog(slot_id=slot_id):
                     value = accel.get_dirty_log(slot_id) if self._writes is None else self._writes.get(slot_id)
                 case ClearLog(slot_id=slot_id):
@@ -468,13 +472,17 @@ class Worker:
             accel.interrupt()
             self._wake_up()
 
+    def _slots(self, accel: Accelerator) -> Slots:
+        return Slots(self.memory, accel, self._writes, self.spec.system_slot.id)
+
     def _set_tracking(self, request: SetTracking) -> None:
         """Repeated, it does nothing. Where the new way cannot be had, the old one stays in force."""
         spec = msgspec.structs.replace(self.spec, tracking=request.tracking, ring_entries=request.ring_entries,
                                        ring_segment=request.ring_segment)
         accel, control = self.accel, self.control
         assert accel is not None
-        if control.tracking == spec.mode and self.spec.ring_entries == spec.ring_entries:
+        if self.spec.mode == spec.mode and self.spec.ring_entries == spec.ring_entries:
+            control.tracking = spec.mode
             return
         slots = self.memory.slots
         for slot_id, name in request.log_segments.items():
@@ -507,10 +515,15 @@ class Worker:
                     self._userfault.unregister(slot.host_address, slot.spec.size)
             self._userfault.close()
             return {}
-        self._userfault.close()
-        self._userfault = userfault.Userfault.make()
-        for slot in slots:
-            self._userfault.register(slot.host_address, slot.spec.size)
+        if self._userfault.fd < 0:      # else the request is repeated, and the other end may have it already
+            made = userfault.Userfault.make()
+            try:
+                for slot in slots:
+                    made.register(slot.host_address, slot.spec.size)
+            except BaseException:
+                made.close()
+                raise
+            self._userfault = made
         channel.send_fd(path, self.spec.index, self._userfault.fd, _FD_TIMEOUT)
         return {str(slot.spec.id): slot.host_address for slot in slots}
 
