@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,12 @@ import pytest
 from machines import alive, exact, machine_processes, spec, until
 
 from ipc.shm import list_segments
-from vmm.cli import main
+from vmm.cli import run
 from vmm.errors import ExitCode, VmmError
 from vmm.keeper import Deaths
 from vmm.machine import Machine, list_machines
 from vmm.machinelog import LogLine, read_log
-from vmm.names import machine_prefix
+from vmm.names import machine_prefix, runtime_root
 from vmm.records import ended_names, log_path, outcome
 from vmm.runtime import is_running, machine_dir
 from vmm.spec import MachineSpec
@@ -43,9 +44,8 @@ def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["vmm", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+        code = run()
+    return subprocess.CompletedProcess(arguments, int(code), out.getvalue(), err.getvalue())
 
 
 def log(name: str = "t") -> list[LogLine]:
@@ -295,21 +295,28 @@ def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
     until(nothing_left, "all of it gone")
 
 
-def test_a_machine_whose_runtime_directory_is_removed_ends() -> None:
+@pytest.mark.parametrize("how", ["removed", "moved", "root moved"])
+def test_a_machine_whose_runtime_directory_is_gone_ends(how: str, tmp_path: Path) -> None:
     """Nobody could reach it any more, nor end it."""
     machine = Machine.launch(idle(), name="t", detach=True)
+    runtime_root().joinpath("other").mkdir()
+    runtime_root().joinpath("other").rmdir()        # somebody else's: that means nothing
     pids = [coordinator(machine), *(v["pid"] for v in machine.status()["vcpus"])]
     machine.detach()
-    moved = machine_dir("t").with_name("moved")
-    machine_dir("t").rename(moved)
+    if how == "removed":
+        shutil.rmtree(machine_dir("t"))
+    else:
+        path = machine_dir("t") if how == "moved" else runtime_root()
+        path.rename(path.with_name("moved"))
     until(lambda: not any(alive(p) for p in pids), "its processes gone")
     assert machine._keeper is not None
     machine._keeper.wait(TIMEOUT)
     assert nothing_left()
     assert any("runtime directory was removed" in x.text for x in log())
-    for path in moved.iterdir():
-        path.unlink()
-    moved.rmdir()
+    if how != "removed":
+        shutil.rmtree(path.with_name("moved"))
+    with contextlib.suppress(FileNotFoundError):
+        runtime_root().rmdir()
 
 
 # --- idle ----------------------------------------------------------------------------------------

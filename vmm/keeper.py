@@ -89,7 +89,7 @@ class Keeper:
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
         self.log_read, self.log_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.log_read, False)
-        self._removal = -1
+        self._removal: inotify.RemovalWatch | None = None
         self._ready = False
         self._at_work_since: float | None = None    # monotonic seconds; of the present coordinator
         self._done: int | None = None       # the exit status that the coordinator has said to end with
@@ -157,8 +157,8 @@ class Keeper:
         self._said = b""
         self._at_work_since = None
         with selectors.PollSelector() as selector:
-            for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._launcher_fd,
-                       self._removal):
+            removal = -1 if self._removal is None else self._removal.fd
+            for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._launcher_fd, removal):
                 if fd >= 0:
                     selector.register(fd, selectors.EVENT_READ)
             while True:
@@ -174,10 +174,10 @@ class Keeper:
                     selector.unregister(self._life_fd)
                     selector.unregister(self._launcher_fd)
                     self._part_from_launcher()
-                if self._removal in ready:
-                    selector.unregister(self._removal)
-                    os.close(self._removal)
-                    self._removal = -1
+                if self._removal is not None and removal in ready and self._removal.gone():
+                    selector.unregister(removal)
+                    self._removal.close()
+                    self._removal = None
                     self._end("its runtime directory was removed")
                 if self._left() == 0 and self._coordinator.poll() is None:
                     self.say("error", f"the coordinator did not end within {_END_TIMEOUT:.0f} s and is killed")
@@ -252,7 +252,7 @@ class Keeper:
 
     def _watch_directory(self) -> None:
         try:
-            self._removal = inotify.watch_removal(machine_dir(self._name))
+            self._removal = inotify.RemovalWatch(machine_dir(self._name))
         except OSError as exc:
             self.say("warning", f"the runtime directory is not watched: {exc.strerror}")
 
