@@ -57,6 +57,12 @@ def nothing_left(name: str = "t") -> bool:
             and not machine_dir(name).exists())
 
 
+def outcome_of(name: str) -> dict[str, Any]:
+    found = outcome(name)
+    assert found is not None
+    return found
+
+
 def coordinator(machine: Machine) -> int:
     return int(machine.status()["coordinator"]["pid"])
 
@@ -254,9 +260,7 @@ def test_a_killed_keepers_machine_leaves_no_directory_either() -> None:
     machine._keeper.kill()
     until(nothing_left, "all of it gone")
     machine.close()
-    found = outcome("t")
-    assert found is not None
-    assert found["exit_code"] == ExitCode.STOPPED
+    assert outcome_of("t")["exit_code"] == ExitCode.STOPPED
 
 
 def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
@@ -280,6 +284,7 @@ def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
 
     kill(launch())
     until(nothing_left, "it was never started: all of it gone")
+    assert outcome_of("t")["cause"] == "stopped: the process that had launched it went away, before it was started"
     process = launch()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -313,6 +318,7 @@ def test_a_machine_whose_runtime_directory_is_gone_ends(how: str, tmp_path: Path
     machine._keeper.wait(TIMEOUT)
     assert nothing_left()
     assert any("runtime directory was removed" in x.text for x in log())
+    assert outcome_of("t")["cause"] == "stopped: its runtime directory was removed"
     if how != "removed":
         shutil.rmtree(path.with_name("moved"))
     with contextlib.suppress(FileNotFoundError):
@@ -469,12 +475,12 @@ def test_stopping_says_how_it_ended_and_waiting_has_an_end() -> None:
         machine.detach()
         stopped = vmm("stop", "t")
     assert (stopped.returncode, stopped.stderr) == (0, "")
-    assert stopped.stdout == "t has ended: stopped (exit status 8; vmm status t)\n"
+    assert stopped.stdout == "t has ended: stopped on request (exit status 8; vmm status t)\n"
     assert machine._keeper is not None
     assert machine._keeper.wait(TIMEOUT) == ExitCode.STOPPED
     again = vmm("stop", "t")
     assert again.returncode == ExitCode.NO_MACHINE
-    assert "does not run any more: stopped" in again.stderr
+    assert "does not run any more: stopped on request" in again.stderr
     assert vmm("stop", "--force", "t").returncode == ExitCode.NO_MACHINE
 
 
