@@ -610,8 +610,11 @@ class Coordinator:
             holders.append(("pause", "user", 0))
         if any(limits.user):
             holders.append(("limit", "user", 0))
-        for what, held in (("pause", pauses.held), ("limit", limits.held), ("client", self.clients.held)):
+        for what, held in (("pause", pauses.held), ("limit", limits.held)):
             holders += [(what, hold.why, hold.owner.pid) for hold in held]
+        for client in self.core.parts.log.clients:
+            owned = self.clients.held.get(client)
+            holders.append(("client", client, owned.owner.pid if owned else 0))
         holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
         if recorder is not None:
             holders.append(("recording", "trace", recorder.pid))
