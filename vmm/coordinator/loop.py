@@ -93,6 +93,7 @@ class Coordinator:
         self._started: float | None = None      # seconds of CLOCK_MONOTONIC
         self._elapsed_at_end: float | None = None
         self._stopping = ExitReason.NONE        # why it is to end, if it is
+        self._stopped_by = "stopped on request"
         self._done = False
         self._turns = 0
         self._linger = spec.linger
@@ -438,6 +439,8 @@ class Coordinator:
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
                 self._linger = False
+                if self._stopping == ExitReason.NONE:
+                    self._stopped_by = records.BY_SIGTERM
                 self._stop_or_go()
             elif ready in by_fd:
                 self.shards.bury(by_fd[ready])
@@ -565,7 +568,7 @@ class Coordinator:
     def _go(self) -> None:
         """Let a machine go that does not run."""
         if self.core.state == "ready" and not self._done:
-            self._keep_report(ExitCode.STOPPED, "stopped before it was started")
+            self._keep_report(ExitCode.STOPPED, f"{self._stopped_by}, before it was started")
         self._done = self._done or self.core.state == "ended"
 
     def _finish(self) -> None:
@@ -575,7 +578,7 @@ class Coordinator:
             self.core.drain_and_verify()
         else:
             self.reaper.drain()
-        self._keep_report(exit_code(self.core), cause_of(self.core))
+        self._keep_report(exit_code(self.core), cause_of(self.core, self._stopped_by))
         self._done = not self._linger
 
     def _keep_report(self, code: ExitCode, cause: str) -> None:
