@@ -1,54 +1,77 @@
-"""Being told that a directory has gone, without looking again and again (inotify(7))."""
+"""Being told that a directory or file has gone, without looking again and again (inotify(7))."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
+import stat
 from pathlib import Path
 
 __all__ = ["RemovalWatch"]
 
 # Linux uapi/linux/inotify.h
+_IN_ATTRIB = 0x4
 _IN_MOVED_FROM = 0x40
 _IN_DELETE = 0x200
 _IN_DELETE_SELF = 0x400
 _IN_MOVE_SELF = 0x800
-_IN_UNMOUNT = 0x2000
-_IN_ONLYDIR = 0x0100_0000
+
+_READ = 64 << 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RemovalWatch:
-    """``fd`` is readable when ``directory`` may have been removed, moved or unmounted; ``gone`` then says whether.
+    """Of paths that are there now. Whenever ``fd`` (close-on-exec, non-blocking) is readable, ask ``gone``.
 
-    It is its parent that is watched: a directory in which a socket is bound stays in the kernel after its removal,
-    as long as the socket does, and says nothing of it."""
+    A directory that is removed while somebody has it open, or a socket in it, is not said to be deleted until it is
+    closed: so its parent is watched too. A file that is removed while it is open has one link less: its attributes
+    have changed.
+    """
 
-    def __init__(self, directory: Path) -> None:
-        """Raises OSError: where there are no watches left (fs.inotify.max_user_watches), say."""
-        self._directory = directory
-        self._status = os.stat(directory)
-        self.fd = int(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
-        mask = ctypes.c_uint32(_IN_DELETE | _IN_MOVED_FROM | _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_UNMOUNT
-                               | _IN_ONLYDIR)
-        if self.fd < 0 or _libc.inotify_add_watch(self.fd, os.fsencode(directory.parent), mask) < 0:
-            error = ctypes.get_errno()
-            self.close()
-            raise OSError(error, os.strerror(error), str(directory))
-
-    def gone(self) -> bool:
-        """It is not there any more, or another one is."""
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self.fd, 65536):
-                pass
+    def __init__(self, *paths: Path) -> None:
+        """Raises OSError: where a path is not there, or there are no watches left (fs.inotify.max_user_instances,
+        max_user_watches)."""
+        self._there = [(path, os.lstat(path)) for path in paths]
+        self.fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self.fd < 0:
+            raise _error(paths[0])
         try:
-            return not os.path.samestat(os.stat(self._directory), self._status)
+            for path, status in self._there:
+                self._watch(path, _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_ATTRIB)
+                if stat.S_ISDIR(status.st_mode):
+                    self._watch(path.parent, _IN_DELETE | _IN_MOVED_FROM | _IN_DELETE_SELF | _IN_MOVE_SELF)
         except OSError:
-            return True
+            self.close()
+            raise
+
+    def _watch(self, path: Path, mask: int) -> None:
+        if _libc.inotify_add_watch(self.fd, os.fsencode(path), ctypes.c_uint32(mask)) < 0:
+            raise _error(path)
+
+    def gone(self) -> Path | None:
+        """The first of the paths that is not there any more, or is another one by now."""
+        try:
+            while os.read(self.fd, _READ):
+                pass
+        except BlockingIOError:
+            pass
+        return next((path for path, status in self._there if not _same(path, status)), None)
 
     def close(self) -> None:
+        """Idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _same(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), status)
+    except OSError:
+        return False
+
+
+def _error(path: Path) -> OSError:
+    error = ctypes.get_errno()
+    return OSError(error, os.strerror(error), str(path))

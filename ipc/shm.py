@@ -6,6 +6,7 @@ Segments are mode 0600. A created segment is *reserved* with posix_fallocate: a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -18,6 +19,7 @@ from types import TracebackType
 import posix_ipc
 
 from .memory import available_memory, cgroup_left
+from .steps import step
 
 __all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",
            "list_segments", "open_fd", "room", "unlink_segment"]
@@ -141,7 +143,9 @@ class Segment:
         except (posix_ipc.Error, OSError) as exc:
             raise SegmentError(f"cannot make shared-memory segment {name}: {exc}") from None
         try:
+            step("segment-empty")
             os.ftruncate(shm.fd, size)
+            step("segment-sized")
             if reserve:
                 os.posix_fallocate(shm.fd, 0, size)
             return cls(name, shm.fd, size, owner=True)
@@ -157,12 +161,29 @@ class Segment:
 
     @classmethod
     def open(cls, name: str) -> Segment:
-        """Map an existing segment whole. Raises SegmentError when it is not there."""
-        try:
-            shm = posix_ipc.SharedMemory(name)
-        except (posix_ipc.Error, OSError) as exc:
-            raise SegmentError(f"cannot open shared-memory segment {name}: {exc}") from None
-        return cls(name, shm.fd, os.fstat(shm.fd).st_size, owner=False)
+        """Map an existing segment whole. Raises SegmentError when it is not there, or has no size yet (its maker
+        was killed)."""
+        fd = open_fd(name)
+        size = os.fstat(fd).st_size
+        if not size:
+            os.close(fd)
+            raise SegmentError(f"cannot open shared-memory segment {name}: it is empty")
+        return cls(name, fd, size, owner=False)
+
+    @classmethod
+    def adopt(cls, name: str, size: int, *, reserve: bool = True) -> tuple[Segment, bool]:
+        """The segment of that name, which a process that died has left; a new one, zero-filled, where there is none
+        or it is not whole (whoever made it was killed in between: it has another size, or is not reserved). Owned
+        either way. The second value: it is new. Not for memory that has holes. Raises SegmentError."""
+        wanted = -(-size // PAGE_SIZE) * PAGE_SIZE
+        with contextlib.suppress(SegmentError):
+            fd = open_fd(name)
+            status = os.fstat(fd)
+            if status.st_size == wanted and (status.st_blocks * 512 >= wanted or not reserve):
+                return cls(name, fd, wanted, owner=True), False
+            os.close(fd)
+        unlink_segment(name)
+        return cls.create(name, size, reserve=reserve), True
 
     def unlink(self) -> None:
         unlink_segment(self.name)

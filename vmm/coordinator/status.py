@@ -14,7 +14,7 @@ from ..errors import ExitCode
 from ..shards import Shard
 from .core import Core
 
-__all__ = ["cause_of", "exit_code", "machine_report", "reason_text"]
+__all__ = ["cause_of", "exit_code", "machine_report", "machine_slots", "reason_text"]
 
 _CRASHES = frozenset({ExitReason.TRIPLE_FAULT, ExitReason.EXCEPTION, ExitReason.BAD_ADDRESS,
                       ExitReason.UNKNOWN_PORT, ExitReason.INTERNAL_ERROR, ExitReason.HALT})
@@ -55,12 +55,19 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
     }
 
 
+def machine_slots(core: Core) -> dict[str, Any]:
+    """The memory as it is now, for whoever is going to look at it."""
+    return {"slots": {str(i): {"gpa": s.spec.gpa, "size": s.spec.size, "born": s.spec.born, "logged": s.logged,
+                               "ram": s.ram.name} for i, s in core.parts.log.slots.items()},
+            "accelerator": core.spec.accel, "incoming": core.pages_missing}
+
+
 def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
     block, exited = shard.control, shard.exited
     reason = ExitReason(block.exit_reason)
     over = reason != ExitReason.NONE
     return {
-        "index": shard.index, "pid": block.pid, "accelerator": core.spec.accel,
+        "index": shard.index, "pid": shard.pid, "accelerator": core.spec.accel,
         "state": VcpuState(block.state).name.lower().replace("_", "-"),
         "exit_reason": reason_text(reason) if over else None, "exit_code": block.exit_code if over else None,
         "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,

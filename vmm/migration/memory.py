@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from ipc.shm import data_extents, open_fd
 
 from ..machine import Machine
-from ..names import segment_name
 from .pages import PAGE
 
 __all__ = ["SlotMemory"]
@@ -23,7 +22,7 @@ class SlotMemory:
 
     def __init__(self, machine: Machine, slot: int) -> None:
         self._pages = machine.ram(slot, writable=True).reshape(-1, PAGE)
-        self._fd = open_fd(segment_name(machine.name, f"ram{slot}"))
+        self._fd = open_fd(machine.ram_segment(slot))
         #: Pages that are zero for certain: never touched.
         self._untouched = np.ones(len(self._pages), bool)
         for start, end in data_extents(self._fd, self._pages.size):     # what the loader has put there

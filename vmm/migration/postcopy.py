@@ -24,7 +24,6 @@ from ipc.userfault import Userfault, UserfaultError
 
 from ..errors import VmmError
 from ..machine import Machine
-from ..names import segment_name
 from ..runtime import machine_dir
 from .pages import PAGE
 
@@ -68,7 +67,7 @@ class MissingPages:
         self._segments: dict[int, Segment] = {}
         for slot, missing in self._missing.items():
             # A mapping of our own: the machine's views of it may be looked at, this one never is.
-            segment = self._open.enter_context(Segment.open(segment_name(machine.name, f"ram{slot}")))
+            segment = self._open.enter_context(Segment.open(machine.ram_segment(slot)))
             self._segments[slot] = segment
             self._make_holes(slot, missing)
             self._own.register(segment.address, segment.size)
@@ -76,9 +75,14 @@ class MissingPages:
         try:
             self._addresses = machine.incoming(str(listener.path))
             self.faults: dict[int, tuple[int, Userfault]] = {}      # {fd: (vCPU, its userfaultfd)}
-            for _ in self._addresses:
+            waiting = set(range(len(self._addresses)))
+            while waiting:
                 index, fd = listener.receive(_FD_TIMEOUT)
-                self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                if index in waiting:
+                    self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                    waiting.discard(index)
+                else:       # the same once more: the request was repeated
+                    os.close(fd)
         finally:
             listener.close()
 

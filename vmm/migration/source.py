@@ -39,7 +39,6 @@ from ipc.steps import step
 from ..errors import VmmError
 from ..holds import Lease
 from ..machine import Machine
-from ..names import segment_name
 from ..spec import MachineSpec
 from .addresses import parse_address
 from .channels import Channels, Job, chunk_pages
@@ -266,7 +265,7 @@ class Source:
 
     def _touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
         """The slot's pages but for those that nobody has ever touched: they are zero, at the target too."""
-        fd = open_fd(segment_name(self.machine.name, f"ram{slot['id']}"))
+        fd = open_fd(self.machine.ram_segment(slot["id"]))
         try:
             extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
         finally:
