@@ -92,8 +92,8 @@ class Coordinator:
         self.spec = spec
         self._started: float | None = None      # seconds of CLOCK_MONOTONIC
         self._elapsed_at_end: float | None = None
-        self._stopped_by = "stopped on request"
         self._stopping = ExitReason.NONE        # why it is to end, if it is
+        self._stopped_by = "stopped on request"
         self._done = False
         self._turns = 0
         self._linger = spec.linger
@@ -435,7 +435,7 @@ class Coordinator:
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
                 self._linger = False
-                if self._stopping is ExitReason.NONE:
+                if self._stopping == ExitReason.NONE:
                     self._stopped_by = records.BY_SIGTERM
                 self._stop_or_go()
             elif ready in by_fd:
@@ -610,8 +610,11 @@ class Coordinator:
             holders.append(("pause", "user", 0))
         if any(limits.user):
             holders.append(("limit", "user", 0))
-        for what, held in (("pause", pauses.held), ("limit", limits.held), ("client", self.clients.held)):
+        for what, held in (("pause", pauses.held), ("limit", limits.held)):
             holders += [(what, hold.why, hold.owner.pid) for hold in held]
+        for client in self.core.parts.log.clients:
+            owned = self.clients.held.get(client)
+            holders.append(("client", client, owned.owner.pid if owned else 0))
         holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
         if recorder is not None:
             holders.append(("recording", "trace", recorder.pid))
