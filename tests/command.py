@@ -9,7 +9,7 @@ import subprocess
 import sys
 from unittest import mock
 
-from vmm.cli import main
+from vmm.cli import run
 
 __all__ = ["vmm", "vmm_here"]
 
@@ -24,9 +24,5 @@ def vmm_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with mock.patch.object(sys, "argv", ["vmm", *arguments]), contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as exc:
-            code = exc.code
-    assert isinstance(code, int)
+        code = run()
     return subprocess.CompletedProcess(["vmm", *arguments], code, out.getvalue(), err.getvalue())

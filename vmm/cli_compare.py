@@ -91,7 +91,7 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
     from rich.progress import Progress
 
     from .compare import WAYS, Grid, Settings, available, run_point, summarise
-    from .compare_report import draw, table, verdict
+    from .compare_report import draw, print_rows, verdict
     from .plan import choose_accelerator
 
     if quick:
@@ -137,7 +137,7 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 190
-        console.print(table(rows))
+        print_rows(rows, console)
         for line in lines:
             console.print(line)
     return 0
