@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ipc.layout import DirtyGfn, MachineControl, VcpuControl, machine_control, vcpu_control
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
+from vmm.names import segment_name
 
 __all__ = ["control_blocks", "forge_full", "machine_block", "software_ring"]
 

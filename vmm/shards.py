@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import mmap
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +63,9 @@ _KICK_SIGNAL = signal.SIGUSR1
 _FD_STEP = 0.1              # seconds between two looks at whether the sender of a descriptor has died
 _DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints without end holds nobody up
 _COMPLAINTS = 10            # bad messages that are said; all are counted
+
+
+_log = logging.getLogger(__name__)
 
 
 class Shard:
@@ -423,6 +426,7 @@ class Shards:
         behind the coordinator's back; their vCPUs end, the machine goes on."""
         lost = [s for s in shards if s.alive]
         for shard in lost:
+            _log.error("vcpu %d: its worker (process %d) %s: it is killed", shard.index, shard.pid, fate)
             shard.fate = fate
             shard.signal(signal.SIGKILL)
         deadline = time.monotonic() + _KILL_TIMEOUT
@@ -479,7 +483,7 @@ class Shards:
     def _bad(self, error: MessageError) -> None:
         self._bad_messages += 1
         if self._bad_messages <= _COMPLAINTS:
-            print(f"vmm: dropped on a socket of the workers: {error}", file=sys.stderr)
+            _log.warning("dropped on a socket of the workers: %s", error)
 
     # --- requests -----------------------------------------------------------------------------------
 
