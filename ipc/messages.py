@@ -26,8 +26,8 @@ from .layout import PROTOCOL_VERSION, PeerEnum, Tracking
 __all__ = [
     "DETAIL_MAX", "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
     "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "ReplayPhase", "ReplaySpec",
-    "Request", "RingFull", "SendFd", "SetMemslot", "SetState", "SetTracking", "Shutdown", "SlotSpec", "Userfault",
-    "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
+    "Request", "RingFull", "SendFd", "SetMemslot", "SetMemslots", "SetState", "SetTracking", "Shutdown", "SlotSpec",
+    "Userfault", "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
 ]
 
 
@@ -130,13 +130,23 @@ class Request(Wire, frozen=True, tag_field="t"):
 
 
 class SetMemslot(Request, frozen=True, tag="set-memslot"):
-    """Add a slot, or change its logging. The vCPU is paused."""
+    """Add a slot, or change its logging. The vCPU is paused. One of this id that has another segment is another
+    slot, and goes."""
 
     slot: SlotSpec
 
 
 class RemoveMemslot(Request, frozen=True, tag="remove-memslot"):
+    """There is no such slot any more. Nothing to do where there was none."""
+
     slot_id: int
+
+
+class SetMemslots(Request, frozen=True, tag="set-memslots"):
+    """These are the slots, with their logging: others are removed, missing ones added. From a coordinator that
+    replaces one which may have died in the middle of a change. The vCPU is paused."""
+
+    slots: list[SlotSpec]
 
 
 class GetLog(Request, frozen=True, tag="get-log"):
@@ -194,8 +204,8 @@ class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
-AnyRequest = (SetMemslot | RemoveMemslot | GetLog | ClearLog | RebuildRing | SetTracking | SendFd | GetState
-              | SetState | Userfault | Shutdown)
+AnyRequest = (SetMemslot | SetMemslots | RemoveMemslot | GetLog | ClearLog | RebuildRing | SetTracking | SendFd
+              | GetState | SetState | Userfault | Shutdown)
 
 
 # --- replies (worker -> coordinator) -----------------------------------------------------------

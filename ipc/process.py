@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import sys
 import threading
 
-__all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "set_name", "set_subreaper", "set_time_slice"]
+__all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descriptor_limit", "set_name",
+           "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine(), 314)
+
+_DESCRIPTORS = 1 << 20   # more are of no use to anybody
 
 #: Seconds of a thread that has little to do, and that at once.
 SERVICE_SLICE = 0.0001
@@ -25,6 +29,15 @@ def python_module(module: str, *arguments: str) -> list[str]:
     """The command line of a Python process of ours. ``-P``: the current directory is not looked into for modules.
     It is the user's, and may hold a numpy.py, or a folder called ipc."""
     return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def raise_descriptor_limit() -> None:
+    """Of this process and those that it starts: as far as it may go. The soft limit is low by custom, for programs
+    that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _prctl(option: int, value: int | bytes) -> None:

@@ -6,18 +6,23 @@ Segments are mode 0600. A created segment is *reserved* with posix_fallocate: a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import posix_ipc
 
-__all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Segment", "SegmentError", "data_extents", "free_bytes", "list_segments",
-           "open_fd", "unlink_segment"]
+from .memory import available_memory, cgroup_left
+from .steps import step
+
+__all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",
+           "list_segments", "open_fd", "room", "unlink_segment"]
 
 PAGE_SIZE = 4096
 SHM_DIRECTORY = Path("/dev/shm")
@@ -27,26 +32,37 @@ class SegmentError(Exception):
     """A segment could not be made or opened; the text is fit for a user."""
 
 
-def free_bytes() -> int:
-    """Bytes that /dev/shm can still give: what its size leaves, and the host has. (Its size may be all of the
-    host's memory; reserving that much would have the kernel kill somebody.)"""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes of shared memory that can still be had, and what sets that limit."""
+
+    free: int
+    limit: str
+    remedy: str
+    of_cgroup: bool = False     # then what processes have to themselves counts as well
+
+    def shortage(self, what: str, needed: int) -> str:
+        """One line: ``what`` needs so many bytes, and they are not there."""
+        return (f"{self.limit} is too small: {what} needs {needed >> 10} KiB, {self.free >> 10} KiB are free "
+                f"({self.remedy})")
+
+
+def room() -> Room:
+    """What the size of /dev/shm leaves, the host has, and the memory cgroup of this process allows, whichever is
+    least. (The size of /dev/shm may be all of the host's memory; reserving that much, or more than a cgroup may
+    have, would have the kernel kill somebody.)"""
     st = os.statvfs(SHM_DIRECTORY)
-    return min(st.f_bavail * st.f_frsize, _available_memory())
-
-
-def _available_memory() -> int:
-    """MemAvailable and SwapFree of /proc/meminfo, in bytes."""
-    found = 0
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith(("MemAvailable:", "SwapFree:")):
-                found += int(line.split()[1]) << 10
+    found = Room(min(st.f_bavail * st.f_frsize, available_memory()), "/dev/shm",
+                 "mount -o remount,size=… /dev/shm, or less memory")
+    group = cgroup_left()
+    if group is not None and group[0] < found.free:
+        return Room(group[0], f"the memory cgroup {group[1]}", "raise its limit, or less memory", of_cgroup=True)
     return found
 
 
-def _too_small(name: str, size: int) -> SegmentError:
-    return SegmentError(f"/dev/shm is too small: segment {name} needs {size >> 10} KiB, {free_bytes() >> 10} KiB "
-                        "are free (mount -o remount,size=… /dev/shm, or less memory)")
+def free_bytes() -> int:
+    """Bytes of shared memory that can still be had."""
+    return room().free
 
 
 def list_segments(prefix: str) -> list[str]:
@@ -117,8 +133,8 @@ class Segment:
         Raises SegmentError when the name exists or /dev/shm has no room.
         """
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
-        if reserve and size > free_bytes():
-            raise _too_small(name, size)    # without filling the host's memory up to find out
+        if reserve and size > free_bytes():     # without filling the host's memory up to find out
+            raise SegmentError(room().shortage(f"segment {name}", size))
         try:
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError:
@@ -127,7 +143,9 @@ class Segment:
         except (posix_ipc.Error, OSError) as exc:
             raise SegmentError(f"cannot make shared-memory segment {name}: {exc}") from None
         try:
+            step("segment-empty")
             os.ftruncate(shm.fd, size)
+            step("segment-sized")
             if reserve:
                 os.posix_fallocate(shm.fd, 0, size)
             return cls(name, shm.fd, size, owner=True)
@@ -138,17 +156,34 @@ class Segment:
             except OSError:
                 pass  # the constructor closed it
             if exc.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise _too_small(name, size) from None
+                raise SegmentError(room().shortage(f"segment {name}", size)) from None
             raise SegmentError(f"cannot size shared-memory segment {name}: {exc}") from None
 
     @classmethod
     def open(cls, name: str) -> Segment:
-        """Map an existing segment whole. Raises SegmentError when it is not there."""
-        try:
-            shm = posix_ipc.SharedMemory(name)
-        except (posix_ipc.Error, OSError) as exc:
-            raise SegmentError(f"cannot open shared-memory segment {name}: {exc}") from None
-        return cls(name, shm.fd, os.fstat(shm.fd).st_size, owner=False)
+        """Map an existing segment whole. Raises SegmentError when it is not there, or has no size yet (its maker
+        was killed)."""
+        fd = open_fd(name)
+        size = os.fstat(fd).st_size
+        if not size:
+            os.close(fd)
+            raise SegmentError(f"cannot open shared-memory segment {name}: it is empty")
+        return cls(name, fd, size, owner=False)
+
+    @classmethod
+    def adopt(cls, name: str, size: int, *, reserve: bool = True) -> tuple[Segment, bool]:
+        """The segment of that name, which a process that died has left; a new one, zero-filled, where there is none
+        or it is not whole (whoever made it was killed in between: it has another size, or is not reserved). Owned
+        either way. The second value: it is new. Not for memory that has holes. Raises SegmentError."""
+        wanted = -(-size // PAGE_SIZE) * PAGE_SIZE
+        with contextlib.suppress(SegmentError):
+            fd = open_fd(name)
+            status = os.fstat(fd)
+            if status.st_size == wanted and (status.st_blocks * 512 >= wanted or not reserve):
+                return cls(name, fd, wanted, owner=True), False
+            os.close(fd)
+        unlink_segment(name)
+        return cls.create(name, size, reserve=reserve), True
 
     def unlink(self) -> None:
         unlink_segment(self.name)

@@ -56,12 +56,16 @@ class TraceQueue:
         """False (and counted) when there is no room for it."""
         written = int(self._head[_WRITTEN])
         if written + 2 + len(entries) - int(self._head[_READ]) > len(self._data):
-            self._head[_LOST] += np.uint64(len(entries))
+            self.miss(len(entries))
             return False
         self._copy_in(written, np.array([time_ns, vcpu << 32 | len(entries)], np.uint64))
         self._copy_in(written + 2, entries)
         self._head[_WRITTEN] = written + 2 + len(entries)
         return True
+
+    def miss(self, entries: int) -> None:
+        """So many at least are not in it."""
+        self._head[_LOST] += np.uint64(entries)
 
     def end(self) -> None:
         """No record follows."""

@@ -92,7 +92,8 @@ def bare(accel: str, code: bytes, *, ring: int = 1024, privilege: str = "user", 
         array[CODE:CODE + len(code)] = np.frombuffer(code, np.uint8)
         start = boot.boot_registers(0, vcpu_count=1, entry=CODE, stack_top=ram_size, privilege=privilege)
         spec = WorkerSpec(
-            machine=machine, index=0, vcpu_count=1, accel=accel, privilege=privilege, ring_entries=ring,
+            machine=machine, belongings=machine, index=0, vcpu_count=1, accel=accel, privilege=privilege,
+            ring_entries=ring,
             ring_segment=rings.name if rings else "", control_segment=control.name, request_endpoint="",
             slots=[SlotSpec(id=0, gpa=0, size=ram_size, segment=ram.name, log=log,
                             log_segment=logs.name if logs else "")],

@@ -229,7 +229,7 @@ def test_what_is_somebody_elses_is_neither_lock_nor_directory(owned: Belongings,
     owned.lock_path.unlink()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a file that is another user's")
+@pytest.mark.root
 def test_another_users_lock_is_refused(owned: Belongings) -> None:
     owned.lock_path.touch()
     os.chown(owned.lock_path, 12345, 12345)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 from vmm.doctor import Finding, examine, healthy
-from vmm.runtime import machine_dir
+from vmm.names import machine_dir, runtime_root, segment_name
 
 #: uapi/linux/kvm.h and userfaultfd.h, and the system call's number on x86-64. Not those of the program's own files.
 _KVM_CHECK_EXTENSION, _CAP_RING, _CAP_RING_ACQ_REL = 0xAE03, 192, 223
@@ -118,7 +118,8 @@ def test_left_overs_are_named_with_the_way_out() -> None:
     assert found()["left-overs"].status == "ok"
     segment = Segment.create(segment_name("long-dead", "ram0"), 4096)
     try:
-        machine_dir("long-dead").mkdir(parents=True)
+        runtime_root().mkdir(mode=0o700)
+        machine_dir("long-dead").mkdir()
         finding = found()["left-overs"]
     finally:
         segment.close()
@@ -220,3 +221,14 @@ FULL = [Finding("kvm", "ok", ""), Finding("unicorn", "ok", ""), Finding("/dev/sh
 ])
 def test_what_healthy_means(change: Callable[[list[Finding]], list[Finding]], well: bool) -> None:
     assert healthy(change(FULL)) is well
+
+
+def test_a_runtime_directory_that_others_can_write_to(runtime_dir: Path) -> None:
+    assert found()["runtime directory"] == Finding("runtime directory", "ok", str(runtime_dir / "shardvmm"))
+    (runtime_dir / "shardvmm").mkdir()
+    (runtime_dir / "shardvmm").chmod(0o777)
+    status, findings = doctor()
+    (runtime_dir / "shardvmm").rmdir()
+    assert status == 1
+    assert findings["runtime directory"]["status"] == "fail"
+    assert "chmod 700" in findings["runtime directory"]["finding"]

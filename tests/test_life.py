@@ -6,6 +6,8 @@ test_crashes.py's and test_steps.py's.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ import pytest
 from machines import alive, exact, machine_processes, spec, until
 
 from ipc.shm import list_segments
+from vmm.cli import main
 from vmm.errors import ExitCode, VmmError
 from vmm.keeper import Deaths
 from vmm.machine import Machine, list_machines
@@ -35,9 +38,14 @@ def idle(**changes: Any) -> MachineSpec:
     return spec("idle", accel="kvm", vcpus=1, milliseconds=0, timeout=None, **changes)
 
 
-def vmm(*arguments: str, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True,
-                          timeout=timeout)
+def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process: starting one takes longer than most of them do."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["vmm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def log(name: str = "t") -> list[LogLine]:
@@ -107,11 +115,13 @@ def test_a_kill_at_a_step_of_its_life_is_survived(steps: Path, step: str) -> Non
 
 def test_deaths_are_counted_over_time() -> None:
     """Five within a minute are answered, however many there were before."""
-    deaths = Deaths(5, 60.0)
-    assert not any(deaths.too_many(100.0 * n) for n in range(1000))
-    last = 100.0 * 999
-    assert [deaths.too_many(last + n) for n in range(1, 7)] == [False] * 4 + [True] * 2
-    assert not deaths.too_many(last + 1000.0)
+    deaths = Deaths(6, 60.0)
+    assert not any(deaths.too_many(15.0) for n in range(1000))
+    assert [deaths.too_many(0.0) for n in range(4)] == [False, False, True, True]
+    deaths = Deaths(6, 60.0)
+    assert not deaths.too_many(86400.0)
+    assert [deaths.too_many(1.0) for n in range(6)] == [False] * 5 + [True]
+    assert not deaths.too_many(60.0)
 
 
 def test_a_trace_that_cannot_be_written_ends_and_the_guest_runs_on() -> None:
@@ -168,7 +178,7 @@ def test_coordinators_that_die_again_and_again_end_the_machine_with_a_reason() -
         os.kill(coordinator(machine), signal.SIGKILL)
         report = machine.wait(TIMEOUT)
     assert (report["state"], report["exit_code"]) == ("ended", ExitCode.WORKER_DIED)
-    assert "its coordinator died 6 times within 60 s" in report["cause"]
+    assert "6 coordinators died within 60 s of work" in report["cause"]
     assert outcome("t") == report
     lines = log()
     assert sum("another one takes over" in x.text for x in lines) == 5
@@ -196,9 +206,9 @@ def test_a_coordinator_that_stands_still_does_not_keep_its_machine(steps: Path) 
     done = vmm("stop", "t", "--force")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "t has ended: ended by force (exit status 8; vmm status t)\n"
-    assert nothing_left()
     assert machine._keeper is not None
     machine._keeper.wait(TIMEOUT)
+    assert nothing_left()
 
 
 @pytest.mark.timeout(180)
@@ -228,11 +238,13 @@ def test_a_kill_during_a_launch_leaves_nothing(victim: str) -> None:
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        until(lambda: bool(list_segments(machine_prefix("t"))), "segments are being made")
-        keeper, *rest = machine_processes("t")
-        named = [p for p in rest if Path(f"/proc/{p}/comm").read_text().strip() == "vmm-coordinator"]
-        os.kill(keeper if victim == "keeper" else named[0], signal.SIGKILL)
-        process.communicate(timeout=TIMEOUT)
+        try:
+            until(lambda: bool(list_segments(machine_prefix("t"))), "segments are being made", 60.0)
+            keeper, *rest = machine_processes("t")
+            named = [p for p in rest if Path(f"/proc/{p}/comm").read_text().strip() == "vmm-coordinator"]
+            os.kill(keeper if victim == "keeper" else named[0], signal.SIGKILL)
+        finally:
+            process.communicate(timeout=TIMEOUT)
         until(nothing_left, "all of it gone")
 
 

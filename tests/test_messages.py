@@ -25,8 +25,8 @@ NOTIFICATIONS = [m.Hello(0, 99, 1, 12288, 4096), m.Hello(0, 99, 1, error="no"), 
 GROUPS = [(m.decode_request, m.AnyRequest, REQUESTS), (m.decode_reply, m.AnyReply, REPLIES),
           (m.decode_notification, m.AnyNotification, NOTIFICATIONS)]
 SPEC = m.WorkerSpec(machine="t", index=1, vcpu_count=2, accel="kvm", slots=[SLOT], system_slot=SLOT,
-                    control_segment="/c", request_endpoint="ipc://r", notify_endpoint="ipc://n", fd_socket="/f",
-                    boot={"rip": 0x10_0000},
+                    control_segment="/c", belongings="t", request_endpoint="ipc://r",
+                    notify_endpoint="ipc://n", fd_socket="/f", boot={"rip": 0x10_0000},
                     replay=m.ReplaySpec([m.ReplayPhase("zipf", 5, exponent=1.1)], rate=2.5))
 
 

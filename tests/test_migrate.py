@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -15,19 +14,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import zmq
-from hypothesis import given
-from hypothesis import strategies as st
 from machines import ACCELS, exact, machine_processes, replace, spec, until
 
 from ipc.shm import list_segments
-from vmm import migrate, receive, wire
+from vmm import migrate, receive
 from vmm.errors import VmmError
 from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
+from vmm.migration.pages import PAGE
 from vmm.names import machine_prefix
 from vmm.runtime import machine_dir
-from vmm.wire import PAGE, Pages, WireError, unpack
 
 TIMEOUT = 60.0
 
@@ -402,81 +398,3 @@ def test_curve_lets_the_right_key_in_and_no_other(endless: Machine, tmp_path: Pa
                                              peer=str(tmp_path / "target.key")))
         receiver.join(TIMEOUT)
         assert found[1] == "target"
-
-
-# --- a target trusts nothing ----------------------------------------------------------------------------------
-
-
-@given(numbers=st.binary(max_size=64), data=st.binary(max_size=9000),
-       encoding=st.sampled_from(["zero", "none", "zstd", "lz4"]))
-def test_pages_that_make_no_sense_are_refused(numbers: bytes, data: bytes, encoding: Any) -> None:
-    """Whatever comes, either pages within the slot and as many bytes come out, or a WireError."""
-    try:
-        found, content = unpack(Pages(0, 0, numbers, encoding), data, 10)
-    except WireError:
-        return
-    assert len(found) > 0
-    assert set(found.tolist()) <= set(range(10))
-    assert content is None or content.shape == (len(found), PAGE)
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=10, unique=True), st.sampled_from(["none", "zstd", "lz4"]),
-       st.integers(0, 1 << 32))
-def test_what_is_packed_is_unpacked(pages: list[int], encoding: Any, seed: int) -> None:
-    memory = np.zeros(10 * PAGE, np.uint8)
-    random = np.random.default_rng(seed)
-    for page in pages:
-        if random.random() < 0.7:
-            memory[page * PAGE:(page + 1) * PAGE] = random.integers(0, 256, PAGE, np.uint8)
-    copy = np.full((10, PAGE), 7, np.uint8)
-    for message, sent in wire.Packer(encoding).pack(0, 0, memory, np.array(sorted(pages))):
-        numbers, data = unpack(message, sent, 10)
-        copy[numbers] = 0 if data is None else data
-    for page in range(10):
-        assert (copy[page] == (memory.reshape(-1, PAGE)[page] if page in pages else 7)).all()
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=300), st.integers(1, 300), st.binary(max_size=40))
-def test_a_bitmap_of_missing_pages(bits: list[bool], total: int, junk: bytes) -> None:
-    message = wire.missing(0, np.array(bits))
-    assert wire.missing_pages(message, len(bits)).tolist() == bits
-    for other in (message, wire.Missing(0, junk)):
-        try:
-            assert len(wire.missing_pages(other, total)) == total
-        except WireError:
-            pass
-
-
-def test_a_zstd_bomb_is_not_unpacked() -> None:
-    import zstandard
-
-    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
-    with pytest.raises(WireError):
-        unpack(Pages(0, 0, b"\0\0\0\0", "zstd"), bomb, 10)
-
-
-@pytest.mark.parametrize("frames", [
-    [b"nonsense"], [b""], [wire.encode(wire.RoundEnd(0, 5))], [wire.encode(wire.Pages(0, 0, b"\0\0\0\0", "zero"))],
-    [wire.encode(wire.Commit())], ["offer", wire.encode(wire.Commit())],
-    ["offer", wire.encode(wire.Pages(0, 9, b"\0\0\0\0", "zero"))],
-    ["offer", wire.encode(wire.Pages(0, 0, b"\xff\xff\xff\xff", "zero"))],
-    ["offer", wire.encode(wire.State(b"x", []))], ["offer", wire.encode(wire.State(b"x", [{}, {}]))],
-    ["offer", b"\xc1"], ["offer", wire.encode(wire.Missing(9, b""))], ["offer", wire.encode(wire.Missing(0, b"x"))],
-    ["offer", wire.encode(wire.missing(0, np.ones(9, bool)))], ["offer", wire.encode(wire.Recover(1, "source"))],
-])
-def test_a_stranger_gets_nowhere_and_nothing_is_left(frames: list[Any], address: str) -> None:
-    work = spec("idle", accel="unicorn", mib=4, milliseconds=0)
-    offer = wire.encode(wire.Offer(wire.VERSION, "0", work, Path(work.image).read_bytes()))
-    receiver = Receiver(address, accel="unicorn", timeout=1.0)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with context.socket(zmq.DEALER) as sock:
-        sock.linger = 0
-        sock.connect(address)
-        for frame in frames:
-            sock.send(offer if frame == "offer" else frame)
-        receiver.join(TIMEOUT)
-    context.term()
-    assert isinstance(receiver.error, VmmError)
-    assert receiver.machine is None
-    until(lambda: nothing_left("target"), "nothing is left")
-    assert os.path.exists(work.image)

@@ -437,17 +437,17 @@ def test_auto_loses_nothing(accel: str) -> None:
 
 def test_auto_waits_before_it_logs_no_more() -> None:
     auto = AutoTracking()
-    assert auto.first(logged=False, limited=False) == "none"
-    assert auto.choose(0.0, "none", logged=True, limited=False) == "bitmap"
+    assert auto.first(logged=False, ring=False) == "none"
+    assert auto.choose(0.0, "none", logged=True, ring=False) == "bitmap"
     assert auto.left(0.0) is None
-    assert auto.choose(1.0, "bitmap", logged=False, limited=False) == "bitmap"
-    assert auto.choose(4.0, "bitmap", logged=False, limited=False) == "bitmap"
+    assert auto.choose(1.0, "bitmap", logged=False, ring=False) == "bitmap"
+    assert auto.choose(4.0, "bitmap", logged=False, ring=False) == "bitmap"
     assert auto.left(4.0) == pytest.approx(2.0)
-    assert auto.choose(5.0, "bitmap", logged=True, limited=False) == "bitmap"   # somebody came again
+    assert auto.choose(5.0, "bitmap", logged=True, ring=False) == "bitmap"   # somebody came again
     assert auto.left(5.0) is None
-    assert auto.choose(9.0, "bitmap", logged=False, limited=False) == "bitmap"
-    assert auto.choose(14.0, "bitmap", logged=False, limited=False) == "none"
-    assert auto.choose(15.0, "none", logged=False, limited=True) == "ring"
+    assert auto.choose(9.0, "bitmap", logged=False, ring=False) == "bitmap"
+    assert auto.choose(14.0, "bitmap", logged=False, ring=False) == "none"
+    assert auto.choose(15.0, "none", logged=False, ring=True) == "ring"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -20,14 +20,15 @@ from workers.zygote import Zygote
 
 SLOT = SlotSpec(0, 0, 4096, "/none")
 SPEC = WorkerSpec(machine="t", index=0, vcpu_count=1, accel="kvm", slots=[SLOT], system_slot=SLOT,
-                  control_segment="/none", request_endpoint="", notify_endpoint="", fd_socket="", boot={})
+                  control_segment="/none", belongings="t", request_endpoint="", notify_endpoint="",
+                  fd_socket="", boot={})
 
 
 @pytest.fixture
 def started() -> Iterator[tuple[subprocess.Popen[bytes], Zygote]]:
     """As the keeper starts it; the read end of a pipe stands for the keeper's life."""
     read, write = os.pipe()
-    process, ours = zygote.start(read)
+    process, ours = zygote.start(read, 2)
     forks = Zygote(ours.detach())
     try:
         yield process, forks

@@ -2,7 +2,7 @@
 
 The rule, and the measurements that it comes from, are in docs/decisions/0008:
 
-* a dirty limit needs rings: ``ring``;
+* a dirty limit and a recording need rings: ``ring``;
 * nobody has registered with the dirty log, nor does the verifier: ``none``, after a while without (a measurement
   that comes again and again should not switch each time);
 * else ``bitmap``.
@@ -21,15 +21,15 @@ class AutoTracking:
     def __init__(self) -> None:
         self._idle_since: float | None = None
 
-    def first(self, *, logged: bool, limited: bool) -> str:
+    def first(self, *, logged: bool, ring: bool) -> str:
         """Of a machine that has just been made, or told to choose: at once, without waiting."""
-        if limited:
+        if ring:
             return "ring"
         return "bitmap" if logged else "none"
 
-    def choose(self, now: float, present: str, *, logged: bool, limited: bool) -> str:
-        """``logged``: somebody wants the dirty log; ``limited``: a vCPU has a dirty limit."""
-        wanted = self.first(logged=logged, limited=limited)
+    def choose(self, now: float, present: str, *, logged: bool, ring: bool) -> str:
+        """``logged``: somebody wants the dirty log; ``ring``: and what only a ring can do."""
+        wanted = self.first(logged=logged, ring=ring)
         if wanted != "none" or present == "none":
             self._idle_since = None
             return wanted

@@ -32,10 +32,10 @@ from ipc.replaytrace import TraceSegment
 from ipc.shm import PAGE_SIZE, Segment
 
 from . import boot, loader
-from .dirtylog import DirtyLog
+from .dirtylog import DirtyLog, LogClient
 from .errors import VmmError
 from .names import belongings, segment_name
-from .ram import MemorySlot, adopt_or_make
+from .ram import MemorySlot, make_or_open
 from .shards import Shard
 from .spec import MachineSpec, RamSlot
 from .tracefile import Trace, TraceError, TraceReader, check_trace, unpack
@@ -91,7 +91,13 @@ class Parts:
         elif tracking == "ring" and self.spec.accel != "kvm":
             for i in range(len(self.rings), self.spec.vcpus):
                 name = segment_name(self.spec.name, f"ring{i}")
-                self.rings.append(self.stack.enter_context(adopt_or_make(name, self.spec.ring_entries * 16)))
+                self.rings.append(self.stack.enter_context(Segment.adopt(name, self.spec.ring_entries * 16)[0]))
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of all that the machine has now, but for the journal and the verifier's."""
+        return [self.control_segment.name, self.system.name, *self.log.segments(),
+                *(ring.name for ring in self.rings), *(trace.name for trace in self.traces)]
 
     def close(self) -> None:
         self.log.close()
@@ -197,13 +203,13 @@ def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) ->
                     segment.data, np.uint8)[first - segment.gpa: last - segment.gpa]
 
 
-def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str], tracking: str) -> Parts:
-    """Open what a coordinator that died has left. From here on it is this process's to unlink."""
+def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clients: list[LogClient],
+                tracking: str) -> Parts:
+    """Open what a coordinator that died has left. From here on it is this process's to unlink. Raises SegmentError
+    where the machine's memory is not there."""
     with contextlib.ExitStack() as stack:
         def segment(what: str) -> Segment:
-            found = stack.enter_context(Segment.open(segment_name(spec.name, what)))
-            found.own()
-            return found
+            return stack.enter_context(make_or_open(segment_name(spec.name, what), 0, create=False))
 
         control = segment("control")
         wrong = control_error(control.address, control.size)
@@ -217,6 +223,7 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], clients: list[str], tra
         stack.callback(parts.log.close)
         for slot in slots:
             parts.log.add_slot(parts.new_slot(slot, create=False))
+        parts.log.reused.update(reused)
         for client in clients:
             parts.log.adopt_client(client)
         parts.need(tracking)

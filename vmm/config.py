@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,9 +22,9 @@ from ipc.layout import MAX_SLOTS, MAX_VCPUS
 from ipc.shm import PAGE_SIZE
 
 from . import rules
-from .errors import one_line
+from .errors import VmmError, one_line
 from .inputs import input_name
-from .names import MACHINE_NAME
+from .names import MACHINE_NAME, check_machine_name
 from .spec import REAPERS_MAX, RamSlot
 from .yamlfile import DEPTH_MAX, ConfigError, Lines, key_text, parse_value, read_yaml
 
@@ -230,10 +231,17 @@ def _number_slots(value: object) -> object:
     return value
 
 
+def _name(value: str) -> str:
+    try:
+        return check_machine_name(value)
+    except VmmError as exc:
+        raise ValueError(f"{exc} (--name gives it another)") from None
+
+
 class MachineConfig(_Model):
     """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
 
-    name: Annotated[str, Field(pattern=f"^{MACHINE_NAME}$")]
+    name: Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{MACHINE_NAME}$"})]
     accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
@@ -298,13 +306,17 @@ def config_schema() -> dict[str, Any]:
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> MachineConfig:
-    """Read and validate a file, after ``key.path=value`` overrides. Raises ConfigError."""
+def load_config(path: str | Path, overrides: list[str] | None = None, *, name: str | None = None) -> MachineConfig:
+    """Read and validate a file, after ``key.path=value`` overrides; ``name``: of the machine, whatever the file
+    says. Raises ConfigError."""
     path = Path(path)
     document, lines = read_yaml(path)
-    set_keys = {}
+    set_keys: dict[tuple[str | int, ...], str] = {}
     for override in overrides or []:
         set_keys[_override(document, override)] = f"--set {one_line(override, 80)}"
+    if name is not None:
+        document["name"] = name
+        set_keys["name",] = f"--name {one_line(name, 80)}"
     document.setdefault("name", re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:32].strip("-") or "vm")
     try:
         config = MachineConfig.model_validate(document)

@@ -6,6 +6,7 @@ import itertools
 import os
 import select
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,10 @@ class _Silent(VmmError):
     """The coordinator did not answer in time."""
 
 
+class _Refused(VmmError):
+    """The coordinator's own answer: it has not done what it was asked for."""
+
+
 class ControlClient:
     """One connection to a coordinator, or to the one that takes over when it dies. Not thread-safe, nor for a
     forked child. ``alive`` says whether the machine still runs; ``after``: the events that ``event`` begins behind
@@ -43,6 +48,9 @@ class ControlClient:
         self._alive = alive
         self._connection: LineConnection | None = None
         self._ids = itertools.count(1)
+        self._token = uuid.uuid4().hex
+        self._requests = itertools.count(1)
+        self._unanswered: set[str] = set()      # clients of the dirty log whose last sync was not answered
         self._after = after
         self._asked_events = 0      # the id of the request for events that is with the coordinator; 0: none
         self._events: deque[dict[str, Any]] = deque()   # of one answer: no more are asked for before they are taken
@@ -50,9 +58,32 @@ class ControlClient:
     def ask(self, verb: type[control.Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Send one verb and wait for its answer; sent again when the coordinator died in between
         (another one takes over, and every verb may be repeated). Raises VmmError."""
+        request = f"{self._token}.{next(self._requests)}"
+        if issubclass(verb, control.Sync):
+            return self._sync(arguments, request, timeout)
+        return self._ask(verb, arguments, request, timeout)
+
+    def _sync(self, arguments: dict[str, Any], request: str, timeout: float) -> dict[str, Any]:
+        """What the last one took is asked for again where its answer never came (it took too long, or the program
+        was interrupted): else those pages would be lost."""
+        client = arguments["client"]
+        arguments["again"] = again = client in self._unanswered
+        self._unanswered.add(client)
+        try:
+            answer = self._ask(control.Sync, arguments, request, timeout)
+        except _Refused:
+            if not (again or arguments["again"]):
+                self._unanswered.discard(client)    # it was asked once, and has taken nothing
+            raise
+        self._unanswered.discard(client)
+        return answer
+
+    def _ask(self, verb: type[control.Verb], arguments: dict[str, Any], request: str,
+             timeout: float) -> dict[str, Any]:
+        """``request``: the same whenever it is asked again."""
         deadline = time.monotonic() + timeout
         for _ in range(_ATTEMPTS):
-            number = self._send(verb, arguments, deadline)
+            number = self._send(verb, arguments, deadline, request)
             answer = self._await(number, deadline)
             if answer is not None:
                 return answer
@@ -82,7 +113,7 @@ class ControlClient:
         if self._after < 0:
             self._take_events(self.ask(control.Events))
 
-    def _send(self, verb: type[control.Verb], arguments: dict[str, Any], deadline: float) -> int:
+    def _send(self, verb: type[control.Verb], arguments: dict[str, Any], deadline: float, request: str = "") -> int:
         """The request's id. It may be lost. Raises VmmError."""
         if os.getpid() != self._pid:
             raise VmmError(f"this connection to machine '{self._name}' is that of process {self._pid}, which "
@@ -90,7 +121,8 @@ class ControlClient:
         number = next(self._ids)
         if issubclass(verb, control.Owned):
             arguments = _owned(arguments)
-        frame = msgspec.json.encode(verb(v=control.CONTROL_VERSION, id=number, lease=self.lease, **arguments))
+        frame = msgspec.json.encode(verb(v=control.CONTROL_VERSION, id=number, lease=self.lease, request=request,
+                                         **arguments))
         while True:
             connection = self._connected(deadline)
             try:
@@ -126,7 +158,7 @@ class ControlClient:
             answer = msgspec.json.decode(line)
             if answer["id"] in (number, 0):     # 0: it could not even be read
                 if "error" in answer:
-                    raise VmmError(answer["error"], ExitCode(answer.get("code", ExitCode.BAD_INPUT)))
+                    raise _Refused(answer["error"], ExitCode(answer.get("code", ExitCode.BAD_INPUT)))
                 return dict(answer["result"])
             self._heed(answer)
 

@@ -28,11 +28,14 @@ def _dashed(name: str) -> str:
 
 
 class Verb(msgspec.Struct, tag_field="verb", tag=_dashed, forbid_unknown_fields=True, kw_only=True):
-    """``lease``: the token of a lease that whoever asks has (``TakeLease``); some verbs are its holder's alone."""
+    """``lease``: the token of a lease that whoever asks has (``TakeLease``); some verbs are its holder's alone.
+    ``request``: the client's name for it, that no other request has. One that is sent again, because the connection
+    broke before the answer came, has the same; what must not be done twice is not."""
 
     v: Number
     id: Number
     lease: str = ""
+    request: str = ""
 
 
 class Owned(Verb, kw_only=True):
@@ -190,14 +193,23 @@ class SetTracking(Verb):
     tracking: str
 
 
-class Mark(Verb):
-    """A host write: these pages are dirty. ``when``: ``before`` and ``after`` go together, around a write that a
-    freeze waits for (vmm/holds.py); ``made`` stands alone, after one that nobody knew of."""
+class Slots(Verb):
+    """The memory slots as they are now. Answer: ``slots``, {id: {``gpa``, ``size``, ``born``, ``logged``, ``ram``:
+    name of its segment}}; ``accelerator``; ``incoming``."""
+
+
+class Mark(Owned):
+    """A host write: these pages are dirty. ``when``: ``before`` and ``after`` go together by their ``token``,
+    around a write that a freeze waits for (vmm/holds.py), and the pages are dirty in every sync in between;
+    ``made`` stands alone, after one that nobody knew of. ``born``: of the slot that is meant; null: of whichever
+    is there now."""
 
     slot: Number
     first: Number
     count: Number
+    born: Number | None = None
     when: Literal["before", "after", "made"] = "made"
+    token: str = ""
 
 
 class RecordStart(Owned):
@@ -231,7 +243,7 @@ class MemoryRemove(Verb):
 AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | TakeLease | Freeze | Thaw | HandOver | TakeBack | GiveBack
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | SetTracking | Mark | RecordStart | RecordStep | RecordStop
+           | Unregister | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
            | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)

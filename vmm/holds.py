@@ -10,11 +10,11 @@ death. The coordinator knows the process by its pid and start time, as it sees t
 * A process in a child PID namespace may hold; one that the coordinator cannot see (from a namespace beside or above
   its own) or that has another clock (a time namespace) is refused.
 
-**Host writes and freezes.** KVM logs only the guest's stores, so a host write is marked by its maker: before, so
-that nobody can miss it, and again after, since a sync in between has taken the first mark. Meanwhile it has a
-shared flock(2) on the machine's control segment. A freeze first has the coordinator refuse marks that come before a
-write, then waits until it could have that lock alone: by then every write that was let begin is over, and marked.
-The kernel gives up the lock of a process that dies.
+**Host writes and freezes.** KVM logs only the guest's stores, so a host write is announced by its maker: its pages
+are dirty in every sync from before the first byte is written until after the last, or the maker's death
+(vmm/coordinator/writes.py). Meanwhile it has a shared flock(2) on the machine's control segment. A freeze first
+has the coordinator refuse marks that come before a write, then waits until it could have that lock alone: by then
+every write that was let begin is over, and marked. The kernel gives up the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from ipc.shm import open_fd
+from ipc.steps import step
 
 from . import control
 from .connection import ControlClient
@@ -149,14 +150,18 @@ class Lease:
 
 
 @contextlib.contextmanager
-def host_write(client: ControlClient, machine: str, slot: int, first: int, count: int) -> Iterator[None]:
+def host_write(client: ControlClient, machine: str, slot: int, born: int, first: int, count: int) -> Iterator[None]:
     """``Machine.writing``."""
+    token = _token()
     with _segment_lock(machine, fcntl.LOCK_SH, "somebody looks for writes under way, and does not end "):
-        client.ask(control.Mark, slot=slot, first=first, count=count, when="before")
+        client.ask(control.Mark, mine=True, token=token, why="host write", slot=slot, born=born, first=first,
+                   count=count, when="before")
         try:
+            step("host-write-begun")
             yield
+            step("host-write-made")
         finally:
-            client.ask(control.Mark, slot=slot, first=first, count=count, when="after")
+            client.ask(control.Mark, token=token, slot=slot, first=first, count=count, when="after")
 
 
 @contextlib.contextmanager

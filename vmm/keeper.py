@@ -10,7 +10,8 @@ machine (docs/decisions/0011):
   machine is torn down: whatever kills them is not going to stop.
 * The launching process goes away before it has let the machine go, or says so, or the keeper gets SIGTERM: the
   machine ends in order. SIGQUIT (``vmm stop --force``): at once.
-* The machine's runtime directory is removed: nobody could reach the machine any more, and it ends in order.
+* The machine's runtime directory is removed, or its lock: nobody could reach the machine any more, or somebody take
+  its memory for left-over, and it ends in order.
 * The keeper itself is killed: the kernel sends the coordinator SIGTERM, which ends the machine in
   order; were that one killed too, the workers see the end of the keeper's pipe, clear the files and
   go (workers/worker.py).
@@ -21,6 +22,7 @@ It keeps the machine's log, too: the standard error of all these processes is a 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -40,31 +42,33 @@ from workers import zygote
 from . import records
 from .errors import ExitCode, VmmError
 from .machinelog import LogFile
-from .runtime import claim, machine_dir, release
+from .runtime import claim, release
 
 __all__ = ["END", "LET_GO", "Deaths", "main"]
 
 END, LET_GO = b"0", b"1"    # what is said on the life pipe: end the machine; it lives on without who launched it
 
-_DEATHS_MAX = 5             # deaths of the coordinator that are answered with another one,
-_DEATHS_WITHIN = 60.0       # within so many seconds
+# There is no use in another coordinator when so many in a row have died that were at work for less than so many
+# seconds in all.
+_LIVES = 6
+_LIVED = 60.0
 _END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it will
 _REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
 _READ = 64 << 10
 
 
 class Deaths:
-    """Counted over time: a machine that runs for months may see many."""
+    """Of coordinators, counted over the time in which there was one at work: a machine that runs for months may see
+    many. How long each took to take over does not matter, be the host as slow as it may."""
 
-    def __init__(self, most: int, seconds: float) -> None:
-        self._recent: deque[float] = deque(maxlen=most)
+    def __init__(self, lives: int, seconds: float) -> None:
+        self._lived: deque[float] = deque(maxlen=lives)
         self._seconds = seconds
 
-    def too_many(self, now: float) -> bool:
-        """There was one at ``now`` (monotonic seconds); were there ``most`` already in the ``seconds`` before?"""
-        found = len(self._recent) == self._recent.maxlen and now - self._recent[0] < self._seconds
-        self._recent.append(now)
-        return found
+    def too_many(self, lived: float) -> bool:
+        """One has died after ``lived`` seconds of work: have the last ``lives`` done less than ``seconds``?"""
+        self._lived.append(lived)
+        return len(self._lived) == self._lived.maxlen and sum(self._lived) < self._seconds
 
 
 class Keeper:
@@ -87,8 +91,9 @@ class Keeper:
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
         self.log_read, self.log_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.log_read, False)
-        self._removal = -1
+        self._watch_fd = -1
         self._ready = False
+        self._at_work_since: float | None = None    # monotonic seconds; of the present coordinator
         self._done: int | None = None       # the exit status that the coordinator has said to end with
         self._error = ""
         self._said = b""
@@ -103,7 +108,7 @@ class Keeper:
         self._watch_directory()
         if self._launcher_fd < 0:
             self.ending = "the process that had launched it went away"
-        deaths = Deaths(_DEATHS_MAX, _DEATHS_WITHIN)
+        deaths = Deaths(_LIVES, _LIVED)
         recover = False
         while not self.ending:
             how = self._run_coordinator(recover=recover)
@@ -113,9 +118,9 @@ class Keeper:
                 break
             if not self._ready:
                 return int(ExitCode.WORKER_DIED), "failed", f"the coordinator died during set-up ({how})"
-            if deaths.too_many(time.monotonic()):
-                return (int(ExitCode.WORKER_DIED), "ended", f"its coordinator died {_DEATHS_MAX + 1} times within "
-                                                            f"{_DEATHS_WITHIN:.0f} s, lastly of {how}")
+            if deaths.too_many(0.0 if self._at_work_since is None else time.monotonic() - self._at_work_since):
+                why = f"{_LIVES} coordinators died within {_LIVED:.0f} s of work, the last of {how}"
+                return int(ExitCode.WORKER_DIED), "ended", why
             recover = True
             self.say("warning", f"coordinator died ({how}), another one takes over")
         return int(ExitCode.STOPPED), "ended" if self._ready else "failed", self.ending
@@ -152,9 +157,10 @@ class Keeper:
         """Until this coordinator has ended; its return code (negative: the signal that killed it)."""
         assert self._coordinator is not None
         self._said = b""
+        self._at_work_since = None
         with selectors.PollSelector() as selector:
             for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._launcher_fd,
-                       self._removal):
+                       self._watch_fd):
                 if fd >= 0:
                     selector.register(fd, selectors.EVENT_READ)
             while True:
@@ -170,11 +176,11 @@ class Keeper:
                     selector.unregister(self._life_fd)
                     selector.unregister(self._launcher_fd)
                     self._part_from_launcher()
-                if self._removal in ready:
-                    selector.unregister(self._removal)
-                    os.close(self._removal)
-                    self._removal = -1
-                    self._end("its runtime directory was removed")
+                if self._watch_fd in ready and (gone := self._watch_for.gone()) is not None:
+                    selector.unregister(self._watch_fd)
+                    self._watch_for.close()
+                    self._watch_fd = -1
+                    self._end(f"{gone} was removed")
                 if self._left() == 0 and self._coordinator.poll() is None:
                     self.say("error", f"the coordinator did not end within {_END_TIMEOUT:.0f} s and is killed")
                     self._coordinator.kill()
@@ -224,6 +230,8 @@ class Keeper:
         if "error" in answer:
             self._error = str(answer["error"])
             self._log.say("error", self._error)
+        if "ready" in answer:
+            self._at_work_since = time.monotonic()
         if self._ready:
             return      # a replacement's: nobody waits for it
         self._ready = "ready" in answer
@@ -245,8 +253,13 @@ class Keeper:
                 coordinator.terminate()
 
     def _watch_directory(self) -> None:
+        """Without its directory nobody reaches the machine, and without its lock its memory is fair game."""
+        directory = self._claim.belongings.directory
         try:
-            self._removal = inotify.watch_removal(machine_dir(self._name))
+            # Cleaners of /tmp leave a directory alone that somebody has locked (systemd.io/TEMPORARY_DIRECTORIES).
+            fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
+            self._watch_for = inotify.RemovalWatch(directory, self._claim.belongings.lock_path)
+            self._watch_fd = self._watch_for.fd
         except OSError as exc:
             self.say("warning", f"the runtime directory is not watched: {exc.strerror}")
 
@@ -339,6 +352,7 @@ def main(argv: list[str]) -> int:
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
     process.set_name("vmm-keeper")
     process.set_subreaper()
+    process.raise_descriptor_limit()
     signals = _catch_signals()
     spec = sys.stdin.buffer.read()
     try:

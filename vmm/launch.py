@@ -99,14 +99,15 @@ class Launched:
                 self._life.write(word)
             self._life.close()
 
-    def end(self) -> None:
-        """Have the machine end, in order if it can, and wait until nothing of it is left."""
+    def end(self) -> bool:
+        """Have the machine end, in order if it can, and wait until nothing of it is left. False when its keeper had
+        to be killed: a process of it may be there still."""
         if self._life.closed:
             self.keeper.terminate()
         self._say(END)
         try:
             self.keeper.wait(_END_TIMEOUT)
-            return
+            return self.keeper.returncode >= 0
         except subprocess.TimeoutExpired:
             self.keeper.kill()          # its coordinator is sent SIGTERM then
             self.keeper.wait()
@@ -115,6 +116,7 @@ class Launched:
             time.sleep(0.02)
         with contextlib.suppress(VmmError):
             collect_garbage(self.name)
+        return False
 
 
 def _pipe() -> tuple[io.FileIO, io.FileIO]:

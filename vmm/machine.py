@@ -46,6 +46,12 @@ class SyncResult:
     slots: dict[int, list[tuple[int, int]]]
     #: Dirty pages in all.
     pages: int
+    #: Slots that are not logged now: what is written there meanwhile is not in ``slots`` (all of such a slot is,
+    #: once its logging is switched on again).
+    unlogged: frozenset[int] = frozenset()
+    #: Slots that have been removed, told for the last time. (One that was added since under such a number has all
+    #: of its pages in ``slots`` at first, and is not in here.)
+    retired: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,14 @@ class Flushed:
     vcpu_pages: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A slot that is mapped here. ``born`` tells it from another under its number."""
+
+    born: int
+    segment: Segment
+
+
 class Machine:
     """A connection to one machine's coordinator. Not thread-safe; open one a thread.
 
@@ -72,7 +86,8 @@ class Machine:
         self._detached = detached       # a launched one that lives on without this process once it runs
         self._client = ControlClient(machine_dir(name), name, lambda: is_running(name),
                                      after=-1 if launched is None else 0)
-        self._segments: dict[str, Segment] = {}
+        self._system: Segment | None = None
+        self._views: dict[int, _View] = {}
         self._clients: dict[tuple[str, int], ClientBitmaps] = {}
         self._report: dict[str, Any] | None = None
 
@@ -98,16 +113,16 @@ class Machine:
         nothing left behind.
         """
         if isinstance(config, MachineSpec):
-            spec = config
+            from .room import check_room
+            from .rules import check_machine
+
+            spec = config if name is None else msgspec.structs.replace(config, name=name)
+            check_machine(spec)
+            check_room(spec)
         else:
             from .plan import plan
 
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
-        if name is not None:
-            spec = msgspec.structs.replace(spec, name=name)
-        from .rules import check_machine
-
-        check_machine(spec)
         machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
         try:
             if start:
@@ -212,47 +227,74 @@ class Machine:
         """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
         it has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
         deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
-        try:
-            self._client.skip_events()
-            report = self.status()
-            while report["state"] != "ended":
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
-                event = self._client.event(left)
-                if event is None or event["event"] == "ended":
-                    report = self.status()
-        except VmmError as exc:
-            left_behind = records.outcome(self.name) if exc.exit_code is ExitCode.NO_MACHINE else None
-            if left_behind is None:
-                raise
-            report = left_behind
+        report: dict[str, Any] | None = None
+        while report is None:
+            try:
+                report = self._wait_for_end(deadline)
+            except VmmError as exc:
+                report = records.outcome(self.name)
+                # Without an answer while it runs, one coordinator is taking over from another.
+                if report is None and not (exc.exit_code is ExitCode.NO_MACHINE and is_running(self.name)):
+                    raise
+            if report is None and time.monotonic() >= deadline:
+                raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
         self._report = report
+        return report
+
+    def _wait_for_end(self, deadline: float) -> dict[str, Any] | None:
+        """The report; None: it runs still. Raises VmmError."""
+        self._client.skip_events()
+        while (report := self.status())["state"] != "ended":
+            event: dict[str, Any] | None = {"event": ""}
+            while event is not None and event["event"] != "ended":
+                event = self._client.event(deadline - time.monotonic())
+            if time.monotonic() >= deadline:
+                return None
         return report
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def _segment(self, what: str) -> Segment:
-        if what not in self._segments:
-            try:
-                self._segments[what] = Segment.open(segment_name(self.name, what))
-            except SegmentError as exc:
-                raise VmmError(str(exc), ExitCode.NO_MACHINE) from None
-        return self._segments[what]
-
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
         """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
-        view must call ``mark_dirty`` afterwards; ``write`` does both. Raises VmmError while pages are missing, and
-        where there is no memory (replay)."""
-        if f"ram{slot}" not in self._segments:
-            status = self.status()
-            if status["accelerator"] == "replay":
-                raise VmmError(no_memory(self.name))
-            if status["incoming"]:
-                raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
-        view = np.frombuffer(self._segment(f"ram{slot}").buf, np.uint8)
+        view must call ``mark_dirty`` afterwards; ``write`` does both. A view is of the slot as it is now: when that
+        is removed, the view stays, of memory that is no longer the guest's (``born`` in ``status`` tells). Raises
+        VmmError where there is no such slot, while pages are missing, and where there is no memory (replay)."""
+        view = np.frombuffer(self._view(slot).segment.buf, np.uint8)
         view.flags.writeable = writable
         return view
+
+    def ram_segment(self, slot: int) -> str:
+        """Name of the shared-memory segment that is the slot's memory now. Raises VmmError as ``ram`` does."""
+        return self._view(slot).segment.name
+
+    def _slots(self) -> dict[int, dict[str, Any]]:
+        """As they are now. Raises VmmError where nobody may look into them."""
+        answer = self._client.ask(control.Slots)
+        if answer["accelerator"] == "replay":
+            raise VmmError(no_memory(self.name))
+        if answer["incoming"]:
+            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
+        return {int(i): slot for i, slot in answer["slots"].items()}
+
+    def _view(self, slot: int, slots: dict[int, dict[str, Any]] | None = None) -> _View:
+        """The slot as it is now, or as ``slots`` (that ``_slots`` gave) has it."""
+        slots = self._slots() if slots is None else slots
+        if slot not in slots:
+            raise VmmError(f"there is no memory slot {slot} (there are: {', '.join(map(str, slots))})")
+        born, name = slots[slot]["born"], slots[slot]["ram"]
+        known = self._views.get(slot)
+        if known is None or known.segment.name != name:
+            if known is not None:
+                del self._views[slot]
+                known.segment.close()
+            known = self._views[slot] = _View(born, self._open(name))
+        return known
+
+    def _open(self, name: str) -> Segment:
+        try:
+            return Segment.open(name)
+        except SegmentError as exc:
+            raise VmmError(f"machine '{self.name}': {exc} (it was removed just now)", ExitCode.NO_MACHINE) from None
 
     def require_memory(self) -> None:
         """Raises VmmError for a machine that has none to save or move (replay)."""
@@ -261,44 +303,52 @@ class Machine:
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
-        return np.frombuffer(self._segment("system").buf, np.uint8)
+        if self._system is None:
+            self._system = self._open(segment_name(self.name, "system"))
+        return np.frombuffer(self._system.buf, np.uint8)
 
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of guest memory within one slot. Raises VmmError outside RAM."""
-        slot, offset = self._locate(gpa, size)
-        return self.ram(slot)[offset:offset + size].tobytes()
+        view, _, offset = self._locate(gpa, size)
+        return bytes(view.segment.buf[offset:offset + size])
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Write guest memory within one slot, and mark the pages dirty: KVM logs only the guest's own
-        stores. Raises VmmError outside RAM, and while somebody has the machine who must not be disturbed (the last
-        copy of a migration), with nothing written."""
-        slot, offset = self._locate(gpa, len(data))
+        """Write guest memory within one slot, and have the pages dirty for every client of the dirty log, from
+        before the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and
+        while somebody has the machine who must not be disturbed (the last copy of a migration), with nothing
+        written; and where the slot was removed meanwhile: the data is gone with it then."""
+        view, slot, offset = self._locate(gpa, len(data))
         if not data:
             return
-        memory = self.ram(slot, writable=True)
         first = offset // 4096
-        with self.writing(slot, first, (offset + len(data) - 1) // 4096 - first + 1):
-            memory[offset:offset + len(data)] = np.frombuffer(data, np.uint8)
+        with holds.host_write(self._client, self.name, slot, view.born, first,
+                              (offset + len(data) - 1) // 4096 - first + 1):
+            view.segment.buf[offset:offset + len(data)] = data
 
     def writing(self, slot: int, first: int, count: int) -> contextlib.AbstractContextManager[None]:
         """Around a write of pages ``first``..``first + count - 1`` through a writable view (``ram``): they are
-        dirty for every client, and whoever freezes the machine waits for the end (5 s at most, so write what is in
-        memory already). Raises VmmError, before the write, outside the slot and while it is frozen."""
-        return holds.host_write(self._client, self.name, slot, first, count)
+        dirty in every sync of every client from its beginning to its end, and whoever freezes the machine waits
+        for the end (5 s at most, so write what is in memory already). Raises VmmError, before the write, outside
+        the slot and while it is frozen; and where another slot has taken the place of the one that this
+        ``Machine`` has given a view of."""
+        known = self._views.get(slot)
+        born = known.born if known is not None else self._view(slot).born
+        return holds.host_write(self._client, self.name, slot, born, first, count)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
         """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after
         the write: a mark that comes first can be synced away before it. Raises VmmError outside the slot, and while
         the machine is frozen: what was written may be missing where the machine goes (``writing`` says so
-        before)."""
-        self._client.ask(control.Mark, slot=slot, first=first, count=count)
+        before); and where another slot has taken the place of the one that this ``Machine`` has given a view of."""
+        known = self._views.get(slot)
+        self._client.ask(control.Mark, slot=slot, first=first, count=count, born=known.born if known else None)
 
-    def _locate(self, gpa: int, size: int) -> tuple[int, int]:
-        if size < 0:
-            raise VmmError(f"a size of {size} bytes")
-        for slot in self.status()["slots"]:
-            if slot["gpa"] <= gpa and gpa + size <= slot["gpa"] + slot["size"]:
-                return slot["id"], gpa - slot["gpa"]
+    def _locate(self, gpa: int, size: int) -> tuple[_View, int, int]:
+        """(view, slot id, offset within the slot). Raises VmmError."""
+        slots = self._slots()
+        for slot_id, slot in slots.items():
+            if slot["gpa"] <= gpa and size >= 0 and gpa + size <= slot["gpa"] + slot["size"]:
+                return self._view(slot_id, slots), slot_id, gpa - slot["gpa"]
         raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within one memory slot")
 
     # --- dirty log ------------------------------------------------------------------------------------
@@ -322,10 +372,13 @@ class Machine:
             self._clients.pop(key).close()
 
     def sync(self, client: str) -> SyncResult:
-        """Flush, then take what was dirtied since this client's last sync (or its registration)."""
-        slots = self.collect(client)
-        ranges = {i: self.bitmap(i, client).ranges() if dirty else [] for i, dirty in slots.items()}
-        return SyncResult(ranges, sum(slots.values()))
+        """Flush, then take what was dirtied since this client's last sync (or its registration). Raises VmmError;
+        the next sync has what this one would have had then."""
+        slots = self._sync(client)["slots"]
+        ranges = {i: self.bitmap(i, client).ranges() if s["dirty"] else [] for i, s in slots.items()}
+        return SyncResult(ranges, sum(s["dirty"] for s in slots.values()),
+                          frozenset(i for i, s in slots.items() if not s["logged"]),
+                          frozenset(i for i, s in slots.items() if s["retired"]))
 
     def collect(self, client: str) -> dict[int, int]:
         """As ``sync``, but without ranges: {slot id: dirty pages}; which ones they are is in ``bitmap``."""
@@ -333,34 +386,35 @@ class Machine:
 
     def flush(self, client: str) -> Flushed:
         """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
+        answer = self._sync(client)
+        return Flushed({slot_id: slot["dirty"] for slot_id, slot in answer["slots"].items()}, answer["at"],
+                       answer["vcpu_pages"])
+
+    def _sync(self, client: str) -> dict[str, Any]:
+        """The answer; the bitmaps that it names are open."""
         answer = self._client.ask(control.Sync, client=client)
-        slots = {int(i): s for i, s in answer["slots"].items()}
+        slots = answer["slots"] = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
             self._clients.pop(key).close()
-        for slot_id, counts in slots.items():
-            self._maps(client, slot_id, counts["pages"])
-        return Flushed({slot_id: counts["dirty"] for slot_id, counts in slots.items()}, answer["at"],
-                       answer["vcpu_pages"])
+        for slot_id, slot in slots.items():
+            found = self._clients.get((client, slot_id))
+            if found is None or found.segment.name != slot["bitmap"]:   # of another slot, or another client
+                if found is not None:
+                    del self._clients[client, slot_id]
+                    found.close()
+                self._clients[client, slot_id] = ClientBitmaps(self._open(slot["bitmap"]), slot["pages"])
+        return answer
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
         return sum(s["dirty"] for s in self._client.ask(control.Sync, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
-        """The client's bitmap of a slot as of its last sync, a view; valid until its next."""
+        """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself
+        may have been removed since: the next sync says so.)"""
         if (client, slot) not in self._clients:
             raise VmmError(f"client '{client}' has not synced slot {slot} yet")
         return self._clients[client, slot].front
-
-    def _maps(self, client: str, slot: int, pages: int) -> ClientBitmaps:
-        # A slot may have been removed and another added under its id since: compare the size.
-        found = self._clients.get((client, slot))
-        if found is None or found.front.pages != pages:
-            if found is not None:
-                found.close()
-            found = ClientBitmaps.open(self.name, client, slot, pages)
-            self._clients[client, slot] = found
-        return found
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
         """The user's limit: let one vCPU, or each, dirty at most so many pages a second; 0 lifts it. It stays, and
@@ -403,9 +457,9 @@ class Machine:
         in it is in each client's next sync. ``force``: also one that holds the guest's image or stacks. Raises
         VmmError."""
         self._client.ask(control.MemoryRemove, slot=slot, force=force)
-        segment = self._segments.pop(f"ram{slot}", None)
-        if segment is not None:
-            segment.close()
+        view = self._views.pop(slot, None)
+        if view is not None:
+            view.segment.close()
 
     # --- end ----------------------------------------------------------------------------------------------
 
@@ -414,18 +468,21 @@ class Machine:
         for maps in self._clients.values():
             maps.close()
         self._clients.clear()
-        for segment in self._segments.values():
-            segment.close()
-        self._segments.clear()
+        for view in self._views.values():
+            view.segment.close()
+        self._views.clear()
+        if self._system is not None:
+            self._system.close()
+            self._system = None
         self._client.close()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """End a launched machine (stopping it if it runs) and wait until nothing of it is left;
-        drop the connection to an attached one."""
+        drop the connection to an attached one. False when a launched one could not be ended in order, and parts of
+        it may be there still."""
         launched, self._launched = self._launched, None
         self.detach()
-        if launched is not None:
-            launched.end()
+        return launched is None or launched.end()
 
     def __enter__(self) -> Machine:
         return self

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 
-from ipc.bitmap import bitmap_bytes
 from ipc.messages import ReplayPhase, ReplaySpec
-from ipc.shm import PAGE_SIZE, free_bytes
+from ipc.shm import PAGE_SIZE
 from workers import kvm
 
 from . import loader
 from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
 from .errors import VmmError
 from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
+from .outputs import open_append
+from .room import RoomError, check_room
 from .rules import RuleError, check_machine
 from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from .trace import check_patterns
@@ -33,21 +35,6 @@ def choose_accelerator(wanted: str) -> str:
     if wanted == "kvm":
         raise VmmError(f"kvm cannot be used here: {info.reason}")
     return "unicorn"
-
-
-def _check_room(config: MachineConfig, slots: list[RamSlot]) -> None:
-    """The common case, said with file and key; posix_fallocate has the last word (ipc/shm.py)."""
-    copies = 1 if config.verify is None else 2      # the verifier's reference copy
-    needed = copies * sum(s.size for s in slots)
-    free = free_bytes()
-    if config.replay is not None:
-        copies = 1      # no memory: staging and slot bitmap (and the verifier's two), and the rings
-        needed = (16 * config.dirty_ring_size * config.vcpus
-                  + (2 if config.verify is None else 4) * sum(bitmap_bytes(s.pages) for s in slots))
-    if needed > free:
-        raise ConfigError(f"{config.where('memory')}: /dev/shm is too small: {needed >> 10} KiB are needed"
-                          f"{' (RAM, and the verifier has a copy)' if copies == 2 else ''}, {free >> 10} KiB are "
-                          "free (mount -o remount,size=… /dev/shm, or less memory)")
 
 
 def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
@@ -71,7 +58,6 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         except VmmError as exc:
             raise ConfigError(f"{config.where('tracking')}: {exc}") from None
     slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
-    _check_room(config, slots)
     if config.replay is not None and config.replay.trace is not None:
         try:
             with TraceReader(config.replay.trace) as reader:
@@ -89,6 +75,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
             raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
     patterns = [*config.trace, *(trace or [])]
     check_patterns(patterns)
+    if trace_file:
+        _check_trace_file(trace_file, patterns)
     verify = config.verify
     spec = MachineSpec(
         name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
@@ -104,9 +92,19 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         replay_trace=os.path.abspath(config.replay.trace) if config.replay and config.replay.trace else "")
     try:
         check_machine(spec)
-    except RuleError as exc:
+        check_room(spec)
+    except (RuleError, RoomError) as exc:
         raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
     return spec
+
+
+def _check_trace_file(path: str, patterns: list[str]) -> None:
+    """Said before anything is started. Raises VmmError."""
+    if not patterns:
+        raise VmmError("--trace-file: no trace event is switched on (--trace PATTERN)")
+    if re.fullmatch(r"/dev/fd/.*|/proc/self/fd/.*", path):
+        raise VmmError(f"--trace-file {path}: is this process's own, and the machine is another")
+    os.close(open_append(path))
 
 
 def _replay(replay: ReplayConfig) -> ReplaySpec:

@@ -1,44 +1,45 @@
 """Guest RAM and its bitmaps: which segments a machine has, who is the owner, what they are called.
 
-Segment names after the machine's prefix (no dashes within): ``control``, ``system``, ``ram<slot>``,
-``log<slot>`` (staging and slot bitmap), ``ring<vcpu>`` (software rings), ``vlog<vcpu>.<slot>``
-(bitmap mode, a vCPU's own log buffer; replay with verification, its record), ``client.<client>.<slot>``.
+Segment names after the machine's prefix (no dashes within): ``control``, ``journal0``, ``journal1``, ``system``,
+``ring<vcpu>`` (software rings); and of what may go and come again under the same number or name, with its
+generation: ``ram<slot>.<born>``, ``log<slot>.<born>`` (staging and slot bitmap), ``vlog<vcpu>.<slot>.<born>``
+(bitmap mode, a vCPU's own log buffer; replay with verification, its record), ``copy<slot>.<born>``
+(vmm/verify.py), ``client.<client>.<generation>.<slot>.<born>``. Generations are hexadecimal. So nobody who has an
+earlier one open can take it for the present one, and one that was not finished is never in the way of the next.
+
+Only the coordinator makes these names; consumers and workers are told them.
 """
 
 from __future__ import annotations
-
-import contextlib
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap, bitmap_bytes, word_count
 from ipc.messages import SlotSpec
-from ipc.shm import Segment, SegmentError
+from ipc.shm import Segment
 
 from .names import segment_name
 from .spec import RamSlot
 
-__all__ = ["ClientBitmaps", "MemorySlot", "adopt_or_make", "make_or_adopt"]
+__all__ = ["ClientBitmaps", "MemorySlot", "make_or_open", "slot_segment"]
 
 _CACHE_LINE, _CACHE_SETS = 64, 64   # of a first-level cache on x86-64: sets are as many lines as make a page
 
 
-def make_or_adopt(name: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
+def slot_segment(machine: str, kind: str, slot: RamSlot) -> str:
+    """Name of a segment of this very slot, and of no other of its id: ``kind`` is ram, log, copy or vlog<vcpu>."""
+    return segment_name(machine, f"{kind}{slot.id}.{slot.born:x}")
+
+
+def make_or_open(name: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
     """A new segment, or the one that a coordinator that died has left; owned either way. ``reserve=False``: what
-    is not touched takes no memory (ipc/shm.py)."""
+    is not touched takes no memory (ipc/shm.py). Raises SegmentError."""
     if create:
         return Segment.create(name, size, reserve=reserve)
     segment = Segment.open(name)
     segment.own()
     return segment
-
-
-def adopt_or_make(name: str, size: int) -> Segment:
-    """For what a machine has only from some moment on: it may be there from a coordinator that died."""
-    with contextlib.suppress(SegmentError):
-        return make_or_adopt(name, size, create=False)
-    return make_or_adopt(name, size, create=True)
 
 
 class MemorySlot:
@@ -56,12 +57,12 @@ class MemorySlot:
         self.logged = spec.log
         self._open: list[Segment] = []
         try:
-            self.ram = self._segment(f"ram{spec.id}", spec.size, create, reserve=not replay)
+            self.ram = self._segment("ram", spec.size, create, reserve=not replay)
             # Not all slots' bitmaps at the start of a page: a harvest that goes from slot to slot would need the
             # same few lines of the processor's cache for all of them.
             start = spec.id % _CACHE_SETS * _CACHE_LINE
             size = bitmap_bytes(self.pages)
-            log = self._segment(f"log{spec.id}", start + (reapers + 1) * size, create)
+            log = self._segment("log", start + (reapers + 1) * size, create)
             self.bitmap = Bitmap(log, start, self.pages)
             self.staging = [Bitmap(log, start + size * (i + 1), self.pages) for i in range(reapers)]
             self.vcpu_logs: list[NDArray[np.uint64]] = []
@@ -69,7 +70,7 @@ class MemorySlot:
             self._vlog_names: list[str] = []
             if replay:
                 for vcpu in range(vcpu_logs):
-                    segment = self._segment(f"vlog{vcpu}.{spec.id}", size, create, reserve=False)
+                    segment = self._segment(f"vlog{vcpu}.", size, create, reserve=False)
                     self._vlog_names.append(segment.name)
                     self.records.append(Bitmap(segment, 0, self.pages))
             else:
@@ -81,17 +82,21 @@ class MemorySlot:
     def need_vcpu_logs(self, vcpus: int) -> None:
         """The vCPUs' own log buffers, if they are not there yet."""
         for vcpu in range(len(self.vcpu_logs), vcpus):
-            segment = adopt_or_make(segment_name(self.machine, f"vlog{vcpu}.{self.spec.id}"),
-                                    8 * word_count(self.pages))
+            name = slot_segment(self.machine, f"vlog{vcpu}.", self.spec)
+            segment, _ = Segment.adopt(name, 8 * word_count(self.pages))
             self._open.append(segment)
             self._vlog_names.append(segment.name)
             self.vcpu_logs.append(np.frombuffer(segment.buf, np.uint64, word_count(self.pages)))
 
-    def _segment(self, what: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
-        name = segment_name(self.machine, what)
-        segment = make_or_adopt(name, size, create, reserve=reserve)
+    def _segment(self, kind: str, size: int, create: bool, *, reserve: bool = True) -> Segment:
+        segment = make_or_open(slot_segment(self.machine, kind, self.spec), size, create, reserve=reserve)
         self._open.append(segment)
         return segment
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of all that are its."""
+        return [segment.name for segment in self._open]
 
     @property
     def now(self) -> RamSlot:
@@ -132,15 +137,19 @@ class ClientBitmaps:
         self.front = Bitmap(self.segment, bitmap_bytes(pages), pages)
 
     @classmethod
-    def make(cls, machine: str, client: str, slot: int, pages: int, *, create: bool = True) -> ClientBitmaps:
-        """The coordinator's: owned, made anew or taken over."""
-        name = segment_name(machine, f"client.{client}.{slot}")
-        return cls(make_or_adopt(name, 2 * bitmap_bytes(pages), create), pages)
-
-    @classmethod
-    def open(cls, machine: str, client: str, slot: int, pages: int) -> ClientBitmaps:
-        """A consumer's. Raises SegmentError."""
-        return cls(Segment.open(segment_name(machine, f"client.{client}.{slot}")), pages)
+    def make(cls, machine: str, client: str, generation: int, slot: RamSlot, *,
+             adopt: bool = False) -> ClientBitmaps:
+        """The coordinator's: owned, made anew, or (``adopt``) taken over from one that died. Where that one's are
+        not there, nobody knows what was gathered: all is marked. Raises SegmentError."""
+        name = segment_name(machine, f"client.{client}.{generation:x}.{slot.id}.{slot.born:x}")
+        size = 2 * bitmap_bytes(slot.pages)
+        if not adopt:
+            return cls(Segment.create(name, size), slot.pages)
+        segment, fresh = Segment.adopt(name, size)
+        made = cls(segment, slot.pages)
+        if fresh:
+            made.gathering.mark_range(0, slot.pages)
+        return made
 
     def close(self) -> None:
         self.__dict__.pop("gathering", None)

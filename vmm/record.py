@@ -49,6 +49,10 @@ class Recorder:
         if good.any():
             self._queue.put(time.monotonic_ns() - self._began, vcpu, pack(slots[good], pages[good]))
 
+    def miss(self) -> None:
+        """A ring has lost count: what else it held nobody knows. The trace is not complete."""
+        self._queue.miss(1)
+
     def close(self) -> None:
         """All of it is in the queue; whoever has it mapped can still read it."""
         self._queue.end()

@@ -1,7 +1,7 @@
 """From one way of dirty tracking to another, with every vCPU paused and nothing lost.
 
 What the old way has gathered is drained into the slot bitmaps first; until the vCPUs go on, nobody dirties a page.
-So a log that is dropped is empty, whichever workers have changed already. state.json names the new way before the
+So a log that is dropped is empty, whichever workers have changed already. The journal names the new way before the
 first worker is asked, and each worker's control block the one that it follows: a coordinator that dies in between
 leaves vCPUs that stand still, and its successor asks those that are not there yet (:func:`fulfil`).
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from ipc.layout import Tracking
 from ipc.messages import SetTracking
+from ipc.steps import step
 
 from .build import Parts
 from .errors import VmmError
@@ -24,12 +25,15 @@ __all__ = ["fulfil", "switch", "unfinished"]
 
 
 def switch(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
-    """``commit`` writes state.json. Raises VmmError and SegmentError, with everything as it was."""
+    """``commit`` writes the journal. Raises VmmError and SegmentError, with everything as it was."""
     old = parts.tracking
     reaper.drain()
+    step("tracking-drained")
     parts.need(mode)
+    step("tracking-made")
     if old == "none" and parts.log.clients:
         parts.log.mark_logged_slots()   # what was dirtied without a log is not known
+    step("tracking-marked")
     try:
         _go(parts, shards, reaper, mode, commit)
     except VmmError:
@@ -44,9 +48,12 @@ def switch(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Call
 def _go(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
     parts.tracking = reaper.tracking = mode
     commit()
+    step("tracking-committed")
     for shard in shards.all:
         shard.control.fetch_total = 0
+    step("tracking-rewound")
     fulfil(parts, shards)
+    step("tracking-set")
     reaper.full.clear()
 
 

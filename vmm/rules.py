@@ -3,7 +3,7 @@ snapshot, a specification made by a program, and memory that is plugged in.
 
 ``check_machine`` looks at a whole specification before anything is made of it: every number has bounds, every word
 is one of a list, and nothing that came from elsewhere is a path (``arriving``). What depends on this host (room,
-limits, what its kernel offers) is asked elsewhere (vmm/limits.py, vmm/tracking.py, vmm/plan.py), as is what depends
+limits, what its kernel offers) is asked elsewhere (vmm/room.py, vmm/tracking.py, vmm/plan.py), as is what depends
 on the image (vmm/loader.py).
 """
 

@@ -42,12 +42,15 @@ from ipc.messages import (
     decode_reply,
     encode,
 )
+from ipc.processid import ProcessId, identity, open_process
 from ipc.shm import Segment
 from workers.zygote import Zygote
 
 from .errors import ExitCode, VmmError
 
 __all__ = ["Shard", "Shards"]
+
+_log = logging.getLogger(__name__)
 
 _RING_PAGE_OFFSET = 64      # KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h)
 _IMMEDIATE_EXIT = 1         # offset of immediate_exit in struct kvm_run
@@ -81,7 +84,7 @@ class Shard:
         self.entries = entries
         self.soft_limit = max(1, entries - _RING_RESERVE)
         self.exited: Exited | None = None
-        self.pid = 0
+        self.process = ProcessId(0, 0)
         self.pidfd = -1
         #: Why its process has ended, where that is known.
         self.fate = ""
@@ -112,10 +115,24 @@ class Shard:
         """The guest has not ended on this vCPU."""
         return self.alive and self.control.state != VcpuState.EXITED
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def watch(self, pid: int) -> None:
-        """Raises ProcessLookupError."""
+        """A process that has just been made. Raises ProcessLookupError."""
         self.pidfd = os.pidfd_open(pid)
-        self.pid = pid
+        try:
+            self.process = identity(pid)
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:      # it has gone, and the pid may be another's: nobody is to look for it again
+            self.process = ProcessId(pid, 0)
+
+    def adopt(self, process: ProcessId) -> None:
+        """Its process as it was written down (not as the control block has it, which the worker itself writes).
+        Raises ProcessLookupError when that has gone."""
+        self.process = process
+        self.pidfd = open_process(process)
 
     def signal(self, signum: int) -> None:
         if self.pidfd >= 0:
@@ -607,6 +624,15 @@ class Shards:
             yield
         finally:
             self.resume_all()
+
+    def expect_paused(self) -> None:
+        """Of a replacement that cannot wait for the vCPUs now: they are to stand still, as soon as they can, until
+        ``resume_all``."""
+        self._pauses = 1
+        for shard in self.all:
+            if shard.running:
+                shard.control.request |= VcpuRequest.PAUSE
+                shard.kick()
 
     def start_paused(self) -> None:
         """The workers were started with PAUSE in their control blocks."""

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from ipc.bitmap import GROUP_WORDS, set_bit_indices, words_of_groups
 from ipc.layout import MachineControl
 from ipc.shm import Segment
+from ipc.steps import step
 
 from .dirtylog import DirtyLog
-from .names import segment_name
-from .ram import make_or_adopt
+from .ram import slot_segment
 from .shards import Shard
 from .spec import VerifySpec
 
@@ -83,28 +83,41 @@ class Verifier:
         log.on_mark = self._on_mark
         #: Switches of the way of tracking, in this round and the one before.
         self._switches = [0, 0]
+        #: What a predecessor had taken for a round that it did not finish.
+        self._again = resume is not None and bool(control.verify_in_round)
         if resume is not None:
             self.result = resume
             self._inject = "none" if resume.injected != "none" else spec.inject
-            for slot_id in log.slots:
-                self._copies[slot_id] = make_or_adopt(self._name(slot_id), 0, create=False)
-            if control.verify_in_round:
-                log.give_back(CLIENT)
+            for slot_id, slot in log.slots.items():
+                self._copies[slot_id], fresh = Segment.adopt(self._name(slot_id), slot.spec.size)
+                if fresh:
+                    log.mark_client(CLIENT, slot_id)
             return
-        log.register(CLIENT)
+        log.register(CLIENT, 0)
         for slot_id in log.slots:
             self.adopt(slot_id)
+            self._copy(slot_id)[:] = self._pages(slot_id)
 
     def _name(self, slot_id: int) -> str:
-        return segment_name(self._log.machine, f"copy{slot_id}")
+        return slot_segment(self._log.machine, "copy", self._log.slots[slot_id].spec)
 
-    def adopt(self, slot_id: int, *, dirty: bool = False) -> None:
-        """Begin to watch a slot: its present contents are the reference (guest stopped). ``dirty``: the log may
-        have pages of it that were written before."""
-        if dirty:
-            self._on_mark(slot_id, 0, self._log.slots[slot_id].pages)
+    def adopt(self, slot_id: int) -> None:
+        """Begin to watch a slot of which nothing has been written yet: all zero, as its copy is. Raises
+        SegmentError."""
         self._copies[slot_id] = Segment.create(self._name(slot_id), self._log.slots[slot_id].spec.size)
-        self._copy(slot_id)[:] = self._pages(slot_id)
+
+    def restart(self) -> None:
+        """The memory has been replaced (guest stopped, log drained): this is what it begins with. Until the copy is
+        the same, all of it counts as dirty: whoever takes over in between finds no page changed that is clean."""
+        for slot_id in self._copies:
+            self._log.mark_client(CLIENT, slot_id)
+            self._copy(slot_id)[:] = self._pages(slot_id)
+        self._log.take(CLIENT)
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of all that are its."""
+        return [copy.name for copy in self._copies.values()]
 
     def forget(self, slot_id: int) -> None:
         if slot_id in self._copies:
@@ -151,8 +164,7 @@ class Verifier:
         last = self._last_entries()
         excused = last | self._previous_last
         self._previous_last = last
-        self._log.take(CLIENT)
-        self._control.verify_in_round = 1
+        self._take()
         for slot_id in self._copies:
             slot = self._log.slots[slot_id]
             copy = self._copy(slot_id)
@@ -188,9 +200,19 @@ class Verifier:
                             f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
             update = dirty | changed
             copy[update] = now[update]
+            step("verify-copied")
         self._marked.clear()
         self._control.verify_in_round = 0
         self.blind_to_surplus = False
+
+    def _take(self) -> None:
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
+        self._control.verify_in_round = 1
+        step("verify-take")
+        self._log.take(CLIENT, again=self._again)
+        self._again = False
+        step("verify-taken")
 
     def _injection(self, slot_id: int, dirty: NDArray[np.bool_], changed: NDArray[np.bool_],
                    marked: NDArray[np.bool_]) -> None:
@@ -224,16 +246,24 @@ class ReplayVerifier:
         self.blind_to_surplus = resume is not None      # as in Verifier
         self._marked: set[int] = set()
         log.on_mark = lambda slot_id, first, count: self._marked.add(slot_id)
+        #: What a predecessor had taken for a round that it did not finish.
+        self._again = resume is not None and bool(control.verify_in_round)
         if resume is None:
-            log.register(CLIENT)
-        elif control.verify_in_round:
-            log.give_back(CLIENT)
+            log.register(CLIENT, 0)
 
     def switched(self) -> None:
         """Replay has rings alone (vmm/tracking.py)."""
 
-    def adopt(self, slot_id: int, *, dirty: bool = False) -> None:
+    def adopt(self, slot_id: int) -> None:
         """The slot's records begin with it, and a page that was not logged is in neither record nor log."""
+
+    def restart(self) -> None:
+        """It has no memory that could be replaced."""
+
+    @property
+    def segments(self) -> list[str]:
+        """None: the records are the slots'."""
+        return []
 
     def forget(self, slot_id: int) -> None:
         """Its records go with it."""
@@ -244,8 +274,7 @@ class ReplayVerifier:
     def round(self) -> None:
         result = self.result
         result.rounds += 1
-        self._log.take(CLIENT)
-        self._control.verify_in_round = 1
+        self._take()
         for slot_id, slot in self._log.slots.items():
             front = self._log.front(CLIENT, slot_id).front
             groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
@@ -277,6 +306,15 @@ class ReplayVerifier:
         self._marked.clear()
         self._control.verify_in_round = 0
         self.blind_to_surplus = False
+
+    def _take(self) -> None:
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
+        self._control.verify_in_round = 1
+        step("verify-take")
+        self._log.take(CLIENT, again=self._again)
+        self._again = False
+        step("verify-taken")
 
     def _injection(self, dirty: NDArray[np.uint64], written: NDArray[np.uint64], at: NDArray[np.int64],
                    pages: int) -> None:

@@ -21,12 +21,11 @@ class Slot:
         self.log_segment = Segment.open(spec.log_segment) if spec.log_segment else None
 
     def set_log_segment(self, name: str) -> None:
-        """Raises SegmentError."""
-        if self.log_segment is None or self.log_segment.name != name:
-            fresh = Segment.open(name)
-            if self.log_segment is not None:
-                self.log_segment.close()
-            self.log_segment = fresh
+        """Always opened anew: one of the same name may have been made since. Raises SegmentError."""
+        fresh = Segment.open(name)
+        if self.log_segment is not None:
+            self.log_segment.close()
+        self.log_segment = fresh
 
     @property
     def host_address(self) -> int:

@@ -63,6 +63,7 @@ from ipc.messages import (
     RingFull,
     SendFd,
     SetMemslot,
+    SetMemslots,
     SetState,
     SetTracking,
     Shutdown,
@@ -78,6 +79,7 @@ from . import hypercalls
 from .accel import Accelerator, AccelError, Exit, ExitKind, load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
+from .slots import Slots
 from .state import ExitState, StateError, check_state, plain_state
 from .throttle import SliceTimer, TokenBucket
 
@@ -423,17 +425,11 @@ class Worker:
         try:
             match request:
                 case SetMemslot(slot=slot):
-                    if slot.id not in self.memory.slots:
-                        self.memory.add(slot)
-                    accel.set_memslot(slot)
-                    self.memory.slots[slot.id].spec = slot
-                    if self._writes is not None:
-                        self._writes.follow(slot)
+                    self._slots(accel).set(slot)
+                case SetMemslots(slots=slots):
+                    self._slots(accel).set_all(slots)
                 case RemoveMemslot(slot_id=slot_id):
-                    if self._writes is not None:
-                        self._writes.drop(slot_id)
-                    accel.remove_memslot(slot_id)
-                    self.memory.remove(slot_id)
+                    self._slots(accel).remove(slot_id)
                 case GetLog(slot_id=slot_id):
                     value = accel.get_dirty_log(slot_id) if self._writes is None else self._writes.get(slot_id)
                 case ClearLog(slot_id=slot_id):
@@ -476,6 +472,9 @@ class Worker:
             accel.interrupt()
             self._wake_up()
 
+    def _slots(self, accel: Accelerator) -> Slots:
+        return Slots(self.memory, accel, self._writes, self.spec.system_slot.id)
+
     def _set_tracking(self, request: SetTracking) -> None:
         """Repeated, it does nothing. Where the new way cannot be had, the old one stays in force."""
         spec = msgspec.structs.replace(self.spec, tracking=request.tracking, ring_entries=request.ring_entries,
@@ -516,10 +515,15 @@ class Worker:
                     self._userfault.unregister(slot.host_address, slot.spec.size)
             self._userfault.close()
             return {}
-        self._userfault.close()
-        self._userfault = userfault.Userfault.make()
-        for slot in slots:
-            self._userfault.register(slot.host_address, slot.spec.size)
+        if self._userfault.fd < 0:      # else the request is repeated, and the other end may have it already
+            made = userfault.Userfault.make()
+            try:
+                for slot in slots:
+                    made.register(slot.host_address, slot.spec.size)
+            except BaseException:
+                made.close()
+                raise
+            self._userfault = made
         channel.send_fd(path, self.spec.index, self._userfault.fd, _FD_TIMEOUT)
         return {str(slot.spec.id): slot.host_address for slot in slots}
 

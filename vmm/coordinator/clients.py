@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from ipc.processid import ProcessId
+from ipc.steps import step
 
 from ..errors import VmmError
 from ..verify import CLIENT as VERIFY_CLIENT
@@ -26,41 +27,54 @@ class Clients:
     def adopt(self, held: list[Hold]) -> None:
         """As a coordinator that died has left them."""
         for hold in self.held.adopt(held):
-            self._unregister(hold.token)
+            if hold.token in self._core.parts.log.clients:
+                self._core.parts.log.unregister(hold.token)
 
     def register(self, client: str, owner: ProcessId | None, like: str) -> None:
-        """``owner``: it goes with this process, which alone may use it. Raises VmmError."""
-        log = self._core.parts.log
+        """``owner``: it goes with this process, which alone may use it. Raises VmmError and SegmentError, with
+        nothing done."""
+        core, log = self._core, self._core.parts.log
+        _require_not_the_verifier(client)
         if client in log.clients:
             self._require_own(client, owner.pid if owner else 0)
             return
         self._tracking.choose(logged=True)
         self._tracking.require_log()
-        self._core.flush()
-        if like and like not in log.clients:
-            raise VmmError(f"there is no client '{like}' of the dirty log")
-        log.register(client)
-        if like:
-            log.copy_client(client, like)
-        if owner is not None:
-            try:
+        core.flush()
+        log.register(client, core.new_generation(), like)
+        try:
+            if owner is not None:
                 self.held.add(Hold(client, f"client {client}", owner))
-            except VmmError:
-                log.unregister(client)
-                raise
-        self._core.save()
+            step("register-made")
+            core.save()
+        except VmmError:
+            self.held.pop(client)
+            log.discard_client(client)
+            raise
+        step("register-committed")
 
     def unregister(self, client: str, asker: int) -> None:
-        """``asker``: pid of who asks, as for ``sync``. Raises VmmError."""
-        if client == VERIFY_CLIENT:
-            raise VmmError(f"client '{client}' is the verifier's own")
+        """``asker``: pid of who asks, as for ``sync``. May be repeated. Raises VmmError, with nothing done."""
+        _require_not_the_verifier(client)
         self._require_own(client, asker)
-        self._unregister(client)
+        if client not in self._core.parts.log.clients:
+            return
+        log = self._core.parts.log
+        hold, found = self.held.pop(client), log.unregister(client)
+        step("unregister")
+        try:
+            self._core.save()
+        except VmmError:
+            log.readmit(found)
+            if hold is not None:
+                self.held.add(hold)
+            raise
 
     def _unregister(self, client: str) -> None:
-        self.held.pop(client)
-        self._core.parts.log.unregister(client)
-        self._core.save()
+        """Its process has ended."""
+        if client in self._core.parts.log.clients:
+            self._core.parts.log.unregister(client)
+            self._core.save_if_possible()
 
     def _require_own(self, client: str, asker: int) -> None:
         """What another process gathers is not to be taken from it."""
@@ -69,17 +83,26 @@ class Clients:
             raise VmmError(f"client '{client}' of the dirty log belongs to process {hold.owner.pid}")
 
     def sync(self, client: str, again: bool, asker: int) -> dict[str, Any]:
-        log = self._core.parts.log
+        """Raises VmmError, with nothing taken."""
+        core, log = self._core, self._core.parts.log
         if client not in log.clients:
             raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
-        if client == VERIFY_CLIENT:
-            raise VmmError(f"client '{client}' is the verifier's own")
+        _require_not_the_verifier(client)
         self._require_own(client, asker)
         self._tracking.require_log()
-        self._core.flush()
-        if again:
-            log.give_back(client)
-        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in self._core.shards.all]}
-        taken = log.take(client)
-        return {"slots": {str(i): {"dirty": n, "pages": log.front(client, i).front.pages}
-                          for i, n in taken.items()}, **flushed}
+        core.flush()
+        step("sync-flushed")
+        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in core.shards.all]}
+        taken = log.take(client, again=again)
+        step("sync-taken")
+        if log.changed:
+            core.save_if_possible()
+        return {"slots": {str(i): {"dirty": t.dirty, "pages": t.slot.pages, "born": t.slot.born,
+                                   "logged": t.slot.log, "retired": t.retired, "bitmap": t.segment}
+                          for i, t in taken.items()}, **flushed}
+
+
+def _require_not_the_verifier(client: str) -> None:
+    """Raises VmmError."""
+    if client == VERIFY_CLIENT:
+        raise VmmError(f"client '{client}' is the verifier's own")

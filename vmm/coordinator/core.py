@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ from .owners import Owners
 
 __all__ = ["Core"]
 
+_REQUESTS = 64      # a client has one under way at a time
+
 
 class Core:
     """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` gives an
-    event to every client that wants it, ``save`` writes the journal."""
+    event to every client that wants it, ``write_journal`` writes down what is now, or raises VmmError; None: not
+    yet, until all that a predecessor has left has been taken over."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -33,18 +38,56 @@ class Core:
         self.shards: Shards
         self.reaper: Reaper
         self.tell: Callable[[dict[str, Any]], None]
-        self.save: Callable[[], None]
+        self.write_journal: Callable[[], None] | None = None
+        #: The last attempt to write the journal has failed.
+        self.unsaved = False
+        #: The last that was given to a slot or a client.
+        self.generation = 0
+        #: What is being served: the client's name for it, the same when it asks again; "" where it has none.
+        self.request = ""
+        #: Those that are not to be carried out twice, and have been.
+        self.requests: deque[str] = deque(maxlen=_REQUESTS)
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
 
+    # --- the journal --------------------------------------------------------------------------
+
+    def new_generation(self) -> int:
+        """A number that nothing of this machine had before."""
+        self.generation = max(time.time_ns(), self.generation + 1)
+        return self.generation
+
+    def save(self, *, done: bool = False) -> None:
+        """Write the journal, before anybody relies on what it is to say. ``done``: the request has been carried out
+        with this, and must not be again. Raises VmmError, and the caller takes back what it has changed."""
+        if self.write_journal is None:
+            return
+        if done:
+            self.carried_out()
+        try:
+            self.write_journal()
+        except VmmError:
+            if done and self.request:
+                self.requests.pop()
+            raise
+        self.unsaved = False
+        self.parts.log.committed()
+
+    def carried_out(self) -> None:
+        """What is being served must not be done again."""
+        if self.request:
+            self.requests.append(self.request)
+
     def save_if_possible(self) -> None:
-        """For what a process gives back, or leaves when it ends: that must not fail because the journal cannot be
-        written, and the next entry makes up for it. Should this coordinator die before, its successor finds that
-        the process has gone, or at the worst holds for it what it had given back, until it has."""
+        """For what nobody waits for, and what a process gives back, or leaves when it ends: that must not fail
+        because the journal cannot be written; it is tried again. Should this coordinator die before, its successor
+        finds that the process has gone, or at the worst holds for it what it had given back, until it has."""
         try:
             self.save()
-        except OSError as exc:
-            self.tell({"event": "warning", "text": f"its journal was not written: {exc.strerror}"})
+        except VmmError as exc:
+            if not self.unsaved:
+                self.tell({"event": "warning", "text": str(exc)})
+            self.unsaved = True
 
     @property
     def live(self) -> list[Shard]:
@@ -59,13 +102,6 @@ class Core:
     def flush(self) -> None:
         if self.state == "running":
             self.reaper.flush()
-
-    def verify_from_here(self) -> None:
-        """The memory was replaced: this is what it begins with."""
-        assert self.verifier is not None
-        for slot_id in self.parts.log.slots:
-            self.verifier.forget(slot_id)
-            self.verifier.adopt(slot_id)
 
     def drain_and_verify(self) -> None:
         """With every vCPU paused."""

@@ -1,13 +1,24 @@
-"""Memory slots at run time: plugged in, pulled out, their logging switched."""
+"""Memory slots at run time: plugged in, pulled out, their logging switched.
+
+Each verb changes the journal once (vmm/coordinator/journal.py says in which order): whoever takes over before that
+finds the machine as it was, and the client's second try does the work; whoever takes over after it makes the
+workers follow, and drops the segments that nobody has. The vCPUs stand still from before the first worker is told
+until after the last, also when the coordinator is replaced in between.
+"""
 
 from __future__ import annotations
 
-from ipc.messages import RemoveMemslot, SetMemslot
+import contextlib
+from collections.abc import Callable
+
+from ipc.messages import AnyRequest, RemoveMemslot, SetMemslot
+from ipc.steps import step
 
 from .. import boot
 from ..errors import VmmError
 from ..ram import MemorySlot
 from ..rules import check_new_slot
+from ..shards import Shard
 from ..spec import RamSlot
 from .core import Core
 
@@ -16,7 +27,8 @@ __all__ = ["add_slot", "remove_slot", "set_logging"]
 
 def set_logging(core: Core, slot_id: int, on: bool) -> None:
     """Switch dirty logging of one slot. Switching it off reaps first: what was written while it was on is in the
-    log. Raises VmmError."""
+    log. Switching it on marks all of it first: what was written while it was off is not known. Raises VmmError,
+    with the logging as it was."""
     core.require_not_ended()
     core.require_whole_memory()
     slot = _slot(core, slot_id)
@@ -24,55 +36,95 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
         return
     with core.shards.all_paused():
         core.reaper.drain()
+        step("log-drained")
+        if on:
+            core.parts.log.mark_all(slot_id)
+        step("log-marked")
         slot.logged = on
-        core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
-        if on and core.verifier is not None:
-            core.verifier.forget(slot_id)
-            core.verifier.adopt(slot_id, dirty=True)
-        core.save()
+        try:
+            core.save()
+        except VmmError:
+            slot.logged = not on
+            raise
+        step("log-committed")
+        try:
+            core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+        except VmmError:
+            slot.logged = not on
+            core.save_if_possible()
+            _insist(core, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            raise
+        step("log-set")
 
 
 def add_slot(core: Core, spec: RamSlot) -> None:
-    """Raises VmmError and SegmentError."""
+    """Raises VmmError and SegmentError, with the machine as it was, in every worker."""
     core.require_not_ended()
     core.require_whole_memory()
     check_new_slot(spec, [s.spec for s in core.parts.log.slots.values()], replay=core.spec.accel == "replay",
                    top=boot.mapped_top(max(s.gpa + s.size for s in core.spec.slots)))
-    slot = core.parts.new_slot(spec, create=True)
-    try:
-        with core.shards.all_paused():
+    with contextlib.ExitStack() as undo:
+        slot = core.parts.new_slot(spec, create=True)
+        undo.callback(slot.close)
+        step("memory-add-made")
+        core.parts.log.add_slot(slot)
+        undo.callback(core.parts.log.discard_slot, spec.id)
+        step("memory-add-logged")
+        if core.verifier is not None:
+            core.verifier.adopt(spec.id)
+            undo.callback(core.verifier.forget, spec.id)
+        with core.shards.all_paused(), contextlib.ExitStack() as undo_paused:
+            undo_paused.callback(_insist, core, lambda seq, s: RemoveMemslot(seq, spec.id))
             core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
-            core.parts.log.add_slot(slot)
-            if core.verifier is not None:
-                core.verifier.adopt(spec.id)
-            core.save()
-    except BaseException:
-        if spec.id not in core.parts.log.slots:
-            slot.close()
-        raise
+            step("memory-add-set")
+            core.save(done=True)
+            step("memory-add-committed")
+            undo_paused.pop_all()
+        undo.pop_all()
 
 
 def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
     """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every shard, resume. Nothing can be dirtied
-    between the last reap and the removal. ``force``: also one that the guest cannot run without. Raises
-    VmmError."""
+    between the last reap and the removal. ``force``: also one that the guest cannot run without. Raises VmmError,
+    with the slot still there."""
     core.require_not_ended()
     core.require_whole_memory()
-    if not force and _holds_guest(core, _slot(core, slot_id)):
+    slot = _slot(core, slot_id)
+    if not force and _holds_guest(core, slot):
         raise VmmError(f"slot {slot_id} holds the guest's image or stacks, which it cannot run without (--force "
                        "removes it all the same)")
     log = core.parts.log
     if len(log.slots) == 1:
         raise VmmError(f"slot {slot_id} is the machine's only memory")
     with core.shards.all_paused():
-        if core.verifier is not None:
-            core.drain_and_verify()
-            core.verifier.forget(slot_id)
         core.reaper.drain()
-        slot = log.remove_slot(slot_id)
-        core.shards.request(core.live, lambda seq, s: RemoveMemslot(seq, slot_id))
+        if core.verifying:
+            core.drain_and_verify()
+        step("memory-remove-drained")
+        if not slot.logged or core.parts.tracking == "none":
+            log.mark_all(slot_id)
+        log.retire_slot(slot_id)
+        step("memory-remove-retired")
+        try:
+            core.save(done=True)
+        except VmmError:
+            log.unretire_slot(slot)
+            raise
+        step("memory-remove-committed")
+        _insist(core, lambda seq, s: RemoveMemslot(seq, slot_id))
+        step("memory-remove-set")
+        if core.verifier is not None:
+            core.verifier.forget(slot_id)
         slot.close()
-        core.save()
+
+
+def _insist(core: Core, make: Callable[[int, Shard], AnyRequest]) -> None:
+    """Every worker follows, or goes: one that has other memory than the machine must not run on."""
+    for shard in core.live:
+        try:
+            core.shards.request([shard], make)
+        except VmmError as exc:
+            core.shards.give_up([shard], f"did not follow a change of the machine's memory: {exc}")
 
 
 def _holds_guest(core: Core, slot: MemorySlot) -> bool:

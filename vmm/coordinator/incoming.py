@@ -7,8 +7,10 @@ from typing import Any
 
 from ipc.messages import Userfault
 from ipc.processid import ProcessId
+from ipc.shm import SegmentError
+from ipc.steps import step
 
-from ..verify import CLIENT as VERIFY_CLIENT
+from ..errors import VmmError
 from .core import Core
 from .owners import Watch, unseen
 from .tracking import TrackingSwitch
@@ -31,47 +33,67 @@ class Incoming:
                 self._missing(owner)
             except ProcessLookupError:
                 self.owner = owner
+                self._expecting(True)
                 self._lost()
 
     def expect(self, socket: str, owner: ProcessId) -> list[dict[str, Any]]:
-        """{slot id: address of its mapping} for each vCPU. Raises VmmError."""
+        """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError and SegmentError."""
         core = self._core
         core.require_not_started()
+        if self._watch is not None:
+            self._watch.close()
         try:
             self._missing(owner)
         except ProcessLookupError:
             raise unseen(owner) from None
-        if core.parts.tracking == "uffd":
-            self._tracking.switch("bitmap")     # a mapping has one userfaultfd; back when all has arrived
-        replies = core.shards.request(core.shards.all, lambda seq, s: Userfault(seq, socket))
-        core.save()
+        try:
+            step("incoming")
+            core.save()
+            step("incoming-committed")
+            if core.parts.tracking == "uffd":
+                self._tracking.switch("bitmap")     # a mapping has one userfaultfd; back when all has arrived
+            replies = core.shards.request(core.shards.all, lambda seq, s: Userfault(seq, socket))
+        except (VmmError, SegmentError):
+            self._whole()
+            core.save_if_possible()
+            raise
+        step("incoming-set")
         return [replies[s.index].data or {} for s in core.shards.all]
 
     def _missing(self, owner: ProcessId) -> None:
         """Raises ProcessLookupError."""
-        core = self._core
-        self._watch = core.owners.watch(owner, self._lost)
+        self._watch = self._core.owners.watch(owner, self._lost)
         self.owner = owner
-        core.pages_missing = core.shards.pages_missing = True
-        core.reaper.only_full = core.spec.accel != "kvm"    # KVM_RUN is interrupted while it waits for a page
+        self._expecting(True)
+
+    def _expecting(self, missing: bool) -> None:
+        core = self._core
+        core.pages_missing = core.shards.pages_missing = missing
+        # KVM_RUN is interrupted while it waits for a page.
+        core.reaper.only_full = missing and core.spec.accel != "kvm"
+
+    def _whole(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = self.owner = None
+        self._expecting(False)
 
     def arrived(self) -> None:
-        """Every page is there."""
+        """Every page is there. May be repeated. Raises VmmError, and is to be repeated then."""
         core = self._core
-        if self._watch is None:
+        if self.owner is None:
             return
-        self._watch.close()
-        self._watch = self.owner = None
-        core.pages_missing = core.shards.pages_missing = core.reaper.only_full = False
+        step("arrived")
         core.shards.request(core.live, lambda seq, s: Userfault(seq, ""))
+        step("arrived-set")
+        self._whole()
         if core.verifier is not None and core.state == "running":
             with core.shards.all_paused():
                 core.reaper.drain()
-                core.parts.log.take(VERIFY_CLIENT)
-                core.verify_from_here()
+                core.verifier.restart()
         if self._tracking.asked == "uffd":
             self._tracking.switch("uffd")
-        core.save()
+        core.save_if_possible()
 
     def _lost(self) -> None:
         """Who fills in the memory has gone: the guest can never go on, and must not with zeros instead."""

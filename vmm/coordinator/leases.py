@@ -72,12 +72,15 @@ class Lease(Hold):
 
 
 class Leases:
-    """``abandoned`` is called when the process of a machine that was arriving has gone before it was started."""
+    """``abandoned`` is called when the process of a machine that was arriving has gone before it was started,
+    ``unfinished`` when that of a migration has gone after the machine was handed over."""
 
-    def __init__(self, core: Core, pauses: Pauses, abandoned: Callable[[], None]) -> None:
+    def __init__(self, core: Core, pauses: Pauses, abandoned: Callable[[], None],
+                 unfinished: Callable[[], None]) -> None:
         self._core = core
         self._pauses = pauses
         self._abandoned = abandoned
+        self._unfinished = unfinished
         self.held: Held[Lease] = Held(core.owners, self._gone)
 
     def adopt(self, leases: list[Lease]) -> None:
@@ -187,5 +190,8 @@ class Leases:
         """Its process has ended; its pause goes the same way."""
         if lease.kind == "incoming" and self._core.state == "ready":
             self._abandoned()
+        elif lease.kind == "migration" and self._pauses.handed_over is not None:
+            self._core.save_if_possible()
+            self._unfinished()
         else:
             self._core.save_if_possible()

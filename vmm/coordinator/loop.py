@@ -19,14 +19,15 @@ import msgspec
 import zmq
 
 from ipc.layout import VcpuRequest, VcpuState
-from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
+from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull, SetMemslots
 from ipc.processid import ProcessId
-from ipc.shm import SegmentError
+from ipc.shm import SegmentError, list_segments, unlink_segment
 from ipc.steps import step
 from workers.zygote import Zygote
 
 from .. import boot, build, control, records, retrack
 from ..errors import ExitCode, VmmError
+from ..names import machine_prefix
 from ..reaper import Reaper
 from ..shards import Shard, Shards
 from ..spec import MachineSpec, RamSlot
@@ -44,9 +45,11 @@ from .limits import Limit, Limits, with_limits
 from .owners import Hold, unseen
 from .pauses import Pauses
 from .recording import Recording
+from .recovery import Recovery
 from .server import ControlServer, Handler
-from .status import cause_of, exit_code, machine_report, reason_text
+from .status import cause_of, exit_code, machine_report, machine_slots, reason_text
 from .tracking import TrackingSwitch
+from .writes import HostWrite, HostWrites
 
 __all__ = ["STOP_TIMEOUT", "Coordinator"]
 
@@ -74,8 +77,12 @@ class Coordinator:
 
     def _set_up(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None,
                 terminal: int) -> None:
-        self._journal = Journal(directory)
-        saved = self._journal.read() if zygote is None else None
+        saved: Saved | None = None
+        if zygote is None:
+            self._journal, saved = Journal.adopt(spec.name)
+        else:
+            self._journal = Journal.create(spec.name, spec.vcpus)
+        self._closing.callback(self._journal.close)
         # The machine keeps its image: a snapshot holds a copy, and a file that it came from may go.
         if spec.image:
             image = directory / "image"
@@ -83,9 +90,9 @@ class Coordinator:
                 build.copy_image(spec.image, image)
             spec = msgspec.structs.replace(spec, image=str(image))
         self.spec = spec
-        self._started = 0.0
+        self._started: float | None = None      # seconds of CLOCK_MONOTONIC
         self._elapsed_at_end: float | None = None
-        self._stop_asked = False
+        self._stopping = ExitReason.NONE        # why it is to end, if it is
         self._done = False
         self._turns = 0
         self._linger = spec.linger
@@ -97,19 +104,19 @@ class Coordinator:
         self._closing.callback(tracer.close)
         core = self.core = Core(spec, directory, tracer)
         self._closing.callback(core.owners.close)
-        core.save = self._save
         core.tell = self._tell
         self.tracking = TrackingSwitch(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         self.pauses = Pauses(core)
-        self.leases = Leases(core, self.pauses, self._go)
+        self.leases = Leases(core, self.pauses, self._go, Recovery(spec.name).begin)
         self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
-        self.recording = Recording(core)
+        self.recording = Recording(core, self.tracking)
+        self.writes = HostWrites(core)
         self.incoming = Incoming(core, self.tracking)
         if saved is None:
             core.parts = build.make_parts(spec, self.tracking.first())
         else:
-            core.parts = build.adopt_parts(spec, saved.slots, saved.clients, saved.tracking)
+            core.parts = build.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
         self._closing.callback(core.parts.close)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
@@ -143,6 +150,15 @@ class Coordinator:
                 return then(verb)
             return handler
 
+        def once(then: Handler) -> Handler:
+            """Of a verb that must not be carried out twice when a client asks again (it did not get the answer)."""
+            def handler(verb: control.Verb) -> dict[str, Any] | None:
+                if verb.request and verb.request in core.requests:
+                    return None
+                core.request = verb.request
+                return then(verb)
+            return handler
+
         return {
             control.Start: allowed(Change.START, lambda v: self._start()),
             control.Status: lambda v: self._final if self._final is not None else self._report(),
@@ -166,18 +182,20 @@ class Coordinator:
                 v.client, self._asker(v) if v.owner_start else None, v.like)),
             control.Unregister: lambda v: self.clients.unregister(v.client, self._server.asker),
             control.Sync: lambda v: self.clients.sync(v.client, v.again, self._server.asker),
+            control.Slots: lambda v: machine_slots(core),
             control.Mark: lambda v: self._mark(v),
             control.DirtyLimit: lambda v: self.limits.set(
                 v.pages_per_s, v.vcpu, Limit(v.token, v.why, self._asker(v)) if v.token else None),
             control.SetTracking: lambda v: self._set_tracking(v.tracking),
             control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
             control.LogStop: allowed(Change.UNLOG, lambda v: hotplug.set_logging(core, v.slot, False)),
-            control.RecordStart: lambda v: self.recording.start(self._asker(v)),
+            control.RecordStart: once(lambda v: self.recording.start(self._asker(v))),
             control.RecordStep: lambda v: {"going_on": self.recording.step(self._running(), self._server.asker)},
-            control.RecordStop: lambda v: self.recording.stop(self._server.asker),
-            control.MemoryAdd: allowed(Change.SLOTS, lambda v: hotplug.add_slot(
-                core, RamSlot(v.slot, v.gpa, v.size, v.log, born=time.time_ns()))),
-            control.MemoryRemove: allowed(Change.SLOTS, lambda v: hotplug.remove_slot(core, v.slot, force=v.force)),
+            control.RecordStop: once(lambda v: self.recording.stop(self._server.asker)),
+            control.MemoryAdd: once(allowed(Change.SLOTS, lambda v: hotplug.add_slot(
+                core, RamSlot(v.slot, v.gpa, v.size, v.log, born=core.new_generation())))),
+            control.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(
+                core, v.slot, force=v.force))),
         }
 
     # --- verbs that concern several of the parts ---------------------------------------------------
@@ -196,9 +214,15 @@ class Coordinator:
             self.pauses.give_back(token)
 
     def _mark(self, verb: control.Mark) -> None:
-        if verb.when != "after":        # one that began before a freeze is over before what is dirty is looked at
-            self.leases.require(Change.HOST_WRITE, verb.lease)
-        self.core.parts.log.mark(verb.slot, verb.first, verb.count)
+        if verb.when == "after":        # one that began before a freeze is over before what is dirty is looked at
+            return self.writes.end(verb.token)
+        self.leases.require(Change.HOST_WRITE, verb.lease)
+        if verb.when == "made":
+            return self.core.parts.log.mark(verb.slot, verb.first, verb.count, verb.born)
+        if verb.born is None:
+            raise VmmError("a write begins in a slot with its born")
+        self.writes.begin(HostWrite(verb.token, verb.why, self._asker(verb), verb.slot, verb.born, verb.first,
+                                    verb.count))
 
     def _set_tracking(self, asked: str) -> dict[str, Any]:
         if asked == "none":
@@ -213,6 +237,7 @@ class Coordinator:
 
     def _create(self, keeper_fd: int) -> None:
         core = self.core
+        core.write_journal = self._write_journal
         for shard in build.make_shards(core.parts):
             self.shards.spawn(shard, build.worker_spec(core.parts, shard.index, core.directory, keeper_fd))
         self.shards.start_paused()
@@ -222,22 +247,28 @@ class Coordinator:
                                           self._block, core.parts.usable)
             self._closing.callback(core.verifier.close)
         core.state = "ready"
-        self._save()
+        core.save()
         _log.info("%d vCPUs (%s) are ready", self.spec.vcpus, self.spec.accel)
 
     def _start(self) -> None:
         """Let the vCPUs enter the guest for the first time."""
         if self.core.state != "ready":
             return
-        self.core.state = "running"
         now = time.monotonic()
         self._started = now
+        try:
+            self.core.save()
+        except VmmError:
+            self._started = None
+            raise
+        step("start-committed")
+        self.core.state = "running"
         if self.spec.verify is not None:
             self._next_round = now + self.spec.verify.interval
         self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
         self.shards.resume_all()
+        step("start-resumed")
         self.core.parts.log.load_kernels()      # the guest runs already, and no ring is full so soon
-        self._save()
 
     def _recover(self, saved: Saved) -> None:
         """Carry on where a coordinator that died left off (invariant 5).
@@ -246,28 +277,28 @@ class Coordinator:
         is still in the rings; entries it had harvested and not reset are counted by the difference of
         the two totals. So one ordinary reap, of every ring, puts all of it right.
         """
-        core = self.core
+        core, holds = self.core, saved.holds
         self._restarts = saved.restarts + 1
-        self.recording.clear()
-        self._started = time.monotonic() - saved.elapsed if saved.started else 0.0
-        for shard in build.make_shards(core.parts):
+        self._started, self._elapsed_at_end = saved.started, saved.elapsed
+        self._stopping = ExitReason(saved.stopping)
+        core.generation = saved.generation
+        core.requests.extend(saved.requests)
+        for shard, process in zip(build.make_shards(core.parts), saved.workers, strict=True):
             shard.exited = saved.exits.get(shard.index)
             self.shards.all.append(shard)
             try:
                 if shard.control.state == VcpuState.DEAD:
                     raise ProcessLookupError
-                shard.watch(shard.control.pid)
+                shard.adopt(process)
             except ProcessLookupError:
                 shard.bury()
                 self.reaper.worker_died(shard)
-        if retrack.unfinished(core.parts, self.shards):
-            # The vCPUs stand still. They stay so with what is set here, until resume_all below.
-            self.shards.pause(self.shards.all)
-            retrack.fulfil(core.parts, self.shards)
-        elif self.spec.accel == "kvm":
-            self.shards.adopt_fds(core.live)
-        # Whatever the predecessor was in the middle of, everybody is stopped first.
-        self.shards.pause_all()
+        # Before anybody is waited for: a vCPU may be waiting for a page.
+        self.incoming.adopt(holds.incoming)
+        if core.reaper.only_full:
+            self._leave_alone()
+        else:
+            self._bring_into_line()
         if self.spec.verify is not None:
             core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
                                           self._block, core.parts.usable, saved.verification or Verification())
@@ -278,37 +309,75 @@ class Coordinator:
             if shard.control.state == VcpuState.EXITED and shard.exited is None:
                 shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
                                       shard.control.exit_code)
-            if core.parts.ring_entries:
-                self.reaper.full.add(shard.index)
-        self.reaper.drain()
         core.parts.log.publish()
-        holds = saved.holds
         self.clients.adopt(holds.clients)
-        self.incoming.adopt(holds.incoming)
-        core.state = "running" if saved.started else "ready"
+        self.writes.adopt(holds.writes)
+        core.state = "ready" if saved.started is None else "running"
         self.pauses.adopt(holds.user_paused, holds.pauses, holds.handed_over)
         self.leases.adopt(holds.leases)
         self.limits.adopt(holds.user_limits, holds.limits)
-        if saved.started:
+        step("take-over")
+        core.write_journal = self._write_journal
+        core.save()         # from here on it is this one's machine
+        step("take-over-committed")
+        self._sweep()
+        if self._stopping != ExitReason.NONE:
+            self._ask_to_end()
+        if saved.started is not None:
             self.shards.resume_all()    # those who want it to stand still have their own pause by now
-        core.save_if_possible()
         _log.info("has taken over, for the %d. time", self._restarts)
 
-    def _save(self) -> None:
+    def _bring_into_line(self) -> None:
+        """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the
+        slots and the tracking that the journal has, and what they have logged is reaped."""
         core = self.core
+        if retrack.unfinished(core.parts, self.shards):
+            # The vCPUs stand still. They stay so with what is set here, until they are resumed.
+            self.shards.pause(self.shards.all)
+            retrack.fulfil(core.parts, self.shards)
+        elif self.spec.accel == "kvm":
+            self.shards.adopt_fds(core.live)
+        self.shards.pause_all()
+        slots = core.parts.log.slots.values()
+        self.shards.request(core.live, lambda seq, s: SetMemslots(seq, [m.worker_spec(s.index) for m in slots]))
+        if core.parts.ring_entries:
+            self.reaper.full.update(s.index for s in self.shards.all)
+        self.reaper.drain()
+
+    def _leave_alone(self) -> None:
+        """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes.
+        Nor can the predecessor have been in the middle of anything that concerns them, but a pause."""
+        self.shards.expect_paused()
+        self.reaper.full.update(s.index for s in self.shards.all if s.control.state == VcpuState.RING_FULL)
+
+    def _sweep(self) -> None:
+        """Unlink what nobody has: segments that a predecessor had made and not written down, or struck out and not
+        removed."""
+        known = {*self._journal.segments, *self.core.parts.segments,
+                 *(self.core.verifier.segments if self.core.verifier is not None else ())}
+        for name in list_segments(machine_prefix(self.spec.name)):
+            if name not in known:
+                unlink_segment(name)
+                step("take-over-swept")
+
+    def _write_journal(self) -> None:
+        """Raises VmmError."""
+        core = self.core
+        log = core.parts.log
         self._journal.write(Saved(
-            slots=[slot.now for slot in core.parts.log.slots.values()], clients=core.parts.log.clients,
-            elapsed=self._elapsed(), started=self._started > 0,
-            verification=core.verifier.result if core.verifier else None,
+            restarts=self._restarts, generation=core.generation, requests=list(core.requests),
+            slots=[slot.now for slot in log.slots.values()], reused=sorted(log.reused), clients=log.saved_clients(),
+            holds=self._holds(), workers=[s.process for s in self.shards.all],
             exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
-            restarts=self._restarts, holds=self._holds(), tracking=core.parts.tracking,
-            asked_tracking=self.tracking.asked))
+            started=self._started, elapsed=self._elapsed_at_end, stopping=self._stopping,
+            tracking=core.parts.tracking, asked_tracking=self.tracking.asked,
+            verification=core.verifier.result if core.verifier else None))
 
     def _holds(self) -> Holds:
         pauses, limits = self.pauses, self.limits
         return Holds(user_paused=pauses.user, pauses=list(pauses.held), handed_over=pauses.handed_over,
                      leases=list(self.leases.held), user_limits=limits.user, limits=list(limits.held),
-                     clients=list(self.clients.held), incoming=self.incoming.owner)
+                     clients=list(self.clients.held), writes=list(self.writes.held), incoming=self.incoming.owner)
 
     # --- the loop -----------------------------------------------------------------------------
 
@@ -317,6 +386,8 @@ class Coordinator:
         while not self._done:
             self._turns += 1
             step("turn")
+            if self.core.unsaved:
+                self.core.save_if_possible()
             now = time.monotonic()
             if self._running():
                 self._run_due(now)
@@ -334,7 +405,7 @@ class Coordinator:
 
     def _run_due(self, now: float) -> None:
         """What is due in time, or asked for by a full ring."""
-        if self.spec.timeout is not None and now - self._started >= self.spec.timeout:
+        if self.spec.timeout is not None and self._elapsed() >= self.spec.timeout:
             self._stop(ExitReason.TIMEOUT)
         if self.reaper.full:
             self.reaper.wake("ring-full")
@@ -393,8 +464,8 @@ class Coordinator:
         idle = self.tracking.left(now)
         if idle is not None:
             waits.append(idle)
-        if self.spec.timeout is not None and not self._stop_asked:
-            waits.append(self._started + self.spec.timeout - now)
+        if self.spec.timeout is not None and self._stopping == ExitReason.NONE:
+            waits.append(self.spec.timeout - self._elapsed())
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 
     def _catch_signals(self) -> None:
@@ -429,6 +500,8 @@ class Coordinator:
                         "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
+        if self.reaper.recorder is not None:
+            self.reaper.recorder.miss()
         self.core.tell({"event": "ring-rebuilt", "vcpu": vcpu, "harvested": owed, "reset": reset,
                         "pages_marked": pages})
 
@@ -464,16 +537,22 @@ class Coordinator:
 
     def _stop(self, reason: ExitReason) -> None:
         """Ask every vCPU to end. They do so at once, paused or not."""
-        if self._stop_asked or self.core.state != "running":
+        if self._stopping != ExitReason.NONE or self.core.state != "running":
             return
-        self._stop_asked = True
+        self._stopping = reason
+        self.core.save_if_possible()
+        step("stop-saved")
+        self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
         for shard in self.shards.all:
             if shard.running:
-                shard.control.stop_reason = reason
+                shard.control.stop_reason = self._stopping
                 shard.control.request |= VcpuRequest.STOP
                 shard.kick()
                 if self.core.pages_missing:     # it may wait for a page that never comes
                     shard.signal(signal.SIGKILL)
+                step("stop-asked")
 
     def _stop_or_go(self) -> None:
         self._stop(ExitReason.STOPPED)
@@ -499,6 +578,7 @@ class Coordinator:
         """The machine has ended: its report stays, here while the machine lingers, and on disk."""
         self._elapsed_at_end = self._elapsed()
         self.core.state = "ended"
+        self.core.save_if_possible()
         self._final = {**self._report(), "exit_code": int(code), "cause": cause, "ended_at": records.now()}
         try:
             records.write_report(self.spec.name, self._final)
@@ -511,7 +591,7 @@ class Coordinator:
         """Seconds since the start."""
         if self._elapsed_at_end is not None:
             return self._elapsed_at_end
-        return time.monotonic() - self._started if self._started else 0.0
+        return time.monotonic() - self._started if self._started is not None else 0.0
 
     def _report(self) -> dict[str, Any]:
         return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),

@@ -115,7 +115,7 @@ class Pauses:
 
     def hand_over(self, handed_over: HandedOver | None) -> None:
         """Stay paused whatever becomes of who asks, and of this coordinator; None takes that back. May be repeated.
-        Raises OSError with nothing changed."""
+        Raises VmmError with nothing changed."""
         before = self.handed_over
         self.handed_over = handed_over
         try:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from ipc.processid import ProcessId
-from ipc.shm import unlink_segment
+from ipc.steps import step
 
 from ..errors import VmmError
-from ..names import segment_name
-from ..record import QUEUE, Recorder
+from ..record import Recorder
 from .core import Core
 from .owners import Watch, unseen
+from .tracking import TrackingSwitch
 
 __all__ = ["Recording"]
 
 
 class Recording:
-    def __init__(self, core: Core) -> None:
-        self._core = core
-        self._owner: Watch | None = None
+    """It ends with the coordinator: whoever takes over removes its segment, and the trace says that it was
+    interrupted."""
 
-    def clear(self) -> None:
-        """After a coordinator that died: a recording ends with it."""
-        unlink_segment(segment_name(self._core.spec.name, QUEUE))
+    def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
+        self._core = core
+        self._tracking = tracking
+        self._owner: Watch | None = None
 
     @property
     def owner(self) -> ProcessId | None:
@@ -29,17 +29,22 @@ class Recording:
         return self._owner.process if self._owner is not None else None
 
     def start(self, owner: ProcessId) -> None:
-        """Until ``stop`` or the end of process ``owner``. Raises VmmError."""
+        """Until ``stop`` or the end of process ``owner``. Raises VmmError and SegmentError."""
         core = self._core
         core.require_not_ended()
-        if not core.spec.ring_entries:
-            raise VmmError(f"machine '{core.spec.name}' has plain dirty bitmaps, which do not say which "
-                           "page came after which: a trace needs rings (dirty_ring_size)")
         if core.reaper.recorder is not None:
             pid = self._owner.process.pid if self._owner is not None else 0
             raise VmmError(f"machine '{core.spec.name}' is being recorded already (pid {pid})")
+        self._tracking.choose(recorded=True)
+        if not core.parts.ring_entries:
+            how = (f"vmm tracking {core.spec.name} ring" if core.spec.ring_entries
+                   else "launch it with a dirty_ring_size")
+            raise VmmError(f"machine '{core.spec.name}' has tracking {core.parts.tracking}, which does not say "
+                           f"which page came after which: a trace needs dirty rings ({how})")
         core.flush()        # what was dirtied before does not belong to it
+        step("record-start")
         core.reaper.recorder = Recorder(core.spec.name, core.parts.log.tables[0])
+        step("record-started")
         try:
             self._owner = core.owners.watch(owner, self.close)
         except ProcessLookupError:
@@ -48,6 +53,7 @@ class Recording:
         except VmmError:
             self.close()
             raise
+        core.carried_out()
 
     def step(self, running: bool, asker: int) -> bool:
         """Reap now; False when the machine has ended. ``asker``: pid of who asks, whose recording it must be.
@@ -61,7 +67,10 @@ class Recording:
         """Flush, and end it. Raises VmmError."""
         self._require_recording(asker)
         self._core.flush()
+        step("record-stop")
         self.close()
+        self._core.carried_out()
+        step("record-stopped")
 
     def _require_recording(self, asker: int) -> None:
         if self._core.reaper.recorder is None:

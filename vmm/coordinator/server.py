@@ -170,7 +170,9 @@ class ControlServer:
                 return None
             self._before()
             step("verb")
-            return _encode({"id": number, "result": self._verbs[type(verb)](verb) or {}})
+            result = self._verbs[type(verb)](verb)
+            step("verb-carried-out")
+            return _encode({"id": number, "result": result or {}})
         except VmmError as exc:
             return _error(getattr(exc, "request_id", number), str(exc), exc.exit_code)
         except SegmentError as exc:

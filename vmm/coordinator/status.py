@@ -14,7 +14,7 @@ from ..errors import ExitCode
 from ..shards import Shard
 from .core import Core
 
-__all__ = ["cause_of", "exit_code", "machine_report", "reason_text"]
+__all__ = ["cause_of", "exit_code", "machine_report", "machine_slots", "reason_text"]
 
 _CRASHES = frozenset({ExitReason.TRIPLE_FAULT, ExitReason.EXCEPTION, ExitReason.BAD_ADDRESS,
                       ExitReason.UNKNOWN_PORT, ExitReason.INTERNAL_ERROR, ExitReason.HALT})
@@ -27,7 +27,8 @@ def reason_text(reason: ExitReason) -> str:
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
                    restarts: int, turns: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
     """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds; ``turns``:
-    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None."""
+    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None. What is not over has
+    no exit code: None, of the machine and of each vCPU."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
     verification: dict[str, Any] | None = None
     if core.verifier is not None:
@@ -35,7 +36,7 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
     return {
         "name": spec.name, "state": "paused" if paused and core.state == "running" else core.state,
         "elapsed_s": round(elapsed, 6),
-        "exit_code": int(exit_code(core)), "accelerator": spec.accel,
+        "exit_code": int(exit_code(core)) if core.state == "ended" else None, "accelerator": spec.accel,
         "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
         "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
         "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
@@ -54,12 +55,21 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
     }
 
 
+def machine_slots(core: Core) -> dict[str, Any]:
+    """The memory as it is now, for whoever is going to look at it."""
+    return {"slots": {str(i): {"gpa": s.spec.gpa, "size": s.spec.size, "born": s.spec.born, "logged": s.logged,
+                               "ram": s.ram.name} for i, s in core.parts.log.slots.items()},
+            "accelerator": core.spec.accel, "incoming": core.pages_missing}
+
+
 def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
     block, exited = shard.control, shard.exited
+    reason = ExitReason(block.exit_reason)
+    over = reason != ExitReason.NONE
     return {
-        "index": shard.index, "pid": block.pid, "accelerator": core.spec.accel,
+        "index": shard.index, "pid": shard.pid, "accelerator": core.spec.accel,
         "state": VcpuState(block.state).name.lower().replace("_", "-"),
-        "exit_reason": reason_text(ExitReason(block.exit_reason)), "exit_code": block.exit_code,
+        "exit_reason": reason_text(reason) if over else None, "exit_code": block.exit_code if over else None,
         "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
         "dirty_pages": block.dirty_pages, "ring_full_exits": block.ring_full_exits,
         "resets": block.resets, "reset_s": block.reset_ns / 1e9, "ring_rebuilds": block.ring_rebuilds,

@@ -30,7 +30,7 @@ class TrackingSwitch:
         if self.asked != "auto":
             return self.asked
         spec = self._core.spec
-        return self._auto.first(logged=spec.verify is not None, limited=any(spec.quotas))
+        return self._auto.first(logged=spec.verify is not None, ring=any(spec.quotas))
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
@@ -43,6 +43,9 @@ class TrackingSwitch:
         core.require_not_ended()
         core.require_whole_memory()
         check_tracking(asked, core.spec.accel, core.spec.ring_entries)
+        if asked not in ("ring", "auto") and core.reaper.recorder is not None:
+            raise VmmError(f"machine '{core.spec.name}' is being recorded (vmm trace record), which needs dirty "
+                           "rings: end that first")
         if asked not in ("ring", "auto") and self._limited():
             what = f"by {', '.join(limits)}: wait for that" if limits else (
                 f"cancel it first (vmm dirty-limit cancel {core.spec.name})")
@@ -51,10 +54,14 @@ class TrackingSwitch:
         mode = asked
         if asked == "auto":
             self._auto = AutoTracking()
-            mode = self._auto.first(logged=bool(core.parts.log.clients), limited=self._limited())
-        seconds = self.switch(mode)
-        self.asked = asked
-        core.save()
+            mode = self._auto.first(logged=bool(core.parts.log.clients), ring=self._ring_needed())
+        asked_before, self.asked = self.asked, asked    # written down with the first step of the switch
+        try:
+            seconds = self.switch(mode)
+            core.save()
+        except (VmmError, SegmentError):
+            self.asked = asked_before
+            raise
         return {"before": before, "tracking": core.parts.tracking, "asked": asked, "seconds": seconds}
 
     def switch(self, mode: str) -> float:
@@ -75,13 +82,14 @@ class TrackingSwitch:
         core.tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
         return now - began
 
-    def choose(self, *, logged: bool = False, limited: bool = False) -> None:
-        """Tracking auto: as it is best now, or with a client or a dirty limit that is about to come."""
+    def choose(self, *, logged: bool = False, limited: bool = False, recorded: bool = False) -> None:
+        """Tracking auto: as it is best now, or with a client, a dirty limit or a recording that is about to
+        come."""
         core = self._core
         if self.asked == "auto" and not core.pages_missing:
+            ring = self._ring_needed() or ((limited or recorded) and core.spec.ring_entries > 0)
             self.switch(self._auto.choose(time.monotonic(), core.parts.tracking,
-                                          logged=logged or bool(core.parts.log.clients),
-                                          limited=limited or self._limited()))
+                                          logged=logged or bool(core.parts.log.clients), ring=ring))
 
     def choose_or_keep(self) -> None:
         """``choose``, by itself: where that fails, it stays as it is, and for good."""
@@ -90,13 +98,17 @@ class TrackingSwitch:
             self.choose()
         except (VmmError, SegmentError) as exc:
             self.asked = core.parts.tracking
-            core.save()
+            core.save_if_possible()
             core.tell({"event": "warning", "text": f"tracking is {self.asked} from now on: {exc}"})
 
     def require_log(self) -> None:
         """Raises VmmError."""
         if self._core.parts.tracking == "none":
             raise not_logged(self._core.spec.name)
+
+    def _ring_needed(self) -> bool:
+        """By a dirty limit, or a recording."""
+        return self._limited() or self._core.reaper.recorder is not None
 
     def _limited(self) -> bool:
         return any(s.control.dirty_quota for s in self._core.shards.all)

@@ -57,5 +57,5 @@ def set_states(core: Core, vcpus: list[dict[str, Any]]) -> None:
     core.require_not_started()
     states = [plain_state(state) for state in _checked(vcpus, core)]
     core.shards.request(core.shards.all, lambda seq, s: SetState(seq, states[s.index]))
-    if core.verifying:
-        core.verify_from_here()
+    if core.verifying and core.verifier is not None:
+        core.verifier.restart()

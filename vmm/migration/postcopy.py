@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,15 @@ from ipc.channel import FdListener
 from ipc.shm import Segment
 from ipc.userfault import Userfault, UserfaultError
 
-from .errors import VmmError
-from .machine import Machine
-from .names import segment_name
-from .runtime import machine_dir
+from ..errors import VmmError
+from ..machine import Machine
+from ..runtime import machine_dir
+from .pages import PAGE
 
-__all__ = ["Missing", "Wanted"]
+__all__ = ["MissingPages", "Wanted"]
 
-PAGE = 4096
 _FD_TIMEOUT = 10.0
+_SOCKET = "faults"         # no longer than the names that vmm.runtime leaves room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Wanted:
     page: int
 
 
-class Missing:
+class MissingPages:
     """The missing pages of a machine that has not started yet. ``with`` it; ``pages`` {slot id: bool[pages]}."""
 
     def __init__(self, machine: Machine, pages: dict[int, NDArray[np.bool_]]) -> None:
@@ -67,23 +67,53 @@ class Missing:
         self._segments: dict[int, Segment] = {}
         for slot, missing in self._missing.items():
             # A mapping of our own: the machine's views of it may be looked at, this one never is.
-            segment = self._open.enter_context(Segment.open(segment_name(machine.name, f"ram{slot}")))
-            for first, count in _runs(missing):
-                segment.buf.madvise(mmap.MADV_REMOVE, first * PAGE, count * PAGE)
-            self._own.register(segment.address, segment.size)
+            segment = self._open.enter_context(Segment.open(machine.ram_segment(slot)))
             self._segments[slot] = segment
-        listener = FdListener(machine_dir(machine.name) / "userfault")
+            self._make_holes(slot, missing)
+            self._own.register(segment.address, segment.size)
+        listener = FdListener(machine_dir(machine.name) / _SOCKET)
         try:
             self._addresses = machine.incoming(str(listener.path))
             self.faults: dict[int, tuple[int, Userfault]] = {}      # {fd: (vCPU, its userfaultfd)}
-            for _ in self._addresses:
+            waiting = set(range(len(self._addresses)))
+            while waiting:
                 index, fd = listener.receive(_FD_TIMEOUT)
-                self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                if index in waiting:
+                    self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                    waiting.discard(index)
+                else:       # the same once more: the request was repeated
+                    os.close(fd)
         finally:
             listener.close()
 
+    @property
+    def slots(self) -> Container[int]:
+        """Those that may miss pages."""
+        return self._segments
+
+    def add(self, pages: dict[int, NDArray[np.bool_]]) -> None:
+        """These are missing too, since they have changed at the source; before the start."""
+        for slot, bits in pages.items():
+            if slot not in self._segments:
+                raise VmmError(f"post-copy: slot {slot} was whole before")
+            self._make_holes(slot, bits)
+            self.left += int((bits & ~self._missing[slot]).sum())
+            self._missing[slot] |= bits
+
+    def _make_holes(self, slot: int, bits: NDArray[np.bool_]) -> None:
+        for first, count in _runs(bits):
+            self._segments[slot].buf.madvise(mmap.MADV_REMOVE, first * PAGE, count * PAGE)
+
+    def some(self, count: int) -> list[Wanted]:
+        """Some that have not come, so many at most: they may have been lost on their way."""
+        for slot, bits in self._missing.items():
+            if len(numbers := np.flatnonzero(bits)[:count]):
+                return [Wanted(slot, page) for page in numbers.tolist()]
+        return []
+
     def wanted(self, fd: int) -> list[Wanted]:
-        """After ``fd`` (of ``faults``) has become readable: the pages to ask for, that were not asked for yet."""
+        """Through ``fd`` (of ``faults``), which may be readable: the pages to ask for, that were not asked for
+        yet."""
         vcpu, userfault = self.faults[fd]
         found = []
         for address in userfault.faults():
@@ -152,7 +182,7 @@ class Missing:
     def close(self) -> None:
         self._open.close()
 
-    def __enter__(self) -> Missing:
+    def __enter__(self) -> MissingPages:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,0 +1,280 @@
+"""Both ends of a migration for tests: real ones in threads and processes, and played ones that say what the test
+wants said."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import zmq
+import zstandard
+from machines import machine_processes, until
+
+from ipc.shm import list_segments
+from vmm import receive
+from vmm.errors import VmmError
+from vmm.machine import Machine
+from vmm.migration import wire
+from vmm.migration.addresses import parse_address
+from vmm.migration.pages import PAGE, Packer
+from vmm.migration.sockets import Connection, connect, listen
+from vmm.names import machine_prefix
+from vmm.runtime import machine_dir
+from vmm.spec import MachineSpec
+
+TIMEOUT = 60.0
+
+_T = TypeVar("_T")
+
+
+class Receiver(threading.Thread):
+    """``receive`` in a thread of its own."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        super().__init__(daemon=True)       # a test that has failed does not wait for it
+        self._arguments = (address, {"name": "target", **options})
+        self._listening = threading.Event()
+        self.at = ""
+        self.machine: Machine | None = None
+        self.error: BaseException | None = None
+        self.refused: list[str] = []
+        self.start()
+        assert self._listening.wait(TIMEOUT)
+
+    def run(self) -> None:
+        address, options = self._arguments
+        try:
+            self.machine = receive.receive(address, waiting=self._listens, refused=self.refused.append, **options)
+        except BaseException as exc:
+            self.error = exc
+        finally:
+            self._listening.set()
+
+    def _listens(self, at: str) -> None:
+        self.at = at
+        self._listening.set()
+
+    def result(self) -> Machine:
+        self.join(TIMEOUT)
+        assert self.error is None, self.error
+        assert self.machine is not None
+        return self.machine
+
+    def failure(self) -> str:
+        """Why nothing was received; nothing of it is left."""
+        self.join(TIMEOUT)
+        assert self.machine is None
+        assert isinstance(self.error, VmmError), self.error
+        until(lambda: nothing_left("target"), "nothing is left of the target's machine")
+        return str(self.error)
+
+
+def nothing_left(name: str) -> bool:
+    return (not machine_processes(name) and not list_segments(machine_prefix(name))
+            and not machine_dir(name).exists())
+
+
+def vmm(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "vmm", *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def receiver_process(address: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """``vmm receive``, which waits by now."""
+    process = vmm("receive", address, "--name", "target", *arguments)
+    assert process.stderr is not None
+    assert "waiting at" in process.stderr.readline()
+    return process
+
+
+def goes_on(machine: Machine) -> None:
+    """It runs, and nothing of a migration is left on it."""
+    until(lambda: machine.status()["state"] == "running", "it runs on")
+    machine.register("after")
+    until(lambda: machine.sync("after").pages > 0, "the guest dirties pages")
+    machine.unregister("after")
+    until(lambda: not [c for c in machine.status()["clients"] if c.startswith("migrate")], "its client has gone")
+    until(lambda: all(v["dirty_limit_pages_per_s"] == 0 for v in machine.status()["vcpus"]), "its limits have gone")
+
+
+@contextlib.contextmanager
+def touched(name: str) -> Iterator[None]:
+    """Meanwhile some pages of the machine are dirtied all the time: after every round something is left."""
+    over = threading.Event()
+
+    def touch() -> None:
+        with contextlib.suppress(VmmError), Machine.attach(name) as machine:
+            while not over.wait(0.001):
+                machine.mark_dirty(0, 1200, 8)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# --- played ends
+# ----------------------------------------------------------------------------------------------------
+
+
+def spec_of(machine: Machine) -> MachineSpec:
+    """Of a paused machine, as a source offers it."""
+    return msgspec.convert(machine.state()["spec"], MachineSpec)
+
+
+class PlayedSource:
+    """Speaks the protocol to a real target as the test tells it to. ``with`` it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = parse_address(address)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._connections: list[Connection] = []
+        self.token = secrets.token_hex(16)
+        self.sock = self.connect()
+
+    def connect(self) -> zmq.Socket[bytes]:
+        """One more connection, which says nothing yet."""
+        connection = connect(self._context, self._address, None, until=time.monotonic() + TIMEOUT)
+        self._connections.append(connection)
+        return connection.sock
+
+    def say(self, *messages: wire.Wire, sock: zmq.Socket[bytes] | None = None) -> None:
+        for message in messages:
+            (sock or self.sock).send_multipart(wire.frames(message), zmq.DONTWAIT)
+
+    def hear(self, kind: type[_T], sock: zmq.Socket[bytes] | None = None) -> _T:
+        """The next answer of this kind; no other may come before, but Alive."""
+        sock = sock or self.sock
+        while True:
+            assert sock.poll(int(TIMEOUT * 1000)), f"no {kind.__name__}"
+            answer = wire.decode_answer(sock.recv_multipart())
+            if isinstance(answer, kind):
+                return answer
+            assert isinstance(answer, wire.Alive), answer
+
+    def offer(self, spec: MachineSpec, *, postcopy: bool = False, **changes: Any) -> None:
+        """Sent, not answered yet."""
+        fields = {"version": wire.VERSION, "program": "0", "token": self.token, "spec": spec,
+                  "postcopy": postcopy, **changes}
+        self.say(wire.Offer(**{"image": fields.get("image") or Path(spec.image).read_bytes(), **fields}))
+
+    def offered(self, spec: MachineSpec, **changes: Any) -> None:
+        """And accepted."""
+        self.offer(spec, **changes)
+        self.hear(wire.Received)
+        self.hear(wire.Accept)
+
+    def page(self, number: int, fill: int, *, round_: int = 0, sock: zmq.Socket[bytes] | None = None) -> None:
+        """One page of slot 0, all of these bytes."""
+        memory = np.full(PAGE * (number + 1), fill, np.uint8)
+        for message, data in Packer("none").pack(round_, 0, memory, np.array([number])):
+            (sock or self.sock).send_multipart([*wire.frames(message), data])
+
+    def state(self, machine: Machine, **changes: Any) -> wire.State:
+        """As the machine, which is paused, has it; for a target that was offered ``spec_of`` it."""
+        fields = {"system": zstandard.ZstdCompressor().compress(machine.system().tobytes()),
+                  "vcpus": machine.state()["vcpus"], "spec": spec_of(machine), "paused": False, **changes}
+        return wire.State(**fields)
+
+    def commit(self) -> wire.Commit:
+        return wire.Commit(wire.VERSION, self.token)
+
+    def leave(self) -> None:
+        """Close every connection, without a word."""
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+
+    def __enter__(self) -> PlayedSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 tb: TracebackType | None) -> None:
+        self.leave()
+        self._context.term()
+
+
+class PlayedTarget(threading.Thread):
+    """Answers a real source as a good target would, but for what ``replies`` has: {type of message: what is said
+    instead}, a list of answers (bytes: a frame as it is), or a function of the message that gives one. Ends with
+    ``close``."""
+
+    def __init__(self, address: str, replies: dict[type[wire.Wire], Any] | None = None) -> None:
+        super().__init__(daemon=True)
+        self._replies = replies or {}
+        self._over = threading.Event()
+        self._listening = threading.Event()
+        self._address = parse_address(address, listen=True)
+        self._arrived: dict[int, int] = {}
+        self._expected: dict[int, int] = {}
+        self.seen: list[wire.Wire] = []
+        self.start()
+        assert self._listening.wait(TIMEOUT)
+
+    def run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        with listen(context, self._address, None) as sock:
+            self._listening.set()
+            peer = b""
+            while not self._over.is_set():
+                if not sock.poll(50):
+                    continue
+                who, frame, digest, *_ = sock.recv_multipart()
+                message = wire.decode_message(frame, digest)
+                self.seen.append(message)
+                if isinstance(message, wire.Offer | wire.Commit):
+                    peer = who
+                for answer in self._answers(message):
+                    sock.send_multipart([peer, answer] if isinstance(answer, bytes) else [peer,
+                    *wire.frames(answer)])
+        context.term()
+
+    def _answers(self, message: wire.Wire) -> list[Any]:
+        if (reply := self._replies.get(type(message))) is not None:
+            return list(reply(message) if callable(reply) else reply)
+        match message:
+            case wire.Offer():
+                return [wire.Received(), wire.Accept()]
+            case wire.Pages(round=number):
+                self._arrived[number] = self._arrived.get(number, 0) + 1
+                return self._barrier(number)
+            case wire.RoundEnd(round=number, messages=messages):
+                self._expected[number] = messages
+                return self._barrier(number)
+            case wire.State():
+                return [wire.Prepared()]
+            case wire.Commit():
+                return [wire.Running()]
+        return []
+
+    def _barrier(self, number: int) -> list[wire.Wire]:
+        if self._expected.get(number) != self._arrived.get(number, 0):
+            return []
+        del self._expected[number]
+        return [wire.RoundAck(number)]
+
+    def has(self, kind: type[wire.Wire]) -> bool:
+        return any(isinstance(message, kind) for message in self.seen)
+
+    def close(self) -> None:
+        self._over.set()
+        self.join(TIMEOUT)
+
+    def __enter__(self) -> PlayedTarget:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

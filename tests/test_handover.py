@@ -1,0 +1,276 @@
+"""Who runs a machine when one of those who move it dies, step by step: never two, never none (docs/protocol.md has
+the table)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machines import spec, until
+from migrations import TIMEOUT, Receiver, goes_on, nothing_left, receiver_process, vmm
+
+from ipc.steps import STEPS
+from vmm import migrate
+from vmm.errors import VmmError
+from vmm.machine import Machine
+from vmm.migrate import MigrationError, Options
+from vmm.migration import source as source_module
+from vmm.migration import target as target_module
+
+WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What processes that are started from now on look into at each step."""
+    folder = tmp_path / "steps"
+    folder.mkdir()
+    monkeypatch.setenv("VMM_STEPS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def address(runtime_dir: Path) -> Iterator[str]:
+    path = runtime_dir / "migrate"
+    yield f"ipc://{path}"
+    path.unlink(missing_ok=True)        # of a receiver that was killed
+
+
+class Watch(threading.Thread):
+    """Looks all the time whether both machines run. The target's first: it never stops by itself, so if it ran and
+    the source's does afterwards, they did so together."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._over = threading.Event()
+        self.both = False
+        self.start()
+
+    def run(self) -> None:
+        attached: dict[str, Machine] = {}
+        while not self._over.wait(0.02):
+            self.both |= all(self._runs(name, attached) for name in ("target", "source"))
+        for machine in attached.values():
+            machine.detach()
+
+    @staticmethod
+    def _runs(name: str, attached: dict[str, Machine]) -> bool:
+        try:
+            if name not in attached:
+                attached[name] = Machine.attach(name)
+            return str(attached[name].status()["state"]) == "running"
+        except VmmError:
+            if name in attached:
+                attached.pop(name).detach()
+            return False
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._over.set()
+        self.join()
+        if kind is None:
+            assert not self.both, "both ran"
+
+
+def running(name: str) -> bool:
+    with contextlib.suppress(VmmError), Machine.attach(name) as machine:
+        return str(machine.status()["state"]) == "running"
+    return False
+
+
+def works(machine: Machine) -> None:
+    machine.register("after")
+    until(lambda: machine.sync("after").pages > 0, "the guest dirties pages")
+
+
+def killed(process: subprocess.Popen[str]) -> None:
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == -signal.SIGKILL, (process.returncode, out, err)
+
+
+SOURCE_STEPS = STEPS["migration, its source"]
+BEFORE = SOURCE_STEPS[:SOURCE_STEPS.index("migrate-handed-over")]
+AFTER = SOURCE_STEPS[SOURCE_STEPS.index("migrate-handed-over"):]
+
+
+@pytest.mark.parametrize("step", BEFORE)
+def test_a_source_that_is_killed_before_the_hand_over_leaves_the_machine_running(
+        step: str, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_module, "_UNDECIDED", 1.0)
+    with Machine.launch(WALK) as machine, Watch():
+        receiver = Receiver(address, accel="unicorn")
+        (steps / f"kill-{step}").touch()
+        killed(vmm("migrate", "source", address))
+        goes_on(machine)
+        assert "source" in receiver.failure()
+        goes_on(machine)
+
+
+@pytest.mark.parametrize("postcopy", [pytest.param(False, id="precopy"),
+                                      pytest.param(True, id="postcopy", marks=pytest.mark.postcopy)])
+@pytest.mark.parametrize("step", AFTER)
+def test_a_source_that_is_killed_after_the_hand_over_is_replaced(
+        step: str, postcopy: bool, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if step == "migrate-done":      # nobody comes any more
+        monkeypatch.setattr(target_module, "_HEARD", 1.0)
+    with Machine.launch(WALK) as machine, Watch():
+        receiver = Receiver(address, accel="unicorn")
+        (steps / f"kill-{step}").touch()
+        more = ("--postcopy", "--downtime", "1us") if postcopy else ()
+        killed(vmm("migrate", "source", address, *more))
+        with receiver.result() as moved:
+            works(moved)
+            until(lambda: machine.status()["state"] == "ended", "the source's machine has ended")
+
+
+def test_whoever_takes_over_from_a_killed_source_may_be_killed_too(steps: Path, address: str) -> None:
+    with Machine.launch(WALK) as machine, Watch():
+        receiver = Receiver(address, accel="unicorn")
+        (steps / "kill-migrate-handed-over").touch()
+        (steps / "kill-migrate-commit").touch()
+        (steps / "kill-migrate-stop").touch()
+        killed(vmm("migrate", "source", address))
+        with receiver.result() as moved:
+            works(moved)
+            until(lambda: machine.status()["state"] == "ended", "the source's machine has ended")
+    assert not list(steps.iterdir())
+
+
+@pytest.mark.parametrize("step", [*STEPS["lease"], *STEPS["freeze"], *STEPS["hand over"], "pause-noted"])
+def test_a_coordinator_that_is_killed_in_the_hand_over_is_replaced(step: str, steps: Path, address: str) -> None:
+    """The source's. The migration goes on with the next."""
+    with Machine.launch(WALK) as machine, Watch():
+        receiver = Receiver(address, accel="unicorn")
+        (steps / f"kill-{step}").touch()
+        migrate.migrate(machine, address)
+        assert not list(steps.iterdir()), "nobody was killed"
+        with receiver.result() as moved:
+            works(moved)
+
+
+@pytest.mark.parametrize("detach", [False, True], ids=["foreground", "detach"])
+@pytest.mark.parametrize("step", STEPS["migration, its target"])
+def test_a_receiver_that_is_killed_after_commit_leaves_the_source_to_a_person(
+        step: str, detach: bool, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody at the source can know whether the machine had begun there: it stays paused, and says so."""
+    monkeypatch.setattr(source_module, "_NOBODY_PATIENCE", 1.0)
+    runs_there = detach and step == "receive-started"
+    with Machine.launch(WALK) as machine:
+        with Watch():
+            (steps / f"kill-{step}").touch()
+            process = receiver_process(address, "--accel", "unicorn", *(["--detach"] if detach else []))
+            with pytest.raises(MigrationError, match="was handed over, and stays paused here") as failure:
+                migrate.migrate(machine, address)
+            killed(process)
+            assert "vmm resume source --force" in str(failure.value)
+            assert machine.status()["state"] == "paused"
+            if runs_there:
+                with Machine.attach("target") as moved:
+                    works(moved)
+                    moved.stop()
+            until(lambda: nothing_left("target"), "the target's machine is gone")
+        with pytest.raises(VmmError, match="was handed over"):
+            machine.resume()
+        with pytest.raises(MigrationError, match="nobody listens there"):
+            migrate.recover(machine)
+        with pytest.raises(VmmError, match="was handed over"):
+            migrate.migrate(machine, address)
+        machine.resume(force=True)
+        goes_on(machine)
+        with pytest.raises(VmmError, match="was not handed over"):
+            migrate.recover(machine)
+
+
+@pytest.mark.parametrize("detach", [False, True], ids=["foreground", "detach"])
+def test_a_receiver_that_is_killed_before_commit_leaves_nothing(detach: bool, address: str) -> None:
+    """At any moment of pre-copy, and the machine that was arriving goes with it."""
+    process = receiver_process(address, "--accel", "unicorn", *(["--detach"] if detach else []))
+
+    def kill_soon(report: migrate.Report) -> None:
+        if report.status == "active":
+            process.kill()
+
+    with Machine.launch(WALK) as machine:
+        with pytest.raises(MigrationError):
+            migrate.migrate(machine, address, Options(bandwidth=2e6), progress=kill_soon)
+        killed(process)
+        goes_on(machine)
+        until(lambda: nothing_left("target"), "the target's machine is gone")
+
+
+def test_a_refusal_at_the_last_moment_gives_the_machine_back(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target cannot start it, ends it, and then says so."""
+    receiver = Receiver(address, accel="unicorn")
+    with Machine.launch(WALK) as machine, Watch():
+        seen: list[str] = []
+
+        def refuse_to_start(machine: Machine) -> None:
+            raise VmmError("its coordinator did not answer within 30 s")
+
+        def watch(report: migrate.Report) -> None:
+            if report.status == "device" and not seen:
+                seen.append(report.status)
+                monkeypatch.setattr(Machine, "start", refuse_to_start)
+
+        with pytest.raises(MigrationError, match="refused at the last moment: its coordinator did not answer"):
+            migrate.migrate(machine, address, progress=watch)
+        goes_on(machine)
+        assert "did not answer" in receiver.failure()
+
+
+def test_a_connection_that_breaks_at_the_hand_over_is_made_anew(address: str, runtime_dir: Path) -> None:
+    """Commit is on its way when it breaks; the answer comes through the next."""
+    from test_migration_sockets import Relay
+
+    receiver = Receiver(address, accel="unicorn")
+    relays: list[Relay] = []
+    path = runtime_dir / "relay"
+    with contextlib.ExitStack() as stack, Machine.launch(WALK) as machine, Watch():
+
+        def watch(report: migrate.Report) -> None:
+            if report.status == "handed-over" and len(relays) == 1:
+                relays[0].close_connections()
+
+        relays.append(stack.enter_context(Relay(receiver.at, path)))
+        report = migrate.migrate(machine, f"ipc://{path}", progress=watch)
+        assert report.status == "completed"
+        with receiver.result() as moved:
+            works(moved)
+    path.unlink(missing_ok=True)
+
+
+def test_nothing_cancels_a_machine_that_was_handed_over(steps: Path, address: str) -> None:
+    """Neither a signal nor the verb: both say so, and the machine arrives."""
+    with Machine.launch(WALK) as machine, Watch():
+        process = receiver_process(address, "--accel", "unicorn", "--detach")
+        os.kill(process.pid, signal.SIGCONT)
+        source = vmm("migrate", "source", address, "--bandwidth", "8MB/s")
+        until(lambda: bool(status_of(machine)), "begun")
+        until(lambda: running("target") or status_of(machine) == "device" or source.poll() is not None,
+              "at the end")
+        source.send_signal(signal.SIGTERM)
+        _out, _err = source.communicate(timeout=TIMEOUT)
+        if source.returncode:       # it came just in time
+            goes_on(machine)
+            process.kill()
+        else:
+            until(lambda: running("target"), "it has arrived")
+            with Machine.attach("target") as moved:
+                moved.stop()
+        process.communicate(timeout=TIMEOUT)
+
+
+def status_of(machine: Machine) -> str:
+    from vmm.migration.status import load_status
+
+    with contextlib.suppress(VmmError):
+        return str(load_status(machine.name)["status"])
+    return ""

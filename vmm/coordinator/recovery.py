@@ -1,0 +1,47 @@
+"""A migration whose process was killed after the machine had been handed over is finished by another.
+
+The machine stands still here, and the target may never have been told to run it: without somebody who tells it,
+nobody would. That is a client's process like the one that died (vmm/migration/recoverer.py), so the coordinator
+does no more than start it; it takes the lease that the dead one had, or leaves that to a user who was quicker.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import deque
+
+from ipc.process import python_module
+
+__all__ = ["Recovery"]
+
+_TRIES = 5                  # within
+_SECONDS = 60.0
+
+
+class Recovery:
+    """``begin`` it as often as its process is killed; not endlessly, should something kill it every time."""
+
+    def __init__(self, machine: str) -> None:
+        self._machine = machine
+        self._begun: deque[float] = deque(maxlen=_TRIES)
+        self._processes: list[subprocess.Popen[bytes]] = []     # kept: they are waited for by the next
+
+    def begin(self) -> None:
+        now = time.monotonic()
+        if len(self._begun) == _TRIES and now - self._begun[0] < _SECONDS:
+            self._say(f"{_TRIES} processes that were to finish its migration were killed within {_SECONDS:.0f} s; "
+                      f"vmm migrate {self._machine} ADDRESS --recover begins another")
+            return
+        self._begun.append(now)
+        self._processes = [p for p in self._processes if p.poll() is None]
+        try:
+            self._processes.append(subprocess.Popen(
+                python_module("vmm.migration.recoverer", self._machine), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, start_new_session=True))
+        except OSError as exc:
+            self._say(f"its migration cannot be finished: {exc.strerror}")
+
+    def _say(self, text: str) -> None:
+        print(f"vmm: warning: machine '{self._machine}': {text}", file=sys.stderr)

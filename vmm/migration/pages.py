@@ -1,0 +1,165 @@
+"""Pages on their way: packed, checked, unpacked; and bitmaps of pages that are missing.
+
+The bytes of pages are a frame of their own, so that they need not be copied into the message: ZeroMQ sends them
+from guest memory itself where they lie there one after the other. A page that the guest writes meanwhile arrives
+half old, half new. It is dirty then, and comes again; but its checksum is wrong, as that of a damaged page is. So
+the target sums up what it got instead, page by page, and the source, when it knows which pages are dirty, compares
+those that are not with its own (``changed``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lz4.block
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from .wire import Buffer, Missing, Pages, Torn, Want, WireError
+
+__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "changed", "missing", "missing_pages", "page_numbers",
+           "torn", "unpack", "want"]
+
+PAGE = 4096
+CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
+
+Encoding = Literal["none", "zstd", "lz4"]
+
+
+class Packer:
+    """Encodes pages. One for each thread."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._zstd = zstandard.ZstdCompressor(level=1)
+
+    def pack(self, round_: int, slot: int, memory: NDArray[np.uint8],
+             pages: NDArray[np.int64]) -> list[tuple[Pages, Buffer]]:
+        """The messages for these pages (ascending, at most CHUNK_PAGES) of the slot's memory, as it is now; bytes
+        may be a view of that memory."""
+        memory = memory.reshape(-1, PAGE)
+        first, end = int(pages[0]), int(pages[-1]) + 1
+        data = memory[first:end] if end - first == len(pages) else memory[pages]
+        words = data.view(np.uint64)
+        filled = words[:, 0] != 0       # most pages are told by their first word, without reading the rest
+        if not filled.all():
+            suspects = np.flatnonzero(~filled)
+            filled[suspects] = (words if len(suspects) == len(words) else words[suspects]).any(axis=1)
+        found: list[tuple[Pages, Buffer]] = []
+        if not filled.all():
+            found.append((Pages(round_, slot, _numbers(pages[~filled]), "zero"), b""))
+        if filled.any():
+            raw = (data if filled.all() else data[filled]).reshape(-1)
+            packed, encoding = self._encode(raw)
+            found.append((Pages(round_, slot, _numbers(pages[filled]), encoding, xxhash.xxh3_64_digest(packed)),
+                          packed))
+        return found
+
+    def _encode(self, raw: NDArray[np.uint8]) -> tuple[Buffer, Encoding]:
+        """What does not get smaller is sent as it is. A compressor reads more than once, and must not see the
+        guest's writes in between: it is given a copy."""
+        packed: Buffer
+        if self._encoding == "zstd":
+            packed = self._zstd.compress(raw.tobytes())
+        elif self._encoding == "lz4":
+            packed = lz4.block.compress(raw.tobytes(), store_size=False)
+        else:
+            return raw.data, "none"
+        return (packed, self._encoding) if len(packed) < len(raw) else (raw.data, "none")
+
+
+def _numbers(pages: NDArray[np.int64]) -> bytes:
+    return pages.astype("<u4").tobytes()
+
+
+def want(slot: int, pages: list[int]) -> Want:
+    return Want(slot, _numbers(np.array(sorted(pages))))
+
+
+def page_numbers(message: Pages | Want | Torn, total: int) -> NDArray[np.int64]:
+    """Ascending, of a slot of ``total`` pages. Raises WireError."""
+    if len(message.numbers) % 4 or not 0 < len(message.numbers) <= 4 * CHUNK_PAGES:
+        raise WireError(f"the other end sent {len(message.numbers)} bytes of page numbers")
+    numbers = np.frombuffer(message.numbers, "<u4").astype(np.int64)
+    if numbers[-1] >= total or (np.diff(numbers) <= 0).any():
+        raise WireError(f"the other end named pages that slot {message.slot} does not have, or not in order")
+    return numbers
+
+
+def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None, bool]:
+    """(page numbers, their bytes [n, 4096] or None for zero pages, intact), for a slot of ``total`` pages; the
+    bytes may be a view of ``data``. Not intact: the bytes do not have the sum that they were sent with; there are
+    none then of pages that were compressed. Raises WireError for anything that does not fit."""
+    numbers = page_numbers(message, total)
+    size = len(numbers) * PAGE
+    if message.encoding == "zero":
+        if len(data):
+            raise WireError("the source sent bytes of zero pages")
+        return numbers, None, True
+    intact = xxhash.xxh3_64_digest(data) == message.sum
+    if not intact and message.encoding != "none":
+        return numbers, None, False
+    raw = data
+    try:
+        if message.encoding == "zstd":
+            # Not the size that the frame claims, which is the sender's word: never more than was announced.
+            raw = zstandard.ZstdDecompressor().decompressobj().decompress(raw) if _claims(raw, size) else b""
+        elif message.encoding == "lz4":
+            raw = lz4.block.decompress(raw, uncompressed_size=size)
+    except (zstandard.ZstdError, lz4.block.LZ4BlockError) as exc:
+        raise WireError(f"the source sent pages that cannot be unpacked: {exc}") from None
+    if len(raw) != size:
+        raise WireError(f"the source sent {len(raw)} bytes for {len(numbers)} pages")
+    return numbers, np.frombuffer(raw, np.uint8).reshape(-1, PAGE), intact
+
+
+def _claims(frame: Buffer, size: int) -> bool:
+    """The zstd frame says that it holds exactly ``size`` bytes (the decoder then holds it to that)."""
+    return bool(zstandard.frame_content_size(frame) == size)
+
+
+# --- pages that arrived otherwise than they were sent -----------------------------------------------------------
+
+
+def _sums(data: NDArray[np.uint8]) -> bytes:
+    """Of pages [n, 4096], 8 bytes each."""
+    return b"".join([xxhash.xxh3_64_digest(page) for page in np.ascontiguousarray(data)])
+
+
+def torn(message: Pages, data: NDArray[np.uint8] | None) -> Torn:
+    """The target's word on pages that were not intact, with the sums of those it has (``data`` [n, 4096])."""
+    return Torn(message.slot, message.numbers, b"" if data is None else _sums(data))
+
+
+def changed(message: Torn, memory: NDArray[np.uint8], dirty: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Of these pages, those to be sent again: neither ``dirty`` (bool[pages], they come again in any case), nor at
+    the target what they are in the slot's ``memory``. Raises WireError."""
+    numbers = page_numbers(message, len(dirty))
+    if len(message.sums) not in (0, 8 * len(numbers)):
+        raise WireError(f"the target sent {len(message.sums)} bytes of sums for {len(numbers)} pages")
+    clean = ~dirty[numbers]
+    if message.sums and clean.any():
+        there = np.frombuffer(message.sums, "V8")[clean]
+        clean[clean] = there != np.frombuffer(_sums(memory.reshape(-1, PAGE)[numbers[clean]]), "V8")
+    return numbers[clean]
+
+
+# --- post-copy: what is missing ----------------------------------------------------------------------------------
+
+
+def missing(slot: int, bits: NDArray[np.bool_]) -> Missing:
+    return Missing(slot, zstandard.ZstdCompressor(level=1).compress(np.packbits(bits, bitorder="little").tobytes()))
+
+
+def missing_pages(message: Missing, total: int) -> NDArray[np.bool_]:
+    """bool[total]. Raises WireError."""
+    size = -(-total // 8)
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(message.bits) if _claims(message.bits, size) else b""
+    except zstandard.ZstdError as exc:
+        raise WireError(f"the other end sent a bitmap that cannot be unpacked: {exc}") from None
+    if len(raw) != size:
+        raise WireError(f"the other end sent a bitmap that is not slot {message.slot}'s")
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=total, bitorder="little").astype(bool)
