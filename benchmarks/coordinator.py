@@ -42,7 +42,8 @@ def spec(vcpus: int, ring: int, *, load: str = "sequential", spin: int = 0, fixe
 
 
 def figures(machine: MachineSpec, seconds: float, flushes: int = 0) -> Figures:
-    found, _ = measure([machine], [], seconds=seconds, warm_up=min(0.5, seconds), flushes=flushes, stop=lambda: False,
+    found, _ = measure([machine], [], seconds=seconds, warm_up=min(0.5, seconds), flushes=flushes,
+                       stop=lambda: False,
                        progress=lambda text: None)
     return found[0]
 

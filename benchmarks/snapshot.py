@@ -56,14 +56,9 @@ def main() -> None:
         machine.pause()
         memory = machine.ram(0, writable=True)
         memory[2 << 20:] = np.random.default_rng(0).integers(0, 256, len(memory) - (2 << 20), np.uint8)
-<<<<<<< HEAD
-        ram = Path("/dev/shm") / segment_name(machine.name, "ram0")[1:]
+        ram = Path("/dev/shm") / machine.ram_segment(0)[1:]
         for _ in range(arguments.rounds or (1 if arguments.quick else 5)):
             quiet(arguments.patience)
-=======
-        ram = Path("/dev/shm") / machine.ram_segment(0)[1:]
-        for _ in range(ROUNDS):
->>>>>>> main
             chain = Path(folder) / "chain"
             began = time.perf_counter()
             snapshot.create(machine, chain)

@@ -6,6 +6,7 @@ checked by each.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess

@@ -377,7 +377,7 @@ def main(argv: list[str]) -> int:
         log.say("info" if keeper.ending or not why else "error",
                 f"{state}, exit status {code}" + (f": {why}" if why else ""))
         if isinstance(record, records.Record):
-            _report(name, record, code, state, why)
+            _report(name, record, code, state, why, keeper.ending)
         log.close()
         if state == "failed":
             keeper.tell({"error": f"machine '{name}' did not start: {why}", "code": code})
@@ -387,12 +387,14 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def _report(name: str, record: records.Record, code: int, state: str, why: str) -> None:
+def _report(name: str, record: records.Record, code: int, state: str, why: str, ending: str) -> None:
     """The coordinator's own is better, where it could make one."""
-    if not record.reported:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
+        if not record.reported:
             records.write_report(name, {"name": name, "state": state, "exit_code": code, "cause": why,
                                         "ended_at": records.now()})
+        elif ending:
+            record.explain(ending)
     record.close()
 
 

@@ -44,7 +44,7 @@ class Clients:
         log.register(client, core.new_generation(), like)
         try:
             if owner is not None:
-                self.held.add(Hold(client, f"client {client}", owner))
+                self.held.add(Hold(client, client, owner))
             step("register-made")
             core.save()
         except VmmError:

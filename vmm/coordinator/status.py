@@ -97,8 +97,8 @@ def exit_code(core: Core) -> ExitCode:
     return ExitCode.OK
 
 
-def cause_of(core: Core) -> str:
-    """Why the machine has ended, for people: what its exit code is about."""
+def cause_of(core: Core, stopped_by: str) -> str:
+    """Why the machine has ended, for people: what its exit code is about. ``stopped_by``: if it was stopped."""
     code = exit_code(core)
     if code is ExitCode.VERIFY_FAILED:
         assert core.verifier is not None
@@ -110,4 +110,4 @@ def cause_of(core: Core) -> str:
     if code is ExitCode.GUEST_FAILED:
         return "; ".join(f"vCPU {s.index} ended with code {s.control.exit_code}" for s in core.shards.all
                          if s.control.exit_code)
-    return {ExitCode.TIMEOUT: "timeout", ExitCode.STOPPED: "stopped"}.get(code, "every vCPU ended with code 0")
+    return {ExitCode.TIMEOUT: "timeout", ExitCode.STOPPED: stopped_by}.get(code, "every vCPU ended with code 0")
