@@ -23,8 +23,8 @@ from ipc.shm import list_segments
 from vmm import control
 from vmm.errors import VmmError
 from vmm.machine import Machine
+from vmm.migration.postcopy import Missing
 from vmm.names import segment_name
-from vmm.postcopy import Missing
 from vmm.record import record
 from vmm.spec import MachineSpec, RamSlot
 
