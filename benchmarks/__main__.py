@@ -9,9 +9,6 @@ import runpy
 import sys
 
 NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking")
-#: These print what they find; the others keep it in --output too.
-PRINTING = ("replay", "dirty_limit", "snapshot", "tracking")
-
 
 def main() -> int:
     options = sys.argv[1:]
@@ -24,8 +21,7 @@ def main() -> int:
         return 2 if unknown else 0
     for name in names or NAMES:
         print(f"--- {name}", flush=True)
-        mine = [] if name in PRINTING and (len(names) != 1) else options
-        sys.argv = [name, *mine]
+        sys.argv = [name, *options]
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Case", "Results", "arguments_parser", "host", "in_turns", "quartiles", "quiet"]
+__all__ = ["Case", "Results", "Targets", "arguments_parser", "host", "in_turns", "quartiles", "quiet"]
 
 QUIET = 0.1     # of a core: what others may use
 CONSOLE = Console(width=116, highlight=False)
@@ -193,6 +193,33 @@ class Results:
             CONSOLE.print(f"{self.name}: skipped: {self.skipped}")
         if self.cases:
             CONSOLE.print(self.table())
+
+
+class Targets:
+    """Figures of our own, each with the most that it should be: measured row by row, printed at once, and kept as a
+    Markdown table."""
+
+    def __init__(self, name: str, rounds: int, patience: float) -> None:
+        self._name = name
+        self._rounds = rounds
+        self._patience = patience
+        self._lines = ["| what | median | least to most | target | |", "| --- | --- | --- | --- | --- |"]
+
+    def add(self, what: str, run: Callable[[], float], unit: str, target: float, style: str = ".2f") -> None:
+        """A row: ``run`` measures once."""
+        values = []
+        for _ in range(self._rounds):
+            quiet(self._patience)
+            values.append(run())
+        middle = statistics.median(values)
+        row = (what, f"{middle:{style}} {unit}", f"{min(values):{style}} to {max(values):{style}}",
+               f"at most {target:g} {unit}", "met" if middle <= target else "not met")
+        CONSOLE.print(f"{what}: {row[1]} ({row[2]}), {row[3]}: {row[4]}")
+        self._lines.append("| " + " | ".join(row) + " |")
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self._name}.md").write_text("\n".join([host(), "", *self._lines]) + "\n")
 
 
 def host() -> str:

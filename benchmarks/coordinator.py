@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 from vmm.errors import VmmError
@@ -26,7 +25,7 @@ from vmm.plan import choose_accelerator
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec
 from vmm.stress_measure import Figures, measure
 
-from .common import CONSOLE, arguments_parser, host, quiet
+from .common import CONSOLE, Targets, arguments_parser
 
 NAME = "coordinator"
 
@@ -43,8 +42,8 @@ def spec(vcpus: int, ring: int, *, load: str = "sequential", spin: int = 0, fixe
 
 
 def figures(machine: MachineSpec, seconds: float, flushes: int = 0) -> Figures:
-    found, _ = measure([machine], [], seconds=seconds, warm_up=0.5, flushes=flushes, stop=lambda: False,
-                       progress=lambda text: None)
+    found, _ = measure([machine], [], seconds=seconds, warm_up=min(0.5, seconds), flushes=flushes,
+                       stop=lambda: False, progress=lambda text: None)
     return found[0]
 
 
@@ -67,29 +66,6 @@ def stall_beyond_reset(ring: int, seconds: float) -> float:
     return float(stalled / exits - in_reset / resets) * 1e6
 
 
-class Report:
-    """Measures row by row, prints each at once, and keeps them as a Markdown table."""
-
-    def __init__(self, rounds: int, patience: float) -> None:
-        self._rounds = rounds
-        self._patience = patience
-        self._lines = ["| what | median | least to most | target | |", "| --- | --- | --- | --- | --- |"]
-
-    def add(self, what: str, run: Callable[[], float], unit: str, target: float, style: str = ".2f") -> None:
-        values = []
-        for _ in range(self._rounds):
-            quiet(self._patience)
-            values.append(run())
-        middle = statistics.median(values)
-        row = (what, f"{middle:{style}} {unit}", f"{min(values):{style}} to {max(values):{style}}",
-               f"at most {target:g} {unit}", "met" if middle <= target else "not met")
-        CONSOLE.print(f"{what}: {row[1]} ({row[2]}), {row[3]}: {row[4]}")
-        self._lines.append("| " + " | ".join(row) + " |")
-
-    def markdown(self) -> str:
-        return "\n".join([host(), "", *self._lines]) + "\n"
-
-
 def main() -> None:
     parser = arguments_parser(NAME, __doc__)
     options = parser.parse_args()
@@ -99,9 +75,9 @@ def main() -> None:
     except VmmError as exc:
         CONSOLE.print(f"{NAME}: skipped: {exc}")
         return
-    rounds = options.rounds or (1 if options.quick else 5)
-    seconds = 1.0 if options.quick else 3.0
-    report = Report(rounds, options.patience)
+    quick = options.quick
+    seconds, flushes = (0.2, 6) if quick else (3.0, 60)
+    report = Targets(NAME, options.rounds or (1 if quick else 5), options.patience)
     cores = len(os.sched_getaffinity(0))
 
     def exits(vcpus: int, ring: int, spin: int = 0) -> float:
@@ -109,8 +85,8 @@ def main() -> None:
                            for f in (False, True))
         return 100 * adaptive / fixed if fixed else 100 * adaptive
 
-    for vcpus in (1, 2):
-        for ring in (1024, 4096):
+    for vcpus in (1,) if quick else (1, 2):
+        for ring in (1024,) if quick else (1024, 4096):
             report.add(f"ring-full exits, {vcpus} vCPU, ring {ring:,}",
                       lambda v=vcpus, r=ring: exits(v, r), "% of the 1 s reaper's", 2)
     report.add("ring-full exits at a steady rate (137,000 pages/s), ring 4,096",
@@ -119,26 +95,25 @@ def main() -> None:
               "% of a core", 0.5)
     report.add("CPU, 1 vCPU at full rate", lambda: 100 * figures(spec(1, 4096), seconds).coordinator_cpu,
               "% of a core", 10)
-    for vcpus in (1, 2, 4, 8, 16):
+    for vcpus in (1, 4) if quick else (1, 2, 4, 8, 16):
         # Busy vCPUs where each has a core; beyond that sleeping ones, which a kick has to wake.
         load = "sequential" if vcpus <= cores else "idle"
         extra = max(0, vcpus - 2) * 0.1
         report.add(f"flush, {vcpus} vCPU{'s' if vcpus > 1 else ''}, {'busy' if load == 'sequential' else 'idle'}",
                   lambda v=vcpus, w=load: statistics.median(
-                      us for us, _ in figures(spec(v, 4096, load=w), 0.5, flushes=60).flushes) / 1000,
+                      us for us, _ in figures(spec(v, 4096, load=w), 0.5, flushes=flushes).flushes) / 1000,
                   "ms", 1 + extra, ".3f")
-    for ring in (1024, 4096):
+    for ring in (1024,) if quick else (1024, 4096):
         report.add(f"stall beyond reset, ring {ring:,}", lambda r=ring: stall_beyond_reset(r, seconds), "us", 100,
                    ".0f")
-    for vcpus, target in ((2, 0.3), (16, 1.0)):
-        for mib in (64, 256):       # to reserve 256 MiB takes 60 ms
+    for vcpus, target in ((2, 0.3),) if quick else ((2, 0.3), (16, 1.0)):
+        for mib in (64,) if quick else (64, 256):       # to reserve 256 MiB takes 60 ms
             report.add(f"launch, {vcpus} vCPUs, {mib} MiB", lambda v=vcpus, m=mib: figures(
                 spec(v, 4096, load="idle", mib=m), 0.1).launch_s, "s", target)
-    for vcpus in (1, 16):
+    for vcpus in (1,) if quick else (1, 16):
         report.add(f"worker's memory, {vcpus} vCPU{'s' if vcpus > 1 else ''}",
                   lambda v=vcpus: figures(spec(v, 4096, load="idle"), 0.1).worker_pss_mib, "MiB", 20, ".1f")
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{NAME}.md").write_text(report.markdown())
+    report.save(options.output)
 
 
 if __name__ == "__main__":

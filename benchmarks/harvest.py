@@ -167,7 +167,7 @@ def sync_cases(rounds: int) -> list[Case]:
 def main() -> None:
     parser = arguments_parser(NAME, __doc__)
     options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 31)
+    rounds = options.rounds or (1 if options.quick else 31)
     results = Results(NAME, "Harvest and sync", "seed in C, or read", {
         "rate": ("entries/s (million)", 1e-6, ",.0f"), "time": ("time (ms)", 1e3, ",.2f")})
     if shutil.which("gcc") is None:

@@ -1,4 +1,5 @@
-"""Entries a second of the whole path, from 1 to 64 rings: ``benchmarks/replay.py [--rings 1,64] [--json FILE]``.
+"""Entries per second of the whole path, from 1 to 64 rings.
+``python -m benchmarks replay [--rings 1,64] [--json FILE]``
 
 Producers (accel: replay) push, the coordinator harvests, each worker resets its ring, the pages are published;
 every run makes the same number of entries in all. Runs of all ring counts are made in turns, round after round, so
@@ -24,6 +25,8 @@ from rich.table import Table
 from ipc.messages import ReplayPhase, ReplaySpec
 from vmm.machine import Machine
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+
+from .common import arguments_parser
 
 _TIMEOUT = 120.0
 
@@ -64,18 +67,20 @@ def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rings", default="1,2,4,8,16,32,64")
-    parser.add_argument("--entries", type=int, default=1 << 27, help="of all rings together")
+    parser = arguments_parser("replay", __doc__)
+    parser.add_argument("--rings", help="for example 1,64")
+    parser.add_argument("--entries", type=int, help="of all rings together")
     parser.add_argument("--ring", type=int, default=65536, help="entries of one ring")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gib", type=int, default=16, help="size of the memory slot")
     parser.add_argument("--pattern", default="sequential", choices=["sequential", "strided", "random", "zipf"])
     parser.add_argument("--repeat", action="store_true", help="every write makes an entry")
     parser.add_argument("--min-interval", type=float, default=0.001, help="of the reaper, seconds")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    counts = [int(n) for n in arguments.rings.split(",")]
+    quick = arguments.quick
+    arguments.entries = arguments.entries or (1 << 18 if quick else 1 << 27)
+    arguments.rounds = arguments.rounds or (1 if quick else 5)
+    counts = [int(n) for n in (arguments.rings or ("1,2" if quick else "1,2,4,8,16,32,64")).split(",")]
     run(counts[0], arguments)       # caches warm
     runs: dict[int, list[dict[str, Any]]] = {n: [] for n in counts}
     for _ in range(arguments.rounds):

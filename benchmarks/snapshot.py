@@ -1,4 +1,4 @@
-"""Snapshot write and restore beside ``cp`` of the same bytes, in turns: ``benchmarks/snapshot.py [--mib N]``.
+"""Snapshot write and restore beside ``cp`` of the same bytes, in turns. ``python -m benchmarks snapshot [--mib N]``
 
 A machine whose RAM is filled with noise is saved (full, guest stopped) and restored; cp copies the memory's own
 file in /dev/shm to the same disk, and back. Both write to the page cache and sync; reads come from the page cache.
@@ -6,7 +6,6 @@ file in /dev/shm to the same disk, and back. Both write to the page cache and sy
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
@@ -24,7 +23,7 @@ from vmm.machine import Machine
 from vmm.plan import choose_accelerator
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec
 
-ROUNDS = 5
+from .common import arguments_parser, quiet
 
 
 def machine_spec(mib: int) -> MachineSpec:
@@ -45,10 +44,11 @@ def copy(source: Path, target: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512)
+    parser = arguments_parser("snapshot", __doc__)
+    parser.add_argument("--mib", type=int, help="RAM of the guest")
     parser.add_argument("--directory", type=Path, default=None, help="on the disk to write to")
     arguments = parser.parse_args()
+    arguments.mib = arguments.mib or (16 if arguments.quick else 512)
     times: dict[str, list[float]] = {"create": [], "cp to disk": [], "restore": [], "cp to memory": [],
                                      "launch, end": []}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder, Machine.launch(
@@ -57,7 +57,8 @@ def main() -> None:
         memory = machine.ram(0, writable=True)
         memory[2 << 20:] = np.random.default_rng(0).integers(0, 256, len(memory) - (2 << 20), np.uint8)
         ram = Path("/dev/shm") / machine.ram_segment(0)[1:]
-        for _ in range(ROUNDS):
+        for _ in range(arguments.rounds or (1 if arguments.quick else 5)):
+            quiet(arguments.patience)
             chain = Path(folder) / "chain"
             began = time.perf_counter()
             snapshot.create(machine, chain)

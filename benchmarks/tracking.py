@@ -1,5 +1,5 @@
 """What write tracking costs the software CPU: no tracking, a hook in Python, the native hooks in use, and
-userfaultfd write-protect. ``python benchmarks/tracking.py``; one core, runs interleaved, medians.
+userfaultfd write-protect. ``python -m benchmarks tracking``; one core, runs interleaved, medians.
 
 The guest's loop is ``incq (mem); add; dec; jnz``. docs/decisions/0004 has the figures and what follows.
 """
@@ -29,12 +29,13 @@ sys.path[:0] = [str(TOP), str(TOP / "tests")]
 
 from bare import CODE, DATA, EXIT, bare  # noqa: E402
 
+from .common import arguments_parser, quiet  # noqa: E402
+
 LOOP = bytes.fromhex("48ff07 4801f7 48ffc9 75f5".replace(" ", ""))
 PASSES = 1_000_000
-ROUNDS = 5
 
 
-def plain(python_hook: bool) -> float:
+def plain(passes: int, python_hook: bool) -> float:
     """Million passes a second of Unicorn alone, with or without a write hook in Python."""
     memory = mmap.mmap(-1, 4 << 20)
     anchor = ctypes.c_char.from_buffer(memory)
@@ -43,7 +44,7 @@ def plain(python_hook: bool) -> float:
     engine.mem_map_ptr(0, len(memory), uconst.UC_PROT_ALL, ctypes.addressof(anchor))
     if python_hook:
         engine.hook_add(uconst.UC_HOOK_MEM_WRITE, lambda *arguments: None)
-    passes = PASSES // 10 if python_hook else PASSES
+    passes = passes // 10 if python_hook else passes
     for register, value in ((ux.UC_X86_REG_RDI, DATA), (ux.UC_X86_REG_RSI, 0), (ux.UC_X86_REG_RCX, passes)):
         engine.reg_write(register, value)
     began = time.perf_counter()
@@ -51,12 +52,12 @@ def plain(python_hook: bool) -> float:
     return passes / (time.perf_counter() - began) / 1e6
 
 
-def tracked() -> float:
+def tracked(passes: int) -> float:
     """The same with this project's hooks: every store tracked, every block a place to leave from."""
-    with bare("unicorn", LOOP + EXIT, rdi=DATA, rsi=0, rcx=PASSES) as vcpu:
+    with bare("unicorn", LOOP + EXIT, rdi=DATA, rsi=0, rcx=passes) as vcpu:
         began = time.perf_counter()
         vcpu.run()
-        return PASSES / (time.perf_counter() - began) / 1e6
+        return passes / (time.perf_counter() - began) / 1e6
 
 
 _UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_WRITEPROTECT = 0xC018AA3F, 0xC020AA00, 0xC018AA06
@@ -96,12 +97,16 @@ def first_write_with_userfaultfd(pages: int = 2000) -> float:
 
 
 def main() -> None:
-    kinds: dict[str, Callable[[], float]] = {"no tracking": lambda: plain(False),
-                                             "hook in Python": lambda: plain(True),
-                                             "native hooks (in use)": tracked}
-    tracked()       # compiles, once
+    options = arguments_parser("tracking", __doc__).parse_args()
+    passes = PASSES // 50 if options.quick else PASSES
+    rounds = options.rounds or (1 if options.quick else 5)
+    kinds: dict[str, Callable[[], float]] = {"no tracking": lambda: plain(passes, False),
+                                             "hook in Python": lambda: plain(passes, True),
+                                             "native hooks (in use)": lambda: tracked(passes)}
+    tracked(passes)     # compiles, once
     found: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
+        quiet(options.patience)
         for name, measure in kinds.items():
             found[name].append(measure())
     table = Table("tracking", "million stores/s", "of no tracking")
@@ -111,7 +116,7 @@ def main() -> None:
         table.add_row(name, f"{middle:.1f}", f"{middle / base:.2f}")
     console = Console()
     console.print(table)
-    faults = statistics.median(first_write_with_userfaultfd() for _ in range(ROUNDS))
+    faults = statistics.median(first_write_with_userfaultfd() for _ in range(rounds))
     console.print(f"userfaultfd: {faults:.1f} us a first write, nothing afterwards")
 
 

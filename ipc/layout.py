@@ -21,6 +21,8 @@ __all__ = [
     "MAX_VCPUS",
     "NR_ADDRESS_SPACES",
     "PROTOCOL_VERSION",
+    "RING_MAX",
+    "RING_MIN",
     "RING_RESERVE",
     "SYSTEM_SLOT",
     "DirtyGfn",
@@ -44,6 +46,10 @@ MAX_VCPUS = 256
 MAX_SLOTS = 500            # user slots: ids 0..499
 SYSTEM_SLOT = 510          # page tables, descriptor tables, boot information; never logged
 NR_ADDRESS_SPACES = 1      # as_id 0 only; an entry that names another is counted and dropped
+
+#: Bounds of a ring's entries, powers of two. KVM's own are a page (256 entries) and 65536; its reserve is up to
+#: 64 + 512 entries, and half a ring is to be usable.
+RING_MIN, RING_MAX = 1024, 65536
 
 #: Entries kept free when a vCPU is asked out of the guest (soft-full), as KVM does on Intel: 64, and a PML
 #: buffer's 512.

@@ -3,7 +3,7 @@
 Numba compiles; importing it takes 0.4 s of processor time and 100 MiB, which a coordinator would pay at each
 start to run four small functions. So the object code that it makes is kept in a file, and later starts load that
 through llvmlite's linker alone (30 ms). The file is made anew when a source it was made from, the LLVM binding or
-the processor is another one.
+the processor is another one, and is only read where nobody but this user and root can write.
 
 A source module (``ipc/kernel_source.py``) is imported only to compile. It has ``EXPORTS``: {name: (function of
 Numba's kind, signature)}, with integers for arguments and results: addresses, not arrays. The functions run
@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -27,7 +28,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import msgspec
 
-__all__ = ["Native", "cache_directories"]
+__all__ = ["Native", "cache_directories", "trusted"]
 
 _C_TYPES: dict[str, Any] = {"int64": ctypes.c_int64, "uint64": ctypes.c_uint64, "int32": ctypes.c_int32,
                             "uint32": ctypes.c_uint32, "none": None}
@@ -105,10 +106,20 @@ def cache_directories(source: str) -> list[Path]:
     return [_path(source).parent / "__pycache__", Path(home) / "shardvmm"]
 
 
+def trusted(directory: Path) -> bool:
+    """Whether code that lies there may be run: nobody but this user and root can have put it there. Raises OSError
+    where there is no such directory."""
+    return _is_ours(os.stat(directory))
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def _find(source: str, key: str) -> _Kept | None:
     for directory in cache_directories(source):
         try:
-            kept = msgspec.msgpack.decode((directory / f"{source}.native").read_bytes(), type=_Kept)
+            kept = msgspec.msgpack.decode(_read(directory, f"{source}.native"), type=_Kept)
         except (OSError, msgspec.MsgspecError):
             continue
         if kept.key == key:
@@ -116,18 +127,43 @@ def _find(source: str, key: str) -> _Kept | None:
     return None
 
 
+def _read(directory: Path, name: str) -> bytes:
+    """Raises OSError, also where somebody else could have written it."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    where = os.open(directory, flags | os.O_DIRECTORY)
+    try:
+        with open(os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=where), "rb") as file:
+            if not (_is_ours(os.fstat(where)) and _is_ours(os.fstat(file.fileno()))):
+                raise PermissionError(f"{directory / name}: others may write there")
+            return file.read()
+    finally:
+        os.close(where)
+
+
 def _keep(source: str, kept: _Kept) -> None:
     """Written aside and renamed: several processes may do so at once. Where nothing can be written each start
     compiles (``vmm doctor`` says so)."""
+    data = msgspec.msgpack.encode(kept)
     for directory in cache_directories(source):
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=directory, delete=False) as aside:
-                aside.write(msgspec.msgpack.encode(kept))
-            os.replace(aside.name, directory / f"{source}.native")
-            return
+            if trusted(directory):
+                _write(directory, f"{source}.native", data)
+                return
         except OSError:
             continue
+
+
+def _write(directory: Path, name: str, data: bytes) -> None:
+    """Raises OSError, with nothing left of it."""
+    fd, aside = tempfile.mkstemp(dir=directory)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+        os.replace(aside, directory / name)
+    except BaseException:
+        os.unlink(aside)
+        raise
 
 
 def _compile(source: str) -> list[_Function]:

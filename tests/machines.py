@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from vmm.guests import WORKLOADS, resolve_params
+from vmm.machine import Machine
 from vmm.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 
 #: Parametrisation over both accelerators.
@@ -51,6 +52,32 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> No
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
         time.sleep(0.005)
+
+
+def _entries(machine: Machine) -> list[int]:
+    return [v["guest_entries"] for v in machine.status()["vcpus"]]
+
+
+def runs(machine: Machine) -> bool:
+    """Every vCPU enters the guest again, as a flush has it do; True, or it fails."""
+    machine.register("flush")
+    before = _entries(machine)
+
+    def entered() -> bool:
+        machine.sync("flush")
+        return all(now > then for now, then in zip(_entries(machine), before, strict=True))
+
+    until(entered, "every vCPU enters the guest")
+    return True
+
+
+def stands_still(machine: Machine) -> bool:
+    """No vCPU enters the guest, whatever asks for it: several flushes kick all of them."""
+    machine.register("flush")
+    before = _entries(machine)
+    for _ in range(5):
+        machine.sync("flush")
+    return _entries(machine) == before
 
 
 def alive(pid: int) -> bool:

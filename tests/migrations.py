@@ -80,7 +80,8 @@ class Receiver(threading.Thread):
 
 
 def nothing_left(name: str) -> bool:
-    return not machine_processes(name) and not list_segments(machine_prefix(name)) and not machine_dir(name).exists()
+    return (not machine_processes(name) and not list_segments(machine_prefix(name))
+            and not machine_dir(name).exists())
 
 
 def vmm(*arguments: str) -> subprocess.Popen[str]:
@@ -200,7 +201,8 @@ class PlayedSource:
     def __enter__(self) -> PlayedSource:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 tb: TracebackType | None) -> None:
         self.leave()
         self._context.term()
 

@@ -85,9 +85,9 @@ def on_a_terminal(*arguments: str, columns: int) -> str:
         return terminal.text
 
 
-def read_tables(text: str) -> dict[str, dict[str, str]]:
-    """{what a row begins with: {column: cell}} of all tables in ``text``. What was broken over several lines, or
-    over several tables of the same rows, is put together again."""
+def read_tables(text: str, key: str = "") -> dict[str, dict[str, str]]:
+    """{what stands in column ``key``, or else in the first: {column: cell}} of all tables in ``text``. What was
+    broken over several lines, or over several tables of the same rows, is put together again."""
     rows: dict[str, dict[str, str]] = {}
     columns: list[str] = []
     row: dict[str, str] = {}
@@ -98,8 +98,9 @@ def read_tables(text: str) -> dict[str, dict[str, str]]:
         elif line[:1] == "│":
             cells = [cell.strip() for cell in line.strip(_FRAME).split("│")]
             assert len(cells) == len(columns), line
-            if cells[0]:
-                row = rows.setdefault(cells[0], {})
+            name = cells[columns.index(key) if key else 0]
+            if name:
+                row = rows.setdefault(name, {})
                 row.update(dict.fromkeys(columns, ""))
             for column, cell in zip(columns, cells, strict=True):
                 row[column] = f"{row[column]} {cell}".strip()

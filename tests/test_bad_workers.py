@@ -27,10 +27,11 @@ from ipc import channel, layout
 from ipc import messages as m
 from ipc.channel import FdListener, send_fd
 from ipc.layout import PROTOCOL_VERSION, VcpuControl, VcpuState, control_error, control_size
-from ipc.shm import Segment, list_segments, machine_prefix, segment_name
+from ipc.shm import Segment, list_segments
 from vmm import build, shards
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
+from vmm.names import machine_prefix, segment_name
 from vmm.runtime import machine_dir
 from vmm.shards import Shard, Shards
 from vmm.spec import MachineSpec

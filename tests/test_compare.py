@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import vmm_here as vmm
 from needs import missing
+from rich.console import Console
+from terminal import read_tables
 
 from vmm.compare import Grid, Point, available, summarise
-from vmm.compare_report import draw, verdict
+from vmm.compare_report import draw, print_rows, verdict
 
 POINT = Point(ram_mib=64, vcpus=2, spin=0, ring=4096, interval_ms=100.0)
 
@@ -50,6 +52,24 @@ def test_the_grid_varies_one_axis_at_a_time_beside_the_main_ones() -> None:
     assert [ways for p, ways in points if p.ring == 1024] == [("none", "ring")] * 2
 
 
+@pytest.mark.parametrize("width", [80, 120, 190])
+def test_the_table_can_be_read(width: int) -> None:
+    windows = [window("none", 0, 98_765_432.0, 0, collect_ms=[], syncs=0),
+               window("ring", 0, 49_382_716.0, 7_654_321)]
+    file = io.StringIO()
+    print_rows(summarise(POINT, windows), Console(file=file, width=width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    rows = read_tables(text, "tracking")
+    assert rows["none"]["writes/s"] == "98,765,432"
+    assert (rows["none"]["dirty/s"], rows["none"]["collect ms"]) == ("-", "-")
+    ring = rows["ring"]
+    assert (ring["writes/s"], ring["of none"], ring["spread"]) == ("49,382,716", "0.500", "0.50-0.50")
+    assert (ring["dirty/s"], ring["collect ms"], ring["stale ms"]) == ("15,308,642", "2.00", "102.0")
+    assert (rows["none"]["RAM"], rows["none"]["vCPUs"], rows["none"]["every"]) == ("64 MiB", "2", "100 ms")
+
+
 def test_pictures(tmp_path: Path) -> None:
     rows = []
     for spin in (0, 100):
@@ -66,12 +86,8 @@ def test_a_way_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytes
     assert left_out == {"uffd": "tracking uffd: userfaultfd: no (use ring, bitmap or auto)"}
 
 
-def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True, timeout=100)
-
-
 def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
-    small = ("compare", "--accel", "unicorn", "--ram", "8MiB", "--vcpus", "1", "--spin", "0", "--ring", "1024",
+    small = ("compare", "--accel", "auto", "--ram", "8MiB", "--vcpus", "1", "--spin", "0", "--ring", "1024",
              "--interval", "20ms", "--rounds", "1", "--window", "50ms", "--json", "--output", str(tmp_path))
     done = vmm(*small)
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ checked by each.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from machines import ACCELS, alive, exact, machine_processes, spec, until
+from machines import ACCELS, alive, exact, machine_processes, replace, spec, until
 
 from ipc.shm import list_segments
 from vmm.errors import ExitCode, VmmError
@@ -63,13 +64,15 @@ def test_killed_worker_is_reported_and_its_last_pages_are_kept(accel: str) -> No
 
 def test_killed_coordinator_is_replaced_and_no_page_is_lost(accel: str) -> None:
     """Invariant 5, end to end: kill -9 at random moments under the verifier."""
-    machine_spec = spec("stamp", accel=accel, writes=150_000, spin=200, verify=exact(0.03))
-    with Machine.launch(machine_spec, name="crash") as machine:
+    machine_spec = spec("stamp", accel=accel, writes=40_000, spin=50, verify=exact(0.03))
+    with Machine.launch(replace(machine_spec, dirty_quota=2000), name="crash") as machine:  # or it might end before
         for restart in range(3):
             coordinator, workers = pids(machine)
             os.kill(coordinator, signal.SIGKILL)
             until(lambda n=restart: machine_restarts(machine) > n, "another coordinator")
             assert pids(machine)[1] == workers
+        with contextlib.suppress(VmmError):     # "has ended"
+            machine.dirty_limit(0)
         report = machine.wait(TIMEOUT)
         assert report["coordinator"]["restarts"] == 3
         assert report["verification"]["lost_pages"] == 0

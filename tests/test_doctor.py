@@ -221,3 +221,14 @@ FULL = [Finding("kvm", "ok", ""), Finding("unicorn", "ok", ""), Finding("/dev/sh
 ])
 def test_what_healthy_means(change: Callable[[list[Finding]], list[Finding]], well: bool) -> None:
     assert healthy(change(FULL)) is well
+
+
+def test_a_runtime_directory_that_others_can_write_to(runtime_dir: Path) -> None:
+    assert found()["runtime directory"] == Finding("runtime directory", "ok", str(runtime_dir / "shardvmm"))
+    (runtime_dir / "shardvmm").mkdir()
+    (runtime_dir / "shardvmm").chmod(0o777)
+    status, findings = doctor()
+    (runtime_dir / "shardvmm").rmdir()
+    assert status == 1
+    assert findings["runtime directory"]["status"] == "fail"
+    assert "chmod 700" in findings["runtime directory"]["finding"]

@@ -19,9 +19,10 @@ from machines import spec, until
 
 from ipc.layout import SYSTEM_SLOT, DirtyGfn
 from ipc.messages import ExitReason, SlotSpec
-from ipc.shm import PAGE_SIZE, Segment, segment_name
+from ipc.shm import PAGE_SIZE, Segment
 from vmm import boot
 from vmm.machine import Machine
+from vmm.names import segment_name
 from workers import kvm, kvm_tables
 from workers.accel import ExitKind
 from workers.kvm_tables import PageTables

@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import replace, spec, until
+from machines import spec, until
 from migrations import TIMEOUT, Receiver, goes_on, nothing_left, receiver_process, vmm
 
 from ipc.steps import STEPS
@@ -54,8 +53,22 @@ class Watch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._over.wait(0.002):
-            self.both |= running("target") and running("source")
+        attached: dict[str, Machine] = {}
+        while not self._over.wait(0.02):
+            self.both |= all(self._runs(name, attached) for name in ("target", "source"))
+        for machine in attached.values():
+            machine.detach()
+
+    @staticmethod
+    def _runs(name: str, attached: dict[str, Machine]) -> bool:
+        try:
+            if name not in attached:
+                attached[name] = Machine.attach(name)
+            return str(attached[name].status()["state"]) == "running"
+        except VmmError:
+            if name in attached:
+                attached.pop(name).detach()
+            return False
 
     def __enter__(self) -> Watch:
         return self
@@ -241,9 +254,10 @@ def test_nothing_cancels_a_machine_that_was_handed_over(steps: Path, address: st
         os.kill(process.pid, signal.SIGCONT)
         source = vmm("migrate", "source", address, "--bandwidth", "8MB/s")
         until(lambda: bool(status_of(machine)), "begun")
-        until(lambda: running("target") or status_of(machine) == "device" or source.poll() is not None, "at the end")
+        until(lambda: running("target") or status_of(machine) == "device" or source.poll() is not None,
+              "at the end")
         source.send_signal(signal.SIGTERM)
-        out, err = source.communicate(timeout=TIMEOUT)
+        _out, _err = source.communicate(timeout=TIMEOUT)
         if source.returncode:       # it came just in time
             goes_on(machine)
             process.kill()

@@ -10,8 +10,8 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,20 +20,16 @@ from typing import Any
 import pytest
 from machines import alive, exact, machine_processes, spec, until
 
-from ipc.layout import VcpuControl
-from ipc.messages import SlotSpec, WorkerSpec
 from ipc.shm import list_segments
-from vmm.cli import main
+from vmm.cli import run
 from vmm.errors import ExitCode, VmmError
 from vmm.keeper import Deaths
 from vmm.machine import Machine, list_machines
 from vmm.machinelog import LogLine, read_log
-from vmm.names import machine_prefix
+from vmm.names import machine_prefix, runtime_root
 from vmm.records import ended_names, log_path, outcome
 from vmm.runtime import is_running, machine_dir
-from vmm.shards import Shard, Shards
 from vmm.spec import MachineSpec
-from workers.zygote import Zygote
 
 TIMEOUT = 60.0
 pytestmark = pytest.mark.kvm
@@ -48,9 +44,8 @@ def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["vmm", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+        code = run()
+    return subprocess.CompletedProcess(arguments, int(code), out.getvalue(), err.getvalue())
 
 
 def log(name: str = "t") -> list[LogLine]:
@@ -60,6 +55,12 @@ def log(name: str = "t") -> list[LogLine]:
 def nothing_left(name: str = "t") -> bool:
     return (not machine_processes(name) and not list_segments(machine_prefix(name))
             and not machine_dir(name).exists())
+
+
+def outcome_of(name: str) -> dict[str, Any]:
+    found = outcome(name)
+    assert found is not None
+    return found
 
 
 def coordinator(machine: Machine) -> int:
@@ -211,9 +212,9 @@ def test_a_coordinator_that_stands_still_does_not_keep_its_machine(steps: Path) 
     done = vmm("stop", "t", "--force")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "t has ended: ended by force (exit status 8; vmm status t)\n"
-    assert nothing_left()
     assert machine._keeper is not None
     machine._keeper.wait(TIMEOUT)
+    assert nothing_left()
 
 
 @pytest.mark.timeout(180)
@@ -259,9 +260,7 @@ def test_a_killed_keepers_machine_leaves_no_directory_either() -> None:
     machine._keeper.kill()
     until(nothing_left, "all of it gone")
     machine.close()
-    found = outcome("t")
-    assert found is not None
-    assert found["exit_code"] == ExitCode.STOPPED
+    assert outcome_of("t")["exit_code"] == ExitCode.STOPPED
 
 
 def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
@@ -285,6 +284,7 @@ def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
 
     kill(launch())
     until(nothing_left, "it was never started: all of it gone")
+    assert outcome_of("t")["cause"] == "stopped: the process that had launched it went away, before it was started"
     process = launch()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -300,40 +300,29 @@ def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
     until(nothing_left, "all of it gone")
 
 
-def test_a_machine_whose_runtime_directory_is_removed_ends() -> None:
+@pytest.mark.parametrize("how", ["removed", "moved", "root moved"])
+def test_a_machine_whose_runtime_directory_is_gone_ends(how: str, tmp_path: Path) -> None:
     """Nobody could reach it any more, nor end it."""
     machine = Machine.launch(idle(), name="t", detach=True)
+    runtime_root().joinpath("other").mkdir()
+    runtime_root().joinpath("other").rmdir()        # somebody else's: that means nothing
     pids = [coordinator(machine), *(v["pid"] for v in machine.status()["vcpus"])]
     machine.detach()
-    moved = machine_dir("t").with_name("moved")
-    machine_dir("t").rename(moved)
+    if how == "removed":
+        shutil.rmtree(machine_dir("t"))
+    else:
+        path = machine_dir("t") if how == "moved" else runtime_root()
+        path.rename(path.with_name("moved"))
     until(lambda: not any(alive(p) for p in pids), "its processes gone")
     assert machine._keeper is not None
     machine._keeper.wait(TIMEOUT)
     assert nothing_left()
     assert any("runtime directory was removed" in x.text for x in log())
-    for path in moved.iterdir():
-        path.unlink()
-    moved.rmdir()
-
-
-def test_a_machine_without_the_process_that_forks_its_workers_says_so(runtime_dir: Path) -> None:
-    """The error that comes of it later does not hide it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.close()
-    zygote = Zygote(ours.detach())
-    shards = Shards(runtime_dir, zygote, lambda message: None, lambda shard: None)
-    try:
-        nowhere = SlotSpec(id=0, gpa=0, size=4096, segment="")
-        spec = WorkerSpec(machine="t", index=0, vcpu_count=1, accel="kvm", privilege="user", ring_entries=0,
-                          ring_segment="", control_segment="", request_endpoint="", slots=[nowhere],
-                          system_slot=nowhere, notify_endpoint="", fd_socket="", boot={})
-        with pytest.raises(VmmError, match="vcpu 0: its worker cannot be started"):
-            shards.spawn(Shard(0, VcpuControl(), 0), spec)
-    finally:
-        shards.close()
-    for left in runtime_dir.iterdir():
-        left.unlink()
+    assert outcome_of("t")["cause"] == "stopped: its runtime directory was removed"
+    if how != "removed":
+        shutil.rmtree(path.with_name("moved"))
+    with contextlib.suppress(FileNotFoundError):
+        runtime_root().rmdir()
 
 
 # --- idle ----------------------------------------------------------------------------------------
@@ -486,12 +475,12 @@ def test_stopping_says_how_it_ended_and_waiting_has_an_end() -> None:
         machine.detach()
         stopped = vmm("stop", "t")
     assert (stopped.returncode, stopped.stderr) == (0, "")
-    assert stopped.stdout == "t has ended: stopped (exit status 8; vmm status t)\n"
+    assert stopped.stdout == "t has ended: stopped on request (exit status 8; vmm status t)\n"
     assert machine._keeper is not None
     assert machine._keeper.wait(TIMEOUT) == ExitCode.STOPPED
     again = vmm("stop", "t")
     assert again.returncode == ExitCode.NO_MACHINE
-    assert "does not run any more: stopped" in again.stderr
+    assert "does not run any more: stopped on request" in again.stderr
     assert vmm("stop", "--force", "t").returncode == ExitCode.NO_MACHINE
 
 

@@ -16,11 +16,12 @@ from machines import ACCELS, exact, machine_processes, replace, spec, until
 from shared import control_blocks, forge_full, software_ring
 
 from ipc.layout import VcpuControl, machine_control, vcpu_control
-from ipc.shm import Segment, segment_name
+from ipc.shm import Segment
 from ipc.steps import STEPS
 from vmm.dirtylog import DirtyLog
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
+from vmm.names import segment_name
 from vmm.ram import MemorySlot
 from vmm.reaper import Reaper
 from vmm.shards import Shard, Shards

@@ -182,7 +182,7 @@ def test_only_the_socket_of_one_who_was_killed_is_replaced(context: zmq.Context[
     assert not path.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+@pytest.mark.root
 def test_a_stale_socket_of_another_user_is_not_touched(context: zmq.Context[zmq.Socket[bytes]],
                                                        tmp_path: Path) -> None:
     path = tmp_path / "s"
@@ -250,7 +250,7 @@ def heard(sock: zmq.Socket[bytes], seconds: float) -> bool:
     return bool(sock.poll(int(seconds * 1000)))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+@pytest.mark.root
 def test_another_user_is_not_listened_to_and_not_sent_anything(context: zmq.Context[zmq.Socket[bytes]],
                                                                tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):

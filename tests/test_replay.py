@@ -216,7 +216,8 @@ def bare(*phases: ReplayPhase, ring: int = 1024, pages: int = 5000, **fields: An
         record = segment("record", bitmap_bytes(pages))
         slot = SlotSpec(0, 0, pages * PAGE, ram.name, True, record.name)
         worker = WorkerSpec(machine="bare", belongings="bare", index=0, vcpu_count=1, accel="replay",
-                            ring_entries=ring, ring_segment=rings.name, slots=[slot], system_slot=slot, control_segment=control.name,
+                            ring_entries=ring, ring_segment=rings.name, slots=[slot], system_slot=slot,
+                            control_segment=control.name,
                             request_endpoint="", notify_endpoint="", fd_socket="", boot={},
                             replay=ReplaySpec(list(phases), **fields))
         memory = GuestMemory()

@@ -4,14 +4,16 @@ another, however the two meet."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
-from machines import alive, spec, until
+from machines import alive, exact, spec, until
 
 from ipc.shm import list_segments
 from vmm.errors import ExitCode, VmmError
@@ -208,3 +210,31 @@ def test_a_root_that_others_could_write_to_is_refused(kind: str, xdg: bool, runt
 def test_an_xdg_runtime_dir_that_is_none_is_not_used(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", base)
     assert runtime_root() == Path(f"/tmp/shardvmm-{os.getuid()}")
+
+
+# --- what others remove ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["directory", "root", "lock"])
+def test_a_machine_that_nobody_can_reach_any_more_ends(what: str, runtime_dir: Path) -> None:
+    """Its directory removed, all of them (a logout), its lock: it ends in order, and all of it is gone. While it
+    does, its name is taken, and its memory nobody's left-over."""
+    verified = msgspec.structs.replace(idle(), verify=exact())
+    machine = Machine.launch(verified, name="lost")
+    keeper, coordinator, workers = pids(machine)
+    owned = belongings("lost")
+    os.kill(coordinator, signal.SIGSTOP)        # for as long as is looked at it
+    if what == "lock":
+        owned.lock_path.unlink()
+    else:
+        shutil.rmtree(owned.directory if what == "directory" else owned.directory.parent)
+        assert is_running("lost")
+        assert collect_garbage() == []
+        with pytest.raises(VmmError, match="is running already"):
+            Machine.launch(idle(), name="lost")
+    os.kill(coordinator, signal.SIGCONT)
+    until(lambda: not any(alive(pid) for pid in [keeper, coordinator, *workers]), "everybody has gone")
+    assert owned.left() == []
+    report = machine.wait(TIMEOUT)
+    assert report["exit_code"] == ExitCode.STOPPED
+    machine.close()

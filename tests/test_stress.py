@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import yaml
+from command import vmm_here as vmm
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import ACCELS, exact, spec, until
+from rich.console import Console
+from terminal import read_tables
 
 from vmm.config import ConfigError, MachineConfig
 from vmm.machine import Machine
-from vmm.stress import Sweep, load_results, load_sweep, run
+from vmm.stress import Point, PointResult, Settings, Sweep, load_results, load_sweep, run
+from vmm.stress_measure import Figures, Proof
 from vmm.stress_model import fit_terms
+from vmm.stress_report import print_results
 
 
 @pytest.mark.stress
@@ -55,11 +62,6 @@ QUICK = {"vcpus": 1, "ram": "16MiB", "seconds": "200ms", "warm_up": "50ms", "flu
 def sweep_file(path: Path, **keys: Any) -> str:
     path.write_text(yaml.safe_dump({**QUICK, **keys}))
     return str(path)
-
-
-def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vmm", *arguments], capture_output=True, text=True, timeout=200,
-                          check=False)
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -196,6 +198,35 @@ def test_flags_win_over_the_file_and_are_named(tmp_path: Path) -> None:
 def test_the_sample_sweeps_can_run_here() -> None:
     for path in (Path(__file__).parent.parent / "configs").glob("stress*.yaml"):
         assert len(load_sweep(path).points()) > 1
+
+
+@pytest.mark.parametrize("width", [80, 120, 180])
+def test_the_table_of_a_sweep_can_be_read(width: int) -> None:
+    """Each figure whole, in its column and on its point's line; a point that failed says so."""
+    point = Point(accel="kvm", workload="stamp", params=(("spin", 200.0),), ram=1 << 40, ring=65536,
+                  reaper="adaptive", dirty_limit=None, machines=1, vcpus=1, repetition=0)
+    settings = Settings(seconds=1.0, warm_up=0.5, flushes=2, verify=None, machine={})
+    big = Figures(**dict.fromkeys(Figures.__dataclass_fields__, 1.0) | {      # type: ignore[arg-type]
+        "pages_per_s": 123_456_789.4, "ring_full_per_s": 9_876.54, "stalled_share": 0.98765, "launch_s": 12.34,
+        "worker_pss_mib": 4_321.0, "coordinator_cpu": 0.777, "flushes": [(1_234_560.0, 5), (9_876_543.0, 5)]})
+    proof = Proof(rounds=3, checked=10, dirty=9, lost=17, surplus=4, ok=False, findings=["slot 0 page 0x5"])
+    results = [PointResult(replace(point, vcpus=n), settings, [big], [proof]) for n in (1, 256)]
+    results.append(PointResult(replace(point, vcpus=4), settings, [], [], "the machine ended " * 9, 6))
+    file = io.StringIO()
+    print_results(results, Console(file=file, width=width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    rows = read_tables(text)
+    assert set(rows) == {"1", "256", "4"}
+    for vcpus in ("1", "256"):
+        row = rows[vcpus]
+        assert (row["pages/s"], row["ring full/s"], row["stalled %"]) == ("123,456,789", "9876.5", "98.77")
+        assert (row["flush ms"], row["worst"], row["launch s"]) == ("5555.55", "9876.5", "12.34")
+        assert (row["coord. %"], row["PSS MiB"], row["lost"]) == ("77.7", "4321.0", "17, 4 surplus")
+    assert rows["4"]["pages/s"] == "failed"
+    for part in ("accel kvm", "workload stamp spin 200", "RAM 1 TiB", "ring 65,536", "reaper adaptive"):
+        assert part in " ".join(text.split())
 
 
 def test_every_accelerator_of_a_machine_can_be_swept() -> None:

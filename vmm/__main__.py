@@ -1,5 +1,5 @@
 """``python -m vmm`` is ``vmm``."""
 
-from .cli import main
+from .main import main
 
 main()

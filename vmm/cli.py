@@ -5,14 +5,15 @@ Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
+from .cli_clients import client
 from .cli_common import json_option, on_machine, print_json
 from .cli_compare import compare
 from .cli_dirty import dirty_limit, dirty_rate, tracking, working_set
@@ -27,7 +28,7 @@ from .errors import ExitCode, VmmError
 if TYPE_CHECKING:
     from .machine import Machine
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -193,8 +194,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (*MACHINE_VERBS, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group, snapshot,
-              migrate, receive, keys, stress):
+for _verb in (*MACHINE_VERBS, client, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group,
+              snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 
@@ -268,27 +269,34 @@ def guests(as_json: bool) -> None:
                "from a trace; vmm schema has its keys")
 
 
-def main() -> None:
-    """Entry point: every expected error is one line on standard error and an exit status."""
+def run() -> int:
+    """Carry out the command line; its exit status. Whatever goes wrong is said on standard error, but for what
+    becomes of standard output (vmm/main.py)."""
     try:
-        code = cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        return int(cli.main(standalone_mode=False) or 0)
     except VmmError as exc:
         for line in str(exc).splitlines():
-            click.echo(f"vmm: error: {line}", err=True)
-        code = exc.exit_code
+            _say(f"vmm: error: {line}")
+        return int(exc.exit_code)
     except click.ClickException as exc:
-        exc.show()
-        code = exc.exit_code
-    except (click.Abort, KeyboardInterrupt, Interrupted):
-        code = 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing more can be said to anybody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
+        with contextlib.suppress(OSError):
+            exc.show()
+        return exc.exit_code
+    except Interrupted as exc:
+        return 128 + exc.signum
+    except (click.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except MemoryError:
+        _say("vmm: error: there is not enough memory for this")
+        return ExitCode.BAD_INPUT
     except Exception as exc:
         if os.environ.get("VMM_DEBUG"):
             raise
-        click.echo(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)", err=True)
-        code = ExitCode.BUG
-    sys.exit(int(code or 0))
+        _say(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)")
+        return ExitCode.BUG
+
+
+def _say(text: str) -> None:
+    """On standard error, which may be closed or full: then there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ipc.layout import RING_MAX, RING_MIN
+
 from .cli_common import Duration, json_option, print_json
 from .errors import VmmError
 
@@ -66,7 +68,7 @@ class Intervals(click.ParamType):
 @click.option("--vcpus", type=Numbers(1, 256), default="1,2", show_default=True)
 @click.option("--spin", type=Numbers(0, 1 << 31), default="0,200,5000", show_default=True,
               help="Pauses of the guest after each write: the dirtying rate.")
-@click.option("--ring", type=Numbers(1024, 65536, power=True), default="4096,1024,65536", show_default=True,
+@click.option("--ring", type=Numbers(RING_MIN, RING_MAX, power=True), default="4096,1024,65536", show_default=True,
               help="Entries of a dirty ring; the first with all else, the others by themselves.")
 @click.option("--interval", type=Intervals(), default="100ms,10ms", show_default=True,
               help="Between two syncs; the first with all else.")
@@ -89,7 +91,7 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
     from rich.progress import Progress
 
     from .compare import WAYS, Grid, Settings, available, run_point, summarise
-    from .compare_report import draw, table, verdict
+    from .compare_report import draw, print_rows, verdict
     from .plan import choose_accelerator
 
     if quick:
@@ -135,7 +137,7 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = 190
-        console.print(table(rows))
+        print_rows(rows, console)
         for line in lines:
             console.print(line)
     return 0

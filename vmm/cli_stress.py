@@ -172,13 +172,13 @@ def _outcome(result: PointResult) -> str:
 def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path) -> None:
     from .report import screen
     from .stress_model import fit_all
-    from .stress_report import print_model, results_table
+    from .stress_report import print_model, print_results
 
     console = screen()
     if not console.is_terminal:
         console.width = _TABLE_WIDTH
     if results:
-        console.print(results_table(results))
+        print_results(results, console)
         print_model(fit_all(results), console)
     lost = sum(r.lost for r in results)
     if lost:

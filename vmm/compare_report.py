@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from .compare import FIXED, WAYS
+from .report import print_table, table
 
-__all__ = ["draw", "table", "verdict"]
+__all__ = ["draw", "print_rows", "verdict"]
 
 _COLOURS = {"none": "black", "ring": "tab:blue", "bitmap": "tab:orange", "uffd": "tab:green",
             "sampling": "tab:purple", "auto": "tab:red"}
@@ -23,11 +25,17 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("RAM", "vCPUs", "spin", "ring", "every", "tracking")
-    for column in ("writes/s", "of none", "spread", "dirty/s", "guest us/page", "host us/page", "collect ms",
-                   "us/MiB", "us/page", "stale ms", "of best"):
-        shown.add_column(column, justify="right")
+_KEYS = ("RAM", "vCPUs", "spin", "ring", "every", "tracking")
+
+
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """The table, a line for each way at each point."""
+    print_table(_table(rows), console, len(_KEYS))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    shown = table(*_KEYS, numbers=("writes/s", "of none", "spread", "dirty/s", "guest us/page", "host us/page",
+                                   "collect ms", "us/MiB", "us/page", "stale ms", "of best"))
     last = None
     for r in rows:
         point = (f"{r['ram_mib']} MiB", str(r["vcpus"]), str(r["spin"]), str(r["ring"]), f"{r['interval_ms']:g} ms")

@@ -10,16 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ipc.layout import MAX_VCPUS
-from ipc.shm import free_bytes
+from ipc.shm import room
 from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
 from workers import kvm
 
-from .runtime import leftovers
+from .errors import VmmError
+from .runtime import leftovers, runtime_root
 
 __all__ = ["Finding", "examine", "healthy"]
 
 _SHM_COMFORTABLE = 1 << 30
+_FILES_COMFORTABLE = 1024
 _PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic", "unicorn")
 
 
@@ -37,7 +39,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
     return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _post_copy(), _write_log(),
-            *_packages(), _kernel_cache(), _compiler(), *_left_behind()]
+            *_packages(), _kernel_cache(), _compiler(), *_runtime_directory()]
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -76,17 +78,20 @@ def _shared_memory() -> list[Finding]:
         stat = os.statvfs("/dev/shm")
     except OSError as exc:
         return [Finding("/dev/shm", "fail", str(exc.strerror), "mount a tmpfs there")]
-    free, size = free_bytes(), stat.f_blocks * stat.f_frsize
-    text = f"{size / (1 << 30):.1f} GiB, {free / (1 << 30):.1f} GiB free"
-    if free < _SHM_COMFORTABLE:
-        return [Finding("/dev/shm", "warn", text, "guest RAM lies there: mount -o remount,size=… /dev/shm")]
+    there, size = room(), stat.f_blocks * stat.f_frsize
+    text = f"{size / (1 << 30):.1f} GiB, {there.free / (1 << 30):.1f} GiB free"
+    if there.of_cgroup:
+        text += f" ({there.limit} allows no more)"
+    if there.free < _SHM_COMFORTABLE:
+        return [Finding("/dev/shm", "warn", text, f"guest RAM lies there: {there.remedy}")]
     return [Finding("/dev/shm", "ok", text)]
 
 
 def _limits() -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = Finding("open files", "ok" if soft >= 1024 else "warn", f"{soft} (hard limit {hard})",
-                    "" if soft >= 1024 else "ulimit -n 4096")
+    enough = hard >= _FILES_COMFORTABLE or hard == resource.RLIM_INFINITY     # a machine raises its own soft limit
+    files = Finding("open files", "ok" if enough else "warn", f"{soft} (hard limit {hard})",
+                    "" if enough else "ulimit -n 4096")
     cores = len(os.sched_getaffinity(0))
     return [files, Finding("cores", "ok", f"{cores}; more vCPUs than cores take turns")]
 
@@ -120,12 +125,13 @@ def _packages() -> list[Finding]:
 
 def _kernel_cache() -> Finding:
     """Compiled kernels are kept beside the source, or in the user's cache."""
-    from ipc.native import cache_directories
+    from ipc.native import cache_directories, trusted
 
-    if any(_can_be_written(path) for path in cache_directories("ipc.kernel_source")):
+    paths = cache_directories("ipc.kernel_source")
+    if any(_can_be_written(path) and (not os.path.exists(path) or trusted(path)) for path in paths):
         return Finding("kernel cache", "ok", "compiled kernels can be kept")
     return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
-                   "set XDG_CACHE_HOME to a folder that can be written")
+                   "set XDG_CACHE_HOME to a folder that this user can write to, and nobody else")
 
 
 def _can_be_written(directory: Path) -> bool:
@@ -140,6 +146,14 @@ def _compiler() -> Finding:
         return Finding("assembler", "ok", "the sample guests can be rebuilt")
     return Finding("assembler", "absent", "as and ld are missing",
                    "needed only to rebuild the sample guests: apt-get install binutils")
+
+
+def _runtime_directory() -> list[Finding]:
+    """And what lies there, and in /dev/shm, of machines that died."""
+    try:
+        return [Finding("runtime directory", "ok", str(runtime_root())), *_left_behind()]
+    except VmmError as exc:     # the text says what to do
+        return [Finding("runtime directory", "fail", str(exc))]
 
 
 def _left_behind() -> list[Finding]:

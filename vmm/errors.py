@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     NO_MACHINE = 7        # no running machine of that name, or it went away
     STOPPED = 8           # ended on `vmm stop`
     MIGRATION_FAILED = 9  # a migration failed; its message says where the machine runs
+    OUTPUT = 74           # standard output could not be written (EX_IOERR); what was asked for may be done
     BUG = 70              # an unexpected exception
 
 

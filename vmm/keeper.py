@@ -10,7 +10,8 @@ machine (docs/decisions/0011):
   machine is torn down: whatever kills them is not going to stop.
 * The launching process goes away before it has let the machine go, or says so, or the keeper gets SIGTERM: the
   machine ends in order. SIGQUIT (``vmm stop --force``): at once.
-* The machine's runtime directory is removed: nobody could reach the machine any more, and it ends in order.
+* The machine's runtime directory is removed, or its lock: nobody could reach the machine any more, or somebody take
+  its memory for left-over, and it ends in order.
 * The keeper itself is killed: the kernel sends the coordinator SIGTERM, which ends the machine in
   order; were that one killed too, the workers see the end of the keeper's pipe, clear the files and
   go (workers/worker.py).
@@ -21,6 +22,7 @@ It keeps the machine's log, too: the standard error of all these processes is a 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -40,7 +42,7 @@ from workers import zygote
 from . import records
 from .errors import ExitCode, VmmError
 from .machinelog import LogFile
-from .runtime import claim, machine_dir, release
+from .runtime import claim, release
 
 __all__ = ["END", "LET_GO", "Deaths", "main"]
 
@@ -89,7 +91,7 @@ class Keeper:
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
         self.log_read, self.log_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.log_read, False)
-        self._removal = -1
+        self._watch_fd = -1
         self._ready = False
         self._at_work_since: float | None = None    # monotonic seconds; of the present coordinator
         self._done: int | None = None       # the exit status that the coordinator has said to end with
@@ -158,7 +160,7 @@ class Keeper:
         self._at_work_since = None
         with selectors.PollSelector() as selector:
             for fd in (pidfd, answer_fd, self._signals, self.log_read, self._life_fd, self._launcher_fd,
-                       self._removal):
+                       self._watch_fd):
                 if fd >= 0:
                     selector.register(fd, selectors.EVENT_READ)
             while True:
@@ -174,11 +176,11 @@ class Keeper:
                     selector.unregister(self._life_fd)
                     selector.unregister(self._launcher_fd)
                     self._part_from_launcher()
-                if self._removal in ready:
-                    selector.unregister(self._removal)
-                    os.close(self._removal)
-                    self._removal = -1
-                    self._end("its runtime directory was removed")
+                if self._watch_fd in ready and (gone := self._watch_for.gone()) is not None:
+                    selector.unregister(self._watch_fd)
+                    self._watch_for.close()
+                    self._watch_fd = -1
+                    self._end(f"{gone} was removed")
                 if self._left() == 0 and self._coordinator.poll() is None:
                     self.say("error", f"the coordinator did not end within {_END_TIMEOUT:.0f} s and is killed")
                     self._coordinator.kill()
@@ -251,8 +253,13 @@ class Keeper:
                 coordinator.terminate()
 
     def _watch_directory(self) -> None:
+        """Without its directory nobody reaches the machine, and without its lock its memory is fair game."""
+        directory = self._claim.belongings.directory
         try:
-            self._removal = inotify.watch_removal(machine_dir(self._name))
+            # Cleaners of /tmp leave a directory alone that somebody has locked (systemd.io/TEMPORARY_DIRECTORIES).
+            fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
+            self._watch_for = inotify.RemovalWatch(directory, self._claim.belongings.lock_path)
+            self._watch_fd = self._watch_for.fd
         except OSError as exc:
             self.say("warning", f"the runtime directory is not watched: {exc.strerror}")
 
@@ -370,7 +377,7 @@ def main(argv: list[str]) -> int:
         log.say("info" if keeper.ending or not why else "error",
                 f"{state}, exit status {code}" + (f": {why}" if why else ""))
         if isinstance(record, records.Record):
-            _report(name, record, code, state, why)
+            _report(name, record, code, state, why, keeper.ending)
         log.close()
         if state == "failed":
             keeper.tell({"error": f"machine '{name}' did not start: {why}", "code": code})
@@ -380,12 +387,14 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def _report(name: str, record: records.Record, code: int, state: str, why: str) -> None:
+def _report(name: str, record: records.Record, code: int, state: str, why: str, ending: str) -> None:
     """The coordinator's own is better, where it could make one."""
-    if not record.reported:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
+        if not record.reported:
             records.write_report(name, {"name": name, "state": state, "exit_code": code, "cause": why,
                                         "ended_at": records.now()})
+        elif ending:
+            record.explain(ending)
     record.close()
 
 

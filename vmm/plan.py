@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from ipc.messages import ReplayPhase, ReplaySpec
 from ipc.shm import PAGE_SIZE
@@ -12,6 +13,7 @@ from . import loader
 from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
 from .errors import VmmError
 from .guests import WORKLOADS, WorkloadError, get_workload, resolve_params
+from .outputs import open_append
 from .room import RoomError, check_room
 from .rules import RuleError, check_machine
 from .spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
@@ -73,6 +75,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
             raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
     patterns = [*config.trace, *(trace or [])]
     check_patterns(patterns)
+    if trace_file:
+        _check_trace_file(trace_file, patterns)
     verify = config.verify
     spec = MachineSpec(
         name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
@@ -92,6 +96,15 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     except (RuleError, RoomError) as exc:
         raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
     return spec
+
+
+def _check_trace_file(path: str, patterns: list[str]) -> None:
+    """Said before anything is started. Raises VmmError."""
+    if not patterns:
+        raise VmmError("--trace-file: no trace event is switched on (--trace PATTERN)")
+    if re.fullmatch(r"/dev/fd/.*|/proc/self/fd/.*", path):
+        raise VmmError(f"--trace-file {path}: is this process's own, and the machine is another")
+    os.close(open_append(path))
 
 
 def _replay(replay: ReplayConfig) -> ReplaySpec:

@@ -27,9 +27,11 @@ from .errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name, scope
 from .runtime import is_running, machine_names
 
-__all__ = ["KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome",
+__all__ = ["BY_SIGTERM", "KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome",
            "remove_records", "state_root", "write_report"]
 
+#: All that a coordinator knows of why it is to end the machine; its keeper may know more (``Record.explain``).
+BY_SIGTERM = "stopped by SIGTERM"
 KEPT = 64           # machines
 KEPT_DAYS = 30
 _LOCK_TIMEOUT = 5.0     # seconds
@@ -81,14 +83,24 @@ class Record:
         """Its machine has left a report."""
         return (self.directory / _REPORT).exists()
 
+    def explain(self, why: str) -> None:
+        """The machine's report does not say why it was stopped: it was for this. Raises OSError."""
+        path = self.directory / _REPORT
+        report = json.loads(path.read_text())
+        if report["cause"].startswith(BY_SIGTERM):
+            _write(path, {**report, "cause": report["cause"].replace(BY_SIGTERM, f"stopped: {why}")})
+
     def close(self) -> None:
         os.close(self._lock)
 
 
 def write_report(name: str, report: dict[str, Any]) -> None:
     """The machine has ended. Raises OSError."""
-    path = _directory(name) / _REPORT
-    aside = path.with_name(_REPORT + ".new")
+    _write(_directory(name) / _REPORT, report)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    aside = path.with_name(path.name + ".new")
     aside.write_text(json.dumps(report))
     aside.rename(path)
 

@@ -103,7 +103,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     vcpus = table("vCPU", "pid", "state", "exit", "code", title="vCPUs",
                   numbers=("dirtied", "ring full", "resets", "guest s", "stalled s"))
     for v in report["vcpus"]:
-        vcpus.add_row(str(v["index"]), str(v["pid"]), v["state"], v["exit_reason"], str(v["exit_code"]),
+        vcpus.add_row(str(v["index"]), str(v["pid"]), v["state"], v["exit_reason"] or "",
+                      "" if v["exit_code"] is None else str(v["exit_code"]),
                       f"{v['dirty_pages']:,}", f"{v['ring_full_exits']:,}", f"{v['resets']:,}",
                       f"{v['guest_s']:.3f}", f"{v['stalled_s']:.3f}")
     print_table(vcpus, console)
@@ -119,10 +120,14 @@ def print_report(report: dict[str, Any], console: Console) -> None:
                   f"{r['pages']:,} pages, {r['microseconds']:,} us; {r['flushes']} flushes")
     if report["handed_over"]:
         console.print(f"handed over to {report['handed_over']}", markup=False)
-    for what in ("pause", "limit", "lease", "client", "recording"):
+    for what in ("pause", "limit", "lease", "recording"):
         of = [h["why"] + (f" (pid {h['pid']})" if h["pid"] else "") for h in report["holders"] if h["what"] == what]
         if of:
             console.print(f"{what:<12} {', '.join(of)}", markup=False)
+    if report["clients"]:
+        pids = {h["why"].removeprefix("client "): h["pid"] for h in report["holders"] if h["what"] == "client"}
+        of = [name + (f" (pid {pids[name]})" if name in pids else "") for name in report["clients"]]
+        console.print(f"{'clients':<12} {', '.join(of)}", markup=False)
     if report["coordinator"]["restarts"]:
         console.print(f"coordinator replaced {report['coordinator']['restarts']} times")
     _print_verification(report["verification"], console)

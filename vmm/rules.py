@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from ipc.layout import MAX_SLOTS, MAX_VCPUS
+from ipc.layout import MAX_SLOTS, MAX_VCPUS, RING_MAX, RING_MIN
 from ipc.messages import ReplaySpec
 from ipc.shm import PAGE_SIZE
 
@@ -25,12 +25,11 @@ from .spec import REAPERS_MAX, MachineSpec, RamSlot
 from .trace import check_patterns
 from .tracking import CHOICES
 
-__all__ = ["ACCELERATORS", "GPA_MAX", "REPLAY_GPA_MAX", "RING_MAX", "RING_MIN", "SECONDS_MAX", "STACK_MAX",
+__all__ = ["ACCELERATORS", "GPA_MAX", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX",
            "STACK_MIN", "SYSTEM_AREA", "RuleError", "arriving", "check_machine", "check_new_slot", "check_quota",
            "check_ring", "check_slots", "check_stack"]
 
 ACCELERATORS = ("kvm", "unicorn", "replay")
-RING_MIN, RING_MAX = 1024, 65536        # entries; KVM's own limits are a page and (with 4 KiB pages) 65536
 GPA_MAX = 1 << 40                       # RAM ends below it
 REPLAY_GPA_MAX = 1 << 44                # nothing is mapped there: this is what the numbering of pages allows
 SYSTEM_AREA = (boot.SYSTEM_GPA, boot.SYSTEM_GPA + 0x100_0000)

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from .errors import VmmError
 from .hoststat import cores, describe_host
-from .report import size_text
+from .report import print_table, size_text, table
 from .stress import Point, PointResult, Sweep
 from .stress_model import Fit, busy_at, fit_all
 
-__all__ = ["document", "draw", "print_model", "results_table", "write_report"]
+__all__ = ["document", "draw", "print_model", "print_results", "write_report"]
 
 VERSION = 1
 _PICTURES = {"throughput.png": ("pages_per_s", "pages dirtied a second, all vCPUs"),
@@ -85,8 +85,14 @@ def _load(point: Point) -> str:
 # --- table --------------------------------------------------------------------------------------------
 
 
-def results_table(results: Sequence[PointResult]) -> Table:
-    """Medians over the repetitions. Columns that are the same in all rows stand in the title."""
+def print_results(results: Sequence[PointResult], console: Console) -> None:
+    """The table: medians over the repetitions. Columns that are the same in all rows stand in its title."""
+    whole, keys = _results_table(results)
+    print_table(whole, console, keys)
+
+
+def _results_table(results: Sequence[PointResult]) -> tuple[Table, int]:
+    """And how many of its columns say which point it is."""
     rows = summaries(results)
     columns: dict[str, Callable[[Point], str]] = {
         "accel": lambda p: p.accel, "workload": _load, "RAM": lambda p: size_text(p.ram),
@@ -95,26 +101,26 @@ def results_table(results: Sequence[PointResult]) -> Table:
     common = {name: text(rows[0]["point"]) for name, text in columns.items()
               if name != "vCPUs" and len({text(r["point"]) for r in rows}) == 1}
     title = ", ".join(f"{name} {value}" for name, value in common.items())
-    table = Table(title=title or None, title_justify="left")
     shown = [name for name in columns if name not in common]
+    made = table(title=title or None)
     for name in shown:
-        table.add_column(name, justify="left" if name in ("accel", "workload", "reaper") else "right", no_wrap=True)
+        made.add_column(name, justify="left" if name in ("accel", "workload", "reaper") else "right", no_wrap=True)
     for name in ("pages/s", "ring full/s", "stalled %", "flush ms", "worst", "coord. %", "PSS MiB", "launch s",
                  "lost"):
-        table.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         point = [columns[name](row["point"]) for name in shown]
         if row["repetitions"] == 0:
-            table.add_row(*point, f"[red]{row['error']}[/red]")
+            made.add_row(*point, "[red]failed[/red]")       # why is said below the table
             continue
         m = row["median"]
         lost = f"[red]{row['lost']}[/red]" if row["lost"] else "0" if row["rounds"] else "not verified"
         if row["surplus"]:
             lost += f", {row['surplus']} surplus"
-        table.add_row(*point, f"{m['pages_per_s']:,.0f}", f"{m['ring_full_per_s']:.1f}",
+        made.add_row(*point, f"{m['pages_per_s']:,.0f}", f"{m['ring_full_per_s']:.1f}",
                       f"{m['stalled_percent']:.2f}", f"{m['flush_ms']:.2f}", f"{row['most']['worst_flush_ms']:.1f}",
                       f"{m['coordinator_percent']:.1f}", f"{m['worker_pss_mib']:.1f}", f"{m['launch_s']:.2f}", lost)
-    return table
+    return made, len(shown)
 
 
 def print_model(fits: Sequence[Fit], console: Console) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipc.layout import DirtyGfn, Tracking, VcpuControl
+from ipc.layout import RING_MIN, DirtyGfn, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
 from . import kvm_api as api
@@ -29,11 +29,10 @@ from .memory import GuestMemory
 from .ports import PortBus, PortEvent, PortEventKind, UnknownPort
 from .state import VcpuSaved
 
-__all__ = ["MIN_RING_ENTRIES", "KvmAccelerator", "KvmInfo", "nested_paging", "probe", "ring_size_error"]
+__all__ = ["KvmAccelerator", "KvmInfo", "nested_paging", "probe", "ring_size_error"]
 
 _DEVICE = Path("/dev/kvm")
 _MODULES = Path("/sys/module")
-MIN_RING_ENTRIES = 1024     # the kernel's reserve is up to 64 + 512 entries, and half a ring is to be usable
 
 _RING_CAPABILITIES = {"DIRTY_LOG_RING_ACQ_REL": api.CAP_DIRTY_LOG_RING_ACQ_REL,
                       "DIRTY_LOG_RING": api.CAP_DIRTY_LOG_RING}     # in the order of preference
@@ -89,8 +88,8 @@ def nested_paging() -> bool:
 
 def ring_size_error(entries: int, info: KvmInfo) -> str:
     """What is wrong with a ring of so many entries on this host; empty when nothing is [8.29]."""
-    if entries & entries - 1 or not MIN_RING_ENTRIES <= entries <= info.max_entries:
-        return (f"{entries} entries: a power of two from {MIN_RING_ENTRIES} to {info.max_entries} is needed "
+    if entries & entries - 1 or not RING_MIN <= entries <= info.max_entries:
+        return (f"{entries} entries: a power of two from {RING_MIN} to {info.max_entries} is needed "
                 f"(KVM_CAP_{info.ring_capability})")
     return ""
 

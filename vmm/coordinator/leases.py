@@ -148,6 +148,7 @@ class Leases:
             self._pauses.pause(Hold(lease.token, f"{lease.kind} {lease.why}", lease.owner))
         except BaseException:
             lease.frozen = before
+            self._core.save_if_possible()
             raise
 
     def thaw(self, token: str) -> None:
@@ -189,6 +190,8 @@ class Leases:
     def _gone(self, lease: Lease) -> None:
         """Its process has ended; its pause goes the same way."""
         if lease.kind == "incoming" and self._core.state == "ready":
+            self._core.tell({"event": "incoming-lost",
+                             "detail": f"{lease.who} ended before the machine was started"})
             self._abandoned()
         elif lease.kind == "migration" and self._pauses.handed_over is not None:
             self._core.save_if_possible()

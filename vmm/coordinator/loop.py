@@ -93,6 +93,7 @@ class Coordinator:
         self._started: float | None = None      # seconds of CLOCK_MONOTONIC
         self._elapsed_at_end: float | None = None
         self._stopping = ExitReason.NONE        # why it is to end, if it is
+        self._stopped_by = "stopped on request"
         self._done = False
         self._turns = 0
         self._linger = spec.linger
@@ -434,6 +435,8 @@ class Coordinator:
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
                 self._linger = False
+                if self._stopping == ExitReason.NONE:
+                    self._stopped_by = records.BY_SIGTERM
                 self._stop_or_go()
             elif ready in by_fd:
                 self.shards.bury(by_fd[ready])
@@ -561,7 +564,7 @@ class Coordinator:
     def _go(self) -> None:
         """Let a machine go that does not run."""
         if self.core.state == "ready" and not self._done:
-            self._keep_report(ExitCode.STOPPED, "stopped before it was started")
+            self._keep_report(ExitCode.STOPPED, f"{self._stopped_by}, before it was started")
         self._done = self._done or self.core.state == "ended"
 
     def _finish(self) -> None:
@@ -571,7 +574,7 @@ class Coordinator:
             self.core.drain_and_verify()
         else:
             self.reaper.drain()
-        self._keep_report(exit_code(self.core), cause_of(self.core))
+        self._keep_report(exit_code(self.core), cause_of(self.core, self._stopped_by))
         self._done = not self._linger
 
     def _keep_report(self, code: ExitCode, cause: str) -> None:
@@ -607,8 +610,11 @@ class Coordinator:
             holders.append(("pause", "user", 0))
         if any(limits.user):
             holders.append(("limit", "user", 0))
-        for what, held in (("pause", pauses.held), ("limit", limits.held), ("client", self.clients.held)):
+        for what, held in (("pause", pauses.held), ("limit", limits.held)):
             holders += [(what, hold.why, hold.owner.pid) for hold in held]
+        for client in self.core.parts.log.clients:
+            owned = self.clients.held.get(client)
+            holders.append(("client", client, owned.owner.pid if owned else 0))
         holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
         if recorder is not None:
             holders.append(("recording", "trace", recorder.pid))

@@ -27,7 +27,8 @@ def reason_text(reason: ExitReason) -> str:
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
                    restarts: int, turns: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
     """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds; ``turns``:
-    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None."""
+    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None. What is not over has
+    no exit code: None, of the machine and of each vCPU."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
     verification: dict[str, Any] | None = None
     if core.verifier is not None:
@@ -35,7 +36,7 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
     return {
         "name": spec.name, "state": "paused" if paused and core.state == "running" else core.state,
         "elapsed_s": round(elapsed, 6),
-        "exit_code": int(exit_code(core)), "accelerator": spec.accel,
+        "exit_code": int(exit_code(core)) if core.state == "ended" else None, "accelerator": spec.accel,
         "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
         "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
         "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
@@ -63,10 +64,12 @@ def machine_slots(core: Core) -> dict[str, Any]:
 
 def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
     block, exited = shard.control, shard.exited
+    reason = ExitReason(block.exit_reason)
+    over = reason != ExitReason.NONE
     return {
         "index": shard.index, "pid": shard.pid, "accelerator": core.spec.accel,
         "state": VcpuState(block.state).name.lower().replace("_", "-"),
-        "exit_reason": reason_text(ExitReason(block.exit_reason)), "exit_code": block.exit_code,
+        "exit_reason": reason_text(reason) if over else None, "exit_code": block.exit_code if over else None,
         "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
         "dirty_pages": block.dirty_pages, "ring_full_exits": block.ring_full_exits,
         "resets": block.resets, "reset_s": block.reset_ns / 1e9, "ring_rebuilds": block.ring_rebuilds,
@@ -94,8 +97,8 @@ def exit_code(core: Core) -> ExitCode:
     return ExitCode.OK
 
 
-def cause_of(core: Core) -> str:
-    """Why the machine has ended, for people: what its exit code is about."""
+def cause_of(core: Core, stopped_by: str) -> str:
+    """Why the machine has ended, for people: what its exit code is about. ``stopped_by``: if it was stopped."""
     code = exit_code(core)
     if code is ExitCode.VERIFY_FAILED:
         assert core.verifier is not None
@@ -107,4 +110,4 @@ def cause_of(core: Core) -> str:
     if code is ExitCode.GUEST_FAILED:
         return "; ".join(f"vCPU {s.index} ended with code {s.control.exit_code}" for s in core.shards.all
                          if s.control.exit_code)
-    return {ExitCode.TIMEOUT: "timeout", ExitCode.STOPPED: "stopped"}.get(code, "every vCPU ended with code 0")
+    return {ExitCode.TIMEOUT: "timeout", ExitCode.STOPPED: stopped_by}.get(code, "every vCPU ended with code 0")

@@ -30,19 +30,20 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
                     accel=choose_accelerator(accel), linger=not detach)
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
-        total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
-        done = 0
-        for slot in newest.slots:
-            memory = machine.ram(slot.id, writable=True)
-            memory[:] = 0       # the loader has put the image there
-            for where, each in layers(directory, manifests, slot):
-                for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
-                    done += count
-                    progress(done, total)
-        _restore_system(machine, folder, newest)
-        machine.set_state(newest.vcpus)
-        if start:
-            machine.start()
+        with machine.lease("incoming", f"from {folder}"):     # half restored, nobody else starts or writes it
+            total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
+            done = 0
+            for slot in newest.slots:
+                memory = machine.ram(slot.id, writable=True)
+                memory[:] = 0       # the loader has put the image there
+                for where, each in layers(directory, manifests, slot):
+                    for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
+                        done += count
+                        progress(done, total)
+            _restore_system(machine, folder, newest)
+            machine.set_state(newest.vcpus)
+            if start:
+                machine.start()
     except BaseException:
         machine.stop()
         machine.close()

@@ -1,0 +1,82 @@
+"""Machine code that is kept on disk: run only where nobody but this user and root can have put it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ipc import native
+from vmm import doctor
+
+KEPT = native._Kept("key", [])
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The second place, after one that cannot be written to; mode 0700."""
+    (tmp_path / "file").touch()
+    path = tmp_path / "cache" / "shardvmm"
+    monkeypatch.setattr(native, "cache_directories", lambda source: [tmp_path / "file" / "__pycache__", path])
+    native._keep("source", KEPT)
+    assert path.stat().st_mode & 0o777 == 0o700
+    return path
+
+
+def found() -> bool:
+    return native._find("source", "key") is not None
+
+
+def test_what_was_kept_is_found_under_its_key(cache: Path) -> None:
+    assert native._find("source", "key") == KEPT
+    assert native._find("source", "another") is None
+    assert native._find("another", "key") is None
+    assert [p.name for p in cache.iterdir()] == ["source.native"]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda cache: cache.chmod(0o770), lambda cache: cache.chmod(0o707),
+    lambda cache: (cache / "source.native").chmod(0o620), lambda cache: (cache / "source.native").chmod(0o602),
+    lambda cache: ((cache / "source.native").rename(cache / "x"), (cache / "source.native").symlink_to("x")),
+    lambda cache: ((cache / "source.native").unlink(), os.mkfifo(cache / "source.native")),
+    lambda cache: (cache / "source.native").write_bytes(b"junk"),
+])
+def test_what_others_could_have_written_is_not_run(spoil: Callable[[Path], object], cache: Path) -> None:
+    spoil(cache)
+    assert not found()
+
+
+@pytest.mark.parametrize("what", ["", "source.native"])
+def test_what_is_another_users_is_not_run(what: str, cache: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can make a file that is another user's")
+    os.chown(cache / what, 12345, -1)
+    assert not found()
+
+
+def test_nothing_is_kept_where_others_write(cache: Path) -> None:
+    (cache / "source.native").unlink()
+    cache.chmod(0o777)
+    native._keep("source", KEPT)
+    assert list(cache.iterdir()) == []
+    assert not native.trusted(cache)
+    finding = doctor._kernel_cache()
+    assert (finding.status, "nobody else" in finding.advice) == ("warn", True)
+    cache.chmod(0o700)
+    assert doctor._kernel_cache().status == "ok"
+
+
+def test_a_full_disk_leaves_no_half_a_file(cache: Path) -> None:
+    resource = pytest.importorskip("resource")
+    big = native._Kept("key", [native._Function("f", "f", "none", [], [], bytes(1 << 16))])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        native._keep("source", big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in cache.iterdir()] == ["source.native"]
+    assert (cache / "source.native").read_bytes() == msgspec.msgpack.encode(KEPT)
