@@ -18,7 +18,6 @@ import pytest
 from machines import ACCELS, alive, replace, spec, until
 from needs import missing
 from shared import control_blocks
-from vmm.postcopy import Missing
 
 from ipc.shm import list_segments
 from vmm import control
