@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ipc import messages as m
 
 SLOT = m.SlotSpec(3, 0x1000, 0x2000, "/segment", True, "/log")
-REQUESTS = [m.SetMemslot(2, SLOT), m.RemoveMemslot(3, 7), m.GetLog(4, 1), m.ClearLog(5, 1),
+REQUESTS = [m.SetMemslot(2, SLOT), m.SetMemslots(12, [SLOT]), m.RemoveMemslot(3, 7), m.GetLog(4, 1),
+            m.ClearLog(5, 1),
             m.RebuildRing(6), m.SetTracking(11, "bitmap", 0, "", {3: "/log", 499: "/other"}),
             m.SetTracking(12, "ring", 4096, "/ring", {}), m.SendFd(7), m.GetState(8),
             m.SetState(9, {"regs": {"rax": 2**64 - 1}}), m.Userfault(13, "/run/x/userfault"), m.Userfault(14, ""),

@@ -362,7 +362,7 @@ def test_addresses_and_keys(endless: Machine, tmp_path: Path) -> None:
         migrate.migrate(endless, "tcp://127.0.0.1:1")
     with pytest.raises(VmmError, match="write tcp://HOST:PORT"):
         migrate.migrate(endless, "udp://x")
-    with pytest.raises(VmmError, match="is no key file"):
+    with pytest.raises(VmmError, match="cannot be read as a key file"):
         migrate.migrate(endless, "tcp://127.0.0.1:1", Options(key=str(tmp_path / "a"), peer=str(tmp_path / "b")))
 
 
@@ -370,9 +370,11 @@ def test_curve_lets_the_right_key_in_and_no_other(endless: Machine, tmp_path: Pa
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     import zmq.auth
 
+    from vmm.migration import source, target
+
     for name in ("source", "target", "stranger"):
         zmq.auth.create_certificates(tmp_path, name)
-    monkeypatch.setattr(migrate, "_PATIENCE", 1.5)
+    monkeypatch.setattr(source, "_PATIENCE", 1.5)
     found: list[str] = []
     receiver = threading.Thread(target=lambda: found.append(receive.receive(
         "tcp://127.0.0.1:*", name="target", accel="unicorn", key=str(tmp_path / "target.key_secret"),
@@ -380,13 +382,13 @@ def test_curve_lets_the_right_key_in_and_no_other(endless: Machine, tmp_path: Pa
     machines: list[Machine] = []
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [m.close() for m in machines])
-        original = receive.Machine.launch
+        original = target.Machine.launch
 
         def launch(*args: Any, **options: Any) -> Machine:
             machines.append(original(*args, **options))
             return machines[-1]
 
-        monkeypatch.setattr(receive.Machine, "launch", launch)
+        monkeypatch.setattr(target.Machine, "launch", launch)
         receiver.start()
         until(lambda: bool(found), "listening")
         at = found[0]

@@ -175,7 +175,7 @@ def test_two_machines_at_once(tmp_path: Path) -> None:
      "s.yaml:4: workload.1: unknown workload 'randm' (did you mean 'random'?)"),
     ("accel: unicorn\nworkload: {name: random, params: {spni: 1}}", "s.yaml:2: workload.0: workload random has no"),
     ("accel: unicorn\nworkload: counter", "s.yaml:2: workload.0: counter ends by itself"),
-    ("accel: unicorn\nmachine: {stack_size: 3}", "s.yaml:2: machine: stack_size: must be a multiple of 16"),
+    ("accel: unicorn\nmachine: {stack_size: 3}", "s.yaml:2: machine: stack_size: 3 bytes must be a multiple of 16"),
     ("machine:\n  vcpus: 3", "s.yaml:2: machine.vcpus: the sweep sets it"),
     ("reaper: []", "s.yaml:1: reaper: "),
     ("seconds: soon", "s.yaml:1: seconds: 'soon' is not a duration"),

@@ -101,7 +101,7 @@ def get_workload(name: str) -> Workload:
     """Raises WorkloadError, which lists the workloads there are."""
     workload = WORKLOADS.get(name)
     if workload is None:
-        raise WorkloadError(f"unknown workload '{one_line(name, 60)}'{_suggestion(name, WORKLOADS)}; "
+        raise WorkloadError(f"unknown workload '{one_line(str(name), 60)}'{_suggestion(name, WORKLOADS)}; "
                             f"there are: {', '.join(WORKLOADS)}")
     return workload
 
@@ -112,7 +112,7 @@ def resolve_params(workload_name: str, params: Mapping[str, int]) -> list[int]:
     known = {param.name: param for param in workload.params}
     for name, value in params.items():
         if name not in known:
-            raise WorkloadError(f"workload {workload.name} has no parameter '{one_line(name, 60)}'"
+            raise WorkloadError(f"workload {workload.name} has no parameter '{one_line(str(name), 60)}'"
                                 f"{_suggestion(name, known)}; it has: {', '.join(known)}", name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise WorkloadError(f"workload {workload.name}: {name} must be a whole number, not {value!r}", name)
