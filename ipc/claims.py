@@ -89,11 +89,11 @@ class Belongings:
         with _changing(self) as fd:
             if not _lock(fd, _OWNER):
                 raise Held(f"{self.name} is owned by another process")
+            os.ftruncate(fd, 0)     # a dead owner's pid, which may be another process's by now
             step("claim-locked")
             _remove(self)
             step("claim-cleared")
             try:
-                os.ftruncate(fd, 0)
                 os.pwrite(fd, b"%d" % os.getpid(), 0)
             except OSError as exc:
                 raise ClaimError(f"{self.lock_path} cannot be written: {exc.strerror}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,19 @@ from vmm.runtime import machine_dir
 from vmm.spec import MachineSpec
 
 TIMEOUT = 60.0
+
+
+def _send_once_without_a_copy() -> None:
+    """The first such send of a process starts pyzmq's thread that frees what was sent, which stays for good: it is
+    there before any test then, and no test leaves it behind."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://once")
+        other.connect("inproc://once")
+        one.send(bytes(1 << 20), copy=False)
+        other.recv()
+
+
+_send_once_without_a_copy()
 
 _T = TypeVar("_T")
 
@@ -80,8 +94,7 @@ class Receiver(threading.Thread):
 
 
 def nothing_left(name: str) -> bool:
-    return (not machine_processes(name) and not list_segments(machine_prefix(name))
-            and not machine_dir(name).exists())
+    return not (machine_processes(name) or list_segments(machine_prefix(name)) or machine_dir(name).exists())
 
 
 def vmm(*arguments: str) -> subprocess.Popen[str]:
@@ -278,3 +291,79 @@ class PlayedTarget(threading.Thread):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Relay:
+    """Stands between a source and an ipc or tcp endpoint, and forwards every connection both ways: until it is
+    ``cut``, when it falls silent, or its connections are ``broken``, when new ones may be made."""
+
+    def __init__(self, endpoint: str, path: Path) -> None:
+        self.address = f"ipc://{path}"
+        self._endpoint = endpoint
+        self._path = path
+        self._silent = threading.Event()
+        self._over = threading.Event()
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._listener.settimeout(0.05)
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                one, _ = self._listener.accept()
+                other = self._connect()
+                self._sockets += [one, other]
+                for pair in ((one, other), (other, one)):
+                    self._threads.append(threading.Thread(target=self._forward, args=pair, daemon=True))
+                    self._threads[-1].start()
+
+    def _connect(self) -> socket.socket:
+        if self._endpoint.startswith("tcp://"):
+            host, _, port = self._endpoint.removeprefix("tcp://").rpartition(":")
+            return socket.create_connection((host, int(port)))
+        found = socket.socket(socket.AF_UNIX)
+        found.connect(self._endpoint.removeprefix("ipc://"))
+        return found
+
+    def _forward(self, one: socket.socket, other: socket.socket) -> None:
+        one.settimeout(0.05)
+        while not self._silent.is_set() and not self._over.is_set():
+            try:
+                data = one.recv(1 << 20)
+                other.settimeout(None)
+                other.sendall(data)
+            except TimeoutError:
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                for sock in (one, other):
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
+                return
+
+    def cut(self) -> None:
+        """Nothing is forwarded any more, and no end of anything either."""
+        self._silent.set()
+
+    def broken(self) -> None:
+        """All connections of now end, what is in them is lost."""
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._threads[0].join()
+        for thread in self._threads:
+            thread.join()
+        for sock in (*self._sockets, self._listener):
+            sock.close()
+        self._path.unlink()

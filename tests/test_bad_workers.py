@@ -31,8 +31,7 @@ from ipc.shm import Segment, list_segments
 from vmm import build, shards
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
-from vmm.names import machine_prefix, segment_name
-from vmm.runtime import machine_dir
+from vmm.names import machine_dir, machine_prefix, segment_name
 from vmm.shards import Shard, Shards
 from vmm.spec import MachineSpec
 from workers import zygote
@@ -413,15 +412,17 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[Shards,
     """Real ones, without a coordinator, and who of them has died. ``changes``: what they are told differently."""
     died: list[int] = []
     directory = machine_dir(machine_spec.name)
-    directory.mkdir(parents=True, mode=0o700)
     with ExitStack() as stack:
-        stack.callback(directory.parent.rmdir)
-        stack.callback(lambda: (directory / "image").unlink(missing_ok=True) or directory.rmdir())
+        for made in (directory.parent, directory):
+            made.mkdir(mode=0o700)
+            stack.callback(made.rmdir)
+        null = stack.enter_context(Path("/dev/null").open("wb"))
         read, write = os.pipe()
         stack.callback(os.close, write)
         stack.callback(os.close, read)
-        process, sock = zygote.start(read)
+        process, sock = zygote.start(read, null.fileno())
         stack.callback(process.wait, TIMEOUT)
+        stack.callback(process.terminate)
         parts = build.make_parts(machine_spec, machine_spec.asked_tracking)
         stack.callback(parts.close)
         pool = Shards(directory, Zygote(sock.detach()), lambda message: None,
@@ -543,7 +544,8 @@ def test_a_fault_of_the_worker_itself_is_the_end_of_that_vcpu_or_of_that_request
         notify.bind(channel.endpoint(tmp_path, "notify"))
         requests.bind(channel.endpoint(tmp_path, "requests"))
         worker = Worker(m.WorkerSpec(
-            machine="t", index=0, vcpu_count=1, accel="", slots=[], control_segment=control.name, fd_socket="",
+            machine="t", belongings="t", index=0, vcpu_count=1, accel="", slots=[], fd_socket="",
+            control_segment=control.name,
             system_slot=m.SlotSpec(layout.SYSTEM_SLOT, 0, 4096, ""), boot={},
             request_endpoint=channel.endpoint(tmp_path, "requests"),
             notify_endpoint=channel.endpoint(tmp_path, "notify")))

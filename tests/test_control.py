@@ -153,6 +153,18 @@ def test_connections_are_bounded_and_those_that_idle_cost_nobody_else(machine: M
 
 
 @pytest.mark.kvm
+def test_clients_of_the_dirty_log_are_bounded(machine: Machine) -> None:
+    """Each costs memory, and a descriptor where it goes with a process."""
+    for n in range(64):
+        machine.register(f"c{n}", mine=n % 2 == 0)
+    with pytest.raises(VmmError, match="has 64 clients of its dirty log already"):
+        machine.register("one_more")
+    machine.register("c0", mine=True)       # it is there: that is no new one
+    machine.unregister("c0")
+    machine.register("one_more")
+
+
+@pytest.mark.kvm
 def test_who_asks_again_after_a_death_in_between_asks_once(machine: Machine) -> None:
     """A coordinator that died while nothing was asked of it has lost no request."""
     machine.status()

@@ -123,7 +123,7 @@ def test_clients_are_named_and_can_be_dropped(idle: Machine) -> None:
     idle.register("mine", mine=True)
     assert asked("client", "list", idle.name) == [
         {"client": "cli", "pid": None}, {"client": "mine", "pid": os.getpid()}, {"client": "other", "pid": None}]
-    assert f"clients      cli, mine (pid {os.getpid()}), other\n" in vmm("status", idle.name).stdout
+    assert f"client       cli, mine (pid {os.getpid()}), other\n" in vmm("status", idle.name).stdout
     assert asked("client", "drop", idle.name, "cli") == {"name": "t", "client": "cli", "done": "drop"}
     assert vmm("client", "drop", idle.name, "other").stdout == "t: client other dropped\n"
     for name, said in (("cli", "there is no client 'cli'"), ("mine", f"belongs to process {os.getpid()}"),

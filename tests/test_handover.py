@@ -3,8 +3,6 @@ the table)."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import threading
@@ -13,15 +11,16 @@ from pathlib import Path
 
 import pytest
 from machines import spec, until
-from migrations import TIMEOUT, Receiver, goes_on, nothing_left, receiver_process, vmm
+from migrations import TIMEOUT, PlayedTarget, Receiver, Relay, goes_on, nothing_left, receiver_process, vmm
 
 from ipc.steps import STEPS
 from vmm import migrate
-from vmm.errors import VmmError
+from vmm.errors import ExitCode, VmmError
 from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
 from vmm.migration import source as source_module
 from vmm.migration import target as target_module
+from vmm.migration import wire
 
 WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
 
@@ -78,12 +77,6 @@ class Watch(threading.Thread):
         self.join()
         if kind is None:
             assert not self.both, "both ran"
-
-
-def running(name: str) -> bool:
-    with contextlib.suppress(VmmError), Machine.attach(name) as machine:
-        return str(machine.status()["state"]) == "running"
-    return False
 
 
 def works(machine: Machine) -> None:
@@ -227,50 +220,38 @@ def test_a_refusal_at_the_last_moment_gives_the_machine_back(address: str, monke
 
 
 def test_a_connection_that_breaks_at_the_hand_over_is_made_anew(address: str, runtime_dir: Path) -> None:
-    """Commit is on its way when it breaks; the answer comes through the next."""
-    from test_migration_sockets import Relay
-
     receiver = Receiver(address, accel="unicorn")
-    relays: list[Relay] = []
-    path = runtime_dir / "relay"
-    with contextlib.ExitStack() as stack, Machine.launch(WALK) as machine, Watch():
+    with Relay(receiver.at, runtime_dir / "relay") as relay, Machine.launch(WALK) as machine, Watch():
 
         def watch(report: migrate.Report) -> None:
-            if report.status == "handed-over" and len(relays) == 1:
-                relays[0].close_connections()
+            if report.status == "handed-over" and not broken:
+                broken.append(True)
+                relay.broken()
 
-        relays.append(stack.enter_context(Relay(receiver.at, path)))
-        report = migrate.migrate(machine, f"ipc://{path}", progress=watch)
-        assert report.status == "completed"
+        broken: list[bool] = []
+        assert migrate.migrate(machine, relay.address, progress=watch).status == "completed"
+        assert broken
         with receiver.result() as moved:
             works(moved)
-    path.unlink(missing_ok=True)
 
 
-def test_nothing_cancels_a_machine_that_was_handed_over(steps: Path, address: str) -> None:
-    """Neither a signal nor the verb: both say so, and the machine arrives."""
-    with Machine.launch(WALK) as machine, Watch():
-        process = receiver_process(address, "--accel", "unicorn", "--detach")
-        os.kill(process.pid, signal.SIGCONT)
-        source = vmm("migrate", "source", address, "--bandwidth", "8MB/s")
-        until(lambda: bool(status_of(machine)), "begun")
-        until(lambda: running("target") or status_of(machine) == "device" or source.poll() is not None,
-              "at the end")
+def test_nothing_cancels_a_machine_that_was_handed_over(address: str) -> None:
+    """Neither a signal nor the verb: both say so. The target takes its time to answer."""
+    answer = threading.Event()
+    with (Machine.launch(WALK) as machine,
+          PlayedTarget(address, {wire.Commit: lambda m: [wire.Running()] if answer.is_set() else []}) as target):
+        source = vmm("migrate", "source", address)
+        until(lambda: target.has(wire.Commit), "handed over", TIMEOUT)
+        cancel = vmm("migrate", "cancel", "source")
+        assert "cannot be cancelled" in cancel.communicate(timeout=TIMEOUT)[1]
+        assert cancel.returncode == ExitCode.BAD_INPUT
+        source.send_signal(signal.SIGINT)
         source.send_signal(signal.SIGTERM)
-        _out, _err = source.communicate(timeout=TIMEOUT)
-        if source.returncode:       # it came just in time
-            goes_on(machine)
-            process.kill()
-        else:
-            until(lambda: running("target"), "it has arrived")
-            with Machine.attach("target") as moved:
-                moved.stop()
-        process.communicate(timeout=TIMEOUT)
-
-
-def status_of(machine: Machine) -> str:
-    from vmm.migration.status import load_status
-
-    with contextlib.suppress(VmmError):
-        return str(load_status(machine.name)["status"])
-    return ""
+        assert source.stderr is not None
+        assert "cannot be cancelled any more" in source.stderr.readline()
+        assert machine.status()["state"] == "paused"
+        answer.set()
+        source.communicate(timeout=TIMEOUT)
+        assert source.returncode == 0
+        until(lambda: machine.status()["state"] == "ended", "the source's machine has ended")
+        assert target.has(wire.Done)

@@ -16,6 +16,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import until
+from migrations import Relay
 
 from vmm.errors import VmmError
 from vmm.migration import keys as keys_module
@@ -394,54 +395,3 @@ def test_a_peer_that_is_cut_off_without_a_word_is_noticed(context: zmq.Context[z
 
             until(gone, "the target has noticed")
             connection.close()
-
-
-class Relay:
-    """Forwards both ways between one connection and a ZeroMQ endpoint, until it is cut: then it is silent."""
-
-    def __init__(self, endpoint: str, path: Path) -> None:
-        self.address = f"ipc://{path}"
-        self._endpoint = endpoint
-        self._silent = threading.Event()
-        self._over = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        one, _ = self._listener.accept()
-        if self._endpoint.startswith("tcp://"):
-            host, _, port = self._endpoint.removeprefix("tcp://").rpartition(":")
-            other = socket.create_connection((host, int(port)))
-        else:
-            other = socket.socket(socket.AF_UNIX)
-            other.connect(self._endpoint.removeprefix("ipc://"))
-        more = [threading.Thread(target=self._forward, args=pair) for pair in ((one, other), (other, one))]
-        self._threads += more
-        for thread in more:
-            thread.start()
-        self._over.wait()
-        one.close()
-        other.close()
-
-    def _forward(self, one: socket.socket, other: socket.socket) -> None:
-        one.settimeout(0.05)
-        while not self._silent.is_set() and not self._over.is_set():
-            with contextlib.suppress(TimeoutError):
-                if not (data := one.recv(65536)):
-                    return
-                other.sendall(data)
-
-    def cut(self) -> None:
-        self._silent.set()
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        for thread in list(self._threads):
-            thread.join()
-        self._listener.close()

@@ -75,7 +75,7 @@ def test_a_low_soft_limit_of_descriptors_is_raised(hello: Path) -> None:
     """It is there for programs that use select(2); the hard one counts."""
     code = ("import resource, sys; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
-            "sys.argv = ['vmm', 'launch', sys.argv[1]]; from vmm.cli import main; main()")
+            "sys.argv = ['vmm', 'launch', sys.argv[1]]; from vmm.main import main; main()")
     done = subprocess.run([sys.executable, "-c", code, str(hello)], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (ExitCode.OK, "")
 

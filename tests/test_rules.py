@@ -297,7 +297,7 @@ def test_a_restored_machine_never_writes_where_its_manifest_says(tmp_path: Path)
 @pytest.mark.parametrize(("field", "value", "said"), [
     ("reaper", {"mode": "adaptive", "reapers": 1_000_000}, "reapers"), ("timeout", -1.0, "timeout"),
     ("reaper", {"reapers": 0}, "reapers"), ("vcpus", 0, "vcpus"), ("stack_size", 7, "stack_size"),
-    ("name", "../../x", "machine name"), ("replay", {"phases": [{"pattern": "random"}]}, "no memory"),
+    ("name", "../../x", "machine name"), ("replay", {"phases": [{"pattern": "random"}]}, "replay"),
 ])
 def test_a_manifest_is_held_to_the_rules_before_anything_is_made(field: str, value: Any, said: str, tmp_path: Path,
                                                                  runtime_dir: Path) -> None:

@@ -18,12 +18,12 @@ import pytest
 from machines import ACCELS, alive, replace, spec, until
 from needs import missing
 from shared import control_blocks
-from vmm.postcopy import Missing
 
 from ipc.shm import list_segments
 from vmm import control
 from vmm.errors import VmmError
 from vmm.machine import Machine
+from vmm.migration.postcopy import MissingPages
 from vmm.names import segment_name
 from vmm.record import record
 from vmm.spec import MachineSpec, RamSlot
@@ -304,7 +304,7 @@ def test_a_coordinator_that_dies_while_vcpus_wait_for_pages_is_replaced(accel: s
     with Machine.launch(busy(accel), start=False) as machine:
         absent = np.zeros(2048, bool)
         absent[600:2000] = True             # most of what the guest uses
-        with Missing(machine, {0: absent}) as pages_missing:
+        with MissingPages(machine, {0: absent}) as pages_missing:
             machine.start()
             poll = select.poll()
             for fd in pages_missing.faults:

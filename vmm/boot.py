@@ -51,7 +51,8 @@ All of the above but RAM lies in one memory slot of its own at ``SYSTEM_GPA``, n
 
 Every entry of every table has its accessed and dirty bits set beforehand, segment descriptors too:
 a page walk that set them would write into memory that nobody logs, and would cost an exit under some
-hypervisors. The identity map is of 2 MiB pages, but for the slot's own first 2 MiB.
+hypervisors. The identity map is of 2 MiB pages, but for the slot's own first 2 MiB. A KVM vCPU runs on a private
+copy of these tables with smaller entries, so that its log is exact (workers/kvm_tables.py).
 """
 
 from __future__ import annotations

@@ -60,5 +60,4 @@ def drop(machine: Machine, name_of_client: str, as_json: bool) -> None:
 
 def _clients(report: dict[str, Any]) -> list[dict[str, Any]]:
     """``pid``: whose it is, None when it is nobody's and stays."""
-    owners = {h["why"].removeprefix("client "): h["pid"] for h in report["holders"] if h["what"] == "client"}
-    return [{"client": name, "pid": owners.get(name)} for name in report["clients"]]
+    return [{"client": h["why"], "pid": h["pid"] or None} for h in report["holders"] if h["what"] == "client"]

@@ -111,7 +111,8 @@ class TakeLease(Owned):
 
 class Freeze(Verb):
     """The lease's holder is about to copy the last of the memory: from now on no host write may begin, and the
-    guest stands still, until ``Thaw`` or the lease's end."""
+    guest stands still, until ``Thaw`` or the lease's end. The answer: ``writing``, host writes that began before;
+    whoever asks asks again until there is none."""
 
     token: str
 

@@ -12,33 +12,28 @@ death. The coordinator knows the process by its pid and start time, as it sees t
 
 **Host writes and freezes.** KVM logs only the guest's stores, so a host write is announced by its maker: its pages
 are dirty in every sync from before the first byte is written until after the last, or the maker's death
-(vmm/coordinator/writes.py). Meanwhile it has a shared flock(2) on the machine's control segment. A freeze first
-has the coordinator refuse marks that come before a write, then waits until it could have that lock alone: by then
-every write that was let begin is over, and marked. The kernel gives up the lock of a process that dies.
+(vmm/coordinator/writes.py). A freeze has the coordinator let no other begin, and waits for those that have. They
+are in its journal, so one that was begun under a coordinator that died is waited for too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import time
 import uuid
 from collections.abc import Iterator
 from types import TracebackType
 
-from ipc.shm import open_fd
 from ipc.steps import step
 
 from . import control
 from .connection import ControlClient
 from .errors import ExitCode, VmmError
-from .names import segment_name
 
 __all__ = ["Lease", "Limits", "host_write", "paused"]
 
 _WRITES_END = 5.0       # seconds that a host write may take once a freeze waits for it
-_LOOK_AGAIN = 0.0005
+_LOOK_AGAIN = 0.001
 
 
 def _token() -> str:
@@ -111,12 +106,16 @@ class Lease:
         lease; ``Machine.write`` and ``mark_dirty`` are refused meanwhile, with this lease's name. What a sync finds
         then is all there is. May be repeated. Raises VmmError, with the machine as it was, when a host write that
         had begun does not end within 5 s."""
-        self._client.ask(control.Freeze, token=self._token)
         try:
-            with _segment_lock(self._machine, fcntl.LOCK_EX, "a write to its memory by the host has not ended "):
-                pass
+            deadline = time.monotonic() + _WRITES_END
+            while writing := self._client.ask(control.Freeze, token=self._token)["writing"]:
+                if time.monotonic() > deadline:
+                    raise VmmError(f"machine '{self._machine}': a write to its memory has not ended within "
+                                   f"{_WRITES_END:g} s: {', '.join(writing)}")
+                time.sleep(_LOOK_AGAIN)
         except BaseException:
-            self.thaw()
+            with contextlib.suppress(VmmError):
+                self.thaw()
             raise
 
     def thaw(self) -> None:
@@ -150,37 +149,14 @@ class Lease:
 
 
 @contextlib.contextmanager
-def host_write(client: ControlClient, machine: str, slot: int, born: int, first: int, count: int) -> Iterator[None]:
+def host_write(client: ControlClient, slot: int, born: int, first: int, count: int) -> Iterator[None]:
     """``Machine.writing``."""
     token = _token()
-    with _segment_lock(machine, fcntl.LOCK_SH, "somebody looks for writes under way, and does not end "):
-        client.ask(control.Mark, mine=True, token=token, why="host write", slot=slot, born=born, first=first,
-                   count=count, when="before")
-        try:
-            step("host-write-begun")
-            yield
-            step("host-write-made")
-        finally:
-            client.ask(control.Mark, token=token, slot=slot, first=first, count=count, when="after")
-
-
-@contextlib.contextmanager
-def _segment_lock(machine: str, how: int, what: str) -> Iterator[None]:
-    """flock(2) on the control segment, through a descriptor of its own. Raises VmmError."""
+    client.ask(control.Mark, mine=True, token=token, why="host write", slot=slot, born=born, first=first,
+               count=count, when="before")
     try:
-        fd = open_fd(segment_name(machine, "control"))
-    except OSError as exc:
-        raise VmmError(f"machine '{machine}': its control segment: {exc.strerror}", ExitCode.NO_MACHINE) from None
-    try:
-        deadline = time.monotonic() + _WRITES_END
-        while True:
-            try:
-                fcntl.flock(fd, how | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise VmmError(f"machine '{machine}': {what}within {_WRITES_END:g} s") from None
-                time.sleep(_LOOK_AGAIN)
+        step("host-write-begun")
         yield
+        step("host-write-made")
     finally:
-        os.close(fd)
+        client.ask(control.Mark, token=token, slot=slot, first=first, count=count, when="after")

@@ -180,7 +180,8 @@ class Keeper:
                     selector.unregister(self._watch_fd)
                     self._watch_for.close()
                     self._watch_fd = -1
-                    self._end(f"{gone} was removed")
+                    self._end(f"its {'lock' if gone == self._claim.belongings.lock_path else 'runtime directory'}"
+                              " was removed")
                 if self._left() == 0 and self._coordinator.poll() is None:
                     self.say("error", f"the coordinator did not end within {_END_TIMEOUT:.0f} s and is killed")
                     self._coordinator.kill()

@@ -321,7 +321,7 @@ class Machine:
         if not data:
             return
         first = offset // 4096
-        with holds.host_write(self._client, self.name, slot, view.born, first,
+        with holds.host_write(self._client, slot, view.born, first,
                               (offset + len(data) - 1) // 4096 - first + 1):
             view.segment.buf[offset:offset + len(data)] = data
 
@@ -333,7 +333,7 @@ class Machine:
         ``Machine`` has given a view of."""
         known = self._views.get(slot)
         born = known.born if known is not None else self._view(slot).born
-        return holds.host_write(self._client, self.name, slot, born, first, count)
+        return holds.host_write(self._client, slot, born, first, count)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
         """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after

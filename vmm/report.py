@@ -120,14 +120,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
                   f"{r['pages']:,} pages, {r['microseconds']:,} us; {r['flushes']} flushes")
     if report["handed_over"]:
         console.print(f"handed over to {report['handed_over']}", markup=False)
-    for what in ("pause", "limit", "lease", "recording"):
+    for what in ("pause", "limit", "lease", "client", "recording"):
         of = [h["why"] + (f" (pid {h['pid']})" if h["pid"] else "") for h in report["holders"] if h["what"] == what]
         if of:
             console.print(f"{what:<12} {', '.join(of)}", markup=False)
-    if report["clients"]:
-        pids = {h["why"].removeprefix("client "): h["pid"] for h in report["holders"] if h["what"] == "client"}
-        of = [name + (f" (pid {pids[name]})" if name in pids else "") for name in report["clients"]]
-        console.print(f"{'clients':<12} {', '.join(of)}", markup=False)
     if report["coordinator"]["restarts"]:
         console.print(f"coordinator replaced {report['coordinator']['restarts']} times")
     _print_verification(report["verification"], console)

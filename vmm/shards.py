@@ -68,6 +68,9 @@ _DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints wit
 _COMPLAINTS = 10            # bad messages that are said; all are counted
 
 
+_log = logging.getLogger(__name__)
+
+
 class Shard:
     """One vCPU worker: its process, and its ring as the coordinator has it.
 
@@ -440,6 +443,7 @@ class Shards:
         behind the coordinator's back; their vCPUs end, the machine goes on."""
         lost = [s for s in shards if s.alive]
         for shard in lost:
+            _log.error("vcpu %d: its worker (process %d) %s: it is killed", shard.index, shard.pid, fate)
             shard.fate = fate
             shard.signal(signal.SIGKILL)
         deadline = time.monotonic() + _KILL_TIMEOUT

@@ -5,8 +5,9 @@
     server          the control socket: a verb in, a call out, an answer
     core            what all of the modules below share, and the checks that many verbs begin with
     owners          processes that hold something here, watched by pidfd
-    journal         state.json: what a replacement coordinator must know
-    pauses, clients, hotplug, limits, tracking, recording, incoming, vcpu_states     a family of verbs each
+    journal         what the machine is, for a replacement coordinator
+    pauses, leases, clients, writes, hotplug, limits, tracking, recording, incoming, vcpu_states
+                    a family of verbs each
     status          the report and the exit code
 
 Nobody outside this package imports any of it.

@@ -16,6 +16,8 @@ from .tracking import TrackingSwitch
 
 __all__ = ["Clients"]
 
+_CLIENTS = 64       # each has two bitmaps of every slot, and may have a descriptor here
+
 
 class Clients:
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
@@ -38,6 +40,9 @@ class Clients:
         if client in log.clients:
             self._require_own(client, owner.pid if owner else 0)
             return
+        if len(log.clients) >= _CLIENTS:
+            raise VmmError(f"machine '{core.spec.name}' has {_CLIENTS} clients of its dirty log already: "
+                           "unregister one first")
         self._tracking.choose(logged=True)
         self._tracking.require_log()
         core.flush()

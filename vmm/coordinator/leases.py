@@ -5,8 +5,8 @@ What each kind keeps out stands in ``_KEPT_OUT``, and nowhere else; whoever carr
 snapshots at once each have their own client of the dirty log, and their own pause.
 
 **Freeze** is for the last copy of a machine's memory. Until the lease ends (or thaws) the guest stands still, and
-no host write can begin. One that has begun is waited for by whoever freezes, before it looks what is dirty
-(vmm/holds.py says how); so whatever it finds then is all there is.
+no host write can begin. Those that have begun are told to whoever freezes, who asks again until there are none
+before it looks what is dirty; so whatever it finds then is all there is.
 
 **Commit** makes the pause of a frozen machine permanent: it belongs to another host from then on.
 """
@@ -139,8 +139,10 @@ class Leases:
         step("lease-noted")
 
     def freeze(self, token: str) -> None:
-        """Raises VmmError."""
+        """May be asked for again and again, until no write is under way. Raises VmmError."""
         lease = self._lease(token)
+        if lease.frozen and self._pauses.held.get(token) is not None:
+            return
         before, lease.frozen = lease.frozen, True
         try:
             self._core.save()

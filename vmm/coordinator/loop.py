@@ -174,7 +174,7 @@ class Coordinator:
             control.Resume: lambda v: {"held_by": self.pauses.resume(force=v.force, held=self.leases.at_hand_over)},
             control.TakeLease: lambda v: self.leases.take(Lease(v.token, v.why, self._asker(v), v.kind),
                                                           recover=v.recover),
-            control.Freeze: lambda v: self.leases.freeze(v.token),
+            control.Freeze: lambda v: self._freeze(v.token),
             control.Thaw: lambda v: self.leases.thaw(v.token),
             control.HandOver: lambda v: self.leases.hand_over(v.token, v.to),
             control.TakeBack: lambda v: self.leases.take_back(v.token),
@@ -213,6 +213,10 @@ class Coordinator:
         """Whatever it is that this token holds; nothing, if it was given back before."""
         if not self.leases.end(token) and not self.limits.give_back(token):
             self.pauses.give_back(token)
+
+    def _freeze(self, token: str) -> dict[str, Any]:
+        self.leases.freeze(token)
+        return {"writing": [write.who for write in self.writes.held]}
 
     def _mark(self, verb: control.Mark) -> None:
         if verb.when == "after":        # one that began before a freeze is over before what is dirty is looked at

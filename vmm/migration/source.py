@@ -456,6 +456,7 @@ class Source:
     def _stranded(self, why: str) -> MigrationError:
         """Handed over, and nobody says that it runs."""
         name = self.machine.name
+        self._unregister()
         left = sum(len(pages) for pages in self._there.values())
         there = (f"its last {left:,} pages are not at the target, which waits for them"
                  if self._postcopy else "it may run there already")
@@ -512,6 +513,9 @@ class Source:
             self._talk.close(Abort(reason))
             self._talk = None
         self._release_limits()
+        self._unregister()
+
+    def _unregister(self) -> None:
         with contextlib.suppress(VmmError):
             self.machine.unregister(self._client)
 
