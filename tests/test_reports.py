@@ -193,7 +193,8 @@ def test_the_progress_line(report: dict[str, Any], width: int) -> None:
 @wide
 def test_a_list_of_machines(report: dict[str, Any], width: int) -> None:
     longest = "a-name-of-thirty-two-characters0"
-    report.update(name=longest, state="running", elapsed_s=1_000_000.04, accelerator="unicorn")
+    report.update(name=longest, state="running", elapsed_s=1_000_000.04, accelerator="unicorn",
+                  ended_at=None, cause=None)
     report["slots"] = [{"size": 15 << 40}, {"size": (1 << 40) + 3 * 4096}]
     rows = read_tables(shown(width, lambda console: print_table(
         machines_table([report, {"name": "silent", "state": "does not answer"}]), console)))
