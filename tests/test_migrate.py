@@ -210,8 +210,10 @@ def test_a_source_lost_in_post_copy_is_replaced_and_no_page_is(walker: Machine, 
         with pytest.raises(VmmError, match="still on its way"):
             state_of(target)
         target.resume()
-    report = migrate.recover(walker, address)
-    assert report.status == "completed"
+    try:
+        assert migrate.recover(walker, address).status == "completed"
+    except VmmError as exc:     # the one that the coordinator has started was first
+        assert "is being migrated" in str(exc)
     with receiver.result() as moved:
         moved.pause()
         # Each page has been counted up since the first round: one never sent would be zero.
@@ -392,7 +394,7 @@ def test_curve_lets_the_right_key_in_and_no_other(endless: Machine, tmp_path: Pa
         receiver.start()
         until(lambda: bool(found), "listening")
         at = found[0]
-        with pytest.raises(MigrationError, match=r"did not answer|nobody takes|has gone|refuses these keys"):
+        with pytest.raises(VmmError, match="refuses these keys"):
             migrate.migrate(endless, at, Options(key=str(tmp_path / "stranger.key_secret"),
                                                  peer=str(tmp_path / "target.key")))
         goes_on(endless)
