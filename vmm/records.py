@@ -1,9 +1,9 @@
 """What is kept of a machine beyond its end: its log and its last report.
 
 ``$XDG_STATE_HOME/shardvmm/<scope>-<name>/`` (else ``~/.local/state/…``), mode 0700, with ``log``, ``log.1``
-(vmm/machinelog.py) and, once it has ended, ``report.json``. It lies there from the start, so that it is there
-whatever ends the machine. ``scope`` tells runtime directories apart (vmm/names.py): two machines of one name may
-run under two of them.
+(vmm/machinelog.py) and, once it has ended, ``report.json``; ``migration.json`` if it was migrated. It lies there
+from the start, so that it is there whatever ends the machine. ``scope`` tells runtime directories apart
+(vmm/names.py): two machines of one name may run under two of them.
 
 One record for each name, that of the last machine called so; the oldest go when there are more than KEPT, or after
 KEPT_DAYS. A keeper holds a flock on its machine's ``lock`` there, and for a moment that of the whole directory,
@@ -27,15 +27,15 @@ from .errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name, scope
 from .runtime import is_running, machine_names
 
-__all__ = ["BY_SIGTERM", "KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "no_machine", "now", "outcome",
-           "remove_records", "state_root", "write_report"]
+__all__ = ["BY_SIGTERM", "KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "migration_path", "no_machine",
+           "now", "outcome", "remove_records", "state_root", "write_report"]
 
 #: All that a coordinator knows of why it is to end the machine; its keeper may know more (``Record.explain``).
 BY_SIGTERM = "stopped by SIGTERM"
 KEPT = 64           # machines
 KEPT_DAYS = 30
 _LOCK_TIMEOUT = 5.0     # seconds
-_REPORT, _LOG, _LOCK = "report.json", "log", "lock"
+_REPORT, _LOG, _LOCK, _MIGRATION = "report.json", "log", "lock", "migration.json"
 
 
 def state_root() -> Path:
@@ -57,6 +57,11 @@ def _directory(name: str) -> Path:
 def log_path(name: str) -> Path:
     """Of the machine that is called so, or was."""
     return _directory(name) / _LOG
+
+
+def migration_path(name: str) -> Path:
+    """Of the report of the last migration of the machine that is called so, or was (vmm/migration/status.py)."""
+    return _directory(name) / _MIGRATION
 
 
 class Record:

@@ -33,6 +33,7 @@ import zmq
 import zstandard
 from numpy.typing import NDArray
 
+from ipc.processid import identity
 from ipc.shm import data_extents, open_fd
 from ipc.steps import step
 
@@ -49,7 +50,6 @@ from .pages import PAGE, changed, missing, missing_pages
 from .postcopy_source import serve
 from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect
-from .status import started
 from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
 from .wire import (
     VERSION,
@@ -112,9 +112,9 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
 
 def _carry_out(machine: Machine, address: str, options: Options, migration_id: str,
                progress: Callable[[Report], None], work: Callable[[Source], None]) -> Report:
-    pid = os.getpid()
-    report = Report(migration_id, machine.name, address, compression=options.compression, pid=pid,
-                    pid_started=started(pid))
+    process = identity()
+    report = Report(migration_id, machine.name, address, compression=options.compression, pid=process.pid,
+                    pid_started=process.start)
     with Source(machine, address, options, report, progress) as source:
         try:
             work(source)

@@ -1,77 +1,93 @@
 """The report of a machine's last migration, where ``vmm migrate status`` and ``cancel`` find it; and the process
-that carries it out, told from another that has its number by now."""
+that carries it out, told from another that has its number by now.
+
+It lies in the machine's runtime directory while the machine is there. How it went is kept with the machine's record
+(vmm/records.py), too: a machine that has moved is not there any more.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import select
 import signal
 from pathlib import Path
 from typing import Any
 
-from ..errors import VmmError
-from ..runtime import machine_dir
-from .report import OVER, Report
+from ipc.processid import ProcessId, open_process
 
-__all__ = ["interrupt", "load_status", "save_status", "started"]
+from .. import records
+from ..errors import ExitCode, VmmError
+from ..runtime import is_running, machine_dir
+from .report import COMMITTED, OVER, Report
+
+__all__ = ["interrupt", "load_status", "save_status"]
 
 _FILE = "migrate.json"
 
 
-def started(pid: int) -> int:
-    """When the process began, in clock ticks since the boot; 0 when there is none (or a zombie)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    fields = stat.rpartition(")")[2].split()
-    return 0 if fields[0] in "ZX" else int(fields[19])
-
-
-def _path(machine: str) -> Path:
-    return machine_dir(machine) / _FILE
-
-
 def save_status(report: Report) -> None:
     """Whole, or not at all: the machine may have gone, and its directory with it."""
-    path = _path(report.machine)
+    text = json.dumps(report.as_dict())
     with contextlib.suppress(OSError):
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(report.as_dict()))
-        aside.rename(path)
+        _write(machine_dir(report.machine) / _FILE, text)
+    if report.status in OVER:
+        with contextlib.suppress(OSError):
+            _write(records.migration_path(report.machine), text)
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 def load_status(machine: str) -> dict[str, Any]:
-    """The report; one whose process was killed says so (status failed). Raises VmmError when the machine was not
-    migrated, as far as is known."""
-    try:
-        found = dict(json.loads(_path(machine).read_text()))
-    except (OSError, ValueError):
-        raise VmmError(f"machine '{machine}' is not being migrated") from None
+    """The report; one whose process was killed says so. Raises VmmError when the machine was not migrated, as far as
+    is known."""
+    found = _read(machine)
     if found["status"] not in OVER and not _alive(found):
         found["error"] = f"its process (pid {found['pid']}) was killed in status {found['status']}"
-        found["status"] = "failed"
+        if found["status"] not in COMMITTED:        # else another takes over
+            found["status"] = "failed"
     return found
 
 
-def _alive(report: dict[str, Any]) -> bool:
-    return report["pid"] > 0 and started(report["pid"]) == report["pid_started"]
-
-
-def interrupt(report: dict[str, Any]) -> bool:
-    """Have the migration's process end it (SIGTERM); False when that process has gone. It, and no other that has
-    its number by now: the pidfd is opened first, then its start is compared."""
+def _read(machine: str) -> dict[str, Any]:
+    there = is_running(machine)
     try:
-        pidfd = os.pidfd_open(report["pid"])
+        path = machine_dir(machine) / _FILE if there else records.migration_path(machine)
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        if not there:
+            raise records.no_machine(machine) from None
+        raise VmmError(f"machine '{machine}' is not being migrated", ExitCode.BAD_INPUT) from None
+
+
+def _process(report: dict[str, Any]) -> ProcessId:
+    return ProcessId(report["pid"], report["pid_started"])
+
+
+def _alive(report: dict[str, Any]) -> bool:
+    """Not so of one that has ended and was not waited for yet."""
+    try:
+        fd = open_process(_process(report))
     except OSError:
         return False
     try:
-        if not _alive(report):
-            return False
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        return True
-    except ProcessLookupError:
-        return False
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return not poll.poll(0)
     finally:
-        os.close(pidfd)
+        os.close(fd)
+
+
+def interrupt(report: dict[str, Any]) -> None:
+    """Have the migration's process end it (SIGTERM): it, and no other that has its number by now."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = open_process(_process(report))
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGTERM)
+        finally:
+            os.close(fd)
