@@ -213,7 +213,8 @@ def test_a_source_lost_in_post_copy_is_replaced_and_no_page_is(walker: Machine, 
     try:
         assert migrate.recover(walker, address).status == "completed"
     except VmmError as exc:     # the one that the coordinator has started was first
-        assert "is being migrated" in str(exc)
+        if "is being migrated" not in str(exc):
+            raise
     with receiver.result() as moved:
         moved.pause()
         # Each page has been counted up since the first round: one never sent would be zero.

@@ -249,7 +249,8 @@ def test_working_set(machine: Machine, tmp_path: Path) -> None:
     line = said(*arguments)
     counts = workingset.load(files[0]).dirty_pages()
     words = re.fullmatch(
-        rf"{files[0]}: (\d+) intervals of [\d.]+ m?s, ([\d,]+) pages dirty in one on average, ([\d,]+) at most\n", line)
+        rf"{files[0]}: (\d+) intervals of [\d.]+ m?s, ([\d,]+) pages dirty in one on average, "
+        r"([\d,]+) at most\n", line)
     assert words is not None, line
     assert (int(words[1]), number(words[3])) == (len(counts), counts.max())
     assert number(words[2]) == pytest.approx(counts.mean(), abs=0.51)

@@ -72,7 +72,7 @@ def record(machine: Machine, path: Path, seconds: float, interval: float,
     part of the time that is over, and entries. ``wait`` waits, and says whether to stop early: the trace is kept
     then, and says that it was interrupted. Raises VmmError, with no file left then."""
     status = machine.status()
-    if status["tracking"] != "ring":
+    if status["tracking"] != "ring" and status["tracking_asked"] != "auto":     # auto changes to rings for it
         raise VmmError(f"machine '{machine.name}' tracks dirty pages by {status['tracking']}, and only dirty rings "
                        f"say which page came after which (vmm tracking {machine.name} ring)")
     slots = [RamSlot(s["id"], s["gpa"], s["size"], s["logged"], s["born"]) for s in status["slots"]]
@@ -83,6 +83,7 @@ def record(machine: Machine, path: Path, seconds: float, interval: float,
     with TraceWriter(path, header) as writer:
         opened = time.monotonic()
         machine.record_start()
+        status = machine.status()       # tracking auto has changed to rings by now
         queue = TraceQueue.open(segment_name(machine.name, QUEUE))
         try:
             reason = _follow(machine, queue, writer, seconds, interval, progress, wait)
