@@ -78,10 +78,13 @@ def _load(path: str) -> tuple[bytes, bytes | None]:
 
 def _read(path: str) -> bytes:
     """Of a regular file: one that never ends, or never begins, is none of ours. Raises OSError."""
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        return file.read(_FILE_MAX)
+        return os.read(fd, _FILE_MAX)
+    finally:
+        os.close(fd)
 
 
 def _is_key(key: bytes) -> bool:

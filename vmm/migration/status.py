@@ -44,8 +44,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def load_status(machine: str) -> dict[str, Any]:
-    """The report; one whose process was killed says so. Raises VmmError when the machine was not migrated, as far as
-    is known."""
+    """The report; one whose process was killed says so. Raises VmmError when the machine was not migrated, as far
+    as is known."""
     found = _read(machine)
     if found["status"] not in OVER and not _alive(found):
         found["error"] = f"its process (pid {found['pid']}) was killed in status {found['status']}"
