@@ -98,6 +98,7 @@ AFTER = SOURCE_STEPS[SOURCE_STEPS.index("migrate-handed-over"):]
 def test_a_source_that_is_killed_before_the_hand_over_leaves_the_machine_running(
         step: str, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "_UNDECIDED", 1.0)
+    monkeypatch.setattr(target_module, "_HEARD", 1.0)
     with Machine.launch(WALK) as machine, Watch():
         receiver = Receiver(address, accel="unicorn")
         (steps / f"kill-{step}").touch()

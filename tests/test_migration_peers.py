@@ -340,6 +340,7 @@ def hear_soon_nothing(played: PlayedSource) -> None:
 def test_a_source_that_never_comes_back_is_given_up(address: str, paused: Machine,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "_UNDECIDED", 0.5)
+    monkeypatch.setattr(target, "_HEARD", 0.5)
     receiver = Receiver(address, accel="unicorn")
     with PlayedSource(address) as one:
         prepared(one, paused)

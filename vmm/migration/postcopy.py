@@ -30,7 +30,7 @@ from .pages import PAGE
 __all__ = ["MissingPages", "Wanted"]
 
 _FD_TIMEOUT = 10.0
-_SOCKET = "faults"         # no longer than the names that vmm.runtime leaves room for
+_SOCKET = "userfault"      # vmm/runtime.py leaves room for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -494,7 +494,7 @@ class _Target:
         """The guest runs. Until every page is here, however long the source is away in between."""
         for fd in pages.faults:
             self._poller.register(fd, zmq.POLLIN)
-        came = time.monotonic()
+        came = looked = time.monotonic()
         while pages.left:
             with contextlib.suppress(_Gone):
                 heard = None
@@ -512,8 +512,10 @@ class _Target:
                 if time.monotonic() - came > _ASK_AGAIN:
                     came = time.monotonic()
                     self._want(pages.some(CHUNK_PAGES))
-            if heard is None and machine.status()["state"] == "ended":
-                raise ReceiveError("the machine was stopped before all of its memory was here")
+            if not pages.left or time.monotonic() - looked > _LOOK_EVERY:
+                looked = time.monotonic()
+                if machine.status()["state"] == "ended":
+                    raise ReceiveError("the machine was stopped before all of its memory was here")
         for fd in pages.faults:
             self._poller.unregister(fd)
         pages.finish()
