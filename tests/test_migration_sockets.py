@@ -365,6 +365,24 @@ def test_one_who_comes_later_is_waited_for(context: zmq.Context[zmq.Socket[bytes
     thread.join()
 
 
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_what_a_peer_said_last_is_heard_after_it_has_gone(tmp_path: Path, scheme: str) -> None:
+    """Its reason for refusing, say: who listens closes right after it, and the other end looks only then."""
+    text = "tcp://127.0.0.1:*" if scheme == "tcp" else f"ipc://{tmp_path}/t"
+    with zmq.Context() as theirs, zmq.Context() as ours:
+        with listen(theirs, parse_address(text, listen=True), None) as target:
+            at = target.get_string(zmq.LAST_ENDPOINT)
+            connection = connect(ours, parse_address(at), None, until=time.monotonic() + 10)
+            connection.sock.send(b"hello")
+            who, _ = target.recv_multipart()
+            target.send_multipart([who, b"no, because"])
+            target.linger = 2000
+        until(lambda: connection.broken, "the target has gone")
+        assert connection.sock.poll(10_000)
+        assert connection.sock.recv() == b"no, because"
+        connection.close()
+
+
 @pytest.mark.parametrize("curve", [False, True], ids=["plain", "curve"])
 @pytest.mark.parametrize("scheme", ["ipc", "tcp"])
 def test_a_peer_that_is_cut_off_without_a_word_is_noticed(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path,

@@ -40,6 +40,7 @@ _LOCK_PATIENCE = 2.0        # seconds for another that is about to listen in the
 _RETRY = 0.1                # seconds between two attempts to connect
 _QUEUE_IN = 64              # messages that wait here, per connection
 _MESSAGE_MAX = 1 << 30      # bytes
+_NEVER_MS = 1 << 30         # 12 days. Not -1, "never": ZeroMQ then drops what a peer said just before it went
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _UCRED = struct.Struct("iII")   # struct ucred: pid, uid, gid
@@ -219,7 +220,7 @@ def _attempt(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, address: Ad
     _common(sock)
     sock.sndhwm = queue
     sock.ipv6 = "[" in endpoint
-    sock.setsockopt(zmq.RECONNECT_IVL, -1)
+    sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
     present(sock, keys)
     connection = Connection(sock, sock.get_monitor_socket())
     try:
