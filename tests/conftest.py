@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import re
+import signal
 import threading
 import time
 import uuid
@@ -26,6 +27,11 @@ settings.load_profile("shardvmm")
 
 # Hundreds of processes are started: with this set each of them would compile every module.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell starts what it puts into the background with these ignored, and so would be every process of a test.
+for _signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, signal.default_int_handler if _signum == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,10 +92,10 @@ def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     return path
 
 
-def processes_of(runtime_dir: Path) -> list[str]:
-    """Command lines of live processes, other than this one, that were started with this runtime directory."""
+def processes_of(runtime_dir: Path) -> dict[int, str]:
+    """{pid: command line} of live processes, other than this one, that were started with this runtime directory."""
     wanted = f"XDG_RUNTIME_DIR={runtime_dir}".encode()
-    found = []
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -97,7 +103,7 @@ def processes_of(runtime_dir: Path) -> list[str]:
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 if command:                     # a zombie has none
-                    found.append(f"{entry.name}: {command}")
+                    found[int(entry.name)] = command
     return found
 
 
@@ -110,6 +116,9 @@ def nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
     deadline = time.monotonic() + 5.0       # the last process of a killed machine is on its way out
     while (processes := processes_of(runtime_dir)) and time.monotonic() < deadline:
         time.sleep(0.01)
+    for pid in processes:       # they would slow every test that follows
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert not processes, f"processes left behind: {processes}"
     left = sorted(set(list_segments(prefix)) - before)
     machines = runtime_dir / "shardvmm"
