@@ -17,6 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
+    "cast_to",
     "cmpxchg_u8",
     "cmpxchg_u16",
     "cmpxchg_u32",
@@ -48,6 +49,18 @@ _U64 = ir.IntType(64)
 
 def _pointer(builder: Any, address: Any, width: ir.IntType) -> Any:
     return builder.inttoptr(address, width.as_pointer())
+
+
+def cast_to(pointer_type: Any) -> Any:
+    """A function that makes such a pointer of an address (which ``carray`` then reads)."""
+
+    def cast(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+        return pointer_type(types.int64), codegen
+
+    return intrinsic(cast)
 
 
 @intrinsic

@@ -73,7 +73,7 @@ class SlotSpec(Wire, frozen=True):
 
 
 class ReplayPhase(Wire, frozen=True):
-    """A stretch of writes in one pattern (workers/replay_kernels.py, Pattern)."""
+    """A stretch of writes in one pattern (workers/replay_layout.py, Pattern)."""
 
     pattern: str                # "sequential" | "strided" | "random" | "zipf"
     writes: int = 0             # of each vCPU; 0: for ever

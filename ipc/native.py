@@ -21,10 +21,10 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 import msgspec
 
@@ -70,9 +70,9 @@ class Native:
         process = ctypes.CDLL(None)
         for name in function.needs:     # were one of them missing, the linker would leave all of them 0
             if llvm.address_of_symbol(name) is None:
-                # LLVM may make a memset of a loop; Python's and Numba's names are on Numba's own error path, which
-                # is never taken.
-                outside = getattr(process, "abort" if name.startswith("numba_") else name)
+                # LLVM may make a memset of a loop; Python's and Numba's names are on Numba's own error path, and
+                # that of arrays to be freed: neither is ever taken.
+                outside = getattr(process, "abort" if name.startswith(("numba_", "NRT_")) else name)
                 llvm.add_symbol(name, ctypes.cast(outside, ctypes.c_void_p).value)
         engine.add_object_file(llvm.ObjectFileRef.from_data(function.code))
         engine.finalize_object()
@@ -89,7 +89,7 @@ def _key(modules: tuple[str, ...]) -> str:
     for module in (*modules, __name__):
         found.update(_path(module).read_bytes())
     features = llvm.get_host_cpu_features().flatten()
-    found.update(f"{metadata.version('llvmlite')} {llvm.get_host_cpu_name()} {features}".encode())
+    found.update(f"{llvmlite.__version__} {llvm.get_host_cpu_name()} {features}".encode())
     return found.hexdigest()
 
 

@@ -30,7 +30,7 @@ from . import replay_kernels as kernels
 from .accel import AccelError, Exit, ExitKind
 from .memory import GuestMemory
 from .ports import PortBus
-from .replay_kernels import PRODUCER, QUANTILES, SLOT, Left, Pattern
+from .replay_layout import PRODUCER, QUANTILES, SLOT, Left, Pattern
 from .state import VcpuSaved
 
 __all__ = ["ReplayAccelerator", "share_of", "vcpu_seed", "zipf_quantiles"]
@@ -187,7 +187,7 @@ class ReplayAccelerator:
                 return Exit(ExitKind.END, reason=ExitReason.CODE)
             count, wait = self._due()
             if count:
-                left = kernels.produce(self._state, np.uint64(count))
+                left = kernels.produce(self._state, count)
                 if left == Left.FULL:
                     return Exit(ExitKind.RING_FULL)
                 if left == Left.KICKED:
@@ -248,7 +248,7 @@ class ReplayAccelerator:
         self._c.push_limit = _NO_LIMIT if count is None else int(self._c.pushed) + count
 
     def reset_ring(self, expected: int) -> int:
-        return int(kernels.reset(self._state, self._bases))
+        return kernels.reset(self._state, self._bases)
 
     def rebuild_ring(self) -> None:
         ctypes.memset(self._ring.address, 0, self._spec.ring_entries * 16)

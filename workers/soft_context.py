@@ -1,7 +1,7 @@
 """What the software CPU's native hooks know of their machine: plain C structures as numpy records.
 
 The run loop (workers/unicorn.py) fills them in while the guest stands still; the hooks
-(workers/soft_hooks.py) read the same memory. Addresses are int64.
+(workers/soft_hook_source.py) read the same memory. Addresses are int64.
 """
 
 from __future__ import annotations

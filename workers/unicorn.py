@@ -2,7 +2,7 @@
 
 It logs as KVM does: a ring entry at the first store to a page since the page was last reset. The ring
 lies in shared memory; a byte a page says whether the page needs an entry. What runs at guest speed is in
-workers/soft_hooks.py, this is what happens around it.
+workers/soft_hook_source.py, this is what happens around it.
 
 The guest stands still whenever pages are re-protected: the service thread raises ``hold``, the next
 block's hook leaves the emulation, and the vCPU thread waits at the turnstile. Between two blocks no store
@@ -201,16 +201,16 @@ class UnicornAccelerator:
 
     def _add_hooks(self) -> None:
         engine = self._engine
-        self._native_hook(uconst.UC_HOOK_MEM_WRITE, soft_hooks.on_write, self._address)
-        self._native_hook(uconst.UC_HOOK_BLOCK, soft_hooks.on_block, self._address)
+        self._native_hook(uconst.UC_HOOK_MEM_WRITE, soft_hooks.ON_WRITE, self._address)
+        self._native_hook(uconst.UC_HOOK_BLOCK, soft_hooks.ON_BLOCK, self._address)
         engine.hook_add(uconst.UC_HOOK_INTR, self._on_exception)
         engine.hook_add(uconst.UC_HOOK_MEM_UNMAPPED, self._on_unmapped)
 
-    def _native_hook(self, kind: int, callback: Any, data: int, begin: int = 1, end: int = 0) -> int:
+    def _native_hook(self, kind: int, callback: int, data: int, begin: int = 1, end: int = 0) -> int:
         """A hook without Python in between (the binding's own take a Python callable)."""
         handle = ctypes.c_size_t()
         status = uclib.uc_hook_add(self._engine._uch, ctypes.byref(handle), kind,
-                                   ctypes.c_void_p(callback.address), ctypes.c_void_p(data),
+                                   ctypes.c_void_p(callback), ctypes.c_void_p(data),
                                    ctypes.c_uint64(begin), ctypes.c_uint64(end))
         if status:
             raise unicorn.UcError(status)
@@ -285,12 +285,12 @@ class UnicornAccelerator:
         fresh = False
         for at, record in locked.items():
             if at not in self._hooked:
-                handle = self._native_hook(uconst.UC_HOOK_CODE, soft_hooks.on_locked, record.ctypes.data, at, at)
+                handle = self._native_hook(uconst.UC_HOOK_CODE, soft_hooks.ON_LOCKED, record.ctypes.data, at, at)
                 self._hooked[at] = (handle, record)
                 fresh = True
         for at, what in special.items():
             if at not in self._hooked:
-                handle = self._native_hook(uconst.UC_HOOK_CODE, soft_hooks.on_special, self._address, at, at)
+                handle = self._native_hook(uconst.UC_HOOK_CODE, soft_hooks.ON_SPECIAL, self._address, at, at)
                 self._hooked[at] = (handle, what)
                 fresh = True
         if fresh:   # it was translated without the hooks
@@ -463,7 +463,7 @@ class UnicornAccelerator:
         with self._outside():
             if self._c.overflowed:
                 return 0    # it has lost count: the coordinator is to see that and ask for a new one
-            return int(soft_hooks.reset(self._address))
+            return soft_hooks.reset(self._address)
 
     def rebuild_ring(self) -> None:
         with self._outside():
