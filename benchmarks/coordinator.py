@@ -18,12 +18,12 @@ import os
 import statistics
 from typing import Any
 
+from vmm.client.machine import Machine
+from vmm.client.plan import choose_accelerator
 from vmm.errors import VmmError
 from vmm.guests import WORKLOADS, resolve_params
-from vmm.machine import Machine
-from vmm.plan import choose_accelerator
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
-from vmm.stress_measure import Figures, measure
+from vmm.lab.stress.measure import Figures, measure
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 from .common import CONSOLE, Targets, arguments_parser
 

@@ -20,12 +20,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from vmm.dirtyrate import measure
+from vmm.client.machine import Machine
+from vmm.client.plan import choose_accelerator
+from vmm.consumers.rate import measure
 from vmm.errors import VmmError
 from vmm.guests import WORKLOADS, resolve_params
-from vmm.machine import Machine
-from vmm.plan import choose_accelerator
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 from .common import Targets, arguments_parser
 

@@ -1,10 +1,10 @@
 """The harvest kernel beside the seed's reap loop in C, in turns; and a client's sync of a large slot.
 
-**Harvest.** A ring full of dirty entries is harvested by ``ipc.kernels.harvest`` and by the loop of the seed
+**Harvest.** A ring full of dirty entries is harvested by ``ipc.compiled.harvest`` and by the loop of the seed
 (``seed_reap.c``, gcc -O2), both over the same entries: sequential or random offsets, in one slot or in 32 in turn.
 Filling the ring is not timed. Bitmaps lie as they do in each program: the C loop's at the start of a page, as
-malloc puts large blocks, ours at another cache line for each slot (vmm/ram.py). Ours keeps a summary beside the
-bitmap and knows entries that a predecessor has harvested already; the C loop does neither.
+malloc puts large blocks, ours at another cache line for each slot (vmm/machine/memory.py). Ours keeps a summary
+beside the bitmap and knows entries that a predecessor has harvested already; the C loop does neither.
 
 **Sync.** What a sync of one client does to the bitmaps of a slot of 1 TiB (32 MiB a bitmap), 0.1 % of it dirty, in
 one piece or each page anywhere, beside reading one such bitmap once.
@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc import kernels
+from ipc import compiled
 from ipc.bitmap import Bitmap, slot_table, summary_words, word_count
 from ipc.layout import MAX_SLOTS
 
@@ -62,7 +62,7 @@ class Rings:
         self.table = slot_table(MAX_SLOTS)
         self.c_slots = np.zeros((MAX_SLOTS, 2), np.uint64)
         for slot in range(slots):
-            log, bitmap = mapped(8 * slot + words + summary), mapped(words)     # vmm/ram.py
+            log, bitmap = mapped(8 * slot + words + summary), mapped(words)     # vmm/machine/memory.py
             self.memory += [log, bitmap]
             at = log.ctypes.data + 64 * slot
             self.table[slot] = (at, at + 8 * words, SLOT_PAGES)
@@ -77,7 +77,7 @@ class Rings:
         for number in range(REPEATS):
             self.refill()
             began = time.perf_counter()
-            kernels.harvest(self.ring.ctypes.data, ENTRIES, number * ENTRIES, ENTRIES, self.table.ctypes.data,
+            compiled.harvest(self.ring.ctypes.data, ENTRIES, number * ENTRIES, ENTRIES, self.table.ctypes.data,
                             MAX_SLOTS, self.out.ctypes.data)
             took += time.perf_counter() - began
             assert self.out[0] == ENTRIES
@@ -140,7 +140,7 @@ class Sync:
         self.slot.words[self.at] = self.bits
         np.bitwise_or.at(self.slot.summary, self.groups // 64, np.uint64(1) << (self.groups % 64).astype(np.uint64))
         began = time.perf_counter()
-        count = kernels.take(self.slot, self.gathering, self.front)
+        count = compiled.take(self.slot, self.gathering, self.front)
         took = time.perf_counter() - began
         assert count == self.pages
         return {"time": took}

@@ -28,8 +28,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ipc.process import die_with_parent
-from vmm.machine import Machine
+from ipc.linux.process import die_with_parent
+from vmm.client.machine import Machine
 from vmm.migrate import Options, migrate
 
 from .common import Case, Results, arguments_parser, in_turns, quiet

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ipc.messages import ReplayPhase, ReplaySpec
-from vmm.machine import Machine
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.client.machine import Machine
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 from .common import arguments_parser
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from vmm import snapshot
+from vmm.client.machine import Machine
+from vmm.client.plan import choose_accelerator
+from vmm.consumers import snapshot
 from vmm.guests import WORKLOADS, resolve_params
-from vmm.machine import Machine
-from vmm.plan import choose_accelerator
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 from .common import arguments_parser, quiet
 

@@ -17,9 +17,9 @@ A dirty page's way, from the guest's store to whoever wants to know of it::
                                                +------------------------------------------+
 
 Modules, in the order of that way: :mod:`ipc.shm` (segments), :mod:`ipc.layout` (control
-blocks and ring entries), :mod:`ipc.ring`, :mod:`ipc.kernels` and :mod:`ipc.atomics` (the hot
-loops), :mod:`ipc.bitmap`, :mod:`ipc.messages` (what is said over ZeroMQ), :mod:`ipc.channel`
-(sockets and the passing of file descriptors), :mod:`ipc.futex`, :mod:`ipc.process`.
+blocks and ring entries), :mod:`ipc.ring`, :mod:`ipc.compiled` and :mod:`ipc.compiled.atomics` (the hot
+loops), :mod:`ipc.bitmap`, :mod:`ipc.messages` (what is said over ZeroMQ), :mod:`ipc.sockets`
+(sockets and the passing of file descriptors), :mod:`ipc.linux.futex`, :mod:`ipc.linux.process`.
 
 This package knows nothing of machines and imports neither ``workers`` nor ``vmm``.
 """

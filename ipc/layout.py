@@ -5,7 +5,7 @@ has one writer, named beside it: *c* the coordinator, *w* the vCPU worker. All f
 aligned, so a store of one is a single machine store.
 
 A worker that went wild may have written anything over its block. Whoever reads one takes every number: those that
-name nothing are ``UNKNOWN``, sums that cannot be are a ring that has lost count (vmm/reaper.py).
+name nothing are ``UNKNOWN``, sums that cannot be are a ring that has lost count (vmm/dirty/reaper.py).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Two sockets a worker, so that each is used by one thread alone (ZeroMQ sockets a
   :class:`KickAck`, :class:`Console`, :class:`Exited`.
 
 Pause, resume, stop and kick are not messages: they are a word in the control block, the
-immediate-exit flag and a signal (workers/worker.py), acknowledged by a notification. Nor is the reset of a
+immediate-exit flag and a signal (workers/process.py), acknowledged by a notification. Nor is the reset of a
 ring, which comes too often for that: it is two words in the control block, each with a futex wake.
 
 Decoding checks types and refuses unknown tags; unknown *fields* are ignored, so that a newer peer
@@ -73,7 +73,7 @@ class SlotSpec(Wire, frozen=True):
 
 
 class ReplayPhase(Wire, frozen=True):
-    """A stretch of writes in one pattern (workers/replay_layout.py, Pattern)."""
+    """A stretch of writes in one pattern (workers/accel/replay/layout.py, Pattern)."""
 
     pattern: str                # "sequential" | "strided" | "random" | "zipf"
     writes: int = 0             # of each vCPU; 0: for ever
@@ -89,7 +89,7 @@ class ReplaySpec(Wire, frozen=True):
     seed: int = 0
     shared: bool = False        # every vCPU writes to all pages, else each to its own share of them
     repeat: bool = False        # a page makes an entry at each write, not only when it was reset in between
-    trace_segment: str = ""     # shared memory with this vCPU's part (ipc/replaytrace.py)
+    trace_segment: str = ""     # shared memory with this vCPU's part (ipc/traces/segment.py)
     speed: float = 0.0          # of a trace, against its own times; 0: as fast as it can
 
 
@@ -114,7 +114,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     fd_socket: str              # path of the Unix socket that takes the vCPU fd ("" if none wanted)
     keeper_fd: int = -1         # inherited pipe: end of file means that nobody owns the machine any more
     boot: dict[str, int]        # initial registers: rip, rsp, rdi, rsi, rdx, cr3, gdt_base, gdt_limit,
-                                # idt_base, idt_limit, tss_base (GPAs; vmm/boot.py makes them)
+                                # idt_base, idt_limit, tss_base (GPAs; vmm/machine/boot.py makes them)
     replay: ReplaySpec | None = None
 
     @property

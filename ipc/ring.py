@@ -1,12 +1,12 @@
 """The writing side of a software ring, for whoever plays a vCPU without a kernel's help: the software CPU's
-hooks and the replay accelerator. (The reading side is :func:`ipc.kernels.harvest`.)"""
+hooks and the replay accelerator. (The reading side is :func:`ipc.compiled.harvest`.)"""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit, types
 
-from .atomics import store_release_u64, store_u64
+from .compiled.atomics import store_release_u64, store_u64
 from .layout import DIRTY_GFN_F_DIRTY
 
 __all__ = ["publish_entry"]

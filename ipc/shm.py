@@ -1,7 +1,7 @@
 """POSIX shared-memory segments: made, opened, reserved and unlinked in one place.
 
 Segments are mode 0600. A created segment is *reserved* with posix_fallocate: a full /dev/shm is then an error here
-(ENOSPC) and never a SIGBUS in a guest store. What they are called is ipc/claims.py's and vmm/names.py's.
+(ENOSPC) and never a SIGBUS in a guest store. What they are called is ipc/claims.py's and vmm/machine/names.py's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import TracebackType
 
 import posix_ipc
 
-from .memory import available_memory, cgroup_left
+from .linux.memory import available_memory, cgroup_left
 from .steps import step
 
 __all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ipc.layout import SYSTEM_SLOT, DirtyGfn, VcpuControl, control_size, vcpu_control
 from ipc.messages import SlotSpec, WorkerSpec
 from ipc.shm import PAGE_SIZE, Segment
-from vmm import boot
-from vmm.names import segment_name
-from workers.accel import Accelerator, Exit, ExitKind, load
+from vmm.machine import boot
+from vmm.machine.names import segment_name
+from workers.accel.base import Accelerator, Exit, ExitKind, load
 from workers.memory import GuestMemory
 from workers.ports import PortBus, PortEventKind
 

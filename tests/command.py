@@ -9,7 +9,7 @@ import subprocess
 import sys
 from unittest import mock
 
-from vmm.cli import run
+from vmm.cli.commands import run
 
 __all__ = ["vmm", "vmm_here"]
 

@@ -20,7 +20,7 @@ import zmq
 from hypothesis import settings
 
 from ipc.shm import list_segments
-from vmm.names import scope_prefix
+from vmm.machine.names import scope_prefix
 
 settings.register_profile("shardvmm", deadline=None)    # time is not what a property is about
 settings.load_profile("shardvmm")
@@ -87,7 +87,7 @@ def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     path = Path("/tmp") / f"svt-{uuid.uuid4().hex[:8]}"
     path.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
-    # What machines leave on purpose (vmm/records.py) is not looked at by nothing_left_behind.
+    # What machines leave on purpose (vmm/machine/records.py) is not looked at by nothing_left_behind.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     return path
 

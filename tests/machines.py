@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from vmm.client.machine import Machine
 from vmm.guests import WORKLOADS, resolve_params
-from vmm.machine import Machine
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 
 #: Parametrisation over both accelerators.
 ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("unicorn")]
@@ -111,7 +111,7 @@ def machine_processes(name: str) -> list[int]:
         except (OSError, IndexError, ValueError):
             continue
         children.setdefault(parent, []).append(int(entry.name))
-        if b"vmm.keeper" in command and name.encode() in command and ours in _environment(entry):
+        if b"vmm.coordinator.keeper" in command and name.encode() in command and ours in _environment(entry):
             roots.append(int(entry.name))
     found: list[int] = []
     while roots:

@@ -23,15 +23,15 @@ from machines import machine_processes, until
 
 from ipc.shm import list_segments
 from vmm import receive
+from vmm.client.machine import Machine
+from vmm.consumers.migration import wire
+from vmm.consumers.migration.addresses import parse_address
+from vmm.consumers.migration.pages import PAGE, Packer
+from vmm.consumers.migration.sockets import Connection, connect, listen
 from vmm.errors import VmmError
-from vmm.machine import Machine
-from vmm.migration import wire
-from vmm.migration.addresses import parse_address
-from vmm.migration.pages import PAGE, Packer
-from vmm.migration.sockets import Connection, connect, listen
-from vmm.names import machine_prefix
-from vmm.runtime import machine_dir
-from vmm.spec import MachineSpec
+from vmm.machine.names import machine_prefix
+from vmm.machine.runtime import machine_dir
+from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
 

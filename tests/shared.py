@@ -9,7 +9,7 @@ from typing import Any
 
 from ipc.layout import DirtyGfn, MachineControl, VcpuControl, machine_control, vcpu_control
 from ipc.shm import Segment
-from vmm.names import segment_name
+from vmm.machine.names import segment_name
 
 __all__ = ["control_blocks", "forge_full", "machine_block", "software_ring"]
 

@@ -23,20 +23,21 @@ import zmq
 from machines import ACCELS, replace, spec, until
 from shared import control_blocks, machine_block
 
-from ipc import channel, layout
+from ipc import layout, sockets
 from ipc import messages as m
-from ipc.channel import FdListener, send_fd
 from ipc.layout import PROTOCOL_VERSION, VcpuControl, VcpuState, control_error, control_size
 from ipc.shm import Segment, list_segments
-from vmm import build, shards
+from ipc.sockets import FdListener, send_fd
+from vmm.client.machine import Machine
+from vmm.coordinator import segments
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.names import machine_dir, machine_prefix, segment_name
-from vmm.shards import Shard, Shards
-from vmm.spec import MachineSpec
+from vmm.machine.names import machine_dir, machine_prefix, segment_name
+from vmm.machine.spec import MachineSpec
+from vmm.vcpus import pool as shards
+from vmm.vcpus.pool import Shard, Shards
 from workers import zygote
-from workers.accel import Accelerator, Exit
-from workers.worker import Worker
+from workers.accel.base import Accelerator, Exit
+from workers.process import Worker
 from workers.zygote import Zygote
 
 TIMEOUT = 60.0
@@ -91,8 +92,8 @@ def test_frames_that_are_none_of_the_protocol_are_counted_and_dropped(accel: str
     with Machine.launch(busy(accel)) as machine, zmq.Context() as context:
         machine.register("a")
         directory = machine_dir("t")
-        with channel.connect(context, zmq.PUSH, channel.endpoint(directory, "notify")) as notify, \
-             channel.connect(context, zmq.DEALER, channel.endpoint(directory, "requests"), b"stranger") as requests:
+        with sockets.connect(context, zmq.PUSH, sockets.endpoint(directory, "notify")) as notify, \
+             sockets.connect(context, zmq.DEALER, sockets.endpoint(directory, "requests"), b"stranger") as requests:
             for frames in BAD_NOTIFICATIONS:
                 notify.send_multipart(frames)
             for frames in BAD_REPLIES:
@@ -124,7 +125,7 @@ def test_an_answer_counts_only_from_the_worker_that_was_asked(tmp_path: Path) ->
                 shard = Shard(index, layout.vcpu_control(control.address, index), 0)
                 shard.watch(os.getpid())
                 pool.all.append(shard)
-            socks = [channel.connect(context, zmq.DEALER, channel.endpoint(tmp_path, "requests"),
+            socks = [sockets.connect(context, zmq.DEALER, sockets.endpoint(tmp_path, "requests"),
                                      str(index).encode()) for index in range(2)]
 
             def answer() -> None:
@@ -170,7 +171,7 @@ def test_notifications_are_read_for_a_while_and_the_rest_later(tmp_path: Path) -
             pool.all.append(Shard(0, layout.vcpu_control(control.address, 0), 0))
             with context.socket(zmq.PUSH) as notify:
                 notify.sndhwm = notify.linger = 0
-                notify.connect(channel.endpoint(tmp_path, "notify"))
+                notify.connect(sockets.endpoint(tmp_path, "notify"))
                 frame = m.encode(m.Console(0, b"x\n"))
                 for _ in range(total):
                     notify.send(frame)
@@ -423,14 +424,14 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[Shards,
         process, sock = zygote.start(read, null.fileno())
         stack.callback(process.wait, TIMEOUT)
         stack.callback(process.terminate)
-        parts = build.make_parts(machine_spec, machine_spec.asked_tracking)
+        parts = segments.make_parts(machine_spec, machine_spec.asked_tracking)
         stack.callback(parts.close)
         pool = Shards(directory, Zygote(sock.detach()), lambda message: None,
                       lambda shard: died.append(shard.index))
         stack.callback(lambda: [(directory / name).unlink(missing_ok=True) for name in ("notify", "requests")])
         stack.callback(pool.close)
-        for shard in build.make_shards(parts):
-            told = build.worker_spec(parts, shard.index, directory, read)
+        for shard in segments.make_shards(parts):
+            told = segments.worker_spec(parts, shard.index, directory, read)
             pool.spawn(shard, msgspec.structs.replace(told, **changes))
         pool.start_paused()
         yield pool, died
@@ -450,7 +451,7 @@ def test_a_hello_of_another_version_is_refused(tmp_path: Path) -> None:
             shard = Shard(0, layout.vcpu_control(control.address, 0), 0)
             shard.watch(os.getpid())
             pool.all.append(shard)
-            with channel.connect(context, zmq.PUSH, channel.endpoint(tmp_path, "notify")) as notify:
+            with sockets.connect(context, zmq.PUSH, sockets.endpoint(tmp_path, "notify")) as notify:
                 notify.send(m.encode(m.Hello(0, os.getpid(), PROTOCOL_VERSION + 1)))
                 with pytest.raises(VmmError, match=f"its worker speaks protocol {PROTOCOL_VERSION + 1}"):
                     pool.await_hello()
@@ -541,14 +542,14 @@ def test_a_fault_of_the_worker_itself_is_the_end_of_that_vcpu_or_of_that_request
     """Its threads live on."""
     with Segment.create(segment_name("t", "control"), control_size(1)) as control, zmq.Context() as context, \
          context.socket(zmq.PULL) as notify, context.socket(zmq.ROUTER) as requests:
-        notify.bind(channel.endpoint(tmp_path, "notify"))
-        requests.bind(channel.endpoint(tmp_path, "requests"))
+        notify.bind(sockets.endpoint(tmp_path, "notify"))
+        requests.bind(sockets.endpoint(tmp_path, "requests"))
         worker = Worker(m.WorkerSpec(
             machine="t", belongings="t", index=0, vcpu_count=1, accel="", slots=[], fd_socket="",
             control_segment=control.name,
             system_slot=m.SlotSpec(layout.SYSTEM_SLOT, 0, 4096, ""), boot={},
-            request_endpoint=channel.endpoint(tmp_path, "requests"),
-            notify_endpoint=channel.endpoint(tmp_path, "notify")))
+            request_endpoint=sockets.endpoint(tmp_path, "requests"),
+            notify_endpoint=sockets.endpoint(tmp_path, "notify")))
         worker.accel = cast(Accelerator, Failing())
         threads = [threading.Thread(target=worker.run), threading.Thread(target=worker.serve)]
         for thread in threads:

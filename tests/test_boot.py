@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from vmm import boot
-from vmm.boot import (
+from vmm.machine import boot
+from vmm.machine.boot import (
     BootError,
     BootSlot,
     boot_registers,

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from machines import replace, spec
 
 from ipc.steps import STEPS
-from vmm import snapshot
+from vmm.consumers import snapshot
+from vmm.consumers.snapshot import Damaged, Manifest, SnapshotError
+from vmm.consumers.snapshot.folder import next_id
+from vmm.consumers.snapshot.manifest import FORMAT, VERSION, SlotFile, file_checksum, write_manifest
+from vmm.consumers.snapshot.pagefile import PAGE, PageFileError, PageWriter, compress, iter_pages, read_pages
 from vmm.errors import VmmError
-from vmm.pagefile import PAGE, PageFileError, PageWriter, compress, iter_pages, read_pages
-from vmm.snapshot import Damaged, Manifest, SnapshotError
-from vmm.snapshot.folder import next_id
-from vmm.snapshot.manifest import FORMAT, VERSION, SlotFile, file_checksum, write_manifest
-from vmm.spec import RamSlot
+from vmm.machine.spec import RamSlot
 from workers.state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 
 PAGES = 48

@@ -13,8 +13,8 @@ from needs import missing
 from rich.console import Console
 from terminal import read_tables
 
-from vmm.compare import Grid, Point, available, summarise
-from vmm.compare_report import draw, print_rows, verdict
+from vmm.lab.compare.measure import Grid, Point, available, summarise
+from vmm.lab.compare.report import draw, print_rows, verdict
 
 POINT = Point(ram_mib=64, vcpus=2, spin=0, ring=4096, interval_ms=100.0)
 
@@ -80,7 +80,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 def test_a_way_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmm.tracking.write_log_missing", lambda: "userfaultfd: no")
+    monkeypatch.setattr("vmm.machine.trackings.write_log_missing", lambda: "userfaultfd: no")
     there, left_out = available(["none", "bitmap", "uffd"], "unicorn")
     assert there == ["none", "bitmap"]
     assert left_out == {"uffd": "tracking uffd: userfaultfd: no (use ring, bitmap or auto)"}

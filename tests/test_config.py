@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmm.config import ConfigError, config_schema, load_config, parse_duration, parse_size
-from vmm.yamlfile import FILE_MAX
+from vmm.client.config import ConfigError, config_schema, load_config, parse_duration, parse_size
+from vmm.client.yamlfile import FILE_MAX
 
 _TIMES = {"": 1, "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600}
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "pages": 4096}

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from machines import ACCELS, replace, spec, until
 from numpy.typing import NDArray
 
-from vmm import workingset
-from vmm.dirtyrate import MODES, measure
+from vmm.client.machine import Machine
+from vmm.consumers import workingset
+from vmm.consumers.rate import MODES, measure
 from vmm.errors import VmmError
-from vmm.machine import Machine
 from workers.throttle import TokenBucket
 
 PAGE = 4096
@@ -49,8 +49,8 @@ def entries(machine: Machine) -> int:
 
 
 class Window:
-    """The time that a measurement takes, in the hands of a test: stands for the module ``time`` in vmm.dirtyrate,
-    where ``sleep`` does what is to happen meanwhile."""
+    """The time that a measurement takes, in the hands of a test: stands for the module ``time`` in
+    vmm.consumers.rate, where ``sleep`` does what is to happen meanwhile."""
 
     def __init__(self, happens: Callable[[], None]) -> None:
         self._happens = happens
@@ -77,7 +77,7 @@ def test_a_rate_counts_what_the_guest_dirtied_in_its_time(accel: str, mode: str,
             machine.start()
             until(lambda: machine.status()["state"] == "ended", "the guest's work is done", 60.0)
 
-        monkeypatch.setattr("vmm.dirtyrate.time", Window(work))
+        monkeypatch.setattr("vmm.consumers.rate.time", Window(work))
         rate = measure(machine, 0.05, mode)  # type: ignore[arg-type]
         changed = dirtied(before, machine.ram(0))
         assert len(changed) > 3000      # of 4,099: what lies below the guest's image it does not walk over
@@ -109,7 +109,7 @@ def test_every_mode_measures_and_disturbs_no_other_client(busy: Machine, mode: s
     before = busy.ram(0).copy()
     start = entries(busy)
     busy.resume()
-    monkeypatch.setattr("vmm.dirtyrate.time", Window(
+    monkeypatch.setattr("vmm.consumers.rate.time", Window(
         lambda: until(lambda: entries(busy) > start + 5000, "the guest gets on", 60.0)))
     rate = measure(busy, 0.2, mode)  # type: ignore[arg-type]
     assert rate.pages > 0
@@ -123,7 +123,7 @@ def test_every_mode_measures_and_disturbs_no_other_client(busy: Machine, mode: s
 def test_repeated_pages_are_told_apart(busy: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 MiB, walked over more than three times while it is measured."""
     start, pages = entries(busy), 64 << 20 >> 12
-    monkeypatch.setattr("vmm.dirtyrate.time", Window(
+    monkeypatch.setattr("vmm.consumers.rate.time", Window(
         lambda: until(lambda: entries(busy) > start + 4 * pages, "the guest has come round", 60.0)))
     rate = measure(busy, 0.5)
     assert rate.pages <= pages + 3

@@ -22,15 +22,15 @@ from machines import spec, until
 
 from ipc.layout import MachineControl
 from ipc.lines import LINE_MAX, LineListener, connect_lines
-from vmm import control
-from vmm.connection import ControlClient
+from vmm.client.connection import ControlClient
+from vmm.client.machine import Machine
 from vmm.coordinator import events as events_module
 from vmm.coordinator.consoles import Consoles
 from vmm.coordinator.events import EventLog
 from vmm.coordinator.server import ControlServer, Handler
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.runtime import machine_dir
+from vmm.machine import verbs as control
+from vmm.machine.runtime import machine_dir
 
 V = control.CONTROL_VERSION
 

@@ -17,10 +17,10 @@ import pytest
 from machines import ACCELS, alive, exact, machine_processes, replace, spec, until
 
 from ipc.shm import list_segments
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.names import machine_prefix
-from vmm.runtime import collect_garbage, is_running, leftovers, machine_dir, runtime_root
+from vmm.machine.names import machine_prefix
+from vmm.machine.runtime import collect_garbage, is_running, leftovers, machine_dir, runtime_root
 
 TIMEOUT = 60.0
 
@@ -114,7 +114,7 @@ def test_keeper_and_coordinator_killed_at_once_leave_nothing(accel: str) -> None
 def test_launching_process_that_goes_takes_the_machine_along(accel: str, signum: int) -> None:
     """The foreground launch: its end, however it comes, ends the machine."""
     script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-              "from machines import spec\nfrom vmm.machine import Machine\n"
+              "from machines import spec\nfrom vmm.client.machine import Machine\n"
               f"busy = spec('random', accel={accel!r}, writes=0, timeout=None)\n"
               "with Machine.launch(busy, name='crash') as m:\n"
               "    print('up', flush=True)\n    m.wait()\n")
@@ -130,7 +130,7 @@ def test_launching_process_that_goes_takes_the_machine_along(accel: str, signum:
 
 def test_garbage_is_found_and_collected() -> None:
     from ipc.shm import Segment
-    from vmm.names import segment_name
+    from vmm.machine.names import segment_name
 
     left = [Segment.create(segment_name("long-dead", what), 4096) for what in ("ram0", "client.a.0")]
     for segment in left:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from ipc.shm import Segment
-from vmm.doctor import Finding, examine, healthy
-from vmm.names import machine_dir, runtime_root, segment_name
+from vmm.client.doctor import Finding, examine, healthy
+from vmm.machine.names import machine_dir, runtime_root, segment_name
 
 #: uapi/linux/kvm.h and userfaultfd.h, and the system call's number on x86-64. Not those of the program's own files.
 _KVM_CHECK_EXTENSION, _CAP_RING, _CAP_RING_ACQ_REL = 0xAE03, 192, 223
@@ -180,7 +180,7 @@ def test_no_kvm() -> None:
 
 def as_nobody(home: Path) -> dict[str, dict[str, str]]:
     """The findings of a user without any rights."""
-    script = ("import json, os, sys\nfrom vmm.doctor import examine\nexamine()\n"    # has read what it needs
+    script = ("import json, os, sys\nfrom vmm.client.doctor import examine\nexamine()\n"    # has read what it needs
               "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
               "print(json.dumps([f.as_dict() for f in examine()]))\n")
     environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}

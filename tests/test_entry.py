@@ -33,9 +33,10 @@ def test_an_interrupt_while_it_is_imported_is_silent(tmp_path: Path) -> None:
 def test_an_interrupt_that_is_ignored_stays_so(tmp_path: Path) -> None:
     """As in a job that a shell has put into the background."""
     done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c",
-                           "import os, signal, vmm.main\n"
-                           "import vmm.cli\nvmm.cli.run = lambda: os.kill(os.getpid(), signal.SIGINT) or 0\n"
-                           "vmm.main.main()"], capture_output=True, text=True, timeout=30, check=False)
+                           "import os, signal, vmm.cli.main\n"
+                           "import vmm.cli.commands\n"
+                            "vmm.cli.commands.run = lambda: os.kill(os.getpid(), signal.SIGINT) or 0\n"
+                           "vmm.cli.main.main()"], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

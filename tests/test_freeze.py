@@ -17,9 +17,9 @@ import pytest
 from machines import ACCELS, runs, spec, stands_still, until
 from numpy.typing import NDArray
 
-from vmm import holds
+from vmm.client import holds
+from vmm.client.machine import Machine
 from vmm.errors import VmmError
-from vmm.machine import Machine
 
 PAGE = 4096
 COUNT = "counts"            # the client of whoever copies

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from machines import ACCELS, spec, until
 
-from vmm.config import load_config
+from vmm.client.config import load_config
+from vmm.client.machine import Machine
+from vmm.client.plan import plan
 from vmm.errors import VmmError
-from vmm.machine import Machine
+from vmm.machine.rules import QUOTA_MAX
+from vmm.machine.spec import RamSlot
 from vmm.outputs import OutputError
-from vmm.plan import plan
-from vmm.rules import QUOTA_MAX
-from vmm.spec import RamSlot
 
 PAGE = 4096
 

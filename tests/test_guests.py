@@ -16,7 +16,8 @@ import pytest
 from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_MODE_64, UC_PROT_ALL, Uc, UcError
 from unicorn import x86_const as x86
 
-from vmm.boot import (
+from vmm.guests import WORKLOADS, WorkloadError, build, resolve_params
+from vmm.machine.boot import (
     SYSTEM_GPA,
     BootSlot,
     boot_registers,
@@ -26,8 +27,7 @@ from vmm.boot import (
     system_size,
     write_system_slot,
 )
-from vmm.guests import WORKLOADS, WorkloadError, build, resolve_params
-from vmm.loader import check_fits, load_image
+from vmm.machine.loader import check_fits, load_image
 
 PAGE = 4096
 MASK = (1 << 64) - 1

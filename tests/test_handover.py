@@ -15,12 +15,12 @@ from migrations import TIMEOUT, PlayedTarget, Receiver, Relay, goes_on, nothing_
 
 from ipc.steps import STEPS
 from vmm import migrate
+from vmm.client.machine import Machine
+from vmm.consumers.migration import source as source_module
+from vmm.consumers.migration import target as target_module
+from vmm.consumers.migration import wire
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
 from vmm.migrate import MigrationError, Options
-from vmm.migration import source as source_module
-from vmm.migration import target as target_module
-from vmm.migration import wire
 
 WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
 

@@ -16,11 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ipc import kernels
+from ipc import compiled
 from ipc.bitmap import Bitmap, bitmap_bytes, slot_table
 from ipc.layout import MAX_SLOTS
 from ipc.shm import Segment
-from vmm.names import segment_name
+from vmm.machine.names import segment_name
 
 ENTRIES = 16
 SLOTS = {0: 130, 3: 5000}   # slot id -> pages; neither a multiple of 64
@@ -72,7 +72,7 @@ class Ring:
     def harvest(self, limit: int | None = None, pages: np.ndarray[Any, Any] | None = None) -> int:
         out = np.zeros(4, np.uint64)
         room = ENTRIES - (self.fetch_total - self.reset_total)
-        kernels.harvest(self.memory.address, ENTRIES, self.fetch_total, min(room, limit or room),
+        compiled.harvest(self.memory.address, ENTRIES, self.fetch_total, min(room, limit or room),
                         self.table.ctypes.data, MAX_SLOTS, out.ctypes.data,
                         *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         self.bad += int(out[1])
@@ -89,7 +89,7 @@ class Ring:
 
     def publish(self) -> None:
         for slot, staging in self.staging.items():
-            kernels.publish(staging, self.published[slot])
+            compiled.publish(staging, self.published[slot])
 
     def pages(self, maps: dict[int, Bitmap]) -> set[tuple[int, int]]:
         return {(slot, int(p)) for slot, m in maps.items() for p in np.flatnonzero(m.bools())}

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from machines import ACCELS, runs, spec, stands_still, until
 
-from ipc.processid import ProcessId, identity, open_process
-from vmm import control
+from ipc.linux.processid import ProcessId, identity, open_process
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
+from vmm.machine import verbs
 
 PAGE = 4096
 
@@ -210,7 +210,7 @@ def test_a_forked_child_does_not_ask_in_its_parents_name(machine: Machine) -> No
 @pytest.mark.parametrize("start", [-1, 1, 1 << 40, 1 << 70])
 def test_who_says_another_start_than_it_has_holds_nothing(machine: Machine, start: int) -> None:
     with pytest.raises(VmmError, match=r"nothing can be held for|bad request"):
-        machine._client.ask(control.Pause, token="x", why="y", owner_start=start)
+        machine._client.ask(verbs.Pause, token="x", why="y", owner_start=start)
     assert nothing_held(machine)
 
 
@@ -326,7 +326,7 @@ def test_who_has_ended_is_in_nobodys_way(machine: Machine, other: Machine) -> No
         os.kill(coordinator, signal.SIGSTOP)
         process.kill()
         deadline = time.monotonic() + 20
-        number = other._client._send(control.TakeLease, {"mine": True, "token": "y", "kind": "migration",
+        number = other._client._send(verbs.TakeLease, {"mine": True, "token": "y", "kind": "migration",
                                                          "why": "to y"}, deadline)
         os.kill(coordinator, signal.SIGCONT)
         assert other._client._await(number, deadline) == {}
@@ -435,7 +435,7 @@ def test_a_dirty_limit_of_vcpu_minus_one_is_refused(machine: Machine) -> None:
 
 
 def test_a_snapshot_does_not_take_a_users_pause_along(machine: Machine, other: Machine, tmp_path: Path) -> None:
-    from vmm import snapshot
+    from vmm.consumers import snapshot
 
     done: list[int] = []
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from machines import runs, spec, stands_still, until
 
+from vmm.client.machine import Machine
 from vmm.errors import VmmError
-from vmm.machine import Machine
 
 _AGENT = """
 import json, sys

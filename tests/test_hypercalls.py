@@ -13,10 +13,10 @@ import pytest
 from bare import RAM_SIZE, Bare, bare
 from machines import ACCELS, spec, until
 
-from ipc import futex
+from ipc.linux import futex
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode
-from vmm.machine import Machine
-from vmm.spec import MachineSpec, RamSlot
+from vmm.machine.spec import MachineSpec, RamSlot
 from workers.hypercalls import BadHypercall, carry_out
 from workers.ports import PortEventKind
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.inotify import RemovalWatch
+from ipc.linux.inotify import RemovalWatch
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from machines import ACCELS, alive, machine_processes, spec, until
 
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode
-from vmm.machine import Machine
-from vmm.names import belongings
-from vmm.spec import MachineSpec
+from vmm.machine.names import belongings
+from vmm.machine.spec import MachineSpec
 
 TOP = Path(__file__).parent.parent
 TIMEOUT = 60.0
@@ -29,10 +29,10 @@ def idle(accel: str = "unicorn") -> MachineSpec:
 
 
 def test_processes_are_started_in_one_way() -> None:
-    """ipc.process.python_module, which keeps the current directory out."""
+    """ipc.linux.process.python_module, which keeps the current directory out."""
     others = [str(path.relative_to(TOP)) for package in ("ipc", "workers", "vmm")
               for path in (TOP / package).rglob("*.py") if "sys.executable" in path.read_text()]
-    assert others == ["ipc/process.py"]
+    assert others == ["ipc/linux/process.py"]
 
 
 @pytest.mark.parametrize("accel", ACCELS)
@@ -102,7 +102,7 @@ def test_closing_does_not_wait_for_a_forked_child() -> None:
 
 def test_the_end_of_the_launching_process_counts_whatever_children_it_has() -> None:
     code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nfrom test_isolation import forked, idle\n"
-            "from vmm.machine import Machine\nmachine = Machine.launch(idle(), name='forked')\n"
+            "from vmm.client.machine import Machine\nmachine = Machine.launch(idle(), name='forked')\n"
             "print(forked()[0], flush=True)\nsys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as process:

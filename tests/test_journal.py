@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from ipc.journal import Journal
 from ipc.shm import Segment, SegmentError, list_segments, open_fd
-from vmm.dirtylog import DirtyLog, LogClient, Retired
+from vmm.dirty.log import DirtyLog, LogClient, Retired
 from vmm.errors import VmmError
-from vmm.names import machine_prefix
-from vmm.ram import MemorySlot
-from vmm.spec import RamSlot
+from vmm.machine.memory import MemorySlot
+from vmm.machine.names import machine_prefix
+from vmm.machine.spec import RamSlot
 
 ROOM = 4096
 

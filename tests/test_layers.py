@@ -20,11 +20,11 @@ def test_layers() -> None:
 
 
 @pytest.mark.parametrize(("modules", "unwanted"), [
-    ("workers.worker, workers.kvm", {"numpy", "numba", "pydantic", "unicorn"}),
-    ("workers.worker, workers.unicorn", {"numba", "pydantic"}),
-    ("workers.worker, workers.replay", {"numba", "pydantic", "unicorn"}),
-    ("vmm.coordinator.__main__, ipc.kernels", {"numba", "pydantic", "unicorn", "click"}),
-    ("vmm.keeper", {"numpy", "zmq", "msgspec", "click"})])
+    ("workers.process, workers.accel.kvm.vm", {"numpy", "numba", "pydantic", "unicorn"}),
+    ("workers.process, workers.accel.unicorn.cpu", {"numba", "pydantic"}),
+    ("workers.process, workers.accel.replay.producer", {"numba", "pydantic", "unicorn"}),
+    ("vmm.coordinator.__main__, ipc.compiled", {"numba", "pydantic", "unicorn", "click"}),
+    ("vmm.coordinator.keeper", {"numpy", "zmq", "msgspec", "click"})])
 def test_what_is_not_needed_is_not_imported(modules: str, unwanted: set[str]) -> None:
     """Each machine pays for what its processes import: Numba, say, 0.4 s and 100 MiB."""
     code = f"import sys, {modules}; sys.exit(', '.join({unwanted} & set(sys.modules)) or 0)"

@@ -21,15 +21,15 @@ import pytest
 from machines import alive, exact, machine_processes, spec, until
 
 from ipc.shm import list_segments
-from vmm.cli import run
+from vmm.cli.commands import run
+from vmm.client.machine import Machine, list_machines
+from vmm.coordinator.keeper import Deaths
 from vmm.errors import ExitCode, VmmError
-from vmm.keeper import Deaths
-from vmm.machine import Machine, list_machines
-from vmm.machinelog import LogLine, read_log
-from vmm.names import machine_prefix, runtime_root
-from vmm.records import ended_names, log_path, outcome
-from vmm.runtime import is_running, machine_dir
-from vmm.spec import MachineSpec
+from vmm.machine.log import LogLine, read_log
+from vmm.machine.names import machine_prefix, runtime_root
+from vmm.machine.records import ended_names, log_path, outcome
+from vmm.machine.runtime import is_running, machine_dir
+from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
 pytestmark = pytest.mark.kvm
@@ -146,7 +146,7 @@ def test_a_trace_that_cannot_be_written_ends_and_the_guest_runs_on() -> None:
 def test_trace_lines_that_nobody_reads_hold_nobody_up(tmp_path: Path) -> None:
     """A launch whose standard error is a pipe that is full: the guest runs to its end all the same."""
     script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-              "from machines import spec\nfrom vmm.machine import Machine\n"
+              "from machines import spec\nfrom vmm.client.machine import Machine\n"
               "traced = spec('stamp', accel='kvm', writes=20_000, spin=200, trace=['kvm_dirty_ring_*'])\n"
               "with Machine.launch(traced, name='t') as m:\n    print(m.wait(60)['exit_code'], flush=True)\n")
     process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
@@ -238,7 +238,7 @@ def test_a_launch_that_fails_late_leaves_nothing(steps: Path) -> None:
 def test_a_kill_during_a_launch_leaves_nothing(victim: str) -> None:
     """As soon as there is something that could be left: before a worker is there, mostly."""
     script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-              "from machines import spec\nfrom vmm.machine import Machine\n"
+              "from machines import spec\nfrom vmm.client.machine import Machine\n"
               "idle = spec('idle', accel='kvm', vcpus=2, milliseconds=0, timeout=None)\n"
               "Machine.launch(idle, name='t').close()\n")
     for _ in range(2):
@@ -265,7 +265,7 @@ def test_a_killed_keepers_machine_leaves_no_directory_either() -> None:
 
 def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
     script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-              "from machines import spec\nfrom vmm.machine import Machine\n"
+              "from machines import spec\nfrom vmm.client.machine import Machine\n"
               "idle = spec('idle', accel='kvm', milliseconds=0, timeout=None)\n"
               "m = Machine.launch(idle, name='t', detach=True, start=False)\n"
               "print('ready', flush=True)\nsys.stdin.readline()\nm.start()\n"
@@ -339,7 +339,7 @@ def test_an_idle_machine_idles(situation: str) -> None:
             machine.unregister("c")
             machine.set_tracking("bitmap")
         elif situation == "owner-of-a-pause-gone":
-            child = subprocess.run([sys.executable, "-c", "from vmm.machine import Machine\n"
+            child = subprocess.run([sys.executable, "-c", "from vmm.client.machine import Machine\n"
                                                           "Machine.attach('t').paused('a test').__enter__()\n"
                                                           "import os; os._exit(0)"], check=True)
             assert child.returncode == 0
@@ -494,7 +494,7 @@ def test_a_dead_vcpu_is_seen_in_the_list() -> None:
 
 def test_a_program_that_only_syncs_keeps_no_events(chatty: list[str]) -> None:
     """And one that reads them later has all that are kept, and is told of the rest."""
-    from vmm.config import load_config
+    from vmm.client.config import load_config
 
     with Machine.launch(load_config(chatty[1]), name="t") as machine:
         machine.register("c")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.guests import WORKLOADS
-from vmm.loader import GuestImage, GuestImageError, Segment, check_fits, load_image
+from vmm.machine.loader import GuestImage, GuestImageError, Segment, check_fits, load_image
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE = 1, 2, 3, 4
 ET_REL, ET_EXEC, ET_DYN = 1, 2, 3

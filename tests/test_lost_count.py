@@ -18,15 +18,15 @@ from shared import control_blocks, forge_full, software_ring
 from ipc.layout import VcpuControl, machine_control, vcpu_control
 from ipc.shm import Segment
 from ipc.steps import STEPS
-from vmm.dirtylog import DirtyLog
+from vmm.client.machine import Machine
+from vmm.dirty.log import DirtyLog
+from vmm.dirty.reaper import Reaper
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.names import segment_name
-from vmm.ram import MemorySlot
-from vmm.reaper import Reaper
-from vmm.shards import Shard, Shards
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
-from vmm.trace import Tracer
+from vmm.machine.events import Tracer
+from vmm.machine.memory import MemorySlot
+from vmm.machine.names import segment_name
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.vcpus.pool import Shard, Shards
 
 TIMEOUT = 60.0
 PAGE = 300

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from machines import ACCELS, exact, replace, spec, until
 
+from vmm.client.machine import Machine, list_machines
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine, list_machines
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 TIMEOUT = 60.0
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import until
 
-from vmm import machinelog
-from vmm.machinelog import LogFile, follow_log, log_line, read_log
+from vmm.machine import log as machinelog
+from vmm.machine.log import LogFile, follow_log, log_line, read_log
 
 MARK = b"\x1e"
 

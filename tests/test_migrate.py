@@ -21,17 +21,18 @@ from machines import ACCELS, exact, replace, spec, until
 from migrations import TIMEOUT, Receiver, goes_on, nothing_left, receiver_process, touched, vmm
 
 from ipc.shm import list_segments
-from vmm import migrate, records
+from vmm import migrate
+from vmm.client.machine import Machine
+from vmm.consumers.migration import source as source_module
+from vmm.consumers.migration.keys import make_keys
+from vmm.consumers.migration.pages import PAGE
+from vmm.consumers.migration.status import load_status
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
+from vmm.machine import records
+from vmm.machine.names import machine_prefix
+from vmm.machine.runtime import LONGEST_SOCKET, machine_dir
+from vmm.machine.spec import RamSlot
 from vmm.migrate import MigrationError, Options
-from vmm.migration import source as source_module
-from vmm.migration.keys import make_keys
-from vmm.migration.pages import PAGE
-from vmm.migration.status import load_status
-from vmm.names import machine_prefix
-from vmm.runtime import LONGEST_SOCKET, machine_dir
-from vmm.spec import RamSlot
 
 
 @pytest.fixture(params=ACCELS)

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import spec
 
-from vmm.migration import pages, wire
-from vmm.migration.converge import Convergence, Next, Round, Rules
-from vmm.migration.pages import PAGE, unpack
-from vmm.migration.wire import Pages, WireError
+from vmm.consumers.migration import pages, wire
+from vmm.consumers.migration.converge import Convergence, Next, Round, Rules
+from vmm.consumers.migration.pages import PAGE, unpack
+from vmm.consumers.migration.wire import Pages, WireError
 
 # --- pages ------------------------------------------------------------------------------------------------------
 

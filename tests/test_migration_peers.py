@@ -28,13 +28,13 @@ from migrations import (
 )
 
 from vmm import migrate
+from vmm.client.machine import Machine
+from vmm.consumers.migration import offers, source, talk, target, wire
+from vmm.consumers.migration.pages import PAGE
+from vmm.consumers.migration.wire import Torn, WireError
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
+from vmm.machine.spec import RamSlot
 from vmm.migrate import MigrationError, Options
-from vmm.migration import offers, source, talk, target, wire
-from vmm.migration.pages import PAGE
-from vmm.migration.wire import Torn, WireError
-from vmm.spec import RamSlot
 
 IDLE = spec("idle", accel="unicorn", name="source", mib=4, milliseconds=0, timeout=None)
 

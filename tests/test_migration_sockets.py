@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from machines import until
 from migrations import Relay
 
+from vmm.consumers.migration import keys as keys_module
+from vmm.consumers.migration import sockets
+from vmm.consumers.migration.addresses import parse_address
+from vmm.consumers.migration.keys import Keys, load_keys, make_keys
+from vmm.consumers.migration.sockets import Unreachable, connect, listen
 from vmm.errors import VmmError
-from vmm.migration import keys as keys_module
-from vmm.migration import sockets
-from vmm.migration.addresses import parse_address
-from vmm.migration.keys import Keys, load_keys, make_keys
-from vmm.migration.sockets import Unreachable, connect, listen
 
 LOCAL = parse_address("ipc://x")
 ANYWHERE = parse_address("tcp://127.0.0.1:*", listen=True)

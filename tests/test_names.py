@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm import names, runtime
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
+from vmm.machine import names, runtime
 
 #: What people and programs give where a name is asked for.
 NOT_NAMES = ["", ".", "..", "/", "../precious", "a/b", "/etc", "-a", "A", "a.b", "a b", "a\n", "a\0", "ä", "a" * 33,

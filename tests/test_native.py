@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ipc import native
-from vmm import doctor
+from ipc.compiled import loader
+from vmm.client import doctor
 
-KEPT = native._Kept("key", [])
+KEPT = loader._Kept("key", [])
 
 
 @pytest.fixture
@@ -20,20 +20,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The second place, after one that cannot be written to; mode 0700."""
     (tmp_path / "file").touch()
     path = tmp_path / "cache" / "shardvmm"
-    monkeypatch.setattr(native, "cache_directories", lambda source: [tmp_path / "file" / "__pycache__", path])
-    native._keep("source", KEPT)
+    monkeypatch.setattr(loader, "cache_directories", lambda source: [tmp_path / "file" / "__pycache__", path])
+    loader._keep("source", KEPT)
     assert path.stat().st_mode & 0o777 == 0o700
     return path
 
 
 def found() -> bool:
-    return native._find("source", "key") is not None
+    return loader._find("source", "key") is not None
 
 
 def test_what_was_kept_is_found_under_its_key(cache: Path) -> None:
-    assert native._find("source", "key") == KEPT
-    assert native._find("source", "another") is None
-    assert native._find("another", "key") is None
+    assert loader._find("source", "key") == KEPT
+    assert loader._find("source", "another") is None
+    assert loader._find("another", "key") is None
     assert [p.name for p in cache.iterdir()] == ["source.native"]
 
 
@@ -60,9 +60,9 @@ def test_what_is_another_users_is_not_run(what: str, cache: Path) -> None:
 def test_nothing_is_kept_where_others_write(cache: Path) -> None:
     (cache / "source.native").unlink()
     cache.chmod(0o777)
-    native._keep("source", KEPT)
+    loader._keep("source", KEPT)
     assert list(cache.iterdir()) == []
-    assert not native.trusted(cache)
+    assert not loader.trusted(cache)
     finding = doctor._kernel_cache()
     assert (finding.status, "nobody else" in finding.advice) == ("warn", True)
     cache.chmod(0o700)
@@ -71,11 +71,11 @@ def test_nothing_is_kept_where_others_write(cache: Path) -> None:
 
 def test_a_full_disk_leaves_no_half_a_file(cache: Path) -> None:
     resource = pytest.importorskip("resource")
-    big = native._Kept("key", [native._Function("f", "f", "none", [], [], bytes(1 << 16))])
+    big = loader._Kept("key", [loader._Function("f", "f", "none", [], [], bytes(1 << 16))])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        native._keep("source", big)
+        loader._keep("source", big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in cache.iterdir()] == ["source.native"]

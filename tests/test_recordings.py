@@ -25,14 +25,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machines import ACCELS, spec, until
 
-from vmm import workingset
+from vmm.client.interrupts import Interrupts
+from vmm.client.machine import Machine
+from vmm.consumers import workingset
+from vmm.consumers.trace import record
+from vmm.consumers.workingset import Recording
 from vmm.errors import VmmError
-from vmm.interrupts import Interrupts
-from vmm.machine import Machine
-from vmm.record import record
-from vmm.spec import RamSlot
-from vmm.tracefile import TraceError, TraceHeader, TraceReader, TraceWriter, pack
-from vmm.workingset import Recording
+from vmm.machine.spec import RamSlot
+from vmm.machine.tracefile import TraceError, TraceHeader, TraceReader, TraceWriter, pack
 
 PAGE = 4096
 VMM = [sys.executable, "-m", "vmm"]

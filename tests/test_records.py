@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vmm import records
 from vmm.errors import ExitCode, VmmError
-from vmm.records import Record, ended_names, log_path, no_machine, outcome, remove_records, write_report
-from vmm.runtime import claim, release
+from vmm.machine import records
+from vmm.machine.records import Record, ended_names, log_path, no_machine, outcome, remove_records, write_report
+from vmm.machine.runtime import claim, release
 
 REPORT = {"name": "m", "state": "ended", "exit_code": 4, "cause": "vCPU 0: exception", "ended_at": "2026-01-01"}
 

@@ -22,17 +22,17 @@ from ipc.bitmap import bitmap_bytes
 from ipc.layout import RING_RESERVE, DirtyGfn, VcpuControl, control_size, vcpu_control
 from ipc.messages import ReplayPhase, ReplaySpec, SlotSpec, WorkerSpec
 from ipc.shm import Segment, list_segments
-from vmm.cli import cli
-from vmm.config import ConfigError, load_config
+from vmm.cli.commands import cli
+from vmm.client.config import ConfigError, load_config
+from vmm.client.machine import Machine
+from vmm.client.plan import plan
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.names import machine_prefix, segment_name
-from vmm.plan import plan
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
-from workers.accel import Accelerator, ExitKind, load
+from vmm.machine.names import machine_prefix, segment_name
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
+from workers.accel.base import Accelerator, ExitKind, load
+from workers.accel.replay.producer import zipf_quantiles
 from workers.memory import GuestMemory
 from workers.ports import PortBus
-from workers.replay import zipf_quantiles
 
 TIMEOUT = 60.0
 PAGE = 4096

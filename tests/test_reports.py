@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.text import Text
 from terminal import Terminal, on_a_terminal, read_tables
 
-from vmm.doctor import Finding
-from vmm.machine import Machine
-from vmm.report import doctor_table, machines_table, print_report, print_table, progress_text, size_text, table
-from vmm.spec import RamSlot
+from vmm.cli.text import doctor_table, machines_table, print_report, print_table, progress_text, size_text, table
+from vmm.client.doctor import Finding
+from vmm.client.machine import Machine
+from vmm.machine.spec import RamSlot
 
 WIDTHS = (80, 120)
 wide = pytest.mark.parametrize("width", WIDTHS)

@@ -16,14 +16,14 @@ import msgspec
 import pytest
 from machines import exact, spec
 
-from ipc.memory import available_memory, cgroup_left
+from ipc.linux.memory import available_memory, cgroup_left
 from ipc.messages import ReplayPhase, ReplaySpec
 from ipc.shm import SHM_DIRECTORY, list_segments
-from vmm import room
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode
-from vmm.machine import Machine
-from vmm.names import machine_prefix
-from vmm.spec import MachineSpec
+from vmm.machine import room
+from vmm.machine.names import machine_prefix
+from vmm.machine.spec import MachineSpec
 
 MIB = 1 << 20
 V1 = Path("/sys/fs/cgroup/memory")
@@ -75,7 +75,7 @@ def test_a_low_soft_limit_of_descriptors_is_raised(hello: Path) -> None:
     """It is there for programs that use select(2); the hard one counts."""
     code = ("import resource, sys; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
-            "sys.argv = ['vmm', 'launch', sys.argv[1]]; from vmm.main import main; main()")
+            "sys.argv = ['vmm', 'launch', sys.argv[1]]; from vmm.cli.main import main; main()")
     done = subprocess.run([sys.executable, "-c", code, str(hello)], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (ExitCode.OK, "")
 

@@ -17,11 +17,12 @@ from machines import spec
 
 from ipc.layout import MAX_SLOTS
 from ipc.messages import ReplayPhase, ReplaySpec
-from vmm import rules, snapshot
+from vmm.client.machine import Machine
+from vmm.consumers import snapshot
 from vmm.errors import VmmError
-from vmm.machine import Machine
-from vmm.rules import RuleError, arriving, check_machine, check_new_slot
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec, decode_spec, encode_spec
+from vmm.machine import rules
+from vmm.machine.rules import RuleError, arriving, check_machine, check_new_slot
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec, decode_spec, encode_spec
 
 GUEST = spec("idle", accel="unicorn", mib=4, milliseconds=1)
 REPLAY = msgspec.structs.replace(

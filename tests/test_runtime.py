@@ -16,11 +16,11 @@ import pytest
 from machines import alive, exact, spec, until
 
 from ipc.shm import list_segments
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.names import belongings, machine_prefix, runtime_root, scope_prefix
-from vmm.runtime import collect_garbage, is_running, leftovers, machine_names
-from vmm.spec import MachineSpec
+from vmm.machine.names import belongings, machine_prefix, runtime_root, scope_prefix
+from vmm.machine.runtime import collect_garbage, is_running, leftovers, machine_names
+from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
 
@@ -124,7 +124,7 @@ def test_orphans_take_nothing_from_a_machine_that_has_their_name_by_now() -> Non
 def test_a_keeper_that_is_killed_during_a_launch_leaves_nothing(moment: str) -> None:
     """At its claim, and as soon as this segment is there."""
     code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom test_runtime import idle\n"
-            "from vmm.machine import Machine\nMachine.launch(idle(vcpus=4), name='early').close()")
+            "from vmm.client.machine import Machine\nMachine.launch(idle(vcpus=4), name='early').close()")
     with subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)],
                           stderr=subprocess.DEVNULL) as process:
         owned = belongings("early")
@@ -136,7 +136,7 @@ def test_a_keeper_that_is_killed_during_a_launch_leaves_nothing(moment: str) -> 
         until(begun, "begun")
         keeper = owned.owner_pid()
         assert keeper is not None       # 0 would be this process and all around it
-        assert b"vmm.keeper" in Path(f"/proc/{keeper}/cmdline").read_bytes().split(b"\0")
+        assert b"vmm.coordinator.keeper" in Path(f"/proc/{keeper}/cmdline").read_bytes().split(b"\0")
         os.kill(keeper, signal.SIGKILL)
         process.wait(TIMEOUT)
     if moment:      # else there may be nobody yet who could have cleared up
@@ -184,7 +184,7 @@ def test_a_root_that_others_could_write_to_is_refused(kind: str, xdg: bool, runt
         pytest.skip("only root can make what is another user's")
     root = runtime_dir / "shardvmm"
     if not xdg:
-        monkeypatch.setattr("vmm.names._FALLBACK", str(tmp_path / "fallback-{}"))
+        monkeypatch.setattr("vmm.machine.names._FALLBACK", str(tmp_path / "fallback-{}"))
         monkeypatch.delenv("XDG_RUNTIME_DIR")
         root = tmp_path / f"fallback-{os.getuid()}"
     if kind == "file":

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vmm.reaper import Schedule
-from vmm.spec import ReaperSpec
+from vmm.dirty.reaper import Schedule
+from vmm.machine.spec import ReaperSpec
 
 FILL = Fraction(2, 5)
 

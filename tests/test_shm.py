@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipc import shm
-from vmm.names import segment_name
+from vmm.machine.names import segment_name
 
 NAME = segment_name(f"test-{os.getpid()}", "x")     # tests may run side by side
 

@@ -24,13 +24,13 @@ from machines import ACCELS, exact, replace, spec, until
 
 from ipc.shm import list_segments
 from ipc.steps import STEPS
-from vmm import snapshot
+from vmm.client.machine import Machine
+from vmm.consumers import snapshot
+from vmm.consumers.snapshot import SnapshotError
+from vmm.consumers.snapshot.pagefile import PAGE, PageFileError, PageWriter, compress, read_pages
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine
-from vmm.names import machine_prefix
-from vmm.pagefile import PAGE, PageFileError, PageWriter, compress, read_pages
-from vmm.snapshot import SnapshotError
-from vmm.spec import MachineSpec
+from vmm.machine.names import machine_prefix
+from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
 

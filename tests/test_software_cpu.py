@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from ipc.messages import ExitReason
 from ipc.shm import PAGE_SIZE
-from workers.accel import ExitKind
+from workers.accel.base import ExitKind
+from workers.accel.unicorn.context import SEEN_BLOCKS
+from workers.accel.unicorn.decode import PortAccess
 from workers.ports import PortEventKind
-from workers.soft_context import SEEN_BLOCKS
-from workers.soft_decode import PortAccess
 
 CF, PF, AF, ZF, SF, OF = 1, 4, 0x10, 0x40, 0x80, 0x800
 ARITHMETIC = CF | PF | AF | ZF | SF | OF

@@ -13,9 +13,9 @@ from bare import DATA, EXIT, STATEFUL, STATEFUL_REGISTERS, Bare, bare, finish_st
 from machines import ACCELS, spec, until
 
 from ipc.messages import ExitReason
+from vmm.client.machine import Machine
 from vmm.errors import VmmError
-from vmm.machine import Machine
-from workers.accel import AccelError
+from workers.accel.base import AccelError
 from workers.ports import PortEventKind
 from workers.state import ExitState, StateError, VcpuSaved, check_state, check_states, plain_state
 

@@ -22,12 +22,12 @@ from machines import ACCELS, exact, spec, until
 from rich.console import Console
 from terminal import read_tables
 
-from vmm.config import ConfigError, MachineConfig
-from vmm.machine import Machine
-from vmm.stress import Point, PointResult, Settings, Sweep, load_results, load_sweep, run
-from vmm.stress_measure import Figures, Proof
-from vmm.stress_model import fit_terms
-from vmm.stress_report import print_results
+from vmm.client.config import ConfigError, MachineConfig
+from vmm.client.machine import Machine
+from vmm.lab.stress.measure import Figures, Proof
+from vmm.lab.stress.model import fit_terms
+from vmm.lab.stress.report import print_results
+from vmm.lab.stress.sweep import Point, PointResult, Settings, Sweep, load_results, load_sweep, run
 
 
 @pytest.mark.stress

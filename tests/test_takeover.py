@@ -20,13 +20,13 @@ from needs import missing
 from shared import control_blocks
 
 from ipc.shm import list_segments
-from vmm import control
+from vmm.client.machine import Machine
+from vmm.consumers.migration.postcopy import MissingPages
+from vmm.consumers.trace import record
 from vmm.errors import VmmError
-from vmm.machine import Machine
-from vmm.migration.postcopy import MissingPages
-from vmm.names import segment_name
-from vmm.record import record
-from vmm.spec import MachineSpec, RamSlot
+from vmm.machine import verbs
+from vmm.machine.names import segment_name
+from vmm.machine.spec import MachineSpec, RamSlot
 
 TIMEOUT = 60.0
 ANY = "unicorn" if missing("kvm") else "kvm"
@@ -84,19 +84,19 @@ def test_a_loss_before_a_request_is_none_of_that_request(machine: Machine) -> No
 
 def test_a_request_that_is_asked_again_is_carried_out_once(machine: Machine) -> None:
     """As it is when the answer was lost, to the same coordinator and to the next."""
-    def ask(verb: type[control.Verb], **arguments: Any) -> None:
+    def ask(verb: type[verbs.Verb], **arguments: Any) -> None:
         machine._client._ask(verb, arguments, f"{verb.__name__} once", 30.0)
 
     for _ in range(2):
-        ask(control.MemoryAdd, slot=2, gpa=PLUGGED, size=64 << 10, log=True)
+        ask(verbs.MemoryAdd, slot=2, gpa=PLUGGED, size=64 << 10, log=True)
     machine.write(PLUGGED, b"kept")
     kill_coordinator(machine)
-    ask(control.MemoryAdd, slot=2, gpa=PLUGGED, size=64 << 10, log=True)
+    ask(verbs.MemoryAdd, slot=2, gpa=PLUGGED, size=64 << 10, log=True)
     assert machine.read(PLUGGED, 4) == b"kept"
     for _ in range(2):
-        ask(control.MemoryRemove, slot=2)
+        ask(verbs.MemoryRemove, slot=2)
     machine.memory_add(2, PLUGGED, 64 << 10)
-    ask(control.MemoryRemove, slot=2)
+    ask(verbs.MemoryRemove, slot=2)
     assert [s["id"] for s in machine.status()["slots"]] == [0, 2]
 
 
@@ -165,7 +165,7 @@ def test_a_sync_that_was_not_answered_loses_nothing(machine: Machine) -> None:
     os.kill(coordinator, signal.SIGSTOP)
     try:
         with pytest.raises(VmmError, match="did not answer"):
-            machine._client.ask(control.Sync, timeout=0.2, client="a")
+            machine._client.ask(verbs.Sync, timeout=0.2, client="a")
     finally:
         os.kill(coordinator, signal.SIGCONT)
     machine.status()        # behind it

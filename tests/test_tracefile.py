@@ -21,16 +21,16 @@ from machines import spec as guest_spec
 from numpy.typing import NDArray
 
 from ipc.messages import ReplayPhase, ReplaySpec
-from ipc.tracequeue import TraceQueue
-from vmm.cli import cli
-from vmm.config import ConfigError, load_config
+from ipc.traces.queue import TraceQueue
+from vmm.cli.commands import cli
+from vmm.client.config import ConfigError, load_config
+from vmm.client.machine import Machine
+from vmm.client.plan import plan
+from vmm.consumers.trace import record
 from vmm.errors import VmmError
-from vmm.machine import Machine
-from vmm.names import segment_name
-from vmm.plan import plan
-from vmm.record import record
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
-from vmm.tracefile import TraceEnd, TraceError, TraceHeader, TraceReader, TraceWriter, pack, unpack
+from vmm.machine.names import segment_name
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.machine.tracefile import TraceEnd, TraceError, TraceHeader, TraceReader, TraceWriter, pack, unpack
 
 TIMEOUT = 60.0
 PAGE = 4096
@@ -64,7 +64,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, found
     path = tmp_path_factory.mktemp("trace") / "x.trace"
     with pytest.MonkeyPatch.context() as patch:
         if blocks:
-            patch.setattr("vmm.tracefile._BLOCK_ENTRIES", 16)
+            patch.setattr("vmm.machine.tracefile._BLOCK_ENTRIES", 16)
         end = write(path, found, lost=3)
     with TraceReader(path) as reader:
         assert reader.header == HEADER

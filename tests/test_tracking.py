@@ -22,18 +22,18 @@ from machines import ACCELS, exact, replace, spec, until
 from needs import missing
 
 from ipc.bitmap import word_count
-from ipc.channel import FdListener
 from ipc.layout import Tracking, vcpu_control
 from ipc.shm import Segment
+from ipc.sockets import FdListener
 from ipc.writelog import WriteLog
-from vmm import control
-from vmm.autotrack import AutoTracking
-from vmm.config import ConfigError, load_config
+from vmm.client.config import ConfigError, load_config
+from vmm.client.machine import Machine
+from vmm.client.plan import plan
+from vmm.dirty.tracking.auto import AutoTracking
 from vmm.errors import VmmError
-from vmm.machine import Machine
-from vmm.names import segment_name
-from vmm.plan import plan
-from vmm.spec import RamSlot
+from vmm.machine import verbs as control
+from vmm.machine.names import segment_name
+from vmm.machine.spec import RamSlot
 
 TIMEOUT = 60.0
 MODES = ["ring", "bitmap", "none"] + ([] if missing("uffd") else ["uffd"])
@@ -504,7 +504,7 @@ def test_configurations_that_cannot_be(tmp_path: Path, lines: str, error: str) -
 def test_a_host_without_uffd_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("tracking: uffd\nmemory: [{size: 4MiB}]\nguest: {workload: idle}\n")
-    monkeypatch.setattr("vmm.tracking.write_log_missing", lambda: "userfaultfd: this kernel lacks it")
+    monkeypatch.setattr("vmm.machine.trackings.write_log_missing", lambda: "userfaultfd: this kernel lacks it")
     with pytest.raises(ConfigError, match=r"m\.yaml:1: tracking: tracking uffd: userfaultfd: this kernel lacks it"):
         plan(load_config(path))
 

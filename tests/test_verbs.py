@@ -19,11 +19,11 @@ from machines import ACCELS, spec, until
 from terminal import Terminal, on_a_terminal, read_tables
 
 from ipc.shm import Segment, list_segments
-from vmm import workingset
-from vmm.cli import cli
+from vmm.cli.commands import cli
+from vmm.client.machine import Machine, list_machines
+from vmm.consumers import workingset
 from vmm.errors import VmmError
-from vmm.machine import Machine, list_machines
-from vmm.names import machine_dir, machine_prefix, runtime_root, segment_name
+from vmm.machine.names import machine_dir, machine_prefix, runtime_root, segment_name
 
 PAGE = 4096
 TIMEOUT = 60.0

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from machines import ACCELS, exact, spec, until
 
+from vmm.client.machine import Machine
 from vmm.errors import ExitCode
-from vmm.machine import Machine
 
 TIMEOUT = 60.0
 

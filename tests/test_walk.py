@@ -22,14 +22,14 @@ import pytest
 from machines import ACCELS, exact, spec, until
 from needs import missing
 
-from ipc.channel import FdListener
 from ipc.shm import Segment, list_segments
+from ipc.sockets import FdListener
 from ipc.steps import STEPS
+from vmm.client.machine import Machine, SyncResult
+from vmm.consumers.trace import record
 from vmm.errors import ExitCode, VmmError
-from vmm.machine import Machine, SyncResult
-from vmm.names import segment_name
-from vmm.record import record
-from vmm.spec import MachineSpec, RamSlot
+from vmm.machine.names import segment_name
+from vmm.machine.spec import MachineSpec, RamSlot
 
 TIMEOUT = 60.0
 KILLS = 5               # of one machine: more in a short time end it
@@ -167,7 +167,7 @@ def writing(w: Watched, step: str) -> Iterator[None]:
     assert w.look().slots[2] == []
     yield
     if step.startswith("host-"):
-        script = ("import sys\nfrom vmm.machine import Machine\n"
+        script = ("import sys\nfrom vmm.client.machine import Machine\n"
                   "Machine.attach(sys.argv[1]).write(int(sys.argv[2]), b'z' * 5000)\n")
         done = subprocess.run([sys.executable, "-c", script, m.name, str(PLUGGED + 100)], timeout=TIMEOUT)
         assert done.returncode == -signal.SIGKILL

@@ -14,7 +14,7 @@ from machines import until
 from ipc.layout import VcpuControl
 from ipc.messages import SlotSpec, WorkerSpec
 from vmm.errors import ExitCode, VmmError
-from vmm.shards import Shard, Shards
+from vmm.vcpus.pool import Shard, Shards
 from workers import zygote
 from workers.zygote import Zygote
 

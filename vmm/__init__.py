@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import load_config
+    from .client.config import load_config
+    from .client.machine import Machine
     from .errors import VmmError
-    from .machine import Machine
 
 __all__ = ["Machine", "VmmError", "load_config"]
 

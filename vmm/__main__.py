@@ -1,5 +1,5 @@
 """``python -m vmm`` is ``vmm``."""
 
-from .main import main
+from .cli.main import main
 
 main()

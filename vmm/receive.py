@@ -1,7 +1,7 @@
-"""Live migration, the target's side: ``receive`` one machine. How it is done is in vmm/migration/."""
+"""Live migration, the target's side: ``receive`` one machine. How it is done is in vmm/consumers/migration/."""
 
 from __future__ import annotations
 
-from .migration.target import ReceiveError, receive
+from .consumers.migration.target import ReceiveError, receive
 
 __all__ = ["ReceiveError", "receive"]

@@ -7,7 +7,7 @@ import sys
 
 from ipc.messages import MessageError, decode_spec
 
-from .worker import main
+from .process import main
 
 __all__ = ["run"]
 

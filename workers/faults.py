@@ -20,7 +20,7 @@ _NAMES = {
     13: "#GP (general protection)", 14: "#PF (page fault)", 16: "#MF (x87 error)", 17: "#AC (alignment)",
     18: "#MC (machine check)", 19: "#XM (SIMD error)", 21: "#CP (control protection)",
 }
-#: What the machine's exception stubs leave at RSP, eight bytes each (vmm/boot.py).
+#: What the machine's exception stubs leave at RSP, eight bytes each (vmm/machine/boot.py).
 FRAME_NAMES = ("vector", "error", "rip", "cs", "rflags", "rsp", "ss")
 _FRAME = struct.Struct(f"<{len(FRAME_NAMES)}Q")
 

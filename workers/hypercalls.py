@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from ipc import futex
 from ipc.layout import VcpuControl, VcpuState
+from ipc.linux import futex
 
-from .accel import Accelerator
+from .accel.base import Accelerator
 from .memory import GuestMemory
 
 __all__ = ["BadHypercall", "Thread", "carry_out"]

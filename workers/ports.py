@@ -10,7 +10,7 @@ port     width  meaning
                 2 wake at most ESI vCPUs that wait on the u32 at GPA RDI; 3 sleep RDI
                 microseconds. EAX afterwards: 0, or for wake the number woken. A wait may end
                 without a cause (the state of a waiting vCPU is saved as woken)
-0xf0     1      fault report, written by the machine's own exception stubs (vmm/boot.py).
+0xf0     1      fault report, written by the machine's own exception stubs (vmm/machine/boot.py).
                 At RSP, eight bytes each: vector, error code (0 where the CPU has none),
                 RIP, CS, RFLAGS, RSP, SS; all other registers are as at the fault
 =======  =====  ==========================================================================

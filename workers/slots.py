@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from ipc.messages import SlotSpec
 
-from .accel import Accelerator
+from .accel.base import Accelerator
 from .memory import GuestMemory
 
 if TYPE_CHECKING:
-    from .writes import SlotWrites
+    from .tracking.uffd import SlotWrites
 
 __all__ = ["Slots"]
 

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 
-from ipc import process
+from ipc.linux import process
 
 __all__ = ["Zygote", "main", "start"]
 
@@ -61,7 +61,7 @@ class Zygote:
 def main(argv: list[str]) -> int:
     """``python -m workers.zygote FD``: fork a worker for each (accelerator, pipe) that comes over the socket."""
     from .__main__ import run
-    from .accel import AccelError, load
+    from .accel.base import AccelError, load
 
     process.set_name("vcpu-zygote")
     with contextlib.suppress(AccelError):

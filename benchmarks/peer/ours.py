@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vmm.client.machine import Machine
 from vmm.guests import WORKLOADS, resolve_params
-from vmm.machine import Machine
-from vmm.spec import MachineSpec, RamSlot, ReaperSpec
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 __all__ = ["Guest", "Ours", "written"]
 

@@ -1,4 +1,4 @@
-"""``python -m vmm.coordinator``: started by the keeper (vmm/keeper.py).
+"""``python -m vmm.coordinator``: started by the keeper (vmm/coordinator/keeper.py).
 
 It tells the keeper, in lines of JSON, ``{"ready": true}`` or ``{"error": …, "code": n}``; and, once it is decided
 that the machine ends, ``{"done": exit status}``, before anything is torn down. A coordinator that ends without that
@@ -18,16 +18,16 @@ from typing import Any
 
 import msgspec
 
-from ipc import process
+from ipc.linux import process
 from ipc.shm import SegmentError
 from ipc.steps import step
 from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
-from ..machinelog import log_to_keeper
-from ..rules import check_machine
-from ..runtime import adopt_claim, machine_dir, release
-from ..spec import decode_spec
+from ..machine.log import log_to_keeper
+from ..machine.rules import check_machine
+from ..machine.runtime import adopt_claim, machine_dir, release
+from ..machine.spec import decode_spec
 from .loop import STOP_TIMEOUT, Coordinator
 
 _log = logging.getLogger(__name__)

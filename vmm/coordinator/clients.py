@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ipc.processid import ProcessId
+from ipc.linux.processid import ProcessId
 from ipc.steps import step
 
+from ..dirty.verify import CLIENT as VERIFY_CLIENT
 from ..errors import VmmError
-from ..verify import CLIENT as VERIFY_CLIENT
 from .core import Core
 from .owners import Held, Hold
 from .tracking import TrackingSwitch

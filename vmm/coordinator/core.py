@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..build import Parts
+from ..dirty.reaper import Reaper
+from ..dirty.verify import AnyVerifier
 from ..errors import ExitCode, VmmError, no_memory
-from ..reaper import Reaper
-from ..shards import Shard, Shards
-from ..spec import MachineSpec
-from ..trace import Tracer
-from ..verify import AnyVerifier
+from ..machine.events import Tracer
+from ..machine.spec import MachineSpec
+from ..vcpus.pool import Shard, Shards
 from .owners import Owners
+from .segments import Parts
 
 __all__ = ["Core"]
 

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from ipc.messages import AnyRequest, RemoveMemslot, SetMemslot
 from ipc.steps import step
 
-from .. import boot
 from ..errors import VmmError
-from ..ram import MemorySlot
-from ..rules import check_new_slot
-from ..shards import Shard
-from ..spec import RamSlot
+from ..machine import boot
+from ..machine.memory import MemorySlot
+from ..machine.rules import check_new_slot
+from ..machine.spec import RamSlot
+from ..vcpus.pool import Shard
 from .core import Core
 
 __all__ = ["add_slot", "remove_slot", "set_logging"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from ipc.linux.processid import ProcessId
 from ipc.messages import Userfault
-from ipc.processid import ProcessId
 from ipc.shm import SegmentError
 from ipc.steps import step
 

@@ -19,15 +19,15 @@ from __future__ import annotations
 import msgspec
 
 from ipc.journal import Journal as Record
+from ipc.linux.processid import ProcessId
 from ipc.messages import Exited
-from ipc.processid import ProcessId
 from ipc.shm import SegmentError
 
-from ..dirtylog import LogClient
+from ..dirty.log import LogClient
+from ..dirty.verify import Verification
 from ..errors import ExitCode, VmmError
-from ..names import segment_name
-from ..spec import RamSlot
-from ..verify import Verification
+from ..machine.names import segment_name
+from ..machine.spec import RamSlot
 from .leases import Lease
 from .limits import Limit
 from .owners import Hold
@@ -70,8 +70,8 @@ class Saved(msgspec.Struct, kw_only=True):
     started: float | None                   # when the guest was let go
     elapsed: float | None                   # seconds that it ran, once it has ended
     stopping: int                           # an ExitReason: somebody wants it to end
-    tracking: str                           # one of vmm.tracking.MODES
-    asked_tracking: str                     # one of vmm.tracking.CHOICES
+    tracking: str                           # one of vmm.machine.trackings.MODES
+    asked_tracking: str                     # one of vmm.machine.trackings.CHOICES
     verification: Verification | None
 
 

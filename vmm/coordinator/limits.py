@@ -10,8 +10,8 @@ import msgspec
 from ipc.steps import step
 
 from ..errors import VmmError
-from ..rules import check_quota
-from ..spec import MachineSpec
+from ..machine.rules import check_quota
+from ..machine.spec import MachineSpec
 from .core import Core
 from .owners import Held, Hold
 from .tracking import TrackingSwitch

@@ -19,21 +19,22 @@ import msgspec
 import zmq
 
 from ipc.layout import VcpuRequest, VcpuState
+from ipc.linux.processid import ProcessId
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull, SetMemslots
-from ipc.processid import ProcessId
 from ipc.shm import SegmentError, list_segments, unlink_segment
 from ipc.steps import step
 from workers.zygote import Zygote
 
-from .. import boot, build, control, records, retrack
+from ..dirty.reaper import Reaper
+from ..dirty.tracking import switch
+from ..dirty.verify import Verification, make_verifier
 from ..errors import ExitCode, VmmError
-from ..names import machine_prefix
-from ..reaper import Reaper
-from ..shards import Shard, Shards
-from ..spec import MachineSpec, RamSlot
-from ..trace import Tracer
-from ..verify import Verification, make_verifier
-from . import hotplug, vcpu_states
+from ..machine import boot, records, verbs
+from ..machine.events import Tracer
+from ..machine.names import machine_prefix
+from ..machine.spec import MachineSpec, RamSlot
+from ..vcpus.pool import Shard, Shards
+from . import hotplug, segments, vcpu_states
 from .clients import Clients
 from .consoles import Consoles
 from .core import Core
@@ -87,7 +88,7 @@ class Coordinator:
         if spec.image:
             image = directory / "image"
             if zygote is not None:
-                build.copy_image(spec.image, image)
+                segments.copy_image(spec.image, image)
             spec = msgspec.structs.replace(spec, image=str(image))
         self.spec = spec
         self._started: float | None = None      # seconds of CLOCK_MONOTONIC
@@ -115,9 +116,9 @@ class Coordinator:
         self.writes = HostWrites(core)
         self.incoming = Incoming(core, self.tracking)
         if saved is None:
-            core.parts = build.make_parts(spec, self.tracking.first())
+            core.parts = segments.make_parts(spec, self.tracking.first())
         else:
-            core.parts = build.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
+            core.parts = segments.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
         self._closing.callback(core.parts.close)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
@@ -140,7 +141,7 @@ class Coordinator:
             self._recover(saved)
         self._catch_signals()
 
-    def _verbs(self) -> dict[type[control.Verb], Handler]:
+    def _verbs(self) -> dict[type[verbs.Verb], Handler]:
         """Every verb of the control socket, and what it calls."""
         core = self.core
 
@@ -153,7 +154,7 @@ class Coordinator:
 
         def once(then: Handler) -> Handler:
             """Of a verb that must not be carried out twice when a client asks again (it did not get the answer)."""
-            def handler(verb: control.Verb) -> dict[str, Any] | None:
+            def handler(verb: verbs.Verb) -> dict[str, Any] | None:
                 if verb.request and verb.request in core.requests:
                     return None
                 core.request = verb.request
@@ -161,47 +162,47 @@ class Coordinator:
             return handler
 
         return {
-            control.Start: allowed(Change.START, lambda v: self._start()),
-            control.Status: lambda v: self._final if self._final is not None else self._report(),
-            control.Stop: lambda v: self._stop_or_go(),
-            control.Release: lambda v: self._go(),
-            control.State: lambda v: self._state(),
-            control.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),
-            control.Incoming: allowed(Change.STATE, lambda v: {"addresses": self.incoming.expect(v.socket,
+            verbs.Start: allowed(Change.START, lambda v: self._start()),
+            verbs.Status: lambda v: self._final if self._final is not None else self._report(),
+            verbs.Stop: lambda v: self._stop_or_go(),
+            verbs.Release: lambda v: self._go(),
+            verbs.State: lambda v: self._state(),
+            verbs.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),
+            verbs.Incoming: allowed(Change.STATE, lambda v: {"addresses": self.incoming.expect(v.socket,
                                                                                                  self._asker(v))}),
-            control.Arrived: allowed(Change.STATE, lambda v: self.incoming.arrived()),
-            control.Pause: lambda v: self.pauses.pause(Hold(v.token, v.why, self._asker(v)) if v.token else None),
-            control.Resume: lambda v: {"held_by": self.pauses.resume(force=v.force, held=self.leases.at_hand_over)},
-            control.TakeLease: lambda v: self.leases.take(Lease(v.token, v.why, self._asker(v), v.kind),
+            verbs.Arrived: allowed(Change.STATE, lambda v: self.incoming.arrived()),
+            verbs.Pause: lambda v: self.pauses.pause(Hold(v.token, v.why, self._asker(v)) if v.token else None),
+            verbs.Resume: lambda v: {"held_by": self.pauses.resume(force=v.force, held=self.leases.at_hand_over)},
+            verbs.TakeLease: lambda v: self.leases.take(Lease(v.token, v.why, self._asker(v), v.kind),
                                                           recover=v.recover),
-            control.Freeze: lambda v: self._freeze(v.token),
-            control.Thaw: lambda v: self.leases.thaw(v.token),
-            control.HandOver: lambda v: self.leases.hand_over(v.token, v.to),
-            control.TakeBack: lambda v: self.leases.take_back(v.token),
-            control.GiveBack: lambda v: self._give_back(v.token),
-            control.Register: allowed(Change.REGISTER, lambda v: self.clients.register(
+            verbs.Freeze: lambda v: self._freeze(v.token),
+            verbs.Thaw: lambda v: self.leases.thaw(v.token),
+            verbs.HandOver: lambda v: self.leases.hand_over(v.token, v.to),
+            verbs.TakeBack: lambda v: self.leases.take_back(v.token),
+            verbs.GiveBack: lambda v: self._give_back(v.token),
+            verbs.Register: allowed(Change.REGISTER, lambda v: self.clients.register(
                 v.client, self._asker(v) if v.owner_start else None, v.like)),
-            control.Unregister: lambda v: self.clients.unregister(v.client, self._server.asker),
-            control.Sync: lambda v: self.clients.sync(v.client, v.again, self._server.asker),
-            control.Slots: lambda v: machine_slots(core),
-            control.Mark: lambda v: self._mark(v),
-            control.DirtyLimit: lambda v: self.limits.set(
+            verbs.Unregister: lambda v: self.clients.unregister(v.client, self._server.asker),
+            verbs.Sync: lambda v: self.clients.sync(v.client, v.again, self._server.asker),
+            verbs.Slots: lambda v: machine_slots(core),
+            verbs.Mark: lambda v: self._mark(v),
+            verbs.DirtyLimit: lambda v: self.limits.set(
                 v.pages_per_s, v.vcpu, Limit(v.token, v.why, self._asker(v)) if v.token else None),
-            control.SetTracking: lambda v: self._set_tracking(v.tracking),
-            control.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
-            control.LogStop: allowed(Change.UNLOG, lambda v: hotplug.set_logging(core, v.slot, False)),
-            control.RecordStart: once(lambda v: self.recording.start(self._asker(v))),
-            control.RecordStep: lambda v: {"going_on": self.recording.step(self._running(), self._server.asker)},
-            control.RecordStop: once(lambda v: self.recording.stop(self._server.asker)),
-            control.MemoryAdd: once(allowed(Change.SLOTS, lambda v: hotplug.add_slot(
+            verbs.SetTracking: lambda v: self._set_tracking(v.tracking),
+            verbs.LogStart: lambda v: hotplug.set_logging(core, v.slot, True),
+            verbs.LogStop: allowed(Change.UNLOG, lambda v: hotplug.set_logging(core, v.slot, False)),
+            verbs.RecordStart: once(lambda v: self.recording.start(self._asker(v))),
+            verbs.RecordStep: lambda v: {"going_on": self.recording.step(self._running(), self._server.asker)},
+            verbs.RecordStop: once(lambda v: self.recording.stop(self._server.asker)),
+            verbs.MemoryAdd: once(allowed(Change.SLOTS, lambda v: hotplug.add_slot(
                 core, RamSlot(v.slot, v.gpa, v.size, v.log, born=core.new_generation())))),
-            control.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(
+            verbs.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(
                 core, v.slot, force=v.force))),
         }
 
     # --- verbs that concern several of the parts ---------------------------------------------------
 
-    def _asker(self, verb: control.Owned) -> ProcessId:
+    def _asker(self, verb: verbs.Owned) -> ProcessId:
         """Who sent it: the pid is seen, the start time told; they must fit together (vmm/coordinator/owners.py).
         Raises VmmError."""
         process = ProcessId(self._server.asker, verb.owner_start)
@@ -218,7 +219,7 @@ class Coordinator:
         self.leases.freeze(token)
         return {"writing": [write.who for write in self.writes.held]}
 
-    def _mark(self, verb: control.Mark) -> None:
+    def _mark(self, verb: verbs.Mark) -> None:
         if verb.when == "after":        # one that began before a freeze is over before what is dirty is looked at
             return self.writes.end(verb.token)
         self.leases.require(Change.HOST_WRITE, verb.lease)
@@ -243,8 +244,8 @@ class Coordinator:
     def _create(self, keeper_fd: int) -> None:
         core = self.core
         core.write_journal = self._write_journal
-        for shard in build.make_shards(core.parts):
-            self.shards.spawn(shard, build.worker_spec(core.parts, shard.index, core.directory, keeper_fd))
+        for shard in segments.make_shards(core.parts):
+            self.shards.spawn(shard, segments.worker_spec(core.parts, shard.index, core.directory, keeper_fd))
         self.shards.start_paused()
         self.shards.await_hello()
         if self.spec.verify is not None:
@@ -288,7 +289,7 @@ class Coordinator:
         self._stopping = ExitReason(saved.stopping)
         core.generation = saved.generation
         core.requests.extend(saved.requests)
-        for shard, process in zip(build.make_shards(core.parts), saved.workers, strict=True):
+        for shard, process in zip(segments.make_shards(core.parts), saved.workers, strict=True):
             shard.exited = saved.exits.get(shard.index)
             self.shards.all.append(shard)
             try:
@@ -336,10 +337,10 @@ class Coordinator:
         """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the
         slots and the tracking that the journal has, and what they have logged is reaped."""
         core = self.core
-        if retrack.unfinished(core.parts, self.shards):
+        if switch.unfinished(core.parts, self.shards):
             # The vCPUs stand still. They stay so with what is set here, until they are resumed.
             self.shards.pause(self.shards.all)
-            retrack.fulfil(core.parts, self.shards)
+            switch.fulfil(core.parts, self.shards)
         elif self.spec.accel == "kvm":
             self.shards.adopt_fds(core.live)
         self.shards.pause_all()

@@ -1,8 +1,8 @@
 """Processes that hold something of the machine: it goes when they do.
 
-A process is its pid and its start time (ipc/processid.py), so that a successor which adopts its holds never takes
-another one for it that has its pid by now; while a coordinator lives it is watched by its pidfd. The loop polls all
-of them and calls back.
+A process is its pid and its start time (ipc/linux/processid.py), so that a successor which adopts its holds never
+takes another one for it that has its pid by now; while a coordinator lives it is watched by its pidfd. The loop
+polls all of them and calls back.
 
 Who asks is not told but seen: the pid is that of the peer of the control socket (SO_PEERCRED, as it is in the
 coordinator's PID namespace), and the start time that comes with the verb must be that pid's.
@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ipc.processid import ProcessId, open_process
+from ipc.linux.processid import ProcessId, open_process
 
 from ..errors import VmmError
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ipc.processid import ProcessId
+from ipc.linux.processid import ProcessId
 from ipc.steps import step
 
 from ..errors import VmmError

@@ -1,12 +1,13 @@
-"""Recording a dirty trace: what is harvested goes into a queue, for the process that asked (vmm/record.py)."""
+"""Recording a dirty trace: what is harvested goes into a queue, for the process that asked
+(vmm/consumers/trace.py)."""
 
 from __future__ import annotations
 
-from ipc.processid import ProcessId
+from ipc.linux.processid import ProcessId
 from ipc.steps import step
 
+from ..consumers.trace import Recorder
 from ..errors import VmmError
-from ..record import Recorder
 from .core import Core
 from .owners import Watch, unseen
 from .tracking import TrackingSwitch

@@ -1,8 +1,9 @@
 """A migration whose process was killed after the machine had been handed over is finished by another.
 
 The machine stands still here, and the target may never have been told to run it: without somebody who tells it,
-nobody would. That is a client's process like the one that died (vmm/migration/recoverer.py), so the coordinator
-does no more than start it; it takes the lease that the dead one had, or leaves that to a user who was quicker.
+nobody would. That is a client's process like the one that died (vmm/consumers/migration/recoverer.py), so the
+coordinator does no more than start it; it takes the lease that the dead one had, or leaves that to a user who was
+quicker.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import time
 from collections import deque
 
-from ipc.process import python_module
+from ipc.linux.process import python_module
 
 __all__ = ["Recovery"]
 
@@ -38,7 +39,7 @@ class Recovery:
         self._processes = [p for p in self._processes if p.poll() is None]
         try:
             self._processes.append(subprocess.Popen(
-                python_module("vmm.migration.recoverer", self._machine), stdin=subprocess.DEVNULL,
+                python_module("vmm.consumers.migration.recoverer", self._machine), stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, start_new_session=True))
         except OSError as exc:
             self._say(f"its migration cannot be finished: {exc.strerror}")

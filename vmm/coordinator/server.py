@@ -1,4 +1,5 @@
-"""The coordinator's end of the control socket (vmm/control.py has the verbs, vmm/connection.py the client's end).
+"""The coordinator's end of the control socket (vmm/machine/verbs.py has the verbs, vmm/client/connection.py the
+client's end).
 
 A client gets what it asks for, one request after the other, and no client more than its share of a turn of the
 loop. Whatever a verb raises is that verb's answer: one that fails never ends the machine.
@@ -20,8 +21,8 @@ from ipc.lines import LINE_MAX, LineConnection, LineListener, LineTooLong
 from ipc.shm import SegmentError
 from ipc.steps import step
 
-from .. import control
 from ..errors import ExitCode, VmmError
+from ..machine import verbs as control
 from .events import EventLog
 
 __all__ = ["ControlServer", "Handler"]

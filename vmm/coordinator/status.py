@@ -11,7 +11,7 @@ from ipc.layout import ReaperState, VcpuState
 from ipc.messages import ExitReason
 
 from ..errors import ExitCode
-from ..shards import Shard
+from ..vcpus.pool import Shard
 from .core import Core
 
 __all__ = ["cause_of", "exit_code", "machine_report", "machine_slots", "reason_text"]

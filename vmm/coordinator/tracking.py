@@ -7,17 +7,17 @@ from typing import Any
 
 from ipc.shm import SegmentError
 
-from .. import retrack
-from ..autotrack import AutoTracking
+from ..dirty.tracking import switch
+from ..dirty.tracking.auto import AutoTracking
 from ..errors import VmmError
-from ..tracking import check_tracking, not_logged
+from ..machine.trackings import check_tracking, not_logged
 from .core import Core
 
 __all__ = ["TrackingSwitch"]
 
 
 class TrackingSwitch:
-    """``asked``: one of vmm.tracking.CHOICES; ``switches``: how often the way has changed."""
+    """``asked``: one of vmm.machine.trackings.CHOICES; ``switches``: how often the way has changed."""
 
     def __init__(self, core: Core, asked: str) -> None:
         self._core = core
@@ -26,7 +26,7 @@ class TrackingSwitch:
         self.switches = 0
 
     def first(self) -> str:
-        """Of a machine that is about to be made; one of vmm.tracking.MODES."""
+        """Of a machine that is about to be made; one of vmm.machine.trackings.MODES."""
         if self.asked != "auto":
             return self.asked
         spec = self._core.spec
@@ -72,7 +72,7 @@ class TrackingSwitch:
             return 0.0
         began = time.monotonic()
         with core.shards.all_paused():
-            retrack.switch(core.parts, core.shards, core.reaper, mode, core.save)
+            switch.switch(core.parts, core.shards, core.reaper, mode, core.save)
             self.switches += 1
             if core.verifier is not None:
                 core.verifier.switched()

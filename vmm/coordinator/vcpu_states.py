@@ -10,7 +10,7 @@ from ipc.messages import Exited, GetState, SetState
 from workers.state import ExitState, StateError, VcpuSaved, check_states, plain_state
 
 from ..errors import ExitCode, VmmError
-from ..spec import MachineSpec
+from ..machine.spec import MachineSpec
 from .core import Core
 
 __all__ = ["set_states", "take_states"]

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..loader import load_image
+from ..machine.loader import load_image
 
 __all__ = ["SOURCE_DIR", "TOOLS", "BuildError", "build", "differing", "main", "missing_tools", "sources"]
 

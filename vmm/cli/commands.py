@@ -1,0 +1,302 @@
+"""``vmm``: every verb is a few lines over :class:`vmm.client.machine.Machine`.
+
+Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import ExitCode, VmmError
+from .clients import client
+from .common import json_option, on_machine, print_json
+from .compare import compare
+from .dirty import dirty_limit, dirty_rate, tracking, working_set
+from .machines import VERBS as MACHINE_VERBS
+from .migrate import keys, migrate, receive
+from .run import Interrupted, run_or_leave
+from .snapshot import snapshot
+from .stress import stress
+from .trace import trace as trace_group
+
+if TYPE_CHECKING:
+    from ..client.machine import Machine
+
+__all__ = ["run"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="shardvmm")
+def cli() -> None:
+    """Virtual machines whose vCPUs are processes, and every page they dirty."""
+
+
+# --- launch ------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Override a key of the file, for example vcpus=8 or memory.0.size=1GiB.")
+@click.option("--name", help="Name of the machine (default: the file's).")
+@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+@click.option("--trace", "trace", multiple=True, metavar="PATTERN",
+              help="Switch trace events on, for example 'kvm_dirty_ring_*'. (Dirty traces: vmm trace.)")
+@click.option("--trace-file", type=click.Path(dir_okay=False), default="",
+              help="Write trace events there instead of standard error.")
+@json_option
+def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
+           trace_file: str, as_json: bool) -> int:
+    """Launch the machine described in the file CONFIG and run it to its end."""
+    from ..client.config import load_config
+    from ..client.machine import Machine
+
+    if trace and detach and not trace_file:
+        raise VmmError("--trace with --detach needs --trace-file: nobody would see the lines")
+    machine_config = load_config(config, list(overrides), name=name)
+    machine = Machine.launch(machine_config, trace=list(trace),
+                             trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
+                             start=detach)
+    return run_or_leave(machine, detach, as_json)
+
+
+# --- running machines ------------------------------------------------------------------------------------
+
+
+def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str) -> None:
+    """A verb that does one thing to a machine and says so."""
+
+    @cli.command(name, help=help_text)
+    @on_machine
+    @json_option
+    def verb(machine: Machine, as_json: bool) -> None:
+        act(machine)
+        if as_json:
+            print_json({"name": machine.name, "done": name})
+        else:
+            click.echo(f"{machine.name} {done}")
+
+
+_simple("pause", "Take every vCPU out of the guest and keep it out.", lambda m: m.pause(), "is paused")
+
+
+@cli.command()
+@on_machine
+@click.option("--force", is_flag=True, help="Also a machine that was handed over and is lost where it went. It "
+                                            "runs on here, from that moment.")
+@json_option
+def resume(machine: Machine, force: bool, as_json: bool) -> None:
+    """Take back the pause of vmm pause. The machine runs on, unless somebody else wants it to stand still."""
+    held_by = machine.resume(force=force)
+    if as_json:
+        print_json({"name": machine.name, "done": "resume", "held_by": held_by})
+    elif held_by:
+        click.echo(f"{machine.name} stays paused: {', '.join(held_by)}")
+    else:
+        click.echo(f"{machine.name} is running")
+
+
+@cli.group()
+def log() -> None:
+    """Switch dirty logging of a memory slot."""
+
+
+def _log_verb(name: str, help_text: str) -> None:
+    @log.command(name, help=help_text)
+    @on_machine
+    @click.argument("slot", type=int)
+    @json_option
+    def verb(machine: Machine, slot: int, as_json: bool) -> None:
+        if name == "start":
+            machine.log_start(slot)
+        else:
+            machine.log_stop(slot)
+        if as_json:
+            print_json({"name": machine.name, "slot": slot, "logged": name == "start"})
+        else:
+            click.echo(f"{machine.name}: slot {slot} is {'logged' if name == 'start' else 'not logged'}")
+
+
+_log_verb("start", "Log the pages dirtied in SLOT from now on.")
+_log_verb("stop", "Stop logging SLOT; what was dirtied until now is kept.")
+
+
+@cli.command()
+@on_machine
+@click.option("--client", default="cli", show_default=True, help="Whose last sync to count from.")
+@json_option
+def sync(machine: Machine, client: str, as_json: bool) -> None:
+    """Flush, and show the pages of each slot dirtied since this client's last sync. The first one
+    registers the client: it counts from there."""
+    machine.register(client)
+    result = machine.sync(client)
+    if as_json:
+        print_json({"name": machine.name, "client": client, "pages": result.pages,
+                     "slots": {str(i): [list(r) for r in ranges] for i, ranges in result.slots.items()}})
+        return
+    for slot_id, ranges in result.slots.items():
+        click.echo(f"slot {slot_id}: {sum(n for _, n in ranges)} pages dirty")
+        for first, count in ranges:
+            pages = f"{first:#x}" if count == 1 else f"{first:#x}-{first + count - 1:#x}"
+            click.echo(f"    {pages} ({count} page{'s' if count > 1 else ''})")
+
+
+@cli.group()
+def memory() -> None:
+    """Plug memory slots in and out of a running machine."""
+
+
+@memory.command("add")
+@on_machine
+@click.argument("slot", type=int)
+@click.argument("gpa")
+@click.argument("size")
+@click.option("--no-log", is_flag=True, help="Without dirty logging.")
+@json_option
+def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, as_json: bool) -> None:
+    """Add SLOT of SIZE at guest address GPA (bytes, 0x…, KiB, MiB, GiB)."""
+    from ..client.config import parse_size
+
+    try:
+        address, length = parse_size(_number(gpa)), parse_size(_number(size))
+    except ValueError as exc:
+        raise VmmError(str(exc)) from None
+    machine.memory_add(slot, address, length, log=not no_log)
+    _memory_done(machine, slot, "added", as_json)
+
+
+@memory.command("remove")
+@on_machine
+@click.argument("slot", type=int)
+@click.option("--force", is_flag=True, help="Although it holds the guest's image or stacks.")
+@json_option
+def memory_remove(machine: Machine, slot: int, force: bool, as_json: bool) -> None:
+    """Remove SLOT: vCPUs stopped, rings reaped, bitmap synced, slot removed, vCPUs resumed."""
+    machine.memory_remove(slot, force=force)
+    _memory_done(machine, slot, "removed", as_json)
+
+
+def _number(text: str) -> int | str:
+    """``4096`` is bytes; everything else is for parse_size."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
+
+
+def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"name": machine.name, "slot": slot, "done": what})
+    else:
+        click.echo(f"{machine.name}: slot {slot} {what}")
+
+
+for _verb in (*MACHINE_VERBS, client, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group,
+              snapshot, migrate, receive, keys, stress):
+    cli.add_command(_verb)
+
+
+# --- the host ----------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> int:
+    """Say what this host can do: KVM, dirty rings, shared memory, limits, left-overs."""
+    from ..client.doctor import examine, healthy
+
+    findings = examine()
+    if as_json:
+        print_json([f.as_dict() for f in findings])
+    else:
+        from .text import doctor_table, print_table, screen
+
+        print_table(doctor_table([f.as_dict() for f in findings]), screen())
+    return ExitCode.OK if healthy(findings) else 1
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--logs", is_flag=True, help="Also the logs and reports of machines that have ended.")
+@json_option
+def gc(name: str | None, logs: bool, as_json: bool) -> None:
+    """Clear what machines that died have left behind (of NAME, or of all)."""
+    from ..machine.records import remove_records
+    from ..machine.runtime import collect_garbage
+
+    removed = collect_garbage(name)
+    if logs:
+        try:
+            removed += remove_records(name)
+        except OSError as exc:
+            raise VmmError(f"the logs cannot be removed: {exc}") from None
+    if as_json:
+        print_json({"removed": removed})
+    else:
+        for each in removed:
+            click.echo(f"removed {each}")
+        click.echo(f"{len(removed)} removed" if removed else "nothing was left behind")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration file."""
+    from ..client.config import config_schema
+
+    print_json(config_schema())
+
+
+@cli.command()
+@json_option
+def guests(as_json: bool) -> None:
+    """List the sample guests and their parameters."""
+    from ..guests import WORKLOADS
+
+    if as_json:
+        print_json({w.name: {"description": w.description,
+                              "params": {p.name: {"default": p.default, "minimum": p.minimum,
+                                                  "maximum": p.maximum, "help": p.help} for p in w.params}}
+                     for w in WORKLOADS.values()})
+        return
+    for w in WORKLOADS.values():
+        click.echo(f"{w.name}: {w.description}")
+        for p in w.params:
+            click.echo(f"    {p.name} (default {p.default}): {p.help}")
+    click.echo("accel: replay runs no guest: it dirties pages by a pattern (sequential, strided, random, zipf), or "
+               "from a trace; vmm schema has its keys")
+
+
+def run() -> int:
+    """Carry out the command line; its exit status. Whatever goes wrong is said on standard error, but for what
+    becomes of standard output (vmm/cli/main.py)."""
+    try:
+        return int(cli.main(standalone_mode=False) or 0)
+    except VmmError as exc:
+        for line in str(exc).splitlines():
+            _say(f"vmm: error: {line}")
+        return int(exc.exit_code)
+    except click.ClickException as exc:
+        with contextlib.suppress(OSError):
+            exc.show()
+        return exc.exit_code
+    except Interrupted as exc:
+        return 128 + exc.signum
+    except (click.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except MemoryError:
+        _say("vmm: error: there is not enough memory for this")
+        return ExitCode.BAD_INPUT
+    except Exception as exc:
+        if os.environ.get("VMM_DEBUG"):
+            raise
+        _say(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)")
+        return ExitCode.BUG
+
+
+def _say(text: str) -> None:
+    """On standard error, which may be closed or full: then there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)

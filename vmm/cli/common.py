@@ -1,0 +1,83 @@
+"""What the verbs of the command line share."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import VmmError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+__all__ = ["Duration", "Rate", "json_option", "on_machine", "print_json", "progress_bar"]
+
+
+def print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+def progress_bar(*columns: ProgressColumn | str) -> Progress:
+    """On standard error, gone when it is done; nothing at all where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+    return option(function)
+
+
+def on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the verb a Machine in place of its NAME, and close it afterwards."""
+
+    @functools.wraps(function)
+    def wrapper(name: str, **options: Any) -> Any:
+        from ..client.machine import Machine
+
+        with Machine.attach(name) as machine:
+            return function(machine, **options)
+
+    return click.argument("name")(wrapper)
+
+
+class Duration(click.ParamType):
+    """``500ms``, ``1s``, ``2m``; a bare number is seconds. ``least``: the shortest that can be kept to, seconds."""
+
+    name = "duration"
+
+    def __init__(self, least: float = 0.0) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from ..client.config import parse_duration
+
+        where = param.opts[0] if param else "duration"
+        try:
+            seconds = parse_duration(value)
+        except ValueError as exc:
+            raise VmmError(f"{where}: {exc}") from None
+        if seconds < self._least:
+            raise VmmError(f"{where}: {value} is too short: at least {self._least * 1000:g} ms")
+        return seconds
+
+
+class Rate(click.ParamType):
+    """``100MB/s``, ``64MiB/s``; a bare number is bytes a second."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from ..client.config import parse_rate
+
+        try:
+            return parse_rate(value)
+        except ValueError as exc:
+            raise VmmError(f"{param.human_readable_name if param else 'rate'}: {exc}") from None

@@ -1,0 +1,173 @@
+"""``vmm compare``: which way of dirty tracking is best when, on this host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ipc.layout import RING_MAX, RING_MIN
+
+from ..errors import VmmError
+from .common import Duration, json_option, print_json
+
+__all__ = ["compare"]
+
+
+class Sizes(click.ParamType):
+    """``64MiB,1GiB``: whole MiB."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        from ..client.config import parse_size
+
+        try:
+            found = [parse_size(int(part) if part.isdigit() else part) for part in str(value).split(",")]
+        except ValueError as exc:
+            raise VmmError(f"--ram: {exc}") from None
+        if any(size < 8 << 20 or size % (1 << 20) for size in found):
+            raise VmmError(f"--ram {value}: sizes of whole MiB, at least 8MiB each, with commas between them")
+        return tuple(size >> 20 for size in found)
+
+
+class Numbers(click.ParamType):
+    """``1,2,4`` from ``minimum`` to ``maximum``."""
+
+    name = "numbers"
+
+    def __init__(self, minimum: int, maximum: int, power: bool = False) -> None:
+        self._minimum, self._maximum, self._power = minimum, maximum, power
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        option = param.opts[0] if param else "numbers"
+        try:
+            found = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            raise VmmError(f"{option} {value}: numbers with commas between them") from None
+        for number in found:
+            if not self._minimum <= number <= self._maximum or (self._power and number & number - 1):
+                raise VmmError(f"{option} {number}: must be {'a power of two ' if self._power else ''}from "
+                               f"{self._minimum} to {self._maximum}")
+        return found
+
+
+class Intervals(click.ParamType):
+    """``10ms,1s``"""
+
+    name = "durations"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        return tuple(Duration().convert(part, param, ctx) for part in str(value).split(","))
+
+
+@click.command()
+@click.option("--ram", type=Sizes(), default="64MiB,512MiB,2GiB", show_default=True)
+@click.option("--vcpus", type=Numbers(1, 256), default="1,2", show_default=True)
+@click.option("--spin", type=Numbers(0, 1 << 31), default="0,200,5000", show_default=True,
+              help="Pauses of the guest after each write: the dirtying rate.")
+@click.option("--ring", type=Numbers(RING_MIN, RING_MAX, power=True), default="4096,1024,65536", show_default=True,
+              help="Entries of a dirty ring; the first with all else, the others by themselves.")
+@click.option("--interval", type=Intervals(), default="100ms,10ms", show_default=True,
+              help="Between two syncs; the first with all else.")
+@click.option("--tracking", "ways", default="ring,bitmap,uffd,sampling,auto", show_default=True,
+              help="What to compare with no tracking.")
+@click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",
+              show_default=True)
+@click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=4, show_default=True)
+@click.option("--window", type=Duration(), default="250ms", show_default=True, help="Measured at a time.")
+@click.option("--quick", is_flag=True, help="A small grid, under a minute.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder for results.json and the pictures. Points that are in it are not measured again.")
+@json_option
+def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...], ring: tuple[int, ...],
+            interval: tuple[float, ...], ways: str, workload: str, accel: str, rounds: int, window: float,
+            quick: bool, output: Path | None, as_json: bool) -> int:
+    """Run the same guest under every way of dirty tracking, and say what each costs."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..client.plan import choose_accelerator
+    from ..lab.compare.measure import WAYS, Grid, Settings, available, run_point, summarise
+    from ..lab.compare.report import draw, print_rows, verdict
+
+    if quick:
+        ram, vcpus, spin, ring, interval, rounds = (64,), (1,), (0, 2000), (4096,), (0.1,), min(rounds, 3)
+    asked = tuple(ways.split(","))
+    for way in asked:
+        if way not in WAYS[1:]:
+            raise VmmError(f"--tracking {way}: there are {', '.join(WAYS[1:])}")
+    settings = Settings(choose_accelerator(accel), workload, rounds, window)
+    there, missing = available(["none", *(w for w in WAYS if w in asked)], settings.accel)
+    named = click.get_current_context().get_parameter_source("ways") is not click.core.ParameterSource.DEFAULT
+    for reason in missing.values():
+        if named:
+            raise VmmError(reason)
+        click.echo(f"left out: {reason}", err=True)
+    if len(there) == 1:
+        raise VmmError("nothing is left to compare")
+    grid = Grid(ram, vcpus, spin, ring, [s * 1000 for s in interval])
+    kept = _load(output, settings)      # windows as they were measured, a list a point
+    todo = [(point, tuple(w for w in chosen if w in there)) for point, chosen in grid.points()]
+    todo = [(point, chosen) for point, chosen in todo if len(chosen) > 1]
+    rows: list[dict[str, Any]] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(todo))
+        for point, chosen in todo:
+            key = f"{point.label}: {', '.join(chosen)}"
+            if key not in kept["points"]:
+                kept["points"][key] = run_point(point, chosen, settings,
+                                                lambda text: bar.update(task, description=text))
+                _save(output, kept)
+            rows += summarise(point, kept["points"][key])
+            bar.advance(task)
+    lines = verdict(rows)
+    if output is not None:
+        try:
+            for path in draw(rows, output):
+                click.echo(str(path), err=True)
+        except OSError as exc:
+            raise VmmError(f"{output}: cannot be written: {exc.strerror}") from None
+    if as_json:
+        print_json({"settings": kept["settings"], "left_out": missing, "rows": rows, "verdict": lines})
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 190
+        print_rows(rows, console)
+        for line in lines:
+            console.print(line)
+    return 0
+
+
+def _load(output: Path | None, settings: Any) -> dict[str, Any]:
+    """What an earlier run has left, if it measured in the same way. Raises VmmError."""
+    from dataclasses import asdict
+
+    fresh: dict[str, Any] = {"version": 1, "settings": asdict(settings), "points": {}}
+    if output is None or not (output / "results.json").exists():
+        return fresh
+    try:
+        found = json.loads((output / "results.json").read_text())
+        same = found["version"] == 1 and found["settings"] == fresh["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise VmmError(f"{output / 'results.json'}: not what vmm compare has written (remove it)") from None
+    if not same:
+        raise VmmError(f"{output / 'results.json'}: was measured with other settings ({found['settings']}); "
+                       "choose another folder")
+    return dict(found)
+
+
+def _save(output: Path | None, kept: dict[str, Any]) -> None:
+    if output is None:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        aside = output / "results.json.new"
+        aside.write_text(json.dumps(kept, indent=1))
+        aside.rename(output / "results.json")
+    except OSError as exc:
+        raise VmmError(f"{output}: cannot be written: {exc.strerror}") from None

@@ -1,0 +1,191 @@
+"""``vmm dirty-rate``, ``dirty-limit``, ``working-set``."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import VmmError
+from .common import Duration, Rate, json_option, on_machine, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ..client.machine import Machine
+    from ..consumers.rate import DirtyRate
+
+__all__ = ["dirty_limit", "dirty_rate", "tracking", "working_set"]
+
+_PAGE = 4096
+_MIB = 1 << 20
+
+
+@click.command("dirty-rate")
+@on_machine
+@click.option("--time", "seconds", type=Duration(), default="1s", show_default=True,
+              help="How long to measure, 50ms to 60s.")
+@click.option("--mode", type=click.Choice(["ring", "bitmap", "sampling"]), default=None,
+              help="ring: per vCPU and whole; bitmap: whole; sampling: estimated, without the dirty log. "
+                   "[default: ring where there are rings]")
+@click.option("--watch", is_flag=True, help="Measure again and again, until interrupted or the machine ends.")
+@json_option
+def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json: bool) -> None:
+    """Measure how fast the guest dirties memory. No other user of the dirty log is disturbed."""
+    from ..consumers.rate import check_time, measure
+
+    check_time(seconds)
+    status = machine.status()
+    logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
+    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
+    while True:
+        rate = measure(machine, seconds, mode)
+        if as_json:
+            print_json({"name": machine.name, **rate.as_dict()})
+        else:
+            _print_rate(rate)
+        if not watch or machine.status()["state"] == "ended":
+            return
+
+
+def _print_rate(rate: DirtyRate) -> None:
+    for vcpu in rate.vcpus:
+        click.echo(f"vCPU {vcpu.index}: {vcpu.mib_per_s:10.1f} MiB/s {vcpu.pages_per_s:12,.0f} pages/s")
+    repeated = f", and {rate.repeated:,} repeatedly" if rate.repeated else ""
+    click.echo(f"machine: {rate.mib_per_s:9.1f} MiB/s {rate.pages_per_s:12,.0f} pages/s "
+               f"({rate.pages:,} distinct pages{repeated}, in {rate.seconds:.2f} s, {rate.mode})")
+
+
+@click.command()
+@on_machine
+@click.argument("mode", type=click.Choice(["ring", "bitmap", "uffd", "none", "auto"]))
+@json_option
+def tracking(machine: Machine, mode: str, as_json: bool) -> None:
+    """Log dirty pages in another way from now on. The vCPUs are paused for it; nothing is lost."""
+    done = machine.set_tracking(mode)
+    if as_json:
+        print_json({"name": machine.name, **done})
+    else:
+        chosen = f" ({done['tracking']} for now)" if mode == "auto" else ""
+        click.echo(f"{machine.name}: tracking {mode}{chosen}, was {done['before']} (paused for "
+                   f"{done['seconds'] * 1000:.1f} ms)")
+
+
+@click.group("dirty-limit")
+def dirty_limit() -> None:
+    """Limit how fast vCPUs may dirty memory."""
+
+
+_vcpu_option = click.option("--vcpu", type=click.IntRange(min=0), default=None,
+                            help="Only this vCPU (default: each one).")
+
+
+@dirty_limit.command("set", context_settings={"ignore_unknown_options": True})    # -5MB/s is a rate that cannot be
+@on_machine
+@click.argument("rate", type=Rate())
+@_vcpu_option
+@json_option
+def limit_set(machine: Machine, rate: float, vcpu: int | None, as_json: bool) -> None:
+    """Let each vCPU (or one) dirty at most RATE, for example 100MB/s."""
+    pages = round(rate / _PAGE)
+    if pages < 1:
+        raise VmmError(f"RATE: {rate:g} bytes a second is less than a page a second")
+    machine.dirty_limit(pages, vcpu)
+    _limit_done(machine, vcpu, pages, as_json)
+
+
+@dirty_limit.command("cancel")
+@on_machine
+@_vcpu_option
+@json_option
+def limit_cancel(machine: Machine, vcpu: int | None, as_json: bool) -> None:
+    """Lift the limit, at once."""
+    machine.dirty_limit(0, vcpu)
+    _limit_done(machine, vcpu, 0, as_json)
+
+
+def _limit_done(machine: Machine, vcpu: int | None, pages: int, as_json: bool) -> None:
+    if as_json:
+        print_json({"name": machine.name, "vcpu": vcpu, "pages_per_s": pages})
+        return
+    who = "each vCPU" if vcpu is None else f"vCPU {vcpu}"
+    what = f"at most {pages * _PAGE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "without limit"
+    click.echo(f"{machine.name}: {who} {what}")
+
+
+@dirty_limit.command("query")
+@on_machine
+@_vcpu_option
+@click.option("--time", "seconds", type=Duration(), default="1s", show_default=True, help="How long to measure.")
+@json_option
+def limit_query(machine: Machine, vcpu: int | None, seconds: float, as_json: bool) -> None:
+    """Show limits, and the rates as they are now."""
+    from ..consumers.rate import measure
+
+    rates = measure(machine, seconds, "ring").vcpus
+    found = [{"index": v["index"], "limit_mb_per_s": v["dirty_limit_pages_per_s"] * _PAGE / 1e6 or None,
+              "current_mb_per_s": r.pages_per_s * _PAGE / 1e6, "throttled_s": v["throttled_s"]}
+             for v, r in zip(machine.status()["vcpus"], rates, strict=True) if vcpu in (None, v["index"])]
+    if not found:
+        raise VmmError(f"there is no vCPU {vcpu}")
+    if as_json:
+        print_json({"name": machine.name, "vcpus": found})
+        return
+    for each in found:
+        limit = f"{each['limit_mb_per_s']:.1f} MB/s" if each["limit_mb_per_s"] else "none"
+        click.echo(f"vCPU {each['index']}: limit {limit}, now {each['current_mb_per_s']:.1f} MB/s, "
+                   f"held back {each['throttled_s']:.2f} s in all")
+
+
+@click.command("working-set")
+@on_machine
+@click.option("--interval", type=Duration(least=0.001), default="100ms", show_default=True)
+@click.option("--time", "seconds", type=Duration(), default="10s", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where the recording goes (.npz).")
+@click.option("--png", type=click.Path(path_type=Path), help="Where a picture of it goes.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Where a self-contained page goes.")
+@json_option
+def working_set(machine: Machine, interval: float, seconds: float, output: Path, png: Path | None,
+                html_path: Path | None, as_json: bool) -> int:
+    """Record which pages are dirtied in each interval; draw them over time, by address and by window. Ctrl-C ends
+    it early and keeps what there is."""
+    from ..client.interrupts import Interrupts
+    from ..consumers import workingset
+    from ..outputs import open_output
+
+    if interval > seconds:
+        raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
+    title = f"{machine.name}: pages dirtied in {interval * 1000:g} ms intervals"
+    with contextlib.ExitStack() as stack:       # every file is tried before the work begins
+        kept = stack.enter_context(open_output(output))
+        drawn = stack.enter_context(open_output(png)) if png else None
+        page = stack.enter_context(open_output(html_path)) if html_path else None
+        with Interrupts() as interrupts, progress_bar() as bar:
+            task = bar.add_task("recording", total=1.0)
+            recording = workingset.record(machine, interval, seconds, lambda done: bar.update(task, completed=done),
+                                          interrupts.wait)
+        if not recording.intervals:
+            raise VmmError(f"machine '{machine.name}' ended before the first interval did")
+        recording.write(kept.file)
+        kept.commit()       # whatever comes of the pictures
+        if drawn is not None:
+            drawn.write(workingset.draw(recording, title))
+        if page is not None:
+            page.write(workingset.page(recording, title).encode())
+    counts, took = recording.dirty_pages(), float(recording.times[-1])
+    summary = {"name": machine.name, "intervals": recording.intervals, "seconds": round(took, 3),
+               "mean_interval_s": round(took / recording.intervals, 6), "mean_pages": float(counts.mean()),
+               "most_pages": int(counts.max()), "output": str(output), "reason": recording.reason,
+               "complete": not recording.reason}
+    if as_json:
+        print_json(summary)
+    else:
+        mean = took / recording.intervals
+        click.echo(f"{output}: {recording.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} pages "
+                   f"dirty in one on average, {counts.max():,} at most"
+                   + (f"; incomplete: {recording.reason}" if recording.reason else ""))
+    if interrupts.came:
+        return 128 + interrupts.came
+    if recording.reason:
+        raise VmmError(f"{output}: is incomplete: {recording.reason}")
+    return 0

@@ -1,0 +1,194 @@
+"""Verbs about machines as a whole: which there are, how one is, how one has ended, and what it has said."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ExitCode, VmmError
+from .common import Duration, json_option, print_json
+
+if TYPE_CHECKING:
+    from ..client.machine import Machine
+    from ..machine.log import LogLine
+
+__all__ = ["VERBS"]
+
+_STOP_TIMEOUT = 30.0        # seconds
+_FORCE_TIMEOUT = 15.0
+
+
+@click.command("list")
+@click.option("--all", "everything", is_flag=True, help="Also those that have ended and whose report is kept.")
+@json_option
+def list_(everything: bool, as_json: bool) -> None:
+    """List the running machines."""
+    from ..client.machine import list_machines
+    from ..machine.records import ended_names, outcome
+
+    machines = list_machines()
+    if everything:
+        running = {m["name"] for m in machines}
+        ended = [outcome(name) for name in ended_names()]
+        machines += sorted((m for m in ended if m is not None and m["name"] not in running),
+                           key=lambda m: m["ended_at"] or "")
+    if as_json:
+        print_json(machines)
+    elif machines:
+        from .text import machines_table, print_table, screen
+
+        print_table(machines_table(machines), screen())
+    else:
+        click.echo("no machine is running" + (", and none has left a report" if everything else ""))
+
+
+@click.command()
+@click.argument("name")
+@json_option
+def status(name: str, as_json: bool) -> None:
+    """Show everything about a machine: vCPUs, reaper, slots, verification. Of one that has ended, its last
+    report."""
+    from ..client.machine import Machine
+    from ..machine.records import outcome
+
+    report = outcome(name)
+    if report is None:
+        with Machine.attach(name) as machine:
+            report = machine.status()
+    _show(report, as_json)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Kill its processes: its last pages and its report are lost.")
+@json_option
+def stop(name: str, force: bool, as_json: bool) -> int:
+    """End every vCPU, and the machine, in order."""
+    from ..client.machine import Machine
+    from ..machine.records import outcome
+
+    if force:
+        _kill(name)
+    else:
+        with Machine.attach(name) as machine:
+            _stop(machine)
+    report = outcome(name)
+    if as_json:
+        print_json({"name": name, "done": "stop", "report": report})
+    elif report is None:
+        click.echo(f"{name} has ended")
+    else:
+        click.echo(f"{name} has ended: {report['cause']} (exit status {report['exit_code']}; vmm status {name})")
+    return ExitCode.OK
+
+
+def _stop(machine: Machine) -> None:
+    from ..machine.runtime import is_running
+
+    machine.stop()
+    deadline = time.monotonic() + _STOP_TIMEOUT
+    while is_running(machine.name):
+        if time.monotonic() > deadline:
+            raise VmmError(f"machine '{machine.name}' is still there after {_STOP_TIMEOUT:.0f} s (vmm logs "
+                           f"{machine.name}, vmm stop --force {machine.name})", ExitCode.WORKER_DIED)
+        try:
+            if machine.status()["state"] == "ended":
+                machine.release()
+        except VmmError:
+            pass    # it went away meanwhile, which is what was wanted
+        time.sleep(0.02)
+
+
+def _kill(name: str) -> None:
+    from ..client.machine import Machine
+    from ..machine.runtime import end_at_once, is_running
+
+    if not is_running(name):
+        Machine.attach(name)        # says what there is
+    keeper = end_at_once(name)
+    deadline = time.monotonic() + _FORCE_TIMEOUT
+    while is_running(name):
+        if time.monotonic() > deadline:
+            raise VmmError(f"machine '{name}' is still there after {_FORCE_TIMEOUT:.0f} s; its keeper is process "
+                           f"{keeper}", ExitCode.WORKER_DIED)
+        time.sleep(0.02)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--timeout", type=Duration(), help="Give up after so long (exit status 5); the machine runs on.")
+@json_option
+def wait(name: str, timeout: float | None, as_json: bool) -> int:
+    """Wait until a machine has ended, and show its report; the exit status is the machine's. Of one that has ended
+    already, at once."""
+    from ..client.machine import Machine
+    from ..machine.records import outcome
+
+    report = outcome(name)
+    if report is None:
+        with Machine.attach(name) as machine:
+            try:
+                report = machine.wait(timeout)
+            except TimeoutError as exc:
+                raise VmmError(str(exc), ExitCode.TIMEOUT) from None
+    _show(report, as_json)
+    return int(report["exit_code"])
+
+
+def _show(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+    else:
+        from .text import print_report, screen
+
+        print_report(report, screen())
+
+
+@click.command()
+@click.argument("name")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the machine has ended.")
+@click.option("--console", is_flag=True, help="Only what the guest has written to its consoles.")
+@json_option
+def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
+    """Print the log of a machine, or of the last one called so: console output, events, warnings, errors of its
+    processes. The newest 2 to 4 MiB are kept. With --json one document per line."""
+    from ..machine.log import follow_log, read_log
+    from ..machine.records import log_path, no_machine
+    from ..machine.runtime import is_running
+
+    try:
+        path = log_path(name)
+        lines = follow_log(path, (is_running(name) for _ in itertools.count())) if follow else read_log(path)
+        _print_lines(lines, console, as_json)
+    except (FileNotFoundError, NotADirectoryError):
+        if is_running(name):
+            raise VmmError(f"machine '{name}' keeps no log: none could be made when it was launched") from None
+        raise no_machine(name) from None
+    except OSError as exc:
+        raise VmmError(f"the log of machine '{name}' cannot be read: {exc}") from None
+    return ExitCode.OK
+
+
+def _print_lines(lines: Iterable[LogLine], console: bool, as_json: bool) -> None:
+    import dataclasses
+    import json
+
+    for line in lines:
+        vcpu = line.console_of
+        if console and vcpu is None:
+            continue
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(line)))
+        elif console:
+            click.echo(f"[vcpu {vcpu}] {line.text}")
+        else:
+            click.echo(f"{line.time} {line.source} {line.level} {line.text}")
+        sys.stdout.flush()
+
+
+VERBS = (list_, status, stop, wait, logs)

@@ -1,0 +1,116 @@
+"""A machine in the foreground: console, progress, signals, report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import ExitCode, VmmError
+from .common import print_json
+
+if TYPE_CHECKING:
+    from ..client.machine import Machine
+
+__all__ = ["Interrupted", "run_or_leave"]
+
+_PROGRESS_S = 0.25
+_NOTES = {
+    "ring-rebuilt": "vcpu {vcpu}: its ring lost count ({harvested} harvested, {reset} reset) and was rebuilt; "
+                    "{pages_marked} pages marked dirty",
+    "warning": "vmm: warning: {text}",
+    "dropped": "{count} events were dropped, console output among them: they were not read in time (vmm logs "
+               "{name} may have them)",
+    "incoming-lost": "{detail}",
+}
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def run_or_leave(machine: Machine, detach: bool, as_json: bool) -> int:
+    """With ``detach`` leave the machine running (it has been started), else run it to its end; exit status."""
+    for warning in machine.warnings:
+        click.echo(f"vmm: warning: {warning}", err=True)
+    if not detach:
+        with machine:
+            return _run_in_foreground(machine, as_json)
+    machine.detach()
+    if as_json:
+        print_json({"name": machine.name})
+    else:
+        name = machine.name
+        click.echo(f"{name} is running: vmm status {name}, vmm logs {name}, vmm wait {name}, vmm stop {name}")
+    return ExitCode.OK
+
+
+def _run_in_foreground(machine: Machine, as_json: bool) -> int:
+    """Show the machine until it ends; a signal stops it in order, and the report is still printed."""
+    stopped_by = 0
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+    try:
+        machine.start()
+        _follow(machine, as_json)
+    except Interrupted as exc:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)   # one is enough
+        stopped_by = exc.signum
+        machine.stop()
+    except VmmError as exc:
+        if exc.exit_code is not ExitCode.NO_MACHINE:
+            raise
+        # It has gone, and left its report.
+    report = machine.wait(60.0)
+    if as_json:
+        print_json(report)
+    else:
+        from .text import print_report, screen
+
+        print_report(report, screen())
+    return 128 + stopped_by if stopped_by else int(report["exit_code"])
+
+
+def _follow(machine: Machine, as_json: bool) -> None:
+    """Console output as it comes, a progress line on a terminal, until the end."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from .text import progress_text
+
+    screen = Console(stderr=True, highlight=False)
+    with Live(console=screen, transient=True, auto_refresh=False, redirect_stdout=False,
+              redirect_stderr=False) as live:
+        shown, dirtied = time.monotonic(), 0
+        while True:
+            for event in machine.events(_PROGRESS_S):
+                if event["event"] == "console":
+                    # Only these end a line; splitlines() knows many more characters that do.
+                    for line in event["data"].removesuffix("\n").split("\n"):
+                        click.echo(f"[vcpu {event['vcpu']}] {line}", err=as_json)
+                elif event["event"] == "ended":
+                    return
+                elif event["event"] in _NOTES:
+                    screen.print(_NOTES[event["event"]].format(name=machine.name, **event), markup=False)
+                if time.monotonic() - shown >= _PROGRESS_S:
+                    break
+            if screen.is_terminal:
+                report = machine.status()
+                now, total = time.monotonic(), sum(v["dirty_pages"] for v in report["vcpus"])
+                live.update(Text(progress_text(report, (total - dirtied) / (now - shown))), refresh=True)
+                shown, dirtied = now, total
+            else:
+                shown = time.monotonic()

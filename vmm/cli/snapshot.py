@@ -1,0 +1,162 @@
+"""``vmm snapshot``: create, list, verify, merge, restore, delete."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import one_line
+from .common import json_option, on_machine, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ..client.machine import Machine
+    from ..consumers.snapshot import Manifest
+
+__all__ = ["snapshot"]
+
+_directory = click.argument("directory", type=click.Path(path_type=Path))
+_name = click.argument("snapshot_id", required=False)
+_PAGE = 4096
+
+
+@click.group()
+def snapshot() -> None:
+    """Full and incremental snapshots of a machine."""
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and time left, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with progress_bar(what, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+                      TimeRemainingColumn()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done * _PAGE, total=total * _PAGE)
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    return {"id": manifest.id, "parent": manifest.parent, "damaged": None, "created": manifest.created,
+            "machine": manifest.spec.name, "accelerator": manifest.accelerator, "vcpus": len(manifest.vcpus),
+            "live": manifest.live,
+            "compression": manifest.compression, "pages": manifest.pages,
+            "zero_pages": sum(s.zero_pages for s in manifest.slots)}
+
+
+def _say(manifest: Manifest, text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(_summary(manifest))
+    else:
+        click.echo(text)
+
+
+@snapshot.command()
+@on_machine
+@_directory
+@click.option("--incremental", is_flag=True, help="Only what was dirtied since the last snapshot there.")
+@click.option("--live", is_flag=True, help="Let the guest run meanwhile; stop it for the last dirty pages.")
+@click.option("--compress", "compression", type=click.Choice(["none", "zstd"]), default="none", show_default=True)
+@json_option
+def create(machine: Machine, directory: Path, incremental: bool, live: bool, compression: Any,
+           as_json: bool) -> None:
+    """Take a snapshot of machine NAME into DIRECTORY, which holds one chain."""
+    from ..consumers import snapshot as snapshots
+
+    with _bar("saving") as progress:
+        taken = snapshots.create(machine, directory, incremental=incremental, live=live, compression=compression,
+                                 progress=progress)
+    _say(taken, f"{directory / taken.id}: {taken.pages:,} pages"
+                + (f" since {taken.parent}" if taken.parent else ", full"), as_json)
+
+
+@snapshot.command("list")
+@_directory
+@json_option
+def list_(directory: Path, as_json: bool) -> None:
+    """List the snapshots in DIRECTORY, those whose manifest is damaged too."""
+    from ..consumers import snapshot as snapshots
+
+    found = snapshots.survey(directory)
+    if as_json:
+        print_json([{"id": m.id, "damaged": m.reason} if isinstance(m, snapshots.Damaged) else _summary(m)
+                    for m in found])
+        return
+    from rich.text import Text
+
+    from .text import print_table, screen, table
+
+    listed = table("id", "on", "created", "machine", "accelerator", "form", numbers=("vCPUs", "pages"))
+    for m in found:
+        if isinstance(m, snapshots.Damaged):
+            listed.add_row(m.id, "damaged")
+            continue
+        listed.add_row(m.id, m.parent or "(full)", Text(one_line(m.created, 40)), m.spec.name, m.accelerator,
+                       m.compression, str(len(m.vcpus)), f"{m.pages:,}")
+    print_table(listed, screen())
+    for m in found:
+        if isinstance(m, snapshots.Damaged):
+            click.echo(f"damaged: {m.reason}")
+
+
+@snapshot.command()
+@_directory
+@_name
+@json_option
+def verify(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
+    """Read all of a chain, up to SNAPSHOT_ID (default: the newest), and compare the checksums."""
+    from ..consumers import snapshot as snapshots
+
+    with _bar("verifying") as progress:
+        manifests = snapshots.verify(directory, snapshot_id, progress)
+    _say(manifests[-1], f"{directory / manifests[-1].id}: good, a chain of {len(manifests)}", as_json)
+
+
+@snapshot.command()
+@_directory
+@_name
+@json_option
+def merge(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
+    """Make SNAPSHOT_ID (default: the newest) a full one and drop those it was built on."""
+    from ..consumers import snapshot as snapshots
+
+    with _bar("merging") as progress:
+        merged = snapshots.merge(directory, snapshot_id, progress)
+    _say(merged, f"{directory / merged.id}: {merged.pages:,} pages, full", as_json)
+
+
+@snapshot.command()
+@_directory
+@click.argument("snapshot_id")
+@json_option
+def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
+    """Delete SNAPSHOT_ID; refused while another builds on it."""
+    from ..consumers import snapshot as snapshots
+
+    snapshots.delete(directory, snapshot_id)
+    if as_json:
+        print_json({"id": snapshot_id, "done": "delete"})
+    else:
+        click.echo(f"{directory / snapshot_id}: deleted")
+
+
+@snapshot.command()
+@_directory
+@_name
+@click.option("--name", help="Name of the machine (default: the one it had).")
+@click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
+@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+@json_option
+def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool,
+            as_json: bool) -> int:
+    """Launch a machine as it was at SNAPSHOT_ID (default: the newest), and run it to its end."""
+    from ..consumers import snapshot as snapshots
+    from .run import run_or_leave
+
+    with _bar("loading") as progress:
+        machine = snapshots.restore(directory, snapshot_id, machine_name=name, accel=accel, detach=detach,
+                                    start=detach, progress=progress)
+    return run_or_leave(machine, detach, as_json)

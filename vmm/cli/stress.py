@@ -1,0 +1,195 @@
+"""``vmm stress``: the sweep on the command line."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ExitCode, VmmError
+from .common import Duration, json_option, print_json
+from .run import Interrupted
+
+if TYPE_CHECKING:
+    from ..lab.stress.sweep import Point, PointResult, Sweep
+
+__all__ = ["stress"]
+
+_TABLE_WIDTH = 180      # columns, where it is no terminal
+PAGE_LOST = 1       # exit status: documented for this verb; elsewhere 1 is a guest's own code
+
+
+class _Values(click.ParamType):
+    """``1,2,4``: values of an axis, as YAML has them."""
+
+    name = "value,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        from ..client.yamlfile import parse_value
+
+        where = param.opts[0] if param else "value"
+        return [parse_value(part, where) for part in value.split(",")]
+
+
+def _axis(name: str, help_text: str) -> Callable[[Any], Any]:
+    return click.option(f"--{name.replace('_', '-')}", name, type=_Values(), help=help_text)
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@_axis("vcpus", "Numbers of vCPUs, for example 1,2,4,8.")
+@_axis("ring", "Ring sizes in entries; 0 is the plain bitmap.")
+@_axis("workload", "Sample guests that go on for ever (accel replay: patterns).")
+@_axis("reaper", "adaptive,fixed.")
+@_axis("accel", "Accelerators.")
+@_axis("ram", "Sizes of guest RAM.")
+@_axis("dirty_limit", "Dirty limits of each vCPU, for example none,8MB/s.")
+@click.option("--machines", type=int, help="Machines at once, at each point.")
+@click.option("--seconds", type=Duration(), help="The timed window of each point.")
+@click.option("--repeat", type=int, help="Measure each point so often.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True,
+              help="Folder of the results; those that are there already are not measured again.")
+@click.option("--resume", is_flag=True, help="Go on with the sweep that --output holds.")
+@json_option
+def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axes: Any) -> int:
+    """Measure machines over a sweep of vCPUs, ring sizes, workloads, reapers, accelerators; prove that no page is
+    lost.
+
+    The sweep comes from the file CONFIG, from options, or both (options win). It can be interrupted; the same
+    command, or --resume, goes on. Exit status 1: a page was lost.
+    """
+    from ..lab.stress import sweep as sweeps
+    from ..lab.stress.report import write_report
+
+    flags = {key: (_as_given(key, value), value) for key, value in axes.items() if value is not None}
+    if resume:
+        config = _stored(config, flags, output / sweeps.SWEEP)
+    sweep = sweeps.load_sweep(config, flags)
+    with _signals() as came, _progress(sweep) as (doing, done):
+        results, complete = sweeps.run(sweep, output, stop=lambda: bool(came), progress=doing, done=done)
+    document = write_report(sweep, results, complete, output)
+    if as_json:
+        print_json(document)
+    else:
+        _show(sweep, results, complete, output)
+    if not complete:
+        return 128 + came[0]
+    return _exit_status(results)
+
+
+def _as_given(key: str, value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}"
+    return f"--{key.replace('_', '-')} {text}"
+
+
+def _stored(config: Path | None, flags: dict[str, Any], stored: Path) -> Path:
+    if config is not None or flags:
+        raise VmmError("--resume goes on with the sweep that --output holds: leave the file and the axes out")
+    if not stored.is_file():
+        raise VmmError(f"{stored}: there is no sweep to go on with")
+    return stored
+
+
+def _exit_status(results: list[PointResult]) -> int:
+    """A lost page before all; then what the first bad point had."""
+    if any(r.lost for r in results):
+        return PAGE_LOST
+    if any(not p.ok for r in results for p in r.proof):
+        return ExitCode.VERIFY_FAILED
+    return next((r.exit_code for r in results if r.error), ExitCode.OK)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM that came. The first one is asked for; the second interrupts whatever is being done."""
+    came: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+        if len(came) > 1:
+            raise Interrupted(signum)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _progress(sweep: Sweep) -> Iterator[tuple[Callable[[Point, str], None], Callable[[PointResult, bool], None]]]:
+    """On a terminal a bar: points done, the one at hand, the last one's rate, time left. Else a line a point."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    screen = Console(stderr=True, highlight=False)
+    total = len(sweep.points())
+    if not screen.is_terminal:
+        count = 0
+
+        def said(result: PointResult, fresh: bool) -> None:
+            nonlocal count
+            count += 1
+            there = "" if fresh else " (was there)"
+            click.echo(f"{count}/{total} {result.point}: {_outcome(result)}{there}", err=True)
+
+        yield (lambda point, doing: None), said
+        return
+    columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
+               TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        last = ""
+
+        def doing(point: Point, what: str) -> None:
+            bar.update(task, description=f"{point}: {what}{last}")
+
+        def done(result: PointResult, fresh: bool) -> None:
+            nonlocal last
+            last = f" (before: {_outcome(result)})"
+            bar.advance(task)
+            if result.error or result.lost:
+                bar.console.print(f"{result.point}: {_outcome(result)}", markup=False, soft_wrap=True)
+
+        yield doing, done
+
+
+def _outcome(result: PointResult) -> str:
+    if result.error:
+        return result.error
+    rate = f"{sum(f.pages_per_s for f in result.figures):,.0f} pages/s"
+    if not result.proof:
+        return rate
+    return f"{rate}, {result.lost} pages lost" + (f", {result.surplus} surplus" if result.surplus else "")
+
+
+def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path) -> None:
+    from ..lab.stress.model import fit_all
+    from ..lab.stress.report import print_model, print_results
+    from .text import screen
+
+    console = screen()
+    if not console.is_terminal:
+        console.width = _TABLE_WIDTH
+    if results:
+        print_results(results, console)
+        print_model(fit_all(results), console)
+    lost = sum(r.lost for r in results)
+    if lost:
+        console.print(f"[red]{lost} dirtied pages were LOST[/red]:")
+        for result in results:
+            for proof in result.proof:
+                for finding in proof.findings:
+                    console.print(f"    {result.point}: {finding}", markup=False, soft_wrap=True)
+    for result in results:
+        if result.error:
+            console.print(f"failed: {result.point}: {result.error}", markup=False, soft_wrap=True)
+    state = "" if complete else (f"interrupted: {len(results)} of {len(sweep.points())} points are there; the same "
+                                 "command (or --resume) goes on. ")
+    console.print(f"{state}{output}: results.json, results.jsonl, pictures", markup=False, soft_wrap=True)

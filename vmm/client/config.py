@@ -1,0 +1,437 @@
+"""The YAML file of a machine: its schema, and errors that name file, line and key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+
+from ipc.layout import MAX_SLOTS, MAX_VCPUS
+from ipc.shm import PAGE_SIZE
+
+from ..errors import VmmError, one_line
+from ..inputs import input_name
+from ..machine import rules
+from ..machine.names import MACHINE_NAME, check_machine_name
+from ..machine.spec import REAPERS_MAX, RamSlot
+from .yamlfile import DEPTH_MAX, ConfigError, Lines, key_text, parse_value, read_yaml
+
+__all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
+           "parse_rate", "parse_size"]
+
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE_SIZE}
+_RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+_DECIMAL = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
+_PROBLEMS_SHOWN = 20
+
+
+def _shown(value: object) -> str:
+    """A value that somebody gave, in the error about it."""
+    return one_line(repr(value), 60)
+
+
+
+def parse_size(value: object) -> int:
+    """Bytes from ``4096``, ``"0x1000"``, ``"64MiB"``, ``"4099 pages"``. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = str(value).strip()
+    hint = ""
+    if isinstance(value, str):
+        if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", text):
+            return int(text, 16)
+        match = re.fullmatch(r"([0-9]{1,20})\s*([A-Za-z]*)", text)
+        if match and match[2].lower() in _UNITS:
+            return int(match[1]) * _UNITS[match[2].lower()]
+        binary = f"{match[2][0].upper()}iB" if match and match[2] else ""
+        if match and binary.lower() in _UNITS:
+            hint = f" (did you mean {match[1]}{binary}?)"
+    raise ValueError(f"{_shown(text)} is not a size: write bytes, 0x… or a number with KiB, MiB, GiB or pages"
+                     + hint)
+
+
+def parse_duration(value: object) -> float:
+    """Seconds from ``0.5``, ``"50ms"``, ``"1s"``, ``"2m"``. Raises ValueError."""
+    seconds = -1.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str):
+        match = re.fullmatch(rf"{_DECIMAL}\s*(us|ms|s|m|h|)", value.strip())
+        if match:
+            seconds = float(match[1]) * _SECONDS[match[2]]
+    if not 0 < seconds < rules.SECONDS_MAX:
+        raise ValueError(f"{_shown(value)} is not a duration: write seconds, or a number with us, ms, s, m or h")
+    return seconds
+
+
+def parse_rate(value: object) -> float:
+    """Bytes a second from ``1000000``, ``"100MB/s"``, ``"64MiB/s"`` (``/s`` may be left out). Raises ValueError."""
+    rate = -1.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        rate = float(value)
+    elif isinstance(value, str):
+        match = re.fullmatch(rf"{_DECIMAL}\s*([A-Za-z]*)(?:/s)?", value.strip())
+        if match and match[2].lower() in _RATE_UNITS:
+            rate = float(match[1]) * _RATE_UNITS[match[2].lower()]
+    if not 0 < rate < 1e15:
+        raise ValueError(f"{_shown(value)} is not a rate: write bytes a second, or a number with kB/s, MB/s, GB/s, "
+                         "KiB/s, MiB/s or GiB/s")
+    return rate
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+Rate = Annotated[float, BeforeValidator(parse_rate)]
+
+
+class _Model(BaseModel):
+    """``strict``: ``yes`` is not the number 1, nor "2" the number 2."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _file_name(value: object) -> object:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError("not a file name")
+    return value
+
+
+FileName = Annotated[Path, Field(strict=False), BeforeValidator(_file_name)]
+
+
+class MemoryConfig(_Model):
+    """One memory slot; sizes and addresses are multiples of 4096 bytes."""
+
+    slot: Annotated[int, Field(ge=0, lt=MAX_SLOTS)]
+    gpa: Size = 0
+    size: Size
+    log: bool = True
+
+
+class GuestConfig(_Model):
+    """A sample guest by ``workload``, or any static x86-64 ELF (or flat binary) by ``image``."""
+
+    workload: str | None = None
+    image: FileName | None = None
+    address: Size | None = None
+    params: dict[str, int] | list[int] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> GuestConfig:
+        if (self.workload is None) == (self.image is None):
+            raise ValueError("give exactly one of 'workload' and 'image'")
+        if self.address is not None and self.image is None:
+            raise ValueError("'address' goes with the 'image' of a flat binary")
+        if self.workload is not None and not isinstance(self.params, dict):
+            raise ValueError("the params of a workload are names with values")
+        return self
+
+
+Pattern = Literal["sequential", "strided", "random", "zipf"]
+
+
+class ReplayPhaseConfig(_Model):
+    """Writes in one pattern: ``sequential`` walks over the pages, ``strided`` takes each ``stride``-th,
+    ``random`` any, ``zipf`` the first ones most often, the more so the larger its ``exponent``."""
+
+    pattern: Pattern
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayPhaseConfig:
+        _check_pattern(self.pattern, self.stride, self.exponent)
+        return self
+
+
+def _check_pattern(pattern: str | None, stride: int | None, exponent: float | None) -> None:
+    for key, value, owner in (("stride", stride, "strided"), ("exponent", exponent, "zipf")):
+        if value is None and pattern == owner:
+            raise ValueError(f"pattern: {owner} needs '{key}'")
+        if value is not None and pattern != owner:
+            raise ValueError(f"{key}: goes with pattern: {owner}")
+
+
+class ReplayConfig(_Model):
+    """What the replay accelerator dirties: one pattern, several one after another, or a recorded trace."""
+
+    pattern: Pattern | None = None
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
+    exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
+    phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1, max_length=rules.PHASES_MAX)] | None = None
+    trace: FileName | None = None       # a file of ``vmm trace record``
+    speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=rules.SPEED_MAX)] = "original"
+    #: Writes a second of each vCPU; 0: as fast as it can.
+    rate: Annotated[float, Field(ge=0, le=rules.RATE_MAX)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    shared: bool = False            # every vCPU writes to all pages, else each to its own share
+    repeat: bool = False            # each write makes a ring entry, not only the first since the page's reset
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayConfig:
+        if sum(x is not None for x in (self.pattern, self.phases, self.trace)) != 1:
+            raise ValueError("give exactly one of 'pattern', 'phases' and 'trace'")
+        _check_pattern(self.pattern, self.stride, self.exponent)
+        given = self.model_fields_set
+        if self.pattern is None and "writes" in given:
+            raise ValueError("writes: goes with 'pattern'; a phase has its own")
+        if self.trace is None and "speed" in given:
+            raise ValueError("speed: goes with 'trace'")
+        if self.trace is not None and (extra := given & {"rate", "seed", "shared"}):
+            raise ValueError(f"{min(extra)}: a trace has its own")
+        for i, phase in enumerate((self.phases or [])[:-1]):
+            if not phase.writes:
+                raise ValueError(f"phases.{i}: needs 'writes': only the last phase may go on for ever")
+        return self
+
+
+class ReaperConfig(_Model):
+    mode: Literal["adaptive", "fixed"] = "adaptive"
+    interval: Duration = 1.0        # fixed: the period, as the seed's
+    min_interval: Duration = 0.001
+    max_interval: Duration = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ReaperConfig:
+        if self.min_interval > self.max_interval:
+            raise ValueError("min_interval: is above max_interval")
+        return self
+
+
+class VerifyConfig(_Model):
+    interval: Duration = 0.2
+    inject: Literal["none", "lost", "extra"] = "none"
+
+
+def _verify(value: object) -> object:
+    if value is True:
+        return {}
+    return None if value is False else value
+
+
+def _number_slots(value: object) -> object:
+    """A slot's default id is its place in the list."""
+    if isinstance(value, list):
+        return [{"slot": i, **v} if isinstance(v, dict) else v for i, v in enumerate(value)]
+    return value
+
+
+def _name(value: str) -> str:
+    try:
+        return check_machine_name(value)
+    except VmmError as exc:
+        raise ValueError(f"{exc} (--name gives it another)") from None
+
+
+class MachineConfig(_Model):
+    """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
+
+    name: Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{MACHINE_NAME}$"})]
+    accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
+    vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
+    privilege: Literal["user", "kernel"] = "user"
+    dirty_ring_size: int = 4096     # entries of a ring; 0: without rings
+    #: None: ring, or bitmap where dirty_ring_size is 0.
+    tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None
+    memory: Annotated[list[MemoryConfig], Field(min_length=1), BeforeValidator(_number_slots)]
+    guest: GuestConfig | None = None
+    replay: ReplayConfig | None = None      # instead of a guest
+    reaper: ReaperConfig = ReaperConfig()
+    reapers: Annotated[int, Field(ge=1, le=REAPERS_MAX)] = 1    # threads that harvest, each some of the rings
+    verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = None
+    timeout: Duration | None = None
+    dirty_limit: Rate | None = None     # bytes a second of each vCPU
+    stack_size: Size = 16 << 10
+    trace: list[str] = Field(default_factory=list)
+    #: Where each key was given: "file:line" or "--set …", for errors that come later.
+    _origins: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """``file:line: key`` for an error about ``key``."""
+        at: tuple[str | int, ...] = tuple(_step(s) for s in key.split("."))
+        while at and at not in self._origins:
+            at = at[:-1]
+        origin = self._origins.get(at)
+        return f"{origin}: {key}" if origin else key
+
+    @model_validator(mode="after")
+    def _check(self) -> MachineConfig:
+        entries = self.dirty_ring_size
+        rules.check_ring(entries)
+        if self.tracking == "ring" and not entries:
+            raise ValueError("tracking: ring needs a dirty_ring_size above 0")
+        if self.tracking == "none" and self.verify is not None:
+            raise ValueError("tracking: none leaves nothing to verify (verify is on)")
+        if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE_SIZE):
+            raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
+                                                else f"{self.dirty_limit:g} is less than a page a second"))
+        if self.dirty_limit is not None and self.tracking not in (None, "ring", "auto"):
+            raise ValueError(f"dirty_limit: needs a dirty ring, and tracking is {self.tracking}")
+        if (self.guest is None) == (self.replay is None):
+            raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
+                             "replay: give one of 'guest' and 'replay'")
+        if self.replay is None and self.accel == "replay":
+            raise ValueError("accel: replay has no CPU for a guest: give 'replay' instead of 'guest'")
+        if self.replay is not None and self.accel not in ("auto", "replay"):
+            raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: replay")
+        if self.replay is not None and self.tracking not in (None, "ring"):
+            raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
+        if self.replay is not None and not entries:
+            raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
+        rules.check_stack(self.stack_size)
+        rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], replay=self.replay is not None)
+        return self
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema of the file."""
+    return MachineConfig.model_json_schema()
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, *, name: str | None = None) -> MachineConfig:
+    """Read and validate a file, after ``key.path=value`` overrides; ``name``: of the machine, whatever the file
+    says. Raises ConfigError."""
+    path = Path(path)
+    document, lines = read_yaml(path)
+    set_keys: dict[tuple[str | int, ...], str] = {}
+    for override in overrides or []:
+        set_keys[_override(document, override)] = f"--set {one_line(override, 80)}"
+    if name is not None:
+        document["name"] = name
+        set_keys["name",] = f"--name {one_line(name, 80)}"
+    document.setdefault("name", re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:32].strip("-") or "vm")
+    try:
+        config = MachineConfig.model_validate(document)
+    except ValidationError as exc:
+        raise explain(exc, path, lines, set_keys, document) from None
+    for section, file in (("guest", "image"), ("replay", "trace")):
+        model = getattr(config, section)
+        given = getattr(model, file, None)
+        if given is not None and not given.is_absolute():
+            config = config.model_copy(
+                update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
+    config._origins.update({at: f"{input_name(path)}:{line}" for at, line in lines.items()})
+    config._origins.update(set_keys)
+    return config
+
+
+def _step(text: str) -> str | int:
+    """A part of a dotted key: a list's items go by their numbers."""
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else text
+
+
+def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
+    """Apply one ``--set``; the path that it set. Raises ConfigError."""
+    where = f"--set {one_line(text, 80)}"
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{where}: write key=value, for example vcpus=8")
+    parts = key.split(".")
+    if len(parts) > DEPTH_MAX:
+        raise ConfigError(f"{where}: nested deeper than {DEPTH_MAX} levels")
+    given = parse_value(value, where)
+    steps: list[str | int] = []
+    target: Any = document
+    for i, part in enumerate(parts):
+        step: str | int = part
+        if isinstance(target, list):
+            step = _step(part)
+            if not isinstance(step, int) or step >= len(target):
+                raise ConfigError(f"{where}: {key_text(tuple(steps))} has no item {one_line(part, 60)}")
+        elif not isinstance(target, dict):
+            raise ConfigError(f"{where}: {key_text(tuple(steps))} is not a mapping")
+        steps.append(step)
+        if i == len(parts) - 1:
+            target[step] = given
+        else:
+            if isinstance(target, dict) and not isinstance(target.get(part), dict | list):
+                target[part] = {}
+            target = target[step]
+    return tuple(steps)
+
+
+def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
+            document: dict[str, Any], model: type[BaseModel] = MachineConfig) -> ConfigError:
+    """What pydantic found, a line a problem. ``set_keys``: keys that were given on the command line, and how.
+    ``model``: what the document was validated as."""
+    problems = exc.errors()
+    found = [_explain(error, path, lines, set_keys, document, model) for error in problems[:_PROBLEMS_SHOWN]]
+    if len(problems) > _PROBLEMS_SHOWN:
+        found.append(f"{input_name(path)}: and {len(problems) - _PROBLEMS_SHOWN} more")
+    return ConfigError("\n".join(found))
+
+
+def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
+             document: dict[str, Any], model: type[BaseModel]) -> str:
+    """One line: where, which key, what is wrong."""
+    message = error["msg"].removeprefix("Value error, ")
+    at = tuple(error["loc"])
+    named = re.match(r"([a-z_]+(?:\.[a-z0-9_]+)*): (.*)", message)
+    if named:   # a check over several keys names the one it is about itself
+        at += tuple(_step(s) for s in named[1].split("."))
+        message = named[2]
+    while at and at not in lines and at not in set_keys and not _holds(document, at):
+        at = at[:-1]    # pydantic's own steps (a union's member, for one) are not keys
+    if error["type"] == "extra_forbidden":
+        message = f"unknown key{_nearest(at, model)}"
+    elif error["type"] == "missing":
+        at = tuple(error["loc"])
+        message = "missing"
+    else:
+        given = error.get("input")
+        if error["type"] != "value_error" and isinstance(given, str | int | float | bool):
+            message = f"{message[0].lower()}{message[1:]} (not {_shown(given)})"
+    key = key_text(at)
+    for set_path, text in set_keys.items():
+        if at[: len(set_path)] == set_path:
+            return f"{text}: {key}: {one_line(message, 500)}"
+    probe = at
+    while probe not in lines and probe:
+        probe = probe[:-1]
+    where = f"{input_name(path)}:{lines.get(probe, 1)}"
+    message = one_line(message, 500)
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+
+
+def _holds(document: Any, at: tuple[str | int, ...]) -> bool:
+    for step in at:
+        try:
+            document = document[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True
+
+
+def _nearest(at: tuple[str | int, ...], model: type[BaseModel]) -> str:
+    """`` (did you mean …?)`` for a misspelt key, from the model it stands in."""
+    for step in at[:-1]:
+        field = model.model_fields.get(str(step))
+        model = (_model_in(field.annotation) if field else None) or model
+    names = list(model.model_fields)
+    near = difflib.get_close_matches(str(at[-1]), names, n=1)
+    return f" (did you mean '{near[0]}'?)" if near else f"; there are: {', '.join(names)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds: itself, or one of a list or union of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

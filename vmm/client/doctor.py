@@ -1,0 +1,164 @@
+"""``vmm doctor``: what this host can do, as data; nothing is changed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ipc.layout import MAX_VCPUS
+from ipc.shm import room
+from ipc.userfault import Userfault, UserfaultError
+from ipc.writelog import write_log_missing
+from workers.accel.kvm import vm
+
+from ..errors import VmmError
+from ..machine.runtime import leftovers, runtime_root
+
+__all__ = ["Finding", "examine", "healthy"]
+
+_SHM_COMFORTABLE = 1 << 30
+_FILES_COMFORTABLE = 1024
+_PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic", "unicorn")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    name: str
+    status: str     # ok | warn | fail | absent
+    finding: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Every check, in the order of what is needed first."""
+    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _post_copy(), _write_log(),
+            *_packages(), _kernel_cache(), _compiler(), *_runtime_directory()]
+
+
+def healthy(findings: list[Finding]) -> bool:
+    """At least one accelerator can be used and nothing essential is missing."""
+    accelerators = {f.name: f.status for f in findings if f.name in ("kvm", "unicorn")}
+    return "ok" in accelerators.values() and all(f.status != "fail" for f in findings)
+
+
+def _kvm() -> list[Finding]:
+    info = vm.probe()
+    if info.reason:
+        return [Finding("kvm", "absent", info.reason, "accel: unicorn works without it")]
+    found = [Finding("kvm", "ok", "/dev/kvm can be used")]
+    if info.ring_capability is None:
+        found.append(Finding("dirty ring", "warn", "this kernel has no dirty rings",
+                             "machines fall back to the plain dirty bitmap"))
+    else:
+        found.append(Finding("dirty ring", "ok", f"KVM_CAP_{info.ring_capability}, "
+                                                 f"at most {info.max_entries} entries"))
+    return found
+
+
+def _unicorn() -> Finding:
+    try:
+        return Finding("unicorn", "ok", f"version {importlib.metadata.version('unicorn')}")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("unicorn", "absent", "not installed", "pip install unicorn")
+
+
+def _replay() -> Finding:
+    return Finding("replay", "ok", f"no CPU, no guest memory: up to {MAX_VCPUS} rings; runs no guest")
+
+
+def _shared_memory() -> list[Finding]:
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError as exc:
+        return [Finding("/dev/shm", "fail", str(exc.strerror), "mount a tmpfs there")]
+    there, size = room(), stat.f_blocks * stat.f_frsize
+    text = f"{size / (1 << 30):.1f} GiB, {there.free / (1 << 30):.1f} GiB free"
+    if there.of_cgroup:
+        text += f" ({there.limit} allows no more)"
+    if there.free < _SHM_COMFORTABLE:
+        return [Finding("/dev/shm", "warn", text, f"guest RAM lies there: {there.remedy}")]
+    return [Finding("/dev/shm", "ok", text)]
+
+
+def _limits() -> list[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = hard >= _FILES_COMFORTABLE or hard == resource.RLIM_INFINITY     # a machine raises its own soft limit
+    files = Finding("open files", "ok" if enough else "warn", f"{soft} (hard limit {hard})",
+                    "" if enough else "ulimit -n 4096")
+    cores = len(os.sched_getaffinity(0))
+    return [files, Finding("cores", "ok", f"{cores}; more vCPUs than cores take turns")]
+
+
+def _post_copy() -> Finding:
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return Finding("post-copy", "absent", str(exc), "migration without --postcopy works")
+    return Finding("post-copy", "ok", "userfaultfd for missing pages")
+
+
+def _write_log() -> Finding:
+    missing = write_log_missing()
+    if missing:
+        return Finding("uffd tracking", "absent", missing, "tracking: ring, bitmap and auto work without it")
+    return Finding("uffd tracking", "ok", "asynchronous write-protection and PAGEMAP_SCAN")
+
+
+def _packages() -> list[Finding]:
+    versions, missing = [], []
+    for name in _PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return [Finding("packages", "fail", f"missing: {', '.join(missing)}", "pip install -e .")]
+    return [Finding("packages", "ok", ", ".join(versions))]
+
+
+def _kernel_cache() -> Finding:
+    """Compiled kernels are kept beside the source, or in the user's cache."""
+    from ipc.compiled.loader import cache_directories, trusted
+
+    paths = cache_directories("ipc.compiled.loops")
+    if any(_can_be_written(path) and (not os.path.exists(path) or trusted(path)) for path in paths):
+        return Finding("kernel cache", "ok", "compiled kernels can be kept")
+    return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
+                   "set XDG_CACHE_HOME to a folder that this user can write to, and nobody else")
+
+
+def _can_be_written(directory: Path) -> bool:
+    """It can, or could be made: what there is of the way to it says so. (A way that this user may not look into is
+    not there; Path.exists would raise.)"""
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    return os.access(there, os.W_OK | os.X_OK)
+
+
+def _compiler() -> Finding:
+    if shutil.which("as") and shutil.which("ld"):
+        return Finding("assembler", "ok", "the sample guests can be rebuilt")
+    return Finding("assembler", "absent", "as and ld are missing",
+                   "needed only to rebuild the sample guests: apt-get install binutils")
+
+
+def _runtime_directory() -> list[Finding]:
+    """And what lies there, and in /dev/shm, of machines that died."""
+    try:
+        return [Finding("runtime directory", "ok", str(runtime_root())), *_left_behind()]
+    except VmmError as exc:     # the text says what to do
+        return [Finding("runtime directory", "fail", str(exc))]
+
+
+def _left_behind() -> list[Finding]:
+    found = leftovers()
+    if not found:
+        return [Finding("left-overs", "ok", "none")]
+    return [Finding("left-overs", "warn", f"{name}: {len(what)} segments or folders of a machine that died",
+                    f"vmm gc {name}") for name, what in found.items()]

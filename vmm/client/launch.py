@@ -1,0 +1,125 @@
+"""Starting a machine's keeper, and ending it again: the launching process's part of a machine's life."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import subprocess
+import time
+
+import msgspec
+
+from ipc.linux import process
+
+from ..coordinator.keeper import END, LET_GO
+from ..errors import ExitCode, VmmError
+from ..machine.runtime import collect_garbage, machine_dir
+from ..machine.spec import MachineSpec, encode_spec
+
+__all__ = ["Launched"]
+
+_LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
+_END_TIMEOUT = 30.0         # a keeper gives its coordinator 20 s (vmm/coordinator/keeper.py)
+_CLEAR_TIMEOUT = 30.0       # seconds; a coordinator without a keeper has 25 (vmm/coordinator/loop.py)
+
+
+class Launched:
+    """A keeper that this process has started, and whose machine is ready. It ends when this process does, unless it
+    was ``let_go``. (The keeper watches this process; a child that forks off inherits nothing of that.)
+    ``warnings``: what its user should know."""
+
+    def __init__(self, spec: MachineSpec, *, quiet: bool) -> None:
+        """``quiet``: nothing is printed by anybody. Raises VmmError, with nothing left behind."""
+        self.name = spec.name
+        self.warnings: list[str] = []
+        life, self._life = _pipe()
+        try:
+            with life:
+                status = self._start_keeper(spec, life, quiet=quiet)
+        except BaseException:
+            self._life.close()
+            raise
+        try:
+            with status:
+                assert self.keeper.stdin is not None
+                with contextlib.suppress(BrokenPipeError), self.keeper.stdin as stdin:
+                    stdin.write(encode_spec(spec))
+                self._await_ready(status.fileno())
+        except BaseException:
+            self.end()
+            raise
+
+    def _start_keeper(self, spec: MachineSpec, life: io.FileIO, *, quiet: bool) -> io.FileIO:
+        """What it says comes out of this pipe."""
+        said, say = _pipe()
+        try:
+            with say:
+                self.keeper = subprocess.Popen(
+                    process.python_module("vmm.coordinator.keeper", spec.name, str(say.fileno()),
+                                          str(life.fileno()), str(os.getpid())),
+                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if quiet else None,
+                    pass_fds=(say.fileno(), life.fileno()), start_new_session=True)
+        except BaseException:
+            said.close()
+            raise
+        return said
+
+    def _await_ready(self, fd: int) -> None:
+        """What the keeper says, in lines. Raises VmmError with its reason, or that it said nothing."""
+        deadline = time.monotonic() + _LAUNCH_TIMEOUT
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        text = b""
+        while True:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise VmmError(f"machine '{self.name}' was not ready within {_LAUNCH_TIMEOUT:.0f} s",
+                               ExitCode.WORKER_DIED)
+            chunk = os.read(fd, 65536)
+            if not chunk:
+                raise VmmError(f"machine '{self.name}' did not start: its keeper ended (vmm logs {self.name})",
+                               ExitCode.WORKER_DIED)
+            *lines, text = (text + chunk).split(b"\n")
+            for answer in map(msgspec.json.decode, lines):
+                if "error" in answer:
+                    raise VmmError(answer["error"], ExitCode(answer["code"]))
+                if "ready" in answer:
+                    return
+                self.warnings.append(answer["warning"])
+
+    def let_go(self) -> None:
+        """The machine lives on without this process. Idempotent."""
+        self._say(LET_GO)
+
+    def _say(self, word: bytes) -> None:
+        """On the life pipe, for the last time."""
+        if not self._life.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self._life.write(word)
+            self._life.close()
+
+    def end(self) -> bool:
+        """Have the machine end, in order if it can, and wait until nothing of it is left. False when its keeper had
+        to be killed: a process of it may be there still."""
+        if self._life.closed:
+            self.keeper.terminate()
+        self._say(END)
+        try:
+            self.keeper.wait(_END_TIMEOUT)
+            return self.keeper.returncode >= 0
+        except subprocess.TimeoutExpired:
+            self.keeper.kill()          # its coordinator is sent SIGTERM then
+            self.keeper.wait()
+        deadline = time.monotonic() + _CLEAR_TIMEOUT
+        while machine_dir(self.name).exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with contextlib.suppress(VmmError):
+            collect_garbage(self.name)
+        return False
+
+
+def _pipe() -> tuple[io.FileIO, io.FileIO]:
+    """Its ends for reading and for writing, close-on-exec."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    return io.FileIO(read, "r"), io.FileIO(write, "w")

@@ -1,0 +1,134 @@
+"""From a validated configuration to a machine that this host can run: accelerator, ring, bounds."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ipc.messages import ReplayPhase, ReplaySpec
+from ipc.shm import PAGE_SIZE
+from workers.accel.kvm import vm
+
+from ..errors import VmmError
+from ..guests import WORKLOADS, WorkloadError, get_workload, resolve_params
+from ..machine import loader
+from ..machine.events import check_patterns
+from ..machine.room import RoomError, check_room
+from ..machine.rules import RuleError, check_machine
+from ..machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+from ..machine.tracefile import TraceError, TraceReader, check_trace
+from ..machine.trackings import check_tracking
+from ..outputs import open_append
+from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
+
+__all__ = ["choose_accelerator", "plan"]
+
+
+def choose_accelerator(wanted: str) -> str:
+    """``auto`` is kvm where it can be used, else unicorn. Raises VmmError when ``kvm`` is asked for
+    and cannot be had."""
+    if wanted == "unicorn":
+        return wanted
+    info = vm.probe()
+    if not info.reason:
+        return "kvm"
+    if wanted == "kvm":
+        raise VmmError(f"kvm cannot be used here: {info.reason}")
+    return "unicorn"
+
+
+def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
+         trace_file: str = "", linger: bool = True) -> MachineSpec:
+    """Resolve a MachineConfig. Raises VmmError, naming the key, when this host cannot run it."""
+    try:
+        accel = "replay" if config.replay is not None else choose_accelerator(config.accel)
+    except VmmError as exc:
+        raise ConfigError(f"{config.where('accel')}: {exc}") from None
+    entries = config.dirty_ring_size
+    if accel == "kvm" and entries:
+        info = vm.probe()
+        if info.ring_capability is None:
+            entries = 0     # no ring in this kernel: the plain bitmap does the same work
+        elif entries > info.max_entries:
+            raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but this kernel's largest "
+                           f"ring has {info.max_entries}")
+    if config.tracking is not None:
+        try:
+            check_tracking(config.tracking, accel, entries)
+        except VmmError as exc:
+            raise ConfigError(f"{config.where('tracking')}: {exc}") from None
+    slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
+    if config.replay is not None and config.replay.trace is not None:
+        try:
+            with TraceReader(config.replay.trace) as reader:
+                check_trace(config.replay.trace, reader.header, config.vcpus, slots)
+        except TraceError as exc:
+            raise ConfigError(f"{config.where('replay.trace')}: {exc}") from None
+    image, params, exact = ("", [], True) if config.guest is None else _guest(config, config.guest)
+    address = None
+    if config.guest is not None:
+        address = config.guest.address
+        try:
+            loaded = loader.load_image(image, address)
+            loader.check_fits(loaded, [(s.gpa, s.size) for s in slots])
+        except loader.GuestImageError as exc:
+            raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
+    patterns = [*config.trace, *(trace or [])]
+    check_patterns(patterns)
+    if trace_file:
+        _check_trace_file(trace_file, patterns)
+    verify = config.verify
+    spec = MachineSpec(
+        name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege,
+        ring_entries=entries, tracking=config.tracking or "", slots=slots,
+        image=os.path.abspath(image) if image else "", load_address=address,
+        params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
+        reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
+                          config.reaper.max_interval, config.reapers),
+        verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
+        timeout=config.timeout, dirty_quota=round((config.dirty_limit or 0) / PAGE_SIZE),
+        trace=patterns, trace_file=os.path.abspath(trace_file) if trace_file else "", linger=linger,
+        replay=None if config.replay is None else _replay(config.replay),
+        replay_trace=os.path.abspath(config.replay.trace) if config.replay and config.replay.trace else "")
+    try:
+        check_machine(spec)
+        check_room(spec)
+    except (RuleError, RoomError) as exc:
+        raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
+    return spec
+
+
+def _check_trace_file(path: str, patterns: list[str]) -> None:
+    """Said before anything is started. Raises VmmError."""
+    if not patterns:
+        raise VmmError("--trace-file: no trace event is switched on (--trace PATTERN)")
+    if re.fullmatch(r"/dev/fd/.*|/proc/self/fd/.*", path):
+        raise VmmError(f"--trace-file {path}: is this process's own, and the machine is another")
+    os.close(open_append(path))
+
+
+def _replay(replay: ReplayConfig) -> ReplaySpec:
+    phases = [ReplayPhase(p.pattern, p.writes, p.stride or 1, p.exponent or 1.0) for p in replay.phases or []]
+    if replay.pattern is not None:
+        phases = [ReplayPhase(replay.pattern, replay.writes, replay.stride or 1, replay.exponent or 1.0)]
+    speed = {"original": 1.0, "full": 0.0}.get(str(replay.speed))
+    return ReplaySpec(phases, replay.rate, replay.seed, replay.shared, replay.repeat,
+                      speed=float(replay.speed) if speed is None else speed)
+
+
+def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], bool]:
+    """Image path, parameters, and whether each of its stores changes the page it dirties."""
+    if guest.workload is None:
+        values = list(guest.params.values()) if isinstance(guest.params, dict) else guest.params
+        return str(guest.image), values, False
+    assert isinstance(guest.params, dict)
+    try:
+        workload = get_workload(guest.workload)
+    except WorkloadError as exc:
+        raise ConfigError(f"{config.where('guest.workload')}: {exc}") from None
+    try:
+        params = resolve_params(guest.workload, guest.params)
+    except WorkloadError as exc:
+        key = f"guest.params.{exc.param}" if exc.param in guest.params else "guest.params"
+        raise ConfigError(f"{config.where(key)}: {exc}") from None
+    return str(WORKLOADS[guest.workload].image), params, workload.exact

@@ -1,0 +1,121 @@
+"""Where a migration goes to: ``tcp://HOST:PORT`` or ``ipc://PATH``, read and checked in one place.
+
+HOST is a name, an IPv4 address or an IPv6 one in brackets; who listens may also write ``*`` or the name of a
+network interface, and ``*`` or 0 for a port that is free. PATH is that of a Unix socket; one that begins with ``@``
+is in Linux's abstract namespace.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...errors import VmmError
+
+__all__ = ["Address", "parse_address"]
+
+_PATH_MAX = 107     # sun_path, less its terminating NUL
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """``text`` is what the user wrote. Either ``path`` is set, or ``host`` (without brackets) and ``port``."""
+
+    text: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @property
+    def local(self) -> bool:
+        """A Unix socket: guest memory stays on this host."""
+        return bool(self.path)
+
+    @property
+    def abstract(self) -> bool:
+        return self.path.startswith("@")
+
+    def endpoints(self) -> list[str]:
+        """What ZeroMQ may be given to connect to, the best first. Raises VmmError for a name that is not known."""
+        if self.path:
+            return [f"ipc://{self.path}"]
+        return [f"tcp://{_bracketed(host)}:{self.port}" for host in self._resolve(passive=False)]
+
+    def listening(self) -> list[str]:
+        """What ZeroMQ may be given to listen at, the best first. Raises VmmError for a name that is not known."""
+        if self.path:
+            return [f"ipc://{self.path}"]
+        port = self.port or "*"
+        if self.host == "*":
+            return [f"tcp://[::]:{port}", f"tcp://0.0.0.0:{port}"]      # the first takes IPv4 too
+        if self.host in (name for _, name in socket.if_nameindex()):
+            return [f"tcp://{self.host}:{port}"]
+        return [f"tcp://{_bracketed(host)}:{port}" for host in self._resolve(passive=True)]
+
+    def _resolve(self, *, passive: bool) -> list[str]:
+        """Numeric addresses of the host."""
+        flags = socket.AI_PASSIVE if passive else 0
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=flags)
+        except (OSError, UnicodeError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else "not a host name"
+            raise VmmError(f"address '{self.text}': host '{self.host}': {why}") from None
+        return list(dict.fromkeys(str(where[0]) for *_, where in found))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def parse_address(text: str, *, listen: bool = False) -> Address:
+    """Raises VmmError, one line, for what cannot be connected to (``listen``: listened at)."""
+    def refuse(why: str) -> VmmError:
+        return VmmError(f"address {text if len(text) <= 60 else text[:57] + '...'!r}: {why}")
+
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in ("tcp", "ipc") or not rest:
+        raise refuse("write tcp://HOST:PORT or ipc://PATH")
+    if any(ord(c) < 32 or ord(c) == 127 for c in rest):
+        raise refuse("it has a control character in it")
+    if any("\ud800" <= c <= "\udfff" for c in rest):
+        raise refuse("it is not UTF-8")
+    if scheme == "ipc":
+        if rest in ("*", "@"):
+            raise refuse("write ipc://PATH")
+        if (size := len(rest.encode())) > _PATH_MAX:
+            raise refuse(f"its path has {size} bytes; a Unix socket's has {_PATH_MAX} at most")
+        return Address(text, path=rest)
+    host, separator, port = rest.rpartition(":")
+    if not separator or not host:
+        raise refuse("write tcp://HOST:PORT")
+    return Address(text, host=_host(host, listen, refuse), port=_port(port, listen, refuse))
+
+
+def _host(host: str, listen: bool, refuse: Callable[[str], VmmError]) -> str:
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            ipaddress.IPv6Address(host[1:-1])
+        except ValueError:
+            raise refuse(f"{host} is not an IPv6 address") from None
+        return host[1:-1]
+    if ":" in host:
+        raise refuse(f"an IPv6 address stands in brackets: tcp://[{host.strip('[]')}]:PORT")
+    if listen and host == "*":
+        return host
+    if not _HOST.fullmatch(host):
+        raise refuse(f"'{host}' is not the name or address of a host")
+    return host
+
+
+def _port(port: str, listen: bool, refuse: Callable[[str], VmmError]) -> int:
+    if listen and port == "*":
+        return 0
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise refuse(f"port '{port}': use a number from {0 if listen else 1} to 65535")
+    if not listen and int(port) == 0:
+        raise refuse("port 0: use a number from 1 to 65535")
+    return int(port)

@@ -1,0 +1,100 @@
+"""When a migration's guest is stopped, and which vCPUs are held to a rate before: decisions without I/O.
+
+After every round of pre-copy the source says what was sent and what is dirty again, and is told how to go on. The
+downtime that is to be expected is what is left over what was sent a second, counting pages with bytes alone: zero
+pages, of which a restored machine's first round is full, cost next to nothing and say nothing about those that will
+be sent while the guest stands still.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["Convergence", "Next", "Round", "Rules"]
+
+_THROTTLE_AFTER = 3         # rounds without convergence before vCPUs are held to a rate
+_THROTTLE_STEP = 0.5        # of the quota, each further round
+_THROTTLE_SHARE = 0.5       # of what can be sent that all of them may dirty, at first
+_CONVERGING = 0.7           # of what was left before: a round that leaves less converges by itself
+
+
+class Next(Enum):
+    """What comes after a round."""
+
+    ROUND = "another round"
+    STOP = "the guest is stopped, the rest is sent"
+    POSTCOPY = "the guest is stopped, and goes on at the target before the rest is there"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """As in vmm.consumers.migration.report.Options."""
+
+    downtime: float         # seconds
+    max_rounds: int
+    converge: bool
+    postcopy: bool
+    postcopy_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """``normal``: pages sent with their bytes; ``left``: pages dirty after it; ``dirtied``: pages that each vCPU
+    dirtied a second."""
+
+    normal: int
+    seconds: float
+    left: int
+    dirtied: list[float]
+
+
+class Convergence:
+    """The rounds of one migration."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._rounds = 0
+        self._before: int | None = None     # pages left after the last round
+        #: Pages a second that can be sent; None while nothing with bytes was.
+        self.rate: float | None = None
+        #: {vCPU: pages a second it is held to}
+        self.quotas: dict[int, int] = {}
+
+    def expected_downtime(self, left: int) -> float | None:
+        """Seconds for so many pages; None while that is not known."""
+        if not left:
+            return 0.0
+        return left / self.rate if self.rate else None
+
+    def after(self, done: Round, *, can_limit: bool) -> Next:
+        """``quotas`` may be others afterwards. ``can_limit``: vCPUs can be held to a rate."""
+        self._rounds += 1
+        if done.normal:
+            self.rate = done.normal / max(done.seconds, 1e-6)
+        rules = self._rules
+        expected = self.expected_downtime(done.left)
+        if expected is not None and expected <= rules.downtime:
+            return Next.STOP
+        if rules.postcopy and self._rounds >= rules.postcopy_after:
+            return Next.POSTCOPY
+        if self._rounds >= rules.max_rounds:
+            return Next.STOP
+        if (rules.converge and can_limit and self.rate and self._rounds >= _THROTTLE_AFTER and self._before
+                and done.left > self._before * _CONVERGING):
+            self._hold_back(done.dirtied)
+        self._before = done.left
+        return Next.ROUND
+
+    def _hold_back(self, dirtied: list[float]) -> None:
+        """Limit the vCPUs that dirty most, until all together stay below what can be sent; the others are left
+        alone. Again and again, to half each time."""
+        if self.quotas:
+            self.quotas = {vcpu: max(1, int(quota * _THROTTLE_STEP)) for vcpu, quota in self.quotas.items()}
+            return
+        assert self.rate is not None
+        budget = self.rate * _THROTTLE_SHARE
+        share = budget / len(dirtied)
+        hot = [i for i, rate in enumerate(dirtied) if rate > share]
+        calm = sum(rate for rate in dirtied if rate <= share)
+        self.quotas = {vcpu: max(1, int((budget - calm) / len(hot))) for vcpu in hot}

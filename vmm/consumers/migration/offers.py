@@ -1,0 +1,44 @@
+"""What a target takes: a machine as it is offered, and what may have changed of it by the time its state comes."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from ...errors import VmmError
+from ...machine.rules import arriving, check_machine
+from ...machine.spec import MachineSpec
+from .wire import Offer, WireError
+
+__all__ = ["check_settings", "taken"]
+
+_TOKEN = re.compile(r"[0-9a-f]{32}")
+
+
+def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool) -> MachineSpec:
+    """The offered machine as it is to be here. Raises WireError for one that cannot be."""
+    if not _TOKEN.fullmatch(offer.token):
+        raise WireError("the source offers a machine without a token")
+    if offer.spec.accel == "replay":
+        raise WireError("the source offers a machine that has no memory")
+    try:
+        return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger)
+    except VmmError as exc:
+        raise WireError(f"the source offers a machine that cannot be: {exc}") from None
+
+
+def check_settings(spec: MachineSpec, offered: MachineSpec) -> None:
+    """``spec`` differs from what was offered in nothing but what a user may set at run time: tracking, logging of
+    slots, dirty limits. Raises WireError."""
+    before = {(s.id, s.gpa, s.size, s.born) for s in offered.slots}
+    if {(s.id, s.gpa, s.size, s.born) for s in spec.slots} != before or len(spec.slots) != len(offered.slots):
+        raise WireError("the source's memory slots are not those that it offered")
+    same = msgspec.structs.replace(spec, slots=offered.slots, tracking=offered.tracking,
+                                   dirty_quotas=offered.dirty_quotas)
+    if same != offered:
+        raise WireError("the source's machine is not the one that it offered")
+    try:
+        check_machine(spec)
+    except VmmError as exc:
+        raise WireError(f"the source sent settings that cannot be: {exc}") from None

@@ -1,0 +1,196 @@
+"""Post-copy, the target's side: the guest runs already, and pages that it touches before they have come are asked
+for.
+
+The pages that are missing are holes in the machine's RAM segments. Every worker has registered its mapping with
+a userfaultfd of its own: whoever touches a hole, the guest or the worker itself, waits. Pages are put in through
+a registered mapping of this process, which fills a hole in one step: nobody can see half a page, or zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipc.shm import Segment
+from ipc.sockets import FdListener
+from ipc.userfault import Userfault, UserfaultError
+
+from ...client.machine import Machine
+from ...errors import VmmError
+from ...machine.runtime import machine_dir
+from .pages import PAGE
+
+__all__ = ["MissingPages", "Wanted"]
+
+_FD_TIMEOUT = 10.0
+_SOCKET = "userfault"      # vmm/machine/runtime.py leaves room for it
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A page that somebody waits for."""
+
+    slot: int
+    page: int
+
+
+class MissingPages:
+    """The missing pages of a machine that has not started yet. ``with`` it; ``pages`` {slot id: bool[pages]}."""
+
+    def __init__(self, machine: Machine, pages: dict[int, NDArray[np.bool_]]) -> None:
+        self._machine = machine
+        self._missing = pages
+        self.left = sum(int(p.sum()) for p in pages.values())
+        self._waiting: dict[Wanted, list[tuple[int, int, float]]] = {}
+        self._asked: set[Wanted] = set()
+        #: Seconds that each vCPU has waited for pages.
+        self.blocked = [0.0] * len(machine.status()["vcpus"])
+        self._open = contextlib.ExitStack()
+        try:
+            self._set_up(machine)
+        except UserfaultError as exc:
+            self.close()
+            raise VmmError(f"post-copy: {exc}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, machine: Machine) -> None:
+        self._own = self._open.enter_context(Userfault.make())
+        self._segments: dict[int, Segment] = {}
+        for slot, missing in self._missing.items():
+            # A mapping of our own: the machine's views of it may be looked at, this one never is.
+            segment = self._open.enter_context(Segment.open(machine.ram_segment(slot)))
+            self._segments[slot] = segment
+            self._make_holes(slot, missing)
+            self._own.register(segment.address, segment.size)
+        listener = FdListener(machine_dir(machine.name) / _SOCKET)
+        try:
+            self._addresses = machine.incoming(str(listener.path))
+            self.faults: dict[int, tuple[int, Userfault]] = {}      # {fd: (vCPU, its userfaultfd)}
+            waiting = set(range(len(self._addresses)))
+            while waiting:
+                index, fd = listener.receive(_FD_TIMEOUT)
+                if index in waiting:
+                    self.faults[fd] = (index, self._open.enter_context(Userfault(fd)))
+                    waiting.discard(index)
+                else:       # the same once more: the request was repeated
+                    os.close(fd)
+        finally:
+            listener.close()
+
+    @property
+    def slots(self) -> Container[int]:
+        """Those that may miss pages."""
+        return self._segments
+
+    def add(self, pages: dict[int, NDArray[np.bool_]]) -> None:
+        """These are missing too, since they have changed at the source; before the start."""
+        for slot, bits in pages.items():
+            if slot not in self._segments:
+                raise VmmError(f"post-copy: slot {slot} was whole before")
+            self._make_holes(slot, bits)
+            self.left += int((bits & ~self._missing[slot]).sum())
+            self._missing[slot] |= bits
+
+    def _make_holes(self, slot: int, bits: NDArray[np.bool_]) -> None:
+        for first, count in _runs(bits):
+            self._segments[slot].buf.madvise(mmap.MADV_REMOVE, first * PAGE, count * PAGE)
+
+    def some(self, count: int) -> list[Wanted]:
+        """Some that have not come, so many at most: they may have been lost on their way."""
+        for slot, bits in self._missing.items():
+            if len(numbers := np.flatnonzero(bits)[:count]):
+                return [Wanted(slot, page) for page in numbers.tolist()]
+        return []
+
+    def wanted(self, fd: int) -> list[Wanted]:
+        """Through ``fd`` (of ``faults``), which may be readable: the pages to ask for, that were not asked for
+        yet."""
+        vcpu, userfault = self.faults[fd]
+        found = []
+        for address in userfault.faults():
+            want = self._locate(vcpu, address)
+            if not self._missing[want.slot][want.page]:
+                userfault.wake(address)     # it has come in between
+                continue
+            self._waiting.setdefault(want, []).append((fd, address, time.monotonic()))
+            if want not in self._asked:
+                self._asked.add(want)
+                found.append(want)
+        return found
+
+    def _locate(self, vcpu: int, address: int) -> Wanted:
+        for slot, start in self._addresses[vcpu].items():
+            offset = address - start
+            if slot in self._segments and 0 <= offset < self._segments[slot].size:
+                return Wanted(slot, offset // PAGE)
+        raise VmmError(f"post-copy: vCPU {vcpu} touched {address:#x}, which is in no slot that is missing pages")
+
+    def ask_again(self) -> list[Wanted]:
+        """Everything that somebody waits for: the source is another one now."""
+        return list(self._waiting)
+
+    def put(self, slot: int, numbers: NDArray[np.int64], data: NDArray[np.uint8] | None) -> None:
+        """These pages have come (``data`` [n, 4096], None: zero pages). One that is there already is left as the
+        guest has made it. Raises VmmError."""
+        missing = self._missing[slot]
+        fresh = missing[numbers]
+        if not fresh.all():
+            numbers = numbers[fresh]
+            data = None if data is None else data[fresh]
+        content = np.zeros((len(numbers), PAGE), np.uint8) if data is None else np.ascontiguousarray(data)
+        base = self._segments[slot].address
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        at = 0
+        for run in np.split(numbers, breaks) if len(numbers) else []:
+            try:
+                self._own.fill(base + int(run[0]) * PAGE, content.ctypes.data + at * PAGE, len(run) * PAGE)
+            except OSError as exc:
+                raise VmmError(f"post-copy: slot {slot}: pages cannot be put in: {os.strerror(exc.errno or 0)} (is "
+                               "/dev/shm full?)") from None
+            at += len(run)
+        missing[numbers] = False
+        self.left -= len(numbers)
+        if self._waiting:
+            self._release(slot, numbers)
+
+    def _release(self, slot: int, numbers: NDArray[np.int64]) -> None:
+        came = set(numbers.tolist())
+        now = time.monotonic()
+        for want in [w for w in self._waiting if w.slot == slot and w.page in came]:
+            for fd, address, since in self._waiting.pop(want):
+                vcpu, userfault = self.faults[fd]
+                userfault.wake(address)
+                self.blocked[vcpu] += now - since
+
+    def bitmaps(self) -> dict[int, NDArray[np.bool_]]:
+        """What is missing still."""
+        return self._missing
+
+    def finish(self) -> None:
+        """Everything is there."""
+        self._machine.arrived()
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> MissingPages:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _runs(bits: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the runs of set bits."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], bits, [False])).astype(np.int8)))
+    for first, end in edges.reshape(-1, 2).tolist():
+        yield first, end - first

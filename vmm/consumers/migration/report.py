@@ -1,0 +1,91 @@
+"""What a migration is asked for, and what it says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...errors import ExitCode, VmmError
+from .pages import PAGE, Encoding
+
+__all__ = ["COMMITTED", "OVER", "MigrationError", "Options", "Ram", "Report"]
+
+#: Of ``Report.status``: from here on the target runs the machine, or will; nothing can be cancelled any more.
+COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
+#: The migration is over, one way or the other.
+OVER = frozenset({"completed", "failed", "cancelled", "postcopy-paused", "handed-over-paused"})
+
+
+class MigrationError(VmmError):
+    """The migration failed; the machine runs on at the source, unless the text says otherwise."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ExitCode.MIGRATION_FAILED)
+
+
+@dataclass(frozen=True)
+class Options:
+    """``bandwidth`` in bytes a second (0: no cap), ``downtime`` in seconds."""
+
+    compression: Encoding = "none"
+    channels: int = 2
+    bandwidth: float = 0.0
+    downtime: float = 0.3       # QEMU's default
+    max_rounds: int = 30
+    converge: bool = True       # throttle vCPUs that dirty faster than can be sent
+    postcopy: bool = False      # let the guest go on at the target before all of its memory is there
+    postcopy_after: int = 1     # rounds of pre-copy before that
+    key: str = ""               # CURVE: own secret key file
+    peer: str = ""              # and the target's public one
+    insecure: bool = False
+
+
+@dataclass
+class Ram:
+    """As QEMU's ``info migrate`` has it; bytes, but for the counts."""
+
+    transferred: int = 0
+    remaining: int = 0          # in this round
+    total: int = 0
+    duplicate: int = 0          # zero pages
+    normal: int = 0             # pages sent with their bytes
+    normal_bytes: int = 0       # of those, before compression
+    dirty_sync_count: int = 0   # rounds
+    dirty_pages_rate: int = 0   # pages a second, in the last round
+    mbps: float = 0.0           # megabits a second, of late
+    pages_per_second: int = 0
+    page_size: int = PAGE
+    resent: int = 0             # pages sent again because they had not arrived as they were sent
+    postcopy_requests: int = 0  # pages that the guest waited for at the target
+    postcopy_pages: int = 0     # pages sent after the hand-over, those among them
+
+
+@dataclass
+class Report:
+    """Times in milliseconds. ``status``: setup, active, device (the guest is stopped), handed-over,
+    postcopy-active, completed, failed, cancelled; handed-over-paused, postcopy-paused: the source gave up after the
+    hand-over, and the machine stays paused there. ``pid`` and ``pid_started``: the source's process, whose start
+    the second is (clock ticks since the boot, as in /proc/PID/stat). ``warnings``: what went wrong beside, after it
+    was completed."""
+
+    id: str
+    machine: str
+    target: str
+    status: str = "setup"
+    total_time: float = 0.0
+    setup_time: float = 0.0
+    downtime: float = 0.0
+    expected_downtime: float | None = None      # None: not known yet
+    compression: str = "none"
+    compression_ratio: float = 1.0
+    ram: Ram = field(default_factory=Ram)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    throttled: dict[str, float] = field(default_factory=dict)   # {vCPU: quota in MB/s at the end}
+    postcopy_blocktime: list[float] = field(default_factory=list)   # each vCPU's wait for pages
+    error: str = ""
+    warnings: list[str] = field(default_factory=list)
+    pid: int = 0
+    pid_started: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

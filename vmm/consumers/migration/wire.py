@@ -1,0 +1,258 @@
+"""What a migration's two ends say to each other: MessagePack over ZeroMQ DEALER -> ROUTER.
+
+One control connection and several for pages. A message is two frames, and a third for the bytes of pages: the
+message, its checksum (XXH3, 64 bits), the bytes. The control connection is the one that made the offer; the others
+say the token of that offer first (Join), and so does a source that takes over from another (Commit). Who does
+neither is a stranger, and is not listened to.
+
+A round of pages ends with a barrier: the target acknowledges when it has every message of the round, so that a page
+of the next round cannot be overtaken by an older copy.
+
+The target trusts nothing: a message is decoded into one of these types or refused, and what it names is checked
+against the machine that was offered before a byte is written. The pages themselves are in
+vmm/consumers/migration/pages.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import xxhash
+
+from ...errors import VmmError
+from ...machine.spec import MachineSpec
+
+__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
+           "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared",
+           "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
+           "WireError", "decode_answer", "decode_message", "frames"]
+
+VERSION = 3
+POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
+
+Buffer = bytes | memoryview
+
+
+class WireError(VmmError):
+    """The other end sent something that it must not."""
+
+
+class OtherVersion(WireError):
+    """The other end speaks another version of this protocol."""
+
+
+class Wire(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
+    pass
+
+
+# --- source to target ------------------------------------------------------------------------------------
+
+
+class Offer(Wire, frozen=True, tag="offer"):
+    """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on. ``token``
+    names this migration: it is known to its two ends alone. ``postcopy``: memory may come after the start."""
+
+    version: int
+    program: str
+    token: str
+    spec: MachineSpec
+    image: bytes
+    postcopy: bool
+
+
+class Join(Wire, frozen=True, tag="join"):
+    """First on each connection for pages: it belongs to the migration of this token."""
+
+    token: str
+
+
+class Pages(Wire, frozen=True, tag="pages"):
+    """Pages of a slot: their numbers (uint32, little endian, ascending). In the last frame their bytes one after
+    the other, encoded; none for pages that are zero. All pages are zero at first. ``sum``: XXH3 of those bytes."""
+
+    round: int
+    slot: int
+    numbers: bytes
+    encoding: Literal["zero", "none", "zstd", "lz4"]
+    sum: bytes = b""
+
+
+class RoundEnd(Wire, frozen=True, tag="round-end"):
+    """``messages`` of Pages were sent in this round."""
+
+    round: int
+    messages: int
+
+
+class Missing(Wire, frozen=True, tag="missing"):
+    """Post-copy, before State: pages of this slot that were not sent, or have changed since (``bits``, one per page
+    from the lowest, zstd). They follow after Commit, as Pages of round POSTCOPY. And the target's answer to a
+    repeated Commit: what is missing still."""
+
+    slot: int
+    bits: bytes
+
+
+class State(Wire, frozen=True, tag="state"):
+    """The system slot's memory (zstd), the vCPUs' states (workers/state.py), and the specification as it is now: it
+    has the slots of the offer, and the settings that were made since. ``paused``: by its user, and so it stays."""
+
+    system: bytes
+    vcpus: list[dict[str, Any]]
+    spec: MachineSpec
+    paused: bool
+
+
+class Commit(Wire, frozen=True, tag="commit"):
+    """The source will never run this machine again: the target starts it. May be repeated, on another connection
+    too, which then takes the place of the first."""
+
+    version: int
+    token: str
+
+
+class Done(Wire, frozen=True, tag="done"):
+    """The source has heard that the machine runs (post-copy: that it is complete) and is no more."""
+
+
+class Abort(Wire, frozen=True, tag="abort"):
+    reason: str
+
+
+class Ping(Wire, frozen=True, tag="ping"):
+    """The source is alive."""
+
+
+# --- target to source ---------------------------------------------------------------------------------------
+
+
+class Received(Wire, frozen=True, tag="received"):
+    """The offer has come; making the machine may take a while."""
+
+
+class Accept(Wire, frozen=True, tag="accept"):
+    """The machine's memory is there, its vCPUs stand before their first instruction."""
+
+
+class Alive(Wire, frozen=True, tag="alive"):
+    """Every second. ``messages`` of Pages have come so far: a source that waits sees whether there is progress."""
+
+    messages: int
+
+
+class Torn(Wire, frozen=True):
+    """Pages that did not arrive with the sum they were sent with: the guest wrote to them on their way, or they
+    were damaged. ``sums``: XXH3 (8 bytes each) of what is there now; none of pages that could not be unpacked."""
+
+    slot: int
+    numbers: bytes
+    sums: bytes
+
+
+class RoundAck(Wire, frozen=True, tag="round-ack"):
+    round: int
+    torn: list[Torn] = []
+
+
+class Prepared(Wire, frozen=True, tag="prepared"):
+    """Everything is in its place; waits for Commit."""
+
+
+class Running(Wire, frozen=True, tag="running"):
+    pass
+
+
+class Want(Wire, frozen=True, tag="want"):
+    """Post-copy: somebody waits for these pages (as in Pages.numbers)."""
+
+    slot: int
+    numbers: bytes
+
+
+class Complete(Wire, frozen=True, tag="complete"):
+    """Post-copy: every page is here; ``blocked``: milliseconds that each vCPU has waited for some."""
+
+    blocked: list[float]
+
+
+class Refused(Wire, frozen=True, tag="refused"):
+    """The target does not have the machine, and never will: what there was of it is gone."""
+
+    error: str
+
+
+class Ended(Wire, frozen=True, tag="ended"):
+    """Post-copy: the machine has run here and is gone, before all of its memory had come."""
+
+    error: str
+
+
+class Unknown(Wire, frozen=True, tag="unknown"):
+    """Answer to a Commit whose token is of no migration here: another receiver is at this address now."""
+
+
+Message = Offer | Join | Pages | RoundEnd | Missing | State | Commit | Done | Abort | Ping
+Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
+          | Ended | Unknown)
+
+
+class _AnyVersion(msgspec.Struct):
+    """What every version's offer and commit begin with."""
+
+    t: str = ""
+    version: int = VERSION
+    program: str = "another program"
+
+
+_encoder = msgspec.msgpack.Encoder()
+_messages = msgspec.msgpack.Decoder(Message)
+_answers = msgspec.msgpack.Decoder(Answer)
+_any_version = msgspec.msgpack.Decoder(_AnyVersion)
+
+
+def frames(message: Wire) -> list[bytes]:
+    """What is sent of it; the bytes of pages follow as one more frame."""
+    frame = _encoder.encode(message)
+    return [frame, xxhash.xxh3_64_digest(frame)]
+
+
+def decode_message(frame: Buffer, digest: Buffer) -> Message:
+    """What a source says. Raises OtherVersion (as far as that can be told), else WireError."""
+    try:
+        if xxhash.xxh3_64_digest(frame) == bytes(digest):
+            found = _messages.decode(frame)
+            if isinstance(found, Offer | Commit) and found.version != VERSION:
+                raise msgspec.ValidationError("of another version")
+            return found
+        why = "it was damaged on its way"
+    except msgspec.MsgspecError as exc:
+        why = str(exc)
+    except RecursionError:
+        why = "it is nested too deeply"
+    _look_for_version(frame)
+    raise WireError(f"the source sent what is not a message of protocol {VERSION}: {why}")
+
+
+def _look_for_version(frame: Buffer) -> None:
+    """Raises OtherVersion."""
+    try:
+        other = _any_version.decode(frame)
+    except (msgspec.MsgspecError, RecursionError):
+        return
+    if other.t in ("offer", "commit") and other.version != VERSION:
+        raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, this "
+                           f"program {VERSION}")
+
+
+def decode_answer(received: list[bytes]) -> Answer:
+    """What a target says, as received. Raises WireError."""
+    try:
+        answer = _answers.decode(received[0])
+    except (msgspec.MsgspecError, RecursionError) as exc:
+        raise WireError(f"the target sent what is not an answer of protocol {VERSION}: {exc}") from None
+    if len(received) != 2 or xxhash.xxh3_64_digest(received[0]) != received[1]:
+        if isinstance(answer, Refused):     # a target of another version says it so
+            return answer
+        raise WireError("the target's answer was damaged on its way")
+    return answer

@@ -1,0 +1,102 @@
+"""Merging a chain into one full snapshot, and deleting one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from ipc.steps import step
+
+from .chain import Progress, chain, layers, list_snapshots
+from .folder import (
+    SnapshotError,
+    clear_leftovers,
+    discard,
+    exchange,
+    foreign_file,
+    locked,
+    new_aside,
+    remove,
+    snapshot_ids,
+    sync_directory,
+    sync_file,
+)
+from .manifest import Manifest, SlotFile, load_manifest, write_manifest
+from .pagefile import PAGE, PageWriter, compress, iter_pages
+
+__all__ = ["delete", "merge"]
+
+
+def merge(directory: Path, name: str | None = None,
+          progress: Progress = lambda done, total: None) -> Manifest:
+    """Make ``name`` (default: the newest) a full snapshot and drop those it was built on, unless another still
+    needs them. Its own successors stay good. Raises SnapshotError and PageFileError, and the chain is as it was."""
+    with locked(directory):
+        try:
+            return _merge(directory, name, progress)
+        except OSError as exc:
+            raise SnapshotError(f"{exc.filename or directory}: cannot be written: {exc.strerror}") from None
+
+
+def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
+    manifests = chain(directory, name)
+    newest = manifests[-1]
+    if len(manifests) == 1:
+        return newest
+    clear_leftovers(directory)
+    aside = new_aside(directory, newest.id)
+    try:
+        total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
+        done = 0
+        files = []
+        for slot in newest.slots:
+            with PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer:
+                for folder, each in layers(directory, manifests, slot):
+                    for first, data in iter_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum):
+                        writer.put(first, data)     # over what an older one had
+                        done += len(data) // PAGE
+                        progress(done, total)
+                files.append(_merged(slot, writer.finish()))
+            if newest.compression == "zstd":
+                compress(aside, f"slot{slot.id}")
+        for part in ("system.map", "system.mem", "image"):
+            shutil.copyfile(directory / newest.id / part, aside / part)
+            sync_file(aside / part)
+        merged = msgspec.structs.replace(newest, parent=None, slots=files)
+        write_manifest(aside, merged)
+        step("snapshot-merge-written")
+        exchange(aside, directory / newest.id)
+        step("snapshot-merge-exchanged")
+    finally:
+        discard(aside)      # by now it is the incremental one that was replaced
+    sync_directory(directory)
+    step("snapshot-merge-synced")
+    for manifest in reversed(manifests[:-1]):
+        if foreign_file(directory / manifest.id) or any(m.parent == manifest.id for m in list_snapshots(directory)):
+            break
+        remove(directory, manifest.id)
+    return merged
+
+
+def _merged(slot: SlotFile, finished: dict[str, int | str]) -> SlotFile:
+    return msgspec.structs.replace(slot, **finished)
+
+
+def delete(directory: Path, name: str) -> None:
+    """Damaged or not. Raises SnapshotError when there is none of that name, or another was built on it."""
+    with locked(directory):
+        if name not in snapshot_ids(directory):
+            load_manifest(directory, name)      # says what is wrong with the name, or with the file
+        children = [m.id for m in list_snapshots(directory) if m.parent == name]
+        if children:
+            raise SnapshotError(f"{directory / name}: {', '.join(children)} builds on it: merge or delete that "
+                                "first")
+        foreign = foreign_file(directory / name)
+        if foreign:
+            raise SnapshotError(f"{directory / name / foreign}: is not a snapshot's file: move it away first")
+        try:
+            remove(directory, name)
+        except OSError as exc:
+            raise SnapshotError(f"{exc.filename or directory}: cannot be removed: {exc.strerror}") from None

@@ -1,0 +1,61 @@
+"""Launching a machine from a chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...client.machine import Machine
+from ...machine.rules import arriving
+from .chain import Progress, chain, layers
+from .folder import SnapshotError
+from .manifest import Manifest, file_checksum
+from .pagefile import PAGE, read_pages
+
+__all__ = ["restore"]
+
+
+def restore(directory: Path, name: str | None = None, *, machine_name: str | None = None, accel: str = "auto",
+            detach: bool = False, start: bool = True,
+            progress: Progress = lambda done, total: None) -> Machine:
+    """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
+    ``start=False`` it is left before its first instruction. Raises VmmError, with nothing left behind."""
+    from ...client.plan import choose_accelerator
+
+    manifests = chain(directory, name)
+    newest = manifests[-1]
+    folder = directory / newest.id
+    if file_checksum(folder / "image") != newest.image_checksum:
+        raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
+    spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str((folder / "image").resolve()),
+                    accel=choose_accelerator(accel), linger=not detach)
+    machine = Machine.launch(spec, detach=detach, start=False)
+    try:
+        with machine.lease("incoming", f"from {folder}"):     # half restored, nobody else starts or writes it
+            total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
+            done = 0
+            for slot in newest.slots:
+                memory = machine.ram(slot.id, writable=True)
+                memory[:] = 0       # the loader has put the image there
+                for where, each in layers(directory, manifests, slot):
+                    for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
+                        done += count
+                        progress(done, total)
+            _restore_system(machine, folder, newest)
+            machine.set_state(newest.vcpus)
+            if start:
+                machine.start()
+    except BaseException:
+        machine.stop()
+        machine.close()
+        raise
+    return machine
+
+
+def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
+    system = machine.system()
+    if manifest.system.size != len(system):
+        raise SnapshotError(f"{folder}: its system slot has {manifest.system.size} bytes, this program's "
+                            f"{len(system)}")
+    system[:] = 0
+    for _ in read_pages(folder, "system", len(system) // PAGE, manifest.system.checksum, system):
+        pass

@@ -1,0 +1,216 @@
+"""Taking a snapshot.
+
+It is written aside (``.new-…``), synced, and renamed: a kill at any moment leaves the chain as it was.
+
+Epochs. An incremental snapshot needs what was dirtied since its parent. A dirty-log client of its own gathers
+that, registered under a name that the parent's manifest holds as soon as the guest stands still, before the last
+pages are copied: a page that is written by the host meanwhile is in the epoch, and at worst copied once too often.
+It is copied, not taken; it goes when the new snapshot is in its place. So a snapshot that fails has lost nothing,
+and no other client notices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import shutil
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ipc.steps import step
+
+from ...client.machine import Machine
+from ...errors import VmmError
+from ...machine.spec import MachineSpec
+from .chain import Progress, survey
+from .folder import SnapshotError, clear_leftovers, discard, locked, new_aside, next_id, sync_directory, sync_file
+from .manifest import FORMAT, VERSION, Compression, Manifest, SlotFile, file_checksum, write_manifest
+from .pagefile import PAGE, PageWriter, compress
+
+__all__ = ["create"]
+
+_LIVE_ROUNDS = 8            # of copying what was dirtied meanwhile, at most
+_LIVE_ENOUGH = 512          # pages that are few enough to stop the guest for
+
+
+def create(machine: Machine, directory: Path, *, incremental: bool = False, live: bool = False,
+           compression: Compression = "none", progress: Progress = lambda done, total: None) -> Manifest:
+    """Take a snapshot. The machine is paused for it, or with ``live`` only for the last dirty pages and the
+    vCPU states; it is as before when this returns, also when it fails. A migration, hotplug and the end of dirty
+    logging are kept out meanwhile. Raises VmmError."""
+    machine.require_memory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise SnapshotError(f"{directory}: cannot be made: {exc.strerror}") from None
+    with locked(directory), machine.lease("snapshot", f"into {directory}"):
+        return _create(machine, directory, incremental, live, compression, progress)
+
+
+def _create(machine: Machine, directory: Path, incremental: bool, live: bool, compression: Compression,
+            progress: Progress) -> Manifest:
+    parent = _parent(machine, directory) if incremental else None
+    family = _family(directory)
+    epoch = f"{family}_{uuid.uuid4().hex[:8]}"
+    work = f"snapwork_{uuid.uuid4().hex[:8]}"
+    aside: Path | None = None
+    try:
+        clear_leftovers(directory)
+        name = next_id(directory)
+        aside = new_aside(directory, name)
+        with contextlib.ExitStack() as stack:
+            machine.register(work, mine=True, like=parent.epoch if parent else "")
+            stack.callback(_forget, machine, work)
+            taking = _Taking(machine, aside, work, whole=parent is None, progress=progress)
+            stack.callback(taking.close)
+            if live:
+                taking.copy_while_it_runs()
+            with machine.paused("snapshot"):
+                machine.register(epoch)     # before the last pages are looked for: nothing falls between the two
+                step("snapshot-epoch")
+                taking.finish_memory()
+                state = machine.state()
+            manifest = taking.manifest(state, name, parent, live, compression, epoch)
+            write_manifest(aside, manifest)
+            step("snapshot-written")
+            os.rename(aside, directory / name)
+            step("snapshot-renamed")
+            sync_directory(directory)
+    except BaseException as exc:
+        if aside is None or aside.exists():     # else it has got its name: it is there, and its epoch stays
+            _forget(machine, epoch)
+        if aside is not None:
+            discard(aside)
+        if isinstance(exc, OSError):
+            raise SnapshotError(f"{exc.filename or directory}: cannot be written: {exc.strerror}") from None
+        raise
+    for client in machine.status()["clients"]:      # epochs that ended with this snapshot
+        if client.startswith(family) and client != epoch:
+            _forget(machine, client)
+            step("snapshot-epoch-dropped")
+    return manifest
+
+
+def _family(directory: Path) -> str:
+    return "snap_" + hashlib.blake2b(os.fsencode(directory.resolve()), digest_size=4).hexdigest()
+
+
+def _parent(machine: Machine, directory: Path) -> Manifest:
+    there = survey(directory)
+    if not there:
+        raise SnapshotError(f"{directory}: holds no snapshot to build on: take a full one first")
+    parent = there[-1]
+    if not isinstance(parent, Manifest):
+        raise SnapshotError(f"{parent.reason}: take a full one, or delete that first")
+    if parent.epoch not in machine.status()["clients"]:
+        raise SnapshotError(f"{directory / parent.id}: machine '{machine.name}' does not know what was dirtied "
+                            "since (it is another one, or was restored or restarted): take a full one")
+    return parent
+
+
+def _forget(machine: Machine, client: str) -> None:
+    with contextlib.suppress(VmmError):
+        machine.unregister(client)
+
+
+class _Taking:
+    """The memory files of a snapshot while it is taken."""
+
+    def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, progress: Progress) -> None:
+        self._machine = machine
+        self._aside = aside
+        self._client = client
+        self._whole = whole
+        self._progress = progress
+        self._writers: dict[tuple[int, int], PageWriter] = {}
+        self._done = 0
+
+    def _slots(self) -> list[dict[str, Any]]:
+        return list(self._machine.status()["slots"])
+
+    def _writer(self, slot: dict[str, Any]) -> tuple[PageWriter, bool]:
+        """The slot's file, and whether it is a new one."""
+        key = (slot["id"], slot["born"])
+        fresh = key not in self._writers
+        if fresh:
+            self._writers[key] = PageWriter(self._aside, f"slot{slot['id']}", slot["pages"])
+        return self._writers[key], fresh
+
+    def copy_while_it_runs(self) -> None:
+        """Round after round, until what was dirtied in the last is little, or grows."""
+        before = None
+        for _ in range(_LIVE_ROUNDS):
+            pages = self._round()
+            if pages <= _LIVE_ENOUGH or (before is not None and pages > before // 2):
+                return
+            before = pages
+
+    def _round(self) -> int:
+        """Write what is new since the last round; pages."""
+        self._machine.sync(self._client)
+        total = 0
+        todo = []
+        for slot in self._slots():
+            writer, fresh = self._writer(slot)
+            dirty = np.flatnonzero(self._machine.bitmap(slot["id"], self._client).bools())
+            if fresh and (self._whole or not slot["logged"]):
+                dirty = np.arange(slot["pages"])    # nobody knows what changed in a slot that is not logged
+            todo.append((slot, writer, dirty))
+            total += len(dirty)
+        for slot, writer, dirty in todo:
+            memory = self._machine.ram(slot["id"])
+            for at in range(0, len(dirty), 16384):
+                part = dirty[at:at + 16384]
+                writer.write(memory, part)
+                self._done += len(part)
+                self._progress(self._done, self._done + total - at - len(part))
+        return total
+
+    def finish_memory(self) -> None:
+        """The guest stands still: the rest. Slots that are not logged are written again."""
+        for slot in self._slots():
+            if not slot["logged"]:
+                writer, fresh = self._writer(slot)
+                if not fresh:
+                    writer.write(self._machine.ram(slot["id"]), np.arange(slot["pages"]))
+        self._round()
+        system = self._machine.system()
+        self._system = PageWriter(self._aside, "system", len(system) // PAGE)
+        self._system.write(system, np.arange(len(system) // PAGE))
+        self._system_size = len(system)
+
+    def manifest(self, state: dict[str, Any], name: str, parent: Manifest | None, live: bool,
+                 compression: Compression, epoch: str) -> Manifest:
+        spec = msgspec.convert(state["spec"], MachineSpec)
+        files = []
+        for slot in spec.slots:
+            finished = self._writers[slot.id, slot.born].finish()
+            files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, finished))
+            if compression == "zstd":
+                compress(self._aside, f"slot{slot.id}")
+        system = _slot_file(0, 0, self._system_size, False, 0, self._system.finish())
+        shutil.copyfile(spec.image, self._aside / "image")
+        sync_file(self._aside / "image")
+        return Manifest(
+            format=FORMAT, version=VERSION, id=name, parent=parent.id if parent else None,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            program=metadata.version("shardvmm"), accelerator=spec.accel, live=live, compression=compression,
+            epoch=epoch, image_checksum=file_checksum(self._aside / "image"), spec=spec, slots=files, system=system,
+            vcpus=state["vcpus"])
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        if hasattr(self, "_system"):
+            self._system.close()
+
+
+def _slot_file(slot_id: int, gpa: int, size: int, log: bool, born: int, finished: dict[str, Any]) -> SlotFile:
+    return SlotFile(slot_id, gpa, size, log, born, finished["pages"], finished["zero_pages"], finished["checksum"])

@@ -1,0 +1,274 @@
+"""Build a machine's memory: segments, system slot, image, control blocks.
+
+``Parts`` owns what it made; leaving its ``with`` unlinks every name. A replacement coordinator opens
+the same parts instead of making them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ipc import sockets
+from ipc.layout import (
+    CONTROL_MAGIC,
+    MAX_SLOTS,
+    PROTOCOL_VERSION,
+    SYSTEM_SLOT,
+    MachineControl,
+    VcpuRequest,
+    control_error,
+    control_size,
+    machine_control,
+    vcpu_control,
+)
+from ipc.messages import SlotSpec, WorkerSpec
+from ipc.shm import PAGE_SIZE, Segment
+from ipc.traces.segment import TraceSegment
+
+from ..dirty.log import DirtyLog, LogClient
+from ..errors import VmmError
+from ..machine import boot, loader
+from ..machine.memory import MemorySlot, make_or_open
+from ..machine.names import belongings, segment_name
+from ..machine.spec import MachineSpec, RamSlot
+from ..machine.tracefile import Trace, TraceError, TraceReader, check_trace, unpack
+from ..machine.trackings import BITMAPS
+from ..vcpus.pool import Shard
+
+__all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
+
+_TRACE_PIECE = 1 << 20      # entries of a trace looked at together
+
+
+@dataclass
+class Parts:
+    """Segments of a machine and the views of them."""
+
+    spec: MachineSpec
+    control_segment: Segment
+    system: Segment
+    log: DirtyLog
+    rings: list[Segment] = field(default_factory=list)
+    #: In which way the machine logs now (one of vmm.machine.trackings.MODES).
+    tracking: str = "ring"
+    #: Each vCPU's part of the trace that is replayed (ipc/traces/segment.py).
+    traces: list[Segment] = field(default_factory=list)
+    entry: int = 0
+    #: Pages [first, end) of each slot that are the guest's to use: no image, no stacks.
+    usable: dict[int, tuple[int, int]] = field(default_factory=dict)
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def control(self) -> MachineControl:
+        return machine_control(self.control_segment.address)
+
+    def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
+        replay = self.spec.accel == "replay"
+        logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.tracking in BITMAPS) else 0
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
+                          reapers=self.spec.reaper.reapers)
+
+    @property
+    def ring_entries(self) -> int:
+        """Of the rings as they are now; 0 without any."""
+        return self.spec.ring_entries if self.tracking == "ring" else 0
+
+    def need(self, tracking: str) -> None:
+        """Have the segments that this way of tracking needs; empty logs, if they are not in use. Raises
+        SegmentError."""
+        if tracking in BITMAPS:
+            for slot in self.log.slots.values():
+                slot.need_vcpu_logs(self.spec.vcpus)
+                if self.tracking != tracking:
+                    for words in slot.vcpu_logs:
+                        words[:] = 0
+        elif tracking == "ring" and self.spec.accel != "kvm":
+            for i in range(len(self.rings), self.spec.vcpus):
+                name = segment_name(self.spec.name, f"ring{i}")
+                self.rings.append(self.stack.enter_context(Segment.adopt(name, self.spec.ring_entries * 16)[0]))
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of all that the machine has now, but for the journal and the verifier's."""
+        return [self.control_segment.name, self.system.name, *self.log.segments(),
+                *(ring.name for ring in self.rings), *(trace.name for trace in self.traces)]
+
+    def close(self) -> None:
+        self.log.close()
+        self.stack.close()
+
+
+def _top_gpa(spec: MachineSpec) -> int:
+    return max(s.gpa + s.size for s in spec.slots)
+
+
+def copy_image(source: str, target: Path) -> None:
+    """Raises VmmError."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as exc:
+        raise VmmError(f"guest image {source}: cannot be copied: {exc.strerror}") from None
+
+
+def make_parts(spec: MachineSpec, tracking: str) -> Parts:
+    """Make every segment, load the image, write the boot structures. ``tracking``: one of
+    vmm.machine.trackings.MODES.
+
+    Raises VmmError and SegmentError; nothing is left behind then.
+    """
+    image, slots = None, []
+    if spec.accel != "replay":
+        image = loader.load_image(spec.image, spec.load_address)
+        loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
+        slots = _boot_slots(spec, image)
+    with contextlib.ExitStack() as stack:
+        def segment(what: str, size: int) -> Segment:
+            return stack.enter_context(Segment.create(segment_name(spec.name, what), size))
+
+        control = segment("control", control_size(spec.vcpus))
+        # A replayed machine boots nothing: a page stands in for its system slot.
+        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
+        log = DirtyLog(spec.name, spec.reaper.reapers)
+        stack.callback(log.close)
+        parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots),
+                      tracking=tracking, stack=stack)
+        for slot in spec.slots:
+            log.add_slot(parts.new_slot(slot, create=True))
+        parts.need(tracking)
+        if image is not None:
+            _load(parts, image, slots)
+        if spec.replay_trace:
+            parts.traces = _load_trace(spec, stack)
+        block = parts.control
+        block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
+        parts.stack = stack.pop_all()
+    return parts
+
+
+def _load_trace(spec: MachineSpec, stack: contextlib.ExitStack) -> list[Segment]:
+    """A segment a vCPU, of the size that the trace needs: what there is no room for fails before it is read. Raises
+    TraceError and SegmentError."""
+    path = Path(spec.replay_trace)
+    made = []
+    with TraceReader(path) as reader:
+        check_trace(path, reader.header, spec.vcpus, spec.slots)
+        for index, (records, entries) in enumerate(reader.sizes()):
+            segment = TraceSegment.create(segment_name(spec.name, f"replay{index}"), records, entries)
+            stack.callback(segment.close)
+            made.append(segment)
+        reader.read_into([Trace(s.times, s.ends, s.entries) for s in made])
+        sizes = np.zeros(MAX_SLOTS, np.uint64)
+        for slot in reader.header.slots:
+            sizes[slot.id] = slot.pages
+        for segment in made:
+            for at in range(0, len(segment.entries), _TRACE_PIECE):
+                slots, pages = unpack(segment.entries[at:at + _TRACE_PIECE])
+                if int(slots.max()) >= MAX_SLOTS or np.any(pages >= sizes[slots]):
+                    raise TraceError(f"{path}: is damaged: it names pages outside its memory slots")
+    return [segment.segment for segment in made]
+
+
+def _boot_slots(spec: MachineSpec, image: loader.GuestImage) -> list[boot.BootSlot]:
+    return boot.boot_slots([(s.id, s.gpa, s.size) for s in spec.slots],
+                           [(s.gpa, s.end) for s in image.segments],
+                           vcpu_count=spec.vcpus, stack_size=spec.stack_size)
+
+
+def _usable_pages(slots: list[boot.BootSlot]) -> dict[int, tuple[int, int]]:
+    return {s.id: ((s.usable_start - s.gpa) // 4096, (s.usable_end - s.gpa) // 4096) for s in slots}
+
+
+def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) -> None:
+    spec = parts.spec
+    view = memoryview(parts.system.buf)
+    try:
+        boot.write_system_slot(view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end,
+                               params=spec.params, cmdline=spec.cmdline, stack_size=spec.stack_size,
+                               top_gpa=_top_gpa(spec))
+    finally:
+        view.release()
+    for segment in image.segments:
+        for slot in spec.slots:
+            # A segment may span slots that touch.
+            first = max(segment.gpa, slot.gpa)
+            last = min(segment.gpa + len(segment.data), slot.gpa + slot.size)
+            if first < last:
+                memory = parts.log.slots[slot.id].memory
+                memory[first - slot.gpa: last - slot.gpa] = np.frombuffer(
+                    segment.data, np.uint8)[first - segment.gpa: last - segment.gpa]
+
+
+def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clients: list[LogClient],
+                tracking: str) -> Parts:
+    """Open what a coordinator that died has left. From here on it is this process's to unlink. Raises SegmentError
+    where the machine's memory is not there."""
+    with contextlib.ExitStack() as stack:
+        def segment(what: str) -> Segment:
+            return stack.enter_context(make_or_open(segment_name(spec.name, what), 0, create=False))
+
+        control = segment("control")
+        wrong = control_error(control.address, control.size)
+        if wrong:
+            raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
+        parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
+                      tracking=tracking, stack=stack)
+        if spec.accel != "replay":
+            image = loader.load_image(spec.image, spec.load_address)
+            parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
+        stack.callback(parts.log.close)
+        for slot in slots:
+            parts.log.add_slot(parts.new_slot(slot, create=False))
+        parts.log.reused.update(reused)
+        for client in clients:
+            parts.log.adopt_client(client)
+        parts.need(tracking)
+        if spec.replay_trace:
+            parts.traces = [segment(f"replay{i}") for i in range(spec.vcpus)]
+        parts.stack = stack.pop_all()
+    return parts
+
+
+def make_shards(parts: Parts) -> list[Shard]:
+    spec = parts.spec
+    shards = []
+    for index in range(spec.vcpus):
+        block = vcpu_control(parts.control_segment.address, index)
+        shard = Shard(index, block, parts.ring_entries)
+        if parts.ring_entries and spec.accel != "kvm":
+            shard.map_software_ring(parts.rings[index])
+        shards.append(shard)
+    return shards
+
+
+def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> WorkerSpec:
+    """What vCPU ``index``'s worker is told; its control block asks it to start paused."""
+    spec = parts.spec
+    block = vcpu_control(parts.control_segment.address, index)
+    block.ring_entries = parts.ring_entries
+    block.request = VcpuRequest.PAUSE
+    block.dirty_quota = spec.quotas[index]
+    first = spec.slots[0]
+    replay = spec.replay
+    if replay is not None and parts.traces:
+        replay = msgspec.structs.replace(replay, trace_segment=parts.traces[index].name)
+    return WorkerSpec(
+        machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
+        ring_entries=parts.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
+        tracking=parts.tracking,
+        slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
+        system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
+                             segment=parts.system.name),
+        control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,
+        request_endpoint=sockets.endpoint(directory, "requests"),
+        notify_endpoint=sockets.endpoint(directory, "notify"),
+        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,
+        boot={} if spec.accel == "replay" else boot.boot_registers(
+            index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
+            stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
+    )

@@ -1,0 +1,285 @@
+"""Reap and flush: the middle of a dirty page's way (seed: kvm_dirty_ring_reap and below).
+
+One reap is: harvest every ring into staging; reset in every owner; compare counts; publish staging
+into the slot bitmaps. The coordinator's single thread is the slots lock. A vCPU waiting at ring-full
+goes on as soon as its own ring is reset: whatever it dirties from then on is protected again and
+makes new entries, so invariant 2 does not need it to wait for the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+
+from ipc.layout import MachineControl, ReaperState
+from ipc.steps import step
+
+from ..consumers.trace import Recorder
+from ..errors import VmmError
+from ..machine.events import Tracer
+from ..machine.spec import ReaperSpec
+from ..vcpus.pool import Shard, Shards
+from .log import DirtyLog
+from .tracking.bitmap import gather_bitmaps
+
+__all__ = ["Reaper", "Schedule"]
+
+_Harvested = dict[int, int]             # {vCPU index: entries}
+_Found = dict[int, tuple[int, int]]     # and those that await their reset
+
+_FILL_TARGET = 0.4      # wake when the fastest ring is expected to be this full
+_EMPTY_FULLS = 3        # full-but-empty reports in a row that mean a ring has lost count
+_DRAIN_PASSES = 8       # with every vCPU paused the second pass finds nothing
+
+
+class Schedule:
+    """When to reap next.
+
+    ``fixed`` is the seed's constant sleep. ``adaptive`` learns each ring's dirtying rate (entries a
+    second; up at once, down by half a reap) and wakes when the fastest ring would be 40 % full, so that
+    twice the learnt rate still meets no soft-full, within ``min_interval``..``max_interval``.
+    """
+
+    def __init__(self, spec: ReaperSpec) -> None:
+        self._spec = spec
+        self._rates: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._due = 0.0
+
+    def learn(self, now: float, harvested: dict[int, int]) -> None:
+        """After a reap at ``now`` (monotonic seconds): {vCPU index: entries since its last}."""
+        for index, count in harvested.items():
+            elapsed = max(now - self._last.get(index, now - self._spec.max_interval), 1e-6)
+            rate = count / elapsed
+            self._rates[index] = max(rate, (self._rates.get(index, 0.0) + rate) / 2)
+            self._last[index] = now
+
+    def plan(self, now: float, soft_limits: dict[int, int]) -> float:
+        """Seconds until the next reap, from ``now``; remembers when it is due."""
+        spec = self._spec
+        wait = spec.interval
+        if spec.mode == "adaptive":
+            wait = min((_FILL_TARGET * limit / self._rates[index]
+                        for index, limit in soft_limits.items() if self._rates.get(index, 0.0) > 0),
+                       default=spec.max_interval)
+            wait = min(max(wait, spec.min_interval), spec.max_interval)
+        self._due = now + wait
+        return wait
+
+    def left(self, now: float) -> float:
+        return max(0.0, self._due - now)
+
+
+class Reaper:
+    """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3."""
+
+    def __init__(self, spec: ReaperSpec, shards: Shards, log: DirtyLog, control: MachineControl,
+                 tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
+                 tracking: str) -> None:
+        self.spec = spec
+        self.schedule = Schedule(spec)
+        self._shards = shards
+        self._log = log
+        self._control = control
+        self._trace = tracer
+        self._report_rebuild = report_rebuild
+        #: In which way the machine logs now (one of vmm.machine.trackings.MODES).
+        self.tracking = tracking
+        self._reapers = spec.reapers
+        self._threads = ThreadPoolExecutor(spec.reapers, "reaper") if spec.reapers > 1 else None
+        self._last: _Harvested = {}     # by the last reap
+        #: Is given whatever is harvested, while the machine is being recorded.
+        self.recorder: Recorder | None = None
+        #: vCPUs that have reported a full ring and must be let go by the next reap.
+        self.full: set[int] = set()
+        #: Reap the rings of those alone: the others' vCPUs may not be able to leave the guest now (a software CPU
+        #: that waits for a page, in post-copy).
+        self.only_full = False
+        if self._trace.reaper:
+            self._trace.reaper("init")
+
+    def wait(self) -> None:
+        """State WAIT: called before the coordinator sleeps in its poll."""
+        if self._control.reaper_state != ReaperState.WAIT:
+            self._control.reaper_state = ReaperState.WAIT
+            if self._trace.reaper:
+                self._trace.reaper("wait")
+
+    def wake(self, reason: str = "") -> None:
+        """State REAPING: a timed wake-up, or (``reason``) a kick of the reaper."""
+        if reason and self._trace.reaper_kick:
+            self._trace.reaper_kick(reason)
+        if self._trace.reaper:
+            self._trace.reaper("wakeup")
+        self._control.reaper_state = ReaperState.REAPING
+        self.reap()
+        self._control.reaper_iteration += 1
+
+    def worker_died(self, shard: Shard) -> None:
+        """Its process is gone. What it logged is in its ring, as far as that is mapped here, and harvested by the
+        next reap; a plain bitmap has died with it, and so has a ring that only a predecessor had mapped.
+        Repeatable."""
+        self.full.discard(shard.index)
+        if not shard.ring_address and not shard.control.collected:
+            self._log.mark_logged_slots()
+            shard.control.collected = 1
+
+    def reap(self) -> int:
+        """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
+        if self.tracking != "ring":
+            return 0
+        began = time.perf_counter_ns()
+        self._control.publish_pending = 1
+        full, self.full = self.full, set()
+        rings = [s for s in self._shards.all
+                 if s.ring_address and s.alive and (s.index in full or not self.only_full)]
+        rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
+        harvested: _Harvested = {}
+        owed: dict[int, int] = {}
+        for part in self._each_reaper([partial(self._harvest_some, rings[i::self._reapers], i, full)
+                                       for i in range(self._reapers)]):
+            for index, (count, outstanding) in part.items():
+                harvested[index], owed[index] = count, outstanding
+        self._shards.await_resets([s for s in rings if owed[s.index] or s.index in full])
+        broken = []
+        for shard in rings:
+            if shard.alive and shard.index in full:
+                shard.reported_full()
+            if shard.outstanding or shard.overflowed or shard.full_but_empty >= _EMPTY_FULLS:
+                broken.append(shard)
+        for shard in broken:
+            if shard.alive:
+                self._lost_count(shard, owed[shard.index])
+        dead = [s for s in self._shards.all if s.ring_address and not s.alive]
+        for shard in dead:
+            harvested[shard.index] = harvested.get(shard.index, 0) + self._collect(shard)
+        self._log.publish()
+        self._control.publish_pending = 0
+        for shard in dead:
+            step("dead-ring-published")
+            shard.forget_ring()
+            shard.control.collected = 1
+        total = sum(harvested.values())
+        self._last = harvested
+        took = time.perf_counter_ns() - began
+        self._control.reaped_pages += total
+        self._control.reap_ns += took
+        if total and self._trace.reap:
+            self._trace.reap(total, took // 1000)
+        now = time.monotonic()
+        self.schedule.learn(now, harvested)
+        self.schedule.plan(now, {s.index: s.soft_limit for s in self._shards.all if s.running})
+        return total
+
+    def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
+        """At the same time, one a thread: the loops over a ring run without the GIL. Trace lines and recordings are
+        written in order, by this thread."""
+        if self._threads is None or self._trace.reap_vcpu or self._trace.page or self.recorder is not None:
+            return [each() for each in work]
+        return list(self._threads.map(lambda each: each(), work))
+
+    def _harvest_some(self, rings: list[Shard], reaper: int, full: set[int]) -> _Found:
+        """Some of the rings, into this reaper's own staging bitmaps: {vCPU index: (entries, those that await their
+        reset)}. While a ring is reset, the next one is harvested."""
+        found = {}
+        for shard in rings:
+            count = self._harvest(shard, self._log.table_addresses[reaper])
+            owed = shard.outstanding
+            if owed or shard.index in full:
+                shard.ask_reset(owed)
+            found[shard.index] = (count, owed)
+        return found
+
+    def _harvest(self, shard: Shard, table: int) -> int:
+        if self._trace.reap_vcpu:
+            self._trace.reap_vcpu(shard.index)
+        if not self._trace.page and self.recorder is None:
+            return shard.harvest(table)
+        pages = np.zeros((shard.entries, 3), np.uint64)
+        count = shard.harvest(table, pages)
+        if self.recorder is not None:
+            self.recorder.put(shard.index, pages[:count])
+        trace_page = self._trace.page
+        if trace_page:
+            for fetch, _, offset in pages[:count].tolist():
+                trace_page(shard.index, fetch, offset)
+        return count
+
+    def _collect(self, shard: Shard) -> int:
+        """The last harvest of a ring whose worker has died; its entries. Nobody can write through a dead vCPU: its
+        pages need no re-protection. And nobody resets its ring, so it must not be looked at again."""
+        countable = shard.countable
+        count = self._harvest(shard, self._log.table_addresses[0])
+        if shard.overflowed or not countable or shard.full_but_empty >= _EMPTY_FULLS:
+            self._log.mark_logged_slots()
+        return count
+
+    def _lost_count(self, shard: Shard, owed: int) -> None:
+        """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may be dirty. They
+        are marked before the ring, whose totals say that it has lost count, is replaced: whoever takes over in
+        between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
+        replaced could go on only without a log: it ends."""
+        missing = shard.outstanding
+        self._shards.pause([shard])
+        step("lost-count-seen")
+        pages = self._log.mark_logged_slots()
+        step("lost-count-marked")
+        try:
+            self._shards.rebuild_ring(shard)
+        except VmmError as exc:
+            self._shards.give_up([shard], f"could not replace its ring, which had lost count: {exc}")
+        step("lost-count-rebuilt")
+        if not self._shards.paused:
+            self._shards.resume([shard])
+        self._report_rebuild(shard.index, owed, owed - missing, pages)
+
+    def flush(self) -> int:
+        """Every page written before this call is in the slot bitmaps when it returns (seed:
+        kvm_dirty_ring_flush): kick every vCPU out of the guest, then reap every ring to its end.
+
+        A running vCPU dirties on behind the reap; what it wrote before the kick is behind it. Raises VmmError when
+        not every vCPU can be reached.
+        """
+        if self.only_full:
+            raise VmmError("the dirty log cannot be flushed: pages are still on their way here (post-copy), and a "
+                           "software CPU that waits for one cannot be stopped")
+        if self._trace.flush:
+            self._trace.flush(0)
+        self._shards.kick_all()
+        total = self.reap() if self.tracking == "ring" else self._gather()
+        self._control.flushes += 1
+        if self._trace.flush:
+            self._trace.flush(1)
+        return total
+
+    def drain(self) -> int:
+        """With every vCPU paused: reap until a pass finds nothing; entries harvested."""
+        if self.tracking != "ring":
+            return self._gather()
+        total = 0
+        for _ in range(_DRAIN_PASSES):
+            count = self.reap()
+            total += count
+            if not count:
+                return total
+        # A ring that fills while its vCPU stands still is no account of what that has written.
+        for shard in self._shards.all:
+            if shard.alive and self._last.get(shard.index):
+                self._lost_count(shard, self._last[shard.index])
+        return total
+
+    def _gather(self) -> int:
+        if self.tracking == "none":
+            return 0
+        return gather_bitmaps(self._shards, self._log, protected=self.tracking == "uffd")
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+        self._control.reaper_state = ReaperState.NONE
+        if self._trace.reaper:
+            self._trace.reaper("exit")

@@ -1,0 +1,411 @@
+"""``vmm stress``: a sweep over what a machine's speed depends on, point by point.
+
+A :class:`Sweep` (configs/stress.yaml, or flags) has axes; every combination of their values, ``repeat`` times, is
+a :class:`Point`. :func:`run` measures those that DIR/results.jsonl does not hold yet, and adds each to it as it
+ends: a line, written at once and synced, so that an interrupted sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig, explain
+from ...client.plan import choose_accelerator, plan
+from ...client.yamlfile import ConfigError, Lines, read_yaml
+from ...errors import VmmError
+from ...guests import WORKLOADS, WorkloadError, get_workload
+from ...inputs import read_input
+from ...machine.spec import MachineSpec
+from .measure import Figures, Proof, Stopped, measure
+
+__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "run"]
+
+RESULTS = "results.jsonl"
+SWEEP = "sweep.json"
+
+#: Parameters of sample guests whose 0 means for ever.
+_ENDLESS = ("passes", "writes", "milliseconds")
+#: Which axis a key of a machine's configuration comes from.
+_AXES = {"vcpus": "vcpus", "dirty_ring_size": "ring", "guest": "workload", "replay": "workload", "reaper": "reaper",
+         "accel": "accel", "memory": "ram", "dirty_limit": "dirty_limit", "verify": "verify"}
+
+
+def _list(value: object) -> object:
+    """A single value stands for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _message(exc: ValidationError) -> str:
+    """Of the first problem."""
+    text = exc.errors()[0]["msg"].removeprefix("Value error, ")
+    return f"{text[0].lower()}{text[1:]}"
+
+
+def _same_as(model: type[BaseModel], key: str) -> AfterValidator:
+    """What that key of a machine's configuration takes, and nothing else."""
+    annotation: Any = model.model_fields[key].annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+
+    def check(value: object) -> object:
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as exc:
+            raise ValueError(f"{_message(exc)} (not {value!r})") from None
+
+    return AfterValidator(check)
+
+
+def _workload(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _limit(value: object) -> object:
+    return None if value == "none" else value
+
+
+def _verify(value: object) -> object:
+    if value is True:
+        return VerifyConfig(interval=_PROOF_INTERVAL)
+    return None if value is False else value
+
+
+_POINTS_MAX = 100_000
+_RESULTS_MAX = 1 << 30      # bytes
+_PROOF_INTERVAL = 0.1       # seconds between rounds: many rounds in a short proof
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class WorkloadConfig(_Model):
+    """A sample guest (with accel: replay, a pattern) and its parameters; without an end unless they set one."""
+
+    name: str
+    params: dict[str, int | float | bool] = Field(default_factory=dict)
+
+
+_T = TypeVar("_T")
+_Axis = Annotated[list[_T], BeforeValidator(_list), Field(min_length=1)]
+
+
+class Sweep(_Model):
+    """Axes (lists, or single values), then what all points share."""
+
+    accel: _Axis[Annotated[str, _same_as(MachineConfig, "accel")]] = ["auto"]
+    workload: _Axis[Annotated[WorkloadConfig, BeforeValidator(_workload)]] = [WorkloadConfig(name="random")]
+    ram: _Axis[Size] = [256 << 20]                                                  # bytes
+    dirty_limit: _Axis[Annotated[Rate | None, BeforeValidator(_limit)]] = [None]    # bytes a second of each vCPU
+    ring: _Axis[int] = [4096]                                                       # entries
+    reaper: _Axis[Annotated[str, _same_as(ReaperConfig, "mode")]] = ["adaptive"]
+    vcpus: _Axis[int] = [1, 2, 4]
+    machines: Annotated[int, Field(ge=1, le=64)] = 1        # at once, at each point
+    repeat: Annotated[int, Field(ge=1, le=100)] = 1
+    seconds: Duration = 2.0         # the timed window
+    warm_up: Duration = 0.5         # before it
+    flushes: Annotated[int, Field(ge=0, le=1000)] = 20      # after it, one by one
+    verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = VerifyConfig(interval=_PROOF_INTERVAL)
+    machine: dict[str, Any] = Field(default_factory=dict)   # further keys of every machine's configuration
+
+    @model_validator(mode="after")
+    def _check(self) -> Sweep:
+        for key in self.machine:
+            if key == "name" or (key in _AXES and key != "reaper"):
+                raise ValueError(f"machine.{key}: the sweep sets it" + (f": {_AXES[key]}" if key in _AXES else ""))
+        axes = (self.accel, self.workload, self.ram, self.dirty_limit, self.ring, self.reaper, self.vcpus)
+        points = self.repeat * math.prod(len(axis) for axis in axes)
+        if points > _POINTS_MAX:
+            raise ValueError(f"{points:,} points are more than {_POINTS_MAX:,}")
+        return self
+
+    def points(self) -> list[Point]:
+        """Every combination, repetition by repetition: what drifts meanwhile touches all of them alike."""
+        axes = itertools.product(range(self.repeat), self.accel, self.workload, self.ram, self.dirty_limit,
+                                 self.ring, self.reaper, self.vcpus)
+        points = (Point(accel=choose_accelerator(accel) if accel == "auto" else accel, workload=workload.name,
+                        params=tuple(sorted(workload.params.items())), ram=ram, dirty_limit=limit, ring=ring,
+                        reaper=reaper, vcpus=vcpus, machines=self.machines, repetition=repetition)
+                  for repetition, accel, workload, ram, limit, ring, reaper, vcpus in axes)
+        return list(dict.fromkeys(points))      # a value given twice is one point
+
+    def settings(self) -> Settings:
+        verify = None if self.verify is None else self.verify.model_dump()
+        return Settings(self.seconds, self.warm_up, self.flushes, verify, self.machine)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What all points of a sweep share. Seconds; ``verify`` None: no proof; ``machine``: keys of a machine's
+    configuration."""
+
+    seconds: float
+    warm_up: float
+    flushes: int
+    verify: dict[str, Any] | None
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One combination. ``ram`` in bytes, ``ring`` in entries, ``dirty_limit`` in bytes a second of each vCPU."""
+
+    accel: str
+    workload: str
+    params: tuple[tuple[str, float], ...]
+    ram: int
+    dirty_limit: float | None
+    ring: int
+    reaper: str
+    vcpus: int
+    machines: int
+    repetition: int
+
+    def __str__(self) -> str:
+        load = self.workload + "".join(f" {name} {value:g}" for name, value in self.params)
+        limit = f", at most {self.dirty_limit / 1e6:g} MB/s" if self.dirty_limit else ""
+        many = f"{self.machines} machines of " if self.machines > 1 else ""
+        return (f"{self.accel}, {load}{limit}, {many}{self.vcpus} vCPU{'s' if self.vcpus > 1 else ''}, "
+                f"ring {self.ring}, {self.reaper}, {self.ram >> 20} MiB")
+
+    def configuration(self, settings: Settings, *, verify: bool) -> MachineConfig:
+        """Raises ValidationError, VmmError."""
+        shared = dict(settings.machine)
+        reaper = {**shared.pop("reaper", {}), "mode": self.reaper}
+        document: dict[str, Any] = {
+            "name": "stress", "accel": self.accel, "vcpus": self.vcpus, "dirty_ring_size": self.ring,
+            "memory": [{"size": self.ram}], "dirty_limit": self.dirty_limit, "reaper": reaper,
+            "verify": settings.verify if verify else None, **self._load(), **shared}
+        return MachineConfig.model_validate(document)
+
+    def _load(self) -> dict[str, Any]:
+        if self.accel == "replay":
+            return {"replay": {"pattern": self.workload, **dict(self.params)}}
+        try:
+            known = [p.name for p in get_workload(self.workload).params]
+        except WorkloadError as exc:
+            raise VmmError(f"guest.workload: {exc}") from None
+        endless = {name: 0 for name in _ENDLESS if name in known}
+        if not endless:
+            goes_on = [w.name for w in WORKLOADS.values() if any(p.name in _ENDLESS for p in w.params)]
+            raise VmmError(f"guest.workload: {self.workload} ends by itself; those that go on for ever: "
+                           f"{', '.join(goes_on)}")
+        return {"guest": {"workload": self.workload, "params": {**endless, **dict(self.params)}}}
+
+    def specs(self, settings: Settings, *, verify: bool) -> list[MachineSpec]:
+        """One a machine. Raises ValidationError, VmmError."""
+        config = self.configuration(settings, verify=verify)
+        return [plan(config, name=f"stress-{os.getpid()}-{i}") for i in range(self.machines)]
+
+
+@dataclass(frozen=True, slots=True)
+class PointResult:
+    """``figures`` and ``proof`` have one entry a machine; ``error`` says why they are missing."""
+
+    point: Point
+    settings: Settings
+    figures: list[Figures]
+    proof: list[Proof]
+    error: str = ""
+    exit_code: int = 0          # of that error
+
+    @property
+    def lost(self) -> int:
+        return sum(p.lost for p in self.proof)
+
+    @property
+    def surplus(self) -> int:
+        return sum(p.surplus for p in self.proof)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# --- the sweep's file ---------------------------------------------------------------------------------
+
+
+def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = None) -> Sweep:
+    """From a file (or the defaults), after flags: {key: (flag as it was given, value)}. Every point is planned, so
+    that a sweep which cannot run says so at once. Raises ConfigError, naming file and line, or the flag."""
+    document, lines = read_yaml(path) if path is not None else ({}, {})
+    given: dict[tuple[str | int, ...], str] = {}
+    for key, (flag, value) in (flags or {}).items():
+        document[key] = value
+        given[key,] = flag
+    where = path or Path("stress")
+    try:
+        sweep = Sweep.model_validate(document)
+    except ValidationError as exc:
+        raise explain(exc, where, lines, given, document, Sweep) from None
+    _check_points(sweep, where, lines, given)
+    return sweep
+
+
+def _check_points(sweep: Sweep, path: Path, lines: Lines, given: dict[tuple[str | int, ...], str]) -> None:
+    settings = sweep.settings()
+    for point in sweep.points():
+        if point.repetition:
+            break
+        try:
+            point.specs(settings, verify=settings.verify is not None)
+        except ValidationError as exc:
+            key = ".".join(map(str, exc.errors()[0]["loc"]))
+            text = f"{key}: {_message(exc)}" if key else _message(exc)
+        except VmmError as exc:
+            text = str(exc)
+        else:
+            continue
+        key, colon, message = text.partition(": ")
+        axis = _AXES.get(key.partition(".")[0]) if colon else None
+        if axis is None:
+            axis, message = "machine", text
+        raise ConfigError(_at(path, lines, given, _position(sweep, axis, point), message))
+
+
+def _position(sweep: Sweep, axis: str, point: Point) -> tuple[str | int, ...]:
+    """Of the point's value in its axis."""
+    values = getattr(sweep, axis)
+    if axis in ("machine", "verify"):
+        return (axis,)
+    if axis == "workload":
+        return axis, next(i for i, w in enumerate(values) if (w.name, tuple(sorted(w.params.items())))
+                          == (point.workload, point.params))
+    wanted = getattr(point, axis)
+    return axis, values.index(wanted) if wanted in values else 0
+
+
+def _at(path: Path, lines: Lines, given: dict[tuple[str | int, ...], str], at: tuple[str | int, ...],
+        message: str) -> str:
+    """One line: flag or file and line, key, what is wrong."""
+    key = ".".join(map(str, at))
+    flag = given.get(at[:1])
+    if flag is not None:
+        return f"{flag}: {message}"
+    line = lines.get(at) or lines.get(at[:1])
+    return f"{path}:{line}: {key}: {message}" if line else f"{key}: {message}"
+
+
+# --- results ------------------------------------------------------------------------------------------
+
+
+def _result(document: dict[str, Any]) -> PointResult:
+    """Raises KeyError, TypeError for what is no result of this version."""
+    point = document["point"]
+    point["params"] = tuple((name, value) for name, value in point["params"])
+    return PointResult(Point(**point), Settings(**document["settings"]),
+                       [Figures(**{**f, "flushes": [tuple(s) for s in f["flushes"]]}) for f in document["figures"]],
+                       [Proof(**p) for p in document["proof"]], document["error"], document["exit_code"])
+
+
+def load_results(directory: Path) -> list[PointResult]:
+    """What DIR/results.jsonl holds. A last line that was cut off by a crash is left out. Raises VmmError."""
+    path = directory / RESULTS
+    if not path.exists():
+        return []
+    lines = read_input(path, _RESULTS_MAX).split(b"\n")
+    results = []
+    for number, line in enumerate(lines[:-1], 1):   # the last one is empty, or has no end
+        if not line:
+            continue
+        try:
+            results.append(_result(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise VmmError(f"{path}:{number}: is no result of this version: use another --output") from None
+    return results
+
+
+@contextmanager
+def _writer(directory: Path) -> Iterator[Callable[[PointResult], None]]:
+    """Adds results to the file, which is this process's alone meanwhile. Raises VmmError."""
+    path = directory / RESULTS
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as exc:
+        raise VmmError(f"{path}: cannot be written: {exc.strerror}") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VmmError(f"{path}: another sweep is writing there: use another --output") from None
+        whole = os.pread(fd, os.fstat(fd).st_size, 0).rpartition(b"\n")
+        os.ftruncate(fd, len(whole[0]) + len(whole[1]))     # what a crash has cut off
+        os.lseek(fd, 0, os.SEEK_END)
+
+        def add(result: PointResult) -> None:
+            os.write(fd, json.dumps(result.as_dict()).encode() + b"\n")
+            os.fsync(fd)
+
+        yield add
+    finally:
+        os.close(fd)
+
+
+# --- the run ------------------------------------------------------------------------------------------
+
+
+def _key(point: Point, settings: Settings) -> str:
+    return json.dumps([asdict(point), asdict(settings)], sort_keys=True)
+
+
+def run(sweep: Sweep, directory: Path, *, stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[Point, str], None] = lambda point, doing: None,
+        done: Callable[[PointResult, bool], None] = lambda result, fresh: None) -> tuple[list[PointResult], bool]:
+    """Measure what ``directory`` does not hold yet; the sweep's results in order, and whether all are there.
+
+    ``stop`` is asked all the time; when it says True, the machines of the point at hand are ended and the point
+    is dropped. ``progress`` is told what is being done, ``done`` each result (fresh, or found). A point that fails
+    has its error as its result, and is measured again next time. Raises VmmError when DIR cannot be used.
+    """
+    settings = sweep.settings()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / SWEEP).write_text(sweep.model_dump_json(indent=2) + "\n")
+    except OSError as exc:
+        raise VmmError(f"{directory}: cannot be written: {exc.strerror}") from None
+    results: list[PointResult] = []
+    with _writer(directory) as add:
+        found = {_key(r.point, r.settings): r for r in load_results(directory) if not r.error}
+        for point in sweep.points():
+            result = found.get(_key(point, settings))
+            fresh = result is None
+            if result is None:
+                try:
+                    result = _measure(point, settings, stop, progress)
+                except Stopped:
+                    return results, False
+                add(result)
+            results.append(result)
+            done(result, fresh)
+    return results, True
+
+
+def _measure(point: Point, settings: Settings, stop: Callable[[], bool],
+             progress: Callable[[Point, str], None]) -> PointResult:
+    try:
+        proof_specs = point.specs(settings, verify=True) if settings.verify is not None else []
+        figures, proof = measure(point.specs(settings, verify=False), proof_specs, seconds=settings.seconds,
+                                 warm_up=settings.warm_up, flushes=settings.flushes, stop=stop,
+                                 progress=lambda doing: progress(point, doing))
+    except VmmError as exc:
+        return PointResult(point, settings, [], [], str(exc), int(exc.exit_code))
+    return PointResult(point, settings, figures, proof)
+

@@ -1,0 +1,150 @@
+"""Machines on this host: whose names are taken, who runs, and what is left of those that died.
+
+A machine is its keeper's claim (ipc/claims.py), which its coordinator shares: as long as one of the two lives, the
+name is taken, and nobody removes anything of it. What no claim covers is left over, whatever killed its processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+from ipc.claims import Claim, ClaimError, Held
+from ipc.shm import list_segments
+
+from ..errors import ExitCode, VmmError
+from .names import belongings, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
+
+__all__ = ["adopt_claim", "claim", "collect_garbage", "end_at_once", "is_running", "leftovers", "machine_dir",
+           "machine_names", "release", "runtime_root"]
+
+_SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
+#: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
+LONGEST_SOCKET = "userfault"
+_ROOT_TRIES = 10
+
+
+def is_running(name: str) -> bool:
+    """Somebody holds the machine's claim. Raises VmmError for what is no name."""
+    return belongings(name).held()
+
+
+def claim(name: str) -> Claim:
+    """Take the name for this process, and make the machine's directory. What an earlier machine of that name left
+    behind is cleared first.
+
+    Raises VmmError when a machine of that name runs.
+    """
+    owned = belongings(name)
+    directory = owned.directory
+    if len(os.fsencode(directory / LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
+        raise VmmError(f"the runtime directory {directory} is too long for a Unix socket: choose a shorter "
+                       "name, or a shorter XDG_RUNTIME_DIR")
+    try:
+        taken = owned.claim()
+    except Held:
+        raise VmmError(f"a machine named '{name}' is running already: choose another --name, or "
+                       f"stop it with: vmm stop {name}") from None
+    except ClaimError as exc:
+        raise VmmError(f"machine '{name}': {exc}") from None
+    try:
+        _make_directory(directory)
+    except OSError as exc:
+        release(taken)
+        raise VmmError(f"cannot make the runtime directory {directory}: {exc.strerror}") from None
+    return taken
+
+
+def _make_directory(directory: Path) -> None:
+    """Raises OSError."""
+    for last in [False] * (_ROOT_TRIES - 1) + [True]:
+        with contextlib.suppress(FileExistsError):
+            directory.parent.mkdir(mode=0o700)
+        try:
+            directory.mkdir(mode=0o700)
+        except FileNotFoundError:   # another machine's keeper took the empty root along just now
+            if last:
+                raise
+        else:
+            return
+
+
+def adopt_claim(name: str, fd: int) -> Claim:
+    """The claim that a parent process has taken, by the descriptor that it has passed on."""
+    os.set_inheritable(fd, False)
+    return Claim(belongings(name), fd)
+
+
+def release(taken: Claim) -> None:
+    """The machine is over: nothing of it is left."""
+    with contextlib.suppress(ClaimError):   # then it is vmm gc's
+        taken.release()
+    _remove_empty_root(taken.belongings.directory.parent)
+
+
+def _remove_empty_root(root: Path) -> None:
+    with contextlib.suppress(OSError):
+        root.rmdir()    # the last machine takes it along
+
+
+def end_at_once(name: str) -> int:
+    """Have the keeper of a running machine kill all of it; the keeper's pid. Raises VmmError."""
+    owned = belongings(name)
+    pid = owned.owner_pid()
+    if pid is None:
+        raise VmmError(f"machine '{name}' has just ended", ExitCode.NO_MACHINE)
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        raise VmmError(f"machine '{name}' is ending: its keeper was killed", ExitCode.WORKER_DIED) from None
+    try:
+        # What holds the claim may be a coordinator whose keeper has died, and the pid somebody else's by now.
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"vmm.coordinator.keeper" in command and name.encode() in command:
+            for signum in (signal.SIGQUIT, signal.SIGCONT):
+                signal.pidfd_send_signal(fd, signum)
+    except OSError:
+        pass    # it has just ended
+    finally:
+        os.close(fd)
+    return pid
+
+
+def machine_names() -> list[str]:
+    """Names of running machines."""
+    return [name for name in _known() if is_running(name)]
+
+
+def _known() -> list[str]:
+    """Of whom there is anything here."""
+    found = {machine_of(segment[1:]) for segment in list_segments(scope_prefix())}
+    with contextlib.suppress(OSError):
+        found |= {p.name for p in runtime_root().iterdir() if is_machine_name(p.name)}
+    return sorted(name for name in found if name is not None)
+
+
+def leftovers() -> dict[str, list[str]]:
+    """Segments, locks and directories of machines that nobody runs any more, by machine name."""
+    found = {name: belongings(name).left() for name in _known() if not is_running(name)}
+    return {name: left for name, left in found.items() if left}
+
+
+def collect_garbage(name: str | None = None) -> list[str]:
+    """Remove left-overs (of one machine, or of all); what was removed.
+
+    Raises VmmError when ``name`` is running.
+    """
+    removed: list[str] = []
+    for each in [name] if name is not None else list(leftovers()):
+        try:
+            cleared = belongings(each).clear()
+        except ClaimError as exc:
+            raise VmmError(f"machine '{each}': {exc}") from None
+        if cleared is not None:
+            removed += cleared
+        elif name is not None:
+            raise VmmError(f"machine '{name}' is running: stop it with: vmm stop {name}", ExitCode.BAD_INPUT)
+    _remove_empty_root(runtime_root())
+    return removed

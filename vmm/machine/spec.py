@@ -1,0 +1,86 @@
+"""What a coordinator is told: a fully resolved machine, without defaults and without a YAML file.
+
+Made from a MachineConfig by :mod:`vmm.client.plan`; plain msgspec structs, so that neither the coordinator
+nor its replacement has to import the configuration layer.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ipc.messages import ReplaySpec
+
+__all__ = ["REAPERS_MAX", "MachineSpec", "RamSlot", "ReaperSpec", "VerifySpec", "decode_spec", "encode_spec"]
+
+
+REAPERS_MAX = 64
+
+
+class RamSlot(msgspec.Struct, frozen=True):
+    id: int
+    gpa: int            # bytes
+    size: int           # bytes, a multiple of 4096
+    log: bool = True
+    born: int = 0       # tells it from an earlier slot of the same id, place and size (snapshot chains)
+
+    @property
+    def pages(self) -> int:
+        return self.size // 4096
+
+
+class ReaperSpec(msgspec.Struct, frozen=True):
+    """All times in seconds."""
+
+    mode: str = "adaptive"      # "adaptive" | "fixed"
+    interval: float = 1.0       # fixed: the period (the seed sleeps 1 s)
+    min_interval: float = 0.001
+    max_interval: float = 1.0
+    reapers: int = 1            # threads that harvest, each some of the rings
+
+
+class VerifySpec(msgspec.Struct, frozen=True):
+    interval: float = 0.2       # seconds between rounds
+    inject: str = "none"        # "none" | "lost" | "extra": the verifier's own self-test
+    surplus_is_failure: bool = True  # false for guests that may store a value already there
+
+
+class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    accel: str                  # "kvm" | "unicorn" | "replay"
+    vcpus: int
+    privilege: str              # "user" | "kernel"
+    ring_entries: int           # of a ring, when there are rings; 0: there never are
+    slots: list[RamSlot]
+    image: str                  # absolute path; "" with replay
+    load_address: int | None    # flat binaries only
+    params: list[int]
+    cmdline: str
+    stack_size: int             # bytes a vCPU
+    reaper: ReaperSpec
+    verify: VerifySpec | None
+    timeout: float | None       # seconds
+    trace: list[str]
+    trace_file: str             # "" is standard error
+    dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
+    dirty_quotas: list[int] = []    # of each vCPU by itself, where they differ; empty: dirty_quota
+    tracking: str = ""          # one of trackings.CHOICES; empty: ring, or bitmap where there is no ring
+    replay: ReplaySpec | None = None    # accel replay: what is dirtied
+    replay_trace: str = ""      # absolute path of the trace that it is to be taken from
+    linger: bool                # stay after the end until a client releases the machine
+
+    @property
+    def quotas(self) -> list[int]:
+        """Pages a second that each vCPU may dirty; 0: no limit."""
+        return self.dirty_quotas or [self.dirty_quota] * self.vcpus
+
+    @property
+    def asked_tracking(self) -> str:
+        return self.tracking or ("ring" if self.ring_entries else "bitmap")
+
+
+def encode_spec(spec: MachineSpec) -> bytes:
+    return msgspec.json.encode(spec)
+
+
+def decode_spec(text: bytes) -> MachineSpec:
+    return msgspec.json.decode(text, type=MachineSpec)

@@ -1,0 +1,42 @@
+"""Ways of dirty tracking, and whether this host has them.
+
+``ring``: each vCPU's dirty ring. ``bitmap``: plain dirty bitmaps. ``uffd``: each worker's own page tables,
+write-protected by userfaultfd (ipc/writelog.py). ``none``: no dirty log. ``auto`` chooses among them
+(vmm/dirty/tracking/auto.py).
+"""
+
+from __future__ import annotations
+
+from ipc.layout import Tracking
+from ipc.writelog import write_log_missing
+from workers.accel.kvm import vm
+
+from ..errors import VmmError
+
+__all__ = ["BITMAPS", "CHOICES", "MODES", "check_tracking", "not_logged"]
+
+MODES = tuple(t.name.lower() for t in Tracking if t is not Tracking.UNSET)
+CHOICES = (*MODES, "auto")
+#: Ways that gather into a log buffer a vCPU and slot (vmm/dirty/tracking/bitmap.py).
+BITMAPS = ("bitmap", "uffd")
+
+
+def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
+    """Raises VmmError, with what to do, where this host or machine cannot track that way."""
+    if mode not in CHOICES:
+        raise VmmError(f"unknown tracking '{mode}' (there are: {', '.join(CHOICES)})")
+    if accel == "replay" and mode != "ring":
+        raise VmmError(f"tracking {mode}: replay drives dirty rings, and has no other")
+    if mode == "ring":
+        if not ring_entries:
+            raise VmmError("tracking ring: the machine has no ring size (dirty_ring_size is 0)")
+        if accel == "kvm" and vm.probe().ring_capability is None:
+            raise VmmError("tracking ring: this kernel has no dirty rings (use bitmap, uffd or auto)")
+    if mode == "uffd":
+        missing = write_log_missing()
+        if missing:
+            raise VmmError(f"tracking uffd: {missing} (use ring, bitmap or auto)")
+
+
+def not_logged(name: str) -> VmmError:
+    return VmmError(f"machine '{name}' has no dirty log (tracking none): vmm tracking {name} auto begins one")
