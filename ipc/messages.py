@@ -100,7 +100,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     machine: str
     index: int
     vcpu_count: int
-    accel: str                  # "kvm" | "unicorn" | "replay"
+    accel: str                  # a folder of workers/accel
     privilege: str = "user"     # "user" (CPL 3) | "kernel" (CPL 0)
     ring_entries: int = 0       # 0: no ring
     tracking: str = ""          # name of a Tracking; empty: ring, or bitmap where there is no ring

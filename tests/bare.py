@@ -17,7 +17,8 @@ from ipc.messages import SlotSpec, WorkerSpec
 from ipc.shm import PAGE_SIZE, Segment
 from vmm.machine import boot
 from vmm.machine.names import segment_name
-from workers.accel.base import Accelerator, Exit, ExitKind, load
+from workers.accel.base import Accelerator, Exit, ExitKind
+from workers.accel.registry import load
 from workers.memory import GuestMemory
 from workers.ports import PortBus, PortEventKind
 

@@ -14,7 +14,7 @@ import pytest
 
 from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
-from workers.accel.kvm.vm import probe
+from workers.accel.kvm.host import probe
 
 __all__ = ["NEEDS", "Need", "apply", "missing"]
 

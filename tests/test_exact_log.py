@@ -24,12 +24,12 @@ from vmm.client.machine import Machine
 from vmm.machine import boot
 from vmm.machine.names import segment_name
 from workers.accel.base import ExitKind
+from workers.accel.kvm import host
 from workers.accel.kvm import tables as kvm_tables
-from workers.accel.kvm import vm
 from workers.accel.kvm.tables import PageTables
 from workers.ports import PortEventKind
 
-exact = pytest.mark.skipif(vm.nested_paging(), reason="nested paging: KVM logs what it maps for a read")
+exact = pytest.mark.skipif(host.nested_paging(), reason="nested paging: KVM logs what it maps for a read")
 ON_BOTH = [pytest.param("kvm", marks=[pytest.mark.kvm, exact]), pytest.param("unicorn")]
 
 PAGES = 500
@@ -205,7 +205,7 @@ def test_memory_that_has_no_tables_of_its_own_loses_nothing(monkeypatch: pytest.
     with logged("kvm", walk("read", FIRST, PAGES), walk("write", FIRST, 20), walk("read", FIRST, PAGES),
                 ring=4096) as (vcpu, log):
         go(vcpu)
-        if not vm.nested_paging():
+        if not host.nested_paging():
             assert log.take() == set()
         go(vcpu)
         assert log.take() >= pages_of(0, FIRST, 20)

@@ -19,7 +19,7 @@ from ipc.layout import DirtyGfn
 from ipc.messages import ExitReason
 from ipc.shm import PAGE_SIZE
 from workers.accel.base import AccelError, ExitKind
-from workers.accel.kvm import vm
+from workers.accel.kvm import host
 from workers.ports import PortEventKind
 
 pytestmark = pytest.mark.kvm
@@ -102,20 +102,20 @@ def test_a_reset_that_is_short_is_said_to_be() -> None:
 
 @pytest.mark.parametrize("entries", [0x300, 512, 1023, 1025, 1 << 20])
 def test_ring_bounds_are_said(entries: int) -> None:
-    info = vm.probe()
+    info = host.probe()
     with pytest.raises(AccelError, match=f"from 1024 to {info.max_entries}"), bare("kvm", b"\xf4", ring=entries):
         pass
 
 
 @given(st.integers(1, 1 << 22))
 def test_ring_size_rule(entries: int) -> None:
-    info = vm.KvmInfo(True, True, "DIRTY_LOG_RING", 65536, "")
+    info = host.KvmInfo(True, True, "DIRTY_LOG_RING", 65536, "")
     allowed = {1024, 2048, 4096, 8192, 16384, 32768, 65536}
-    assert (vm.ring_size_error(entries, info) == "") == (entries in allowed)
+    assert (host.ring_size_error(entries, info) == "") == (entries in allowed)
 
 
 def test_the_largest_ring() -> None:
-    with bare("kvm", WALK, rbx=DATA, rcx=5, ring=vm.probe().max_entries) as vcpu, ring_of(vcpu) as ring:
+    with bare("kvm", WALK, rbx=DATA, rcx=5, ring=host.probe().max_entries) as vcpu, ring_of(vcpu) as ring:
         assert vcpu.run().kind is ExitKind.PORT
         assert len(ring.harvest()) >= 5
 

@@ -29,7 +29,8 @@ from vmm.client.plan import plan
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.names import machine_prefix, segment_name
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
-from workers.accel.base import Accelerator, ExitKind, load
+from workers.accel.base import Accelerator, ExitKind
+from workers.accel.registry import load
 from workers.accel.replay.producer import zipf_quantiles
 from workers.memory import GuestMemory
 from workers.ports import PortBus

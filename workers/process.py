@@ -69,7 +69,8 @@ from ipc.messages import (
 from ipc.shm import Segment, SegmentError
 
 from . import hypercalls
-from .accel.base import Accelerator, AccelError, Exit, ExitKind, load
+from .accel.base import Accelerator, AccelError, Exit, ExitKind
+from .accel.registry import load
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
 from .slots import Slots

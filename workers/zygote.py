@@ -61,11 +61,12 @@ class Zygote:
 def main(argv: list[str]) -> int:
     """``python -m workers.zygote FD``: fork a worker for each (accelerator, pipe) that comes over the socket."""
     from .__main__ import run
-    from .accel.base import AccelError, load
+    from .accel.base import AccelError
+    from .accel.registry import load, names
 
     process.set_name("vcpu-zygote")
     with contextlib.suppress(AccelError):
-        load("kvm")     # the usual one, while nobody waits
+        load(names()[0])    # the usual one, while nobody waits
     with socket.socket(fileno=int(argv[0])) as sock:
         while True:
             name, fds, _, _ = socket.recv_fds(sock, 16, 1)

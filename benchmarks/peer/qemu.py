@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.linux.process import die_with_parent
-from workers.accel.kvm import vm
+from workers.accel.kvm import host
 
 from .build import ROM
 
@@ -40,7 +40,7 @@ def missing() -> str:
     """Why QEMU cannot be measured on this host; empty where it can."""
     if shutil.which(PROGRAM) is None:
         return f"{PROGRAM} is not installed (Debian: apt install qemu-system-x86)"
-    info = vm.probe()
+    info = host.probe()
     if info.ring_capability is None:
         return f"KVM: {info.reason or 'this kernel has no dirty ring'}"
     try:

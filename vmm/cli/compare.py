@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ipc.layout import RING_MAX, RING_MIN
+from workers.accel import registry
 
 from ..errors import VmmError
 from .common import Duration, json_option, print_json
@@ -76,7 +77,7 @@ class Intervals(click.ParamType):
               help="What to compare with no tracking.")
 @click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",
               show_default=True)
-@click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 1000), default=4, show_default=True)
 @click.option("--window", type=Duration(), default="250ms", show_default=True, help="Measured at a time.")
 @click.option("--quick", is_flag=True, help="A small grid, under a minute.")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ipc.linux.process import python_module
+from workers.accel import registry
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
@@ -274,7 +275,7 @@ def _refuse_to_cancel(report: dict[str, Any]) -> None:
 @click.command()
 @click.argument("address")
 @click.option("--name", help="Name of the machine here (default: the one it comes with).")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True)
 @click.option("--detach", is_flag=True, help="Leave it running in the background when it has come.")
 @click.option("--timeout", type=Duration(), default=None, help="How long to wait for a source.")
 @_key

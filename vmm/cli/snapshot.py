@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from workers.accel import registry
+
 from ..errors import one_line
 from .common import json_option, on_machine, print_json, progress_bar
 
@@ -147,7 +149,7 @@ def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
 @_directory
 @_name
 @click.option("--name", help="Name of the machine (default: the one it had).")
-@click.option("--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True)
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True)
 @click.option("--detach", is_flag=True, help="Leave it running in the background.")
 @json_option
 def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool,

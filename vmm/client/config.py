@@ -20,6 +20,7 @@ from pydantic import (
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS
 from ipc.shm import PAGE_SIZE
+from workers.accel.registry import capabilities, names
 
 from ..errors import VmmError, one_line
 from ..inputs import input_name
@@ -36,6 +37,7 @@ _RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DECIMAL = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
 _PROBLEMS_SHOWN = 20
+_ACCELERATORS = ("auto", *names())
 
 
 def _shown(value: object) -> str:
@@ -238,11 +240,18 @@ def _name(value: str) -> str:
         raise ValueError(f"{exc} (--name gives it another)") from None
 
 
+def _accelerator(value: str) -> str:
+    if value not in _ACCELERATORS:
+        raise ValueError(f"{_shown(value)} must be one of {', '.join(_ACCELERATORS)}")
+    return value
+
+
 class MachineConfig(_Model):
     """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
 
     name: Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{MACHINE_NAME}$"})]
-    accel: Literal["auto", "kvm", "unicorn", "replay"] = "auto"
+    accel: Annotated[str, AfterValidator(_accelerator),
+                     Field(json_schema_extra={"enum": list(_ACCELERATORS)})] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
     dirty_ring_size: int = 4096     # entries of a ring; 0: without rings
@@ -285,16 +294,18 @@ class MachineConfig(_Model):
         if (self.guest is None) == (self.replay is None):
             raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
                              "replay: give one of 'guest' and 'replay'")
-        if self.replay is None and self.accel == "replay":
-            raise ValueError("accel: replay has no CPU for a guest: give 'replay' instead of 'guest'")
-        if self.replay is not None and self.accel not in ("auto", "replay"):
-            raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: replay")
+        section = "guest" if self.accel == "auto" else capabilities(self.accel).section
+        if self.replay is None and section != "guest":
+            raise ValueError(f"accel: {self.accel} has no CPU for a guest: give '{section}' instead of 'guest'")
+        if self.replay is not None and self.accel != "auto" and section != "replay":
+            raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: "
+                             f"{' or '.join(names('replay'))}")
         if self.replay is not None and self.tracking not in (None, "ring"):
             raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
         if self.replay is not None and not entries:
             raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
         rules.check_stack(self.stack_size)
-        rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], replay=self.replay is not None)
+        rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], mapped=self.replay is None)
         return self
 
 

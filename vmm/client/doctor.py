@@ -9,11 +9,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ipc.layout import MAX_VCPUS
 from ipc.shm import room
 from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
-from workers.accel.kvm import vm
+from workers.accel import registry
 
 from ..errors import VmmError
 from ..machine.runtime import leftovers, runtime_root
@@ -38,39 +37,28 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
-    return [*_kvm(), _unicorn(), _replay(), *_shared_memory(), *_limits(), _post_copy(), _write_log(),
+    accelerators = [each for name in registry.names() for each in _accelerator(name)]
+    return [*accelerators, *_shared_memory(), *_limits(), _post_copy(), _write_log(),
             *_packages(), _kernel_cache(), _compiler(), *_runtime_directory()]
 
 
 def healthy(findings: list[Finding]) -> bool:
     """At least one accelerator can be used and nothing essential is missing."""
-    accelerators = {f.name: f.status for f in findings if f.name in ("kvm", "unicorn")}
+    accelerators = {f.name: f.status for f in findings if f.name in registry.names("guest")}
     return "ok" in accelerators.values() and all(f.status != "fail" for f in findings)
 
 
-def _kvm() -> list[Finding]:
-    info = vm.probe()
-    if info.reason:
-        return [Finding("kvm", "absent", info.reason, "accel: unicorn works without it")]
-    found = [Finding("kvm", "ok", "/dev/kvm can be used")]
-    if info.ring_capability is None:
+def _accelerator(name: str) -> list[Finding]:
+    here, can = registry.available(name), registry.capabilities(name)
+    if here.reason:
+        return [Finding(name, "absent", here.reason, here.advice)]
+    found = [Finding(name, "ok", here.found)]
+    if not here.ring_max:
         found.append(Finding("dirty ring", "warn", "this kernel has no dirty rings",
                              "machines fall back to the plain dirty bitmap"))
-    else:
-        found.append(Finding("dirty ring", "ok", f"KVM_CAP_{info.ring_capability}, "
-                                                 f"at most {info.max_entries} entries"))
+    elif can.kernel_ring:
+        found.append(Finding("dirty ring", "ok", f"{here.ring}, at most {here.ring_max} entries"))
     return found
-
-
-def _unicorn() -> Finding:
-    try:
-        return Finding("unicorn", "ok", f"version {importlib.metadata.version('unicorn')}")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding("unicorn", "absent", "not installed", "pip install unicorn")
-
-
-def _replay() -> Finding:
-    return Finding("replay", "ok", f"no CPU, no guest memory: up to {MAX_VCPUS} rings; runs no guest")
 
 
 def _shared_memory() -> list[Finding]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError
+from workers.accel import registry
 
 from ..errors import ExitCode, VmmError, no_memory
 from ..machine import records, verbs
@@ -271,7 +272,7 @@ class Machine:
     def _slots(self) -> dict[int, dict[str, Any]]:
         """As they are now. Raises VmmError where nobody may look into them."""
         answer = self._client.ask(verbs.Slots)
-        if answer["accelerator"] == "replay":
+        if not registry.capabilities(answer["accelerator"]).guests:
             raise VmmError(no_memory(self.name))
         if answer["incoming"]:
             raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
@@ -299,7 +300,7 @@ class Machine:
 
     def require_memory(self) -> None:
         """Raises VmmError for a machine that has none to save or move (replay)."""
-        if self.status()["accelerator"] == "replay":
+        if not registry.capabilities(self.status()["accelerator"]).guests:
             raise VmmError(no_memory(self.name))
 
     def system(self) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import re
 
 from ipc.messages import ReplayPhase, ReplaySpec
 from ipc.shm import PAGE_SIZE
-from workers.accel.kvm import vm
+from workers.accel import registry
 
 from ..errors import VmmError
 from ..guests import WORKLOADS, WorkloadError, get_workload, resolve_params
@@ -24,34 +24,32 @@ from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
 __all__ = ["choose_accelerator", "plan"]
 
 
-def choose_accelerator(wanted: str) -> str:
-    """``auto`` is kvm where it can be used, else unicorn. Raises VmmError when ``kvm`` is asked for
-    and cannot be had."""
-    if wanted == "unicorn":
-        return wanted
-    info = vm.probe()
-    if not info.reason:
-        return "kvm"
-    if wanted == "kvm":
-        raise VmmError(f"kvm cannot be used here: {info.reason}")
-    return "unicorn"
+def choose_accelerator(wanted: str, section: str = "guest") -> str:
+    """``auto`` is the first that can be used here, of those that take this section of the configuration. Raises
+    VmmError when the one that is wanted, or none, can be had."""
+    reasons = []
+    for name in registry.names(section) if wanted == "auto" else [wanted]:
+        found = registry.available(name)
+        if not found.reason:
+            return name
+        reasons.append(f"{name} cannot be used here: {found.reason}")
+    raise VmmError("; ".join(reasons))
 
 
 def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
          trace_file: str = "", linger: bool = True) -> MachineSpec:
     """Resolve a MachineConfig. Raises VmmError, naming the key, when this host cannot run it."""
     try:
-        accel = "replay" if config.replay is not None else choose_accelerator(config.accel)
+        accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay")
     except VmmError as exc:
         raise ConfigError(f"{config.where('accel')}: {exc}") from None
     entries = config.dirty_ring_size
-    if accel == "kvm" and entries:
-        info = vm.probe()
-        if info.ring_capability is None:
-            entries = 0     # no ring in this kernel: the plain bitmap does the same work
-        elif entries > info.max_entries:
-            raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but this kernel's largest "
-                           f"ring has {info.max_entries}")
+    largest = registry.available(accel).ring_max
+    if not largest:
+        entries = 0     # no ring in this kernel: the plain bitmap does the same work
+    elif entries > largest:
+        raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but the largest ring here has "
+                       f"{largest}")
     if config.tracking is not None:
         try:
             check_tracking(config.tracking, accel, entries)

@@ -124,5 +124,5 @@ class Core:
             raise VmmError(f"machine '{self.spec.name}': its memory is still on its way here (post-copy)")
 
     def require_memory(self) -> None:
-        if self.spec.accel == "replay":
+        if not self.spec.can.guests:
             raise VmmError(no_memory(self.spec.name))

@@ -61,7 +61,7 @@ def add_slot(core: Core, spec: RamSlot) -> None:
     """Raises VmmError and SegmentError, with the machine as it was, in every worker."""
     core.require_not_ended()
     core.require_whole_memory()
-    check_new_slot(spec, [s.spec for s in core.parts.log.slots.values()], replay=core.spec.accel == "replay",
+    check_new_slot(spec, [s.spec for s in core.parts.log.slots.values()], mapped=core.spec.can.guests,
                    top=boot.mapped_top(max(s.gpa + s.size for s in core.spec.slots)))
     with contextlib.ExitStack() as undo:
         slot = core.parts.new_slot(spec, create=True)

@@ -70,7 +70,7 @@ class Incoming:
         core = self._core
         core.pages_missing = core.shards.pages_missing = missing
         # KVM_RUN is interrupted while it waits for a page.
-        core.reaper.only_full = missing and core.spec.accel != "kvm"
+        core.reaper.only_full = missing and not core.spec.can.interruptible_fault
 
     def _whole(self) -> None:
         if self._watch is not None:

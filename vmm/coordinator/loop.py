@@ -249,8 +249,8 @@ class Coordinator:
         self.shards.start_paused()
         self.shards.await_hello()
         if self.spec.verify is not None:
-            core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
-                                          self._block, core.parts.usable)
+            core.verifier = make_verifier(self.spec.verify, core.parts.log, self.shards.all, self._block,
+                                          core.parts.usable, memory=self.spec.can.guests)
             self._closing.callback(core.verifier.close)
         core.state = "ready"
         core.save()
@@ -306,8 +306,9 @@ class Coordinator:
         else:
             self._bring_into_line()
         if self.spec.verify is not None:
-            core.verifier = make_verifier(self.spec.accel, self.spec.verify, core.parts.log, self.shards.all,
-                                          self._block, core.parts.usable, saved.verification or Verification())
+            core.verifier = make_verifier(self.spec.verify, core.parts.log, self.shards.all, self._block,
+                                          core.parts.usable, saved.verification or Verification(),
+                                          memory=self.spec.can.guests)
             self._closing.callback(core.verifier.close)
             self._next_round = time.monotonic()
         for shard in self.shards.all:
@@ -341,7 +342,7 @@ class Coordinator:
             # The vCPUs stand still. They stay so with what is set here, until they are resumed.
             self.shards.pause(self.shards.all)
             switch.fulfil(core.parts, self.shards)
-        elif self.spec.accel == "kvm":
+        elif self.spec.can.kernel_ring:
             self.shards.adopt_fds(core.live)
         self.shards.pause_all()
         slots = core.parts.log.slots.values()

@@ -69,7 +69,7 @@ class Parts:
         return machine_control(self.control_segment.address)
 
     def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
-        replay = self.spec.accel == "replay"
+        replay = not self.spec.can.guests
         logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.tracking in BITMAPS) else 0
         return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
                           reapers=self.spec.reaper.reapers)
@@ -88,7 +88,7 @@ class Parts:
                 if self.tracking != tracking:
                     for words in slot.vcpu_logs:
                         words[:] = 0
-        elif tracking == "ring" and self.spec.accel != "kvm":
+        elif tracking == "ring" and not self.spec.can.kernel_ring:
             for i in range(len(self.rings), self.spec.vcpus):
                 name = segment_name(self.spec.name, f"ring{i}")
                 self.rings.append(self.stack.enter_context(Segment.adopt(name, self.spec.ring_entries * 16)[0]))
@@ -123,7 +123,7 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
     Raises VmmError and SegmentError; nothing is left behind then.
     """
     image, slots = None, []
-    if spec.accel != "replay":
+    if spec.can.guests:
         image = loader.load_image(spec.image, spec.load_address)
         loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
         slots = _boot_slots(spec, image)
@@ -218,7 +218,7 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
             raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
         parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
                       tracking=tracking, stack=stack)
-        if spec.accel != "replay":
+        if spec.can.guests:
             image = loader.load_image(spec.image, spec.load_address)
             parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
         stack.callback(parts.log.close)
@@ -240,7 +240,7 @@ def make_shards(parts: Parts) -> list[Shard]:
     for index in range(spec.vcpus):
         block = vcpu_control(parts.control_segment.address, index)
         shard = Shard(index, block, parts.ring_entries)
-        if parts.ring_entries and spec.accel != "kvm":
+        if parts.ring_entries and not spec.can.kernel_ring:
             shard.map_software_ring(parts.rings[index])
         shards.append(shard)
     return shards
@@ -268,7 +268,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         request_endpoint=sockets.endpoint(directory, "requests"),
         notify_endpoint=sockets.endpoint(directory, "notify"),
         fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,
-        boot={} if spec.accel == "replay" else boot.boot_registers(
+        boot={} if not spec.can.guests else boot.boot_registers(
             index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
             stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
     )

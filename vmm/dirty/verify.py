@@ -336,9 +336,11 @@ def _pages(at: NDArray[np.int64], words: NDArray[np.uint64]) -> list[int]:
 AnyVerifier = Verifier | ReplayVerifier
 
 
-def make_verifier(accel: str, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
-                  usable: dict[int, tuple[int, int]], resume: Verification | None = None) -> AnyVerifier:
-    """The one for this accelerator; ``resume``: go on where a predecessor's left off."""
-    if accel == "replay":
+def make_verifier(spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+                  usable: dict[int, tuple[int, int]], resume: Verification | None = None, *,
+                  memory: bool) -> AnyVerifier:
+    """``memory``: the machine has some, to be compared with the log. ``resume``: go on where a predecessor's left
+    off."""
+    if not memory:
         return ReplayVerifier(spec, log, shards, control, resume)
     return Verifier(spec, log, shards, control, usable, resume)

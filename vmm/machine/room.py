@@ -30,10 +30,6 @@ CLIENT_DESCRIPTORS = 64
 _VCPU_DESCRIPTORS = 5
 #: Address space of processes beside the guest's memory, and of each thread that harvests, MiB.
 _COORDINATOR_SPACE, _THREAD_SPACE = 400, 64
-_WORKER_SPACE = {"kvm": 200, "unicorn": 1500, "replay": 500}
-#: Memory that processes have to themselves, MiB: keeper, coordinator and what forks the workers; and each worker.
-_BASE_MEMORY = {"kvm": 45, "unicorn": 100, "replay": 90}
-_WORKER_MEMORY = {"kvm": 5, "unicorn": 10, "replay": 10}
 
 
 class RoomError(VmmError):
@@ -47,7 +43,7 @@ class RoomError(VmmError):
 
 def shared_memory(spec: MachineSpec) -> int:
     """Bytes that its segments take: RAM (with ``verify``, a copy too), bitmaps, software rings."""
-    replay, verify = spec.accel == "replay", spec.verify is not None
+    replay, verify = not spec.can.guests, spec.verify is not None
     total = control_size(spec.vcpus)
     for slot in spec.slots:
         if not replay:
@@ -55,14 +51,14 @@ def shared_memory(spec: MachineSpec) -> int:
         total += bitmap_bytes(slot.pages) * (spec.reaper.reapers + 1 + (2 if replay and verify else 0))
         if spec.asked_tracking in BITMAPS:
             total += 8 * word_count(slot.pages) * spec.vcpus
-    if spec.accel != "kvm":
+    if not spec.can.kernel_ring:
         total += 16 * spec.ring_entries * spec.vcpus
     return total
 
 
 def private_memory(spec: MachineSpec) -> int:
     """Bytes that its processes take beside that."""
-    return (_BASE_MEMORY[spec.accel] + _WORKER_MEMORY[spec.accel] * spec.vcpus) * _MIB
+    return (spec.can.base_memory + spec.can.worker_memory * spec.vcpus) * _MIB
 
 
 def address_space(spec: MachineSpec) -> int:
@@ -70,7 +66,7 @@ def address_space(spec: MachineSpec) -> int:
     replay has RAM that takes no memory, but is mapped."""
     ram = sum(s.size for s in spec.slots)
     coordinator = (_COORDINATOR_SPACE + _THREAD_SPACE * (spec.reaper.reapers - 1)) * _MIB + shared_memory(spec)
-    return max(coordinator + (ram if spec.accel == "replay" else 0), _WORKER_SPACE[spec.accel] * _MIB + ram)
+    return max(coordinator + (0 if spec.can.guests else ram), spec.can.space * _MIB + ram)
 
 
 def descriptors(spec: MachineSpec) -> int:
@@ -82,7 +78,7 @@ def descriptors(spec: MachineSpec) -> int:
 
 def check_room(spec: MachineSpec) -> None:
     """Raises RoomError."""
-    copy = spec.verify is not None and spec.accel != "replay"
+    copy = spec.verify is not None and spec.can.guests
     what = "the machine (RAM, and the verifier has a copy)" if copy else "the machine"
     needed, there = shared_memory(spec), room()
     if there.of_cgroup:

@@ -17,6 +17,7 @@ import msgspec
 from ipc.layout import MAX_SLOTS, MAX_VCPUS, RING_MAX, RING_MIN
 from ipc.messages import ReplaySpec
 from ipc.shm import PAGE_SIZE
+from workers.accel import registry
 
 from ..errors import VmmError
 from . import boot
@@ -25,11 +26,10 @@ from .names import check_machine_name
 from .spec import REAPERS_MAX, MachineSpec, RamSlot
 from .trackings import CHOICES
 
-__all__ = ["ACCELERATORS", "GPA_MAX", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX",
+__all__ = ["GPA_MAX", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX",
            "STACK_MIN", "SYSTEM_AREA", "RuleError", "arriving", "check_machine", "check_new_slot", "check_quota",
            "check_ring", "check_slots", "check_stack"]
 
-ACCELERATORS = ("kvm", "unicorn", "replay")
 GPA_MAX = 1 << 40                       # RAM ends below it
 REPLAY_GPA_MAX = 1 << 44                # nothing is mapped there: this is what the numbering of pages allows
 SYSTEM_AREA = (boot.SYSTEM_GPA, boot.SYSTEM_GPA + 0x100_0000)
@@ -60,19 +60,19 @@ def check_machine(spec: MachineSpec) -> None:
     """Everything about a machine that does not depend on this host. Raises RuleError, and VmmError for its name."""
     spec = _typed(spec)
     check_machine_name(spec.name)
-    replay = spec.accel == "replay"
-    _one_of("accel", spec.accel, ACCELERATORS)
+    _one_of("accel", spec.accel, registry.names())
+    can = spec.can
     _number("vcpus", spec.vcpus, 1, MAX_VCPUS)
     _one_of("privilege", spec.privilege, ("user", "kernel"))
     check_ring(spec.ring_entries)
     _one_of("tracking", spec.tracking, ("", *CHOICES))
     if spec.tracking == "ring" and not spec.ring_entries:
         raise RuleError("tracking", "ring needs a dirty_ring_size above 0")
-    check_slots(spec.slots, replay=replay)
+    check_slots(spec.slots, mapped=can.guests)
     for slot in spec.slots:
         _number(f"slot {slot.id}: born", slot.born, 0, (1 << 63) - 1)
     check_stack(spec.stack_size)
-    _check_guest(spec, replay)
+    _check_guest(spec, can.guests)
     _check_times(spec)
     for quota in (spec.dirty_quota, *spec.dirty_quotas):
         check_quota(quota)
@@ -85,10 +85,11 @@ def check_machine(spec: MachineSpec) -> None:
     check_patterns(spec.trace)
     if spec.trace_file:
         _check_path("trace_file", spec.trace_file)
-    if replay:
+    if not can.guests:
         _check_replay(spec)
     elif spec.replay is not None or spec.replay_trace:
-        raise RuleError("replay", f"goes with accel replay, and it is {spec.accel}")
+        wanted = " or ".join(registry.names("replay"))
+        raise RuleError("replay", f"goes with accel {wanted}, and it is {spec.accel}")
 
 
 def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bool) -> MachineSpec:
@@ -120,30 +121,30 @@ def check_stack(size: int) -> None:
                                       f"{STACK_MAX}")
 
 
-def check_slots(slots: Sequence[RamSlot], *, replay: bool) -> None:
+def check_slots(slots: Sequence[RamSlot], *, mapped: bool) -> None:
     """A machine's memory slots, in the order of its file. Raises RuleError."""
     if not 1 <= len(slots) <= MAX_SLOTS:
         raise RuleError("memory", f"{len(slots)} slots, and there may be 1 to {MAX_SLOTS}")
-    taken = [] if replay else [("the system area", *SYSTEM_AREA)]
+    taken = [("the system area", *SYSTEM_AREA)] if mapped else []
     ids: set[int] = set()
     for at, slot in enumerate(slots):
         key = f"memory.{at}"
-        _check_slot(key, f"{key}.", slot, taken, REPLAY_GPA_MAX if replay else GPA_MAX)
+        _check_slot(key, f"{key}.", slot, taken, GPA_MAX if mapped else REPLAY_GPA_MAX)
         if slot.id in ids:
             raise RuleError(f"{key}.slot", f"slot {slot.id} is there twice")
         ids.add(slot.id)
         taken.append((key, slot.gpa, slot.gpa + slot.size))
 
 
-def check_new_slot(slot: RamSlot, there: Iterable[RamSlot], *, replay: bool, top: int) -> None:
+def check_new_slot(slot: RamSlot, there: Iterable[RamSlot], *, mapped: bool, top: int) -> None:
     """A slot to be plugged in beside those that are ``there``; ``top``: first guest address that the machine cannot
     reach (a replayed one reaches all). Raises RuleError."""
-    taken = [] if replay else [("the system area", *SYSTEM_AREA)]
+    taken = [("the system area", *SYSTEM_AREA)] if mapped else []
     for other in there:
         if other.id == slot.id:     # there are ids for as many slots as there may be
             raise RuleError(f"slot {other.id}", "there is one already")
         taken.append((f"slot {other.id}", other.gpa, other.gpa + other.size))
-    _check_slot(f"slot {_shown(slot.id)}", "", slot, taken, REPLAY_GPA_MAX if replay else min(top, GPA_MAX))
+    _check_slot(f"slot {_shown(slot.id)}", "", slot, taken, min(top, GPA_MAX) if mapped else REPLAY_GPA_MAX)
 
 
 def _check_slot(whole: str, prefix: str, slot: RamSlot, taken: Iterable[tuple[str, int, int]], top: int) -> None:
@@ -164,11 +165,11 @@ def _check_slot(whole: str, prefix: str, slot: RamSlot, taken: Iterable[tuple[st
             raise RuleError(whole, f"[{start:#x}, {end:#x}) overlaps {what} [{other_start:#x}, {other_end:#x})")
 
 
-def _check_guest(spec: MachineSpec, replay: bool) -> None:
-    if not replay:
+def _check_guest(spec: MachineSpec, guests: bool) -> None:
+    if guests:
         _check_path("guest.image", spec.image)
     elif spec.image:
-        raise RuleError("guest.image", "replay runs no guest")
+        raise RuleError("guest.image", f"{spec.accel} runs no guest")
     if spec.load_address is not None:
         _number("guest.address", spec.load_address, 0, GPA_MAX - 1)
     if len(spec.params) > boot.PARAMS_MAX:
@@ -198,8 +199,8 @@ def _check_times(spec: MachineSpec) -> None:
 def _check_replay(spec: MachineSpec) -> None:
     replay = spec.replay
     if replay is None:
-        raise RuleError("replay", "is missing, and accel is replay")
-    if not spec.ring_entries or spec.tracking not in ("", "ring"):
+        raise RuleError("replay", f"is missing, and accel is {spec.accel}")
+    if not spec.ring_entries or spec.tracking not in ("", *spec.can.trackings):
         raise RuleError("replay", "drives dirty rings, and has no other tracking")
     if bool(replay.phases) == bool(spec.replay_trace):
         raise RuleError("replay", "has either phases or a trace")

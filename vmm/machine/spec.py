@@ -9,6 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from ipc.messages import ReplaySpec
+from workers.accel import registry
+from workers.accel.base import Capabilities
 
 __all__ = ["REAPERS_MAX", "MachineSpec", "RamSlot", "ReaperSpec", "VerifySpec", "decode_spec", "encode_spec"]
 
@@ -46,7 +48,7 @@ class VerifySpec(msgspec.Struct, frozen=True):
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
-    accel: str                  # "kvm" | "unicorn" | "replay"
+    accel: str                  # a folder of workers/accel
     vcpus: int
     privilege: str              # "user" | "kernel"
     ring_entries: int           # of a ring, when there are rings; 0: there never are
@@ -67,6 +69,11 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
     replay_trace: str = ""      # absolute path of the trace that it is to be taken from
     linger: bool                # stay after the end until a client releases the machine
+
+    @property
+    def can(self) -> Capabilities:
+        """What its accelerator can. Raises AccelError where this program has none called so."""
+        return registry.capabilities(self.accel)
 
     @property
     def quotas(self) -> list[int]:

@@ -261,7 +261,7 @@ class TraceReader:
             raise self._bad("is damaged: its header's checksum does not match")
         try:
             header = decode_json(text, TraceHeader)
-            check_slots(header.slots, replay=True)
+            check_slots(header.slots, mapped=False)
         except RuleError as exc:
             raise self._bad(f"is damaged: its header names a slot that cannot be: {exc}") from None
         except ValueError as exc:

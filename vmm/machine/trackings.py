@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ipc.layout import Tracking
 from ipc.writelog import write_log_missing
-from workers.accel.kvm import vm
+from workers.accel import registry
 
 from ..errors import VmmError
 
@@ -25,12 +25,12 @@ def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
     """Raises VmmError, with what to do, where this host or machine cannot track that way."""
     if mode not in CHOICES:
         raise VmmError(f"unknown tracking '{mode}' (there are: {', '.join(CHOICES)})")
-    if accel == "replay" and mode != "ring":
-        raise VmmError(f"tracking {mode}: replay drives dirty rings, and has no other")
+    if mode not in (*registry.capabilities(accel).trackings, "auto"):
+        raise VmmError(f"tracking {mode}: {accel} drives dirty rings, and has no other")
     if mode == "ring":
         if not ring_entries:
             raise VmmError("tracking ring: the machine has no ring size (dirty_ring_size is 0)")
-        if accel == "kvm" and vm.probe().ring_capability is None:
+        if not registry.available(accel).ring_max:
             raise VmmError("tracking ring: this kernel has no dirty rings (use bitmap, uffd or auto)")
     if mode == "uffd":
         missing = write_log_missing()

@@ -1,4 +1,4 @@
-"""What an accelerator must offer the run loop (workers/process.py), and how one is chosen by name.
+"""What an accelerator must offer: its package (``Backend``), and to the run loop (``Accelerator``).
 
 Threads: ``run`` and ``registers`` are called on the vCPU thread (the process's main thread);
 ``reset_ring`` and ``interrupt`` from the service thread at any time, also while ``run`` is in the
@@ -9,20 +9,69 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ipc.layout import VcpuControl
+from ipc.layout import RING_MAX
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
-from ..memory import GuestMemory
-from ..ports import PortBus, PortEvent
-from ..state import VcpuSaved
+if TYPE_CHECKING:
+    from ipc.layout import VcpuControl
 
-__all__ = ["AccelError", "Accelerator", "Exit", "ExitKind", "load"]
+    from ..memory import GuestMemory
+    from ..ports import PortBus, PortEvent
+    from ..state import VcpuSaved
+
+__all__ = ["AccelError", "Accelerator", "Available", "Backend", "Capabilities", "Exit", "ExitKind"]
 
 
 class AccelError(Exception):
     """The accelerator cannot do what was asked; the text is fit for a user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an accelerator can do, as data. Whoever wants to know asks this, and nobody asks for a name."""
+
+    section: str                    # what it takes of a configuration: "guest", or "replay": it has no CPU and
+                                    # no memory, and drives rings alone
+    kernel_ring: bool               # the kernel makes its ring, mapped from the vCPU fd; else it is a segment
+    interruptible_fault: bool       # a vCPU that waits for a page (post-copy) can be kicked
+    trackings: tuple[str, ...]      # ways of dirty tracking, of vmm.machine.trackings.MODES
+    preference: int                 # ``accel: auto`` takes the highest of those that can be used here
+    space: int                      # address space of a worker beside the guest's memory, MiB
+    base_memory: int                # private memory of keeper, coordinator and what forks the workers, MiB
+    worker_memory: int              # and of each worker
+
+    @property
+    def guests(self) -> bool:
+        """It has memory and CPUs, and runs guests."""
+        return self.section == "guest"
+
+
+@dataclass(frozen=True, slots=True)
+class Available:
+    """What an accelerator finds on this host."""
+
+    reason: str = ""                # why it cannot be used here, for a user; empty when it can
+    advice: str = ""                # what to do then
+    found: str = ""                 # what there is, for a user
+    ring_max: int = RING_MAX        # entries of its largest ring; 0: it has no rings here
+    ring: str = ""                  # what its rings are, where that depends on the host
+
+
+class Backend(Protocol):
+    """What the package of an accelerator (a folder here) has. Importing it loads nothing else."""
+
+    @property
+    def CAPABILITIES(self) -> Capabilities: ...
+
+    def probe(self) -> Available:
+        """Look; nothing is changed."""
+        ...
+
+    def load(self) -> type[Accelerator]:
+        """Import the accelerator itself. Raises ImportError."""
+        ...
 
 
 class ExitKind(Enum):
@@ -113,23 +162,3 @@ class Accelerator(Protocol):
 
     def close(self) -> None:
         """Idempotent."""
-
-
-def load(name: str) -> type[Accelerator]:
-    """The accelerator class called ``name``; imported only now, so that a KVM worker pays for
-    nothing a software CPU needs. Raises AccelError."""
-    if name == "kvm":
-        from .kvm.vm import KvmAccelerator
-
-        return KvmAccelerator
-    if name == "unicorn":
-        try:
-            from .unicorn.cpu import UnicornAccelerator
-        except ImportError as exc:
-            raise AccelError(f"the unicorn accelerator cannot be loaded: {exc}") from None
-        return UnicornAccelerator
-    if name == "replay":
-        from .replay.producer import ReplayAccelerator
-
-        return ReplayAccelerator
-    raise AccelError(f"unknown accelerator '{name}'")

@@ -6,6 +6,8 @@ import re
 
 import msgspec
 
+from workers.accel.base import AccelError
+
 from ...errors import VmmError
 from ...machine.rules import arriving, check_machine
 from ...machine.spec import MachineSpec
@@ -20,11 +22,11 @@ def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool) -> M
     """The offered machine as it is to be here. Raises WireError for one that cannot be."""
     if not _TOKEN.fullmatch(offer.token):
         raise WireError("the source offers a machine without a token")
-    if offer.spec.accel == "replay":
-        raise WireError("the source offers a machine that has no memory")
     try:
+        if not offer.spec.can.guests:
+            raise WireError("the source offers a machine that has no memory")
         return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger)
-    except VmmError as exc:
+    except (VmmError, AccelError) as exc:
         raise WireError(f"the source offers a machine that cannot be: {exc}") from None
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from workers.accel.base import AccelError
 from workers.state import StateError, check_states
 
 from ...errors import VmmError, one_line
@@ -103,12 +104,12 @@ def _problem(manifest: Manifest) -> str:
     parent = manifest.parent
     if parent is not None and not (is_snapshot_id(parent) and int(parent) < int(manifest.id)):
         return "its parent is not a snapshot before it"
-    if spec.accel == "replay":
-        return "its machine has no memory to restore"
     try:
+        if not spec.can.guests:
+            return "its machine has no memory to restore"
         arriving(spec, name=spec.name, image="/image", accel=spec.accel, linger=False)
         check_states(manifest.vcpus, spec.vcpus)
-    except (VmmError, StateError) as exc:
+    except (VmmError, StateError, AccelError) as exc:
         return one_line(str(exc))
     if [(s.id, s.gpa, s.size, s.log, s.born) for s in manifest.slots] != [
             (s.id, s.gpa, s.size, s.log, s.born) for s in spec.slots]:

@@ -74,9 +74,9 @@ def fulfil(parts: Parts, shards: Shards) -> None:
     for shard in shards.all:
         shard.control.fetch_total = shard.control.reset_total   # 0, but where the worker had no need to change
         shard.use_ring(parts.ring_entries)
-        if parts.ring_entries and parts.spec.accel != "kvm":
+        if parts.ring_entries and not parts.spec.can.kernel_ring:
             shard.map_software_ring(parts.rings[shard.index])
-    if parts.spec.accel == "kvm":
+    if parts.spec.can.kernel_ring:
         shards.adopt_fds([s for s in shards.all if s.alive])
 
 

@@ -29,6 +29,8 @@ from pydantic import (
     model_validator,
 )
 
+from workers.accel import registry
+
 from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig, explain
 from ...client.plan import choose_accelerator, plan
 from ...client.yamlfile import ConfigError, Lines, read_yaml
@@ -198,7 +200,7 @@ class Point:
         return MachineConfig.model_validate(document)
 
     def _load(self) -> dict[str, Any]:
-        if self.accel == "replay":
+        if not registry.capabilities(self.accel).guests:
             return {"replay": {"pattern": self.workload, **dict(self.params)}}
         try:
             known = [p.name for p in get_workload(self.workload).params]

@@ -13,11 +13,9 @@ import errno
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ipc.layout import RING_MIN, DirtyGfn, Tracking, VcpuControl
+from ipc.layout import DirtyGfn, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
 from ...faults import describe, read_frame
@@ -25,76 +23,12 @@ from ...memory import GuestMemory
 from ...ports import PortBus, PortEvent, PortEventKind, UnknownPort
 from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind
-from . import api as api
+from . import api
 from . import state as kvm_state
+from .host import DEVICE, RING_CAPABILITIES, probe, ring_size_error
 from .tables import PageTables, Region
 
-__all__ = ["KvmAccelerator", "KvmInfo", "nested_paging", "probe", "ring_size_error"]
-
-_DEVICE = Path("/dev/kvm")
-_MODULES = Path("/sys/module")
-
-_RING_CAPABILITIES = {"DIRTY_LOG_RING_ACQ_REL": api.CAP_DIRTY_LOG_RING_ACQ_REL,
-                      "DIRTY_LOG_RING": api.CAP_DIRTY_LOG_RING}     # in the order of preference
-
-
-# --- what this host offers ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class KvmInfo:
-    present: bool                   # /dev/kvm is there
-    permitted: bool                 # and can be opened
-    ring_capability: str | None     # name of the best one, without KVM_CAP_; None: plain bitmaps only
-    max_entries: int                # of a ring; 0 without rings
-    reason: str                     # why KVM cannot be used, for a user; empty when it can
-
-
-def probe() -> KvmInfo:
-    """Look at /dev/kvm; changes nothing."""
-    if not _DEVICE.exists():
-        return KvmInfo(False, False, None, 0, f"{_DEVICE} is missing (no KVM in this kernel, or no hardware "
-                                              "virtualisation offered to this machine)")
-    try:
-        fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError:
-        return KvmInfo(True, False, None, 0, f"no permission to open {_DEVICE} (add the user to its group, "
-                                             "usually kvm, and log in again)")
-    except OSError as exc:
-        return KvmInfo(True, False, None, 0, f"{_DEVICE} cannot be opened: {exc.strerror}")
-    try:
-        version = api.ioctl(fd, api.GET_API_VERSION)
-        if version != api.API_VERSION:
-            return KvmInfo(True, True, None, 0, f"KVM API version {version}, not {api.API_VERSION}")
-        for name, capability in _RING_CAPABILITIES.items():
-            largest = api.ioctl(fd, api.CHECK_EXTENSION, capability)
-            if largest:
-                return KvmInfo(True, True, name, largest // ctypes.sizeof(DirtyGfn), "")
-        return KvmInfo(True, True, None, 0, "")
-    except OSError as exc:
-        return KvmInfo(True, False, None, 0, f"{_DEVICE} is no KVM: {exc.strerror}")
-    finally:
-        os.close(fd)
-
-
-def nested_paging() -> bool:
-    """KVM has the processor walk a second set of tables (EPT, NPT), and shadows none of the guest's."""
-    for parameter in ("kvm_intel/parameters/ept", "kvm_amd/parameters/npt"):
-        with contextlib.suppress(OSError):
-            if (_MODULES / parameter).read_text().strip() in ("Y", "1"):
-                return True
-    return False
-
-
-def ring_size_error(entries: int, info: KvmInfo) -> str:
-    """What is wrong with a ring of so many entries on this host; empty when nothing is [8.29]."""
-    if entries & entries - 1 or not RING_MIN <= entries <= info.max_entries:
-        return (f"{entries} entries: a power of two from {RING_MIN} to {info.max_entries} is needed "
-                f"(KVM_CAP_{info.ring_capability})")
-    return ""
-
-
-# --- the accelerator ----------------------------------------------------------------------------------------
+__all__ = ["KvmAccelerator"]
 
 
 class KvmAccelerator:
@@ -121,7 +55,7 @@ class KvmAccelerator:
         spec = self._spec
         with contextlib.ExitStack() as stack:
             try:
-                self._kvm = _owned(stack, os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+                self._kvm = _owned(stack, os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
                 self._vm = _owned(stack, api.ioctl(self._kvm, api.CREATE_VM))
                 self._enable_dirty_log()
                 self._tables.forget_writes()
@@ -156,7 +90,7 @@ class KvmAccelerator:
         wrong = ring_size_error(entries, info)
         if info.ring_capability is None or wrong:
             raise AccelError(f"dirty ring: {wrong or 'this kernel has none'}")
-        cap = api.EnableCap(cap=_RING_CAPABILITIES[info.ring_capability])
+        cap = api.EnableCap(cap=RING_CAPABILITIES[info.ring_capability])
         cap.args[0] = entries * ctypes.sizeof(DirtyGfn)
         api.ioctl(self._vm, api.ENABLE_CAP, cap)
 

@@ -1,1 +1,33 @@
-"""."""
+"""A software CPU: Unicorn (QEMU's TCG as a library), with dirty logging, kicks and real atomics.
+
+    cpu.py          the accelerator: what happens around the guest
+    hooks.py        what happens at the guest's speed, as Numba compiles it; compiled.py has it to call
+    context.py      what both know, as plain C structures
+    decode.py       which instructions need help
+    state.py        the architectural state, in and out
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from ..base import Accelerator, Available, Capabilities
+
+__all__ = ["CAPABILITIES", "load", "probe"]
+
+CAPABILITIES = Capabilities(section="guest", kernel_ring=False, interruptible_fault=False,
+                            trackings=("ring", "bitmap", "uffd", "none"), preference=1,
+                            space=1500, base_memory=100, worker_memory=10)
+
+
+def probe() -> Available:
+    try:
+        return Available(found=f"version {importlib.metadata.version('unicorn')}")
+    except importlib.metadata.PackageNotFoundError:
+        return Available("not installed", "pip install unicorn", ring_max=0)
+
+
+def load() -> type[Accelerator]:
+    from .cpu import UnicornAccelerator
+
+    return UnicornAccelerator

@@ -1,0 +1,46 @@
+"""Which accelerators there are: the folders beside this file, by name. None is imported before it is asked for, so
+that a KVM worker pays for nothing that a software CPU needs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import cast
+
+from .base import Accelerator, AccelError, Available, Backend, Capabilities
+
+__all__ = ["available", "capabilities", "load", "names"]
+
+
+def names(section: str | None = None) -> tuple[str, ...]:
+    """Those of the installation, what ``accel: auto`` prefers first; ``section``: those that take this one of the
+    configuration."""
+    found = [(m.name, capabilities(m.name)) for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg]
+    return tuple(name for name, can in sorted(found, key=lambda each: -each[1].preference)
+                 if section in (None, can.section))
+
+
+def capabilities(name: str) -> Capabilities:
+    """Raises AccelError where there is none called so."""
+    return _backend(name).CAPABILITIES
+
+
+def available(name: str) -> Available:
+    """On this host. Raises AccelError where there is none called so."""
+    return _backend(name).probe()
+
+
+def load(name: str) -> type[Accelerator]:
+    """The accelerator itself. Raises AccelError."""
+    backend = _backend(name)
+    try:
+        return backend.load()
+    except ImportError as exc:
+        raise AccelError(f"the {name} accelerator cannot be loaded: {exc}") from None
+
+
+def _backend(name: str) -> Backend:
+    if not name.isidentifier() or not (Path(__file__).parent / name / "__init__.py").is_file():
+        raise AccelError(f"unknown accelerator '{name}'")
+    return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
