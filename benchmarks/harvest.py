@@ -1,6 +1,6 @@
 """The harvest kernel beside the seed's reap loop in C, in turns; and a client's sync of a large slot.
 
-**Harvest.** A ring full of dirty entries is harvested by ``ipc.compiled.harvest`` and by the loop of the seed
+**Harvest.** A ring full of dirty entries is harvested by ``ipc.compiled.calls.harvest`` and by the loop of the seed
 (``seed_reap.c``, gcc -O2), both over the same entries: sequential or random offsets, in one slot or in 32 in turn.
 Filling the ring is not timed. Bitmaps lie as they do in each program: the C loop's at the start of a page, as
 malloc puts large blocks, ours at another cache line for each slot (vmm/machine/memory.py). Ours keeps a summary
@@ -26,8 +26,8 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc import compiled
 from ipc.bitmap import Bitmap, slot_table, summary_words, word_count
+from ipc.compiled import calls
 from ipc.layout import MAX_SLOTS
 
 from .common import Case, Results, arguments_parser, in_turns
@@ -77,7 +77,7 @@ class Rings:
         for number in range(REPEATS):
             self.refill()
             began = time.perf_counter()
-            compiled.harvest(self.ring.ctypes.data, ENTRIES, number * ENTRIES, ENTRIES, self.table.ctypes.data,
+            calls.harvest(self.ring.ctypes.data, ENTRIES, number * ENTRIES, ENTRIES, self.table.ctypes.data,
                             MAX_SLOTS, self.out.ctypes.data)
             took += time.perf_counter() - began
             assert self.out[0] == ENTRIES
@@ -140,7 +140,7 @@ class Sync:
         self.slot.words[self.at] = self.bits
         np.bitwise_or.at(self.slot.summary, self.groups // 64, np.uint64(1) << (self.groups % 64).astype(np.uint64))
         began = time.perf_counter()
-        count = compiled.take(self.slot, self.gathering, self.front)
+        count = calls.take(self.slot, self.gathering, self.front)
         took = time.perf_counter() - began
         assert count == self.pages
         return {"time": took}

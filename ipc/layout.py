@@ -11,18 +11,22 @@ name nothing are ``UNKNOWN``, sums that cannot be are a ring that has lost count
 from __future__ import annotations
 
 import ctypes
+import signal
 from enum import IntEnum, IntFlag
 
 __all__ = [
     "CONTROL_MAGIC",
     "DIRTY_GFN_F_DIRTY",
     "DIRTY_GFN_F_RESET",
+    "IMMEDIATE_EXIT_OFFSET",
+    "KICK_SIGNAL",
     "MAX_SLOTS",
     "MAX_VCPUS",
     "NR_ADDRESS_SPACES",
     "PROTOCOL_VERSION",
     "RING_MAX",
     "RING_MIN",
+    "RING_PAGE_OFFSET",
     "RING_RESERVE",
     "SYSTEM_SLOT",
     "DirtyGfn",
@@ -54,6 +58,14 @@ RING_MIN, RING_MAX = 1024, 65536
 #: Entries kept free when a vCPU is asked out of the guest (soft-full), as KVM does on Intel: 64, and a PML
 #: buffer's 512.
 RING_RESERVE = 64 + 512
+
+#: Where the kernel's ring lies in the mapping of a vCPU fd: KVM_DIRTY_LOG_PAGE_OFFSET (Linux uapi/linux/kvm.h); and
+#: ``immediate_exit`` in kvm_run, at its beginning.
+RING_PAGE_OFFSET = 64
+IMMEDIATE_EXIT_OFFSET = 1
+
+#: Interrupts the vCPU thread of a worker in the guest.
+KICK_SIGNAL = signal.SIGUSR1
 
 # Flags of a ring entry (Linux Documentation/virt/kvm/api.rst, 8.29 KVM_CAP_DIRTY_LOG_RING).
 DIRTY_GFN_F_DIRTY = 1

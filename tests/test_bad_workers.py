@@ -33,8 +33,9 @@ from vmm.coordinator import segments
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.names import machine_dir, machine_prefix, segment_name
 from vmm.machine.spec import MachineSpec
-from vmm.vcpus import pool as shards
-from vmm.vcpus.pool import Shard, Shards
+from vmm.vcpus import pool as vcpus
+from vmm.vcpus.handle import VcpuHandle
+from vmm.vcpus.pool import VcpuPool
 from workers import zygote
 from workers.accel.base import Accelerator, Exit
 from workers.process import Worker
@@ -119,12 +120,12 @@ def test_frames_that_are_none_of_the_protocol_are_counted_and_dropped(accel: str
 def test_an_answer_counts_only_from_the_worker_that_was_asked(tmp_path: Path) -> None:
     """Two stand-ins for workers; one answers for the other."""
     with Segment.create(segment_name("t", "control"), control_size(2)) as control, zmq.Context() as context:
-        pool = Shards(tmp_path, None, lambda message: None, lambda shard: None)
+        pool = VcpuPool(tmp_path, None, lambda message: None, lambda vcpu: None)
         try:
             for index in range(2):
-                shard = Shard(index, layout.vcpu_control(control.address, index), 0)
-                shard.watch(os.getpid())
-                pool.all.append(shard)
+                vcpu = VcpuHandle(index, layout.vcpu_control(control.address, index), 0)
+                vcpu.watch(os.getpid())
+                pool.all.append(vcpu)
             socks = [sockets.connect(context, zmq.DEALER, sockets.endpoint(tmp_path, "requests"),
                                      str(index).encode()) for index in range(2)]
 
@@ -143,9 +144,9 @@ def test_an_answer_counts_only_from_the_worker_that_was_asked(tmp_path: Path) ->
             for sock in socks:
                 sock.close()
         finally:
-            for shard in pool.all:
-                os.close(shard.pidfd)
-                shard.pidfd = -1
+            for vcpu in pool.all:
+                os.close(vcpu.pidfd)
+                vcpu.pidfd = -1
             pool.close()
 
 
@@ -166,9 +167,9 @@ def test_notifications_are_read_for_a_while_and_the_rest_later(tmp_path: Path) -
 
     total = 200_000
     with Segment.create(segment_name("t", "control"), control_size(1)) as control, zmq.Context() as context:
-        pool = Shards(tmp_path, None, count, lambda shard: None)
+        pool = VcpuPool(tmp_path, None, count, lambda vcpu: None)
         try:
-            pool.all.append(Shard(0, layout.vcpu_control(control.address, 0), 0))
+            pool.all.append(VcpuHandle(0, layout.vcpu_control(control.address, 0), 0))
             with context.socket(zmq.PUSH) as notify:
                 notify.sndhwm = notify.linger = 0
                 notify.connect(sockets.endpoint(tmp_path, "notify"))
@@ -409,7 +410,7 @@ def test_a_coordinator_of_another_version_does_not_take_over(accel: str, capfd: 
 
 
 @contextmanager
-def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[Shards, list[int]]]:
+def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[VcpuPool, list[int]]]:
     """Real ones, without a coordinator, and who of them has died. ``changes``: what they are told differently."""
     died: list[int] = []
     directory = machine_dir(machine_spec.name)
@@ -426,13 +427,13 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[Shards,
         stack.callback(process.terminate)
         parts = segments.make_parts(machine_spec, machine_spec.asked_tracking)
         stack.callback(parts.close)
-        pool = Shards(directory, Zygote(sock.detach()), lambda message: None,
-                      lambda shard: died.append(shard.index))
+        pool = VcpuPool(directory, Zygote(sock.detach()), lambda message: None,
+                      lambda vcpu: died.append(vcpu.index))
         stack.callback(lambda: [(directory / name).unlink(missing_ok=True) for name in ("notify", "requests")])
         stack.callback(pool.close)
-        for shard in segments.make_shards(parts):
-            told = segments.worker_spec(parts, shard.index, directory, read)
-            pool.spawn(shard, msgspec.structs.replace(told, **changes))
+        for vcpu in segments.make_handles(parts):
+            told = segments.worker_spec(parts, vcpu.index, directory, read)
+            pool.spawn(vcpu, msgspec.structs.replace(told, **changes))
         pool.start_paused()
         yield pool, died
 
@@ -446,18 +447,18 @@ def test_workers_of_another_version_are_refused_in_one_line(accel: str) -> None:
 
 def test_a_hello_of_another_version_is_refused(tmp_path: Path) -> None:
     with Segment.create(segment_name("t", "control"), control_size(1)) as control, zmq.Context() as context:
-        pool = Shards(tmp_path, None, lambda message: None, lambda shard: None)
+        pool = VcpuPool(tmp_path, None, lambda message: None, lambda vcpu: None)
         try:
-            shard = Shard(0, layout.vcpu_control(control.address, 0), 0)
-            shard.watch(os.getpid())
-            pool.all.append(shard)
+            vcpu = VcpuHandle(0, layout.vcpu_control(control.address, 0), 0)
+            vcpu.watch(os.getpid())
+            pool.all.append(vcpu)
             with sockets.connect(context, zmq.PUSH, sockets.endpoint(tmp_path, "notify")) as notify:
                 notify.send(m.encode(m.Hello(0, os.getpid(), PROTOCOL_VERSION + 1)))
                 with pytest.raises(VmmError, match=f"its worker speaks protocol {PROTOCOL_VERSION + 1}"):
                     pool.await_hello()
         finally:
-            os.close(shard.pidfd)
-            shard.pidfd = -1
+            os.close(vcpu.pidfd)
+            vcpu.pidfd = -1
             pool.close()
 
 
@@ -473,8 +474,8 @@ def test_a_worker_that_stands_still_is_given_up_and_the_others_go_on(
     """With less patience than a machine has (30 s)."""
     with workers(spec("idle", accel=accel, milliseconds=0)) as (pool, died):
         pool.await_hello()
-        monkeypatch.setattr(shards, "_KICK_TIMEOUT", 4.0)
-        monkeypatch.setattr(shards, "_REPLY_TIMEOUT", 4.0)
+        monkeypatch.setattr(vcpus, "_KICK_TIMEOUT", 4.0)
+        monkeypatch.setattr(vcpus, "_REPLY_TIMEOUT", 4.0)
         still, other = pool.all
         still.signal(signal.SIGSTOP)
         until(lambda: stopped(still.pid), "all of its threads stand still", TIMEOUT)
@@ -483,8 +484,8 @@ def test_a_worker_that_stands_still_is_given_up_and_the_others_go_on(
         elif what == "request":
             assert set(pool.request(pool.all, lambda seq, s: m.GetState(seq))) == {other.index}
         else:
-            for shard in pool.all:
-                shard.ask_reset(0)
+            for vcpu in pool.all:
+                vcpu.ring.ask_reset(0)
             pool.await_resets(pool.all)
         assert died == [still.index]
         assert not still.alive
@@ -497,7 +498,7 @@ def test_a_worker_that_stands_still_is_given_up_and_the_others_go_on(
 def test_while_pages_are_missing_nobody_is_given_up(accel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with workers(spec("idle", accel=accel, milliseconds=0)) as (pool, died):
         pool.await_hello()
-        monkeypatch.setattr(shards, "_MISSING_TIMEOUT", 0.5)
+        monkeypatch.setattr(vcpus, "_MISSING_TIMEOUT", 0.5)
         pool.pages_missing = True
         pool.all[0].signal(signal.SIGSTOP)
         until(lambda: stopped(pool.all[0].pid), "all of its threads stand still", TIMEOUT)

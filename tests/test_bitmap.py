@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipc import compiled
 from ipc.bitmap import Bitmap, bitmap_bytes, dirty_ranges, word_count
+from ipc.compiled import calls
 from ipc.shm import Segment
 from vmm.machine.names import segment_name
 
@@ -64,7 +64,7 @@ def test_publish_moves_and_counts_what_is_new(pair: tuple[Bitmap, Bitmap], a: li
                                               b: list[tuple[int, int]]) -> None:
     source, target = pair
     there, more = fill(target, a), fill(source, b)
-    fresh = compiled.publish(source, target)
+    fresh = calls.publish(source, target)
     assert fresh == len(more - there)
     assert pages_of(target) == there | more
     assert pages_of(source) == set()
@@ -78,11 +78,11 @@ def test_fold_leaves_the_source_and_clear_empties_it(pair: tuple[Bitmap, Bitmap]
                                                      b: list[tuple[int, int]]) -> None:
     source, target = pair
     there, more = fill(target, a), fill(source, b)
-    compiled.fold(source, target)
+    calls.fold(source, target)
     assert pages_of(target) == there | more
     assert pages_of(source) == more
     assert_summary_covers(target)
-    compiled.clear(source)
+    calls.clear(source)
     assert pages_of(source) == set()
     assert not source.summary.any()
 
@@ -128,7 +128,7 @@ def test_take_is_fold_clear_and_publish_in_one(three: list[Bitmap], a: list[tupl
     slot, gathering, front = three
     fresh, older = fill(slot, a), fill(gathering, b)
     fill(front, c)      # of the last take: gone
-    assert compiled.take(slot, gathering, front) == len(fresh | older)
+    assert calls.take(slot, gathering, front) == len(fresh | older)
     assert pages_of(front) == fresh | older
     assert pages_of(slot) == pages_of(gathering) == set()
     assert not slot.summary.any()

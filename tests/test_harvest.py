@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ipc import compiled
 from ipc.bitmap import Bitmap, bitmap_bytes, slot_table
+from ipc.compiled import calls
 from ipc.layout import MAX_SLOTS
 from ipc.shm import Segment
 from vmm.machine.names import segment_name
@@ -72,7 +72,7 @@ class Ring:
     def harvest(self, limit: int | None = None, pages: np.ndarray[Any, Any] | None = None) -> int:
         out = np.zeros(4, np.uint64)
         room = ENTRIES - (self.fetch_total - self.reset_total)
-        compiled.harvest(self.memory.address, ENTRIES, self.fetch_total, min(room, limit or room),
+        calls.harvest(self.memory.address, ENTRIES, self.fetch_total, min(room, limit or room),
                         self.table.ctypes.data, MAX_SLOTS, out.ctypes.data,
                         *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         self.bad += int(out[1])
@@ -89,7 +89,7 @@ class Ring:
 
     def publish(self) -> None:
         for slot, staging in self.staging.items():
-            compiled.publish(staging, self.published[slot])
+            calls.publish(staging, self.published[slot])
 
     def pages(self, maps: dict[int, Bitmap]) -> set[tuple[int, int]]:
         return {(slot, int(p)) for slot, m in maps.items() for p in np.flatnonzero(m.bools())}

@@ -26,7 +26,8 @@ from vmm.machine.events import Tracer
 from vmm.machine.memory import MemorySlot
 from vmm.machine.names import segment_name
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
-from vmm.vcpus.pool import Shard, Shards
+from vmm.vcpus.handle import VcpuHandle
+from vmm.vcpus.pool import VcpuPool
 
 TIMEOUT = 60.0
 PAGE = 300
@@ -143,14 +144,14 @@ class Refilled:
 
     paused = True
 
-    def __init__(self, shard: Shard, ring: Segment) -> None:
-        self.all = [shard]
+    def __init__(self, vcpu: VcpuHandle, ring: Segment) -> None:
+        self.all = [vcpu]
         self.rebuilt = 0
         self._ring = ring
 
-    def await_resets(self, shards: list[Shard]) -> None:
-        for shard in shards:
-            shard.control.reset_total = shard.control.fetch_total
+    def await_resets(self, vcpus: list[VcpuHandle]) -> None:
+        for vcpu in vcpus:
+            vcpu.control.reset_total = vcpu.control.fetch_total
             self.fill()
 
     def fill(self) -> None:
@@ -159,36 +160,36 @@ class Refilled:
             at = (first + i) % 16 * 16
             self._ring.buf[at:at + 16] = struct.pack("<IIQ", int(i < 8), 0, 5)
 
-    def pause(self, shards: list[Shard]) -> None:
+    def pause(self, vcpus: list[VcpuHandle]) -> None:
         pass
 
-    def rebuild_ring(self, shard: Shard) -> None:
+    def rebuild_ring(self, vcpu: VcpuHandle) -> None:
         self.rebuilt += 1
-        shard.control.fetch_total = shard.control.reset_total = 0
+        vcpu.control.fetch_total = vcpu.control.reset_total = 0
 
 
 def test_a_ring_that_fills_while_its_vcpu_stands_still_holds_nobody(tmp_path: Path) -> None:
     """Whatever it is that writes there: a drain has an end, and every page is marked."""
     with Segment.create(segment_name("t", "ring0"), 16 * 16) as ring, \
          Segment.create(segment_name("t", "control"), 2 * 4096) as control:
-        shard = Shard(0, vcpu_control(control.address, 0), 16)
-        shard.watch(os.getpid())
-        shard.map_software_ring(ring)
-        shards = Refilled(shard, ring)
+        vcpu = VcpuHandle(0, vcpu_control(control.address, 0), 16)
+        vcpu.watch(os.getpid())
+        vcpu.ring.map_segment(ring)
+        vcpus = Refilled(vcpu, ring)
         log = DirtyLog("t")
         log.add_slot(MemorySlot("t", RamSlot(0, 0, 64 * 4096), vcpu_logs=0, create=True))
         said: list[int] = []
-        reaper = Reaper(ReaperSpec(), cast(Shards, shards), log, machine_control(control.address), Tracer([], ""),
+        reaper = Reaper(ReaperSpec(), cast(VcpuPool, vcpus), log, machine_control(control.address), Tracer([], ""),
                         lambda vcpu, owed, reset, pages: said.append(vcpu), tracking="ring")
         try:
-            shards.fill()
+            vcpus.fill()
             assert reaper.drain() > 0
-            assert (shards.rebuilt, said) == (1, [0])
+            assert (vcpus.rebuilt, said) == (1, [0])
             assert log.dirty_pages(0) == 64
         finally:
             reaper.close()
             log.close()
-            os.close(shard.pidfd)
+            os.close(vcpu.pidfd)
 
 
 # --- the rings of the dead ------------------------------------------------------------------------------------
@@ -282,18 +283,18 @@ def test_a_harvest_never_takes_more_than_the_ring_has(outstanding: int) -> None:
     entries = 16
     with Segment.create(segment_name("test-lost", "ring"), 4096) as segment, \
          Segment.create(segment_name("test-lost", "control"), 4096) as control:
-        shard = Shard(0, VcpuControl.from_address(control.address), entries)
-        shard.map_software_ring(segment)
+        vcpu = VcpuHandle(0, VcpuControl.from_address(control.address), entries)
+        vcpu.ring.map_segment(segment)
         table = np.zeros((1, 3), np.uint64)     # no slot: each entry is a bad one
         for at in range(0, entries * 16, 16):
             segment.buf[at] = 1
         start = 1 << 40
-        shard.control.fetch_total = start
-        shard.control.reset_total = start - outstanding
-        expected = min(max(0, entries - shard.outstanding), entries)
-        assert shard.countable == (0 <= outstanding <= entries)
-        assert shard.harvest(table.ctypes.data) == expected
-        assert shard.overflowed
+        vcpu.control.fetch_total = start
+        vcpu.control.reset_total = start - outstanding
+        expected = min(max(0, entries - vcpu.ring.outstanding), entries)
+        assert vcpu.ring.countable == (0 <= outstanding <= entries)
+        assert vcpu.ring.harvest(table.ctypes.data) == expected
+        assert vcpu.ring.overflowed
 
 
 def test_the_ring_is_seen_by_the_test_as_it_is_by_the_worker() -> None:

@@ -14,7 +14,8 @@ from machines import until
 from ipc.layout import VcpuControl
 from ipc.messages import SlotSpec, WorkerSpec
 from vmm.errors import ExitCode, VmmError
-from vmm.vcpus.pool import Shard, Shards
+from vmm.vcpus.handle import VcpuHandle
+from vmm.vcpus.pool import VcpuPool
 from workers import zygote
 from workers.zygote import Zygote
 
@@ -75,11 +76,11 @@ def test_a_zygote_that_was_killed_is_said_and_no_worker_is_there(
     process, forks = started
     process.kill()
     process.wait()
-    with contextlib.closing(Shards(tmp_path, forks, lambda notification: None, lambda shard: None)) as shards:
-        shard = Shard(0, VcpuControl(), 4096)
+    with contextlib.closing(VcpuPool(tmp_path, forks, lambda notification: None, lambda vcpu: None)) as vcpus:
+        vcpu = VcpuHandle(0, VcpuControl(), 4096)
         with pytest.raises(VmmError, match="vcpu 0: its worker cannot be started: ") as caught:
-            shards.spawn(shard, SPEC)
+            vcpus.spawn(vcpu, SPEC)
         assert caught.value.exit_code == ExitCode.WORKER_DIED
         assert "\n" not in str(caught.value)
-        assert not shard.alive
-        assert shards.all == []
+        assert not vcpu.alive
+        assert vcpus.all == []

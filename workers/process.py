@@ -17,7 +17,6 @@ futex of the wait hypercall.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -35,8 +34,8 @@ import zmq
 
 from ipc import sockets, userfault
 from ipc.claims import Belongings, ClaimError
-from ipc.layout import PROTOCOL_VERSION, Tracking, VcpuControl, VcpuRequest, VcpuState, control_error, vcpu_control
-from ipc.linux import futex, process
+from ipc.layout import KICK_SIGNAL, PROTOCOL_VERSION, Tracking, VcpuRequest, VcpuState, control_error, vcpu_control
+from ipc.linux import process
 from ipc.messages import (
     DETAIL_MAX,
     ClearLog,
@@ -66,6 +65,7 @@ from ipc.messages import (
     decode_request,
     encode,
 )
+from ipc.ring import ResetRequests
 from ipc.shm import Segment, SegmentError
 
 from . import hypercalls
@@ -80,9 +80,8 @@ from .throttle import SliceTimer, TokenBucket
 if TYPE_CHECKING:
     from .tracking.uffd import SlotWrites
 
-__all__ = ["KICK_SIGNAL", "Worker", "main"]
+__all__ = ["Worker", "main"]
 
-KICK_SIGNAL = signal.SIGUSR1
 _FD_TIMEOUT = 10.0          # seconds to hand the vCPU fd over
 _THROTTLE_STEP = 0.1        # seconds after which a long wait shows in the statistics
 _JOB_TIMEOUT = 20.0         # seconds for the vCPU thread, which is parked, to begin a job
@@ -99,6 +98,7 @@ class Worker:
         self._ring_full = False
         self._control_segment = Segment.open(spec.control_segment)
         self.control = vcpu_control(self._control_segment.address, spec.index)
+        self._resets = ResetRequests(self.control)
         self.memory = GuestMemory()
         self.ports = PortBus(lambda data: self._say(Console(spec.index, data)))
         self.accel: Accelerator | None = None
@@ -378,17 +378,12 @@ class Worker:
         """The reset thread: whenever the coordinator has raised reset_request. A vCPU that waits at ring-full goes
         on then."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
-        control = self.control
-        asked, answered = (ctypes.addressof(control) + field.offset
-                           for field in (VcpuControl.reset_request, VcpuControl.reset_done))
         while not self._shutdown:
-            request = control.reset_request
-            if request == control.reset_done:
-                futex.wait(asked, request)
+            request = self._resets.wait()
+            if request is None:
                 continue
-            self._reset(control.reset_expected)
-            control.reset_done = request
-            futex.wake(answered, 1)
+            self._reset(self._resets.expected())
+            self._resets.answer(request)
             self._ring_full = False
             self._wake_up()
 

@@ -1,4 +1,4 @@
-"""The hot loops, as Numba compiles them: harvest, publish, fold, clear, take. :mod:`ipc.compiled` has them to call.
+"""The hot loops, as Numba compiles them: harvest, publish, fold, clear, take. calls.py has them to call.
 
 Arguments are numbers and addresses, so that the compiled code needs nothing of Python (ipc/compiled/loader.py).
 Everything a ring entry says is checked against the slot table (ipc.bitmap.slot_table).
@@ -20,13 +20,15 @@ from .atomics import (
     load_word,
     popcount,
     store_release_u32,
+    store_release_u64,
     store_u64,
     store_word,
 )
 
-__all__ = ["EXPORTS"]
+__all__ = ["EXPORTS", "publish_entry"]
 
 _DIRTY = np.uint32(DIRTY_GFN_F_DIRTY)
+_DIRTY_WORD = np.uint64(DIRTY_GFN_F_DIRTY)
 _RESET = np.uint32(DIRTY_GFN_F_RESET)
 _NONE = np.uint32(0)
 _NR_AS = np.uint32(NR_ADDRESS_SPACES)
@@ -36,6 +38,14 @@ _GROUP_SHIFT = np.uint64(12)  # pages of a summary bit: 64 words of 64 pages
 assert GROUP_WORDS * 64 == 1 << 12
 
 _i64, _u32, _u64 = types.int64, types.uint32, types.uint64
+
+
+@njit(types.void(types.int64, types.uint64, types.uint64), inline="always")
+def publish_entry(entry, slot_word, page):  # type: ignore[no-untyped-def]
+    """The producer's end, for whoever plays a vCPU without a kernel's help: fill in the entry at this address and
+    publish it. Flags and slot share a word: one release store shows both, and the offset before them."""
+    store_u64(entry + 8, page)
+    store_release_u64(entry, _DIRTY_WORD | (slot_word << np.uint64(32)))
 
 
 @njit(inline="always")

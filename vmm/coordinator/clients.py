@@ -97,7 +97,7 @@ class Clients:
         self._tracking.require_log()
         core.flush()
         step("sync-flushed")
-        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in core.shards.all]}
+        flushed = {"at": time.monotonic(), "vcpu_pages": [s.control.dirty_pages for s in core.vcpus.all]}
         taken = log.take(client, again=again)
         step("sync-taken")
         if log.changed:

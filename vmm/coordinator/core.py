@@ -13,7 +13,8 @@ from ..dirty.verify import AnyVerifier
 from ..errors import ExitCode, VmmError, no_memory
 from ..machine.events import Tracer
 from ..machine.spec import MachineSpec
-from ..vcpus.pool import Shard, Shards
+from ..vcpus.handle import VcpuHandle
+from ..vcpus.pool import VcpuPool
 from .owners import Owners
 from .segments import Parts
 
@@ -35,7 +36,7 @@ class Core:
         self.state = "starting"
         self.verifier: AnyVerifier | None = None
         self.parts: Parts
-        self.shards: Shards
+        self.vcpus: VcpuPool
         self.reaper: Reaper
         self.tell: Callable[[dict[str, Any]], None]
         self.write_journal: Callable[[], None] | None = None
@@ -90,9 +91,9 @@ class Core:
             self.unsaved = True
 
     @property
-    def live(self) -> list[Shard]:
+    def live(self) -> list[VcpuHandle]:
         """Those whose process is there."""
-        return [s for s in self.shards.all if s.alive]
+        return [s for s in self.vcpus.all if s.alive]
 
     @property
     def verifying(self) -> bool:

@@ -19,7 +19,7 @@ from ..machine import boot
 from ..machine.memory import MemorySlot
 from ..machine.rules import check_new_slot
 from ..machine.spec import RamSlot
-from ..vcpus.pool import Shard
+from ..vcpus.handle import VcpuHandle
 from .core import Core
 
 __all__ = ["add_slot", "remove_slot", "set_logging"]
@@ -34,7 +34,7 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
     slot = _slot(core, slot_id)
     if slot.logged == on:
         return
-    with core.shards.all_paused():
+    with core.vcpus.all_paused():
         core.reaper.drain()
         step("log-drained")
         if on:
@@ -48,7 +48,7 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
             raise
         step("log-committed")
         try:
-            core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            core.vcpus.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
         except VmmError:
             slot.logged = not on
             core.save_if_possible()
@@ -73,9 +73,9 @@ def add_slot(core: Core, spec: RamSlot) -> None:
         if core.verifier is not None:
             core.verifier.adopt(spec.id)
             undo.callback(core.verifier.forget, spec.id)
-        with core.shards.all_paused(), contextlib.ExitStack() as undo_paused:
+        with core.vcpus.all_paused(), contextlib.ExitStack() as undo_paused:
             undo_paused.callback(_insist, core, lambda seq, s: RemoveMemslot(seq, spec.id))
-            core.shards.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            core.vcpus.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
             step("memory-add-set")
             core.save(done=True)
             step("memory-add-committed")
@@ -84,7 +84,7 @@ def add_slot(core: Core, spec: RamSlot) -> None:
 
 
 def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
-    """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every shard, resume. Nothing can be dirtied
+    """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every vcpu, resume. Nothing can be dirtied
     between the last reap and the removal. ``force``: also one that the guest cannot run without. Raises VmmError,
     with the slot still there."""
     core.require_not_ended()
@@ -96,7 +96,7 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
     log = core.parts.log
     if len(log.slots) == 1:
         raise VmmError(f"slot {slot_id} is the machine's only memory")
-    with core.shards.all_paused():
+    with core.vcpus.all_paused():
         core.reaper.drain()
         if core.verifying:
             core.drain_and_verify()
@@ -118,13 +118,13 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
         slot.close()
 
 
-def _insist(core: Core, make: Callable[[int, Shard], AnyRequest]) -> None:
+def _insist(core: Core, make: Callable[[int, VcpuHandle], AnyRequest]) -> None:
     """Every worker follows, or goes: one that has other memory than the machine must not run on."""
-    for shard in core.live:
+    for vcpu in core.live:
         try:
-            core.shards.request([shard], make)
+            core.vcpus.request([vcpu], make)
         except VmmError as exc:
-            core.shards.give_up([shard], f"did not follow a change of the machine's memory: {exc}")
+            core.vcpus.give_up([vcpu], f"did not follow a change of the machine's memory: {exc}")
 
 
 def _holds_guest(core: Core, slot: MemorySlot) -> bool:

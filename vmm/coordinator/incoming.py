@@ -52,13 +52,13 @@ class Incoming:
             step("incoming-committed")
             if core.parts.tracking == "uffd":
                 self._tracking.switch("bitmap")     # a mapping has one userfaultfd; back when all has arrived
-            replies = core.shards.request(core.shards.all, lambda seq, s: Userfault(seq, socket))
+            replies = core.vcpus.request(core.vcpus.all, lambda seq, s: Userfault(seq, socket))
         except (VmmError, SegmentError):
             self._whole()
             core.save_if_possible()
             raise
         step("incoming-set")
-        return [replies[s.index].data or {} for s in core.shards.all]
+        return [replies[s.index].data or {} for s in core.vcpus.all]
 
     def _missing(self, owner: ProcessId) -> None:
         """Raises ProcessLookupError."""
@@ -68,7 +68,7 @@ class Incoming:
 
     def _expecting(self, missing: bool) -> None:
         core = self._core
-        core.pages_missing = core.shards.pages_missing = missing
+        core.pages_missing = core.vcpus.pages_missing = missing
         # KVM_RUN is interrupted while it waits for a page.
         core.reaper.only_full = missing and not core.spec.can.interruptible_fault
 
@@ -84,11 +84,11 @@ class Incoming:
         if self.owner is None:
             return
         step("arrived")
-        core.shards.request(core.live, lambda seq, s: Userfault(seq, ""))
+        core.vcpus.request(core.live, lambda seq, s: Userfault(seq, ""))
         step("arrived-set")
         self._whole()
         if core.verifier is not None and core.state == "running":
-            with core.shards.all_paused():
+            with core.vcpus.all_paused():
                 core.reaper.drain()
                 core.verifier.restart()
         if self._tracking.asked == "uffd":
@@ -101,5 +101,5 @@ class Incoming:
         self._watch = None
         core.tell({"event": "incoming-lost", "detail": "the process that received this machine's memory ended "
                                                        "before all of it was here"})
-        for shard in core.shards.all:
-            shard.signal(signal.SIGKILL)
+        for vcpu in core.vcpus.all:
+            vcpu.signal(signal.SIGKILL)

@@ -99,12 +99,12 @@ class Limits:
         self._core.save_if_possible()
 
     def _follow(self) -> None:
-        for shard in self._core.shards.all:
-            quota = self.quota(shard.index)
-            if shard.control.dirty_quota != quota:
-                shard.control.dirty_quota = quota
-                if shard.running:
-                    shard.kick()    # out of the guest, or out of its wait: the new quota counts at once
+        for vcpu in self._core.vcpus.all:
+            quota = self.quota(vcpu.index)
+            if vcpu.control.dirty_quota != quota:
+                vcpu.control.dirty_quota = quota
+                if vcpu.running:
+                    vcpu.kick()    # out of the guest, or out of its wait: the new quota counts at once
 
 
 def with_limits(spec: MachineSpec, user: list[int]) -> MachineSpec:

@@ -33,7 +33,8 @@ from ..machine import boot, records, verbs
 from ..machine.events import Tracer
 from ..machine.names import machine_prefix
 from ..machine.spec import MachineSpec, RamSlot
-from ..vcpus.pool import Shard, Shards
+from ..vcpus.handle import VcpuHandle
+from ..vcpus.pool import VcpuPool
 from . import hotplug, segments, vcpu_states
 from .clients import Clients
 from .consoles import Consoles
@@ -124,16 +125,16 @@ class Coordinator:
         self._block.coordinator_pid = os.getpid()
         self._events = EventLog(self._block)
         self._consoles = Consoles(self._on_console)
-        self.shards = core.shards = Shards(directory, zygote, self._on_notification, self._on_death)
-        self._closing.callback(self.shards.close)
+        self.vcpus = core.vcpus = VcpuPool(directory, zygote, self._on_notification, self._on_death)
+        self._closing.callback(self.vcpus.close)
         self._server = ControlServer(spec.name, directory, self._verbs(), core.owners.look, self._events)
         self._closing.callback(self._server.close)
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closing.callback(self._close_signals)
-        self.reaper = core.reaper = Reaper(spec.reaper, self.shards, core.parts.log, self._block, core.tracer,
+        self.reaper = core.reaper = Reaper(spec.reaper, self.vcpus, core.parts.log, self._block, core.tracer,
                                            self._on_rebuild, tracking=core.parts.tracking)
         self._closing.callback(self.reaper.close)
-        self._closing.callback(self.shards.shut_down)
+        self._closing.callback(self.vcpus.shut_down)
         self._closing.callback(self.recording.close)
         if saved is None:
             self._create(keeper_fd)
@@ -244,12 +245,12 @@ class Coordinator:
     def _create(self, keeper_fd: int) -> None:
         core = self.core
         core.write_journal = self._write_journal
-        for shard in segments.make_shards(core.parts):
-            self.shards.spawn(shard, segments.worker_spec(core.parts, shard.index, core.directory, keeper_fd))
-        self.shards.start_paused()
-        self.shards.await_hello()
+        for vcpu in segments.make_handles(core.parts):
+            self.vcpus.spawn(vcpu, segments.worker_spec(core.parts, vcpu.index, core.directory, keeper_fd))
+        self.vcpus.start_paused()
+        self.vcpus.await_hello()
         if self.spec.verify is not None:
-            core.verifier = make_verifier(self.spec.verify, core.parts.log, self.shards.all, self._block,
+            core.verifier = make_verifier(self.spec.verify, core.parts.log, self.vcpus.all, self._block,
                                           core.parts.usable, memory=self.spec.can.guests)
             self._closing.callback(core.verifier.close)
         core.state = "ready"
@@ -271,8 +272,8 @@ class Coordinator:
         self.core.state = "running"
         if self.spec.verify is not None:
             self._next_round = now + self.spec.verify.interval
-        self.reaper.schedule.plan(now, {s.index: s.soft_limit for s in self.shards.all})
-        self.shards.resume_all()
+        self.reaper.schedule.plan(now, {s.index: s.ring.soft_limit for s in self.vcpus.all})
+        self.vcpus.resume_all()
         step("start-resumed")
         self.core.parts.log.load_kernels()      # the guest runs already, and no ring is full so soon
 
@@ -289,16 +290,16 @@ class Coordinator:
         self._stopping = ExitReason(saved.stopping)
         core.generation = saved.generation
         core.requests.extend(saved.requests)
-        for shard, process in zip(segments.make_shards(core.parts), saved.workers, strict=True):
-            shard.exited = saved.exits.get(shard.index)
-            self.shards.all.append(shard)
+        for vcpu, process in zip(segments.make_handles(core.parts), saved.workers, strict=True):
+            vcpu.exited = saved.exits.get(vcpu.index)
+            self.vcpus.all.append(vcpu)
             try:
-                if shard.control.state == VcpuState.DEAD:
+                if vcpu.control.state == VcpuState.DEAD:
                     raise ProcessLookupError
-                shard.adopt(process)
+                vcpu.adopt(process)
             except ProcessLookupError:
-                shard.bury()
-                self.reaper.worker_died(shard)
+                vcpu.bury()
+                self.reaper.worker_died(vcpu)
         # Before anybody is waited for: a vCPU may be waiting for a page.
         self.incoming.adopt(holds.incoming)
         if core.reaper.only_full:
@@ -306,16 +307,16 @@ class Coordinator:
         else:
             self._bring_into_line()
         if self.spec.verify is not None:
-            core.verifier = make_verifier(self.spec.verify, core.parts.log, self.shards.all, self._block,
+            core.verifier = make_verifier(self.spec.verify, core.parts.log, self.vcpus.all, self._block,
                                           core.parts.usable, saved.verification or Verification(),
                                           memory=self.spec.can.guests)
             self._closing.callback(core.verifier.close)
             self._next_round = time.monotonic()
-        for shard in self.shards.all:
+        for vcpu in self.vcpus.all:
             # A message that the predecessor took with it: the control block still says so.
-            if shard.control.state == VcpuState.EXITED and shard.exited is None:
-                shard.exited = Exited(shard.index, ExitReason(shard.control.exit_reason),
-                                      shard.control.exit_code)
+            if vcpu.control.state == VcpuState.EXITED and vcpu.exited is None:
+                vcpu.exited = Exited(vcpu.index, ExitReason(vcpu.control.exit_reason),
+                                      vcpu.control.exit_code)
         core.parts.log.publish()
         self.clients.adopt(holds.clients)
         self.writes.adopt(holds.writes)
@@ -331,31 +332,31 @@ class Coordinator:
         if self._stopping != ExitReason.NONE:
             self._ask_to_end()
         if saved.started is not None:
-            self.shards.resume_all()    # those who want it to stand still have their own pause by now
+            self.vcpus.resume_all()    # those who want it to stand still have their own pause by now
         _log.info("has taken over, for the %d. time", self._restarts)
 
     def _bring_into_line(self) -> None:
         """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the
         slots and the tracking that the journal has, and what they have logged is reaped."""
         core = self.core
-        if switch.unfinished(core.parts, self.shards):
+        if switch.unfinished(core.parts, self.vcpus):
             # The vCPUs stand still. They stay so with what is set here, until they are resumed.
-            self.shards.pause(self.shards.all)
-            switch.fulfil(core.parts, self.shards)
+            self.vcpus.pause(self.vcpus.all)
+            switch.fulfil(core.parts, self.vcpus)
         elif self.spec.can.kernel_ring:
-            self.shards.adopt_fds(core.live)
-        self.shards.pause_all()
+            self.vcpus.adopt_fds(core.live)
+        self.vcpus.pause_all()
         slots = core.parts.log.slots.values()
-        self.shards.request(core.live, lambda seq, s: SetMemslots(seq, [m.worker_spec(s.index) for m in slots]))
+        self.vcpus.request(core.live, lambda seq, s: SetMemslots(seq, [m.worker_spec(s.index) for m in slots]))
         if core.parts.ring_entries:
-            self.reaper.full.update(s.index for s in self.shards.all)
+            self.reaper.full.update(s.index for s in self.vcpus.all)
         self.reaper.drain()
 
     def _leave_alone(self) -> None:
         """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes.
         Nor can the predecessor have been in the middle of anything that concerns them, but a pause."""
-        self.shards.expect_paused()
-        self.reaper.full.update(s.index for s in self.shards.all if s.control.state == VcpuState.RING_FULL)
+        self.vcpus.expect_paused()
+        self.reaper.full.update(s.index for s in self.vcpus.all if s.control.state == VcpuState.RING_FULL)
 
     def _sweep(self) -> None:
         """Unlink what nobody has: segments that a predecessor had made and not written down, or struck out and not
@@ -374,8 +375,8 @@ class Coordinator:
         self._journal.write(Saved(
             restarts=self._restarts, generation=core.generation, requests=list(core.requests),
             slots=[slot.now for slot in log.slots.values()], reused=sorted(log.reused), clients=log.saved_clients(),
-            holds=self._holds(), workers=[s.process for s in self.shards.all],
-            exits={s.index: s.exited for s in self.shards.all if s.exited is not None},
+            holds=self._holds(), workers=[s.process for s in self.vcpus.all],
+            exits={s.index: s.exited for s in self.vcpus.all if s.exited is not None},
             started=self._started, elapsed=self._elapsed_at_end, stopping=self._stopping,
             tracking=core.parts.tracking, asked_tracking=self.tracking.asked,
             verification=core.verifier.result if core.verifier else None))
@@ -399,7 +400,7 @@ class Coordinator:
             if self._running():
                 self._run_due(now)
             # Not by the control block: its state says so before the notification with the reason comes.
-            if self.core.state == "running" and not any(s.alive and s.exited is None for s in self.shards.all):
+            if self.core.state == "running" and not any(s.alive and s.exited is None for s in self.vcpus.all):
                 self._finish()
                 continue
             self.reaper.wait()
@@ -424,9 +425,9 @@ class Coordinator:
 
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
-        poller.register(self.shards.notify, zmq.POLLIN)
+        poller.register(self.vcpus.notify, zmq.POLLIN)
         poller.register(self._signal_fd, zmq.POLLIN)
-        by_fd = {s.pidfd: s for s in self.shards.all if s.alive}
+        by_fd = {s.pidfd: s for s in self.vcpus.all if s.alive}
         owners = self.core.owners.watched
         for fd in (*by_fd, *owners):
             poller.register(fd, zmq.POLLIN)
@@ -436,8 +437,8 @@ class Coordinator:
             poller.register(fd, events)
         ended, asking = [], {}
         for ready, happened in poller.poll(0 if self._server.behind else self._poll_ms(now)):
-            if ready is self.shards.notify:
-                self.shards.drain_notifications()
+            if ready is self.vcpus.notify:
+                self.vcpus.drain_notifications()
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
                 self._linger = False
@@ -445,7 +446,7 @@ class Coordinator:
                     self._stopped_by = records.BY_SIGTERM
                 self._stop_or_go()
             elif ready in by_fd:
-                self.shards.bury(by_fd[ready])
+                self.vcpus.bury(by_fd[ready])
             elif ready in clients:
                 asking[ready] = happened
             else:
@@ -495,18 +496,18 @@ class Coordinator:
             self._consoles.write(message.vcpu, message.data)
         elif isinstance(message, Exited):
             self._consoles.write(message.vcpu, b"", final=True)
-            self.shards.all[message.vcpu].exited = message
+            self.vcpus.all[message.vcpu].exited = message
             self.core.tell({"event": "exit", "vcpu": message.vcpu, "reason": reason_text(message.reason),
                             "code": message.code, "detail": message.detail})
 
-    def _on_death(self, shard: Shard) -> None:
+    def _on_death(self, vcpu: VcpuHandle) -> None:
         """A worker's process has ended."""
         if self._done or self.core.state == "ended":
             return
-        self._consoles.write(shard.index, b"", final=True)
-        self.reaper.worker_died(shard)
-        self.core.tell({"event": "exit", "vcpu": shard.index, "reason": reason_text(ExitReason.WORKER_DIED),
-                        "code": 0, "detail": f"its worker (process {shard.pid}) {shard.fate or 'ended'}"})
+        self._consoles.write(vcpu.index, b"", final=True)
+        self.reaper.worker_died(vcpu)
+        self.core.tell({"event": "exit", "vcpu": vcpu.index, "reason": reason_text(ExitReason.WORKER_DIED),
+                        "code": 0, "detail": f"its worker (process {vcpu.pid}) {vcpu.fate or 'ended'}"})
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
         if self.reaper.recorder is not None:
@@ -537,7 +538,7 @@ class Coordinator:
 
     def _verify_round(self) -> None:
         assert self.spec.verify is not None
-        with self.shards.all_paused():
+        with self.vcpus.all_paused():
             self.core.drain_and_verify()
             self.core.save_if_possible()
             self._round += 1
@@ -554,13 +555,13 @@ class Coordinator:
         self._ask_to_end()
 
     def _ask_to_end(self) -> None:
-        for shard in self.shards.all:
-            if shard.running:
-                shard.control.stop_reason = self._stopping
-                shard.control.request |= VcpuRequest.STOP
-                shard.kick()
+        for vcpu in self.vcpus.all:
+            if vcpu.running:
+                vcpu.control.stop_reason = self._stopping
+                vcpu.control.request |= VcpuRequest.STOP
+                vcpu.kick()
                 if self.core.pages_missing:     # it may wait for a page that never comes
-                    shard.signal(signal.SIGKILL)
+                    vcpu.signal(signal.SIGKILL)
                 step("stop-asked")
 
     def _stop_or_go(self) -> None:
@@ -575,7 +576,7 @@ class Coordinator:
 
     def _finish(self) -> None:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
-        self.shards.drain_notifications(everything=True)
+        self.vcpus.drain_notifications(everything=True)
         if self.core.verifying:
             self.core.drain_and_verify()
         else:

@@ -33,7 +33,7 @@ class Pauses:
         self.user = False
         self.held: Held[Hold] = Held(core.owners, lambda hold: self._given_back())
         self.handed_over: HandedOver | None = None
-        self._standing = False      # all shards are paused on this module's account
+        self._standing = False      # all vCPUs are paused on this module's account
 
     @property
     def paused(self) -> bool:
@@ -139,9 +139,9 @@ class Pauses:
         self._standing = not self._standing
         if self._standing:
             try:
-                self._core.shards.pause_all()
+                self._core.vcpus.pause_all()
             except BaseException:
                 self._standing = False      # it has let all of them go again
                 raise
         else:
-            self._core.shards.resume_all()
+            self._core.vcpus.resume_all()

@@ -39,7 +39,7 @@ from ..machine.names import belongings, segment_name
 from ..machine.spec import MachineSpec, RamSlot
 from ..machine.tracefile import Trace, TraceError, TraceReader, check_trace, unpack
 from ..machine.trackings import BITMAPS
-from ..vcpus.pool import Shard
+from ..vcpus.handle import VcpuHandle
 
 __all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
 
@@ -234,16 +234,16 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
     return parts
 
 
-def make_shards(parts: Parts) -> list[Shard]:
+def make_handles(parts: Parts) -> list[VcpuHandle]:
     spec = parts.spec
-    shards = []
+    vcpus = []
     for index in range(spec.vcpus):
         block = vcpu_control(parts.control_segment.address, index)
-        shard = Shard(index, block, parts.ring_entries)
+        vcpu = VcpuHandle(index, block, parts.ring_entries)
         if parts.ring_entries and not spec.can.kernel_ring:
-            shard.map_software_ring(parts.rings[index])
-        shards.append(shard)
-    return shards
+            vcpu.ring.map_segment(parts.rings[index])
+        vcpus.append(vcpu)
+    return vcpus
 
 
 def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> WorkerSpec:

@@ -11,7 +11,7 @@ from ipc.layout import ReaperState, VcpuState
 from ipc.messages import ExitReason
 
 from ..errors import ExitCode
-from ..vcpus.pool import Shard
+from ..vcpus.handle import VcpuHandle
 from .core import Core
 
 __all__ = ["cause_of", "exit_code", "machine_report", "machine_slots", "reason_text"]
@@ -41,9 +41,9 @@ def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: 
         "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
         "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
         "coordinator": {"pid": os.getpid(), "restarts": restarts, "turns": turns,
-                        "bad_messages": core.shards.dropped},
+                        "bad_messages": core.vcpus.dropped},
         "cause": None, "ended_at": None,
-        "vcpus": [_vcpu_report(core, s) for s in core.shards.all],
+        "vcpus": [_vcpu_report(core, s) for s in core.vcpus.all],
         "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
                    "iterations": block.reaper_iteration, "pages": block.reaped_pages,
                    "microseconds": block.reap_ns // 1000, "flushes": block.flushes},
@@ -62,12 +62,12 @@ def machine_slots(core: Core) -> dict[str, Any]:
             "accelerator": core.spec.accel, "incoming": core.pages_missing}
 
 
-def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
-    block, exited = shard.control, shard.exited
+def _vcpu_report(core: Core, vcpu: VcpuHandle) -> dict[str, Any]:
+    block, exited = vcpu.control, vcpu.exited
     reason = ExitReason(block.exit_reason)
     over = reason != ExitReason.NONE
     return {
-        "index": shard.index, "pid": shard.pid, "accelerator": core.spec.accel,
+        "index": vcpu.index, "pid": vcpu.pid, "accelerator": core.spec.accel,
         "state": VcpuState(block.state).name.lower().replace("_", "-"),
         "exit_reason": reason_text(reason) if over else None, "exit_code": block.exit_code if over else None,
         "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
@@ -81,7 +81,7 @@ def _vcpu_report(core: Core, shard: Shard) -> dict[str, Any]:
 
 def exit_code(core: Core) -> ExitCode:
     """The worst of what happened, in the order of what a user must know first."""
-    reasons = {ExitReason(s.control.exit_reason) for s in core.shards.all}
+    reasons = {ExitReason(s.control.exit_reason) for s in core.vcpus.all}
     if core.verifier is not None and not core.verifier.result.ok:
         return ExitCode.VERIFY_FAILED
     if reasons & {ExitReason.WORKER_DIED, ExitReason.UNKNOWN}:
@@ -92,7 +92,7 @@ def exit_code(core: Core) -> ExitCode:
         return ExitCode.TIMEOUT
     if ExitReason.STOPPED in reasons:
         return ExitCode.STOPPED
-    if any(s.control.exit_code for s in core.shards.all):
+    if any(s.control.exit_code for s in core.vcpus.all):
         return ExitCode.GUEST_FAILED
     return ExitCode.OK
 
@@ -105,9 +105,9 @@ def cause_of(core: Core, stopped_by: str) -> str:
         result = core.verifier.result
         return f"verification failed: {result.lost_pages} pages lost, {result.surplus_pages} surplus"
     if code in (ExitCode.WORKER_DIED, ExitCode.GUEST_CRASHED):
-        return "; ".join(f"vCPU {s.index}: {reason_text(reason)}" for s in core.shards.all
+        return "; ".join(f"vCPU {s.index}: {reason_text(reason)}" for s in core.vcpus.all
                          if (reason := ExitReason(s.control.exit_reason)) in _CRASHES | {ExitReason.WORKER_DIED})
     if code is ExitCode.GUEST_FAILED:
-        return "; ".join(f"vCPU {s.index} ended with code {s.control.exit_code}" for s in core.shards.all
+        return "; ".join(f"vCPU {s.index} ended with code {s.control.exit_code}" for s in core.vcpus.all
                          if s.control.exit_code)
     return {ExitCode.TIMEOUT: "timeout", ExitCode.STOPPED: stopped_by}.get(code, "every vCPU ended with code 0")

@@ -71,14 +71,14 @@ class TrackingSwitch:
         if mode == before:
             return 0.0
         began = time.monotonic()
-        with core.shards.all_paused():
-            switch.switch(core.parts, core.shards, core.reaper, mode, core.save)
+        with core.vcpus.all_paused():
+            switch.switch(core.parts, core.vcpus, core.reaper, mode, core.save)
             self.switches += 1
             if core.verifier is not None:
                 core.verifier.switched()
         now = time.monotonic()
         if core.parts.ring_entries:
-            core.reaper.schedule.plan(now, {s.index: s.soft_limit for s in core.shards.all})
+            core.reaper.schedule.plan(now, {s.index: s.ring.soft_limit for s in core.vcpus.all})
         core.tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
         return now - began
 
@@ -111,4 +111,4 @@ class TrackingSwitch:
         return self._limited() or self._core.reaper.recorder is not None
 
     def _limited(self) -> bool:
-        return any(s.control.dirty_quota for s in self._core.shards.all)
+        return any(s.control.dirty_quota for s in self._core.vcpus.all)

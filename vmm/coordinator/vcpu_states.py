@@ -23,19 +23,19 @@ def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any
     if core.state != "running" or not paused:
         raise VmmError(f"machine '{core.spec.name}' is not paused")
     core.require_whole_memory()
-    dead = [str(s.index) for s in core.shards.all if not s.alive]
+    dead = [str(s.index) for s in core.vcpus.all if not s.alive]
     if dead:
         raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it", ExitCode.WORKER_DIED)
-    replies = core.shards.request(core.shards.all, lambda seq, s: GetState(seq))
+    replies = core.vcpus.request(core.vcpus.all, lambda seq, s: GetState(seq))
     log = core.parts.log
     spec = msgspec.structs.replace(spec, slots=[slot.now for slot in log.slots.values()])
-    gone = [str(s.index) for s in core.shards.all if s.index not in replies]
+    gone = [str(s.index) for s in core.vcpus.all if s.index not in replies]
     if gone:
         raise VmmError(f"vCPU {', '.join(gone)}: its worker ended, and its state with it", ExitCode.WORKER_DIED)
-    states = _checked([replies[s.index].data for s in core.shards.all], core)
+    states = _checked([replies[s.index].data for s in core.vcpus.all], core)
     return {"spec": msgspec.to_builtins(spec),
-            "vcpus": [plain_state(_with_exit(state, shard.exited))
-                      for state, shard in zip(states, core.shards.all, strict=True)]}
+            "vcpus": [plain_state(_with_exit(state, vcpu.exited))
+                      for state, vcpu in zip(states, core.vcpus.all, strict=True)]}
 
 
 def _with_exit(state: VcpuSaved, exited: Exited | None) -> VcpuSaved:
@@ -47,7 +47,7 @@ def _with_exit(state: VcpuSaved, exited: Exited | None) -> VcpuSaved:
 def _checked(states: list[Any], core: Core) -> list[VcpuSaved]:
     """Raises VmmError."""
     try:
-        return check_states(states, len(core.shards.all))
+        return check_states(states, len(core.vcpus.all))
     except StateError as exc:
         raise VmmError(str(exc)) from None
 
@@ -56,6 +56,6 @@ def set_states(core: Core, vcpus: list[dict[str, Any]]) -> None:
     """Before the start, with the memory in its place. Raises VmmError."""
     core.require_not_started()
     states = [plain_state(state) for state in _checked(vcpus, core)]
-    core.shards.request(core.shards.all, lambda seq, s: SetState(seq, states[s.index]))
+    core.vcpus.request(core.vcpus.all, lambda seq, s: SetState(seq, states[s.index]))
     if core.verifying and core.verifier is not None:
         core.verifier.restart()

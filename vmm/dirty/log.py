@@ -98,9 +98,9 @@ class DirtyLog:
 
     @functools.cached_property
     def _kernels(self) -> ModuleType:
-        from ipc import compiled
+        from ipc.compiled import calls
 
-        return compiled
+        return calls
 
     def load_kernels(self) -> None:
         """Import the compiled loops now rather than at their first use (30 ms)."""

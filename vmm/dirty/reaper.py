@@ -22,7 +22,8 @@ from ..consumers.trace import Recorder
 from ..errors import VmmError
 from ..machine.events import Tracer
 from ..machine.spec import ReaperSpec
-from ..vcpus.pool import Shard, Shards
+from ..vcpus.handle import VcpuHandle
+from ..vcpus.pool import VcpuPool
 from .log import DirtyLog
 from .tracking.bitmap import gather_bitmaps
 
@@ -77,12 +78,12 @@ class Schedule:
 class Reaper:
     """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3."""
 
-    def __init__(self, spec: ReaperSpec, shards: Shards, log: DirtyLog, control: MachineControl,
+    def __init__(self, spec: ReaperSpec, vcpus: VcpuPool, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
                  tracking: str) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
-        self._shards = shards
+        self._vcpus = vcpus
         self._log = log
         self._control = control
         self._trace = tracer
@@ -119,14 +120,14 @@ class Reaper:
         self.reap()
         self._control.reaper_iteration += 1
 
-    def worker_died(self, shard: Shard) -> None:
+    def worker_died(self, vcpu: VcpuHandle) -> None:
         """Its process is gone. What it logged is in its ring, as far as that is mapped here, and harvested by the
         next reap; a plain bitmap has died with it, and so has a ring that only a predecessor had mapped.
         Repeatable."""
-        self.full.discard(shard.index)
-        if not shard.ring_address and not shard.control.collected:
+        self.full.discard(vcpu.index)
+        if not vcpu.ring.address and not vcpu.control.collected:
             self._log.mark_logged_slots()
-            shard.control.collected = 1
+            vcpu.control.collected = 1
 
     def reap(self) -> int:
         """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
@@ -135,8 +136,8 @@ class Reaper:
         began = time.perf_counter_ns()
         self._control.publish_pending = 1
         full, self.full = self.full, set()
-        rings = [s for s in self._shards.all
-                 if s.ring_address and s.alive and (s.index in full or not self.only_full)]
+        rings = [s for s in self._vcpus.all
+                 if s.ring.address and s.alive and (s.index in full or not self.only_full)]
         rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
         harvested: _Harvested = {}
         owed: dict[int, int] = {}
@@ -144,25 +145,25 @@ class Reaper:
                                        for i in range(self._reapers)]):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
-        self._shards.await_resets([s for s in rings if owed[s.index] or s.index in full])
+        self._vcpus.await_resets([s for s in rings if owed[s.index] or s.index in full])
         broken = []
-        for shard in rings:
-            if shard.alive and shard.index in full:
-                shard.reported_full()
-            if shard.outstanding or shard.overflowed or shard.full_but_empty >= _EMPTY_FULLS:
-                broken.append(shard)
-        for shard in broken:
-            if shard.alive:
-                self._lost_count(shard, owed[shard.index])
-        dead = [s for s in self._shards.all if s.ring_address and not s.alive]
-        for shard in dead:
-            harvested[shard.index] = harvested.get(shard.index, 0) + self._collect(shard)
+        for vcpu in rings:
+            if vcpu.alive and vcpu.index in full:
+                vcpu.ring.reported_full()
+            if vcpu.ring.outstanding or vcpu.ring.overflowed or vcpu.ring.full_but_empty >= _EMPTY_FULLS:
+                broken.append(vcpu)
+        for vcpu in broken:
+            if vcpu.alive:
+                self._lost_count(vcpu, owed[vcpu.index])
+        dead = [s for s in self._vcpus.all if s.ring.address and not s.alive]
+        for vcpu in dead:
+            harvested[vcpu.index] = harvested.get(vcpu.index, 0) + self._collect(vcpu)
         self._log.publish()
         self._control.publish_pending = 0
-        for shard in dead:
+        for vcpu in dead:
             step("dead-ring-published")
-            shard.forget_ring()
-            shard.control.collected = 1
+            vcpu.ring.forget()
+            vcpu.control.collected = 1
         total = sum(harvested.values())
         self._last = harvested
         took = time.perf_counter_ns() - began
@@ -172,7 +173,7 @@ class Reaper:
             self._trace.reap(total, took // 1000)
         now = time.monotonic()
         self.schedule.learn(now, harvested)
-        self.schedule.plan(now, {s.index: s.soft_limit for s in self._shards.all if s.running})
+        self.schedule.plan(now, {s.index: s.ring.soft_limit for s in self._vcpus.all if s.running})
         return total
 
     def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
@@ -182,60 +183,60 @@ class Reaper:
             return [each() for each in work]
         return list(self._threads.map(lambda each: each(), work))
 
-    def _harvest_some(self, rings: list[Shard], reaper: int, full: set[int]) -> _Found:
+    def _harvest_some(self, rings: list[VcpuHandle], reaper: int, full: set[int]) -> _Found:
         """Some of the rings, into this reaper's own staging bitmaps: {vCPU index: (entries, those that await their
         reset)}. While a ring is reset, the next one is harvested."""
         found = {}
-        for shard in rings:
-            count = self._harvest(shard, self._log.table_addresses[reaper])
-            owed = shard.outstanding
-            if owed or shard.index in full:
-                shard.ask_reset(owed)
-            found[shard.index] = (count, owed)
+        for vcpu in rings:
+            count = self._harvest(vcpu, self._log.table_addresses[reaper])
+            owed = vcpu.ring.outstanding
+            if owed or vcpu.index in full:
+                vcpu.ring.ask_reset(owed)
+            found[vcpu.index] = (count, owed)
         return found
 
-    def _harvest(self, shard: Shard, table: int) -> int:
+    def _harvest(self, vcpu: VcpuHandle, table: int) -> int:
         if self._trace.reap_vcpu:
-            self._trace.reap_vcpu(shard.index)
+            self._trace.reap_vcpu(vcpu.index)
         if not self._trace.page and self.recorder is None:
-            return shard.harvest(table)
-        pages = np.zeros((shard.entries, 3), np.uint64)
-        count = shard.harvest(table, pages)
+            return vcpu.ring.harvest(table)
+        pages = np.zeros((vcpu.ring.entries, 3), np.uint64)
+        count = vcpu.ring.harvest(table, pages)
         if self.recorder is not None:
-            self.recorder.put(shard.index, pages[:count])
+            self.recorder.put(vcpu.index, pages[:count])
         trace_page = self._trace.page
         if trace_page:
             for fetch, _, offset in pages[:count].tolist():
-                trace_page(shard.index, fetch, offset)
+                trace_page(vcpu.index, fetch, offset)
         return count
 
-    def _collect(self, shard: Shard) -> int:
+    def _collect(self, vcpu: VcpuHandle) -> int:
         """The last harvest of a ring whose worker has died; its entries. Nobody can write through a dead vCPU: its
         pages need no re-protection. And nobody resets its ring, so it must not be looked at again."""
-        countable = shard.countable
-        count = self._harvest(shard, self._log.table_addresses[0])
-        if shard.overflowed or not countable or shard.full_but_empty >= _EMPTY_FULLS:
+        countable = vcpu.ring.countable
+        count = self._harvest(vcpu, self._log.table_addresses[0])
+        if vcpu.ring.overflowed or not countable or vcpu.ring.full_but_empty >= _EMPTY_FULLS:
             self._log.mark_logged_slots()
         return count
 
-    def _lost_count(self, shard: Shard, owed: int) -> None:
+    def _lost_count(self, vcpu: VcpuHandle, owed: int) -> None:
         """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may be dirty. They
         are marked before the ring, whose totals say that it has lost count, is replaced: whoever takes over in
         between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
         replaced could go on only without a log: it ends."""
-        missing = shard.outstanding
-        self._shards.pause([shard])
+        missing = vcpu.ring.outstanding
+        self._vcpus.pause([vcpu])
         step("lost-count-seen")
         pages = self._log.mark_logged_slots()
         step("lost-count-marked")
         try:
-            self._shards.rebuild_ring(shard)
+            self._vcpus.rebuild_ring(vcpu)
         except VmmError as exc:
-            self._shards.give_up([shard], f"could not replace its ring, which had lost count: {exc}")
+            self._vcpus.give_up([vcpu], f"could not replace its ring, which had lost count: {exc}")
         step("lost-count-rebuilt")
-        if not self._shards.paused:
-            self._shards.resume([shard])
-        self._report_rebuild(shard.index, owed, owed - missing, pages)
+        if not self._vcpus.paused:
+            self._vcpus.resume([vcpu])
+        self._report_rebuild(vcpu.index, owed, owed - missing, pages)
 
     def flush(self) -> int:
         """Every page written before this call is in the slot bitmaps when it returns (seed:
@@ -249,7 +250,7 @@ class Reaper:
                            "software CPU that waits for one cannot be stopped")
         if self._trace.flush:
             self._trace.flush(0)
-        self._shards.kick_all()
+        self._vcpus.kick_all()
         total = self.reap() if self.tracking == "ring" else self._gather()
         self._control.flushes += 1
         if self._trace.flush:
@@ -267,15 +268,15 @@ class Reaper:
             if not count:
                 return total
         # A ring that fills while its vCPU stands still is no account of what that has written.
-        for shard in self._shards.all:
-            if shard.alive and self._last.get(shard.index):
-                self._lost_count(shard, self._last[shard.index])
+        for vcpu in self._vcpus.all:
+            if vcpu.alive and self._last.get(vcpu.index):
+                self._lost_count(vcpu, self._last[vcpu.index])
         return total
 
     def _gather(self) -> int:
         if self.tracking == "none":
             return 0
-        return gather_bitmaps(self._shards, self._log, protected=self.tracking == "uffd")
+        return gather_bitmaps(self._vcpus, self._log, protected=self.tracking == "uffd")
 
     def close(self) -> None:
         if self._threads is not None:

@@ -32,7 +32,7 @@ from ipc.steps import step
 
 from ..machine.memory import slot_segment
 from ..machine.spec import VerifySpec
-from ..vcpus.pool import Shard
+from ..vcpus.handle import VcpuHandle
 from .log import DirtyLog
 
 __all__ = ["CLIENT", "AnyVerifier", "Verification", "Verifier", "make_verifier"]
@@ -64,13 +64,13 @@ class Verification(msgspec.Struct):
 class Verifier:
     """One round at a time, called by the coordinator with the guest stopped and the log drained."""
 
-    def __init__(self, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+    def __init__(self, spec: VerifySpec, log: DirtyLog, vcpus: list[VcpuHandle], control: MachineControl,
                  usable: dict[int, tuple[int, int]], resume: Verification | None = None) -> None:
         self.result = Verification(surplus_is_failure=spec.surplus_is_failure)
         self._inject = spec.inject
         self._injected = (-1, -1)
         self._log = log
-        self._shards = shards
+        self._vcpus = vcpus
         self._copies: dict[int, Segment] = {}
         self._previous_last: set[tuple[int, int]] = set()
         self._control = control
@@ -146,8 +146,8 @@ class Verifier:
         return self._log.slots[slot_id].memory.view(np.uint64).reshape(-1, _WORDS)
 
     def _last_entries(self) -> set[tuple[int, int]]:
-        return {(s.control.last_slot & 0xFFFF, s.control.last_offset) for s in self._shards
-                if s.control.dirty_pages and s.entries}
+        return {(s.control.last_slot & 0xFFFF, s.control.last_offset) for s in self._vcpus
+                if s.control.dirty_pages and s.ring.entries}
 
     def switched(self) -> None:
         """The way of tracking was switched: what was logged last before it, and had not been written yet, has no
@@ -157,9 +157,9 @@ class Verifier:
     def round(self) -> None:
         result = self.result
         result.rounds += 1
-        rings = any(s.entries for s in self._shards)
+        rings = any(s.ring.entries for s in self._vcpus)
         # A plain bitmap does not say which page was logged last: any one a vCPU, of this round or the one before.
-        unnamed = (sum(self._switches) + (0 if rings else 2)) * len(self._shards)
+        unnamed = (sum(self._switches) + (0 if rings else 2)) * len(self._vcpus)
         self._switches = [0, self._switches[0]]
         last = self._last_entries()
         excused = last | self._previous_last
@@ -236,12 +236,12 @@ class ReplayVerifier:
     written is surplus. Excused is the last entry of a vCPU whose worker was killed, before it could record it.
     """
 
-    def __init__(self, spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+    def __init__(self, spec: VerifySpec, log: DirtyLog, vcpus: list[VcpuHandle], control: MachineControl,
                  resume: Verification | None = None) -> None:
         self.result = Verification(surplus_is_failure=spec.surplus_is_failure) if resume is None else resume
         self._inject = spec.inject
         self._log = log
-        self._shards = shards
+        self._vcpus = vcpus
         self._control = control
         self.blind_to_surplus = resume is not None      # as in Verifier
         self._marked: set[int] = set()
@@ -288,7 +288,7 @@ class ReplayVerifier:
             self._injection(dirty, written, at, slot.pages)
             lost = _pages(at, written & ~dirty)
             surplus = [] if self.blind_to_surplus or slot_id in self._marked else _pages(at, dirty & ~written)
-            last = {s.control.last_offset for s in self._shards if not s.alive and s.control.last_slot == slot_id}
+            last = {s.control.last_offset for s in self._vcpus if not s.alive and s.control.last_slot == slot_id}
             excused = [p for p in surplus if p in last]
             result.checked_pages += slot.pages
             result.dirty_pages += int(np.bitwise_count(dirty).sum())
@@ -336,11 +336,11 @@ def _pages(at: NDArray[np.int64], words: NDArray[np.uint64]) -> list[int]:
 AnyVerifier = Verifier | ReplayVerifier
 
 
-def make_verifier(spec: VerifySpec, log: DirtyLog, shards: list[Shard], control: MachineControl,
+def make_verifier(spec: VerifySpec, log: DirtyLog, vcpus: list[VcpuHandle], control: MachineControl,
                   usable: dict[int, tuple[int, int]], resume: Verification | None = None, *,
                   memory: bool) -> AnyVerifier:
     """``memory``: the machine has some, to be compared with the log. ``resume``: go on where a predecessor's left
     off."""
     if not memory:
-        return ReplayVerifier(spec, log, shards, control, resume)
-    return Verifier(spec, log, shards, control, usable, resume)
+        return ReplayVerifier(spec, log, vcpus, control, resume)
+    return Verifier(spec, log, vcpus, control, usable, resume)

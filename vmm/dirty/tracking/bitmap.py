@@ -1,7 +1,7 @@
 """Plain dirty bitmaps, where there is no ring (seed: kvm_log_sync, kvm_log_clear, per slot).
 
-Every shard has its own kernel bitmap. Per slot: get each shard's log into that shard's buffer, OR the
-buffers into staging, re-protect in every shard what its buffer says, publish. A page's bit is
+Every vcpu has its own kernel bitmap. Per slot: get each vcpu's log into that vcpu's buffer, OR the
+buffers into staging, re-protect in every vcpu what its buffer says, publish. A page's bit is
 published only after it is protected again, as with rings (invariant 2); a coordinator that dies
 between finds the pages still dirty in the kernel, or still in staging.
 
@@ -15,36 +15,37 @@ from functools import partial
 
 from ipc.messages import ClearLog, GetLog
 
-from ...vcpus.pool import Shard, Shards
+from ...vcpus.handle import VcpuHandle
+from ...vcpus.pool import VcpuPool
 from ..log import DirtyLog
 
 __all__ = ["gather_bitmaps"]
 
 
-def gather_bitmaps(shards: Shards, log: DirtyLog, *, protected: bool = False) -> int:
-    """Gather all logged slots of all shards; dirty pages, counted once a shard. ``protected``: to get a log has
+def gather_bitmaps(vcpus: VcpuPool, log: DirtyLog, *, protected: bool = False) -> int:
+    """Gather all logged slots of all vcpus; dirty pages, counted once a vcpu. ``protected``: to get a log has
     re-protected its pages already."""
     total = 0
     for slot_id, slot in log.slots.items():
         if not slot.logged:
             continue
-        got = shards.request([s for s in shards.all if s.alive], partial(_get, slot_id))
-        dirty = [s for s in shards.all if s.index in got and got[s.index].value]
-        for shard in dirty:
-            slot.staging[0].merge(slot.vcpu_logs[shard.index])
+        got = vcpus.request([s for s in vcpus.all if s.alive], partial(_get, slot_id))
+        dirty = [s for s in vcpus.all if s.index in got and got[s.index].value]
+        for vcpu in dirty:
+            slot.staging[0].merge(slot.vcpu_logs[vcpu.index])
             if protected:
-                slot.vcpu_logs[shard.index][:] = 0
-            shard.control.dirty_pages += got[shard.index].value
-            total += got[shard.index].value
+                slot.vcpu_logs[vcpu.index][:] = 0
+            vcpu.control.dirty_pages += got[vcpu.index].value
+            total += got[vcpu.index].value
         if not protected:
-            shards.request(dirty, partial(_clear, slot_id))
+            vcpus.request(dirty, partial(_clear, slot_id))
     log.publish()
     return total
 
 
-def _get(slot_id: int, seq: int, shard: Shard) -> GetLog:
+def _get(slot_id: int, seq: int, vcpu: VcpuHandle) -> GetLog:
     return GetLog(seq, slot_id)
 
 
-def _clear(slot_id: int, seq: int, shard: Shard) -> ClearLog:
+def _clear(slot_id: int, seq: int, vcpu: VcpuHandle) -> ClearLog:
     return ClearLog(seq, slot_id)

@@ -18,13 +18,14 @@ from ipc.steps import step
 from ...coordinator.segments import Parts
 from ...errors import VmmError
 from ...machine.trackings import BITMAPS
-from ...vcpus.pool import Shard, Shards
+from ...vcpus.handle import VcpuHandle
+from ...vcpus.pool import VcpuPool
 from ..reaper import Reaper
 
 __all__ = ["fulfil", "switch", "unfinished"]
 
 
-def switch(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
+def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
     """``commit`` writes the journal. Raises VmmError and SegmentError, with everything as it was."""
     old = parts.tracking
     reaper.drain()
@@ -35,54 +36,54 @@ def switch(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Call
         parts.log.mark_logged_slots()   # what was dirtied without a log is not known
     step("tracking-marked")
     try:
-        _go(parts, shards, reaper, mode, commit)
+        _go(parts, vcpus, reaper, mode, commit)
     except VmmError:
         try:
-            _go(parts, shards, reaper, old, commit)
+            _go(parts, vcpus, reaper, old, commit)
         except VmmError:
-            for shard in _astray(parts, shards):
-                shard.signal(signal.SIGKILL)    # its death is seen, and its pages are marked
+            for vcpu in _astray(parts, vcpus):
+                vcpu.signal(signal.SIGKILL)    # its death is seen, and its pages are marked
         raise
 
 
-def _go(parts: Parts, shards: Shards, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
+def _go(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
     parts.tracking = reaper.tracking = mode
     commit()
     step("tracking-committed")
-    for shard in shards.all:
-        shard.control.fetch_total = 0
+    for vcpu in vcpus.all:
+        vcpu.control.fetch_total = 0
     step("tracking-rewound")
-    fulfil(parts, shards)
+    fulfil(parts, vcpus)
     step("tracking-set")
     reaper.full.clear()
 
 
-def _astray(parts: Parts, shards: Shards) -> list[Shard]:
+def _astray(parts: Parts, vcpus: VcpuPool) -> list[VcpuHandle]:
     wanted = Tracking[parts.tracking.upper()]
-    return [s for s in shards.all if s.alive and s.control.tracking != wanted]
+    return [s for s in vcpus.all if s.alive and s.control.tracking != wanted]
 
 
-def unfinished(parts: Parts, shards: Shards) -> bool:
+def unfinished(parts: Parts, vcpus: VcpuPool) -> bool:
     """A coordinator died in the middle of a switch."""
-    return bool(_astray(parts, shards))
+    return bool(_astray(parts, vcpus))
 
 
-def fulfil(parts: Parts, shards: Shards) -> None:
+def fulfil(parts: Parts, vcpus: VcpuPool) -> None:
     """Have every worker follow the machine's way of tracking, and map the rings. The vCPUs are paused, and whoever
     follows another way has an empty log. Raises VmmError."""
-    shards.request(_astray(parts, shards), lambda seq, shard: _request(parts, seq, shard))
-    for shard in shards.all:
-        shard.control.fetch_total = shard.control.reset_total   # 0, but where the worker had no need to change
-        shard.use_ring(parts.ring_entries)
+    vcpus.request(_astray(parts, vcpus), lambda seq, vcpu: _request(parts, seq, vcpu))
+    for vcpu in vcpus.all:
+        vcpu.control.fetch_total = vcpu.control.reset_total   # 0, but where the worker had no need to change
+        vcpu.ring.use(parts.ring_entries)
         if parts.ring_entries and not parts.spec.can.kernel_ring:
-            shard.map_software_ring(parts.rings[shard.index])
+            vcpu.ring.map_segment(parts.rings[vcpu.index])
     if parts.spec.can.kernel_ring:
-        shards.adopt_fds([s for s in shards.all if s.alive])
+        vcpus.adopt_fds([s for s in vcpus.all if s.alive])
 
 
-def _request(parts: Parts, seq: int, shard: Shard) -> SetTracking:
+def _request(parts: Parts, seq: int, vcpu: VcpuHandle) -> SetTracking:
     rings = parts.ring_entries > 0
-    logs = ({i: slot.log_segment(shard.index) for i, slot in parts.log.slots.items()}
+    logs = ({i: slot.log_segment(vcpu.index) for i, slot in parts.log.slots.items()}
             if parts.tracking in BITMAPS else {})
     return SetTracking(seq, parts.tracking, parts.ring_entries,
-                       parts.rings[shard.index].name if rings and parts.rings else "", logs)
+                       parts.rings[vcpu.index].name if rings and parts.rings else "", logs)

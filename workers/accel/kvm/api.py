@@ -237,7 +237,6 @@ CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168     # [7.18]
 CAP_DIRTY_LOG_RING = 192                # [8.29]
 CAP_DIRTY_LOG_RING_ACQ_REL = 223        # [8.29]
 
-DIRTY_LOG_PAGE_OFFSET = 64              # page of the vCPU fd's mapping where its ring begins
 MEM_LOG_DIRTY_PAGES = 1                 # flags of a memory region
 DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ipc.layout import DirtyGfn, Tracking, VcpuControl
+from ipc.layout import RING_PAGE_OFFSET, DirtyGfn, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
 from ...faults import describe, read_frame
@@ -250,7 +250,7 @@ class KvmAccelerator:
             return 0
         if self._ring is None:
             mapping = mmap.mmap(self.vcpu_fd, entries * ctypes.sizeof(DirtyGfn),
-                                offset=api.DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE)
+                                offset=RING_PAGE_OFFSET * mmap.PAGESIZE)
             self._ring = (DirtyGfn * entries).from_buffer(mapping)
         first = self._reset_sum
         low, high = 0, entries      # entries in use lie in one piece from the first not reset

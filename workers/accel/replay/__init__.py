@@ -2,7 +2,7 @@
 this host's processors would not reach.
 
     producer.py     the accelerator
-    loops.py        its loops, as Numba compiles them; compiled.py has them to call
+    loops.py        its loops, as Numba compiles them; calls.py has them to call
     layout.py       what both know, as plain C structures
 """
 

@@ -23,7 +23,7 @@ class Pattern(IntEnum):
 
 
 class Left(IntEnum):
-    """Why ``produce`` (workers/accel/replay/compiled.py) has come back."""
+    """Why ``produce`` (workers/accel/replay/calls.py) has come back."""
 
     DONE = 0            # it has made its writes
     FULL = 1            # soft-full

@@ -1,5 +1,5 @@
 """The replay accelerator's loops, as Numba compiles them: a producer that dirties pages, and the reset of its ring.
-workers/accel/replay/compiled.py has them to call.
+workers/accel/replay/calls.py has them to call.
 
 Both threads of a worker run at once, the vCPU thread in :func:`_produce` and the service thread in
 :func:`_reset`, without a lock. A page has a bit in each of two arrays: ``pushed``, which the producer alone writes,
@@ -15,8 +15,8 @@ import numpy as np
 from numba import carray, from_dtype, njit, types
 
 from ipc.compiled.atomics import cast_to, load_acquire_u32, load_acquire_u64, load_u64, store_release_u64, store_u64
+from ipc.compiled.loops import publish_entry
 from ipc.layout import DIRTY_GFN_F_RESET
-from ipc.ring import publish_entry
 
 from .layout import PRODUCER, QUANTILES, SLOT, Left, Pattern
 

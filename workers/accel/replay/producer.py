@@ -30,7 +30,7 @@ from ...memory import GuestMemory
 from ...ports import PortBus
 from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind
-from . import compiled as kernels
+from . import calls
 from .layout import PRODUCER, QUANTILES, SLOT, Left, Pattern
 
 __all__ = ["ReplayAccelerator", "share_of", "vcpu_seed", "zipf_quantiles"]
@@ -187,7 +187,7 @@ class ReplayAccelerator:
                 return Exit(ExitKind.END, reason=ExitReason.CODE)
             count, wait = self._due()
             if count:
-                left = kernels.produce(self._state, count)
+                left = calls.produce(self._state, count)
                 if left == Left.FULL:
                     return Exit(ExitKind.RING_FULL)
                 if left == Left.KICKED:
@@ -248,7 +248,7 @@ class ReplayAccelerator:
         self._c.push_limit = _NO_LIMIT if count is None else int(self._c.pushed) + count
 
     def reset_ring(self, expected: int) -> int:
-        return kernels.reset(self._state, self._bases)
+        return calls.reset(self._state, self._bases)
 
     def rebuild_ring(self) -> None:
         ctypes.memset(self._ring.address, 0, self._spec.ring_entries * 16)

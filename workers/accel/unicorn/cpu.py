@@ -35,7 +35,7 @@ from ...memory import GuestMemory
 from ...ports import PortBus, PortEventKind, UnknownPort
 from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind
-from . import compiled
+from . import calls
 from . import state as soft_state
 from .context import CONTEXT, PAGE_CODE, PAGE_LOGGED, SEEN, SEEN_BLOCKS, SLOT, Stop
 from .decode import Decoder, PortAccess, Special
@@ -202,8 +202,8 @@ class UnicornAccelerator:
 
     def _add_hooks(self) -> None:
         engine = self._engine
-        self._native_hook(uconst.UC_HOOK_MEM_WRITE, compiled.ON_WRITE, self._address)
-        self._native_hook(uconst.UC_HOOK_BLOCK, compiled.ON_BLOCK, self._address)
+        self._native_hook(uconst.UC_HOOK_MEM_WRITE, calls.ON_WRITE, self._address)
+        self._native_hook(uconst.UC_HOOK_BLOCK, calls.ON_BLOCK, self._address)
         engine.hook_add(uconst.UC_HOOK_INTR, self._on_exception)
         engine.hook_add(uconst.UC_HOOK_MEM_UNMAPPED, self._on_unmapped)
 
@@ -286,19 +286,19 @@ class UnicornAccelerator:
         fresh = False
         for at, record in locked.items():
             if at not in self._hooked:
-                handle = self._native_hook(uconst.UC_HOOK_CODE, compiled.ON_LOCKED, record.ctypes.data, at, at)
+                handle = self._native_hook(uconst.UC_HOOK_CODE, calls.ON_LOCKED, record.ctypes.data, at, at)
                 self._hooked[at] = (handle, record)
                 fresh = True
         for at, what in special.items():
             if at not in self._hooked:
-                handle = self._native_hook(uconst.UC_HOOK_CODE, compiled.ON_SPECIAL, self._address, at, at)
+                handle = self._native_hook(uconst.UC_HOOK_CODE, calls.ON_SPECIAL, self._address, at, at)
                 self._hooked[at] = (handle, what)
                 fresh = True
         if fresh:   # it was translated without the hooks
             self._engine.ctl_remove_cache(address, address + size)
         with self._inside():
             self._mark_code(address, size)
-        compiled.remember(self._address, address, size)
+        calls.remember(self._address, address, size)
         self._seen_count += 1
 
     def _mark_code(self, address: int, size: int) -> None:
@@ -397,7 +397,7 @@ class UnicornAccelerator:
             if access.string:
                 host = self._memory.host_address(at, size)
                 with self._inside():    # were the page reset between the two, its new contents would be in no log
-                    compiled.log_write(self._address, at, size)
+                    calls.log_write(self._address, at, size)
                     ctypes.memmove(host, value.to_bytes(size, "little"), size)
             else:
                 engine.reg_write(_ACCUMULATOR[size], value)
@@ -464,7 +464,7 @@ class UnicornAccelerator:
         with self._outside():
             if self._c.overflowed:
                 return 0    # it has lost count: the coordinator is to see that and ask for a new one
-            return compiled.reset(self._address)
+            return calls.reset(self._address)
 
     def rebuild_ring(self) -> None:
         with self._outside():

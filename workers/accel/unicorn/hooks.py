@@ -1,5 +1,5 @@
 """The software CPU's native hooks, as Numba compiles them: write tracking, leaving the guest, locked instructions.
-workers/accel/unicorn/compiled.py has them to call.
+workers/accel/unicorn/calls.py has them to call.
 
 Unicorn calls these from generated code; they take no lock and no GIL. Measured (benchmarks/tracking.py): they cost
 a loop that does nothing but store half of its speed, where userfaultfd takes 11 us and more for each first write to
@@ -44,8 +44,8 @@ from ipc.compiled.atomics import (
     store_u8,
     store_u64,
 )
+from ipc.compiled.loops import publish_entry
 from ipc.layout import DIRTY_GFN_F_RESET
-from ipc.ring import publish_entry
 
 from .context import CONTEXT, LOCKED, PAGE_CODE, PAGE_LOGGED, SEEN, SEEN_BLOCKS, SLOT, LockedOp, Stop
 

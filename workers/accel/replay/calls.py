@@ -14,7 +14,7 @@ from ipc.compiled.loader import Native
 
 __all__ = ["produce", "reset"]
 
-_native = Native("workers.accel.replay.loops", "ipc.compiled.atomics", "ipc.layout", "ipc.ring",
+_native = Native("workers.accel.replay.loops", "ipc.compiled.atomics", "ipc.layout", "ipc.compiled.loops",
                  "workers.accel.replay.layout")
 
 

@@ -12,7 +12,7 @@ from ipc.compiled.loader import Native
 
 __all__ = ["ON_BLOCK", "ON_LOCKED", "ON_SPECIAL", "ON_WRITE", "log_write", "remember", "reset"]
 
-_native = Native("workers.accel.unicorn.hooks", "ipc.compiled.atomics", "ipc.layout", "ipc.ring",
+_native = Native("workers.accel.unicorn.hooks", "ipc.compiled.atomics", "ipc.layout", "ipc.compiled.loops",
                  "workers.accel.unicorn.context")
 
 
