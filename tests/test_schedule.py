@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vmm.dirty.reaper import Schedule
+from vmm.dirty.schedule import Schedule
 from vmm.machine.spec import ReaperSpec
 
 FILL = Fraction(2, 5)

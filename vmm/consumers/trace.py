@@ -1,9 +1,5 @@
-"""Recording of dirty traces: the coordinator's end, and that of ``vmm trace record``.
-
-The coordinator puts what it harvests into a queue in shared memory (ipc/traces/queue.py) and never waits; the
-recording process takes it out, compresses it and writes the file. Should that one lag, entries are lost and the
-trace says how many.
-"""
+"""``vmm trace record``: what the coordinator has put into the queue (vmm/dirty/recorder.py) is taken out,
+compressed and written to a file. Whoever lags loses entries, and the trace says how many."""
 
 from __future__ import annotations
 
@@ -13,50 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ipc.traces.queue import TraceQueue
 
 from ..errors import VmmError
-from ..machine.names import segment_name
+from ..machine.names import record_queue
 from ..machine.spec import RamSlot
-from ..machine.tracefile import TraceEnd, TraceHeader, TraceWriter, pack
+from ..machine.tracefile import TraceEnd, TraceHeader, TraceWriter
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
 
-__all__ = ["INTERRUPTED", "QUEUE", "Recorder", "record"]
+__all__ = ["INTERRUPTED", "record"]
 
 INTERRUPTED = "interrupted"
-QUEUE = "record"            # what the queue's segment is called
-_QUEUE_WORDS = 1 << 23      # 64 MiB: 8 million entries
-
-
-class Recorder:
-    """Of a machine that is being recorded; its reaper feeds it."""
-
-    def __init__(self, machine: str, table: NDArray[np.uint64]) -> None:
-        self._queue = TraceQueue.create(segment_name(machine, QUEUE), _QUEUE_WORDS)
-        self._table = table
-        self._began = time.monotonic_ns()
-
-    def put(self, vcpu: int, triples: NDArray[np.uint64]) -> None:
-        """What was harvested from one ring: (fetch index, slot word, page) each, uint64 [entries, 3]."""
-        slots, pages = triples[:, 1], triples[:, 2]
-        good = slots < len(self._table)     # what the harvest has dropped is not recorded either
-        good[good] = pages[good] < self._table[slots[good], 2]
-        if good.any():
-            self._queue.put(time.monotonic_ns() - self._began, vcpu, pack(slots[good], pages[good]))
-
-    def miss(self) -> None:
-        """A ring has lost count: what else it held nobody knows. The trace is not complete."""
-        self._queue.miss(1)
-
-    def close(self) -> None:
-        """All of it is in the queue; whoever has it mapped can still read it."""
-        self._queue.end()
-        self._queue.close()
 
 
 def _sleep(seconds: float) -> bool:
@@ -84,7 +49,7 @@ def record(machine: Machine, path: Path, seconds: float, interval: float,
         opened = time.monotonic()
         machine.record_start()
         status = machine.status()       # tracking auto has changed to rings by now
-        queue = TraceQueue.open(segment_name(machine.name, QUEUE))
+        queue = TraceQueue.open(record_queue(machine.name))
         try:
             reason = _follow(machine, queue, writer, seconds, interval, progress, wait)
             if reason in ("", INTERRUPTED):

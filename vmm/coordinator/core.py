@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..dirty.parts import Parts
 from ..dirty.reaper import Reaper
 from ..dirty.verify import AnyVerifier
 from ..errors import ExitCode, VmmError, no_memory
@@ -16,7 +17,6 @@ from ..machine.spec import MachineSpec
 from ..vcpus.handle import VcpuHandle
 from ..vcpus.pool import VcpuPool
 from .owners import Owners
-from .segments import Parts
 
 __all__ = ["Core"]
 
@@ -98,7 +98,7 @@ class Core:
     @property
     def verifying(self) -> bool:
         """The verifier reads all memory; not before all of it is there. And it looks into the log."""
-        return self.verifier is not None and not self.pages_missing and self.parts.tracking != "none"
+        return self.verifier is not None and not self.pages_missing and self.parts.way.logged
 
     def flush(self) -> None:
         if self.state == "running":

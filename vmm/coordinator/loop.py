@@ -132,7 +132,7 @@ class Coordinator:
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closing.callback(self._close_signals)
         self.reaper = core.reaper = Reaper(spec.reaper, self.vcpus, core.parts.log, self._block, core.tracer,
-                                           self._on_rebuild, tracking=core.parts.tracking)
+                                           self._on_rebuild, way=core.parts.way)
         self._closing.callback(self.reaper.close)
         self._closing.callback(self.vcpus.shut_down)
         self._closing.callback(self.recording.close)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ipc.linux.processid import ProcessId
 from ipc.steps import step
 
-from ..consumers.trace import Recorder
+from ..dirty.recorder import Recorder
 from ..errors import VmmError
 from .core import Core
 from .owners import Watch, unseen

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -20,11 +19,9 @@ from ipc.layout import (
     MAX_SLOTS,
     PROTOCOL_VERSION,
     SYSTEM_SLOT,
-    MachineControl,
     VcpuRequest,
     control_error,
     control_size,
-    machine_control,
     vcpu_control,
 )
 from ipc.messages import SlotSpec, WorkerSpec
@@ -32,76 +29,18 @@ from ipc.shm import PAGE_SIZE, Segment
 from ipc.traces.segment import TraceSegment
 
 from ..dirty.log import DirtyLog, LogClient
+from ..dirty.parts import Parts
 from ..errors import VmmError
 from ..machine import boot, loader
-from ..machine.memory import MemorySlot, make_or_open
+from ..machine.memory import make_or_open
 from ..machine.names import belongings, segment_name
 from ..machine.spec import MachineSpec, RamSlot
 from ..machine.tracefile import Trace, TraceError, TraceReader, check_trace, unpack
-from ..machine.trackings import BITMAPS
 from ..vcpus.handle import VcpuHandle
 
-__all__ = ["Parts", "adopt_parts", "copy_image", "make_parts", "worker_spec"]
+__all__ = ["adopt_parts", "copy_image", "make_parts", "worker_spec"]
 
 _TRACE_PIECE = 1 << 20      # entries of a trace looked at together
-
-
-@dataclass
-class Parts:
-    """Segments of a machine and the views of them."""
-
-    spec: MachineSpec
-    control_segment: Segment
-    system: Segment
-    log: DirtyLog
-    rings: list[Segment] = field(default_factory=list)
-    #: In which way the machine logs now (one of vmm.machine.trackings.MODES).
-    tracking: str = "ring"
-    #: Each vCPU's part of the trace that is replayed (ipc/traces/segment.py).
-    traces: list[Segment] = field(default_factory=list)
-    entry: int = 0
-    #: Pages [first, end) of each slot that are the guest's to use: no image, no stacks.
-    usable: dict[int, tuple[int, int]] = field(default_factory=dict)
-    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-    @property
-    def control(self) -> MachineControl:
-        return machine_control(self.control_segment.address)
-
-    def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
-        replay = not self.spec.can.guests
-        logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.tracking in BITMAPS) else 0
-        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
-                          reapers=self.spec.reaper.reapers)
-
-    @property
-    def ring_entries(self) -> int:
-        """Of the rings as they are now; 0 without any."""
-        return self.spec.ring_entries if self.tracking == "ring" else 0
-
-    def need(self, tracking: str) -> None:
-        """Have the segments that this way of tracking needs; empty logs, if they are not in use. Raises
-        SegmentError."""
-        if tracking in BITMAPS:
-            for slot in self.log.slots.values():
-                slot.need_vcpu_logs(self.spec.vcpus)
-                if self.tracking != tracking:
-                    for words in slot.vcpu_logs:
-                        words[:] = 0
-        elif tracking == "ring" and not self.spec.can.kernel_ring:
-            for i in range(len(self.rings), self.spec.vcpus):
-                name = segment_name(self.spec.name, f"ring{i}")
-                self.rings.append(self.stack.enter_context(Segment.adopt(name, self.spec.ring_entries * 16)[0]))
-
-    @property
-    def segments(self) -> list[str]:
-        """Names of all that the machine has now, but for the journal and the verifier's."""
-        return [self.control_segment.name, self.system.name, *self.log.segments(),
-                *(ring.name for ring in self.rings), *(trace.name for trace in self.traces)]
-
-    def close(self) -> None:
-        self.log.close()
-        self.stack.close()
 
 
 def _top_gpa(spec: MachineSpec) -> int:

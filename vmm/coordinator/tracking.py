@@ -103,7 +103,7 @@ class TrackingSwitch:
 
     def require_log(self) -> None:
         """Raises VmmError."""
-        if self._core.parts.tracking == "none":
+        if not self._core.parts.way.logged:
             raise not_logged(self._core.spec.name)
 
     def _ring_needed(self) -> bool:

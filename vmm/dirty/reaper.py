@@ -18,61 +18,23 @@ import numpy as np
 from ipc.layout import MachineControl, ReaperState
 from ipc.steps import step
 
-from ..consumers.trace import Recorder
 from ..errors import VmmError
 from ..machine.events import Tracer
 from ..machine.spec import ReaperSpec
 from ..vcpus.handle import VcpuHandle
 from ..vcpus.pool import VcpuPool
 from .log import DirtyLog
-from .tracking.bitmap import gather_bitmaps
+from .recorder import Recorder
+from .schedule import Schedule
+from .tracking.base import Way
 
-__all__ = ["Reaper", "Schedule"]
+__all__ = ["Reaper"]
 
 _Harvested = dict[int, int]             # {vCPU index: entries}
 _Found = dict[int, tuple[int, int]]     # and those that await their reset
 
-_FILL_TARGET = 0.4      # wake when the fastest ring is expected to be this full
 _EMPTY_FULLS = 3        # full-but-empty reports in a row that mean a ring has lost count
 _DRAIN_PASSES = 8       # with every vCPU paused the second pass finds nothing
-
-
-class Schedule:
-    """When to reap next.
-
-    ``fixed`` is the seed's constant sleep. ``adaptive`` learns each ring's dirtying rate (entries a
-    second; up at once, down by half a reap) and wakes when the fastest ring would be 40 % full, so that
-    twice the learnt rate still meets no soft-full, within ``min_interval``..``max_interval``.
-    """
-
-    def __init__(self, spec: ReaperSpec) -> None:
-        self._spec = spec
-        self._rates: dict[int, float] = {}
-        self._last: dict[int, float] = {}
-        self._due = 0.0
-
-    def learn(self, now: float, harvested: dict[int, int]) -> None:
-        """After a reap at ``now`` (monotonic seconds): {vCPU index: entries since its last}."""
-        for index, count in harvested.items():
-            elapsed = max(now - self._last.get(index, now - self._spec.max_interval), 1e-6)
-            rate = count / elapsed
-            self._rates[index] = max(rate, (self._rates.get(index, 0.0) + rate) / 2)
-            self._last[index] = now
-
-    def plan(self, now: float, soft_limits: dict[int, int]) -> float:
-        """Seconds until the next reap, from ``now``; remembers when it is due."""
-        spec = self._spec
-        wait = spec.interval
-        if spec.mode == "adaptive":
-            wait = min((_FILL_TARGET * limit / self._rates[index]
-                        for index, limit in soft_limits.items() if self._rates.get(index, 0.0) > 0),
-                       default=spec.max_interval)
-            wait = min(max(wait, spec.min_interval), spec.max_interval)
-        self._due = now + wait
-        return wait
-
-    def left(self, now: float) -> float:
-        return max(0.0, self._due - now)
 
 
 class Reaper:
@@ -80,16 +42,16 @@ class Reaper:
 
     def __init__(self, spec: ReaperSpec, vcpus: VcpuPool, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
-                 tracking: str) -> None:
+                 way: Way) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
-        self._vcpus = vcpus
-        self._log = log
+        self.vcpus = vcpus
+        self.log = log
         self._control = control
         self._trace = tracer
         self._report_rebuild = report_rebuild
-        #: In which way the machine logs now (one of vmm.machine.trackings.MODES).
-        self.tracking = tracking
+        #: In which way the machine logs now.
+        self.way = way
         self._reapers = spec.reapers
         self._threads = ThreadPoolExecutor(spec.reapers, "reaper") if spec.reapers > 1 else None
         self._last: _Harvested = {}     # by the last reap
@@ -126,17 +88,17 @@ class Reaper:
         Repeatable."""
         self.full.discard(vcpu.index)
         if not vcpu.ring.address and not vcpu.control.collected:
-            self._log.mark_logged_slots()
+            self.log.mark_logged_slots()
             vcpu.control.collected = 1
 
     def reap(self) -> int:
         """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
-        if self.tracking != "ring":
+        if not self.way.rings:
             return 0
         began = time.perf_counter_ns()
         self._control.publish_pending = 1
         full, self.full = self.full, set()
-        rings = [s for s in self._vcpus.all
+        rings = [s for s in self.vcpus.all
                  if s.ring.address and s.alive and (s.index in full or not self.only_full)]
         rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
         harvested: _Harvested = {}
@@ -145,7 +107,7 @@ class Reaper:
                                        for i in range(self._reapers)]):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
-        self._vcpus.await_resets([s for s in rings if owed[s.index] or s.index in full])
+        self.vcpus.await_resets([s for s in rings if owed[s.index] or s.index in full])
         broken = []
         for vcpu in rings:
             if vcpu.alive and vcpu.index in full:
@@ -155,10 +117,10 @@ class Reaper:
         for vcpu in broken:
             if vcpu.alive:
                 self._lost_count(vcpu, owed[vcpu.index])
-        dead = [s for s in self._vcpus.all if s.ring.address and not s.alive]
+        dead = [s for s in self.vcpus.all if s.ring.address and not s.alive]
         for vcpu in dead:
             harvested[vcpu.index] = harvested.get(vcpu.index, 0) + self._collect(vcpu)
-        self._log.publish()
+        self.log.publish()
         self._control.publish_pending = 0
         for vcpu in dead:
             step("dead-ring-published")
@@ -173,7 +135,7 @@ class Reaper:
             self._trace.reap(total, took // 1000)
         now = time.monotonic()
         self.schedule.learn(now, harvested)
-        self.schedule.plan(now, {s.index: s.ring.soft_limit for s in self._vcpus.all if s.running})
+        self.schedule.plan(now, {s.index: s.ring.soft_limit for s in self.vcpus.all if s.running})
         return total
 
     def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
@@ -188,7 +150,7 @@ class Reaper:
         reset)}. While a ring is reset, the next one is harvested."""
         found = {}
         for vcpu in rings:
-            count = self._harvest(vcpu, self._log.table_addresses[reaper])
+            count = self._harvest(vcpu, self.log.table_addresses[reaper])
             owed = vcpu.ring.outstanding
             if owed or vcpu.index in full:
                 vcpu.ring.ask_reset(owed)
@@ -214,9 +176,9 @@ class Reaper:
         """The last harvest of a ring whose worker has died; its entries. Nobody can write through a dead vCPU: its
         pages need no re-protection. And nobody resets its ring, so it must not be looked at again."""
         countable = vcpu.ring.countable
-        count = self._harvest(vcpu, self._log.table_addresses[0])
+        count = self._harvest(vcpu, self.log.table_addresses[0])
         if vcpu.ring.overflowed or not countable or vcpu.ring.full_but_empty >= _EMPTY_FULLS:
-            self._log.mark_logged_slots()
+            self.log.mark_logged_slots()
         return count
 
     def _lost_count(self, vcpu: VcpuHandle, owed: int) -> None:
@@ -225,17 +187,17 @@ class Reaper:
         between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
         replaced could go on only without a log: it ends."""
         missing = vcpu.ring.outstanding
-        self._vcpus.pause([vcpu])
+        self.vcpus.pause([vcpu])
         step("lost-count-seen")
-        pages = self._log.mark_logged_slots()
+        pages = self.log.mark_logged_slots()
         step("lost-count-marked")
         try:
-            self._vcpus.rebuild_ring(vcpu)
+            self.vcpus.rebuild_ring(vcpu)
         except VmmError as exc:
-            self._vcpus.give_up([vcpu], f"could not replace its ring, which had lost count: {exc}")
+            self.vcpus.give_up([vcpu], f"could not replace its ring, which had lost count: {exc}")
         step("lost-count-rebuilt")
-        if not self._vcpus.paused:
-            self._vcpus.resume([vcpu])
+        if not self.vcpus.paused:
+            self.vcpus.resume([vcpu])
         self._report_rebuild(vcpu.index, owed, owed - missing, pages)
 
     def flush(self) -> int:
@@ -250,17 +212,19 @@ class Reaper:
                            "software CPU that waits for one cannot be stopped")
         if self._trace.flush:
             self._trace.flush(0)
-        self._vcpus.kick_all()
-        total = self.reap() if self.tracking == "ring" else self._gather()
+        self.vcpus.kick_all()
+        total = self.way.gather(self)
         self._control.flushes += 1
         if self._trace.flush:
             self._trace.flush(1)
         return total
 
     def drain(self) -> int:
-        """With every vCPU paused: reap until a pass finds nothing; entries harvested."""
-        if self.tracking != "ring":
-            return self._gather()
+        """With every vCPU paused: until there is nothing left to be gathered; what was."""
+        return self.way.drain(self)
+
+    def drain_rings(self) -> int:
+        """Reap until a pass finds nothing; entries harvested."""
         total = 0
         for _ in range(_DRAIN_PASSES):
             count = self.reap()
@@ -268,15 +232,10 @@ class Reaper:
             if not count:
                 return total
         # A ring that fills while its vCPU stands still is no account of what that has written.
-        for vcpu in self._vcpus.all:
+        for vcpu in self.vcpus.all:
             if vcpu.alive and self._last.get(vcpu.index):
                 self._lost_count(vcpu, self._last[vcpu.index])
         return total
-
-    def _gather(self) -> int:
-        if self.tracking == "none":
-            return 0
-        return gather_bitmaps(self._vcpus, self._log, protected=self.tracking == "uffd")
 
     def close(self) -> None:
         if self._threads is not None:

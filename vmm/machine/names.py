@@ -21,7 +21,7 @@ from ..errors import VmmError
 
 __all__ = ["MACHINE_NAME", "RAM_MAPPING", "belongings", "check_client_name", "check_key_name", "check_machine_name",
            "check_snapshot_id", "is_machine_name", "is_snapshot_id", "machine_dir", "machine_of", "machine_prefix",
-           "runtime_root", "scope", "scope_prefix", "segment_name"]
+           "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name"]
 
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
@@ -144,6 +144,11 @@ def machine_prefix(machine: str) -> str:
 def segment_name(machine: str, what: str) -> str:
     """Of one segment, with the leading slash. Raises VmmError."""
     return f"/{machine_prefix(machine)}{what}"
+
+
+def record_queue(machine: str) -> str:
+    """Of the queue between a machine that is recorded and who records it."""
+    return segment_name(machine, "record")
 
 
 def machine_of(name: str) -> str | None:

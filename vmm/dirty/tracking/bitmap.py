@@ -1,4 +1,4 @@
-"""Plain dirty bitmaps, where there is no ring (seed: kvm_log_sync, kvm_log_clear, per slot).
+"""Tracking ``bitmap``: plain dirty bitmaps, where there is no ring (seed: kvm_log_sync, kvm_log_clear, per slot).
 
 Every vcpu has its own kernel bitmap. Per slot: get each vcpu's log into that vcpu's buffer, OR the
 buffers into staging, re-protect in every vcpu what its buffer says, publish. A page's bit is
@@ -12,6 +12,7 @@ buffer is cleared after it has gone to staging: a coordinator that dies before f
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ipc.messages import ClearLog, GetLog
 
@@ -19,7 +20,38 @@ from ...vcpus.handle import VcpuHandle
 from ...vcpus.pool import VcpuPool
 from ..log import DirtyLog
 
-__all__ = ["gather_bitmaps"]
+if TYPE_CHECKING:
+    from ..parts import Parts
+    from ..reaper import Reaper
+
+__all__ = ["Bitmap", "gather_bitmaps"]
+
+
+class Bitmap:
+    name = "bitmap"
+    rings, logs, logged = False, True, True
+    #: To get a log has re-protected its pages already.
+    _protected = False
+
+    def need(self, parts: Parts, *, fresh: bool) -> None:
+        """A log buffer for each vCPU and slot."""
+        for slot in parts.log.slots.values():
+            slot.need_vcpu_logs(parts.spec.vcpus)
+            if fresh:
+                for words in slot.vcpu_logs:
+                    words[:] = 0
+
+    def gather(self, reaper: Reaper) -> int:
+        return gather_bitmaps(reaper.vcpus, reaper.log, protected=self._protected)
+
+    def drain(self, reaper: Reaper) -> int:
+        return self.gather(reaper)
+
+    def switch_in(self, parts: Parts, vcpus: VcpuPool) -> None:
+        """The buffers are there already."""
+
+    def segments(self, parts: Parts, vcpu: VcpuHandle) -> tuple[str, dict[int, str]]:
+        return "", {i: slot.log_segment(vcpu.index) for i, slot in parts.log.slots.items()}
 
 
 def gather_bitmaps(vcpus: VcpuPool, log: DirtyLog, *, protected: bool = False) -> int:

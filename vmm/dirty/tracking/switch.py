@@ -15,11 +15,10 @@ from ipc.layout import Tracking
 from ipc.messages import SetTracking
 from ipc.steps import step
 
-from ...coordinator.segments import Parts
 from ...errors import VmmError
-from ...machine.trackings import BITMAPS
 from ...vcpus.handle import VcpuHandle
 from ...vcpus.pool import VcpuPool
+from ..parts import Parts
 from ..reaper import Reaper
 
 __all__ = ["fulfil", "switch", "unfinished"]
@@ -32,7 +31,7 @@ def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Cal
     step("tracking-drained")
     parts.need(mode)
     step("tracking-made")
-    if old == "none" and parts.log.clients:
+    if not parts.way.logged and parts.log.clients:
         parts.log.mark_logged_slots()   # what was dirtied without a log is not known
     step("tracking-marked")
     try:
@@ -47,7 +46,8 @@ def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Cal
 
 
 def _go(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
-    parts.tracking = reaper.tracking = mode
+    parts.tracking = mode
+    reaper.way = parts.way
     commit()
     step("tracking-committed")
     for vcpu in vcpus.all:
@@ -75,15 +75,11 @@ def fulfil(parts: Parts, vcpus: VcpuPool) -> None:
     for vcpu in vcpus.all:
         vcpu.control.fetch_total = vcpu.control.reset_total   # 0, but where the worker had no need to change
         vcpu.ring.use(parts.ring_entries)
-        if parts.ring_entries and not parts.spec.can.kernel_ring:
-            vcpu.ring.map_segment(parts.rings[vcpu.index])
+    parts.way.switch_in(parts, vcpus)
     if parts.spec.can.kernel_ring:
-        vcpus.adopt_fds([s for s in vcpus.all if s.alive])
+        vcpus.adopt_fds([v for v in vcpus.all if v.alive])
 
 
 def _request(parts: Parts, seq: int, vcpu: VcpuHandle) -> SetTracking:
-    rings = parts.ring_entries > 0
-    logs = ({i: slot.log_segment(vcpu.index) for i, slot in parts.log.slots.items()}
-            if parts.tracking in BITMAPS else {})
-    return SetTracking(seq, parts.tracking, parts.ring_entries,
-                       parts.rings[vcpu.index].name if rings and parts.rings else "", logs)
+    ring, logs = parts.way.segments(parts, vcpu)
+    return SetTracking(seq, parts.tracking, parts.ring_entries, ring, logs)

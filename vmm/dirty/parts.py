@@ -1,0 +1,70 @@
+"""What a machine's dirty log is made of: its segments, and the views of them that the coordinator has."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+from ipc.layout import MachineControl, machine_control
+from ipc.shm import Segment
+
+from ..machine.memory import MemorySlot
+from ..machine.spec import MachineSpec, RamSlot
+from .log import DirtyLog
+from .tracking.base import Way
+from .tracking.ways import way
+
+__all__ = ["Parts"]
+
+
+@dataclass
+class Parts:
+    """Segments of a machine and the views of them."""
+
+    spec: MachineSpec
+    control_segment: Segment
+    system: Segment
+    log: DirtyLog
+    rings: list[Segment] = field(default_factory=list)
+    #: In which way the machine logs now (vmm/dirty/tracking).
+    tracking: str = "ring"
+    #: Each vCPU's part of the trace that is replayed (ipc/traces/segment.py).
+    traces: list[Segment] = field(default_factory=list)
+    entry: int = 0
+    #: Pages [first, end) of each slot that are the guest's to use: no image, no stacks.
+    usable: dict[int, tuple[int, int]] = field(default_factory=dict)
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def control(self) -> MachineControl:
+        return machine_control(self.control_segment.address)
+
+    def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
+        replay = not self.spec.can.guests
+        logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.way.logs) else 0
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
+                          reapers=self.spec.reaper.reapers)
+
+    @property
+    def ring_entries(self) -> int:
+        """Of the rings as they are now; 0 without any."""
+        return self.spec.ring_entries if self.way.rings else 0
+
+    @property
+    def way(self) -> Way:
+        return way(self.tracking)
+
+    def need(self, tracking: str) -> None:
+        """Have the segments that this way of tracking needs; empty logs, if they are not in use. Raises
+        SegmentError."""
+        way(tracking).need(self, fresh=self.tracking != tracking)
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of all that the machine has now, but for the journal and the verifier's."""
+        return [self.control_segment.name, self.system.name, *self.log.segments(),
+                *(ring.name for ring in self.rings), *(trace.name for trace in self.traces)]
+
+    def close(self) -> None:
+        self.log.close()
+        self.stack.close()

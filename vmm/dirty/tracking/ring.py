@@ -1,0 +1,47 @@
+"""Tracking ``ring``: each vCPU logs into its own dirty ring (ipc/ring.py), which the reaper harvests all the
+time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ipc.shm import Segment
+
+from ...machine.names import segment_name
+
+if TYPE_CHECKING:
+    from ...vcpus.handle import VcpuHandle
+    from ...vcpus.pool import VcpuPool
+    from ..parts import Parts
+    from ..reaper import Reaper
+
+__all__ = ["Ring"]
+
+_ENTRY = 16     # bytes
+
+
+class Ring:
+    name = "ring"
+    rings, logs, logged = True, False, True
+
+    def need(self, parts: Parts, *, fresh: bool) -> None:
+        """A segment for each ring, where the kernel makes none."""
+        if parts.spec.can.kernel_ring:
+            return
+        for index in range(len(parts.rings), parts.spec.vcpus):
+            name = segment_name(parts.spec.name, f"ring{index}")
+            parts.rings.append(parts.stack.enter_context(Segment.adopt(name, parts.spec.ring_entries * _ENTRY)[0]))
+
+    def gather(self, reaper: Reaper) -> int:
+        return reaper.reap()
+
+    def drain(self, reaper: Reaper) -> int:
+        return reaper.drain_rings()
+
+    def switch_in(self, parts: Parts, vcpus: VcpuPool) -> None:
+        if not parts.spec.can.kernel_ring:
+            for vcpu in vcpus.all:
+                vcpu.ring.map_segment(parts.rings[vcpu.index])
+
+    def segments(self, parts: Parts, vcpu: VcpuHandle) -> tuple[str, dict[int, str]]:
+        return parts.rings[vcpu.index].name if parts.rings else "", {}
