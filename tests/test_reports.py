@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.text import Text
 from terminal import Terminal, on_a_terminal, read_tables
 
-from vmm.cli.text import doctor_table, machines_table, print_report, print_table, progress_text, size_text, table
+from vmm.cli.text import doctor_table, machines_table, print_report, progress_text
 from vmm.client.doctor import Finding
 from vmm.client.machine import Machine
 from vmm.machine.spec import RamSlot
+from vmm.tables import print_table, size_text, table
 
 WIDTHS = (80, 120)
 wide = pytest.mark.parametrize("width", WIDTHS)

@@ -212,7 +212,8 @@ def doctor(as_json: bool) -> int:
     if as_json:
         print_json([f.as_dict() for f in findings])
     else:
-        from .text import doctor_table, print_table, screen
+        from ..tables import print_table, screen
+        from .text import doctor_table
 
         print_table(doctor_table([f.as_dict() for f in findings]), screen())
     return ExitCode.OK if healthy(findings) else 1

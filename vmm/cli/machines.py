@@ -40,7 +40,8 @@ def list_(everything: bool, as_json: bool) -> None:
     if as_json:
         print_json(machines)
     elif machines:
-        from .text import machines_table, print_table, screen
+        from ..tables import print_table, screen
+        from .text import machines_table
 
         print_table(machines_table(machines), screen())
     else:
@@ -144,7 +145,8 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(report)
     else:
-        from .text import print_report, screen
+        from ..tables import screen
+        from .text import print_report
 
         print_report(report, screen())
 

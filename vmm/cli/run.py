@@ -77,7 +77,8 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
     if as_json:
         print_json(report)
     else:
-        from .text import print_report, screen
+        from ..tables import screen
+        from .text import print_report
 
         print_report(report, screen())
     return 128 + stopped_by if stopped_by else int(report["exit_code"])

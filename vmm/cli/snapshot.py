@@ -89,7 +89,7 @@ def list_(directory: Path, as_json: bool) -> None:
         return
     from rich.text import Text
 
-    from .text import print_table, screen, table
+    from ..tables import print_table, screen, table
 
     listed = table("id", "on", "created", "machine", "accelerator", "form", numbers=("vCPUs", "pages"))
     for m in found:

@@ -172,7 +172,7 @@ def _outcome(result: PointResult) -> str:
 def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path) -> None:
     from ..lab.stress.model import fit_all
     from ..lab.stress.report import print_model, print_results
-    from .text import screen
+    from ..tables import screen
 
     console = screen()
     if not console.is_terminal:

@@ -13,9 +13,8 @@ import msgspec
 
 from ipc.linux import process
 
-from ..coordinator.keeper import END, LET_GO
 from ..errors import ExitCode, VmmError
-from ..machine.runtime import collect_garbage, machine_dir
+from ..machine.runtime import END, LET_GO, collect_garbage, machine_dir
 from ..machine.spec import MachineSpec, encode_spec
 
 __all__ = ["Launched"]

@@ -42,11 +42,9 @@ from workers import zygote
 from ..errors import ExitCode, VmmError
 from ..machine import records
 from ..machine.log import LogFile
-from ..machine.runtime import claim, release
+from ..machine.runtime import END, LET_GO, claim, release
 
-__all__ = ["END", "LET_GO", "Deaths", "main"]
-
-END, LET_GO = b"0", b"1"    # what is said on the life pipe: end the machine; it lives on without who launched it
+__all__ = ["Deaths", "main"]
 
 # There is no use in another coordinator when so many in a row have died that were at work for less than so many
 # seconds in all.

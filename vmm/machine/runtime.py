@@ -17,9 +17,11 @@ from ipc.shm import list_segments
 from ..errors import ExitCode, VmmError
 from .names import belongings, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
-__all__ = ["adopt_claim", "claim", "collect_garbage", "end_at_once", "is_running", "leftovers", "machine_dir",
-           "machine_names", "release", "runtime_root"]
+__all__ = ["END", "LET_GO", "adopt_claim", "claim", "collect_garbage", "end_at_once", "is_running", "leftovers",
+           "machine_dir", "machine_names", "release", "runtime_root"]
 
+#: What a launching process tells the keeper on its life pipe: end the machine; it lives on without me.
+END, LET_GO = b"0", b"1"
 _SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
 #: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
 LONGEST_SOCKET = "userfault"

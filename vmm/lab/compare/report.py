@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...cli.text import print_table, table
+from ...tables import print_table, table
 from .measure import FIXED, WAYS
 
 __all__ = ["draw", "print_rows", "verdict"]

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc.layout import RING_RESERVE
+
+from ...dirty.schedule import FILL_TARGET
 from .measure import Figures
 from .sweep import Point, PointResult
 
@@ -25,8 +28,6 @@ _CONSTANT = "constant"
 _WAITED = 1.0               # of the time run, at most, for a wall-clock time that shows the work and not the queue
 _GIB = 1 << 30
 _TRUSTED = 0.9              # R squared below which nothing is extrapolated
-_FILL = 0.4                 # how full a ring is when the adaptive reaper comes (vmm/dirty/reaper.py)
-_RESERVE = 576              # entries of a ring that stay free
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def busy_at(fit: Fit, pages_per_s: float, ring: int) -> float | None:
     """Extrapolated from the fit of the coordinator's CPU: at how many vCPUs, each dirtying so many pages a second
     into rings of so many entries, one reaper has a whole core to do. All rings are reaped at the pace of the
     fastest (as the adaptive reaper does it). None where the fit is poor, or has no cost for them."""
-    reaps = pages_per_s / (_FILL * max(1, ring - _RESERVE))
+    reaps = pages_per_s / (FILL_TARGET * max(1, ring - RING_RESERVE))
     per_vcpu = reaps * fit.term("ring reaped") + pages_per_s * fit.term("entry")
     left = 1e6 - fit.term(_CONSTANT) - reaps * fit.term("reap")
     return max(0.0, left / per_vcpu) if per_vcpu > 0 and fit.r2 >= _TRUSTED else None

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ...cli.text import print_table, size_text, table
 from ...errors import VmmError
+from ...tables import print_table, size_text, table
 from ..hoststat import cores, describe_host
 from .model import Fit, busy_at, fit_all
 from .sweep import Point, PointResult, Sweep

@@ -254,13 +254,6 @@ EXIT_IO_OUT = 1
 INTERNAL_ERRORS = {1: "emulation failure", 2: "simultaneous exceptions", 3: "event delivery",
                    4: "unexpected VM exit"}
 
-# MSRs (Intel SDM vol. 4, table 2-2)
-MSR_TSC = 0x10
-MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
-MSR_PAT = 0x277
-MSR_EFER = 0xC000_0080
-MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_SYSCALL_MASK = 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084
-MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE = 0xC000_0100, 0xC000_0101, 0xC000_0102
 
 # Sizes that the kernel's headers have, on x86-64.
 for _kind, _size in ((UserspaceMemoryRegion, 32), (EnableCap, 104), (DirtyLog, 16), (ClearDirtyLog, 24),

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import msgspec
 
+from ... import msr
 from ...state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 from ..base import AccelError
-from . import api as api
+from . import api
 
 __all__ = ["get_state", "set_msr", "set_state"]
 
@@ -19,11 +20,9 @@ _State = TypeVar("_State", bound=msgspec.Struct)
 
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 #: A host that refuses one of these cannot run the guest on; all others it may not know.
-_NEEDED_MSRS = frozenset({
-    api.MSR_TSC, api.MSR_SYSENTER_CS, api.MSR_SYSENTER_ESP, api.MSR_SYSENTER_EIP, api.MSR_PAT, api.MSR_STAR,
-    api.MSR_LSTAR, api.MSR_CSTAR, api.MSR_SYSCALL_MASK, api.MSR_KERNEL_GS_BASE})
+_NEEDED_MSRS = frozenset(msr.STATE)
 #: In the segment registers and control registers already.
-_ELSEWHERE = frozenset({api.MSR_FS_BASE, api.MSR_GS_BASE, api.MSR_EFER})
+_ELSEWHERE = frozenset({msr.FS_BASE, msr.GS_BASE, msr.EFER})
 
 
 def get_state(kvm: int, vcpu: int) -> VcpuSaved:

@@ -18,6 +18,7 @@ from typing import Any
 from ipc.layout import RING_PAGE_OFFSET, DirtyGfn, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 
+from ... import msr
 from ...faults import describe, read_frame
 from ...memory import GuestMemory
 from ...ports import PortBus, PortEvent, PortEventKind, UnknownPort
@@ -117,7 +118,7 @@ class KvmAccelerator:
             api.ioctl(self.vcpu_fd, api.SET_SREGS, sregs)
             names = {name for name, *_ in api.Regs._fields_}
             api.ioctl(self.vcpu_fd, api.SET_REGS, api.Regs(**{k: v for k, v in boot.items() if k in names}))
-            kvm_state.set_msr(self.vcpu_fd, api.MSR_LSTAR, boot["lstar"])
+            kvm_state.set_msr(self.vcpu_fd, msr.LSTAR, boot["lstar"])
         except OSError as exc:
             raise AccelError(f"vCPU {self._spec.index}: KVM refuses the boot registers: {exc.strerror}") from None
 

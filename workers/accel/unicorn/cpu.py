@@ -30,6 +30,7 @@ from ipc.layout import RING_RESERVE, Tracking, VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
 from ipc.shm import PAGE_SIZE, Segment, SegmentError
 
+from ... import msr
 from ...faults import describe
 from ...memory import GuestMemory
 from ...ports import PortBus, PortEventKind, UnknownPort
@@ -45,7 +46,6 @@ __all__ = ["UnicornAccelerator"]
 _TRAMPOLINE = 0xFF_F000             # behind the system slot, in the area that no RAM may be in
 _TRAMPOLINE_CODE = bytes.fromhex("8ed8 8ec3 8ee1 8eea 48cf")     # mov to ds, es, fs, gs from eax to edx; iretq
 _TRAMPOLINE_INSTRUCTIONS = 5
-_MSR_EFER, _MSR_LSTAR = 0xC000_0080, 0xC000_0082
 _EFER_SCE = 1
 _NO_LIMIT = (1 << 64) - 1
 _DF = 1 << 10
@@ -169,8 +169,8 @@ class UnicornAccelerator:
         engine.reg_write(ux.UC_X86_REG_TR, (boot["tr_selector"], boot["tss_base"], boot["tss_limit"], 0x8B00))
         engine.reg_write(ux.UC_X86_REG_CR3, boot["cr3"])
         engine.reg_write(ux.UC_X86_REG_CR4, boot["cr4"])
-        engine.msr_write(_MSR_EFER, boot["efer"])
-        engine.msr_write(_MSR_LSTAR, boot["lstar"])
+        engine.msr_write(msr.EFER, boot["efer"])
+        engine.msr_write(msr.LSTAR, boot["lstar"])
         engine.reg_write(ux.UC_X86_REG_CR0, boot["cr0"])
         self._enter(boot["rip"], boot["rsp"], boot["rflags"], boot["cs"], boot["ss"], [boot["ds"]] * 4)
         for name in _GENERAL:
@@ -340,7 +340,7 @@ class UnicornAccelerator:
         if name == "locked":
             return self._end(ExitReason.INTERNAL_ERROR, "the software CPU cannot make a locked instruction "
                              "atomic under page tables of the guest's own")
-        if name == "syscall" and self._engine.msr_read(_MSR_EFER) & _EFER_SCE:
+        if name == "syscall" and self._engine.msr_read(msr.EFER) & _EFER_SCE:
             return self._end(ExitReason.INTERNAL_ERROR, "the software CPU does not carry out syscall")
         return self._exception(_UD if name == "syscall" else _GP)
 
@@ -447,7 +447,7 @@ class UnicornAccelerator:
 
     def registers(self) -> dict[str, int]:
         found = {name: int(self._engine.reg_read(_number(name))) for name in _REPORTED}
-        found["efer"] = int(self._engine.msr_read(_MSR_EFER))
+        found["efer"] = int(self._engine.msr_read(msr.EFER))
         return found
 
     # --- ring, dirty log, slots: by the service thread ----------------------------------------------------

@@ -10,17 +10,15 @@ from typing import Any
 import unicorn
 from unicorn import x86_const as ux
 
+from ... import msr
 from ...memory import GuestMemory
 from ...state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 from ..base import AccelError
-from ..kvm import api as api
 
 __all__ = ["check", "get_state", "is_boot_cr3", "set_registers", "set_system_registers"]
 
 _DATA_SEGMENTS = ("ds", "es", "fs", "gs")
 _REGS = RegsState.__struct_fields__
-_MSRS = (api.MSR_TSC, api.MSR_SYSENTER_CS, api.MSR_SYSENTER_ESP, api.MSR_SYSENTER_EIP, api.MSR_PAT, api.MSR_STAR,
-         api.MSR_LSTAR, api.MSR_CSTAR, api.MSR_SYSCALL_MASK, api.MSR_KERNEL_GS_BASE)
 _APIC_BASE = 0xFEE0_0900        # at its place, enabled, of the first processor: what KVM begins with
 _XCR0_X87_SSE = 3
 _CR3_ADDRESS = 0x000F_FFFF_FFFF_F000
@@ -60,8 +58,8 @@ def get_state(engine: Any, memory: GuestMemory) -> VcpuSaved:
         gdt=TableState(gdt[1], gdt[2]), idt=TableState(idt[1], idt[2]),
         cr0=int(read(ux.UC_X86_REG_CR0)), cr2=int(read(ux.UC_X86_REG_CR2)), cr3=int(read(ux.UC_X86_REG_CR3)),
         cr4=int(read(ux.UC_X86_REG_CR4)), cr8=0,
-        efer=int(engine.msr_read(api.MSR_EFER)), apic_base=_APIC_BASE, xcr0=1, xsave=_xsave(engine),
-        debug=(dr0, dr1, dr2, dr3, dr6, dr7), msrs={str(index): int(engine.msr_read(index)) for index in _MSRS},
+        efer=int(engine.msr_read(msr.EFER)), apic_base=_APIC_BASE, xcr0=1, xsave=_xsave(engine),
+        debug=(dr0, dr1, dr2, dr3, dr6, dr7), msrs={str(index): int(engine.msr_read(index)) for index in msr.STATE},
         events=EventsState(**dict.fromkeys(EventsState.__struct_fields__, 0)), mp_state=0)
 
 
@@ -129,7 +127,7 @@ def set_system_registers(engine: Any, state: VcpuSaved) -> None:
         write(register, (segment.selector, segment.base, segment.limit, flags))
     write(ux.UC_X86_REG_CR3, state.cr3)
     write(ux.UC_X86_REG_CR4, state.cr4)
-    engine.msr_write(api.MSR_EFER, state.efer)
+    engine.msr_write(msr.EFER, state.efer)
     write(ux.UC_X86_REG_CR0, state.cr0)
     write(ux.UC_X86_REG_CR2, state.cr2)
 
@@ -142,7 +140,7 @@ def set_registers(engine: Any, state: VcpuSaved) -> None:
     for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
         write(_number(f"dr{i}"), value)
     for index, value in state.msr_values.items():
-        if index in _MSRS and index != api.MSR_TSC:
+        if index in msr.STATE and index != msr.TSC:
             with contextlib.suppress(unicorn.UcError):
                 engine.msr_write(index, value)
     _set_xsave(engine, state.xsave)
