@@ -16,10 +16,19 @@ A dirty page's way, from the guest's store to whoever wants to know of it::
                                                |  sync:    slot bitmap -> each client's   |
                                                +------------------------------------------+
 
-Modules, in the order of that way: :mod:`ipc.shm` (segments), :mod:`ipc.layout` (control
-blocks and ring entries), :mod:`ipc.ring`, :mod:`ipc.compiled` and :mod:`ipc.compiled.atomics` (the hot
-loops), :mod:`ipc.bitmap`, :mod:`ipc.messages` (what is said over ZeroMQ), :mod:`ipc.sockets`
-(sockets and the passing of file descriptors), :mod:`ipc.linux.futex`, :mod:`ipc.linux.process`.
+A page's way, down through the files of all three packages:
+
+     workers/accel/*        the guest's store, and the entry that logs it (KVM's, or hooks.py of the software CPU)
+     ipc/ring.py            the ring: both ends, their protocol (ipc/compiled/loops.py has its two loops)
+     vmm/dirty/reaper.py    harvest, reset, compare, publish; when: schedule.py
+     vmm/dirty/log.py       slot bitmaps, and each client's (ipc/bitmap.py)
+     vmm/client/machine.py  ``Machine.sync``
+     vmm/consumers/*        dirty rate, working set, trace, snapshot, migration
+
+In this package: shm.py (segments), layout.py (ring entries and control blocks), ring.py, bitmap.py, journal.py,
+claims.py (names that one owner at a time has); messages.py, sockets.py, lines.py (what is said, over what);
+userfault.py and writelog.py (missing pages, written pages); steps.py (where a test may kill); compiled/, linux/,
+traces/.
 
 This package knows nothing of machines and imports neither ``workers`` nor ``vmm``.
 """

@@ -1,6 +1,16 @@
-"""The machine: configuration, memory, coordinator, dirty log and its consumers, control API, CLI.
+"""The machine, around its vCPUs. Three programs live here, and what they share:
 
-The Python API is ``vmm.Machine``, ``vmm.load_config`` and ``vmm.VmmError``.
+    machine/        what a coordinator and its clients both know
+    vcpus/, dirty/, coordinator/
+                    the coordinator: its workers, the way of a dirtied page, its loop, its journal and its verbs;
+                    and the keeper, which replaces a coordinator that has died
+    client/, consumers/
+                    a program's end: ``Machine``, and who needs dirty pages
+    cli/, lab/      the command line; measuring
+    guests/         the sample guests
+
+The Python API is ``vmm.Machine``, ``vmm.load_config``, ``vmm.VmmError``, and the modules ``vmm.snapshot``,
+``vmm.migrate``, ``vmm.receive``, ``vmm.pagefile`` and ``vmm.tracefile``.
 """
 
 from __future__ import annotations

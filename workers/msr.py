@@ -1,4 +1,4 @@
-"""Model-specific registers that a vCPU's state has (Intel SDM vol. 4): numbers of the processor's, whoever plays it."""
+"""Model-specific registers that a vCPU's state has (Intel SDM vol. 4), whoever plays the processor."""
 
 from __future__ import annotations
 

@@ -1,1 +1,10 @@
-"""."""
+"""What Linux has for processes and Python does not.
+
+    futex.py        waiting on a word of shared memory, across processes
+    process.py      how a process of ours is started, named, scheduled, and tied to its parent
+    processid.py    which process: its pid and when it started
+    inotify.py      being told that a file or directory has gone
+    memory.py       how much memory there is for this process: of the host, and of its cgroups
+
+userfaultfd is in ipc/userfault.py, KVM in workers/accel/kvm/api.py.
+"""

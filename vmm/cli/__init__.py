@@ -1,1 +1,9 @@
-"""."""
+"""The command line. Every verb is a few lines over ``Machine``, a consumer or the laboratory.
+
+    main.py         the entry, which imports next to nothing
+    commands.py     the group of all verbs, and those about a machine's dirty log and memory
+    machines.py, run.py, clients.py, dirty.py, trace.py, snapshot.py, migrate.py, compare.py, stress.py
+                    a family of verbs each
+    common.py       what they share
+    text.py         reports, progress and lists, for a person
+"""

@@ -1,1 +1,11 @@
-"""."""
+"""A program's end of a machine. Imports vmm.machine and below; nothing that runs in the coordinator.
+
+    config.py, yamlfile.py  the YAML file
+    plan.py                 from a configuration to a machine that this host can run
+    launch.py               starting its keeper, and ending it
+    connection.py           the control socket
+    machine.py              ``Machine``: what all consumers are written with
+    holds.py                what a process can hold of a machine: a pause, a lease, limits, a host write
+    doctor.py               what this host can do
+    interrupts.py           Ctrl-C for those that keep what they have
+"""

@@ -1,1 +1,8 @@
-"""."""
+"""Who needs dirty pages. Each is a client like any other program: it imports vmm.client and vmm.machine.
+
+    rate.py         dirty rate
+    workingset.py   which pages are dirtied when
+    trace.py        recording of dirty traces
+    snapshot/       full and incremental snapshots
+    migration/      live migration, both ends
+"""

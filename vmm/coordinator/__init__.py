@@ -1,6 +1,8 @@
 """The coordinator process: it reaps, keeps the dirty log, and serves the control socket.
 
-    __main__        entry: ``python -m vmm.coordinator``, started by the keeper (vmm/coordinator/keeper.py)
+    __main__        entry: ``python -m vmm.coordinator``, started by the keeper
+    keeper          the process that starts it, and another one when it has died
+    segments        a machine's memory, made or adopted
     loop            one loop, one thread: what is due, what has come; from the first vCPU to the last
     server          the control socket: a verb in, a call out, an answer
     core            what all of the modules below share, and the checks that many verbs begin with

@@ -1,1 +1,1 @@
-"""."""
+"""``vmm compare``: measure.py runs the points, report.py shows them."""
