@@ -18,7 +18,7 @@ from ipc.shm import PAGE_SIZE, Segment
 from vmm.machine import boot
 from vmm.machine.names import segment_name
 from workers.accel.base import Accelerator, Exit, ExitKind
-from workers.accel.registry import load
+from workers.accel.registry import capabilities, load
 from workers.memory import GuestMemory
 from workers.ports import PortBus, PortEventKind
 
@@ -82,7 +82,7 @@ def bare(accel: str, code: bytes, *, ring: int = 1024, privilege: str = "user", 
 
         ram, system = segment("ram0", ram_size), segment("system", boot.system_size(1, ram_size))
         control = segment("control", control_size(1))
-        rings = segment("ring0", ring * 16) if ring and accel != "kvm" else None
+        rings = segment("ring0", ring * 16) if ring and not capabilities(accel).kernel_ring else None
         logs = segment("vlog0", -(-ram_size // PAGE_SIZE // 64) * 8 + 8) if not ring else None
         view = memoryview(system.buf)
         boot.write_system_slot(view, vcpu_count=1, slots=[boot.BootSlot(0, 0, ram_size, DATA, ram_size)],

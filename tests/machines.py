@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from vmm.client.machine import Machine
 from vmm.guests import WORKLOADS, resolve_params
@@ -44,6 +46,11 @@ def exact(interval: float = 0.05, inject: str = "none") -> VerifySpec:
 
 def replace(base: MachineSpec, **changes: Any) -> MachineSpec:
     return msgspec.structs.replace(base, **changes)
+
+
+def changed_pages(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> set[int]:
+    """Pages whose content differs."""
+    return set(np.flatnonzero((before.reshape(-1, 4096) != after.reshape(-1, 4096)).any(axis=1)).tolist())
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from machines import ACCELS, exact, machine_processes, replace, spec, until
+from machines import ACCELS, changed_pages, exact, machine_processes, replace, spec, until
 from shared import control_blocks, forge_full, software_ring
 
 from ipc.layout import VcpuControl, machine_control, vcpu_control
@@ -21,6 +21,7 @@ from ipc.steps import STEPS
 from vmm.client.machine import Machine
 from vmm.dirty.log import DirtyLog
 from vmm.dirty.reaper import Reaper
+from vmm.dirty.tracking.ways import way
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.events import Tracer
 from vmm.machine.memory import MemorySlot
@@ -44,10 +45,6 @@ def busy(accel: str, **changes: Any) -> MachineSpec:
 
 def pages_of(ranges: list[tuple[int, int]]) -> set[int]:
     return {p for first, count in ranges for p in range(first, first + count)}
-
-
-def changed(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> set[int]:
-    return set(np.flatnonzero((before.reshape(-1, 4096) != after.reshape(-1, 4096)).any(axis=1)).tolist())
 
 
 def restarts(machine: Machine) -> int:
@@ -89,7 +86,7 @@ def test_a_ring_that_lost_count_is_replaced_and_every_page_marked(accel: str) ->
         until(lambda: all(v["guest_entries"] > n for v, n in zip(machine.status()["vcpus"], entries, strict=True)),
               "both vCPUs run", TIMEOUT)
         machine.pause()
-        assert changed(before, machine.ram(0)) <= pages_of(machine.sync("a").slots[0])
+        assert changed_pages(before, machine.ram(0)) <= pages_of(machine.sync("a").slots[0])
         machine.resume()
         machine.stop()
         report = machine.wait(TIMEOUT)
@@ -180,7 +177,7 @@ def test_a_ring_that_fills_while_its_vcpu_stands_still_holds_nobody(tmp_path: Pa
         log.add_slot(MemorySlot("t", RamSlot(0, 0, 64 * 4096), vcpu_logs=0, create=True))
         said: list[int] = []
         reaper = Reaper(ReaperSpec(), cast(VcpuPool, vcpus), log, machine_control(control.address), Tracer([], ""),
-                        lambda vcpu, owed, reset, pages: said.append(vcpu), tracking="ring")
+                        lambda vcpu, owed, reset, pages: said.append(vcpu), way=way("ring"))
         try:
             vcpus.fill()
             assert reaper.drain() > 0
@@ -228,12 +225,12 @@ def test_a_coordinator_that_dies_after_it_collected_a_dead_ring_loses_nothing(
         machine.sync("a")
         before = machine.ram(0).copy()
         machine.resume()
-        until(lambda: bool(changed(before, machine.ram(0))), "pages written", TIMEOUT)
+        until(lambda: bool(changed_pages(before, machine.ram(0))), "pages written", TIMEOUT)
         (tmp_path / f"kill-{step}").touch()
         os.kill(machine.status()["vcpus"][0]["pid"], signal.SIGKILL)
         until(lambda: restarts(machine) == 1, "another coordinator", TIMEOUT)
         machine.pause()
-        assert changed(before, machine.ram(0)) <= pages_of(machine.sync("a").slots[0])
+        assert changed_pages(before, machine.ram(0)) <= pages_of(machine.sync("a").slots[0])
 
 
 def test_a_worker_and_the_coordinator_that_die_together_leave_nothing_behind_unmarked(accel: str) -> None:
@@ -244,7 +241,7 @@ def test_a_worker_and_the_coordinator_that_die_together_leave_nothing_behind_unm
         machine.sync("a")
         before = machine.ram(0).copy()
         machine.resume()
-        until(lambda: len(changed(before, machine.ram(0))) > 20, "pages written", TIMEOUT)
+        until(lambda: len(changed_pages(before, machine.ram(0))) > 20, "pages written", TIMEOUT)
         status = machine.status()
         assert machine._keeper is not None
         os.kill(machine._keeper.pid, signal.SIGSTOP)    # so that both are gone before anybody looks
@@ -254,7 +251,7 @@ def test_a_worker_and_the_coordinator_that_die_together_leave_nothing_behind_unm
         os.kill(machine._keeper.pid, signal.SIGCONT)
         until(lambda: restarts(machine) == 1, "another coordinator", TIMEOUT)
         machine.pause()
-        assert changed(before, machine.ram(0)) <= pages_of(machine.sync("a").slots[0])
+        assert changed_pages(before, machine.ram(0)) <= pages_of(machine.sync("a").slots[0])
         assert [v["state"] for v in machine.status()["vcpus"]] == ["dead", "paused"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machines import ACCELS, exact, replace, spec, until
+from machines import ACCELS, changed_pages, exact, replace, spec, until
 
 from vmm.client.machine import Machine, list_machines
 from vmm.errors import ExitCode, VmmError
@@ -35,11 +35,6 @@ def assert_verified(report: dict[str, Any], rounds: int = 2) -> None:
     assert result["rounds"] >= rounds
     assert result["dirty_pages"] > 0
     assert report["exit_code"] == 0, report
-
-
-def changed_pages(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> set[int]:
-    differs = (before.reshape(-1, 4096) != after.reshape(-1, 4096)).any(axis=1)
-    return set(np.flatnonzero(differs).tolist())
 
 
 def pages_of(ranges: list[tuple[int, int]]) -> set[int]:

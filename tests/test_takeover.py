@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machines import ACCELS, alive, replace, spec, until
+from machines import ACCELS, alive, changed_pages, replace, spec, until
 from needs import missing
 from shared import control_blocks
 
@@ -58,10 +58,6 @@ def kill_coordinator(machine: Machine) -> None:
 
 def pages(ranges: list[tuple[int, int]]) -> set[int]:
     return {p for first, count in ranges for p in range(first, first + count)}
-
-
-def changed(before: Any, after: Any) -> set[int]:
-    return set(np.flatnonzero((before.reshape(-1, 4096) != after.reshape(-1, 4096)).any(axis=1)).tolist())
 
 
 # --- a coordinator that died while nobody asked --------------------------------------------------------------
@@ -258,11 +254,11 @@ def test_what_was_written_while_nobody_logged_is_known_to_be_unknown(accel: str)
         machine.log_stop(0)
         machine.register("between")
         seen = memory.copy()
-        until(lambda: len(changed(seen, memory)) > 50, "the guest writes")
+        until(lambda: len(changed_pages(seen, memory)) > 50, "the guest writes")
         machine.log_start(0)
         machine.pause()
-        assert changed(then, memory) <= pages(machine.sync("before").slots[0])
-        assert changed(seen, memory) <= pages(machine.sync("between").slots[0])
+        assert changed_pages(then, memory) <= pages(machine.sync("before").slots[0])
+        assert changed_pages(seen, memory) <= pages(machine.sync("between").slots[0])
 
 
 # --- recordings ------------------------------------------------------------------------------------------------
@@ -320,7 +316,7 @@ def test_a_coordinator_that_dies_while_vcpus_wait_for_pages_is_replaced(accel: s
         assert machine.status()["incoming"] is False
         memory = machine.ram(0)
         before = memory.copy()
-        until(lambda: len(changed(before, memory)) > 50, "the guest goes on")
+        until(lambda: len(changed_pages(before, memory)) > 50, "the guest goes on")
         machine.register("a")
         machine.stop()
         assert {v["exit_reason"] for v in machine.wait(TIMEOUT)["vcpus"]} == {"stopped"}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import ACCELS, exact, replace, spec, until
+from machines import ACCELS, changed_pages, exact, replace, spec, until
 from needs import missing
 
 from ipc.bitmap import word_count
@@ -201,11 +201,6 @@ def test_uffd_follows_slots_and_their_logging(accel: str) -> None:
         until(lambda: machine.sync("a").pages > 0, "pages dirtied once more")
 
 
-def changed(before: Any, after: Any) -> set[int]:
-    differs = (before.reshape(-1, 4096) != after.reshape(-1, 4096)).any(axis=1)
-    return set(np.flatnonzero(differs).tolist())
-
-
 def pages(ranges: list[tuple[int, int]]) -> set[int]:
     return {p for first, count in ranges for p in range(first, first + count)}
 
@@ -231,7 +226,7 @@ def test_nothing_is_lost_across_every_switch(accel: str) -> None:
         if machine.status()["tracking"] == "none":
             machine.set_tracking("bitmap")
         dirty |= pages(machine.sync("a").slots[0])
-        assert changed(before, machine.ram(0)) <= dirty
+        assert changed_pages(before, machine.ram(0)) <= dirty
         assert machine.status()["tracking_switches"] >= switches
         machine.resume()
         machine.stop()
@@ -411,7 +406,7 @@ def test_auto_is_what_the_machine_is_used_for(accel: str) -> None:
         until(lambda: m.status()["tracking"] == "bitmap", "back at the bitmap")
         m.pause()
         assert dirty
-        assert changed(before, m.ram(0)) <= dirty | pages(m.sync("a").slots[0])
+        assert changed_pages(before, m.ram(0)) <= dirty | pages(m.sync("a").slots[0])
         m.set_tracking("uffd" if "uffd" in MODES else "ring")
         assert m.status()["tracking_asked"] != "auto"
         m.set_tracking("auto")

@@ -16,7 +16,7 @@ __all__ = ["available", "capabilities", "load", "names"]
 def names(section: str | None = None) -> tuple[str, ...]:
     """Those of the installation, what ``accel: auto`` prefers first; ``section``: those that take this one of the
     configuration."""
-    found = [(m.name, capabilities(m.name)) for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg]
+    found = [(m.name, capabilities(m.name)) for m in pkgutil.iter_modules(_folders()) if m.ispkg]
     return tuple(name for name, can in sorted(found, key=lambda each: -each[1].preference)
                  if section in (None, can.section))
 
@@ -40,7 +40,11 @@ def load(name: str) -> type[Accelerator]:
         raise AccelError(f"the {name} accelerator cannot be loaded: {exc}") from None
 
 
+def _folders() -> list[str]:
+    return list(importlib.import_module(__package__).__path__)
+
+
 def _backend(name: str) -> Backend:
-    if not name.isidentifier() or not (Path(__file__).parent / name / "__init__.py").is_file():
+    if not name.isidentifier() or not any((Path(p) / name / "__init__.py").is_file() for p in _folders()):
         raise AccelError(f"unknown accelerator '{name}'")
     return cast(Backend, importlib.import_module(f"{__package__}.{name}"))
