@@ -14,6 +14,8 @@ import ctypes
 import signal
 from enum import IntEnum, IntFlag
 
+from .shm import PAGE_SIZE
+
 __all__ = [
     "CONTROL_MAGIC",
     "DIRTY_GFN_F_DIRTY",
@@ -194,12 +196,11 @@ class MachineControl(ctypes.Structure):
 
 
 assert ctypes.sizeof(DirtyGfn) == 16
-_PAGE = 4096
 
 
 def control_size(vcpus: int) -> int:
     """Bytes of a control segment: the machine's page, then one page a vCPU."""
-    return _PAGE * (1 + vcpus)
+    return PAGE_SIZE * (1 + vcpus)
 
 
 def machine_control(address: int) -> MachineControl:
@@ -209,7 +210,7 @@ def machine_control(address: int) -> MachineControl:
 
 def vcpu_control(address: int, index: int) -> VcpuControl:
     """vCPU ``index``'s block of the control segment mapped at ``address``."""
-    return VcpuControl.from_address(address + _PAGE * (1 + index))
+    return VcpuControl.from_address(address + PAGE_SIZE * (1 + index))
 
 
 def control_error(address: int, size: int) -> str:

@@ -15,9 +15,11 @@ import os
 from types import TracebackType
 from typing import NamedTuple
 
+from .linux.libc import LIBC, SYS_USERFAULTFD, check
+from .shm import PAGE_SIZE
+
 __all__ = ["MISSING", "WRITE_ASYNC", "Use", "Userfault", "UserfaultError"]
 
-_SYS_USERFAULTFD = 323              # x86-64
 _API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
@@ -27,7 +29,6 @@ _UFFDIO_COPY = 0xC028AA03
 _USER_MODE_ONLY = 1
 _EVENT_PAGEFAULT = 0x12
 _MSG_SIZE = 32
-_PAGE = 4096
 
 
 class UserfaultError(Exception):
@@ -78,13 +79,12 @@ class Userfault:
     @classmethod
     def make(cls, use: Use = MISSING) -> Userfault:
         """Of this process. Raises UserfaultError."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | use.flags)
-        if fd < 0:
-            error = ctypes.get_errno()
+        try:
+            fd = check(LIBC.syscall(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | use.flags))
+        except OSError as exc:
             advice = (" (needs root, CAP_SYS_PTRACE, or sysctl vm.unprivileged_userfaultfd=1)"
-                      if error == errno.EPERM else "")
-            raise UserfaultError(f"userfaultfd: {os.strerror(error)}{advice}")
+                      if exc.errno == errno.EPERM else "")
+            raise UserfaultError(f"userfaultfd: {exc.strerror}{advice}") from None
         found = cls(fd, use)
         try:
             fcntl.ioctl(fd, _UFFDIO_API, _Api(_API, use.features))
@@ -117,7 +117,7 @@ class Userfault:
         found = []
         for at in range(0, len(data), _MSG_SIZE):
             if data[at] == _EVENT_PAGEFAULT:
-                found.append(int.from_bytes(data[at + 16:at + 24], "little") & ~(_PAGE - 1))
+                found.append(int.from_bytes(data[at + 16:at + 24], "little") & ~(PAGE_SIZE - 1))
         return found
 
     def fill(self, address: int, source: int, size: int) -> None:
@@ -133,14 +133,14 @@ class Userfault:
                 if job.copy > 0:        # as far as it came
                     done += job.copy
                 elif exc.errno == errno.EEXIST:
-                    done += _PAGE
+                    done += PAGE_SIZE
                 elif exc.errno != errno.EAGAIN:
                     raise
 
     def wake(self, address: int) -> None:
         """Have whoever waits for this page look again. The process may have gone."""
         try:
-            fcntl.ioctl(self.fd, _UFFDIO_WAKE, _Range(address, _PAGE))
+            fcntl.ioctl(self.fd, _UFFDIO_WAKE, _Range(address, PAGE_SIZE))
         except OSError:
             pass
 

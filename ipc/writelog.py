@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bitmap import set_bits
+from .shm import PAGE_SIZE
 from .userfault import WRITE_ASYNC, Userfault, UserfaultError
 
 __all__ = ["WriteLog", "write_log_missing"]
@@ -29,7 +30,6 @@ _PAGEMAP_SCAN = 0xC0606610          # _IOWR('f', 16, struct pm_scan_arg)
 _PM_SCAN_WP_MATCHING = 1            # protect what is reported, in the same step
 _PM_SCAN_CHECK_WPASYNC = 2          # fail where a mapping is not registered
 _PAGE_IS_WRITTEN = 2
-_PAGE = 4096
 _REGIONS = 1 << 14                  # reported by one call
 _GAP = 4096                         # pages between two written ones that one call still walks
 _FEW = 24                           # regions that are quicker marked one by one
@@ -79,19 +79,19 @@ class WriteLog:
         Protecting drops the guest's mappings of the whole range that the call is told to walk, written or not.
         So a first walk, which changes nothing, finds where to call. What is written between the two is in the
         second or left for the next time, never lost: the second reports what it protects."""
-        end = address + pages * _PAGE
+        end = address + pages * PAGE_SIZE
         at = address
         while at < end:
             regions, at = self._scan(at, end, protect=False)
             if len(regions) == 0:
                 continue
-            far = np.flatnonzero(regions[1:, 0] - regions[:-1, 1] > _GAP * _PAGE)
+            far = np.flatnonzero(regions[1:, 0] - regions[:-1, 1] > _GAP * PAGE_SIZE)
             firsts = regions[np.concatenate(([0], far + 1)), 0].tolist()
             lasts = regions[np.concatenate((far, [len(regions) - 1])), 1].tolist()
             for first, last in zip(firsts, lasts, strict=True):
                 while first < last:
                     found, first = self._scan(first, last, protect=True)
-                    _mark(words, (found - np.uint64(address)) // np.uint64(_PAGE))
+                    _mark(words, (found - np.uint64(address)) // np.uint64(PAGE_SIZE))
 
     def _scan(self, start: int, end: int, *, protect: bool) -> tuple[NDArray[np.uint64], int]:
         """Written regions [start, end) within these addresses, uint64[n, 2], a view of what the next call will
@@ -140,10 +140,10 @@ def write_log_missing() -> str:
         log = WriteLog()
     except UserfaultError as exc:
         return str(exc)
-    page = mmap.mmap(-1, _PAGE, mmap.MAP_SHARED)
+    page = mmap.mmap(-1, PAGE_SIZE, mmap.MAP_SHARED)
     anchor = ctypes.c_char.from_buffer(page)
     try:
-        log.watch(ctypes.addressof(anchor), _PAGE)
+        log.watch(ctypes.addressof(anchor), PAGE_SIZE)
         return ""
     except UserfaultError as exc:
         return str(exc)

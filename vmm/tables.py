@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from ipc.shm import PAGE_SIZE
+
 __all__ = ["print_table", "screen", "size_text", "table"]
 
 _PLAIN_WIDTH = 120
@@ -79,7 +81,7 @@ def size_text(size: int) -> str:
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             rest = size % unit
-            if rest % 4096:
+            if rest % PAGE_SIZE:
                 break
-            return f"{size // unit} {name}" + (f" + {rest // 4096} pages" if rest else "")
+            return f"{size // unit} {name}" + (f" + {rest // PAGE_SIZE} pages" if rest else "")
     return f"{size} B"

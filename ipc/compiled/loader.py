@@ -28,6 +28,8 @@ import llvmlite
 import llvmlite.binding as llvm
 import msgspec
 
+from ..linux.libc import LIBC
+
 __all__ = ["Native", "cache_directories", "trusted"]
 
 _C_TYPES: dict[str, Any] = {"int64": ctypes.c_int64, "uint64": ctypes.c_uint64, "int32": ctypes.c_int32,
@@ -67,12 +69,11 @@ class Native:
     def _link(self, function: _Function) -> Callable[..., Any]:
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""),
                                             llvm.Target.from_default_triple().create_target_machine())
-        process = ctypes.CDLL(None)
         for name in function.needs:     # were one of them missing, the linker would leave all of them 0
             if llvm.address_of_symbol(name) is None:
                 # LLVM may make a memset of a loop; Python's and Numba's names are on Numba's own error path, and
                 # that of arrays to be freed: neither is ever taken.
-                outside = getattr(process, "abort" if name.startswith(("numba_", "NRT_")) else name)
+                outside = getattr(LIBC, "abort" if name.startswith(("numba_", "NRT_")) else name)
                 llvm.add_symbol(name, ctypes.cast(outside, ctypes.c_void_p).value)
         engine.add_object_file(llvm.ObjectFileRef.from_data(function.code))
         engine.finalize_object()

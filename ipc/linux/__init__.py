@@ -1,9 +1,11 @@
 """What Linux has for processes and Python does not.
 
+    libc.py         the C library: called so that an error raises; numbers of system calls
     futex.py        waiting on a word of shared memory, across processes
     process.py      how a process of ours is started, named, scheduled, and tied to its parent
     processid.py    which process: its pid and when it started
     inotify.py      being told that a file or directory has gone
+    files.py        two names swapped in one step
     memory.py       how much memory there is for this process: of the host, and of its cgroups
 
 userfaultfd is in ipc/userfault.py, KVM in workers/accel/kvm/api.py.

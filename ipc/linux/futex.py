@@ -5,19 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
+
+from .libc import LIBC, SYS_FUTEX, check
 
 __all__ = ["wait", "wake"]
 
-_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 202)
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p,
-                     ctypes.c_void_p, ctypes.c_uint32]
+_futex = LIBC["syscall"]    # an object of its own, with its own types
+_futex.restype = ctypes.c_long
+_futex.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p,
+                   ctypes.c_uint32]
 
 
 class _Timespec(ctypes.Structure):
@@ -30,7 +29,7 @@ def wait(address: int, expected: int, seconds: float | None = None) -> bool:
     True when woken or when the value differs; False when a signal, or the time, ended the wait.
     """
     limit = None if seconds is None else ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
-    if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, limit, None, 0) == 0:
+    if _futex(SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, limit, None, 0) == 0:
         return True
     error = ctypes.get_errno()
     if error == errno.EAGAIN:
@@ -42,8 +41,4 @@ def wait(address: int, expected: int, seconds: float | None = None) -> bool:
 
 def wake(address: int, count: int) -> int:
     """Wake at most ``count`` waiters; how many were."""
-    woken = _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, min(count, 0x7FFF_FFFF), None, None, 0)
-    if woken < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return int(woken)
+    return check(_futex(SYS_FUTEX, address, _FUTEX_WAKE, min(count, 0x7FFF_FFFF), None, None, 0))

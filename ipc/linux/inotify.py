@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from .libc import LIBC, check
+
 __all__ = ["RemovalWatch"]
 
 # Linux uapi/linux/inotify.h
@@ -17,8 +19,6 @@ _IN_DELETE_SELF = 0x400
 _IN_MOVE_SELF = 0x800
 
 _READ = 64 << 10
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RemovalWatch:
@@ -33,9 +33,7 @@ class RemovalWatch:
         """Raises OSError: where a path is not there, or there are no watches left (fs.inotify.max_user_instances,
         max_user_watches)."""
         self._there = [(path, os.lstat(path)) for path in paths]
-        self.fd = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        if self.fd < 0:
-            raise _error(paths[0])
+        self.fd = check(LIBC.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK), str(paths[0]))
         try:
             for path, status in self._there:
                 self._watch(path, _IN_DELETE_SELF | _IN_MOVE_SELF | _IN_ATTRIB)
@@ -46,8 +44,7 @@ class RemovalWatch:
             raise
 
     def _watch(self, path: Path, mask: int) -> None:
-        if _libc.inotify_add_watch(self.fd, os.fsencode(path), ctypes.c_uint32(mask)) < 0:
-            raise _error(path)
+        check(LIBC.inotify_add_watch(self.fd, os.fsencode(path), ctypes.c_uint32(mask)), str(path))
 
     def gone(self) -> Path | None:
         """The first of the paths that is not there any more, or is another one by now."""
@@ -70,8 +67,3 @@ def _same(path: Path, status: os.stat_result) -> bool:
         return os.path.samestat(os.lstat(path), status)
     except OSError:
         return False
-
-
-def _error(path: Path) -> OSError:
-    error = ctypes.get_errno()
-    return OSError(error, os.strerror(error), str(path))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import resource
 import sys
 import threading
+
+from .libc import LIBC, SYS_SCHED_SETATTR, check
 
 __all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descriptor_limit", "set_name",
            "set_subreaper", "set_time_slice"]
@@ -15,14 +16,11 @@ __all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descripto
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
-_SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine(), 314)
 
 _DESCRIPTORS = 1 << 20   # more are of no use to anybody
 
 #: Seconds of a thread that has little to do, and that at once.
 SERVICE_SLICE = 0.0001
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
@@ -42,9 +40,7 @@ def raise_descriptor_limit() -> None:
 
 def _prctl(option: int, value: int | bytes) -> None:
     argument = ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_ulong(value)
-    if _libc.prctl(option, argument, 0, 0, 0) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+    check(LIBC.prctl(option, argument, 0, 0, 0))
 
 
 def set_name(name: str) -> None:
@@ -79,4 +75,4 @@ def set_time_slice(seconds: float) -> None:
     """
     nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     attributes = _SchedAttr(size=ctypes.sizeof(_SchedAttr), nice=nice, runtime=int(seconds * 1e9))
-    _libc.syscall(_SYS_SCHED_SETATTR, 0, ctypes.byref(attributes), 0)
+    LIBC.syscall(SYS_SCHED_SETATTR, 0, ctypes.byref(attributes), 0)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ipc.shm import PAGE_SIZE
+
 from ..errors import VmmError
 from .common import Duration, Rate, json_option, on_machine, print_json, progress_bar
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["dirty_limit", "dirty_rate", "tracking", "working_set"]
 
-_PAGE = 4096
 _MIB = 1 << 20
 
 
@@ -87,7 +88,7 @@ _vcpu_option = click.option("--vcpu", type=click.IntRange(min=0), default=None,
 @json_option
 def limit_set(machine: Machine, rate: float, vcpu: int | None, as_json: bool) -> None:
     """Let each vCPU (or one) dirty at most RATE, for example 100MB/s."""
-    pages = round(rate / _PAGE)
+    pages = round(rate / PAGE_SIZE)
     if pages < 1:
         raise VmmError(f"RATE: {rate:g} bytes a second is less than a page a second")
     machine.dirty_limit(pages, vcpu)
@@ -109,7 +110,7 @@ def _limit_done(machine: Machine, vcpu: int | None, pages: int, as_json: bool) -
         print_json({"name": machine.name, "vcpu": vcpu, "pages_per_s": pages})
         return
     who = "each vCPU" if vcpu is None else f"vCPU {vcpu}"
-    what = f"at most {pages * _PAGE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "without limit"
+    what = f"at most {pages * PAGE_SIZE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "without limit"
     click.echo(f"{machine.name}: {who} {what}")
 
 
@@ -123,8 +124,8 @@ def limit_query(machine: Machine, vcpu: int | None, seconds: float, as_json: boo
     from ..consumers.rate import measure
 
     rates = measure(machine, seconds, "ring").vcpus
-    found = [{"index": v["index"], "limit_mb_per_s": v["dirty_limit_pages_per_s"] * _PAGE / 1e6 or None,
-              "current_mb_per_s": r.pages_per_s * _PAGE / 1e6, "throttled_s": v["throttled_s"]}
+    found = [{"index": v["index"], "limit_mb_per_s": v["dirty_limit_pages_per_s"] * PAGE_SIZE / 1e6 or None,
+              "current_mb_per_s": r.pages_per_s * PAGE_SIZE / 1e6, "throttled_s": v["throttled_s"]}
              for v, r in zip(machine.status()["vcpus"], rates, strict=True) if vcpu in (None, v["index"])]
     if not found:
         raise VmmError(f"there is no vCPU {vcpu}")

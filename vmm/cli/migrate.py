@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ipc.linux.process import python_module
+from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
 from ..errors import ExitCode, VmmError
@@ -199,7 +200,7 @@ def _progress_text(report: dict[str, Any]) -> str:
     text = (f"{report['status']}: round {rounds}, {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
             f"{ram['mbps'] / 8:,.1f} MB/s")
     if rounds:
-        text += f", dirtied {ram['dirty_pages_rate'] * 4096 / 1e6:,.1f} MB/s"
+        text += f", dirtied {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
         if report["expected_downtime"] is not None:
             text += f", expected downtime {report['expected_downtime']:,.0f} ms"
     return text

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
 from ..errors import one_line
@@ -22,7 +23,6 @@ __all__ = ["snapshot"]
 
 _directory = click.argument("directory", type=click.Path(path_type=Path))
 _name = click.argument("snapshot_id", required=False)
-_PAGE = 4096
 
 
 @click.group()
@@ -38,7 +38,7 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with progress_bar(what, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
                       TimeRemainingColumn()) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done * _PAGE, total=total * _PAGE)
+        yield lambda done, total: bar.update(task, completed=done * PAGE_SIZE, total=total * PAGE_SIZE)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

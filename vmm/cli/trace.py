@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ipc.shm import PAGE_SIZE
+
 from ..errors import VmmError
 from .common import Duration, json_option, on_machine, print_json, progress_bar
 
@@ -72,7 +74,7 @@ def trace_info(file: Path, as_json: bool) -> None:
                f"{found['seconds']:.2f} s, {found['bytes']:,} bytes, "
                f"{found['bytes_per_entry']:.2f} an entry")
     for slot in found["slots"]:
-        click.echo(f"slot {slot['id']} at {slot['gpa']:#x}: {slot['size'] // 4096:,} pages, "
+        click.echo(f"slot {slot['id']} at {slot['gpa']:#x}: {slot['size'] // PAGE_SIZE:,} pages, "
                    f"{slot['dirtied']:,} of them dirtied")
     for vcpu in found["vcpus"]:
         click.echo(f"vCPU {vcpu['index']}: {vcpu['entries']:,} entries, {vcpu['pages']:,} distinct pages")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap
-from ipc.shm import Segment, SegmentError
+from ipc.shm import PAGE_SIZE, Segment, SegmentError
 from workers.accel import registry
 
 from ..errors import ExitCode, VmmError, no_memory
@@ -322,9 +322,9 @@ class Machine:
         view, slot, offset = self._locate(gpa, len(data))
         if not data:
             return
-        first = offset // 4096
+        first = offset // PAGE_SIZE
         with holds.host_write(self._client, slot, view.born, first,
-                              (offset + len(data) - 1) // 4096 - first + 1):
+                              (offset + len(data) - 1) // PAGE_SIZE - first + 1):
             view.segment.buf[offset:offset + len(data)] = data
 
     def writing(self, slot: int, first: int, count: int) -> contextlib.AbstractContextManager[None]:

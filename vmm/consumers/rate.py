@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ipc.shm import PAGE_SIZE
+
 from ..client.machine import Machine
 from ..errors import VmmError
 
@@ -25,7 +27,6 @@ __all__ = ["MODES", "DirtyRate", "VcpuRate", "check_time", "measure"]
 Mode = Literal["ring", "bitmap", "sampling"]
 MODES: tuple[str, ...] = get_args(Mode)
 
-_PAGE = 4096
 _MIB = 1 << 20
 _SHORTEST, _LONGEST = 0.05, 60.0        # seconds, QEMU's bounds
 _SAMPLES_PER_GIB = 512                  # QEMU's default
@@ -92,25 +93,25 @@ def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> Dirt
             raise VmmError(f"machine '{machine.name}' began to track dirty pages in another way meanwhile")
         for index, (first, last) in enumerate(zip(old.vcpu_pages, new.vcpu_pages, strict=True)):
             pages = last - first
-            vcpus.append(VcpuRate(index, pages, pages / took, pages * _PAGE / _MIB / took))
+            vcpus.append(VcpuRate(index, pages, pages / took, pages * PAGE_SIZE / _MIB / took))
     repeated = max(0, sum(v.pages for v in vcpus) - distinct) if vcpus else 0
     return _result(mode, took, distinct, repeated, vcpus)
 
 
 def _result(mode: str, seconds: float, pages: int, repeated: int, vcpus: list[VcpuRate]) -> DirtyRate:
-    return DirtyRate(mode, seconds, pages, repeated, pages / seconds, pages * _PAGE / _MIB / seconds, vcpus)
+    return DirtyRate(mode, seconds, pages, repeated, pages / seconds, pages * PAGE_SIZE / _MIB / seconds, vcpus)
 
 
 def _sample(machine: Machine, seconds: float) -> DirtyRate:
     random = np.random.default_rng()
     slots = machine.status()["slots"]
     total = sum(s["pages"] for s in slots)
-    wanted = min(total, max(_SAMPLES_MIN, total * _PAGE * _SAMPLES_PER_GIB >> 30))
+    wanted = min(total, max(_SAMPLES_MIN, total * PAGE_SIZE * _SAMPLES_PER_GIB >> 30))
     chosen = np.sort(random.choice(total, wanted, replace=False))
     pages = []
     for slot, first in zip(slots, np.cumsum([0, *(s["pages"] for s in slots)]), strict=False):
         mine = chosen[(chosen >= first) & (chosen < first + slot["pages"])] - first
-        memory = machine.ram(slot["id"]).reshape(-1, _PAGE)
+        memory = machine.ram(slot["id"]).reshape(-1, PAGE_SIZE)
         pages += [memory[page] for page in mine]
     began = time.monotonic()
     before = [zlib.crc32(page) for page in pages]

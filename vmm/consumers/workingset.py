@@ -38,6 +38,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc.shm import PAGE_SIZE
+
 from ..client.machine import Flushed, Machine
 from ..errors import ExitCode, VmmError, one_line
 from ..inputs import input_name, open_input
@@ -46,7 +48,6 @@ from ..outputs import open_output
 __all__ = ["Recording", "draw", "load", "page", "record"]
 
 VERSION = 1
-_PAGE = 4096
 _MIB = 1 << 20
 _HEAT_ROWS = 256        # address bins of the heat map
 _WINDOWS = (1, 2, 5, 10, 20, 50, 100)
@@ -237,14 +238,14 @@ def draw(recording: Recording, title: str) -> bytes:
     middles = (recording.times[1:] + recording.times[:-1]) / 2
     lengths = np.diff(recording.times)
     for vcpu, counts in enumerate(recording.vcpu_entries.T):
-        top.plot(middles, counts * _PAGE / _MIB / lengths, label=f"vCPU {vcpu}")
-    top.plot(middles, recording.dirty_pages() * _PAGE / _MIB / lengths, "k--", label="distinct pages, all")
+        top.plot(middles, counts * PAGE_SIZE / _MIB / lengths, label=f"vCPU {vcpu}")
+    top.plot(middles, recording.dirty_pages() * PAGE_SIZE / _MIB / lengths, "k--", label="distinct pages, all")
     top.set(xlabel="time (s)", ylabel="dirtied (MiB/s)")
     top.legend()
     _heat_map(middle, recording)
     windows = [w for w in _WINDOWS if w <= recording.intervals]
     step = float(np.mean(lengths))
-    bottom.plot([w * step for w in windows], [recording.working_set(w) * _PAGE / _MIB for w in windows], "o-")
+    bottom.plot([w * step for w in windows], [recording.working_set(w) * PAGE_SIZE / _MIB for w in windows], "o-")
     bottom.set(xlabel="window (s)", ylabel="working set of writes (MiB)", xscale="log")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
@@ -263,8 +264,8 @@ def _heat_map(axes: Any, recording: Recording) -> None:
         np.add.at(heat, (row, column), 1)
         first += pages
     # Intervals are as long as they were, not all the same.
-    image = axes.pcolormesh(recording.times, np.linspace(0, total * _PAGE / _MIB, rows + 1), heat, cmap="inferno",
-                            shading="flat", rasterized=True)
+    heights = np.linspace(0, total * PAGE_SIZE / _MIB, rows + 1)
+    image = axes.pcolormesh(recording.times, heights, heat, cmap="inferno", shading="flat", rasterized=True)
     axes.set(xlabel="time (s)", ylabel="memory, slot above slot (MiB)")
     axes.figure.colorbar(image, ax=axes, label="dirty pages")
 

@@ -120,7 +120,7 @@ def _boot_slots(spec: MachineSpec, image: loader.GuestImage) -> list[boot.BootSl
 
 
 def _usable_pages(slots: list[boot.BootSlot]) -> dict[int, tuple[int, int]]:
-    return {s.id: ((s.usable_start - s.gpa) // 4096, (s.usable_end - s.gpa) // 4096) for s in slots}
+    return {s.id: ((s.usable_start - s.gpa) // PAGE_SIZE, (s.usable_end - s.gpa) // PAGE_SIZE) for s in slots}
 
 
 def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) -> None:

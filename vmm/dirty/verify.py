@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ipc.bitmap import GROUP_WORDS, set_bit_indices, words_of_groups
 from ipc.layout import MachineControl
-from ipc.shm import Segment
+from ipc.shm import PAGE_SIZE, Segment
 from ipc.steps import step
 
 from ..machine.memory import slot_segment
@@ -38,8 +38,7 @@ from .log import DirtyLog
 __all__ = ["CLIENT", "AnyVerifier", "Verification", "Verifier", "make_verifier"]
 
 CLIENT = "verify"
-_PAGE = 4096
-_WORDS = _PAGE // 8
+_WORDS = PAGE_SIZE // 8
 _CHUNK = 4096       # pages compared at a time: 16 MiB, within the caches' reach
 
 

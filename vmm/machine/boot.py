@@ -63,6 +63,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ipc.shm import PAGE_SIZE
 from workers.ports import PORT_FAULT
 
 from ..errors import VmmError
@@ -80,7 +81,6 @@ PARAMS_MAX = 16
 CMDLINE_MAX = 255                  # bytes, without the NUL
 DEFAULT_STACK_SIZE = 16 << 10
 
-_PAGE = 4096
 _LARGE_PAGE = 2 << 20
 _GIB = 1 << 30
 _MAPPED_MIN = 64 * _GIB            # an address below, outside RAM, reaches the accelerator as itself
@@ -178,12 +178,12 @@ def _table_counts(top_gpa: int) -> tuple[int, int]:
 def system_size(vcpu_count: int, top_gpa: int) -> int:
     """Bytes of the system slot, a multiple of 4096. Raises BootError."""
     pointer_tables, directories = _table_counts(top_gpa)
-    return (_VCPU_PAGE + vcpu_count * _VCPU_PAGES + 2 + pointer_tables + directories) * _PAGE
+    return (_VCPU_PAGE + vcpu_count * _VCPU_PAGES + 2 + pointer_tables + directories) * PAGE_SIZE
 
 
 def boot_info_gpa(vcpu_count: int = 0) -> int:
     """GPA of the boot-information page (the same for every machine)."""
-    return SYSTEM_GPA + _BOOT_INFO_PAGE * _PAGE
+    return SYSTEM_GPA + _BOOT_INFO_PAGE * PAGE_SIZE
 
 
 def stack_top(index: int, slot_end: int, stack_size: int = DEFAULT_STACK_SIZE) -> int:
@@ -206,9 +206,9 @@ def boot_slots(slots: Iterable[tuple[int, int, int]], image: Iterable[tuple[int,
     for number, (slot_id, gpa, size) in enumerate(slots):
         end = gpa + size
         start = max([gpa, *(min(e, end) for s, e in segments if s < end and e > gpa)])
-        start = -(-start // _PAGE) * _PAGE
+        start = -(-start // PAGE_SIZE) * PAGE_SIZE
         usable_end = end - (vcpu_count * stack_size if number == 0 else 0)
-        usable_end = usable_end // _PAGE * _PAGE
+        usable_end = usable_end // PAGE_SIZE * PAGE_SIZE
         if number == 0 and usable_end < start:
             raise BootError(f"memory slot {slot_id} is too small: {size} bytes do not hold the image and "
                             f"{vcpu_count} stacks of {stack_size} bytes")
@@ -249,7 +249,7 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
     address 0; RCX has the guest's RIP.
     """
     user = privilege == "user"
-    page = SYSTEM_GPA + (_VCPU_PAGE + index * _VCPU_PAGES) * _PAGE
+    page = SYSTEM_GPA + (_VCPU_PAGE + index * _VCPU_PAGES) * PAGE_SIZE
     return {
         "rip": entry,
         "rsp": stack_top,
@@ -258,17 +258,17 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
         "rdx": boot_info_gpa(),
         "rflags": _RFLAGS,
         "cr0": _CR0,
-        "cr3": SYSTEM_GPA + (_VCPU_PAGE + vcpu_count * _VCPU_PAGES) * _PAGE,
+        "cr3": SYSTEM_GPA + (_VCPU_PAGE + vcpu_count * _VCPU_PAGES) * PAGE_SIZE,
         "cr4": _CR4,
         "efer": _EFER,
-        "lstar": SYSTEM_GPA + _IDT_PAGE * _PAGE + _SYSCALL_AT,
+        "lstar": SYSTEM_GPA + _IDT_PAGE * PAGE_SIZE + _SYSCALL_AT,
         "cpl": 3 if user else 0,
         "cs": _SEL_USER_CODE if user else _SEL_KERNEL_CODE,
         "ss": _SEL_USER_DATA if user else _SEL_KERNEL_DATA,
         "ds": _SEL_USER_DATA if user else _SEL_KERNEL_DATA,
         "gdt_base": page + _GDT_AT,
         "gdt_limit": _GDT_SIZE - 1,
-        "idt_base": SYSTEM_GPA + _IDT_PAGE * _PAGE,
+        "idt_base": SYSTEM_GPA + _IDT_PAGE * PAGE_SIZE,
         "idt_limit": _VECTORS * _GATE.size - 1,
         "tr_selector": _SEL_TSS,
         "tss_base": page + _TSS_AT,
@@ -284,7 +284,7 @@ def _write_boot_info(buf: memoryview, vcpu_count: int, slots: Sequence[BootSlot]
     if len(params) > PARAMS_MAX or not all(0 <= value < 1 << 64 for value in params):
         raise BootError(f"guest parameters: at most {PARAMS_MAX}, each from 0 to 2**64 - 1")
     listed = slots[:BOOT_SLOTS_MAX]
-    base = _BOOT_INFO_PAGE * _PAGE
+    base = _BOOT_INFO_PAGE * PAGE_SIZE
     _HEADER.pack_into(buf, base, BOOT_MAGIC, BOOT_VERSION, _SLOTS_AT, vcpu_count, len(listed), 0, image_end,
                       stack_size, len(params))
     _PARAMS.pack_into(buf, base + _PARAMS_AT, *params, *[0] * (PARAMS_MAX - len(params)))
@@ -306,7 +306,7 @@ def _stub(vector: int) -> bytes:
 
 
 def _write_idt(buf: memoryview) -> None:
-    base = _IDT_PAGE * _PAGE
+    base = _IDT_PAGE * PAGE_SIZE
     for vector in range(_VECTORS):
         at = _STUBS_AT + vector * _STUB_SIZE
         code = _stub(vector)
@@ -321,8 +321,8 @@ def _write_idt(buf: memoryview) -> None:
 
 
 def _write_vcpu_page(buf: memoryview, index: int) -> None:
-    base = (_VCPU_PAGE + index * _VCPU_PAGES) * _PAGE
-    stack = SYSTEM_GPA + base + _VCPU_PAGES * _PAGE  # RSP0 for gates without IST that an image might add
+    base = (_VCPU_PAGE + index * _VCPU_PAGES) * PAGE_SIZE
+    stack = SYSTEM_GPA + base + _VCPU_PAGES * PAGE_SIZE  # RSP0 for gates without IST that an image might add
     _TSS.pack_into(buf, base + _TSS_AT, 0, stack, 0, 0, 0, stack, 0, 0, 0, 0, 0, 0, 0, 0,
                    _IO_BITMAP_AT)
     buf[base + _TSS_LIMIT] = 0xFF
@@ -342,11 +342,11 @@ def _write_page_tables(buf: memoryview, vcpu_count: int, top_gpa: int) -> None:
     pml4, own_table, pdpt, directory = first, first + 1, first + 2, first + 2 + pointer_tables
 
     def fill(page: int, count: int, start: int, step: int, bits: int) -> None:
-        at = page * (_PAGE // 8)
+        at = page * (PAGE_SIZE // 8)
         entries[at:at + count] = np.uint64(start | bits) + np.arange(count, dtype=np.uint64) * np.uint64(step)
 
-    fill(pml4, pointer_tables, SYSTEM_GPA + pdpt * _PAGE, _PAGE, _TABLE)
-    fill(pdpt, directories, SYSTEM_GPA + directory * _PAGE, _PAGE, _TABLE)
+    fill(pml4, pointer_tables, SYSTEM_GPA + pdpt * PAGE_SIZE, PAGE_SIZE, _TABLE)
+    fill(pdpt, directories, SYSTEM_GPA + directory * PAGE_SIZE, PAGE_SIZE, _TABLE)
     fill(directory, directories * 512, 0, _LARGE_PAGE, _RAM_PAGE)
 
     # The slot's own pages: for the supervisor only (the exception stubs), but for the boot
@@ -354,6 +354,6 @@ def _write_page_tables(buf: memoryview, vcpu_count: int, top_gpa: int) -> None:
     own = directory * 512 + SYSTEM_GPA // _LARGE_PAGE
     large_pages = -(-system_size(vcpu_count, top_gpa) // _LARGE_PAGE)
     entries[own:own + large_pages] &= np.uint64(~_PTE_U & (1 << 64) - 1)
-    entries[own] = SYSTEM_GPA + own_table * _PAGE | _TABLE
-    fill(own_table, 512, SYSTEM_GPA, _PAGE, _SUPERVISOR_PAGE)
-    entries[own_table * 512 + _BOOT_INFO_PAGE] = (SYSTEM_GPA + _BOOT_INFO_PAGE * _PAGE) | _READ_ONLY_PAGE
+    entries[own] = SYSTEM_GPA + own_table * PAGE_SIZE | _TABLE
+    fill(own_table, 512, SYSTEM_GPA, PAGE_SIZE, _SUPERVISOR_PAGE)
+    entries[own_table * 512 + _BOOT_INFO_PAGE] = (SYSTEM_GPA + _BOOT_INFO_PAGE * PAGE_SIZE) | _READ_ONLY_PAGE

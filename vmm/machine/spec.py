@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from ipc.messages import ReplaySpec
+from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 from workers.accel.base import Capabilities
 
@@ -27,7 +28,7 @@ class RamSlot(msgspec.Struct, frozen=True):
 
     @property
     def pages(self) -> int:
-        return self.size // 4096
+        return self.size // PAGE_SIZE
 
 
 class ReaperSpec(msgspec.Struct, frozen=True):

@@ -17,12 +17,14 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
+from ipc.shm import PAGE_SIZE
+
 from .wire import Buffer, Missing, Pages, Torn, Want, WireError
 
 __all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "changed", "missing", "missing_pages", "page_numbers",
            "torn", "unpack", "want"]
 
-PAGE = 4096
+PAGE = PAGE_SIZE
 CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
 
 Encoding = Literal["none", "zstd", "lz4"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import re
@@ -16,13 +15,11 @@ from ipc.steps import step
 from ...errors import VmmError
 from ...machine.names import is_snapshot_id
 
-__all__ = ["SnapshotError", "clear_leftovers", "discard", "exchange", "foreign_file", "locked",
+__all__ = ["SnapshotError", "clear_leftovers", "discard", "foreign_file", "locked",
            "new_aside", "next_id", "remove", "snapshot_ids", "sync_directory", "sync_file"]
 
 _ASIDE = re.compile(r"\.(?:new|old)-[0-9]{4,18}-[0-9a-f]{8}")
 _FILE = re.compile(r"manifest\.(?:json|sum)|(?:slot[0-9]{1,9}|system)\.(?:map|mem|zst)|image")
-_RENAME_EXCHANGE = 2        # renameat2(2)
-_AT_FDCWD = -100
 
 
 class SnapshotError(VmmError):
@@ -112,14 +109,6 @@ def clear_leftovers(directory: Path) -> None:
     for name in os.listdir(directory):
         if _ASIDE.fullmatch(name):
             discard(directory / name)
-
-
-def exchange(a: Path, b: Path) -> None:
-    """Swap two names in one step. Raises SnapshotError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) != 0:
-        error = ctypes.get_errno()
-        raise SnapshotError(f"{b}: cannot be replaced: {os.strerror(error)}")
 
 
 def sync_file(path: Path) -> None:

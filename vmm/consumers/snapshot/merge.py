@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from ipc.linux.files import exchange
 from ipc.steps import step
 
 from .chain import Progress, chain, layers, list_snapshots
@@ -14,7 +15,6 @@ from .folder import (
     SnapshotError,
     clear_leftovers,
     discard,
-    exchange,
     foreign_file,
     locked,
     new_aside,
@@ -67,7 +67,10 @@ def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
         merged = msgspec.structs.replace(newest, parent=None, slots=files)
         write_manifest(aside, merged)
         step("snapshot-merge-written")
-        exchange(aside, directory / newest.id)
+        try:
+            exchange(aside, directory / newest.id)
+        except OSError as exc:
+            raise SnapshotError(f"{directory / newest.id}: cannot be replaced: {exc.strerror}") from None
         step("snapshot-merge-exchanged")
     finally:
         discard(aside)      # by now it is the incremental one that was replaced

@@ -25,13 +25,14 @@ import zstandard
 from numpy.typing import NDArray
 
 from ipc.bitmap import word_count
+from ipc.shm import PAGE_SIZE
 
 from ...errors import VmmError
 from ...inputs import input_name, open_input
 
 __all__ = ["PageFileError", "PageWriter", "compress", "iter_pages", "read_pages"]
 
-PAGE = 4096
+PAGE = PAGE_SIZE
 _CHUNK = 1024       # pages at a time: 4 MiB
 _LEVEL = 1          # zstd's fastest ordinary level: the disk is rarely faster
 _WINDOW_MAX = 1 << 23   # bytes that a zstd frame may ask its reader to keep; our own ask for less

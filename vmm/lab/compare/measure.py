@@ -36,6 +36,8 @@ from typing import Any
 
 import numpy as np
 
+from ipc.shm import PAGE_SIZE
+
 from ...client.machine import Machine
 from ...client.plan import choose_accelerator
 from ...consumers.rate import measure as measure_rate
@@ -51,7 +53,6 @@ WAYS = ("none", "sampling", "auto", "bitmap", "ring", "uffd")
 #: Ways that have a dirty log and do not choose.
 FIXED = ("ring", "bitmap", "uffd")
 
-_PAGE = 4096
 _MIB = 1 << 20
 _SETTLE = 0.1           # seconds of a window before its clock starts, at least
 _SETTLE_MAX = 3.0       # at most, where the guest takes up speed for so long
@@ -247,7 +248,7 @@ class _Meter:
         self._coordinator = status["coordinator"]["pid"]
         self._workers = [v["pid"] for v in status["vcpus"]]
         # The word that the guest raises is the first of a page; image, stacks and tables do not change.
-        self._words = machine.ram(0).view(np.uint64).reshape(-1, _PAGE // 8)[:, 0]
+        self._words = machine.ram(0).view(np.uint64).reshape(-1, PAGE_SIZE // 8)[:, 0]
 
     def read(self) -> _Reading:
         """The count takes milliseconds for each 256 MiB, as long at a window's end as at its beginning."""

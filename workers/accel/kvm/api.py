@@ -13,10 +13,11 @@ import os
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any
 
-__all__: list[str] = []     # imported as a module: ``from . import kvm_api as api``
+from ipc.linux.libc import LIBC
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_ioctl = _libc.ioctl
+__all__: list[str] = []     # imported as a module: ``from . import api``
+
+_ioctl = LIBC["ioctl"]      # an object of its own, with its own types
 _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 
