@@ -116,6 +116,7 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
     boot: dict[str, int]        # initial registers: rip, rsp, rdi, rsi, rdx, cr3, gdt_base, gdt_limit,
                                 # idt_base, idt_limit, tss_base (GPAs; vmm/machine/boot.py makes them)
     replay: ReplaySpec | None = None
+    nice: int = 0               # of the vCPU's thread and its session, 0 to 19
 
     @property
     def mode(self) -> Tracking:

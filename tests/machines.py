@@ -20,6 +20,9 @@ from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 #: Parametrisation over both accelerators.
 ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("unicorn")]
 
+#: Guests that go on for ever leave the processor to whoever has something to do.
+NICE = 10
+
 #: RAM that is no multiple of 64 pages, as the kernel's dirty_log_test has it.
 ODD = 3 * 4096
 
@@ -32,7 +35,7 @@ def spec(workload: str, *, accel: str, name: str = "t", vcpus: int = 2, ring: in
     """A machine that runs one of the sample guests (or ``image``), with short defaults."""
     guest = WORKLOADS.get(workload)
     return MachineSpec(
-        name=name, accel=accel, vcpus=vcpus, privilege=privilege, ring_entries=ring,
+        name=name, accel=accel, vcpus=vcpus, privilege=privilege, ring_entries=ring, nice=NICE,
         slots=slots or [RamSlot(0, 0, (mib << 20) + ODD)],
         image=str(image or (guest.image if guest else "")), load_address=load_address,
         params=list(params) if params is not None else resolve_params(workload, workload_params),

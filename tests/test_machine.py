@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,23 @@ BAD_GUESTS = {
     "halt": ("f4", "kernel", "halt", ""),
     "triple-fault": ("48 b8 00002000 00000000 0f 01 18 0f 0b", "kernel", "triple-fault", ""),
 }
+
+
+def test_vcpu_processes_are_as_nice_as_they_are_told(accel: str) -> None:
+    """And their sessions, which are what the kernel shares a processor out to; nobody else is."""
+    with Machine.launch(replace(spec("idle", accel=accel, milliseconds=0, timeout=None), nice=7)) as machine:
+        status = machine.status()
+
+        def nice(pid: int) -> int:
+            return os.getpriority(os.PRIO_PROCESS, pid)
+
+        for vcpu in status["vcpus"]:
+            until(lambda pid=vcpu["pid"]: nice(pid) == 7, "the vCPU's thread is")
+            group = Path(f"/proc/{vcpu['pid']}/autogroup")
+            if group.exists():
+                until(lambda group=group: group.read_text().endswith(" nice 7\n"), "its session is")
+        assert nice(status["coordinator"]["pid"]) == nice(os.getpid())
+
 
 
 @pytest.mark.parametrize("kind", BAD_GUESTS)

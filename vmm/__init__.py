@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Machine", "VmmError", "load_config"]
 
-_HOMES = {"Machine": ".machine", "VmmError": ".errors", "load_config": ".config"}
+_HOMES = {"Machine": ".client.machine", "VmmError": ".errors", "load_config": ".client.config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -563,6 +563,8 @@ def main(spec: WorkerSpec) -> int:
         service.start()
         threading.Thread(target=worker.serve_resets, name="reset", daemon=True).start()
         process.set_time_slice(0.0)     # the vCPU's own thread computes: an ordinary one
+        if spec.nice:
+            process.set_nice(spec.nice)
         worker.run()
         service.join()
     worker.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -10,7 +11,7 @@ import threading
 
 from .libc import LIBC, SYS_SCHED_SETATTR, check
 
-__all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descriptor_limit", "set_name",
+__all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descriptor_limit", "set_name", "set_nice",
            "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
@@ -46,6 +47,14 @@ def _prctl(option: int, value: int | bytes) -> None:
 def set_name(name: str) -> None:
     """Name shown by ps and top (15 bytes)."""
     _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def set_nice(nice: int) -> None:
+    """The calling thread's, as nice(1) has it; and that of this process's session, where the kernel groups by them
+    (sched(7), autogroup: between groups a thread's own value counts for nothing)."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
+        group.write(str(nice))
 
 
 def set_subreaper() -> None:

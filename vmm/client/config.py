@@ -254,6 +254,8 @@ class MachineConfig(_Model):
                      Field(json_schema_extra={"enum": list(_ACCELERATORS)})] = "auto"
     vcpus: Annotated[int, Field(ge=1, le=MAX_VCPUS)] = 1
     privilege: Literal["user", "kernel"] = "user"
+    #: Of the vCPU processes, as nice(1) has it.
+    nice: Annotated[int, Field(ge=0, le=rules.NICE_MAX)] = 0
     dirty_ring_size: int = 4096     # entries of a ring; 0: without rings
     #: None: ring, or bitmap where dirty_ring_size is 0.
     tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None

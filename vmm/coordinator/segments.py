@@ -198,6 +198,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         replay = msgspec.structs.replace(replay, trace_segment=parts.traces[index].name)
     return WorkerSpec(
         machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
+        nice=spec.nice,
         ring_entries=parts.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
         tracking=parts.tracking,
         slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],

@@ -26,7 +26,7 @@ from .names import check_machine_name
 from .spec import REAPERS_MAX, MachineSpec, RamSlot
 from .trackings import CHOICES
 
-__all__ = ["GPA_MAX", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX",
+__all__ = ["GPA_MAX", "NICE_MAX", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX",
            "STACK_MIN", "SYSTEM_AREA", "RuleError", "arriving", "check_machine", "check_new_slot", "check_quota",
            "check_ring", "check_slots", "check_stack"]
 
@@ -34,6 +34,7 @@ GPA_MAX = 1 << 40                       # RAM ends below it
 REPLAY_GPA_MAX = 1 << 44                # nothing is mapped there: this is what the numbering of pages allows
 SYSTEM_AREA = (boot.SYSTEM_GPA, boot.SYSTEM_GPA + 0x100_0000)
 STACK_MIN, STACK_MAX = 1024, 1 << 30    # bytes
+NICE_MAX = 19
 SECONDS_MAX = 1e9                       # of any interval or timeout: 31 years
 QUOTA_MAX = 1 << 40                     # pages a second
 WRITES_MAX = 1 << 48                    # of a phase of a replay, of each vCPU
@@ -64,6 +65,7 @@ def check_machine(spec: MachineSpec) -> None:
     can = spec.can
     _number("vcpus", spec.vcpus, 1, MAX_VCPUS)
     _one_of("privilege", spec.privilege, ("user", "kernel"))
+    _number("nice", spec.nice, 0, NICE_MAX)
     check_ring(spec.ring_entries)
     _one_of("tracking", spec.tracking, ("", *CHOICES))
     if spec.tracking == "ring" and not spec.ring_entries:

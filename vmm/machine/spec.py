@@ -69,6 +69,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     tracking: str = ""          # one of trackings.CHOICES; empty: ring, or bitmap where there is no ring
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
     replay_trace: str = ""      # absolute path of the trace that it is to be taken from
+    nice: int = 0               # of the vCPU processes, 0 to 19
     linger: bool                # stay after the end until a client releases the machine
 
     @property

@@ -15,7 +15,7 @@ from ..base import Accelerator, Available, Capabilities
 __all__ = ["CAPABILITIES", "load", "probe"]
 
 CAPABILITIES = Capabilities(section="replay", kernel_ring=False, interruptible_fault=True, trackings=("ring",),
-                            preference=0, space=500, base_memory=90, worker_memory=10)
+                            preference=0, space=480, base_memory=90, worker_memory=10)
 
 
 def probe() -> Available:
