@@ -183,4 +183,4 @@ def test_a_consumer_is_a_file(accel: str) -> None:
         assert (slot, 1 <= count <= 10) == (0, True)
         before = np.array(machine.ram(0)[page * PAGE_SIZE:(page + 1) * PAGE_SIZE])
         assert len(before) == PAGE_SIZE
-        assert "most-dirtied" not in machine.status()["clients"]
+        assert "most_dirtied" not in machine.status()["clients"]

@@ -470,8 +470,9 @@ def test_a_dirty_limit_holds_the_ring(accel: str) -> None:
         machine.set_tracking("bitmap")
         with pytest.raises(VmmError, match="this machine has tracking bitmap"):
             machine.dirty_limit(1000)
-        with pytest.raises(VmmError, match="unknown tracking 'rings'"):
-            machine.set_tracking("rings")
+        for wrong in ("rings", "unknown", "unset"):
+            with pytest.raises(VmmError, match=f"unknown tracking '{wrong}'"):
+                machine.set_tracking(wrong)
 
 
 def test_a_machine_without_a_ring_size_has_no_ring(accel: str) -> None:

@@ -10,11 +10,11 @@ from vmm import Machine
 def most_dirtied(machine: Machine, syncs: int, top: int = 5) -> list[tuple[tuple[int, int], int]]:
     """[((slot, page), in how many of the syncs it was dirty)], the most frequent first. Raises VmmError."""
     counts: Counter[tuple[int, int]] = Counter()
-    machine.register("most-dirtied")
+    machine.register("most_dirtied")
     try:
         for _ in range(syncs):
-            for slot, ranges in machine.sync("most-dirtied").slots.items():
+            for slot, ranges in machine.sync("most_dirtied").slots.items():
                 counts.update((slot, page) for first, count in ranges for page in range(first, first + count))
     finally:
-        machine.unregister("most-dirtied")
+        machine.unregister("most_dirtied")
     return counts.most_common(top)

@@ -15,7 +15,7 @@ from ..errors import VmmError
 
 __all__ = ["BITMAPS", "CHOICES", "MODES", "check_tracking", "not_logged"]
 
-MODES = tuple(t.name.lower() for t in Tracking if t is not Tracking.UNSET)
+MODES = tuple(t.name.lower() for t in Tracking if t not in (Tracking.UNSET, Tracking.UNKNOWN))
 CHOICES = (*MODES, "auto")
 #: Ways that gather into a log buffer a vCPU and slot (vmm/dirty/tracking/bitmap.py).
 BITMAPS = ("bitmap", "uffd")
