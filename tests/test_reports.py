@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from machines import replace, spec
+from machines import ACCELS, exact, replace, spec
 from rich.console import Console
 from rich.text import Text
 from terminal import Terminal, on_a_terminal, read_tables
@@ -22,6 +23,7 @@ from terminal import Terminal, on_a_terminal, read_tables
 from vmm.cli.text import doctor_table, machines_table, print_report, progress_text
 from vmm.client.doctor import Finding
 from vmm.client.machine import Machine
+from vmm.machine.report import Report, report_schema
 from vmm.machine.spec import RamSlot
 from vmm.tables import print_table, size_text, table
 
@@ -281,3 +283,24 @@ def test_a_pipe_has_no_colours_and_tables_as_wide_as_120() -> None:
         [sys.executable, "-m", "vmm", "doctor", "--json"], capture_output=True, text=True, timeout=60,
         check=False).stdout)}
     assert names <= set(read_tables(done.stdout))
+
+
+# --- the report's schema ------------------------------------------------------------------------------
+
+
+def test_the_published_schema_is_the_reports() -> None:
+    published = json.loads((Path(__file__).parent.parent / "docs" / "report.schema.json").read_text())
+    assert published == report_schema()
+
+
+@pytest.mark.parametrize("accel", ACCELS)
+def test_each_report_is_of_the_schema(accel: str) -> None:
+    """From the first to the last; no field more, none less."""
+    with Machine.launch(spec("counter", accel=accel, verify=exact()), start=False) as machine:
+        seen = [machine.status()]
+        machine.start()
+        seen += [machine.status(), machine.wait(60.0)]
+    for report in seen:
+        typed = msgspec.convert(report, Report)
+        assert msgspec.to_builtins(typed) == report
+    assert [r["state"] for r in seen][::2] == ["created", "ended"]

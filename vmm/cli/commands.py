@@ -243,11 +243,17 @@ def gc(name: str | None, logs: bool, as_json: bool) -> None:
 
 
 @cli.command()
-def schema() -> None:
-    """Print the JSON schema of the configuration file."""
-    from ..client.config import config_schema
+@click.argument("what", type=click.Choice(["config", "report"]), default="config")
+def schema(what: str) -> None:
+    """Print a JSON schema: of the configuration file, or of a machine's report (vmm status --json)."""
+    if what == "report":
+        from ..machine.report import report_schema
 
-    print_json(config_schema())
+        print_json(report_schema())
+    else:
+        from ..client.config import config_schema
+
+        print_json(config_schema())
 
 
 @cli.command()

@@ -32,6 +32,7 @@ from ..errors import ExitCode, VmmError
 from ..machine import boot, records, verbs
 from ..machine.events import Tracer
 from ..machine.names import machine_prefix
+from ..machine.report import Holder
 from ..machine.spec import MachineSpec, RamSlot
 from ..vcpus.handle import VcpuHandle
 from ..vcpus.pool import VcpuPool
@@ -604,13 +605,14 @@ class Coordinator:
         return time.monotonic() - self._started if self._started is not None else 0.0
 
     def _report(self) -> dict[str, Any]:
-        return machine_report(self.core, paused=self.pauses.paused, elapsed=self._elapsed(),
-                              asked_tracking=self.tracking.asked, switches=self.tracking.switches,
-                              restarts=self._restarts, turns=self._turns, holders=self._holders(),
-                              handed_over=self.pauses.handed_over.to if self.pauses.handed_over else "")
+        """As vmm/machine/report.py has it."""
+        return dict(msgspec.to_builtins(machine_report(
+            self.core, paused=self.pauses.paused, elapsed=self._elapsed(), asked_tracking=self.tracking.asked,
+            switches=self.tracking.switches, restarts=self._restarts, turns=self._turns, holders=self._holders(),
+            handed_over=self.pauses.handed_over.to if self.pauses.handed_over else "")))
 
-    def _holders(self) -> list[dict[str, Any]]:
-        """Who has what of the machine, for the report; pid 0: the user."""
+    def _holders(self) -> list[Holder]:
+        """Who has what of the machine; pid 0: the user."""
         pauses, limits, recorder = self.pauses, self.limits, self.recording.owner
         holders: list[tuple[str, str, int]] = []
         if pauses.user:
@@ -625,7 +627,7 @@ class Coordinator:
         holders += [("lease", f"{lease.kind} {lease.why}", lease.owner.pid) for lease in self.leases.held]
         if recorder is not None:
             holders.append(("recording", "trace", recorder.pid))
-        return [{"what": what, "why": why, "pid": pid} for what, why, pid in holders]
+        return [Holder(what=what, why=why, pid=pid) for what, why, pid in holders]
 
     # --- tear-down ---------------------------------------------------------------------------------
 

@@ -11,6 +11,15 @@ from ipc.layout import ReaperState, VcpuState
 from ipc.messages import ExitReason
 
 from ..errors import ExitCode
+from ..machine.report import (
+    CoordinatorReport,
+    Holder,
+    ReaperReport,
+    Report,
+    SlotReport,
+    VcpuReport,
+    VerificationReport,
+)
 from ..vcpus.handle import VcpuHandle
 from .core import Core
 
@@ -25,34 +34,31 @@ def reason_text(reason: ExitReason) -> str:
 
 
 def machine_report(core: Core, *, paused: bool, elapsed: float, asked_tracking: str, switches: int,
-                   restarts: int, turns: int, holders: list[dict[str, Any]], handed_over: str) -> dict[str, Any]:
-    """The document that ``vmm status --json`` shows and ``Machine.wait`` returns. ``elapsed``: seconds; ``turns``:
-    of the coordinator's loop. ``cause``, ``ended_at``: of a machine that has ended, else None. What is not over has
-    no exit code: None, of the machine and of each vCPU."""
+                   restarts: int, turns: int, holders: list[Holder], handed_over: str) -> Report:
+    """``elapsed``: seconds; ``turns``: of the coordinator's loop. What is not over has no exit code: None, of the
+    machine and of each vCPU."""
     spec, log, block = core.spec, core.parts.log, core.parts.control
-    verification: dict[str, Any] | None = None
+    verification = None
     if core.verifier is not None:
-        verification = {**msgspec.to_builtins(core.verifier.result), "ok": core.verifier.result.ok}
-    return {
-        "name": spec.name, "state": "paused" if paused and core.state == "running" else core.state,
-        "elapsed_s": round(elapsed, 6),
-        "exit_code": int(exit_code(core)) if core.state == "ended" else None, "accelerator": spec.accel,
-        "tracking": core.parts.tracking, "tracking_asked": asked_tracking,
-        "tracking_switches": switches, "ring_entries": core.parts.ring_entries,
-        "can_limit": spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
-        "coordinator": {"pid": os.getpid(), "restarts": restarts, "turns": turns,
-                        "bad_messages": core.vcpus.dropped},
-        "cause": None, "ended_at": None,
-        "vcpus": [_vcpu_report(core, s) for s in core.vcpus.all],
-        "reaper": {"mode": spec.reaper.mode, "state": ReaperState(block.reaper_state).name,
-                   "iterations": block.reaper_iteration, "pages": block.reaped_pages,
-                   "microseconds": block.reap_ns // 1000, "flushes": block.flushes},
-        "slots": [{"id": i, "gpa": s.spec.gpa, "size": s.spec.size, "pages": s.pages,
-                   "dirty": log.dirty_pages(i), "logged": s.logged, "born": s.spec.born}
-                  for i, s in log.slots.items()],
-        "clients": log.clients, "holders": holders, "handed_over": handed_over, "incoming": core.pages_missing,
-        "verification": verification,
-    }
+        result = core.verifier.result
+        verification = VerificationReport(**msgspec.structs.asdict(result), ok=result.ok)
+    return Report(
+        name=spec.name, state="paused" if paused and core.state == "running" else core.state,
+        elapsed_s=round(elapsed, 6),
+        exit_code=int(exit_code(core)) if core.state == "ended" else None, cause=None, ended_at=None,
+        accelerator=spec.accel, tracking=core.parts.tracking, tracking_asked=asked_tracking,
+        tracking_switches=switches, ring_entries=core.parts.ring_entries,
+        can_limit=spec.ring_entries > 0 and asked_tracking in ("ring", "auto"),
+        coordinator=CoordinatorReport(pid=os.getpid(), restarts=restarts, turns=turns,
+                                      bad_messages=core.vcpus.dropped),
+        vcpus=[_vcpu_report(core, each) for each in core.vcpus.all],
+        reaper=ReaperReport(mode=spec.reaper.mode, state=ReaperState(block.reaper_state).name,
+                            iterations=block.reaper_iteration, pages=block.reaped_pages,
+                            microseconds=block.reap_ns // 1000, flushes=block.flushes),
+        slots=[SlotReport(id=i, gpa=s.spec.gpa, size=s.spec.size, pages=s.pages, dirty=log.dirty_pages(i),
+                          logged=s.logged, born=s.spec.born) for i, s in log.slots.items()],
+        clients=log.clients, holders=holders, handed_over=handed_over, incoming=core.pages_missing,
+        verification=verification)
 
 
 def machine_slots(core: Core) -> dict[str, Any]:
@@ -62,21 +68,19 @@ def machine_slots(core: Core) -> dict[str, Any]:
             "accelerator": core.spec.accel, "incoming": core.pages_missing}
 
 
-def _vcpu_report(core: Core, vcpu: VcpuHandle) -> dict[str, Any]:
+def _vcpu_report(core: Core, vcpu: VcpuHandle) -> VcpuReport:
     block, exited = vcpu.control, vcpu.exited
     reason = ExitReason(block.exit_reason)
     over = reason != ExitReason.NONE
-    return {
-        "index": vcpu.index, "pid": vcpu.pid, "accelerator": core.spec.accel,
-        "state": VcpuState(block.state).name.lower().replace("_", "-"),
-        "exit_reason": reason_text(reason) if over else None, "exit_code": block.exit_code if over else None,
-        "detail": exited.detail if exited else "", "registers": exited.registers if exited else None,
-        "dirty_pages": block.dirty_pages, "ring_full_exits": block.ring_full_exits,
-        "resets": block.resets, "reset_s": block.reset_ns / 1e9, "ring_rebuilds": block.ring_rebuilds,
-        "bad_entries": block.bad_entries, "guest_entries": block.guest_entries,
-        "guest_s": block.guest_ns / 1e9, "stalled_s": block.stalled_ns / 1e9,
-        "dirty_limit_pages_per_s": block.dirty_quota, "throttled_s": block.throttled_ns / 1e9,
-    }
+    return VcpuReport(
+        index=vcpu.index, pid=vcpu.pid, accelerator=core.spec.accel,
+        state=VcpuState(block.state).name.lower().replace("_", "-"),
+        exit_reason=reason_text(reason) if over else None, exit_code=block.exit_code if over else None,
+        detail=exited.detail if exited else "", registers=exited.registers if exited else None,
+        dirty_pages=block.dirty_pages, ring_full_exits=block.ring_full_exits, resets=block.resets,
+        reset_s=block.reset_ns / 1e9, ring_rebuilds=block.ring_rebuilds, bad_entries=block.bad_entries,
+        guest_entries=block.guest_entries, guest_s=block.guest_ns / 1e9, stalled_s=block.stalled_ns / 1e9,
+        dirty_limit_pages_per_s=block.dirty_quota, throttled_s=block.throttled_ns / 1e9)
 
 
 def exit_code(core: Core) -> ExitCode:

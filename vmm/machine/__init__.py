@@ -6,7 +6,7 @@ of itself.
     memory.py               memory slots and their bitmaps, as segments
     boot.py, loader.py      what a vCPU finds at its first instruction; guest images
     room.py, trackings.py   what this host can give: memory, descriptors; ways of dirty tracking
-    verbs.py                what a coordinator may be asked for
+    verbs.py, report.py     what a coordinator may be asked for; what it says of its machine
     events.py               trace events, those of QEMU's dirty ring
     tracefile.py            dirty traces as files
     log.py, records.py      what a machine's processes say, and what is kept of it beyond its end

@@ -1,0 +1,118 @@
+"""The report of a machine, typed: what ``vmm status --json``, ``Machine.status`` and ``Machine.wait`` show, and
+what is kept of a machine that has ended. docs/report.schema.json is its JSON schema (``vmm schema report``).
+
+``VERSION`` changes when a field is renamed, goes, or means something else; a field that comes does not change it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+__all__ = ["VERSION", "CoordinatorReport", "Holder", "ReaperReport", "Report", "SlotReport", "VcpuReport",
+           "VerificationReport", "report_schema"]
+
+VERSION = 1
+
+
+class CoordinatorReport(msgspec.Struct, frozen=True, kw_only=True):
+    pid: int
+    restarts: int               # how many coordinators have died before this one
+    turns: int                  # of its loop
+    bad_messages: int           # of workers, dropped
+
+
+class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    pid: int
+    accelerator: str
+    state: str                  # new, ready, running, ring-full, waiting, paused, throttled, exited, dead, unknown
+    exit_reason: str | None     # None: its guest has not ended
+    exit_code: int | None
+    detail: str
+    registers: dict[str, int] | None    # of a guest that ended badly
+    dirty_pages: int            # entries harvested, or bits gathered
+    ring_full_exits: int
+    resets: int
+    reset_s: float              # seconds in reset calls
+    ring_rebuilds: int          # the ring had lost count
+    bad_entries: int            # dropped: as_id, slot or offset cannot be
+    guest_entries: int
+    guest_s: float              # seconds in the guest, at ring-full, throttled
+    stalled_s: float
+    dirty_limit_pages_per_s: int    # 0: none
+    throttled_s: float
+
+
+class ReaperReport(msgspec.Struct, frozen=True, kw_only=True):
+    mode: str                   # adaptive, fixed
+    state: str                  # NONE, WAIT, REAPING
+    iterations: int
+    pages: int                  # entries reaped
+    microseconds: int           # in reaps
+    flushes: int
+
+
+class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
+    id: int
+    gpa: int                    # bytes
+    size: int                   # bytes
+    pages: int
+    dirty: int                  # pages dirtied since the clients' last sync
+    logged: bool
+    born: int                   # which of the slots that have had this id
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that has something of the machine."""
+
+    what: str                   # pause, limit, client, lease, recording
+    why: str                    # for people
+    pid: int                    # 0: the user, who is no process
+
+
+class VerificationReport(msgspec.Struct, frozen=True, kw_only=True):
+    rounds: int
+    checked_pages: int
+    dirty_pages: int
+    lost_pages: int
+    surplus_pages: int
+    excused_pages: int
+    injected: str
+    first_findings: list[str]
+    surplus_is_failure: bool
+    ok: bool
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """``exit_code``, ``cause``, ``ended_at``: None until the machine has ended. One that nobody was left to report
+    on (states ``failed`` and ``lost``) has name, state and these alone."""
+
+    version: int = VERSION
+    name: str
+    state: str                  # created, running, paused, ended
+    elapsed_s: float            # since its start
+    exit_code: int | None
+    cause: str | None
+    ended_at: str | None        # ISO 8601, UTC
+    accelerator: str
+    tracking: str               # as it is: ring, bitmap, uffd, none
+    tracking_asked: str         # as it was asked for; also auto
+    tracking_switches: int
+    ring_entries: int           # 0: without rings now
+    can_limit: bool             # a dirty limit can be had
+    coordinator: CoordinatorReport
+    vcpus: list[VcpuReport]
+    reaper: ReaperReport
+    slots: list[SlotReport]
+    clients: list[str]
+    holders: list[Holder]
+    handed_over: str            # address of the migration target that has it by now; empty: nobody has
+    incoming: bool              # post-copy: pages of its memory are still on their way here
+    verification: VerificationReport | None
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON schema of ``Report``."""
+    return msgspec.json.schema(Report)
