@@ -303,4 +303,4 @@ def test_each_report_is_of_the_schema(accel: str) -> None:
     for report in seen:
         typed = msgspec.convert(report, Report)
         assert msgspec.to_builtins(typed) == report
-    assert [r["state"] for r in seen][::2] == ["created", "ended"]
+    assert [r["state"] for r in seen][::2] == ["ready", "ended"]

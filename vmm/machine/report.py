@@ -91,7 +91,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int = VERSION
     name: str
-    state: str                  # created, running, paused, ended
+    state: str                  # ready, running, paused, ended
     elapsed_s: float            # since its start
     exit_code: int | None
     cause: str | None
