@@ -8,7 +8,7 @@ Two sockets a worker, so that each is used by one thread alone (ZeroMQ sockets a
   :class:`KickAck`, :class:`Console`, :class:`Exited`.
 
 Pause, resume, stop and kick are not messages: they are a word in the control block, the
-immediate-exit flag and a signal (workers/process.py), acknowledged by a notification. Nor is the reset of a
+immediate-exit flag and a signal (workers/vcpu.py), acknowledged by a notification. Nor is the reset of a
 ring, which comes too often for that: it is two words in the control block, each with a futex wake.
 
 Decoding checks types and refuses unknown tags; unknown *fields* are ignored, so that a newer peer

@@ -551,8 +551,8 @@ def test_a_fault_of_the_worker_itself_is_the_end_of_that_vcpu_or_of_that_request
             system_slot=m.SlotSpec(layout.SYSTEM_SLOT, 0, 4096, ""), boot={},
             request_endpoint=sockets.endpoint(tmp_path, "requests"),
             notify_endpoint=sockets.endpoint(tmp_path, "notify")))
-        worker.accel = cast(Accelerator, Failing())
-        threads = [threading.Thread(target=worker.run), threading.Thread(target=worker.serve)]
+        worker.vcpu.accel = cast(Accelerator, Failing())
+        threads = [threading.Thread(target=worker.vcpu.run), threading.Thread(target=worker.service.serve)]
         for thread in threads:
             thread.start()
         try:
@@ -561,22 +561,21 @@ def test_a_fault_of_the_worker_itself_is_the_end_of_that_vcpu_or_of_that_request
             assert isinstance(ended, m.Exited)
             assert (ended.reason, ended.detail) == (m.ExitReason.INTERNAL_ERROR,
                                                     "its worker failed: ZeroDivisionError: of its own")
-            assert worker.control.state == VcpuState.EXITED
+            assert worker.vcpu.control.state == VcpuState.EXITED
             until(lambda: _asked(requests, m.GetState(1)), "it has connected", TIMEOUT)
             assert requests.poll(TIMEOUT * 1000)
             answer = m.decode_reply(requests.recv_multipart()[1])
             assert answer == m.Failed(1, "its worker failed: TypeError: of its own")
-            worker.control.state = 77       # written over: its writer puts it right, at the next kick
-            worker.control.kick_request += 1
-            worker._wake_up()
-            until(lambda: worker.control.state == VcpuState.EXITED, "the state is right again", TIMEOUT)
+            worker.vcpu.control.state = 77       # written over: its writer puts it right, at the next kick
+            worker.vcpu.control.kick_request += 1
+            worker.vcpu.wake_up()
+            until(lambda: worker.vcpu.control.state == VcpuState.EXITED, "the state is right again", TIMEOUT)
         finally:
             requests.send_multipart([b"0", b"\xc1"])       # is no request: nor does that end anything
             requests.send_multipart([b"0", m.encode(m.Shutdown(2))])
             for thread in threads:
                 thread.join(TIMEOUT)
         assert m.decode_reply(requests.recv_multipart()[1]) == m.Done(2)
-        worker.accel = None
         worker.close()
 
 

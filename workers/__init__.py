@@ -1,7 +1,9 @@
 """One vCPU process.
 
     __main__.py, zygote.py  how one comes to be: alone, or as a fork of one that has all imported
-    process.py              set-up, the vCPU thread's run loop, the service and reset threads
+    process.py              set-up and tear-down; its threads:
+    vcpu.py                 the vCPU's, which enters the guest
+    service.py, resets.py   the one that answers requests, the one that resets the ring
     slots.py, memory.py     its memory slots, mapped
     accel/                  what runs the guest
     ports.py, hypercalls.py, faults.py, throttle.py    port devices, hypercalls, exceptions, the dirty limit

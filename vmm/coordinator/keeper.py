@@ -14,7 +14,7 @@ machine (docs/decisions/0011):
   its memory for left-over, and it ends in order.
 * The keeper itself is killed: the kernel sends the coordinator SIGTERM, which ends the machine in
   order; were that one killed too, the workers see the end of the keeper's pipe, clear the files and
-  go (workers/process.py).
+  go (workers/service.py).
 
 It keeps the machine's log, too: the standard error of all these processes is a pipe to it (vmm/machine/log.py).
 """

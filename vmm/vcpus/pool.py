@@ -46,7 +46,7 @@ _REPLY_TIMEOUT = 30.0       # seconds; a worker that does not answer by then is 
 _KICK_TIMEOUT = 30.0
 _KILL_TIMEOUT = 5.0         # seconds for a killed worker to be gone
 _MISSING_TIMEOUT = 3.0      # of either, while pages are missing: it is not the worker's fault
-_KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/process.py says why)
+_KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/vcpu.py says why)
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
 _FD_STEP = 0.1              # seconds between two looks at whether the sender of a descriptor has died
@@ -363,7 +363,7 @@ class VcpuPool:
 
     def pause(self, vcpus: Sequence[VcpuHandle]) -> None:
         """Out of the guest, and staying there: a vCPU that acknowledges the kick has seen the
-        request that was set before it (workers/process.py)."""
+        request that was set before it (workers/vcpu.py)."""
         for vcpu in vcpus:
             vcpu.control.request |= VcpuRequest.PAUSE
         self.kick_all(vcpus)
