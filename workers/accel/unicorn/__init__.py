@@ -1,7 +1,10 @@
 """A software CPU: Unicorn (QEMU's TCG as a library), with dirty logging, kicks and real atomics.
 
     cpu.py          the accelerator: what happens around the guest
-    hooks.py        what happens at the guest's speed, as Numba compiles it; calls.py has it to call
+    hooks.py        what happens at the guest's speed, as Numba compiles it; calls.py has it to call. Of it:
+    writes.py       dirty logging
+    locked.py       locked instructions
+    native.py       pointers and libunicorn's functions
     context.py      what both know, as plain C structures
     decode.py       which instructions need help
     state.py        the architectural state, in and out

@@ -13,7 +13,8 @@ from ipc.compiled.loader import Native
 __all__ = ["ON_BLOCK", "ON_LOCKED", "ON_SPECIAL", "ON_WRITE", "log_write", "remember", "reset"]
 
 _native = Native("workers.accel.unicorn.hooks", "ipc.compiled.atomics", "ipc.layout", "ipc.compiled.loops",
-                 "workers.accel.unicorn.context")
+                 "workers.accel.unicorn.context", "workers.accel.unicorn.native",
+                 "workers.accel.unicorn.writes", "workers.accel.unicorn.locked")
 
 
 def _address(function: Any) -> int:
