@@ -128,7 +128,7 @@ class Sync:
     def __init__(self, dirty: NDArray[np.int64]) -> None:
         words, summary = word_count(LARGE_PAGES), summary_words(LARGE_PAGES)
         self.memory = [mapped(words + summary) for _ in range(3)]
-        self.slot, self.gathering, self.front = (
+        self.slot, self.pending, self.synced = (
             Bitmap(SimpleNamespace(buf=m, address=m.ctypes.data), 0, LARGE_PAGES) for m in self.memory)
         self.at, bits = np.unique(dirty // 64, return_inverse=True)
         self.bits = np.zeros(len(self.at), np.uint64)
@@ -140,14 +140,14 @@ class Sync:
         self.slot.words[self.at] = self.bits
         np.bitwise_or.at(self.slot.summary, self.groups // 64, np.uint64(1) << (self.groups % 64).astype(np.uint64))
         began = time.perf_counter()
-        count = calls.take(self.slot, self.gathering, self.front)
+        count = calls.take(self.slot, self.pending, self.synced)
         took = time.perf_counter() - began
         assert count == self.pages
         return {"time": took}
 
     def read(self) -> dict[str, float]:
         began = time.perf_counter()
-        np.bitwise_or.reduce(self.front.words)
+        np.bitwise_or.reduce(self.synced.words)
         return {"time": time.perf_counter() - began}
 
 

@@ -125,15 +125,15 @@ def three() -> Iterator[list[Bitmap]]:
 @given(ranges, ranges, ranges)
 def test_take_is_fold_clear_and_publish_in_one(three: list[Bitmap], a: list[tuple[int, int]],
                                                b: list[tuple[int, int]], c: list[tuple[int, int]]) -> None:
-    slot, gathering, front = three
-    fresh, older = fill(slot, a), fill(gathering, b)
-    fill(front, c)      # of the last take: gone
-    assert calls.take(slot, gathering, front) == len(fresh | older)
-    assert pages_of(front) == fresh | older
-    assert pages_of(slot) == pages_of(gathering) == set()
+    slot, pending, synced = three
+    fresh, older = fill(slot, a), fill(pending, b)
+    fill(synced, c)      # of the last take: gone
+    assert calls.take(slot, pending, synced) == len(fresh | older)
+    assert pages_of(synced) == fresh | older
+    assert pages_of(slot) == pages_of(pending) == set()
     assert not slot.summary.any()
-    assert not gathering.summary.any()
-    assert_summary_covers(front)
+    assert not pending.summary.any()
+    assert_summary_covers(synced)
 
 
 def test_kernels_kept_on_disk_run_without_the_compiler() -> None:
@@ -142,17 +142,17 @@ def test_kernels_kept_on_disk_run_without_the_compiler() -> None:
 import sys
 from types import SimpleNamespace
 import numpy as np
-from ipc import kernels
+from ipc.compiled import calls
 from ipc.bitmap import Bitmap, bitmap_bytes
 assert "numba" not in sys.modules
 pages = 100_003
 memory = [np.zeros(bitmap_bytes(pages) // 8, np.uint64) for _ in range(3)]
 a, b, c = (Bitmap(SimpleNamespace(buf=m, address=m.ctypes.data), 0, pages) for m in memory)
 a.mark_range(5, 90_000)
-assert kernels.publish(a, b) == 90_000 and a.count() == 0 and b.count() == 90_000
-kernels.fold(b, a)
-assert kernels.take(a, b, c) == 90_000 and (a.count(), b.count(), c.count()) == (0, 0, 90_000)
-kernels.clear(c)
+assert calls.publish(a, b) == 90_000 and a.count() == 0 and b.count() == 90_000
+calls.fold(b, a)
+assert calls.take(a, b, c) == 90_000 and (a.count(), b.count(), c.count()) == (0, 0, 90_000)
+calls.clear(c)
 assert c.count() == 0
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

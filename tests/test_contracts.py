@@ -1,4 +1,4 @@
-"""What every accelerator, every way of dirty tracking and every consumer keeps to; and that a new one is as few
+"""What every accelerator, every mode of dirty tracking and every consumer keeps to; and that a new one is as few
 files as docs/CONTRIBUTING.md says (tests/examples has one of each)."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ipc.shm import PAGE_SIZE, Segment
 from vmm.client.machine import Machine
 from vmm.dirty.log import DirtyLog
 from vmm.dirty.reaper import Reaper
-from vmm.dirty.tracking.base import Way
-from vmm.dirty.tracking.ways import WAYS, way
+from vmm.dirty.tracking.base import TrackingMode
+from vmm.dirty.tracking.modes import TRACKING_MODES, tracking_mode
 from vmm.machine.events import Tracer
 from vmm.machine.memory import MemorySlot
 from vmm.machine.names import segment_name
@@ -97,7 +97,7 @@ def test_a_kick_before_the_guest_is_entered_is_not_lost(name: str) -> None:
         assert len(changed_pages(before, vcpu.ram)) == 3
 
 
-# --- ways of dirty tracking ---------------------------------------------------------------------------
+# --- modes of dirty tracking ---------------------------------------------------------------------------
 
 
 class Nobody:
@@ -125,13 +125,13 @@ def log() -> Iterator[DirtyLog]:
     made.close()
 
 
-def reaper_of(log: DirtyLog, control: Segment, tracked: Way) -> Reaper:
+def reaper_of(log: DirtyLog, control: Segment, tracked: TrackingMode) -> Reaper:
     return Reaper(ReaperSpec(), cast(VcpuPool, Nobody()), log, machine_control(control.address), Tracer([], ""),
-                  lambda vcpu, owed, reset, pages: None, way=tracked)
+                  lambda vcpu, owed, reset, pages: None, mode=tracked)
 
 
-@pytest.mark.parametrize("tracked", [*WAYS.values(), Everything()], ids=lambda each: each.name)
-def test_a_way_gathers_from_nobody_without_harm_and_says_what_it_is(tracked: Way, log: DirtyLog) -> None:
+@pytest.mark.parametrize("tracked", [*TRACKING_MODES.values(), Everything()], ids=lambda each: each.name)
+def test_a_way_gathers_from_nobody_without_harm_and_says_what_it_is(tracked: TrackingMode, log: DirtyLog) -> None:
     with Segment.create(segment_name("t", "control"), 2 * PAGE_SIZE) as control:
         reaper = reaper_of(log, control, tracked)
         try:
@@ -145,8 +145,8 @@ def test_a_way_gathers_from_nobody_without_harm_and_says_what_it_is(tracked: Way
 
 
 def test_ways_are_known_by_the_names_of_the_configuration() -> None:
-    assert sorted(WAYS) == sorted(MODES)
-    assert all(way(name).name == name for name in MODES)
+    assert sorted(TRACKING_MODES) == sorted(MODES)
+    assert all(tracking_mode(name).name == name for name in MODES)
 
 
 def test_a_ring_is_told_of_where_it_lies(log: DirtyLog) -> None:
@@ -161,7 +161,7 @@ def test_a_ring_is_told_of_where_it_lies(log: DirtyLog) -> None:
             for name in MODES:
                 parts.need(name)
                 parts.tracking = name
-                ring, logs = parts.way.segments(parts, VcpuHandle(0, vcpu_control(control.address, 0), 1024))
+                ring, logs = parts.mode.segments(parts, VcpuHandle(0, vcpu_control(control.address, 0), 1024))
                 assert bool(ring) == (name == "ring")
                 assert set(logs) == ({0} if name in ("bitmap", "uffd") else set())
                 if ring:

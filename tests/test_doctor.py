@@ -195,15 +195,15 @@ def test_a_user_without_rights(runtime_dir: Path) -> None:
     home = runtime_dir / "home"
     home.mkdir(mode=0o700)
     findings = as_nobody(home)      # of somebody else: not even looked into
-    assert findings["kernel cache"]["status"] == "warn"
-    assert "XDG_CACHE_HOME" in findings["kernel cache"]["advice"]
+    assert findings["compiled loops"]["status"] == "warn"
+    assert "XDG_CACHE_HOME" in findings["compiled loops"]["advice"]
     privileged = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
     assert findings["post-copy"]["status"] == ("ok" if privileged else "absent")
     if not privileged:
         assert "vm.unprivileged_userfaultfd=1" in findings["post-copy"]["finding"]
     os.chown(home, 65534, 65534)
     runtime_dir.chmod(0o711)
-    assert as_nobody(home)["kernel cache"]["status"] == "ok"        # ~/.cache can be made
+    assert as_nobody(home)["compiled loops"]["status"] == "ok"        # ~/.cache can be made
     home.rmdir()
 
 

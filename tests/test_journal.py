@@ -152,7 +152,7 @@ def slot(log: DirtyLog, slot_id: int, born: int, pages: int = 100) -> MemorySlot
 def ranges(log: DirtyLog, client: str, *, again: bool = False) -> dict[int, list[tuple[int, int]]]:
     taken = log.take(client, again=again)
     maps = {**log._clients[client].maps, **{i: m for i, (_, m) in log._clients[client].retired.items()}}
-    return {i: maps[i].front.ranges() for i in taken}
+    return {i: maps[i].synced.ranges() for i in taken}
 
 
 def test_a_take_whose_answer_was_lost_is_taken_again(log: DirtyLog) -> None:

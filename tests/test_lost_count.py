@@ -21,7 +21,7 @@ from ipc.steps import STEPS
 from vmm.client.machine import Machine
 from vmm.dirty.log import DirtyLog
 from vmm.dirty.reaper import Reaper
-from vmm.dirty.tracking.ways import way
+from vmm.dirty.tracking.modes import tracking_mode
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.events import Tracer
 from vmm.machine.memory import MemorySlot
@@ -177,7 +177,7 @@ def test_a_ring_that_fills_while_its_vcpu_stands_still_holds_nobody(tmp_path: Pa
         log.add_slot(MemorySlot("t", RamSlot(0, 0, 64 * 4096), vcpu_logs=0, create=True))
         said: list[int] = []
         reaper = Reaper(ReaperSpec(), cast(VcpuPool, vcpus), log, machine_control(control.address), Tracer([], ""),
-                        lambda vcpu, owed, reset, pages: said.append(vcpu), way=way("ring"))
+                        lambda vcpu, owed, reset, pages: said.append(vcpu), mode=tracking_mode("ring"))
         try:
             vcpus.fill()
             assert reaper.drain() > 0

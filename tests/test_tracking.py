@@ -1,4 +1,4 @@
-"""Ways of dirty tracking, and switching between them: nothing may be lost, whoever dies when."""
+"""Modes of dirty tracking, and switching between them: nothing may be lost, whoever dies when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic loads and stores on raw addresses, for Numba kernels.
+"""Atomic loads and stores on raw addresses, for Numba.
 
 Numba has no atomics for the CPU; these intrinsics emit LLVM's. A ring is read by one process while
 another one, or the kernel, writes it, so plain loads would be wrong in two ways: the compiler may

@@ -51,8 +51,8 @@ def clear(bitmap: Bitmap) -> None:
     _native.clear(bitmap.words_address, word_count(bitmap.pages), summary_words(bitmap.pages))
 
 
-def take(slot: Bitmap, gathering: Bitmap, front: Bitmap) -> int:
-    """What fold(slot, gathering), clear(slot), clear(front) and publish(gathering, front) come to, in one pass over
-    memory: for a log with a single client. The number of bits in ``front``."""
+def take(slot: Bitmap, pending: Bitmap, synced: Bitmap) -> int:
+    """What fold(slot, pending), clear(slot), clear(synced) and publish(pending, synced) come to, in one pass over
+    memory: for a log with a single client. The number of bits in ``synced``."""
     words, summary = word_count(slot.pages), summary_words(slot.pages)
-    return int(_native.take(slot.words_address, gathering.words_address, front.words_address, words, summary))
+    return int(_native.take(slot.words_address, pending.words_address, synced.words_address, words, summary))

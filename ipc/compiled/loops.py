@@ -188,41 +188,41 @@ def _clear(bitmap, words, summary_words):  # type: ignore[no-untyped-def]
         store_word(bitmap, s, _ZERO)
 
 
-def _take(slot, gathering, front, words, summary_words):  # type: ignore[no-untyped-def]
+def _take(slot, pending, synced, words, summary_words):  # type: ignore[no-untyped-def]
     taken = _ZERO
     for s in range(words, words + summary_words):
         fresh = load_word(slot, s)
-        older = load_word(gathering, s)
-        stale = load_word(front, s) & ~(fresh | older)
+        older = load_word(pending, s)
+        stale = load_word(synced, s) & ~(fresh | older)
         groups = fresh | older | stale
         if groups == _ZERO:
             continue
-        store_word(front, s, groups)
+        store_word(synced, s, groups)
         while groups != _ZERO:
             low = groups & (~groups + _ONE)
             groups ^= low
             first = ((s - words) * 64 + _log2(low)) * GROUP_WORDS
             end = _end(first, words)
             if low & stale:
-                _zero(front, first, end)
+                _zero(synced, first, end)
                 continue
             if low & older:
                 for w in range(first, end):
-                    bits = load_word(slot, w) | load_word(gathering, w)
-                    store_word(front, w, bits)
+                    bits = load_word(slot, w) | load_word(pending, w)
+                    store_word(synced, w, bits)
                     taken += popcount(bits)
                 fence_release()
-                _zero(gathering, first, end)
+                _zero(pending, first, end)
             else:
                 for w in range(first, end):
                     bits = load_word(slot, w)
-                    store_word(front, w, bits)
+                    store_word(synced, w, bits)
                     taken += popcount(bits)
                 fence_release()
             _zero(slot, first, end)
-        store_word(front, s, fresh | older)
+        store_word(synced, s, fresh | older)
         store_word(slot, s, _ZERO)
-        store_word(gathering, s, _ZERO)
+        store_word(pending, s, _ZERO)
     return taken
 
 

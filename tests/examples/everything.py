@@ -1,4 +1,4 @@
-"""A way of dirty tracking in one file: no log, every page counts as dirtied (what a program has that cannot track,
+"""A mode of dirty tracking in one file: no log, every page counts as dirtied (what a program has that cannot track,
 as the worst case of a comparison)."""
 
 from __future__ import annotations

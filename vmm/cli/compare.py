@@ -1,4 +1,4 @@
-"""``vmm compare``: which way of dirty tracking is best when, on this host."""
+"""``vmm compare``: which mode of dirty tracking is best when, on this host."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Intervals(click.ParamType):
 def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...], ring: tuple[int, ...],
             interval: tuple[float, ...], ways: str, workload: str, accel: str, rounds: int, window: float,
             quick: bool, output: Path | None, as_json: bool) -> int:
-    """Run the same guest under every way of dirty tracking, and say what each costs."""
+    """Run the same guest under every mode of dirty tracking, and say what each costs."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -39,7 +39,7 @@ def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
     accelerators = [each for name in registry.names() for each in _accelerator(name)]
     return [*accelerators, *_shared_memory(), *_limits(), _post_copy(), _write_log(),
-            *_packages(), _kernel_cache(), _compiler(), *_runtime_directory()]
+            *_packages(), _compiled_loops(), _compiler(), *_runtime_directory()]
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -111,14 +111,14 @@ def _packages() -> list[Finding]:
     return [Finding("packages", "ok", ", ".join(versions))]
 
 
-def _kernel_cache() -> Finding:
-    """Compiled kernels are kept beside the source, or in the user's cache."""
+def _compiled_loops() -> Finding:
+    """Compiled loops are kept beside the source, or in the user's cache."""
     from ipc.compiled.loader import cache_directories, trusted
 
     paths = cache_directories("ipc.compiled.loops")
     if any(_can_be_written(path) and (not os.path.exists(path) or trusted(path)) for path in paths):
-        return Finding("kernel cache", "ok", "compiled kernels can be kept")
-    return Finding("kernel cache", "warn", "compiled kernels cannot be kept: each launch compiles them",
+        return Finding("compiled loops", "ok", "can be kept")
+    return Finding("compiled loops", "warn", "cannot be kept: each launch compiles them",
                    "set XDG_CACHE_HOME to a folder that this user can write to, and nobody else")
 
 

@@ -19,7 +19,7 @@ from ..machine.spec import MachineSpec, encode_spec
 
 __all__ = ["Launched"]
 
-_LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the kernels
+_LAUNCH_TIMEOUT = 120.0     # seconds; the first launch ever compiles the loops
 _END_TIMEOUT = 30.0         # a keeper gives its coordinator 20 s (vmm/coordinator/keeper.py)
 _CLEAR_TIMEOUT = 30.0       # seconds; a coordinator without a keeper has 25 (vmm/coordinator/loop.py)
 

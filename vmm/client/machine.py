@@ -416,7 +416,7 @@ class Machine:
         may have been removed since: the next sync says so.)"""
         if (client, slot) not in self._clients:
             raise VmmError(f"client '{client}' has not synced slot {slot} yet")
-        return self._clients[client, slot].front
+        return self._clients[client, slot].synced
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
         """The user's limit: let one vCPU, or each, dirty at most so many pages a second; 0 lifts it. It stays, and

@@ -98,7 +98,7 @@ class Core:
     @property
     def verifying(self) -> bool:
         """The verifier reads all memory; not before all of it is there. And it looks into the log."""
-        return self.verifier is not None and not self.pages_missing and self.parts.way.logged
+        return self.verifier is not None and not self.pages_missing and self.parts.mode.logged
 
     def flush(self) -> None:
         if self.state == "running":

@@ -101,7 +101,7 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
         if core.verifying:
             core.drain_and_verify()
         step("memory-remove-drained")
-        if not slot.logged or not core.parts.way.logged:
+        if not slot.logged or not core.parts.mode.logged:
             log.mark_all(slot_id)
         log.retire_slot(slot_id)
         step("memory-remove-retired")

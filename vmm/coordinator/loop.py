@@ -133,7 +133,7 @@ class Coordinator:
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closing.callback(self._close_signals)
         self.reaper = core.reaper = Reaper(spec.reaper, self.vcpus, core.parts.log, self._block, core.tracer,
-                                           self._on_rebuild, way=core.parts.way)
+                                           self._on_rebuild, mode=core.parts.mode)
         self._closing.callback(self.reaper.close)
         self._closing.callback(self.vcpus.shut_down)
         self._closing.callback(self.recording.close)
@@ -276,7 +276,7 @@ class Coordinator:
         self.reaper.schedule.plan(now, {s.index: s.ring.soft_limit for s in self.vcpus.all})
         self.vcpus.resume_all()
         step("start-resumed")
-        self.core.parts.log.load_kernels()      # the guest runs already, and no ring is full so soon
+        self.core.parts.log.load_loops()      # the guest runs already, and no ring is full so soon
 
     def _recover(self, saved: Saved) -> None:
         """Carry on where a coordinator that died left off (invariant 5).
@@ -299,7 +299,7 @@ class Coordinator:
                     raise ProcessLookupError
                 vcpu.adopt(process)
             except ProcessLookupError:
-                vcpu.bury()
+                vcpu.mark_dead()
                 self.reaper.worker_died(vcpu)
         # Before anybody is waited for: a vCPU may be waiting for a page.
         self.incoming.adopt(holds.incoming)
@@ -447,7 +447,7 @@ class Coordinator:
                     self._stopped_by = records.BY_SIGTERM
                 self._stop_or_go()
             elif ready in by_fd:
-                self.vcpus.bury(by_fd[ready])
+                self.vcpus.mark_dead(by_fd[ready])
             elif ready in clients:
                 asking[ready] = happened
             else:

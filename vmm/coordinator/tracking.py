@@ -1,4 +1,4 @@
-"""Changing the way of dirty tracking, for a user or because ``auto`` wants it."""
+"""Changing the mode of dirty tracking, for a user or because ``auto`` wants it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TrackingSwitch:
 
     def require_log(self) -> None:
         """Raises VmmError."""
-        if not self._core.parts.way.logged:
+        if not self._core.parts.mode.logged:
             raise not_logged(self._core.spec.name)
 
     def _ring_needed(self) -> bool:

@@ -2,7 +2,7 @@
 
     schedule.py     when to reap (no I/O)
     reaper.py       reap and flush: harvest, reset, compare counts, publish
-    tracking/       ways of dirty tracking, one file each, and the changing between them
+    tracking/       modes of dirty tracking, one file each, and the changing between them
     log.py          from staging to the slot bitmaps, and from there to each client's
     parts.py        the segments that all of that lies in
     verify.py       proof, while the machine runs, that nothing was lost

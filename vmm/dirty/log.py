@@ -97,14 +97,14 @@ class DirtyLog:
         self.on_mark: Callable[[int, int, int], None] = lambda slot_id, first, count: None
 
     @functools.cached_property
-    def _kernels(self) -> ModuleType:
+    def _loops(self) -> ModuleType:
         from ipc.compiled import calls
 
         return calls
 
-    def load_kernels(self) -> None:
+    def load_loops(self) -> None:
         """Import the compiled loops now rather than at their first use (30 ms)."""
-        _ = self._kernels
+        _ = self._loops
 
     # --- slots ------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class DirtyLog:
         fresh = 0
         for slot in self.slots.values():
             for staging in slot.staging:
-                fresh += self._kernels.publish(staging, slot.bitmap)
+                fresh += self._loops.publish(staging, slot.bitmap)
         return fresh
 
     def mark_logged_slots(self) -> int:
@@ -217,7 +217,7 @@ class DirtyLog:
                 made.maps[slot_id] = ClientBitmaps.make(self.machine, client, generation, slot.spec)
                 step("register-bitmap")
                 if like:
-                    self._kernels.fold(self._clients[like].maps[slot_id].gathering, made.maps[slot_id].gathering)
+                    self._loops.fold(self._clients[like].maps[slot_id].pending, made.maps[slot_id].pending)
         except BaseException:
             made.close()
             raise
@@ -259,10 +259,10 @@ class DirtyLog:
 
     def mark_client(self, client: str, slot_id: int) -> None:
         """All of the slot is dirty for this client."""
-        self._clients[client].maps[slot_id].gathering.mark_range(0, self.slots[slot_id].pages)
+        self._clients[client].maps[slot_id].pending.mark_range(0, self.slots[slot_id].pages)
 
     def take(self, client: str, *, again: bool = False) -> dict[int, Taken]:
-        """Fold the slot bitmaps into every client's, then give ``client`` its own: its front bitmaps hold what was
+        """Fold the slot bitmaps into every client's, then give ``client`` its own: its synced bitmaps hold what was
         dirtied since its last take. By slot id. ``again``: the last take was not received, and is given once more
         with it. The caller has flushed; where ``changed`` is set, it has the journal written before it answers."""
         for slot_id, born, first, count in self.open_writes:
@@ -271,7 +271,7 @@ class DirtyLog:
         owner = self._clients[client]
         if again:
             for maps in (*owner.maps.values(), *(maps for _, maps in owner.retired.values())):
-                self._kernels.fold(maps.front, maps.gathering)
+                self._loops.fold(maps.synced, maps.pending)
                 step("sync-again")
         alone = len(self._clients) == 1
         if not alone:
@@ -279,10 +279,8 @@ class DirtyLog:
         taken: dict[int, Taken] = {}
         for slot_id, maps in owner.maps.items():
             slot = self.slots[slot_id]
-            if alone:
-                dirty = self._kernels.take(slot.bitmap, maps.gathering, maps.front)
-            else:
-                dirty = self._take_gathered(maps)
+            dirty = (self._loops.take(slot.bitmap, maps.pending, maps.synced) if alone
+                     else self._take_pending(maps))
             step("sync-slot")
             taken[slot_id] = Taken(slot.now, dirty, maps.segment.name)
         for slot_id, (retired, maps) in list(owner.retired.items()):
@@ -295,11 +293,11 @@ class DirtyLog:
             retired.delivered = True
         return taken
 
-    def _take_gathered(self, maps: ClientBitmaps) -> int:
-        self._kernels.clear(maps.front)
-        return int(self._kernels.publish(maps.gathering, maps.front))
+    def _take_pending(self, maps: ClientBitmaps) -> int:
+        self._loops.clear(maps.synced)
+        return int(self._loops.publish(maps.pending, maps.synced))
 
-    def front(self, client: str, slot_id: int) -> ClientBitmaps:
+    def synced(self, client: str, slot_id: int) -> ClientBitmaps:
         return self._clients[client].maps[slot_id]
 
     def _fold_all(self) -> None:
@@ -308,9 +306,9 @@ class DirtyLog:
 
     def _fold(self, slot: MemorySlot) -> None:
         for client in self._clients.values():
-            self._kernels.fold(slot.bitmap, client.maps[slot.spec.id].gathering)
+            self._loops.fold(slot.bitmap, client.maps[slot.spec.id].pending)
             step("fold-client")
-        self._kernels.clear(slot.bitmap)
+        self._loops.clear(slot.bitmap)
 
     def _drop_retired(self, client: LogMaps, slot_id: int) -> None:
         if slot_id in client.retired:

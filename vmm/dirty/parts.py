@@ -11,8 +11,8 @@ from ipc.shm import Segment
 from ..machine.memory import MemorySlot
 from ..machine.spec import MachineSpec, RamSlot
 from .log import DirtyLog
-from .tracking.base import Way
-from .tracking.ways import way
+from .tracking.base import TrackingMode
+from .tracking.modes import tracking_mode
 
 __all__ = ["Parts"]
 
@@ -41,23 +41,23 @@ class Parts:
 
     def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
         replay = not self.spec.can.guests
-        logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.way.logs) else 0
+        logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.mode.logs) else 0
         return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
                           reapers=self.spec.reaper.reapers)
 
     @property
     def ring_entries(self) -> int:
         """Of the rings as they are now; 0 without any."""
-        return self.spec.ring_entries if self.way.rings else 0
+        return self.spec.ring_entries if self.mode.rings else 0
 
     @property
-    def way(self) -> Way:
-        return way(self.tracking)
+    def mode(self) -> TrackingMode:
+        return tracking_mode(self.tracking)
 
     def need(self, tracking: str) -> None:
-        """Have the segments that this way of tracking needs; empty logs, if they are not in use. Raises
+        """Have the segments that this mode of dirty tracking needs; empty logs, if they are not in use. Raises
         SegmentError."""
-        way(tracking).need(self, fresh=self.tracking != tracking)
+        tracking_mode(tracking).need(self, fresh=self.tracking != tracking)
 
     @property
     def segments(self) -> list[str]:

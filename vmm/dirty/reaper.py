@@ -26,7 +26,7 @@ from ..vcpus.pool import VcpuPool
 from .log import DirtyLog
 from .recorder import Recorder
 from .schedule import Schedule
-from .tracking.base import Way
+from .tracking.base import TrackingMode
 
 __all__ = ["Reaper"]
 
@@ -42,7 +42,7 @@ class Reaper:
 
     def __init__(self, spec: ReaperSpec, vcpus: VcpuPool, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
-                 way: Way) -> None:
+                 mode: TrackingMode) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
         self.vcpus = vcpus
@@ -50,8 +50,8 @@ class Reaper:
         self._control = control
         self._trace = tracer
         self._report_rebuild = report_rebuild
-        #: In which way the machine logs now.
-        self.way = way
+        #: How the machine logs now.
+        self.mode = mode
         self._reapers = spec.reapers
         self._threads = ThreadPoolExecutor(spec.reapers, "reaper") if spec.reapers > 1 else None
         self._last: _Harvested = {}     # by the last reap
@@ -93,7 +93,7 @@ class Reaper:
 
     def reap(self) -> int:
         """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
-        if not self.way.rings:
+        if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
         self._control.publish_pending = 1
@@ -213,7 +213,7 @@ class Reaper:
         if self._trace.flush:
             self._trace.flush(0)
         self.vcpus.kick_all()
-        total = self.way.gather(self)
+        total = self.mode.gather(self)
         self._control.flushes += 1
         if self._trace.flush:
             self._trace.flush(1)
@@ -221,7 +221,7 @@ class Reaper:
 
     def drain(self) -> int:
         """With every vCPU paused: until there is nothing left to be gathered; what was."""
-        return self.way.drain(self)
+        return self.mode.drain(self)
 
     def drain_rings(self) -> int:
         """Reap until a pass finds nothing; entries harvested."""

@@ -80,7 +80,7 @@ class Verifier:
         #: {slot: pages that are no surplus in this round}
         self._marked: dict[int, NDArray[np.bool_]] = {}
         log.on_mark = self._on_mark
-        #: Switches of the way of tracking, in this round and the one before.
+        #: Switches of the mode of dirty tracking, in this round and the one before.
         self._switches = [0, 0]
         #: What a predecessor had taken for a round that it did not finish.
         self._again = resume is not None and bool(control.verify_in_round)
@@ -149,8 +149,8 @@ class Verifier:
                 if s.control.dirty_pages and s.ring.entries}
 
     def switched(self) -> None:
-        """The way of tracking was switched: what was logged last before it, and had not been written yet, has no
-        name any more."""
+        """The mode of dirty tracking was switched: what was logged last before it, and had not been written yet,
+        has no name any more."""
         self._switches[0] += 1
 
     def round(self) -> None:
@@ -171,7 +171,7 @@ class Verifier:
                 continue
             marked = self._marks(slot_id)
             now = self._pages(slot_id)
-            dirty = self._log.front(CLIENT, slot_id).front.bools()
+            dirty = self._log.synced(CLIENT, slot_id).synced.bools()
             changed = np.empty(slot.pages, bool)
             for at in range(0, slot.pages, _CHUNK):
                 part = slice(at, at + _CHUNK)
@@ -275,7 +275,7 @@ class ReplayVerifier:
         result.rounds += 1
         self._take()
         for slot_id, slot in self._log.slots.items():
-            front = self._log.front(CLIENT, slot_id).front
+            front = self._log.synced(CLIENT, slot_id).synced
             groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
             if len(groups) == 0:
                 groups = np.zeros(1, np.int64)      # where a surplus page may be injected

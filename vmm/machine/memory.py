@@ -129,13 +129,13 @@ class MemorySlot:
 
 
 class ClientBitmaps:
-    """A consumer's two bitmaps of one slot, in one segment: ``gathering``, which every sync of any
-    client folds into, and ``front``, what the client's own last sync took: stable until its next."""
+    """A consumer's two bitmaps of one slot, in one segment: ``pending``, which every sync of any
+    client folds into, and ``synced``, what the client's own last sync took: stable until its next."""
 
     def __init__(self, segment: Segment, pages: int) -> None:
         self.segment = segment
-        self.gathering = Bitmap(self.segment, 0, pages)
-        self.front = Bitmap(self.segment, bitmap_bytes(pages), pages)
+        self.pending = Bitmap(self.segment, 0, pages)
+        self.synced = Bitmap(self.segment, bitmap_bytes(pages), pages)
 
     @classmethod
     def make(cls, machine: str, client: str, generation: int, slot: RamSlot, *,
@@ -149,10 +149,10 @@ class ClientBitmaps:
         segment, fresh = Segment.adopt(name, size)
         made = cls(segment, slot.pages)
         if fresh:
-            made.gathering.mark_range(0, slot.pages)
+            made.pending.mark_range(0, slot.pages)
         return made
 
     def close(self) -> None:
-        self.__dict__.pop("gathering", None)
-        self.__dict__.pop("front", None)
+        self.__dict__.pop("pending", None)
+        self.__dict__.pop("synced", None)
         self.segment.close()

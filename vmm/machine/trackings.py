@@ -1,4 +1,4 @@
-"""Ways of dirty tracking, and whether this host has them.
+"""Modes of dirty tracking, and whether this host has them.
 
 ``ring``: each vCPU's dirty ring. ``bitmap``: plain dirty bitmaps. ``uffd``: each worker's own page tables,
 write-protected by userfaultfd (ipc/writelog.py). ``none``: no dirty log. ``auto`` chooses among them

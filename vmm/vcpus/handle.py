@@ -72,7 +72,7 @@ class VcpuHandle:
             except ProcessLookupError:
                 pass  # its death is seen in the poll loop
 
-    def bury(self) -> None:
+    def mark_dead(self) -> None:
         """The process is gone. Its ring stays mapped: what it logged can still be harvested."""
         if self.pidfd >= 0:
             os.close(self.pidfd)

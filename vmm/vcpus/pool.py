@@ -1,4 +1,4 @@
-"""All vCPU workers of a machine: started, spoken to over two sockets, kicked, paused, given up, buried."""
+"""All vCPU workers of a machine: started, spoken to over two sockets, kicked, paused, given up."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class VcpuPool:
     notification but the set-up's, and its ``vcpu`` is one of these; ``on_death`` with a vcpu whose process has
     ended. Frames that are none of the protocol are counted (``dropped``) and change nothing.
 
-    A worker that does not do in time what it is asked for is taken for dead: it is killed and buried, and whoever
+    A worker that does not do in time what it is asked for is taken for dead: it is killed, and whoever
     asked goes on without it. Only while pages are missing (post-copy) it is not its fault, and VmmError is raised.
     """
 
@@ -179,14 +179,14 @@ class VcpuPool:
         for vcpu in self.all:
             if vcpu.alive:
                 vcpu.signal(signal.SIGKILL)
-                vcpu.bury()
+                vcpu.mark_dead()
 
     def close(self) -> None:
         self._end_zygote()
         for vcpu in self.all:
             if vcpu.alive:
                 vcpu.signal(signal.SIGKILL)
-                vcpu.bury()
+                vcpu.mark_dead()
             vcpu.unmap()
         for fd in self._early_fds.values():
             os.close(fd)
@@ -208,10 +208,10 @@ class VcpuPool:
         left = max(0.0, min(_KICK_REPEAT_MS, (deadline - time.monotonic()) * 1000))
         for ready, _ in poller.poll(int(left)):
             if ready in by_fd:
-                self.bury(by_fd[ready])
+                self.mark_dead(by_fd[ready])
 
-    def bury(self, vcpu: VcpuHandle) -> None:
-        vcpu.bury()
+    def mark_dead(self, vcpu: VcpuHandle) -> None:
+        vcpu.mark_dead()
         self._on_death(vcpu)
 
     def give_up(self, vcpus: Iterable[VcpuHandle], fate: str) -> None:
@@ -227,7 +227,7 @@ class VcpuPool:
             poller = select.poll()
             poller.register(vcpu.pidfd, select.POLLIN)
             poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            self.bury(vcpu)
+            self.mark_dead(vcpu)
 
     def drain_notifications(self, *, everything: bool = False) -> None:
         """What the workers have said, for a while; ``everything``: to the last that there is (nobody says anything

@@ -36,7 +36,7 @@ class Capabilities:
                                     # no memory, and drives rings alone
     kernel_ring: bool               # the kernel makes its ring, mapped from the vCPU fd; else it is a segment
     interruptible_fault: bool       # a vCPU that waits for a page (post-copy) can be kicked
-    trackings: tuple[str, ...]      # ways of dirty tracking, of vmm.machine.trackings.MODES
+    trackings: tuple[str, ...]      # modes of dirty tracking, of vmm.machine.trackings.MODES
     preference: int                 # ``accel: auto`` takes the highest of those that can be used here
     space: int                      # address space of a worker beside the guest's memory, MiB
     base_memory: int                # private memory of keeper, coordinator and what forks the workers, MiB

@@ -1,1 +1,1 @@
-"""Ways of dirty tracking that a worker has itself, whatever its accelerator: ``uffd``."""
+"""Modes of dirty tracking that a worker has itself, whatever its accelerator: ``uffd``."""

@@ -1,4 +1,4 @@
-"""``tracking: auto``: which way of tracking a machine should have now.
+"""``tracking: auto``: which mode of dirty tracking a machine should have now.
 
 The rule, and the measurements that it comes from, are in docs/decisions/0008:
 

@@ -1,4 +1,4 @@
-"""What a way of dirty tracking is: what it needs, how what the vCPUs have dirtied is gathered, and how a machine
+"""What a mode of dirty tracking is: what it needs, how what the vCPUs have dirtied is gathered, and how a machine
 changes to it and from it."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ..parts import Parts
     from ..reaper import Reaper
 
-__all__ = ["Way"]
+__all__ = ["TrackingMode"]
 
 
-class Way(Protocol):
+class TrackingMode(Protocol):
     """One file each beside this one. Stateless: what there is lies in ``Parts`` and in the workers."""
 
     #: As the configuration has it.

@@ -1,4 +1,4 @@
-"""From one way of dirty tracking to another, with every vCPU paused and nothing lost.
+"""From one mode of dirty tracking to another, with every vCPU paused and nothing lost.
 
 What the old way has gathered is drained into the slot bitmaps first; until the vCPUs go on, nobody dirties a page.
 So a log that is dropped is empty, whichever workers have changed already. The journal names the new way before the
@@ -31,7 +31,7 @@ def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Cal
     step("tracking-drained")
     parts.need(mode)
     step("tracking-made")
-    if not parts.way.logged and parts.log.clients:
+    if not parts.mode.logged and parts.log.clients:
         parts.log.mark_logged_slots()   # what was dirtied without a log is not known
     step("tracking-marked")
     try:
@@ -40,14 +40,14 @@ def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Cal
         try:
             _go(parts, vcpus, reaper, old, commit)
         except VmmError:
-            for vcpu in _astray(parts, vcpus):
+            for vcpu in _not_following(parts, vcpus):
                 vcpu.signal(signal.SIGKILL)    # its death is seen, and its pages are marked
         raise
 
 
 def _go(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
     parts.tracking = mode
-    reaper.way = parts.way
+    reaper.mode = parts.mode
     commit()
     step("tracking-committed")
     for vcpu in vcpus.all:
@@ -58,28 +58,28 @@ def _go(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callab
     reaper.full.clear()
 
 
-def _astray(parts: Parts, vcpus: VcpuPool) -> list[VcpuHandle]:
+def _not_following(parts: Parts, vcpus: VcpuPool) -> list[VcpuHandle]:
     wanted = Tracking[parts.tracking.upper()]
     return [s for s in vcpus.all if s.alive and s.control.tracking != wanted]
 
 
 def unfinished(parts: Parts, vcpus: VcpuPool) -> bool:
     """A coordinator died in the middle of a switch."""
-    return bool(_astray(parts, vcpus))
+    return bool(_not_following(parts, vcpus))
 
 
 def fulfil(parts: Parts, vcpus: VcpuPool) -> None:
-    """Have every worker follow the machine's way of tracking, and map the rings. The vCPUs are paused, and whoever
-    follows another way has an empty log. Raises VmmError."""
-    vcpus.request(_astray(parts, vcpus), lambda seq, vcpu: _request(parts, seq, vcpu))
+    """Have every worker follow the machine's mode of dirty tracking, and map the rings. The vCPUs are paused, and
+    whoever follows another way has an empty log. Raises VmmError."""
+    vcpus.request(_not_following(parts, vcpus), lambda seq, vcpu: _request(parts, seq, vcpu))
     for vcpu in vcpus.all:
         vcpu.control.fetch_total = vcpu.control.reset_total   # 0, but where the worker had no need to change
         vcpu.ring.use(parts.ring_entries)
-    parts.way.switch_in(parts, vcpus)
+    parts.mode.switch_in(parts, vcpus)
     if parts.spec.can.kernel_ring:
         vcpus.adopt_fds([v for v in vcpus.all if v.alive])
 
 
 def _request(parts: Parts, seq: int, vcpu: VcpuHandle) -> SetTracking:
-    ring, logs = parts.way.segments(parts, vcpu)
+    ring, logs = parts.mode.segments(parts, vcpu)
     return SetTracking(seq, parts.tracking, parts.ring_entries, ring, logs)

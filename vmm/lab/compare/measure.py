@@ -1,8 +1,8 @@
-"""Which way of dirty tracking is best when: the same guest under each of them, in turn.
+"""Which mode of dirty tracking is best when: the same guest under each of them, in turn.
 
 A point of the grid is one machine: RAM, vCPUs, dirtying rate (pauses of the guest after each write), ring size,
-sync interval. It runs on while the way of tracking is switched, A B C … C B A …, a window of time each; so what
-is compared ran in the same memory, seconds apart. In a window a client syncs at the interval.
+sync interval. It runs on while the mode of dirty tracking is switched, A B C … C B A …, a window of time each; so
+what is compared ran in the same memory, seconds apart. In a window a client syncs at the interval.
 
 ==================  ==========================================================================================
 ``speed``           writes of the guest in the window, of all vCPUs, a second. Counted in its memory (the guest
