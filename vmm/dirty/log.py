@@ -287,7 +287,7 @@ class DirtyLog:
             if slot_id in owner.maps or (retired.delivered and not again):
                 self._drop_retired(owner, slot_id)
                 continue
-            dirty = self._take_gathered(maps)
+            dirty = self._take_pending(maps)
             taken[slot_id] = Taken(retired.slot, dirty, maps.segment.name, retired=True)
             self.changed = self.changed or not retired.delivered
             retired.delivered = True
