@@ -9,8 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ipc.compiled import loader
+from ipc.bitmap import Bitmap, bitmap_bytes
+from ipc.compiled import calls, loader
+from ipc.shm import Segment
 from vmm.client import doctor
+from vmm.machine.names import segment_name
 
 KEPT = loader._Kept("key", [])
 
@@ -63,10 +66,10 @@ def test_nothing_is_kept_where_others_write(cache: Path) -> None:
     loader._keep("source", KEPT)
     assert list(cache.iterdir()) == []
     assert not loader.trusted(cache)
-    finding = doctor._kernel_cache()
+    finding = doctor._compiled_loops()
     assert (finding.status, "nobody else" in finding.advice) == ("warn", True)
     cache.chmod(0o700)
-    assert doctor._kernel_cache().status == "ok"
+    assert doctor._compiled_loops().status == "ok"
 
 
 def test_a_full_disk_leaves_no_half_a_file(cache: Path) -> None:
@@ -80,3 +83,19 @@ def test_a_full_disk_leaves_no_half_a_file(cache: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in cache.iterdir()] == ["source.native"]
     assert (cache / "source.native").read_bytes() == msgspec.msgpack.encode(KEPT)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["this Numba", "another"])
+def test_loops_run_whichever_numba_compiled_them(monkeypatch: pytest.MonkeyPatch, cache: Path, known: bool) -> None:
+    """What the loader takes from Numba beside its documented interface may go: nothing is kept then, and all works.
+    With the one that is installed it is kept."""
+    if not known:
+        monkeypatch.setattr(loader, "_object_code", lambda compiled: None)
+    native = loader.Native("ipc.compiled.loops", "ipc.compiled.atomics")
+    assert (cache / "ipc.compiled.loops.native").exists() == known
+    monkeypatch.setattr(calls, "_native", native)
+    with Segment.create(segment_name("test-native", "bitmaps"), 2 * bitmap_bytes(1000)) as segment:
+        a, b = Bitmap(segment, 0, 1000), Bitmap(segment, bitmap_bytes(1000), 1000)
+        a.mark_range(3, 500)
+        assert calls.publish(a, b) == 500
+        assert (a.count(), b.count()) == (0, 500)

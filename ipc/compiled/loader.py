@@ -58,11 +58,18 @@ class Native:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         key = _key((source, *sources))
+        self._engines: list[Any] = []
         kept = _find(source, key)
         if kept is None:
-            kept = _Kept(key, _compile(source))
+            compiled = _compile(source)
+            functions = _object_code(compiled)
+            if functions is None:       # another Numba than is known here: its own code runs, and is not kept
+                self._engines.append(compiled)
+                for name, each in compiled.items():
+                    setattr(self, name, each.ctypes)
+                return
+            kept = _Kept(key, functions)
             _keep(source, kept)
-        self._engines: list[Any] = []
         for function in kept.functions:
             setattr(self, function.name, self._link(function))
 
@@ -167,16 +174,25 @@ def _write(directory: Path, name: str, data: bytes) -> None:
         raise
 
 
-def _compile(source: str) -> list[_Function]:
+def _compile(source: str) -> dict[str, Any]:
     from numba import cfunc
 
+    return {name: cfunc(signature)(function)
+            for name, (function, signature) in importlib.import_module(source).EXPORTS.items()}
+
+
+def _object_code(compiled: dict[str, Any]) -> list[_Function] | None:
+    """None where this Numba does not have what is asked for: it is not its documented interface (though its own
+    cache on disk rests on the same call)."""
     found = []
-    for name, (function, signature) in importlib.import_module(source).EXPORTS.items():
-        compiled: Any = cfunc(signature)(function)
-        # Not Numba's documented interface; but its own cache on disk rests on the same call.
-        _, _, (code, _) = compiled._library.serialize_using_object_code()
-        found.append(_Function(name, compiled._wrapper_name, str(signature.return_type),
-                               [str(a) for a in signature.args], _undefined(code), code))
+    for name, each in compiled.items():
+        try:
+            _, _, (code, _) = each._library.serialize_using_object_code()
+            symbol, signature = each._wrapper_name, each._sig
+        except (AttributeError, TypeError, ValueError):
+            return None
+        found.append(_Function(name, symbol, str(signature.return_type), [str(a) for a in signature.args],
+                               _undefined(code), code))
     return found
 
 
