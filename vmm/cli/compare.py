@@ -12,6 +12,7 @@ from ipc.layout import RING_MAX, RING_MIN
 from workers.accel import registry
 
 from ..errors import VmmError
+from ..optional import MissingPackage
 from .common import Duration, json_option, print_json
 
 __all__ = ["compare"]
@@ -130,6 +131,8 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
         try:
             for path in draw(rows, output):
                 click.echo(str(path), err=True)
+        except MissingPackage as exc:
+            click.echo(f"no pictures: {exc}", err=True)
         except OSError as exc:
             raise VmmError(f"{output}: cannot be written: {exc.strerror}") from None
     if as_json:

@@ -10,6 +10,7 @@ import click
 
 from ipc.shm import PAGE_SIZE
 
+from .. import optional
 from ..errors import VmmError
 from .common import Duration, Rate, json_option, on_machine, print_json, progress_bar
 
@@ -157,7 +158,9 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
     if interval > seconds:
         raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
     title = f"{machine.name}: pages dirtied in {interval * 1000:g} ms intervals"
-    with contextlib.ExitStack() as stack:       # every file is tried before the work begins
+    if png or html_path:
+        optional.figure()       # what draws it is there, or that is said before the work begins
+    with contextlib.ExitStack() as stack:       # and every file is tried
         kept = stack.enter_context(open_output(output))
         drawn = stack.enter_context(open_output(png)) if png else None
         page = stack.enter_context(open_output(html_path)) if html_path else None

@@ -64,7 +64,8 @@ def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axe
     command, or --resume, goes on. Exit status 1: a page was lost.
     """
     from ..lab.stress import sweep as sweeps
-    from ..lab.stress.report import write_report
+    from ..lab.stress.report import draw_pictures, write_report
+    from ..optional import MissingPackage
 
     flags = {key: (_as_given(key, value), value) for key, value in axes.items() if value is not None}
     if resume:
@@ -73,6 +74,10 @@ def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axe
     with _signals() as came, _progress(sweep) as (doing, done):
         results, complete = sweeps.run(sweep, output, stop=lambda: bool(came), progress=doing, done=done)
     document = write_report(sweep, results, complete, output)
+    try:
+        draw_pictures(results, output)
+    except MissingPackage as exc:
+        click.echo(f"no pictures: {exc}", err=True)
     if as_json:
         print_json(document)
     else:

@@ -21,7 +21,7 @@ __all__ = ["Finding", "examine", "healthy"]
 
 _SHM_COMFORTABLE = 1 << 30
 _FILES_COMFORTABLE = 1024
-_PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic", "unicorn")
+_PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic")
 
 
 @dataclass(frozen=True, slots=True)

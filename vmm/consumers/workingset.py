@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from ipc.shm import PAGE_SIZE
 
+from .. import optional
 from ..client.machine import Flushed, Machine
 from ..errors import ExitCode, VmmError, one_line
 from ..inputs import input_name, open_input
@@ -227,12 +228,9 @@ class _Series:
 
 
 def draw(recording: Recording, title: str) -> bytes:
-    """A PNG: dirtied pages over time per vCPU, heat map of address by time, working-set size by window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 12), layout="constrained")
-    FigureCanvasAgg(figure)
+    """A PNG: dirtied pages over time per vCPU, heat map of address by time, working-set size by window.
+    Raises MissingPackage."""
+    figure = optional.figure(figsize=(10, 12), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1)
     figure.suptitle(title)
     middles = (recording.times[1:] + recording.times[:-1]) / 2

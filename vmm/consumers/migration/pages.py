@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import lz4.block
 import numpy as np
 import xxhash
 import zstandard
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ipc.shm import PAGE_SIZE
 
+from ...optional import lz4_block
 from .wire import Buffer, Missing, Pages, Torn, Want, WireError
 
 __all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "changed", "missing", "missing_pages", "page_numbers",
@@ -34,8 +34,10 @@ class Packer:
     """Encodes pages. One for each thread."""
 
     def __init__(self, encoding: Encoding) -> None:
+        """Raises MissingPackage."""
         self._encoding = encoding
         self._zstd = zstandard.ZstdCompressor(level=1)
+        self._lz4 = lz4_block() if encoding == "lz4" else None
 
     def pack(self, round_: int, slot: int, memory: NDArray[np.uint8],
              pages: NDArray[np.int64]) -> list[tuple[Pages, Buffer]]:
@@ -65,8 +67,8 @@ class Packer:
         packed: Buffer
         if self._encoding == "zstd":
             packed = self._zstd.compress(raw.tobytes())
-        elif self._encoding == "lz4":
-            packed = lz4.block.compress(raw.tobytes(), store_size=False)
+        elif self._lz4 is not None:
+            packed = self._lz4.compress(raw.tobytes(), store_size=False)
         else:
             return raw.data, "none"
         return (packed, self._encoding) if len(packed) < len(raw) else (raw.data, "none")
@@ -109,12 +111,21 @@ def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64],
             # Not the size that the frame claims, which is the sender's word: never more than was announced.
             raw = zstandard.ZstdDecompressor().decompressobj().decompress(raw) if _claims(raw, size) else b""
         elif message.encoding == "lz4":
-            raw = lz4.block.decompress(raw, uncompressed_size=size)
-    except (zstandard.ZstdError, lz4.block.LZ4BlockError) as exc:
+            raw = _unpack_lz4(raw, size)
+    except zstandard.ZstdError as exc:
         raise WireError(f"the source sent pages that cannot be unpacked: {exc}") from None
     if len(raw) != size:
         raise WireError(f"the source sent {len(raw)} bytes for {len(numbers)} pages")
     return numbers, np.frombuffer(raw, np.uint8).reshape(-1, PAGE), intact
+
+
+def _unpack_lz4(packed: Buffer, size: int) -> Buffer:
+    """Raises WireError, MissingPackage."""
+    lz4 = lz4_block()
+    try:
+        return bytes(lz4.decompress(packed, uncompressed_size=size))
+    except lz4.LZ4BlockError as exc:
+        raise WireError(f"the source sent pages that cannot be unpacked: {exc}") from None
 
 
 def _claims(frame: Buffer, size: int) -> bool:

@@ -41,6 +41,7 @@ from ...client.holds import Lease
 from ...client.machine import Machine
 from ...errors import VmmError
 from ...machine.spec import MachineSpec
+from ...optional import lz4_block
 from .addresses import parse_address
 from .channels import Channels, Job, chunk_pages
 from .converge import Convergence, Next, Round, Rules
@@ -112,6 +113,8 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
 
 def _carry_out(machine: Machine, address: str, options: Options, migration_id: str,
                progress: Callable[[Report], None], work: Callable[[Source], None]) -> Report:
+    if options.compression == "lz4":
+        lz4_block()     # it is here, or that is said now
     process = identity()
     report = Report(migration_id, machine.name, address, compression=options.compression, pid=process.pid,
                     pid_started=process.start)

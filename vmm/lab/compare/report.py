@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ... import optional
 from ...tables import print_table, table
 from .measure import FIXED, WAYS
 
@@ -75,11 +76,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """A picture an axis that has more than one value, the others at the value that most rows have. Raises
-    OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """A picture an axis that has more than one value, the others at the value that most rows have. Raises OSError,
+    MissingPackage."""
     made = []
     for axis, axis_label in _AXES.items():
         values = sorted({r[axis] for r in rows})
@@ -92,8 +90,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
         kept = {at: g for at, g in groups.items() if len({r[axis] for r in g}) > 1}
         if not kept:
             continue
-        figure = Figure(figsize=(3.6 * len(_PANELS), 2.7 * len(kept)), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = optional.figure(figsize=(3.6 * len(_PANELS), 2.7 * len(kept)), layout="constrained")
         grid = figure.subplots(len(kept), len(_PANELS), squeeze=False)
         for line, (at, group) in zip(grid, kept.items(), strict=True):
             names = [a for a in _AXES if a != axis]

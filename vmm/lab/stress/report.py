@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ... import optional
 from ...errors import VmmError
 from ...tables import print_table, size_text, table
 from ..hoststat import cores, describe_host
 from .model import Fit, busy_at, fit_all
 from .sweep import Point, PointResult, Sweep
 
-__all__ = ["document", "draw", "print_model", "print_results", "write_report"]
+__all__ = ["document", "draw", "draw_pictures", "print_model", "print_results", "write_report"]
 
 VERSION = 1
 _PICTURES = {"throughput.png": ("pages_per_s", "pages dirtied a second, all vCPUs"),
@@ -155,25 +156,29 @@ def document(sweep: Sweep, results: Sequence[PointResult], complete: bool) -> di
 
 
 def write_report(sweep: Sweep, results: Sequence[PointResult], complete: bool, directory: Path) -> dict[str, Any]:
-    """DIR/results.json and the pictures; the document. Raises VmmError."""
+    """DIR/results.json; the document. Raises VmmError."""
     found = document(sweep, results, complete)
     try:
         aside = directory / "results.json.new"
         aside.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(aside, directory / "results.json")
-        for name, (figure, label) in _PICTURES.items():
-            draw(results, figure, label, directory / name)
     except OSError as exc:
         raise VmmError(f"{directory}: cannot be written: {exc.strerror}") from None
     return found
 
 
+def draw_pictures(results: Sequence[PointResult], directory: Path) -> None:
+    """Raises VmmError; MissingPackage without matplotlib."""
+    try:
+        for name, (figure, label) in _PICTURES.items():
+            draw(results, figure, label, directory / name)
+    except OSError as exc:
+        raise VmmError(f"{directory}: cannot be written: {exc.strerror}") from None
+
+
 def draw(results: Sequence[PointResult], figure: str, label: str, path: Path) -> None:
     """One figure against the number of vCPUs: a panel for each accelerator and load, a line for each ring size and
     reaper; medians, with bars from the least to the most of the repetitions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [r for r in summaries(results) if r["repetitions"]]
     if not rows:
         return
@@ -186,8 +191,7 @@ def draw(results: Sequence[PointResult], figure: str, label: str, path: Path) ->
         panels.setdefault((point.accel, _load(point)), {}).setdefault(line, []).append(row)
     wide = min(3, len(panels))
     tall = -(-len(panels) // wide)
-    picture: Any = Figure(figsize=(4.6 * wide + 0.4, 3.6 * tall + 0.4), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = optional.figure(figsize=(4.6 * wide + 0.4, 3.6 * tall + 0.4), layout="constrained")
     grid = picture.subplots(tall, wide, squeeze=False)
     for axes in grid.flat[len(panels):]:
         axes.remove()

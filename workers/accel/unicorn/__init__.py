@@ -27,7 +27,7 @@ def probe() -> Available:
     try:
         return Available(found=f"version {importlib.metadata.version('unicorn')}")
     except importlib.metadata.PackageNotFoundError:
-        return Available("not installed", "pip install unicorn", ring_max=0)
+        return Available("not installed", "pip install 'shardvmm[software]'", ring_max=0)
 
 
 def load() -> type[Accelerator]:

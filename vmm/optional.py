@@ -1,0 +1,34 @@
+"""Packages that only some need: extras of the distribution (pyproject.toml), each asked for here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import VmmError
+
+__all__ = ["MissingPackage", "figure", "lz4_block"]
+
+
+class MissingPackage(VmmError):
+    """It is not installed; the text says how to get it."""
+
+
+def _load(module: str, extra: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise MissingPackage(f"{what} needs {module.partition('.')[0]}, which cannot be imported ({exc}): "
+                             f"pip install 'shardvmm[{extra}]'") from None
+
+
+def figure(**options: Any) -> Any:
+    """A matplotlib Figure that is drawn to memory, with its canvas. Raises MissingPackage."""
+    made = _load("matplotlib.figure", "plots", "a picture").Figure(**options)
+    _load("matplotlib.backends.backend_agg", "plots", "a picture").FigureCanvasAgg(made)
+    return made
+
+
+def lz4_block() -> Any:
+    """The module lz4.block. Raises MissingPackage."""
+    return _load("lz4.block", "lz4", "compression with lz4")
