@@ -204,7 +204,7 @@ class ReplayConfig(_Model):
 
 class ReaperConfig(_Model):
     mode: Literal["adaptive", "fixed"] = "adaptive"
-    interval: Duration = 1.0        # fixed: the period, as the seed's
+    interval: Duration = 1.0        # fixed: the period, as QEMU's
     min_interval: Duration = 0.001
     max_interval: Duration = 1.0
 
