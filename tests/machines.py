@@ -35,7 +35,8 @@ def spec(workload: str, *, accel: str, name: str = "t", vcpus: int = 2, ring: in
     """A machine that runs one of the sample guests (or ``image``), with short defaults."""
     guest = WORKLOADS.get(workload)
     return MachineSpec(
-        name=name, accel=accel, vcpus=vcpus, privilege=privilege, ring_entries=ring, nice=NICE,
+        name=name, accel=accel, vcpus=vcpus, privilege=privilege, ring_entries=ring,
+        nice=NICE if timeout is None else 0,
         slots=slots or [RamSlot(0, 0, (mib << 20) + ODD)],
         image=str(image or (guest.image if guest else "")), load_address=load_address,
         params=list(params) if params is not None else resolve_params(workload, workload_params),

@@ -127,7 +127,7 @@ def test_following_misses_no_line_over_a_rotation(tmp_path: Path, monkeypatch: p
 
 SCRIPT = """
 import sys
-from vmm.machinelog import log_to_keeper
+from vmm.machine.log import log_to_keeper
 log = log_to_keeper("coordinator")
 for i in range(int(sys.argv[1])):
     log.info("line %d " + "x" * 100, i)

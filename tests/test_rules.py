@@ -160,16 +160,16 @@ def test_nothing_that_arrives_is_a_path() -> None:
 ])
 def test_a_new_slot_is_held_to_the_rules(slot: RamSlot, said: str) -> None:
     with pytest.raises(RuleError, match=said) as caught:
-        check_new_slot(slot, GUEST.slots, replay=False, top=1 << 36)
+        check_new_slot(slot, GUEST.slots, mapped=True, top=1 << 36)
     assert one_line(caught.value)
 
 
 def test_a_new_slot_that_may_be() -> None:
-    check_new_slot(RamSlot(1, (1 << 36) - PAGE, PAGE), GUEST.slots, replay=False, top=1 << 36)
-    check_new_slot(RamSlot(499, 0xF000_0000, PAGE), GUEST.slots, replay=True, top=0)
+    check_new_slot(RamSlot(1, (1 << 36) - PAGE, PAGE), GUEST.slots, mapped=True, top=1 << 36)
+    check_new_slot(RamSlot(499, 0xF000_0000, PAGE), GUEST.slots, mapped=False, top=0)
     full = [RamSlot(i, i * PAGE, PAGE) for i in range(MAX_SLOTS)]
     with pytest.raises(RuleError):
-        check_new_slot(RamSlot(3, 1 << 30, PAGE), full, replay=True, top=0)
+        check_new_slot(RamSlot(3, 1 << 30, PAGE), full, mapped=False, top=0)
 
 
 # --- whatever anybody gives -----------------------------------------------------------------------------

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from .consumers.snapshot.pagefile import PageFileError, PageWriter, compress, iter_pages, read_pages
+from .consumers.snapshot.pagefile import PAGE, PageFileError, PageWriter, compress, iter_pages, read_pages
 
-__all__ = ["PageFileError", "PageWriter", "compress", "iter_pages", "read_pages"]
+__all__ = ["PAGE", "PageFileError", "PageWriter", "compress", "iter_pages", "read_pages"]

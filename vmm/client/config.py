@@ -242,7 +242,8 @@ def _name(value: str) -> str:
 
 def _accelerator(value: str) -> str:
     if value not in _ACCELERATORS:
-        raise ValueError(f"{_shown(value)} must be one of {', '.join(_ACCELERATORS)}")
+        *others, last = (repr(name) for name in _ACCELERATORS)
+        raise ValueError(f"input should be {', '.join(others)} or {last}")
     return value
 
 

@@ -30,7 +30,7 @@ from ipc.shm import PAGE_SIZE
 from ...errors import VmmError
 from ...inputs import input_name, open_input
 
-__all__ = ["PageFileError", "PageWriter", "compress", "iter_pages", "read_pages"]
+__all__ = ["PAGE", "PageFileError", "PageWriter", "compress", "iter_pages", "read_pages"]
 
 PAGE = PAGE_SIZE
 _CHUNK = 1024       # pages at a time: 4 MiB

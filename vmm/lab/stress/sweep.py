@@ -200,7 +200,7 @@ class Point:
         return MachineConfig.model_validate(document)
 
     def _load(self) -> dict[str, Any]:
-        if not registry.capabilities(self.accel).guests:
+        if self.accel in registry.names("replay"):
             return {"replay": {"pattern": self.workload, **dict(self.params)}}
         try:
             known = [p.name for p in get_workload(self.workload).params]
