@@ -93,6 +93,8 @@ class PeerEnum(IntEnum):
 
 
 class VcpuState(PeerEnum):
+    """Where a vCPU is, as its control block says."""
+
     NEW = 0         # process started, not ready
     READY = 1       # set up, has not entered the guest
     RUNNING = 2     # in the guest, or about to be

@@ -127,6 +127,8 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
 
 
 class Request(Wire, frozen=True, tag_field="t"):
+    """From the coordinator to one worker; ``seq`` is that of the answer."""
+
     seq: int
 
 
@@ -190,6 +192,8 @@ class GetState(Request, frozen=True, tag="get-state"):
 
 
 class SetState(Request, frozen=True, tag="set-state"):
+    """Give the vCPU, which has not started, this architectural state (workers/state.py). It is paused."""
+
     state: dict[str, Any]
 
 
@@ -213,12 +217,16 @@ AnyRequest = (SetMemslot | SetMemslots | RemoveMemslot | GetLog | ClearLog | Reb
 
 
 class Done(Wire, frozen=True, tag_field="t", tag="done"):
+    """The request was carried out; ``value`` and ``data`` are what it asked for."""
+
     seq: int
     value: int = 0
     data: dict[str, Any] | None = None
 
 
 class Failed(Wire, frozen=True, tag_field="t", tag="failed"):
+    """It was not; ``error`` is one line for a person."""
+
     seq: int
     error: str
 
@@ -227,6 +235,8 @@ class Failed(Wire, frozen=True, tag_field="t", tag="failed"):
 
 
 class Notification(Wire, frozen=True, tag_field="t"):
+    """From a worker, unasked; ``vcpu`` is its index."""
+
     vcpu: int
 
 
@@ -252,6 +262,8 @@ class KickAck(Notification, frozen=True, tag="kick-ack"):
 
 
 class Console(Notification, frozen=True, tag="console"):
+    """What the guest has written to its console."""
+
     data: bytes
 
 

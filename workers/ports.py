@@ -37,11 +37,15 @@ _FLUSH_BYTES = 1024
 
 
 class UnknownPort(Exception):
+    """The guest used a port that there is not: the end of its vCPU."""
+
     def __init__(self, port: int, size: int, *, write: bool) -> None:
         super().__init__(f"{'wrote' if write else 'read'} unknown port {port:#x} ({size} bytes)")
 
 
 class PortEventKind(Enum):
+    """What a port access asks the run loop for."""
+
     EXIT = "exit"
     HYPERCALL = "hypercall"   # the accelerator's registers say which (EAX, RDI, ESI)
     FAULT = "fault"

@@ -216,6 +216,7 @@ class ControlClient:
             self._connection = None
 
     def close(self) -> None:
+        """Idempotent."""
         self._drop()
 
 

@@ -26,12 +26,15 @@ _PACKAGES = ("posix_ipc", "numpy", "pyzmq", "msgspec", "numba", "pydantic")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
+    """One thing that was looked at, what there is, and what to do about it."""
+
     name: str
     status: str     # ok | warn | fail | absent
     finding: str
     advice: str = ""
 
     def as_dict(self) -> dict[str, str]:
+        """For JSON."""
         return asdict(self)
 
 

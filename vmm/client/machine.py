@@ -360,6 +360,7 @@ class Machine:
         self._client.ask(verbs.LogStart, slot=slot)
 
     def log_stop(self, slot: int) -> None:
+        """Log the slot no more. Raises VmmError."""
         self._client.ask(verbs.LogStop, slot=slot)
 
     def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
@@ -369,6 +370,7 @@ class Machine:
         self._client.ask(verbs.Register, client=client, mine=mine, like=like)
 
     def unregister(self, client: str) -> None:
+        """The client gathers no more; what it had is gone. Raises VmmError."""
         self._client.ask(verbs.Unregister, client=client)
         for key in [k for k in self._clients if k[0] == client]:
             self._clients.pop(key).close()

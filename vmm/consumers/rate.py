@@ -58,6 +58,7 @@ class DirtyRate:
     vcpus: list[VcpuRate]   # ring mode only
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return asdict(self)
 
 

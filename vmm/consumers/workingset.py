@@ -72,6 +72,7 @@ class Recording:
 
     @property
     def intervals(self) -> int:
+        """How many were recorded."""
         return len(self.times) - 1
 
     def dirty_pages(self) -> NDArray[np.int64]:

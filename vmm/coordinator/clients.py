@@ -20,6 +20,8 @@ _CLIENTS = 64       # each has two bitmaps of every slot, and may have a descrip
 
 
 class Clients:
+    """The verbs of dirty-log clients, and whose they are."""
+
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
         self._core = core
         self._tracking = tracking

@@ -23,6 +23,8 @@ _ANSWER = 256 << 10     # bytes of events in one answer
 
 
 class EventLog:
+    """The newest events; bounded in number and bytes."""
+
     def __init__(self, block: MachineControl) -> None:
         self._block = block
         self._kept: deque[bytes] = deque()

@@ -19,6 +19,8 @@ __all__ = ["Incoming"]
 
 
 class Incoming:
+    """Post-copy at the machine that arrives: from the first missing page to the last."""
+
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
         self._core = core
         self._tracking = tracking

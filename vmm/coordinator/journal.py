@@ -76,6 +76,8 @@ class Saved(msgspec.Struct, kw_only=True):
 
 
 class Journal:
+    """The record, written and read as ``Saved``."""
+
     def __init__(self, record: Record) -> None:
         self._record = record
 

@@ -63,6 +63,8 @@ _GOES_ON = {
 
 
 class Lease(Hold):
+    """What a process has of the machine as long as it lives; ``frozen``: and the guest stands still."""
+
     kind: str
     frozen: bool = False
 

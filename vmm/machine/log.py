@@ -51,6 +51,8 @@ def log_line(source: str, level: str, text: str, seconds: float | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
+    """A line of a machine's log."""
+
     time: str           # ISO 8601, UTC
     source: str         # keeper, coordinator, vcpu<N> (its console), stderr
     level: str          # info, warning, error, console

@@ -17,6 +17,8 @@ VERSION = 1
 
 
 class CoordinatorReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The coordinator that answers."""
+
     pid: int
     restarts: int               # how many coordinators have died before this one
     turns: int                  # of its loop
@@ -24,6 +26,8 @@ class CoordinatorReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One vCPU; counts and times since its start."""
+
     index: int
     pid: int
     accelerator: str
@@ -46,6 +50,8 @@ class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReaperReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The reaper; counts and times since the machine's start."""
+
     mode: str                   # adaptive, fixed
     state: str                  # NONE, WAIT, REAPING
     iterations: int
@@ -55,6 +61,8 @@ class ReaperReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One memory slot as it is now."""
+
     id: int
     gpa: int                    # bytes
     size: int                   # bytes
@@ -73,6 +81,8 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VerificationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the verifier has found; ``ok``: nothing lost, nor (where that counts) too much."""
+
     rounds: int
     checked_pages: int
     dirty_pages: int

@@ -20,6 +20,8 @@ REAPERS_MAX = 64
 
 
 class RamSlot(msgspec.Struct, frozen=True):
+    """A memory slot."""
+
     id: int
     gpa: int            # bytes
     size: int           # bytes, a multiple of 4096
@@ -42,12 +44,16 @@ class ReaperSpec(msgspec.Struct, frozen=True):
 
 
 class VerifySpec(msgspec.Struct, frozen=True):
+    """The verifier."""
+
     interval: float = 0.2       # seconds between rounds
     inject: str = "none"        # "none" | "lost" | "extra": the verifier's own self-test
     surplus_is_failure: bool = True  # false for guests that may store a value already there
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine, with every default filled in."""
+
     name: str
     accel: str                  # a folder of workers/accel
     vcpus: int

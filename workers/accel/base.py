@@ -75,6 +75,8 @@ class Backend(Protocol):
 
 
 class ExitKind(Enum):
+    """Why ``Accelerator.run`` has come back."""
+
     KICKED = "kicked"          # interrupted: look at the control block
     RING_FULL = "ring-full"    # soft-full: wait for a reset
     PORT = "port"              # a port access asked for something (Exit.event)
@@ -83,6 +85,8 @@ class ExitKind(Enum):
 
 @dataclass(slots=True)
 class Exit:
+    """And with what."""
+
     kind: ExitKind
     event: PortEvent | None = None
     reason: ExitReason = ExitReason.NONE

@@ -37,6 +37,7 @@ class Address:
 
     @property
     def abstract(self) -> bool:
+        """A name of Linux, and no file."""
         return self.path.startswith("@")
 
     def endpoints(self) -> list[str]:

@@ -38,6 +38,7 @@ class HandOver(msgspec.Struct, frozen=True):
 
     @property
     def where(self) -> str:
+        """For a person."""
         return f"{self.address} (migration {self.id})"
 
 

@@ -53,5 +53,6 @@ class SlotMemory:
             offset += count
 
     def close(self) -> None:
+        """The mapping goes with the last view of it."""
         os.close(self._fd)
         del self._pages

@@ -79,6 +79,7 @@ def _numbers(pages: NDArray[np.int64]) -> bytes:
 
 
 def want(slot: int, pages: list[int]) -> Want:
+    """The message that asks for these pages."""
     return Want(slot, _numbers(np.array(sorted(pages))))
 
 
@@ -163,6 +164,7 @@ def changed(message: Torn, memory: NDArray[np.uint8], dirty: NDArray[np.bool_]) 
 
 
 def missing(slot: int, bits: NDArray[np.bool_]) -> Missing:
+    """The message that says which pages are missing: ``bits``, bool [pages]."""
     return Missing(slot, zstandard.ZstdCompressor(level=1).compress(np.packbits(bits, bitorder="little").tobytes()))
 
 

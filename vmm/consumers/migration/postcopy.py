@@ -180,6 +180,7 @@ class MissingPages:
         self._machine.arrived()
 
     def close(self) -> None:
+        """Idempotent. Whoever waits for a page goes on waiting."""
         self._open.close()
 
     def __enter__(self) -> MissingPages:

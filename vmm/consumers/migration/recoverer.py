@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 
 def main(name: str) -> int:
+    """The exit status."""
     try:
         with Machine.attach(name) as machine:
             recover(machine, progress=save_status)

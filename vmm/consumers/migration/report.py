@@ -88,4 +88,5 @@ class Report:
     pid_started: int = 0
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return asdict(self)

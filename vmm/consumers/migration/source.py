@@ -170,6 +170,7 @@ class Source:
     # --- the way of a migration ----------------------------------------------------------------------------
 
     def run(self) -> None:
+        """From the offer to the end. Raises MigrationError, VmmError."""
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             spec = self._read_spec()
             try:
@@ -185,6 +186,7 @@ class Source:
             self._finish()
 
     def recover(self) -> None:
+        """From the hand-over to the end. Raises MigrationError, VmmError."""
         record = load_hand_over(self.machine.name)
         with self.machine.lease("migration", f"to {self._address.text}", recover=True) as self._lease:
             self._shield.enter_context(uninterrupted(self._on_signal))
@@ -579,6 +581,7 @@ class Source:
             self._talk = None
 
     def close(self) -> None:
+        """Idempotent."""
         self._disconnect()
         self._context.term()
         self._shield.close()

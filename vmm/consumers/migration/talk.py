@@ -52,10 +52,12 @@ class Talk:
         self.patience = RUNNING_PATIENCE
 
     def error(self, why: str, kind: type[MigrationError] = MigrationError) -> MigrationError:
+        """That names the address."""
         return kind(f"{self._address.text}: {why}")
 
     @property
     def sock(self) -> zmq.Socket[bytes]:
+        """The DEALER."""
         return self._connection.sock
 
     def send(self, message: Wire) -> None:

@@ -117,6 +117,8 @@ class Done(Wire, frozen=True, tag="done"):
 
 
 class Abort(Wire, frozen=True, tag="abort"):
+    """The source gives up; ``reason`` is for a person."""
+
     reason: str
 
 
@@ -151,6 +153,8 @@ class Torn(Wire, frozen=True):
 
 
 class RoundAck(Wire, frozen=True, tag="round-ack"):
+    """All pages of the round are here, but for those in ``torn``."""
+
     round: int
     torn: list[Torn] = []
 
@@ -160,7 +164,7 @@ class Prepared(Wire, frozen=True, tag="prepared"):
 
 
 class Running(Wire, frozen=True, tag="running"):
-    pass
+    """The machine runs at the target."""
 
 
 class Want(Wire, frozen=True, tag="want"):

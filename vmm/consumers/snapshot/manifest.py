@@ -36,6 +36,8 @@ Compression = Literal["none", "zstd"]
 
 
 class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One memory slot of a snapshot: where it was, and the files that its pages are in."""
+
     id: int
     gpa: int
     size: int
@@ -47,6 +49,8 @@ class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``manifest.json`` says (docs/snapshots.md)."""
+
     format: str
     version: int
     id: str
@@ -65,6 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def pages(self) -> int:
+        """Of all its slots that are in its files."""
         return sum(s.pages for s in self.slots)
 
 

@@ -103,6 +103,7 @@ class PageWriter:
                 "checksum": digest.hexdigest()}
 
     def close(self) -> None:
+        """Idempotent. What was not finished is not whole."""
         self._file.close()
 
     def __enter__(self) -> PageWriter:

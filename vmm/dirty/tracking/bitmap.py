@@ -28,6 +28,8 @@ __all__ = ["Bitmap", "gather_bitmaps"]
 
 
 class Bitmap:
+    """A plain dirty bitmap of each vCPU and slot."""
+
     name = "bitmap"
     rings, logs, logged = False, True, True
     #: To get a log has re-protected its pages already.

@@ -14,6 +14,8 @@ __all__ = ["Nothing"]
 
 
 class Nothing:
+    """No log."""
+
     name = "none"
     rings, logs, logged = False, False, False
 

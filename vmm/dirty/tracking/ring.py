@@ -21,6 +21,8 @@ _ENTRY = 16     # bytes
 
 
 class Ring:
+    """A dirty ring of each vCPU."""
+
     name = "ring"
     rings, logs, logged = True, False, True
 

@@ -9,5 +9,7 @@ __all__ = ["WriteProtect"]
 
 
 class WriteProtect(Bitmap):
+    """Bitmaps that a worker makes of its own page tables."""
+
     name = "uffd"
     _protected = True

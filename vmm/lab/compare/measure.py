@@ -107,6 +107,8 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """How a comparison is measured, at each of its points."""
+
     accel: str = "auto"
     workload: str = "random"    # one whose writes raise a word: random, hotspot, sequential
     rounds: int = 5

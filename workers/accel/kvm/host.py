@@ -23,6 +23,8 @@ _MODULES = Path("/sys/module")
 
 @dataclass(frozen=True, slots=True)
 class KvmInfo:
+    """What there is of KVM here."""
+
     present: bool                   # /dev/kvm is there
     permitted: bool                 # and can be opened
     ring_capability: str | None     # name of the best one, without KVM_CAP_; None: plain bitmaps only
