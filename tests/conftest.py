@@ -34,8 +34,25 @@ for _signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(_signum, signal.default_int_handler if _signum == signal.SIGINT else signal.SIG_DFL)
 
 
+#: The long set, marked ``long``: more of the same, where a few say nearly as much. ``pytest -m ""`` runs all.
+_LONG = re.compile("|".join([
+    r"restored_machine_ends_as_one_that_was_never_stopped\[(\w+)-\w+-\1\]", r"never_stopped\[\w+-pingpong-",
+    r"moved_machine_ends_as_one_that_was_never_moved\[(\w+)-\2-",
+    r"test_any_number_of_vcpus_and_any_ring\[kvm-(1|8)-",
+    r"test_walk\.py::test_killed_at_each_step\[unicorn-(?!sync)",
+    r"test_every_config_runs_as_it_says\[(?!quickstart).*-unicorn",
+    r"test_bad_workers\.py::.*\[unicorn", r"test_consumers\.py::(?!.*limit).*\[unicorn",
+    r"test_a_sweep_ends_with_figures_fits_and_pictures\[unicorn", r"however_many_vcpus\[unicorn-(1|8)\]",
+    r"test_each_runs_at_its_smallest_or_says_why_not\[coordinator",
+]))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs.apply(items)
+    for item in items:
+        if not needs.missing("kvm") and _LONG.search(item.nodeid):
+            item.add_marker(pytest.mark.long)
 
 
 #: What libraries keep open for good, once it has been used: matplotlib its fonts.

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from needs import missing
 from numpy.typing import NDArray
 
 from vmm.client.machine import Machine
@@ -19,6 +20,9 @@ from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 
 #: Parametrisation over both accelerators.
 ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("unicorn")]
+
+#: For what does not depend on the accelerator: KVM where it can be used, the other in the long set.
+ANY = [ACCELS[0], pytest.param("unicorn", marks=[] if missing("kvm") else pytest.mark.long)]
 
 #: Guests that go on for ever leave the processor to whoever has something to do.
 NICE = 10
@@ -58,11 +62,12 @@ def changed_pages(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> set[in
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    """Wait for it, with a deadline."""
-    deadline = time.monotonic() + seconds
+    """Wait for it, with a deadline. Looks less often by and by: a look may cost the machine something."""
+    deadline, pause = time.monotonic() + seconds, 0.002
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(pause * 1.3, 0.05)
 
 
 def _entries(machine: Machine) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from machines import ACCELS, runs, spec, stands_still, until
+from machines import ANY, runs, spec, stands_still, until
 from numpy.typing import NDArray
 
 from vmm.client import holds
@@ -102,7 +102,7 @@ class Script:
         self.popen.stdout.close()
 
 
-@pytest.fixture(params=ACCELS)
+@pytest.fixture(params=ANY)
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """Its guest writes to the upper half of the slot, for ever."""
     guest = spec("random", accel=request.param, vcpus=1, mib=8, writes=0, spin=500, timeout=None)
