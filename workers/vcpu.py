@@ -177,6 +177,8 @@ class VcpuThread:
         control = self.control
         kick = control.kick_request
         if kick != control.kick_ack:
+            if control.request & VcpuRequest.PAUSE and control.state == VcpuState.RUNNING:
+                control.state = VcpuState.PAUSED    # before whoever asked for it goes on, and looks
             control.kick_ack = kick
             self._say(KickAck(self.index, kick))
         if self._job is not None:
