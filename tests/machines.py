@@ -24,8 +24,8 @@ ACCELS = [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("unicorn")]
 #: For what does not depend on the accelerator: KVM where it can be used, the other in the long set.
 ANY = [ACCELS[0], pytest.param("unicorn", marks=[] if missing("kvm") else pytest.mark.long)]
 
-#: Guests that go on for ever leave the processor to whoever has something to do.
-NICE = 10
+#: Guests that go on for ever leave more of the processor to whoever has something to do.
+NICE = 3
 
 #: RAM that is no multiple of 64 pages, as the kernel's dirty_log_test has it.
 ODD = 3 * 4096

@@ -323,6 +323,7 @@ def test_a_vcpu_that_had_ended_stays_so(accel: str, target: str, tmp_path: Path)
     with snapshot.restore(tmp_path / "s", machine_name="again", accel=target) as machine:
         before = counted(machine)
         until(lambda: counted(machine) > before, "vCPU 1 counts on")
+        until(lambda: machine.status()["vcpus"][0]["state"] == "exited", "vCPU 0 says how it had ended")
         first = machine.status()["vcpus"][0]
         assert (first["state"], first["exit_reason"], first["exit_code"]) == ("exited", "code", 7)
         machine.write(0x20_0008, b"\1")
