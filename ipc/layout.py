@@ -32,6 +32,7 @@ __all__ = [
     "RING_RESERVE",
     "SYSTEM_SLOT",
     "DirtyGfn",
+    "ExitReason",
     "MachineControl",
     "PeerEnum",
     "ReaperState",
@@ -105,6 +106,23 @@ class VcpuState(PeerEnum):
     DEAD = 7        # the process is gone (set by the coordinator)
     THROTTLED = 8   # out of the guest for its dirty limit
     UNKNOWN = 0xFFFF_FFFF
+
+
+class ExitReason(PeerEnum):
+    """Why a vCPU is no longer running."""
+
+    NONE = 0
+    CODE = 1            # the guest wrote its exit code to port 0xf4
+    HALT = 2            # HLT at CPL 0 (nothing can wake it: there are no interrupts)
+    TRIPLE_FAULT = 3
+    EXCEPTION = 4       # a CPU exception the guest has no handler for
+    BAD_ADDRESS = 5     # touched an address outside RAM
+    UNKNOWN_PORT = 6
+    INTERNAL_ERROR = 7  # the accelerator gave up (KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY, …)
+    TIMEOUT = 8         # still running at the machine's timeout
+    STOPPED = 9         # ended on request
+    WORKER_DIED = 10    # the process is gone
+    UNKNOWN = 0xFFFF_FFFF   # what a worker says means nothing
 
 
 class VcpuRequest(IntFlag):

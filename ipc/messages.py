@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from .layout import PROTOCOL_VERSION, PeerEnum, Tracking
+from .layout import PROTOCOL_VERSION, ExitReason, Tracking
 
 __all__ = [
     "DETAIL_MAX", "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
@@ -37,23 +37,6 @@ DETAIL_MAX = 1000
 
 class MessageError(Exception):
     """A frame that is not a message of this protocol."""
-
-
-class ExitReason(PeerEnum):
-    """Why a vCPU is no longer running."""
-
-    NONE = 0
-    CODE = 1            # the guest wrote its exit code to port 0xf4
-    HALT = 2            # HLT at CPL 0 (nothing can wake it: there are no interrupts)
-    TRIPLE_FAULT = 3
-    EXCEPTION = 4       # a CPU exception the guest has no handler for
-    BAD_ADDRESS = 5     # touched an address outside RAM
-    UNKNOWN_PORT = 6
-    INTERNAL_ERROR = 7  # the accelerator gave up (KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY, …)
-    TIMEOUT = 8         # still running at the machine's timeout
-    STOPPED = 9         # ended on request
-    WORKER_DIED = 10    # the process is gone
-    UNKNOWN = 0xFFFF_FFFF   # what a worker says means nothing
 
 
 class Wire(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -84,7 +84,7 @@ def add_slot(core: Core, spec: RamSlot) -> None:
 
 
 def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
-    """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every vcpu, resume. Nothing can be dirtied
+    """Invariant 6: stop the vCPUs, reap, sync the bitmap, remove in every worker, resume. Nothing can be dirtied
     between the last reap and the removal. ``force``: also one that the guest cannot run without. Raises VmmError,
     with the slot still there."""
     core.require_not_ended()

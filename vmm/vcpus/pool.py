@@ -58,7 +58,7 @@ class VcpuPool:
     """All workers of a machine, and the two sockets they are spoken to over.
 
     ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
-    notification but the set-up's, and its ``vcpu`` is one of these; ``on_death`` with a vcpu whose process has
+    notification but the set-up's, and its ``vcpu`` is one of these; ``on_death`` with a vCPU whose process has
     ended. Frames that are none of the protocol are counted (``dropped``) and change nothing.
 
     A worker that does not do in time what it is asked for is taken for dead: it is killed, and whoever
@@ -282,7 +282,7 @@ class VcpuPool:
 
     def request(self, vcpus: Iterable[VcpuHandle], make: Callable[[int, VcpuHandle], AnyRequest], *,
                 timeout: float = 0.0) -> dict[int, Done]:
-        """Send a request to each vcpu at once and gather the replies, {index: Done}.
+        """Send a request to each worker at once and gather the replies, {index: Done}.
 
         A worker that dies meanwhile is missing from the result, and one that does not answer in time (``timeout``
         seconds; 0: the usual). Raises VmmError when one answers with a failure.
@@ -427,7 +427,7 @@ class VcpuPool:
                     self._late([vcpu], f"did not reset its ring within {timeout:.0f} s")
 
     def rebuild_ring(self, vcpu: VcpuHandle) -> None:
-        """A fresh ring for a vcpu whose count was wrong; the vCPU is paused. Raises VmmError."""
+        """A fresh ring for a vCPU whose count was wrong, and which is paused. Raises VmmError."""
         if not self.request([vcpu], lambda seq, s: RebuildRing(seq)):
             return      # it has died
         vcpu.control.fetch_total = 0

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from ipc.layout import RING_MAX
-from ipc.messages import ExitReason, SlotSpec, WorkerSpec
+from ipc.layout import RING_MAX, ExitReason
 
 if TYPE_CHECKING:
     from ipc.layout import VcpuControl
+    from ipc.messages import SlotSpec, WorkerSpec
 
     from ..memory import GuestMemory
     from ..ports import PortBus, PortEvent

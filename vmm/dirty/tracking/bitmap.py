@@ -1,7 +1,7 @@
 """Tracking ``bitmap``: plain dirty bitmaps, where there is no ring (seed: kvm_log_sync, kvm_log_clear, per slot).
 
-Every vcpu has its own kernel bitmap. Per slot: get each vcpu's log into that vcpu's buffer, OR the
-buffers into staging, re-protect in every vcpu what its buffer says, publish. A page's bit is
+Every vCPU has its own kernel bitmap. Per slot: get each vCPU's log into that vCPU's buffer, OR the
+buffers into staging, re-protect in every vCPU what its buffer says, publish. A page's bit is
 published only after it is protected again, as with rings (invariant 2); a coordinator that dies
 between finds the pages still dirty in the kernel, or still in staging.
 
@@ -57,7 +57,7 @@ class Bitmap:
 
 
 def gather_bitmaps(vcpus: VcpuPool, log: DirtyLog, *, protected: bool = False) -> int:
-    """Gather all logged slots of all vcpus; dirty pages, counted once a vcpu. ``protected``: to get a log has
+    """Gather all logged slots of all vCPUs; dirty pages, counted once a vCPU. ``protected``: to get a log has
     re-protected its pages already."""
     total = 0
     for slot_id, slot in log.slots.items():

@@ -3,8 +3,10 @@ time."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
+from ipc.layout import DirtyGfn
 from ipc.shm import Segment
 
 from ...machine.names import segment_name
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from ..reaper import Reaper
 
 __all__ = ["Ring"]
-
-_ENTRY = 16     # bytes
 
 
 class Ring:
@@ -32,7 +32,8 @@ class Ring:
             return
         for index in range(len(parts.rings), parts.spec.vcpus):
             name = segment_name(parts.spec.name, f"ring{index}")
-            parts.rings.append(parts.stack.enter_context(Segment.adopt(name, parts.spec.ring_entries * _ENTRY)[0]))
+            segment, _ = Segment.adopt(name, parts.spec.ring_entries * ctypes.sizeof(DirtyGfn))
+            parts.rings.append(parts.stack.enter_context(segment))
 
     def gather(self, reaper: Reaper) -> int:
         return reaper.reap()

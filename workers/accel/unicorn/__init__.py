@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from ..base import Accelerator, Available, Capabilities
 
 __all__ = ["CAPABILITIES", "load", "probe"]
@@ -24,6 +22,8 @@ CAPABILITIES = Capabilities(section="guest", kernel_ring=False, interruptible_fa
 
 
 def probe() -> Available:
+    import importlib.metadata  # late: it is dear, and each process that knows the accelerators would pay
+
     try:
         return Available(found=f"version {importlib.metadata.version('unicorn')}")
     except importlib.metadata.PackageNotFoundError:
