@@ -5,7 +5,7 @@
     process.py      how a process of ours is started, named, scheduled, and tied to its parent
     processid.py    which process: its pid and when it started
     inotify.py      being told that a file or directory has gone
-    files.py        two names swapped in one step
+    files.py        two names swapped in one step; a lock with an end to the wait
     memory.py       how much memory there is for this process: of the host, and of its cgroups
 
 userfaultfd is in ipc/userfault.py, KVM in workers/accel/kvm/api.py.

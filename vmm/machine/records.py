@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ipc.linux.files import lock_within
+
 from ..errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name, scope
 from .runtime import is_running, machine_names
@@ -178,15 +180,10 @@ def _locked(root: Path) -> Iterator[None]:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        deadline = time.monotonic() + _LOCK_TIMEOUT
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{root / _LOCK} is locked by another process") from None
-                time.sleep(0.01)
+        try:
+            lock_within(fd, _LOCK_TIMEOUT)
+        except TimeoutError:
+            raise TimeoutError(f"{root / _LOCK} is locked by another process") from None
         yield
     finally:
         os.close(fd)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
+
+from ipc.linux.files import lock_within
 
 from ...errors import VmmError
 from .addresses import Address
@@ -127,15 +128,10 @@ def _folder_locked(folder: Path) -> Iterator[None]:
     was stale when it looked. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(errno.EBUSY, f"the folder {folder} is locked by another process") from None
-                time.sleep(0.02)
+        try:
+            lock_within(fd, _LOCK_PATIENCE)
+        except TimeoutError:
+            raise OSError(errno.EBUSY, f"the folder {folder} is locked by another process") from None
         yield
     finally:
         os.close(fd)
