@@ -35,19 +35,6 @@ from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
 
-
-def _send_once_without_a_copy() -> None:
-    """The first such send of a process starts pyzmq's thread that frees what was sent, which stays for good: it is
-    there before any test then, and no test leaves it behind."""
-    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
-        one.bind("inproc://once")
-        other.connect("inproc://once")
-        one.send(bytes(1 << 20), copy=False)
-        other.recv()
-
-
-_send_once_without_a_copy()
-
 _T = TypeVar("_T")
 
 
