@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vmm.client.machine import Machine
 from vmm.guests import WORKLOADS, resolve_params
+from vmm.machine.names import belongings
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 
 #: Parametrisation over both accelerators.
@@ -136,3 +137,8 @@ def machine_processes(name: str) -> list[int]:
             found.append(pid)
         roots += children.get(pid, [])
     return [pid for pid in found if pid != os.getpid()]
+
+
+def nothing_left(name: str = "t") -> bool:
+    """No process, segment, lock or directory of the machine."""
+    return not machine_processes(name) and not belongings(name).left()

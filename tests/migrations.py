@@ -19,9 +19,8 @@ import msgspec
 import numpy as np
 import zmq
 import zstandard
-from machines import machine_processes, until
+from machines import nothing_left, until
 
-from ipc.shm import list_segments
 from vmm import receive
 from vmm.client.machine import Machine
 from vmm.consumers.migration import wire
@@ -29,8 +28,6 @@ from vmm.consumers.migration.addresses import parse_address
 from vmm.consumers.migration.pages import PAGE, Packer
 from vmm.consumers.migration.sockets import Connection, connect, listen
 from vmm.errors import VmmError
-from vmm.machine.names import machine_prefix
-from vmm.machine.runtime import machine_dir
 from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
@@ -78,10 +75,6 @@ class Receiver(threading.Thread):
         assert isinstance(self.error, VmmError), self.error
         until(lambda: nothing_left("target"), "nothing is left of the target's machine")
         return str(self.error)
-
-
-def nothing_left(name: str) -> bool:
-    return not (machine_processes(name) or list_segments(machine_prefix(name)) or machine_dir(name).exists())
 
 
 def vmm(*arguments: str) -> subprocess.Popen[str]:

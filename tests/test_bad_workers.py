@@ -20,18 +20,18 @@ from typing import Any, cast
 import msgspec
 import pytest
 import zmq
-from machines import ACCELS, replace, spec, until
+from machines import ACCELS, nothing_left, replace, spec, until
 from shared import control_blocks, machine_block
 
 from ipc import layout, sockets
 from ipc import messages as m
 from ipc.layout import PROTOCOL_VERSION, VcpuControl, VcpuState, control_error, control_size
-from ipc.shm import Segment, list_segments
+from ipc.shm import Segment
 from ipc.sockets import FdListener, send_fd
 from vmm.client.machine import Machine
 from vmm.coordinator import segments
 from vmm.errors import ExitCode, VmmError
-from vmm.machine.names import machine_dir, machine_prefix, segment_name
+from vmm.machine.names import machine_dir, segment_name
 from vmm.machine.spec import MachineSpec
 from vmm.vcpus import pool as vcpus
 from vmm.vcpus.handle import VcpuHandle
@@ -403,8 +403,7 @@ def test_a_coordinator_of_another_version_does_not_take_over(accel: str, capfd: 
         with machine_block("t") as block:
             block.version = PROTOCOL_VERSION + 1
         os.kill(machine.status()["coordinator"]["pid"], signal.SIGKILL)
-        until(lambda: not machine_dir("t").exists() and not list_segments(machine_prefix("t")),
-              "the machine's end", TIMEOUT)
+        until(nothing_left, "the machine's end", TIMEOUT)
     finally:
         machine.close()
 

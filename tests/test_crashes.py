@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from machines import ANY, alive, exact, machine_processes, replace, spec, until
+from machines import ANY, alive, exact, nothing_left, replace, spec, until
 
-from ipc.shm import list_segments
 from vmm.client.machine import Machine
 from vmm.errors import ExitCode, VmmError
-from vmm.machine.names import machine_prefix
 from vmm.machine.runtime import collect_garbage, is_running, leftovers, machine_dir, runtime_root
 
 TIMEOUT = 60.0
@@ -28,11 +26,6 @@ TIMEOUT = 60.0
 @pytest.fixture(params=ANY)
 def accel(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def nothing_left(name: str) -> bool:
-    return (not machine_processes(name) and not list_segments(machine_prefix(name))
-            and not machine_dir(name).exists())
 
 
 def pids(machine: Machine) -> tuple[int, list[int]]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import spec, until
-from migrations import TIMEOUT, PlayedTarget, Receiver, Relay, goes_on, nothing_left, receiver_process, vmm
+from machines import nothing_left, spec, until
+from migrations import TIMEOUT, PlayedTarget, Receiver, Relay, goes_on, receiver_process, vmm
 
 from ipc.steps import STEPS
 from vmm import migrate

@@ -14,11 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import alive, exact, machine_processes, spec, until
+from machines import alive, exact, machine_processes, nothing_left, spec, until
 
 from ipc.shm import list_segments
 from vmm.cli.commands import run
@@ -50,11 +51,6 @@ def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def log(name: str = "t") -> list[LogLine]:
     return list(read_log(log_path(name)))
-
-
-def nothing_left(name: str = "t") -> bool:
-    return (not machine_processes(name) and not list_segments(machine_prefix(name))
-            and not machine_dir(name).exists())
 
 
 def outcome_of(name: str) -> dict[str, Any]:
@@ -257,9 +253,17 @@ def test_a_kill_during_a_launch_leaves_nothing(victim: str) -> None:
 def test_a_killed_keepers_machine_leaves_no_directory_either() -> None:
     machine = Machine.launch(idle(), name="t")
     assert machine._keeper is not None
+    pid = coordinator(machine)
+    os.kill(pid, signal.SIGSTOP)        # it clears up, but not at once
     machine._keeper.kill()
-    until(nothing_left, "all of it gone")
-    machine.close()
+    closing = threading.Thread(target=machine.close)
+    closing.start()
+    closing.join(0.3)
+    waits = closing.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    closing.join(TIMEOUT)
+    assert waits
+    assert nothing_left()
     assert outcome_of("t")["exit_code"] == ExitCode.STOPPED
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from machines import ACCELS, exact, replace, spec, until
-from migrations import TIMEOUT, Receiver, goes_on, nothing_left, receiver_process, touched, vmm
+from machines import ACCELS, exact, nothing_left, replace, spec, until
+from migrations import TIMEOUT, Receiver, goes_on, receiver_process, touched, vmm
 
 from ipc.shm import list_segments
 from vmm import migrate

@@ -15,14 +15,13 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from machines import machine_processes, replace, spec, until
+from machines import machine_processes, nothing_left, replace, spec, until
 from migrations import (
     TIMEOUT,
     PlayedSource,
     PlayedTarget,
     Receiver,
     goes_on,
-    nothing_left,
     receiver_process,
     spec_of,
 )

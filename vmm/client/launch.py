@@ -14,7 +14,8 @@ import msgspec
 from ipc.linux import process
 
 from ..errors import ExitCode, VmmError
-from ..machine.runtime import END, LET_GO, collect_garbage, machine_dir
+from ..machine.names import belongings
+from ..machine.runtime import END, LET_GO, collect_garbage
 from ..machine.spec import MachineSpec, encode_spec
 
 __all__ = ["Launched"]
@@ -99,19 +100,21 @@ class Launched:
             self._life.close()
 
     def end(self) -> bool:
-        """Have the machine end, in order if it can, and wait until nothing of it is left. False when its keeper had
-        to be killed: a process of it may be there still."""
+        """Have the machine end, in order if it can, and wait until nothing of it is left. False when its keeper was
+        killed: a process of it may be there still."""
         if self._life.closed:
             self.keeper.terminate()
         self._say(END)
         try:
-            self.keeper.wait(_END_TIMEOUT)
-            return self.keeper.returncode >= 0
+            if self.keeper.wait(_END_TIMEOUT) >= 0:
+                return True
         except subprocess.TimeoutExpired:
-            self.keeper.kill()          # its coordinator is sent SIGTERM then
+            self.keeper.kill()
             self.keeper.wait()
+        # Its coordinator is sent SIGTERM by that, clears up, and lets the name go last (ipc/claims.py).
+        owned = belongings(self.name)
         deadline = time.monotonic() + _CLEAR_TIMEOUT
-        while machine_dir(self.name).exists() and time.monotonic() < deadline:
+        while owned.owner_pid() == self.keeper.pid and time.monotonic() < deadline:
             time.sleep(0.02)
         with contextlib.suppress(VmmError):
             collect_garbage(self.name)
