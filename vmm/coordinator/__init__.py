@@ -4,13 +4,17 @@
     keeper          the process that starts it, and another one when it has died
     segments        a machine's memory, made or adopted
     loop            one loop, one thread: what is due, what has come; from the first vCPU to the last
-    server          the control socket: a verb in, a call out, an answer
+    takeover        how it begins where another one died
+    rounds          the verifier's rounds
+    server, table   the control socket: a verb in, a call out, an answer; and which call
     core            what all of the modules below share, and the checks that many verbs begin with
     owners          processes that hold something here, watched by pidfd
     journal         what the machine is, for a replacement coordinator
+    life            started, asked to end, ended
     pauses, leases, clients, writes, hotplug, limits, tracking, recording, incoming, vcpu_states
                     a family of verbs each
-    status          the report and the exit code
+    families        all of them together
+    status, outcome the report; what an end means
 
 Nobody outside this package imports any of it.
 """

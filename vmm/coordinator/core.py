@@ -25,8 +25,8 @@ _REQUESTS = 64      # a client has one under way at a time
 
 class Core:
     """``state``: starting, ready, running, ended (a pause is vmm/coordinator/pauses.py's). ``tell`` gives an
-    event to every client that wants it, ``write_journal`` writes down what is now, or raises VmmError; None: not
-    yet, until all that a predecessor has left has been taken over."""
+    event to every client that wants it, ``report`` makes the machine's, ``write_journal`` writes down what is now,
+    or raises VmmError; None: not yet, until all that a predecessor has left has been taken over."""
 
     def __init__(self, spec: MachineSpec, directory: Path, tracer: Tracer) -> None:
         self.spec = spec
@@ -39,6 +39,7 @@ class Core:
         self.vcpus: VcpuPool
         self.reaper: Reaper
         self.tell: Callable[[dict[str, Any]], None]
+        self.report: Callable[[], dict[str, Any]]
         self.write_journal: Callable[[], None] | None = None
         #: The last attempt to write the journal has failed.
         self.unsaved = False
@@ -46,8 +47,14 @@ class Core:
         self.generation = 0
         #: What is being served: the client's name for it, the same when it asks again; "" where it has none.
         self.request = ""
+        #: Process id of the client that asks for it; 0: it is in a PID namespace that is not seen from here.
+        self.asker = 0
         #: Those that are not to be carried out twice, and have been.
         self.requests: deque[str] = deque(maxlen=_REQUESTS)
+        #: Coordinators of this machine that died.
+        self.restarts = 0
+        #: Of this coordinator's loop.
+        self.turns = 0
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
 
@@ -87,8 +94,12 @@ class Core:
             self.save()
         except VmmError as exc:
             if not self.unsaved:
-                self.tell({"event": "warning", "text": str(exc)})
+                self.warn(str(exc))
             self.unsaved = True
+
+    def warn(self, text: str) -> None:
+        """Something that a user should know, and the machine runs on."""
+        self.tell({"event": "warning", "text": text})
 
     @property
     def live(self) -> list[VcpuHandle]:
@@ -122,7 +133,7 @@ class Core:
 
     def require_whole_memory(self) -> None:
         if self.pages_missing:
-            raise VmmError(f"machine '{self.spec.name}': its memory is still on its way here (post-copy)")
+            raise VmmError(f"machine '{self.spec.name}': its memory is still arriving (post-copy)")
 
     def require_memory(self) -> None:
         if not self.spec.can.guests:

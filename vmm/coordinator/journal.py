@@ -2,7 +2,7 @@
 
 It is the one place that says what the machine is: which slots and clients there are, who holds what, how it tracks.
 A verb changes the machine in such an order that at each moment either the journal is true, or what differs from it
-can be told by looking, and is put right by whoever takes over (vmm/coordinator/loop.py, ``_recover``):
+can be told by looking, and is put right by whoever takes over (vmm/coordinator/takeover.py):
 
 * What is **made** (segments, a slot in the workers) is made first, and then written down. Until then nobody counts
   on it: a successor removes what the journal does not name.

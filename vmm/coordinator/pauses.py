@@ -41,6 +41,11 @@ class Pauses:
         return self.user or len(self.held) > 0 or self.handed_over is not None
 
     @property
+    def running(self) -> bool:
+        """The guest has been started, has not ended, and nobody wants it to stand still."""
+        return self._core.state == "running" and not self.paused
+
+    @property
     def holders(self) -> list[str]:
         """Each who wants it, for people."""
         return ([f"handed over to {self.handed_over.to}"] if self.handed_over else []) + \

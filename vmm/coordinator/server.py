@@ -37,11 +37,12 @@ _log = logging.getLogger(__name__)
 
 
 class ControlServer:
-    """``before`` is called before each verb. ``verbs``: what is called with it; it gives the answer's result (None:
-    an empty one), or raises. ``Events`` is this class's own."""
+    """``before`` is called before each verb with the process id of the client: of the peer of the socket, seen from
+    here; 0 when it is in a PID namespace that is not seen from here. ``verbs``: what is called with the verb; it
+    gives the answer's result (None: an empty one), or raises. ``Events`` is this class's own."""
 
     def __init__(self, machine: str, directory: Path, verbs: dict[type[control.Verb], Handler],
-                 before: Callable[[], None], events: EventLog) -> None:
+                 before: Callable[[int], None], events: EventLog) -> None:
         """Raises OSError."""
         self._machine = machine
         self._verbs = verbs
@@ -50,9 +51,6 @@ class ControlServer:
         self._listener = LineListener(directory / "control")
         self._connections: dict[int, LineConnection] = {}   # by descriptor; who was served last is the last
         self._waiting: dict[int, tuple[int, int]] = {}      # {descriptor: (id, after)} of requests for events
-        #: Process id of whoever asks, while a verb is carried out: of the peer of the socket, seen from here. 0: it
-        #: is in a PID namespace that is not seen from here.
-        self.asker = 0
 
     # --- for the loop ------------------------------------------------------------------------
 
@@ -152,11 +150,7 @@ class ControlServer:
 
     def _serve_one(self, connection: LineConnection) -> None:
         line = connection.lines.popleft()
-        self.asker = connection.pid
-        try:
-            answer = self._answer(connection, line)
-        finally:
-            self.asker = 0
+        answer = self._answer(connection, line)
         if answer is not None:
             self._send(connection, answer)
 
@@ -169,7 +163,7 @@ class ControlServer:
             if isinstance(verb, control.Events):
                 self._waiting[connection.fileno()] = (number, verb.after)
                 return None
-            self._before()
+            self._before(connection.pid)
             step("verb")
             result = self._verbs[type(verb)](verb)
             step("verb-carried-out")

@@ -18,25 +18,22 @@ from ipc import sockets
 from ipc.layout import PROTOCOL_VERSION, VcpuRequest
 from ipc.messages import (
     AnyNotification,
-    AnyReply,
     AnyRequest,
     Done,
     ExitReason,
     Failed,
     Hello,
-    MessageError,
     RebuildRing,
     SendFd,
     Shutdown,
     WorkerSpec,
-    decode_notification,
-    decode_reply,
     encode,
 )
 from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
 from .handle import VcpuHandle
+from .link import WorkerLink
 
 __all__ = ["VcpuPool"]
 
@@ -51,7 +48,6 @@ _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
 _FD_STEP = 0.1              # seconds between two looks at whether the sender of a descriptor has died
 _DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints without end holds nobody up
-_COMPLAINTS = 10            # bad messages that are said; all are counted
 
 
 class VcpuPool:
@@ -70,12 +66,8 @@ class VcpuPool:
         self.directory = directory
         self._zygote = zygote
         self.all: list[VcpuHandle] = []
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self.notify = sockets.bind(self._context, zmq.PULL, sockets.endpoint(directory, "notify"),
-                                   frame_max=sockets.FRAME_MAX)
-        self._requests = sockets.bind(self._context, zmq.ROUTER, sockets.endpoint(directory, "requests"),
-                                      frame_max=sockets.FRAME_MAX)
-        self._bad_messages = 0
+        self._link = WorkerLink(directory)
+        self.notify = self._link.notify
         self._fds = sockets.FdListener(directory / "fds", self._sends_fd)
         self._on_notification = on_notification
         self._on_death = on_death
@@ -89,7 +81,7 @@ class VcpuPool:
     # --- start and end -----------------------------------------------------------------------
 
     def spawn(self, vcpu: VcpuHandle, spec: WorkerSpec) -> None:
-        """Start the worker's process; it reads its specification from a pipe."""
+        """Start the worker's process; it reads its specification from a pipe. Raises VmmError."""
         assert self._zygote is not None
         read, write = os.pipe()
         try:
@@ -112,7 +104,7 @@ class VcpuPool:
         while waiting:
             self._poll(self.notify, deadline)
             gone = next((s for s in self.all if s.index in waiting and not s.alive), None)
-            while time.monotonic() < deadline and (hello := self._notification()) is not None:
+            while time.monotonic() < deadline and (hello := self._link.notification(len(self.all))) is not None:
                 if not isinstance(hello, Hello):
                     continue
                 if hello.error:
@@ -191,9 +183,7 @@ class VcpuPool:
         for fd in self._early_fds.values():
             os.close(fd)
         self._fds.close()
-        self.notify.close()
-        self._requests.close()
-        self._context.term()
+        self._link.close()
 
     # --- waiting ----------------------------------------------------------------------------------
 
@@ -233,50 +223,14 @@ class VcpuPool:
         """What the workers have said, for a while; ``everything``: to the last that there is (nobody says anything
         any more)."""
         deadline = time.monotonic() + (_KICK_TIMEOUT if everything else _DRAIN_SECONDS)
-        while time.monotonic() < deadline and (message := self._notification()) is not None:
+        while time.monotonic() < deadline and (message := self._link.notification(len(self.all))) is not None:
             if not isinstance(message, Hello):
                 self._on_notification(message)
-
-    def _notification(self) -> AnyNotification | None:
-        """The next one; None when there is none now."""
-        while True:
-            try:
-                frames = self.notify.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return None
-            try:
-                if len(frames) != 1:
-                    raise MessageError(f"a notification of {len(frames)} frames")
-                message = decode_notification(frames[0])
-                if not 0 <= message.vcpu < len(self.all):
-                    raise MessageError(f"a notification of vCPU {message.vcpu}, of {len(self.all)}")
-                return message
-            except MessageError as exc:
-                self._bad(exc)
-
-    def _reply(self) -> tuple[bytes, AnyReply] | None:
-        """The next one, and who has sent it; None when there is none now."""
-        while True:
-            try:
-                frames = self._requests.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return None
-            try:
-                if len(frames) != 2:
-                    raise MessageError(f"a reply of {len(frames)} frames")
-                return frames[0], decode_reply(frames[1])
-            except MessageError as exc:
-                self._bad(exc)
 
     @property
     def dropped(self) -> int:
         """Messages and connections that were none of a worker's."""
-        return self._bad_messages + self._fds.dropped
-
-    def _bad(self, error: MessageError) -> None:
-        self._bad_messages += 1
-        if self._bad_messages <= _COMPLAINTS:
-            _log.warning("dropped on a socket of the workers: %s", error)
+        return self._link.dropped + self._fds.dropped
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -298,13 +252,13 @@ class VcpuPool:
             unsent.append((vcpu, encode(make(self._seq, vcpu))))
         failures: list[str] = []
         while pending:
-            unsent = [(s, frame) for s, frame in unsent if s.alive and not self._send(s, frame)]
-            self._poll(self._requests, deadline)
+            unsent = [(s, frame) for s, frame in unsent if s.alive and not self._link.send(s.index, frame)]
+            self._poll(self._link.requests, deadline)
             self._fds.serve()       # some answer when their descriptor is on its way
-            while time.monotonic() < deadline and (answer := self._reply()) is not None:
+            while time.monotonic() < deadline and (answer := self._link.reply()) is not None:
                 sender, reply = answer
                 owner = pending.get(reply.seq)
-                if owner is None or sender != _identity(owner):
+                if owner is None or sender != self._link.identity(owner.index):
                     continue  # late: its request was given up
                 del pending[reply.seq]
                 if isinstance(reply, Failed):
@@ -323,19 +277,9 @@ class VcpuPool:
         """Raises VmmError while pages are missing, and gives the workers up otherwise."""
         if self.pages_missing:
             late = ", ".join(str(s.index) for s in vcpus)
-            raise VmmError(f"vcpu {late}: its worker {what}: it waits for a page that is still on its way here "
+            raise VmmError(f"vcpu {late}: its worker {what}: it waits for a page that is still arriving "
                            "(post-copy)")
         self.give_up(vcpus, what)
-
-    def _send(self, vcpu: VcpuHandle, frame: bytes) -> bool:
-        """False while the worker has not connected yet (just started, or this coordinator has)."""
-        try:
-            self._requests.send_multipart([_identity(vcpu), frame], zmq.DONTWAIT)
-        except zmq.ZMQError as exc:
-            if exc.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                return False
-            raise
-        return True
 
     # --- kick, pause --------------------------------------------------------------------------------
 
@@ -443,8 +387,3 @@ class VcpuPool:
             reply = replies.get(vcpu.index)
             if reply is not None and reply.value:
                 self._receive_fd(vcpu, reply.value)
-
-
-def _identity(vcpu: VcpuHandle) -> bytes:
-    """By which its worker is known on the requests socket."""
-    return str(vcpu.index).encode()
