@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .libc import LIBC, check
 
-__all__ = ["exchange", "lock_within"]
+__all__ = ["exchange", "lock_within", "open_locked"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -19,6 +21,18 @@ _LOOK = 0.01        # seconds between two tries
 def exchange(a: Path, b: Path) -> None:
     """Swap two names in one step (renameat2(2)). Raises OSError."""
     check(LIBC.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE), str(a), str(b))
+
+
+@contextlib.contextmanager
+def open_locked(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
+    """A descriptor of the file, close-on-exec, with its exclusive flock(2). Raises BlockingIOError when another
+    process has that, and OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def lock_within(fd: int, seconds: float) -> None:

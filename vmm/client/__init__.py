@@ -5,6 +5,7 @@
     launch.py               starting its keeper, and ending it
     connection.py           the control socket
     machine.py              ``Machine``: what all consumers are written with
+    views.py                its shared memory, mapped here
     holds.py                what a process can hold of a machine: a pause, a lease, limits, a host write
     doctor.py               what this host can do
     interrupts.py           Ctrl-C for those that keep what they have

@@ -41,7 +41,7 @@ _ACCELERATORS = ("auto", *names())
 
 
 def _shown(value: object) -> str:
-    """A value that somebody gave, in the error about it."""
+    """A value that was given, in the error about it."""
     return one_line(repr(value), 60)
 
 
@@ -80,7 +80,7 @@ def parse_duration(value: object) -> float:
 
 
 def parse_rate(value: object) -> float:
-    """Bytes a second from ``1000000``, ``"100MB/s"``, ``"64MiB/s"`` (``/s`` may be left out). Raises ValueError."""
+    """Bytes per second from ``1000000``, ``"100MB/s"``, ``"64MiB/s"`` (``/s`` is optional). Raises ValueError."""
     rate = -1.0
     if isinstance(value, int | float) and not isinstance(value, bool):
         rate = float(value)
@@ -89,8 +89,8 @@ def parse_rate(value: object) -> float:
         if match and match[2].lower() in _RATE_UNITS:
             rate = float(match[1]) * _RATE_UNITS[match[2].lower()]
     if not 0 < rate < 1e15:
-        raise ValueError(f"{_shown(value)} is not a rate: write bytes a second, or a number with kB/s, MB/s, GB/s, "
-                         "KiB/s, MiB/s or GiB/s")
+        raise ValueError(f"{_shown(value)} is not a rate: write bytes per second, or a number with kB/s, MB/s, "
+                         "GB/s, KiB/s, MiB/s or GiB/s")
     return rate
 
 
@@ -107,7 +107,7 @@ class _Model(BaseModel):
 
 def _file_name(value: object) -> object:
     if isinstance(value, str) and (not value or "\0" in value):
-        raise ValueError("not a file name")
+        raise ValueError("not a valid file name")
     return value
 
 
@@ -124,7 +124,7 @@ class MemoryConfig(_Model):
 
 
 class GuestConfig(_Model):
-    """A sample guest by ``workload``, or any static x86-64 ELF (or flat binary) by ``image``."""
+    """A sample guest (``workload``), or any static x86-64 ELF file or flat binary (``image``)."""
 
     workload: str | None = None
     image: FileName | None = None
@@ -136,9 +136,9 @@ class GuestConfig(_Model):
         if (self.workload is None) == (self.image is None):
             raise ValueError("give exactly one of 'workload' and 'image'")
         if self.address is not None and self.image is None:
-            raise ValueError("'address' goes with the 'image' of a flat binary")
+            raise ValueError("'address' is only valid with 'image', for a flat binary")
         if self.workload is not None and not isinstance(self.params, dict):
-            raise ValueError("the params of a workload are names with values")
+            raise ValueError("the params of a workload must be a mapping of names to values")
         return self
 
 
@@ -146,11 +146,11 @@ Pattern = Literal["sequential", "strided", "random", "zipf"]
 
 
 class ReplayPhaseConfig(_Model):
-    """Writes in one pattern: ``sequential`` walks over the pages, ``strided`` takes each ``stride``-th,
-    ``random`` any, ``zipf`` the first ones most often, the more so the larger its ``exponent``."""
+    """Writes in one pattern: ``sequential`` walks over the pages, ``strided`` writes every ``stride``-th page,
+    ``random`` writes random pages, ``zipf`` favours the first pages, more strongly with a larger ``exponent``."""
 
     pattern: Pattern
-    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # per vCPU; 0: indefinitely
     stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
     exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
 
@@ -165,20 +165,20 @@ def _check_pattern(pattern: str | None, stride: int | None, exponent: float | No
         if value is None and pattern == owner:
             raise ValueError(f"pattern: {owner} needs '{key}'")
         if value is not None and pattern != owner:
-            raise ValueError(f"{key}: goes with pattern: {owner}")
+            raise ValueError(f"{key}: only valid with pattern: {owner}")
 
 
 class ReplayConfig(_Model):
-    """What the replay accelerator dirties: one pattern, several one after another, or a recorded trace."""
+    """What the replay accelerator dirties: one pattern, several patterns in sequence, or a recorded trace."""
 
     pattern: Pattern | None = None
-    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # of each vCPU; 0: for ever
+    writes: Annotated[int, Field(ge=0, le=rules.WRITES_MAX)] = 0     # per vCPU; 0: indefinitely
     stride: Annotated[int, Field(ge=1, le=rules.STRIDE_MAX)] | None = None       # pages
     exponent: Annotated[float, Field(gt=0, le=rules.EXPONENT_MAX)] | None = None
     phases: Annotated[list[ReplayPhaseConfig], Field(min_length=1, max_length=rules.PHASES_MAX)] | None = None
     trace: FileName | None = None       # a file of ``vmm trace record``
     speed: Literal["original", "full"] | Annotated[float, Field(gt=0, le=rules.SPEED_MAX)] = "original"
-    #: Writes a second of each vCPU; 0: as fast as it can.
+    #: Writes per second of each vCPU; 0: as fast as it can.
     rate: Annotated[float, Field(ge=0, le=rules.RATE_MAX)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     shared: bool = False            # every vCPU writes to all pages, else each to its own share
@@ -191,14 +191,14 @@ class ReplayConfig(_Model):
         _check_pattern(self.pattern, self.stride, self.exponent)
         given = self.model_fields_set
         if self.pattern is None and "writes" in given:
-            raise ValueError("writes: goes with 'pattern'; a phase has its own")
+            raise ValueError("writes: only valid with 'pattern'; each phase has its own")
         if self.trace is None and "speed" in given:
-            raise ValueError("speed: goes with 'trace'")
+            raise ValueError("speed: only valid with 'trace'")
         if self.trace is not None and (extra := given & {"rate", "seed", "shared"}):
-            raise ValueError(f"{min(extra)}: a trace has its own")
+            raise ValueError(f"{min(extra)}: not valid with 'trace', which has its own")
         for i, phase in enumerate((self.phases or [])[:-1]):
             if not phase.writes:
-                raise ValueError(f"phases.{i}: needs 'writes': only the last phase may go on for ever")
+                raise ValueError(f"phases.{i}: needs 'writes': only the last phase may run indefinitely")
         return self
 
 
@@ -211,7 +211,7 @@ class ReaperConfig(_Model):
     @model_validator(mode="after")
     def _check(self) -> ReaperConfig:
         if self.min_interval > self.max_interval:
-            raise ValueError("min_interval: is above max_interval")
+            raise ValueError("min_interval: must not exceed max_interval")
         return self
 
 
@@ -237,7 +237,7 @@ def _name(value: str) -> str:
     try:
         return check_machine_name(value)
     except VmmError as exc:
-        raise ValueError(f"{exc} (--name gives it another)") from None
+        raise ValueError(f"{exc} (--name sets another one)") from None
 
 
 def _accelerator(value: str) -> str:
@@ -248,7 +248,7 @@ def _accelerator(value: str) -> str:
 
 
 class MachineConfig(_Model):
-    """A machine. Every key but ``memory`` and ``guest`` (or ``replay``) has a default."""
+    """A machine. Every key except ``memory`` and ``guest`` (or ``replay``) has a default."""
 
     name: Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{MACHINE_NAME}$"})]
     accel: Annotated[str, AfterValidator(_accelerator),
@@ -267,7 +267,7 @@ class MachineConfig(_Model):
     reapers: Annotated[int, Field(ge=1, le=REAPERS_MAX)] = 1    # threads that harvest, each some of the rings
     verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = None
     timeout: Duration | None = None
-    dirty_limit: Rate | None = None     # bytes a second of each vCPU
+    dirty_limit: Rate | None = None     # bytes per second of each vCPU
     stack_size: Size = 16 << 10
     trace: list[str] = Field(default_factory=list)
     #: Where each key was given: "file:line" or "--set …", for errors that come later.
@@ -288,15 +288,15 @@ class MachineConfig(_Model):
         if self.tracking == "ring" and not entries:
             raise ValueError("tracking: ring needs a dirty_ring_size above 0")
         if self.tracking == "none" and self.verify is not None:
-            raise ValueError("tracking: none leaves nothing to verify (verify is on)")
+            raise ValueError("tracking: none leaves nothing to verify, but verify is on")
         if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE_SIZE):
-            raise ValueError("dirty_limit: " + ("needs a dirty ring, and dirty_ring_size is 0" if not entries
-                                                else f"{self.dirty_limit:g} is less than a page a second"))
+            raise ValueError("dirty_limit: " + ("needs a dirty ring, but dirty_ring_size is 0" if not entries
+                                                else f"{self.dirty_limit:g} is less than one page per second"))
         if self.dirty_limit is not None and self.tracking not in (None, "ring", "auto"):
-            raise ValueError(f"dirty_limit: needs a dirty ring, and tracking is {self.tracking}")
+            raise ValueError(f"dirty_limit: needs a dirty ring, but tracking is {self.tracking}")
         if (self.guest is None) == (self.replay is None):
-            raise ValueError("'guest' is missing (or 'replay')" if self.guest is None else
-                             "replay: give one of 'guest' and 'replay'")
+            raise ValueError("'guest' (or 'replay') is missing" if self.guest is None else
+                             "replay: give either 'guest' or 'replay', not both")
         section = "guest" if self.accel == "auto" else capabilities(self.accel).section
         if self.replay is None and section != "guest":
             raise ValueError(f"accel: {self.accel} has no CPU for a guest: give '{section}' instead of 'guest'")
@@ -304,9 +304,9 @@ class MachineConfig(_Model):
             raise ValueError(f"accel: {self.accel} runs a guest; 'replay' needs accel: "
                              f"{' or '.join(names('replay'))}")
         if self.replay is not None and self.tracking not in (None, "ring"):
-            raise ValueError(f"tracking: {self.tracking} cannot be: replay drives dirty rings")
+            raise ValueError(f"tracking: {self.tracking} is not supported with replay, which needs dirty rings")
         if self.replay is not None and not entries:
-            raise ValueError("dirty_ring_size: replay drives dirty rings, and 0 is the plain bitmap")
+            raise ValueError("dirty_ring_size: replay needs dirty rings, but 0 selects the plain bitmap")
         rules.check_stack(self.stack_size)
         rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], mapped=self.replay is None)
         return self
@@ -384,12 +384,12 @@ def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
 
 def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
             document: dict[str, Any], model: type[BaseModel] = MachineConfig) -> ConfigError:
-    """What pydantic found, a line a problem. ``set_keys``: keys that were given on the command line, and how.
+    """What pydantic found, a line per problem. ``set_keys``: keys that were given on the command line, and how.
     ``model``: what the document was validated as."""
     problems = exc.errors()
     found = [_explain(error, path, lines, set_keys, document, model) for error in problems[:_PROBLEMS_SHOWN]]
     if len(problems) > _PROBLEMS_SHOWN:
-        found.append(f"{input_name(path)}: and {len(problems) - _PROBLEMS_SHOWN} more")
+        found.append(f"{input_name(path)}: and {len(problems) - _PROBLEMS_SHOWN} more problems")
     return ConfigError("\n".join(found))
 
 
@@ -412,7 +412,7 @@ def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | in
     else:
         given = error.get("input")
         if error["type"] != "value_error" and isinstance(given, str | int | float | bool):
-            message = f"{message[0].lower()}{message[1:]} (not {_shown(given)})"
+            message = f"{message[0].lower()}{message[1:]} (got {_shown(given)})"
     key = key_text(at)
     for set_path, text in set_keys.items():
         if at[: len(set_path)] == set_path:
@@ -441,7 +441,7 @@ def _nearest(at: tuple[str | int, ...], model: type[BaseModel]) -> str:
         model = (_model_in(field.annotation) if field else None) or model
     names = list(model.model_fields)
     near = difflib.get_close_matches(str(at[-1]), names, n=1)
-    return f" (did you mean '{near[0]}'?)" if near else f"; there are: {', '.join(names)}"
+    return f" (did you mean '{near[0]}'?)" if near else f"; valid keys: {', '.join(names)}"
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -91,8 +91,8 @@ class ControlClient:
                 raise self._silent(timeout)
             if verb is verbs.Sync:
                 arguments["again"] = True       # it may have been served, and the answer was lost
-        raise VmmError(f"machine '{self._name}': {_ATTEMPTS} coordinators died while one was asked for this (vmm "
-                       f"logs {self._name})", ExitCode.WORKER_DIED)
+        raise VmmError(f"machine '{self._name}': {_ATTEMPTS} coordinators died while handling this request (see "
+                       f"vmm logs {self._name})", ExitCode.WORKER_DIED)
 
     def event(self, timeout: float) -> dict[str, Any] | None:
         """The next event, or None when none came within ``timeout`` seconds. ``{"event": "dropped", "count": n}``
@@ -116,8 +116,8 @@ class ControlClient:
     def _send(self, verb: type[verbs.Verb], arguments: dict[str, Any], deadline: float, request: str = "") -> int:
         """The request's id. It may be lost. Raises VmmError."""
         if os.getpid() != self._pid:
-            raise VmmError(f"this connection to machine '{self._name}' is that of process {self._pid}, which "
-                           "forked: attach to the machine here")
+            raise VmmError(f"this connection to machine '{self._name}' belongs to process {self._pid}, which "
+                           "forked: attach to the machine in this process")
         number = next(self._ids)
         if issubclass(verb, verbs.Owned):
             arguments = _owned(arguments)
@@ -228,7 +228,7 @@ def _owned(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return {**others, "owner_start": identity().start}
     except ProcessLookupError:
-        raise VmmError("/proc/self/stat cannot be read: nothing can be held for this process") from None
+        raise VmmError("cannot read /proc/self/stat: the machine could not tell when this process ends") from None
 
 
 def _wait(connection: LineConnection, event: int, deadline: float) -> bool:

@@ -74,7 +74,7 @@ def _shared_memory() -> list[Finding]:
     if there.of_cgroup:
         text += f" ({there.limit} allows no more)"
     if there.free < _SHM_COMFORTABLE:
-        return [Finding("/dev/shm", "warn", text, f"guest RAM lies there: {there.remedy}")]
+        return [Finding("/dev/shm", "warn", text, f"guest RAM is allocated there: {there.remedy}")]
     return [Finding("/dev/shm", "ok", text)]
 
 
@@ -84,14 +84,14 @@ def _limits() -> list[Finding]:
     files = Finding("open files", "ok" if enough else "warn", f"{soft} (hard limit {hard})",
                     "" if enough else "ulimit -n 4096")
     cores = len(os.sched_getaffinity(0))
-    return [files, Finding("cores", "ok", f"{cores}; more vCPUs than cores take turns")]
+    return [files, Finding("cores", "ok", f"{cores}; if there are more vCPUs, they share the cores")]
 
 
 def _post_copy() -> Finding:
     try:
         Userfault.make().close()
     except UserfaultError as exc:
-        return Finding("post-copy", "absent", str(exc), "migration without --postcopy works")
+        return Finding("post-copy", "absent", str(exc), "migration works without --postcopy")
     return Finding("post-copy", "ok", "userfaultfd for missing pages")
 
 
@@ -120,9 +120,9 @@ def _compiled_loops() -> Finding:
 
     paths = cache_directories("ipc.compiled.loops")
     if any(_can_be_written(path) and (not os.path.exists(path) or trusted(path)) for path in paths):
-        return Finding("compiled loops", "ok", "can be kept")
-    return Finding("compiled loops", "warn", "cannot be kept: each launch compiles them",
-                   "set XDG_CACHE_HOME to a folder that this user can write to, and nobody else")
+        return Finding("compiled loops", "ok", "can be cached")
+    return Finding("compiled loops", "warn", "cannot be cached: every launch compiles them",
+                   "set XDG_CACHE_HOME to a directory that only this user can write to")
 
 
 def _can_be_written(directory: Path) -> bool:
@@ -150,6 +150,6 @@ def _runtime_directory() -> list[Finding]:
 def _left_behind() -> list[Finding]:
     found = leftovers()
     if not found:
-        return [Finding("left-overs", "ok", "none")]
-    return [Finding("left-overs", "warn", f"{name}: {len(what)} segments or folders of a machine that died",
+        return [Finding("leftovers", "ok", "none")]
+    return [Finding("leftovers", "warn", f"{name}: {len(what)} segments or directories of a crashed machine",
                     f"vmm gc {name}") for name, what in found.items()]

@@ -68,7 +68,7 @@ class Limits:
         self._token = _token()
 
     def set(self, pages_per_s: int, vcpu: int | None = None) -> None:
-        """Let one vCPU, or each, dirty at most so many pages a second; 0: as the others say. In force when this
+        """Let one vCPU, or each, dirty at most so many pages per second; 0: as the others say. In force when this
         returns. Raises VmmError on a machine without dirty rings."""
         self._client.ask(verbs.DirtyLimit, mine=True, token=self._token, why=self._why, pages_per_s=pages_per_s,
                          vcpu=vcpu)
@@ -110,7 +110,7 @@ class Lease:
             deadline = time.monotonic() + _WRITES_END
             while writing := self._client.ask(verbs.Freeze, token=self._token)["writing"]:
                 if time.monotonic() > deadline:
-                    raise VmmError(f"machine '{self._machine}': a write to its memory has not ended within "
+                    raise VmmError(f"machine '{self._machine}': a write to its memory did not end within "
                                    f"{_WRITES_END:g} s: {', '.join(writing)}")
                 time.sleep(_LOOK_AGAIN)
         except BaseException:

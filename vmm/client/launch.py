@@ -78,7 +78,7 @@ class Launched:
                                ExitCode.WORKER_DIED)
             chunk = os.read(fd, 65536)
             if not chunk:
-                raise VmmError(f"machine '{self.name}' did not start: its keeper ended (vmm logs {self.name})",
+                raise VmmError(f"machine '{self.name}' did not start: its keeper ended (see vmm logs {self.name})",
                                ExitCode.WORKER_DIED)
             *lines, text = (text + chunk).split(b"\n")
             for answer in map(msgspec.json.decode, lines):

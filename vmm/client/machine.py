@@ -22,18 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipc.bitmap import Bitmap
-from ipc.shm import PAGE_SIZE, Segment, SegmentError
+from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
 from ..errors import ExitCode, VmmError, no_memory
 from ..machine import records, verbs
-from ..machine.memory import ClientBitmaps
-from ..machine.names import segment_name
 from ..machine.runtime import is_running, machine_dir, machine_names
 from ..machine.spec import MachineSpec
 from . import holds
 from .connection import ControlClient
 from .launch import Launched
+from .views import Bitmaps, Memory
 
 __all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
@@ -68,18 +67,10 @@ class Flushed:
     vcpu_pages: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A slot that is mapped here. ``born`` tells it from another under its number."""
-
-    born: int
-    segment: Segment
-
-
 class Machine:
-    """A connection to one machine's coordinator. Not thread-safe; open one a thread.
+    """A connection to one machine's coordinator. Not thread-safe; open one per thread.
 
-    A launched machine ends with its ``with`` (or ``close``), an attached one goes on.
+    A launched machine ends with its ``with`` (or ``close``), an attached one keeps running.
     """
 
     def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False) -> None:
@@ -88,9 +79,8 @@ class Machine:
         self._detached = detached       # a launched one that lives on without this process once it runs
         self._client = ControlClient(machine_dir(name), name, lambda: is_running(name),
                                      after=-1 if launched is None else 0)
-        self._system: Segment | None = None
-        self._views: dict[int, _View] = {}
-        self._clients: dict[tuple[str, int], ClientBitmaps] = {}
+        self._memory = Memory(self._client, name)
+        self._bitmaps = Bitmaps(self._client, name)
         self._report: dict[str, Any] | None = None
 
     @property
@@ -184,12 +174,13 @@ class Machine:
     def incoming(self, socket: str) -> list[dict[int, int]]:
         """Before ``start``: pages of RAM are missing (holes in its segments), and this process fills them in while
         the guest runs (post-copy). The workers send their userfaultfds to the Unix socket ``socket``. {slot id:
-        address of its mapping} for each vCPU. Nobody else may look at the memory until ``arrived``."""
+        address of its mapping} for each vCPU. No other process may look at the memory until
+        ``arrived``. Raises VmmError."""
         answer = self._client.ask(verbs.Incoming, socket=socket, mine=True)
         return [{int(slot): address for slot, address in each.items()} for each in answer["addresses"]]
 
     def arrived(self) -> None:
-        """Every page that was missing is there."""
+        """Every page that was missing is there. Raises VmmError."""
         self._client.ask(verbs.Arrived)
 
     def resume(self, *, force: bool = False) -> list[str]:
@@ -200,15 +191,15 @@ class Machine:
         return [str(who) for who in self._client.ask(verbs.Resume, force=force)["held_by"]]
 
     def stop(self) -> None:
-        """End every vCPU; ``wait`` then has the report. An ended machine is released."""
+        """End every vCPU; ``wait`` then has the report. An ended machine is released. Raises VmmError."""
         self._client.ask(verbs.Stop)
 
     def release(self) -> None:
-        """Let an ended machine go; its report is gone with it."""
+        """Release an ended machine that lingers for its report (which is kept on disk). Raises VmmError."""
         self._client.ask(verbs.Release)
 
     def status(self) -> dict[str, Any]:
-        """The report so far; the same document as ``wait`` returns."""
+        """The report so far (vmm/machine/report.py); the same document as ``wait`` returns. Raises VmmError."""
         return self._client.ask(verbs.Status)
 
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
@@ -261,42 +252,13 @@ class Machine:
         view must call ``mark_dirty`` afterwards; ``write`` does both. A view is of the slot as it is now: when that
         is removed, the view stays, of memory that is no longer the guest's (``born`` in ``status`` tells). Raises
         VmmError where there is no such slot, while pages are missing, and where there is no memory (replay)."""
-        view = np.frombuffer(self._view(slot).segment.buf, np.uint8)
+        view = np.frombuffer(self._memory.view(slot).segment.buf, np.uint8)
         view.flags.writeable = writable
         return view
 
     def ram_segment(self, slot: int) -> str:
         """Name of the shared-memory segment that is the slot's memory now. Raises VmmError as ``ram`` does."""
-        return self._view(slot).segment.name
-
-    def _slots(self) -> dict[int, dict[str, Any]]:
-        """As they are now. Raises VmmError where nobody may look into them."""
-        answer = self._client.ask(verbs.Slots)
-        if not registry.capabilities(answer["accelerator"]).guests:
-            raise VmmError(no_memory(self.name))
-        if answer["incoming"]:
-            raise VmmError(f"machine '{self.name}': its memory is still on its way here (post-copy)")
-        return {int(i): slot for i, slot in answer["slots"].items()}
-
-    def _view(self, slot: int, slots: dict[int, dict[str, Any]] | None = None) -> _View:
-        """The slot as it is now, or as ``slots`` (that ``_slots`` gave) has it."""
-        slots = self._slots() if slots is None else slots
-        if slot not in slots:
-            raise VmmError(f"there is no memory slot {slot} (there are: {', '.join(map(str, slots))})")
-        born, name = slots[slot]["born"], slots[slot]["ram"]
-        known = self._views.get(slot)
-        if known is None or known.segment.name != name:
-            if known is not None:
-                del self._views[slot]
-                known.segment.close()
-            known = self._views[slot] = _View(born, self._open(name))
-        return known
-
-    def _open(self, name: str) -> Segment:
-        try:
-            return Segment.open(name)
-        except SegmentError as exc:
-            raise VmmError(f"machine '{self.name}': {exc} (it was removed just now)", ExitCode.NO_MACHINE) from None
+        return self._memory.view(slot).segment.name
 
     def require_memory(self) -> None:
         """Raises VmmError for a machine that has none to save or move (replay)."""
@@ -305,13 +267,11 @@ class Machine:
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
-        if self._system is None:
-            self._system = self._open(segment_name(self.name, "system"))
-        return np.frombuffer(self._system.buf, np.uint8)
+        return self._memory.system()
 
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of guest memory within one slot. Raises VmmError outside RAM."""
-        view, _, offset = self._locate(gpa, size)
+        view, _, offset = self._memory.locate(gpa, size)
         return bytes(view.segment.buf[offset:offset + size])
 
     def write(self, gpa: int, data: bytes) -> None:
@@ -319,7 +279,7 @@ class Machine:
         before the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and
         while somebody has the machine who must not be disturbed (the last copy of a migration), with nothing
         written; and where the slot was removed meanwhile: the data is gone with it then."""
-        view, slot, offset = self._locate(gpa, len(data))
+        view, slot, offset = self._memory.locate(gpa, len(data))
         if not data:
             return
         first = offset // PAGE_SIZE
@@ -333,34 +293,25 @@ class Machine:
         for the end (5 s at most, so write what is in memory already). Raises VmmError, before the write, outside
         the slot and while it is frozen; and where another slot has taken the place of the one that this
         ``Machine`` has given a view of."""
-        known = self._views.get(slot)
-        born = known.born if known is not None else self._view(slot).born
-        return holds.host_write(self._client, slot, born, first, count)
+        view = self._memory.known(slot) or self._memory.view(slot)
+        return holds.host_write(self._client, slot, view.born, first, count)
 
     def mark_dirty(self, slot: int, first: int, count: int) -> None:
         """Pages ``first``..``first + count - 1`` of the slot were written by the host. Call it after
         the write: a mark that comes first can be synced away before it. Raises VmmError outside the slot, and while
         the machine is frozen: what was written may be missing where the machine goes (``writing`` says so
         before); and where another slot has taken the place of the one that this ``Machine`` has given a view of."""
-        known = self._views.get(slot)
+        known = self._memory.known(slot)
         self._client.ask(verbs.Mark, slot=slot, first=first, count=count, born=known.born if known else None)
-
-    def _locate(self, gpa: int, size: int) -> tuple[_View, int, int]:
-        """(view, slot id, offset within the slot). Raises VmmError."""
-        slots = self._slots()
-        for slot_id, slot in slots.items():
-            if slot["gpa"] <= gpa and size >= 0 and gpa + size <= slot["gpa"] + slot["size"]:
-                return self._view(slot_id, slots), slot_id, gpa - slot["gpa"]
-        raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within one memory slot")
 
     # --- dirty log ------------------------------------------------------------------------------------
 
     def log_start(self, slot: int) -> None:
-        """Switch dirty logging of a slot on."""
+        """Switch dirty logging of a slot on; all of it counts as dirty at first. Raises VmmError."""
         self._client.ask(verbs.LogStart, slot=slot)
 
     def log_stop(self, slot: int) -> None:
-        """Log the slot no more. Raises VmmError."""
+        """Switch dirty logging of a slot off. Raises VmmError."""
         self._client.ask(verbs.LogStop, slot=slot)
 
     def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
@@ -372,13 +323,12 @@ class Machine:
     def unregister(self, client: str) -> None:
         """The client gathers no more; what it had is gone. Raises VmmError."""
         self._client.ask(verbs.Unregister, client=client)
-        for key in [k for k in self._clients if k[0] == client]:
-            self._clients.pop(key).close()
+        self._bitmaps.forget(client)
 
     def sync(self, client: str) -> SyncResult:
         """Flush, then take what was dirtied since this client's last sync (or its registration). Raises VmmError;
         the next sync has what this one would have had then."""
-        slots = self._sync(client)["slots"]
+        slots = self._bitmaps.sync(client)["slots"]
         ranges = {i: self.bitmap(i, client).ranges() if s["dirty"] else [] for i, s in slots.items()}
         return SyncResult(ranges, sum(s["dirty"] for s in slots.values()),
                           frozenset(i for i, s in slots.items() if not s["logged"]),
@@ -390,40 +340,24 @@ class Machine:
 
     def flush(self, client: str) -> Flushed:
         """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
-        answer = self._sync(client)
+        answer = self._bitmaps.sync(client)
         return Flushed({slot_id: slot["dirty"] for slot_id, slot in answer["slots"].items()}, answer["at"],
                        answer["vcpu_pages"])
 
-    def _sync(self, client: str) -> dict[str, Any]:
-        """The answer; the bitmaps that it names are open."""
-        answer = self._client.ask(verbs.Sync, client=client)
-        slots = answer["slots"] = {int(i): s for i, s in answer["slots"].items()}
-        for key in [k for k in self._clients if k[0] == client and k[1] not in slots]:
-            self._clients.pop(key).close()
-        for slot_id, slot in slots.items():
-            found = self._clients.get((client, slot_id))
-            if found is None or found.segment.name != slot["bitmap"]:   # of another slot, or another client
-                if found is not None:
-                    del self._clients[client, slot_id]
-                    found.close()
-                self._clients[client, slot_id] = ClientBitmaps(self._open(slot["bitmap"]), slot["pages"])
-        return answer
-
     def take(self, client: str) -> int:
-        """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it."""
+        """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it. Raises
+        VmmError."""
         return sum(s["dirty"] for s in self._client.ask(verbs.Sync, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself
-        may have been removed since: the next sync says so.)"""
-        if (client, slot) not in self._clients:
-            raise VmmError(f"client '{client}' has not synced slot {slot} yet")
-        return self._clients[client, slot].synced
+        may have been removed since: the next sync says so.) Raises VmmError where there was no sync."""
+        return self._bitmaps.synced(slot, client)
 
     def dirty_limit(self, pages_per_s: int, vcpu: int | None = None) -> None:
-        """The user's limit: let one vCPU, or each, dirty at most so many pages a second; 0 lifts it. It stays, and
-        moves with the machine. In force when this returns; a program's own (``limits``) may be lower still. Raises
-        VmmError on a machine without dirty rings."""
+        """The user's limit: let one vCPU, or each, dirty at most ``pages_per_s`` pages per second; 0 lifts it. It
+        stays, and moves with the machine. In force when this returns; a program's own (``limits``) may be lower
+        still. Raises VmmError on a machine without dirty rings."""
         self._client.ask(verbs.DirtyLimit, pages_per_s=pages_per_s, vcpu=vcpu)
 
     def limits(self, why: str) -> holds.Limits:
@@ -431,15 +365,16 @@ class Machine:
         return holds.Limits(self._client, why)
 
     def set_tracking(self, tracking: str) -> dict[str, Any]:
-        """Log dirty pages in another way (one of vmm.machine.trackings.CHOICES). The vCPUs are paused for it,
-        nothing that was dirtied before is lost. ``tracking``: the way it is now; ``seconds`` of pause. Raises
+        """Log dirty pages in another mode (one of vmm.machine.trackings.CHOICES). The vCPUs are paused for it,
+        nothing that was dirtied before is lost. ``tracking``: the mode it is now; ``seconds``: of pause. Raises
         VmmError where it cannot be had, with everything as it was."""
         return self._client.ask(verbs.SetTracking, tracking=tracking)
+
     # --- dirty traces -----------------------------------------------------------------------------------
 
     def record_start(self) -> None:
         """Begin to record a dirty trace (vmm/consumers/trace.py does all of it). It ends with this process at the
-        latest."""
+        latest. Raises VmmError, also on a machine without dirty rings."""
         self._client.ask(verbs.RecordStart, mine=True)
 
     def record_step(self) -> bool:
@@ -448,13 +383,14 @@ class Machine:
         return bool(self._client.ask(verbs.RecordStep)["going_on"])
 
     def record_stop(self) -> None:
-        """Flush the rest into the queue, and end the recording."""
+        """Flush the rest into the queue, and end the recording. Raises VmmError."""
         self._client.ask(verbs.RecordStop)
 
     # --- memory slots -----------------------------------------------------------------------------------
 
     def memory_add(self, slot: int, gpa: int, size: int, *, log: bool = True) -> None:
-        """Plug a memory slot in (bytes, multiples of 4096)."""
+        """Plug in a memory slot (``gpa`` and ``size`` in bytes, multiples of 4096); ``log``: its dirty pages are
+        logged. Raises VmmError, with nothing changed."""
         self._client.ask(verbs.MemoryAdd, slot=slot, gpa=gpa, size=size, log=log)
 
     def memory_remove(self, slot: int, *, force: bool = False) -> None:
@@ -462,23 +398,14 @@ class Machine:
         in it is in each client's next sync. ``force``: also one that holds the guest's image or stacks. Raises
         VmmError."""
         self._client.ask(verbs.MemoryRemove, slot=slot, force=force)
-        view = self._views.pop(slot, None)
-        if view is not None:
-            view.segment.close()
+        self._memory.forget(slot)
 
     # --- end ----------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
         """Drop the connection; the machine goes on (a launched one until this process ends)."""
-        for maps in self._clients.values():
-            maps.close()
-        self._clients.clear()
-        for view in self._views.values():
-            view.segment.close()
-        self._views.clear()
-        if self._system is not None:
-            self._system.close()
-            self._system = None
+        self._bitmaps.close()
+        self._memory.close()
         self._client.close()
 
     def close(self) -> bool:
@@ -499,7 +426,7 @@ class Machine:
 
 def list_machines() -> list[dict[str, Any]]:
     """Status of every running machine; one that does not answer is listed with state ``unknown``. One that ends
-    meanwhile is not."""
+    meanwhile is not. Raises nothing."""
     found = []
     for name in machine_names():
         machine = Machine(name)

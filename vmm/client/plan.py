@@ -32,7 +32,7 @@ def choose_accelerator(wanted: str, section: str = "guest") -> str:
         found = registry.available(name)
         if not found.reason:
             return name
-        reasons.append(f"{name} cannot be used here: {found.reason}")
+        reasons.append(f"{name} is not available here: {found.reason}")
     raise VmmError("; ".join(reasons))
 
 
@@ -48,8 +48,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     if not largest:
         entries = 0     # no ring in this kernel: the plain bitmap does the same work
     elif entries > largest:
-        raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but the largest ring here has "
-                       f"{largest}")
+        raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but the largest ring on this host "
+                       f"has {largest}")
     if config.tracking is not None:
         try:
             check_tracking(config.tracking, accel, entries)
@@ -99,9 +99,10 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
 def _check_trace_file(path: str, patterns: list[str]) -> None:
     """Said before anything is started. Raises VmmError."""
     if not patterns:
-        raise VmmError("--trace-file: no trace event is switched on (--trace PATTERN)")
+        raise VmmError("--trace-file: no trace event is enabled (use --trace PATTERN)")
     if re.fullmatch(r"/dev/fd/.*|/proc/self/fd/.*", path):
-        raise VmmError(f"--trace-file {path}: is this process's own, and the machine is another")
+        raise VmmError(f"--trace-file {path}: is a descriptor of this process, which the machine's process does "
+                       "not have")
     os.close(open_append(path))
 
 

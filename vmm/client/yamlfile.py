@@ -32,7 +32,7 @@ Lines = dict[tuple[str | int, ...], int]
 
 
 class ConfigError(VmmError):
-    """A configuration that cannot be used; one line a problem, each naming file, line and key."""
+    """A configuration that cannot be used; one line per problem, each naming file, line and key."""
 
 
 def key_text(at: tuple[str | int, ...]) -> str:
@@ -98,10 +98,10 @@ def _parse(text: str, where: str, *, line: bool = True) -> tuple[Any, Lines]:
             at_line = mark.line + 1
         elif isinstance(exc, yaml.reader.ReaderError):
             at_line = text.count("\n", 0, exc.position) + 1
-        problem = "an escape or a number is beyond reason"
+        problem = "an escape sequence or a number is out of range"
         if isinstance(exc, yaml.YAMLError):
             problem = str(getattr(exc, "problem", None) or getattr(exc, "reason", None) or exc).partition("\n")[0]
-        raise ConfigError(f"{where}{f':{at_line}' if line and at_line else ''}: not YAML: "
+        raise ConfigError(f"{where}{f':{at_line}' if line and at_line else ''}: invalid YAML: "
                           f"{one_line(problem)}") from None
     values = _Values(where if line else "", where)
     return (None if node is None else values.construct(node, ())), values.lines
@@ -126,7 +126,7 @@ class _Values:
         """The plain Python value of a node. Raises ConfigError."""
         self._made += 1
         if self._made > VALUES_MAX:
-            raise self._bad(node, (), f"more than {VALUES_MAX:,} values (an alias counts as all it stands for)")
+            raise self._bad(node, (), f"more than {VALUES_MAX:,} values (an alias counts as all it expands to)")
         if self._depth == DEPTH_MAX:    # an alias within its own anchor
             raise self._bad(node, at[:1], _too_deep())
         self.lines[at] = node.start_mark.line + 1
@@ -154,7 +154,7 @@ class _Values:
             if key_node.tag == _MERGE:
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
-                raise self._bad(key_node, at, "a key must be a word")
+                raise self._bad(key_node, at, "a key must be a scalar")
             key = str(key_node.value)
             if key in given:
                 raise self._bad(key_node, (*at, key), "given twice")
@@ -166,7 +166,7 @@ class _Values:
     def _merged(self, node: yaml.Node, at: tuple[str | int, ...]) -> list[dict[str, Any]]:
         made = [self.construct(n, at) for n in (node.value if isinstance(node, yaml.SequenceNode) else [node])]
         if not all(isinstance(m, dict) for m in made):
-            raise self._bad(node, (*at, "<<"), "needs a mapping, or a list of them")
+            raise self._bad(node, (*at, "<<"), "must be a mapping or a list of mappings")
         return made
 
     def _scalar(self, node: yaml.ScalarNode, at: tuple[str | int, ...]) -> Any:
@@ -179,7 +179,7 @@ class _Values:
                 raise self._bad(node, at, f"not a valid {node.tag.removeprefix(_TAG)}: "
                                           f"'{one_line(value, 60)}'") from None
             if isinstance(value, int) and value.bit_length() > _NUMBER_MAX:
-                raise self._bad(node, at, "the number is beyond reason")
+                raise self._bad(node, at, "the number is too large")
         elif any("\ud800" <= c <= "\udfff" for c in value):
-            raise self._bad(node, at, "is not text (half of a surrogate pair)")
+            raise self._bad(node, at, "is not valid text (unpaired surrogate)")
         return value

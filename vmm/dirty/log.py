@@ -1,6 +1,6 @@
 """The dirty log: from staging to the slot bitmaps, and from there to each client's own.
 
-The order is design invariant 2: a page's bit leaves staging only after its re-protection has been
+The order is invariant 2 (docs/protocol.md): a page's bit leaves staging only after its re-protection has been
 acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sync` is the seed's
 ``kvm_log_sync_global`` without its walk over slots not in use.
 """

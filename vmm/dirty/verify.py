@@ -39,6 +39,7 @@ __all__ = ["CLIENT", "AnyVerifier", "Verification", "Verifier", "make_verifier"]
 
 CLIENT = "verify"
 _WORDS = PAGE_SIZE // 8
+_FINDINGS = 10      # that are told in full
 _CHUNK = 4096       # pages compared at a time: 16 MiB, within the caches' reach
 
 
@@ -59,31 +60,66 @@ class Verification(msgspec.Struct):
     def ok(self) -> bool:
         return self.lost_pages == 0 and (self.surplus_pages == 0 or not self.surplus_is_failure)
 
+    def add(self, slot_id: int, checked: int, dirty: int, lost: list[int], surplus: list[int],
+            excused: list[int]) -> None:
+        """What a round has found in a slot: counts of pages, and page numbers; ``excused`` are some of ``surplus``."""
+        self.checked_pages += checked
+        self.dirty_pages += dirty
+        self.lost_pages += len(lost)
+        self.excused_pages += len(excused)
+        self.surplus_pages += len(surplus) - len(excused)
+        failed = sorted({*surplus} - {*excused})
+        for kind, pages in (("lost", lost), ("surplus", failed)):
+            for page in pages[:_FINDINGS - len(self.first_findings)]:
+                self.first_findings.append(f"round {self.rounds}: slot {slot_id} page {page:#x} {kind}")
 
-class Verifier:
+
+class _Rounds:
+    """What a round is, whatever proves it: the log is taken, compared, and counted."""
+
+    def __init__(self, log: DirtyLog, control: MachineControl, result: Verification | None) -> None:
+        """``result``: what a predecessor had found, if there was one."""
+        self._log = log
+        self._control = control
+        #: Surplus pages are not held against this round: it is the first of a replacement, which may find
+        #: pages that its predecessor had copied already.
+        self.blind_to_surplus = result is not None
+        #: What a predecessor had taken for a round that it did not finish.
+        self._again = result is not None and bool(control.verify_in_round)
+
+    def _take(self) -> None:
+        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
+        again."""
+        self._control.verify_in_round = 1
+        step("verify-take")
+        self._log.take(CLIENT, again=self._again)
+        self._again = False
+        step("verify-taken")
+
+    def _over(self) -> None:
+        """What was taken has been checked, and is what the next round begins with."""
+        self._control.verify_in_round = 0
+        self.blind_to_surplus = False
+
+
+class Verifier(_Rounds):
     """One round at a time, called by the coordinator with the guest stopped and the log drained."""
 
     def __init__(self, spec: VerifySpec, log: DirtyLog, vcpus: list[VcpuHandle], control: MachineControl,
                  usable: dict[int, tuple[int, int]], resume: Verification | None = None) -> None:
         self.result = Verification(surplus_is_failure=spec.surplus_is_failure)
+        super().__init__(log, control, resume)
         self._inject = spec.inject
         self._injected = (-1, -1)
-        self._log = log
         self._vcpus = vcpus
         self._copies: dict[int, Segment] = {}
         self._previous_last: set[tuple[int, int]] = set()
-        self._control = control
         self._usable = usable
-        #: Surplus pages are not held against this round: it is the first of a replacement, which may find
-        #: pages that its predecessor had copied already.
-        self.blind_to_surplus = resume is not None
         #: {slot: pages that are no surplus in this round}
         self._marked: dict[int, NDArray[np.bool_]] = {}
         log.on_mark = self._on_mark
         #: Switches of the mode of dirty tracking, in this round and the one before.
         self._switches = [0, 0]
-        #: What a predecessor had taken for a round that it did not finish.
-        self._again = resume is not None and bool(control.verify_in_round)
         if resume is not None:
             self.result = resume
             self._inject = "none" if resume.injected != "none" else spec.inject
@@ -187,31 +223,12 @@ class Verifier:
                             if p not in excused_here and (slot_id, p) != self._injected][:unnamed]
                 unnamed -= len(nameless)
                 excused_here += nameless
-            result.checked_pages += slot.pages
-            result.dirty_pages += int(dirty.sum())
-            result.lost_pages += len(lost)
-            result.excused_pages += len(excused_here)
-            result.surplus_pages += len(surplus) - len(excused_here)
-            for kind, pages in (("lost", lost.tolist()), ("surplus", surplus.tolist())):
-                for page in pages:
-                    if len(result.first_findings) < 10 and page not in excused_here:
-                        result.first_findings.append(
-                            f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
+            result.add(slot_id, slot.pages, int(dirty.sum()), lost.tolist(), surplus.tolist(), excused_here)
             update = dirty | changed
             copy[update] = now[update]
             step("verify-copied")
         self._marked.clear()
-        self._control.verify_in_round = 0
-        self.blind_to_surplus = False
-
-    def _take(self) -> None:
-        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
-        again."""
-        self._control.verify_in_round = 1
-        step("verify-take")
-        self._log.take(CLIENT, again=self._again)
-        self._again = False
-        step("verify-taken")
+        self._over()
 
     def _injection(self, slot_id: int, dirty: NDArray[np.bool_], changed: NDArray[np.bool_],
                    marked: NDArray[np.bool_]) -> None:
@@ -227,7 +244,7 @@ class Verifier:
             self.result.injected = self._inject
 
 
-class ReplayVerifier:
+class ReplayVerifier(_Rounds):
     """The same proof for machines that replay: they have no memory to compare, but each producer keeps a record,
     a bitmap of its own in shared memory, of the pages that it wrote.
 
@@ -238,15 +255,11 @@ class ReplayVerifier:
     def __init__(self, spec: VerifySpec, log: DirtyLog, vcpus: list[VcpuHandle], control: MachineControl,
                  resume: Verification | None = None) -> None:
         self.result = Verification(surplus_is_failure=spec.surplus_is_failure) if resume is None else resume
+        super().__init__(log, control, resume)
         self._inject = spec.inject
-        self._log = log
         self._vcpus = vcpus
-        self._control = control
-        self.blind_to_surplus = resume is not None      # as in Verifier
         self._marked: set[int] = set()
         log.on_mark = lambda slot_id, first, count: self._marked.add(slot_id)
-        #: What a predecessor had taken for a round that it did not finish.
-        self._again = resume is not None and bool(control.verify_in_round)
         if resume is None:
             log.register(CLIENT, 0)
 
@@ -289,31 +302,12 @@ class ReplayVerifier:
             surplus = [] if self.blind_to_surplus or slot_id in self._marked else _pages(at, dirty & ~written)
             last = {s.control.last_offset for s in self._vcpus if not s.alive and s.control.last_slot == slot_id}
             excused = [p for p in surplus if p in last]
-            result.checked_pages += slot.pages
-            result.dirty_pages += int(np.bitwise_count(dirty).sum())
-            result.lost_pages += len(lost)
-            result.excused_pages += len(excused)
-            result.surplus_pages += len(surplus) - len(excused)
-            for kind, pages in (("lost", lost), ("surplus", surplus)):
-                for page in pages[:10]:
-                    if len(result.first_findings) < 10 and page not in excused:
-                        result.first_findings.append(
-                            f"round {result.rounds}: slot {slot_id} page {page:#x} {kind}")
+            result.add(slot_id, slot.pages, int(np.bitwise_count(dirty).sum()), lost, surplus, excused)
             for record in slot.records:
                 record.words[record.filled_words()] = 0
                 record.summary[:] = 0
         self._marked.clear()
-        self._control.verify_in_round = 0
-        self.blind_to_surplus = False
-
-    def _take(self) -> None:
-        """What the log has. From before it is taken until the copy is up to date, a successor is to take it
-        again."""
-        self._control.verify_in_round = 1
-        step("verify-take")
-        self._log.take(CLIENT, again=self._again)
-        self._again = False
-        step("verify-taken")
+        self._over()
 
     def _injection(self, dirty: NDArray[np.uint64], written: NDArray[np.uint64], at: NDArray[np.int64],
                    pages: int) -> None:

@@ -3,12 +3,13 @@ beside the one that arrives; to their coordinators they are clients like others.
 
 Down the way of a page, and of the hand-over::
 
-    source.py              offer, rounds, stop-and-copy, hand-over        target.py       listen, fill, start
+    source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
+      precopy.py           the rounds                                       peers.py      who is listened to
       converge.py          when to stop (no I/O)                            offers.py     what is taken
       handover.py          what outlives the source's process               memory.py     the memory, filled in
       channels.py          threads that pack and send pages                 postcopy.py   holes, filled in later
       postcopy_source.py   what is asked for after the hand-over
-      talk.py              the control connection
+      talk.py, progress.py the control connection; what is counted
                   \\                                                        /
                    pages.py     pages and bitmaps, packed and checked
                    wire.py      the messages (docs/protocol.md)

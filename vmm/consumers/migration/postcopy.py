@@ -45,6 +45,7 @@ class MissingPages:
     """The missing pages of a machine that has not started yet. ``with`` it; ``pages`` {slot id: bool[pages]}."""
 
     def __init__(self, machine: Machine, pages: dict[int, NDArray[np.bool_]]) -> None:
+        """Raises VmmError, with nothing left open."""
         self._machine = machine
         self._missing = pages
         self.left = sum(int(p.sum()) for p in pages.values())
@@ -92,7 +93,7 @@ class MissingPages:
         return self._segments
 
     def add(self, pages: dict[int, NDArray[np.bool_]]) -> None:
-        """These are missing too, since they have changed at the source; before the start."""
+        """These are missing too, since they have changed at the source; before the start. Raises VmmError."""
         for slot, bits in pages.items():
             if slot not in self._segments:
                 raise VmmError(f"post-copy: slot {slot} was whole before")

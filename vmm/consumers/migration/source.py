@@ -17,24 +17,19 @@ at the target (vmm/consumers/migration/postcopy_source.py).
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import zmq
 import zstandard
-from numpy.typing import NDArray
 
 from ipc.linux.processid import identity
-from ipc.shm import data_extents, open_fd
 from ipc.steps import step
 
 from ...client.holds import Lease
@@ -43,12 +38,13 @@ from ...errors import VmmError
 from ...machine.spec import MachineSpec
 from ...optional import lz4_block
 from .addresses import parse_address
-from .channels import Channels, Job, chunk_pages
-from .converge import Convergence, Next, Round, Rules
+from .channels import Channels
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
-from .pages import PAGE, changed, missing, missing_pages
+from .pages import PAGE, missing, missing_pages
 from .postcopy_source import serve
+from .precopy import PreCopy, Todo
+from .progress import Progress
 from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect
 from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
@@ -61,15 +57,11 @@ from .wire import (
     Ended,
     Missing,
     Offer,
-    Pages,
     Prepared,
     Received,
     Refused,
-    RoundAck,
-    RoundEnd,
     Running,
     State,
-    Torn,
     Unknown,
     WireError,
 )
@@ -80,13 +72,10 @@ _PATIENCE = 10.0            # seconds for a target to be there, and to take the 
 _RESERVING = 300.0          # seconds that the target may take to make and reserve the memory
 _COMMIT_PATIENCE = 60.0     # seconds that Commit is repeated
 _COMMIT_EVERY = 2.0
-_TELL_EVERY = 0.1
 _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
-_RATE_OVER = 0.5            # seconds
 _NOBODY_PATIENCE = 5.0      # seconds that nobody listens at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
 
-_Todo = dict[int, NDArray[np.int64]]    # {slot: pages, ascending}
 _NONE = np.zeros(0, np.int64)
 
 
@@ -142,30 +131,19 @@ class Source:
         self.report = report
         self._address = parse_address(address)
         self._keys = load_keys(options.key, options.peer, self._address, insecure=options.insecure)
-        self._progress = progress
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._talk: Talk | None = None
         self._channels: Channels | None = None
         self._token = secrets.token_hex(16)
-        self._client = f"migrate_{uuid.uuid4().hex[:8]}"
-        self._convergence = Convergence(Rules(options.downtime, options.max_rounds, options.converge,
-                                              options.postcopy, options.postcopy_after))
+        self._progress = Progress(report, progress)
+        self._pre_copy = PreCopy(machine, options, self._progress, f"migration to {address}", self._obey)
         self._offered: MachineSpec | None = None
-        self._rest: _Todo = {}                  # after pre-copy
-        self._there: _Todo = {}                 # post-copy: what is missing at the target
-        self._number = 0                        # of the round
-        self._torn: list[Torn] = []
+        self._there: Todo = {}                  # post-copy: what is missing at the target
         self._lease: Lease
-        self._limits = machine.limits(f"migration to {address}")
         self._committed = False
         self._postcopy = False
         self._interrupted = False
         self._shield = contextlib.ExitStack()   # against signals
-        self._lock = threading.Lock()           # for what the channels count
-        self._messages = 0
-        self._began = time.monotonic()
-        self._told = 0.0
-        self._measured = (self._began, 0)       # when, bytes transferred by then
 
     # --- the way of a migration ----------------------------------------------------------------------------
 
@@ -174,11 +152,10 @@ class Source:
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             spec = self._read_spec()
             try:
-                self._talk = self._connect(_PATIENCE)
-                self._offer(self._talk, spec)
-                self.machine.register(self._client, mine=True)
-                self._pre_copy()
-                self._stop_and_copy()
+                self._talk = talk = self._connect(_PATIENCE)
+                channels = self._offer(talk, spec)
+                rest, self._postcopy = self._pre_copy.run(talk, channels)
+                self._stop_and_copy(talk, channels, rest)
             except BaseException as exc:
                 if not self._committed:
                     self._give_up(exc)
@@ -193,7 +170,7 @@ class Source:
             self._token = record.token
             self._committed = True
             self.report.status = "handed-over"
-            self._tell(force=True)
+            self._progress.tell(force=True)
             self._commit()
             self._finish()
 
@@ -212,7 +189,8 @@ class Source:
         with machine.paused("migration"):   # for its specification; the state that comes with it is not used
             return msgspec.convert(machine.state()["spec"], MachineSpec)
 
-    def _offer(self, talk: Talk, spec: MachineSpec) -> None:
+    def _offer(self, talk: Talk, spec: MachineSpec) -> Channels:
+        """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""
         image = Path(spec.image).read_bytes()
         if len(image) > _IMAGE_MAX:
             raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB; one of "
@@ -224,141 +202,40 @@ class Source:
         talk.patience = _RESERVING
         talk.expect(Accept)
         talk.patience = RUNNING_PATIENCE
-        self._open_channels()
-        self.report.setup_time = self._elapsed_ms()
+        channels = self._open_channels()
+        self.report.setup_time = self._progress.elapsed_ms
         self.report.ram.total = sum(s.size for s in spec.slots)
         self.report.status = "active"
+        return channels
 
     def _connect(self, patience: float) -> Talk:
-        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._tell)
+        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._progress.tell)
 
-    def _open_channels(self) -> None:
+    def _open_channels(self) -> Channels:
         until = time.monotonic() + _PATIENCE
         connections = [connect(self._context, self._address, self._keys, until=until, queue=8)
                        for _ in range(self.options.channels)]
         self._channels = Channels(connections, self._token, self.options.compression, self.options.bandwidth,
-                                  self._count)
-
-    # --- pre-copy -----------------------------------------------------------------------------------------
-
-    def _pre_copy(self) -> None:
-        """Rounds, until the guest is to be stopped. ``_rest``: the pages that are dirty then."""
-        machine, report = self.machine, self.report
-        machine.sync(self._client)              # from here on counts
-        todo = {s["id"]: self._touched(s) for s in machine.status()["slots"] if s["logged"]}   # round 0
-        while True:
-            before, began, normal = machine.status(), time.monotonic(), report.ram.normal
-            self._send_round(todo)
-            took = max(time.monotonic() - began, 1e-6)
-            status = machine.status()
-            dirtied = [(new["dirty_pages"] - old["dirty_pages"]) / took
-                       for old, new in zip(before["vcpus"], status["vcpus"], strict=True)]
-            todo = self._dirty()
-            left = sum(len(p) for p in todo.values())
-            what = self._convergence.after(Round(report.ram.normal - normal, took, left, dirtied),
-                                           can_limit=status["can_limit"])
-            report.ram.dirty_pages_rate = round(sum(dirtied))
-            report.ram.remaining = left * PAGE
-            expected = self._convergence.expected_downtime(left)
-            report.expected_downtime = None if expected is None else expected * 1000
-            self._tell(force=True)
-            if what is not Next.ROUND:
-                self._postcopy = what is Next.POSTCOPY
-                self._rest = todo
-                return
-            self._limit()
-
-    def _touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
-        """The slot's pages but for those that nobody has ever touched: they are zero, at the target too."""
-        fd = open_fd(self.machine.ram_segment(slot["id"]))
-        try:
-            extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
-        finally:
-            os.close(fd)
-        pages = np.concatenate([np.zeros(0, np.int64), *extents])
-        self.report.ram.duplicate += slot["pages"] - len(pages)
-        return pages
-
-    def _dirty(self) -> _Todo:
-        """The pages dirtied since the last call, by slot, and those that did not arrive as they were sent."""
-        machine = self.machine
-        counts = machine.collect(self._client)
-        bits = {slot: machine.bitmap(slot, self._client).bools() for slot in counts}
-        for message in self._torn:
-            if message.slot not in bits:
-                continue
-            again = changed(message, machine.ram(message.slot), bits[message.slot])
-            bits[message.slot][again] = True
-            self.report.ram.resent += len(again)
-        self._torn.clear()
-        return {slot: pages for slot, b in bits.items() if len(pages := np.flatnonzero(b))}
-
-    def _send_round(self, todo: _Todo) -> None:
-        """Send these pages, and wait until they are there."""
-        assert self._talk is not None
-        assert self._channels is not None
-        talk, channels, report = self._talk, self._channels, self.report
-        began, sent_before = time.monotonic(), report.ram.transferred
-        number, self._number, self._messages = self._number, self._number + 1, 0
-        left = pages = sum(len(p) for p in todo.values())
-        chunk = chunk_pages(self.options.bandwidth)
-        talk.begin()
-        for slot, numbers in todo.items():
-            memory = self.machine.ram(slot)
-            for at in range(0, len(numbers), chunk):
-                job = Job(number, slot, memory, numbers[at:at + chunk])
-                while not channels.put(job, 0.1):
-                    self._check(talk, channels)
-                left -= len(job.pages)
-                report.ram.remaining = left * PAGE
-                self._check(talk, channels)
-        while not channels.idle:
-            self._check(talk, channels)
-            time.sleep(0.001)
-        self._check(talk, channels)
-        talk.send(RoundEnd(number, self._messages))
-        self._torn += talk.expect(RoundAck).torn
-        took = max(time.monotonic() - began, 1e-6)
-        report.ram.dirty_sync_count += 1
-        report.ram.pages_per_second = round(pages / took)
-        report.rounds.append({"pages": pages, "seconds": round(took, 4),
-                              "transferred": report.ram.transferred - sent_before})
-
-    def _check(self, talk: Talk, channels: Channels) -> None:
-        """A channel's failure, or the target's refusal, ends the round."""
-        self._obey()
-        talk.check()
-        if channels.failure:
-            raise talk.error(channels.failure, Lost)
-
-    def _limit(self) -> None:
-        for vcpu, quota in self._convergence.quotas.items():
-            if self.report.throttled.get(str(vcpu)) != (shown := quota * PAGE / 1e6):
-                self._limits.set(quota, vcpu)
-                self.report.throttled[str(vcpu)] = shown
-
-    def _release_limits(self) -> None:
-        with contextlib.suppress(VmmError):
-            self._limits.close()
+                                  self._progress.count)
+        return self._channels
 
     # --- stop-and-copy, hand-over ----------------------------------------------------------------------------
 
-    def _stop_and_copy(self) -> None:
-        """Up to the hand-over, and until the target runs the machine."""
-        assert self._talk is not None
-        machine, report, talk = self.machine, self.report, self._talk
+    def _stop_and_copy(self, talk: Talk, channels: Channels, rest: Todo) -> None:
+        """Up to the hand-over, and until the target runs the machine. ``rest``: what pre-copy has left."""
+        machine, report = self.machine, self.report
         report.status = "device"
-        self._tell(force=True)
+        self._progress.tell(force=True)
         talk.patience = PAUSED_PATIENCE
         with self._frozen():
             stopped = time.monotonic()
             step("migrate-frozen")
-            self._release_limits()
-            todo = _joined(self._rest, self._dirty())
+            self._pre_copy.release_limits()
+            todo = _joined(rest, self._pre_copy.dirty())
             for slot in machine.status()["slots"]:
                 if not slot["logged"]:      # nobody knows what changed there: all of it, now
-                    todo[slot["id"]] = self._touched(slot)
-            self._send_rest(talk, todo)
+                    todo[slot["id"]] = self._pre_copy.touched(slot)
+            self._send_rest(talk, channels, todo)
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)
@@ -371,7 +248,7 @@ class Source:
             self._commit()
             report.downtime = (time.monotonic() - stopped) * 1000
 
-    def _send_rest(self, talk: Talk, todo: _Todo) -> None:
+    def _send_rest(self, talk: Talk, channels: Channels, todo: Todo) -> None:
         """The guest stands still: send what is left, or with post-copy say what it is."""
         if self._postcopy:
             for slot in self.machine.status()["slots"]:
@@ -380,8 +257,8 @@ class Source:
                 talk.send(missing(slot["id"], bits))
             return
         for _ in range(_TRIES):
-            self._send_round(todo)
-            if not (todo := self._dirty()):
+            self._pre_copy.send(talk, channels, todo)
+            if not (todo := self._pre_copy.dirty()):
                 return
         raise talk.error("pages arrive damaged there, again and again")
 
@@ -411,7 +288,7 @@ class Source:
                 raise
         step("migrate-handed-over")
         self.report.status = "handed-over"
-        self._tell(force=True)
+        self._progress.tell(force=True)
 
     def _commit(self) -> None:
         """Tell the target to go on, on another connection if need be, until it says that it does. Then ``_there``
@@ -440,7 +317,7 @@ class Source:
         again = time.monotonic() + _COMMIT_EVERY
         while (left := again - time.monotonic()) > 0:
             answer = talk.hear(min(left, 0.1))
-            self._tell()
+            self._progress.tell()
             match answer:
                 case Running():
                     return True
@@ -461,7 +338,7 @@ class Source:
     def _stranded(self, why: str) -> MigrationError:
         """Handed over, and nobody says that it runs."""
         name = self.machine.name
-        self._unregister()
+        self._pre_copy.unregister()
         left = sum(len(pages) for pages in self._there.values())
         there = (f"its last {left:,} pages are not at the target, which waits for them"
                  if self._postcopy else "it may run there already")
@@ -475,14 +352,11 @@ class Source:
         report = self.report
         while self._postcopy:
             report.status = "postcopy-active"
-            self._tell(force=True)
+            self._progress.tell(force=True)
             assert self._talk is not None
-            if self._channels is None:
-                self._open_channels()
-            assert self._channels is not None
             try:
-                serve(self._talk, self._channels, self.machine, self._there, report, self.options.compression,
-                      self._count, self._tell)
+                serve(self._talk, self._channels or self._open_channels(), self.machine, self._there, report,
+                      self.options.compression, self._progress.count, self._progress.tell)
                 break
             except GoneThere as exc:
                 raise self._stranded(str(exc)) from None
@@ -499,7 +373,7 @@ class Source:
             self._talk.close(Done())
             self._talk = None
         report.status = "completed"
-        self._tell(force=True)
+        self._progress.tell(force=True)
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -517,12 +391,8 @@ class Source:
         if self._talk is not None:
             self._talk.close(Abort(reason))
             self._talk = None
-        self._release_limits()
-        self._unregister()
-
-    def _unregister(self) -> None:
-        with contextlib.suppress(VmmError):
-            self.machine.unregister(self._client)
+        self._pre_copy.release_limits()
+        self._pre_copy.unregister()
 
     # --- signals ------------------------------------------------------------------------------------------------
 
@@ -536,39 +406,6 @@ class Source:
         """A signal that came while none may interrupt, and before the hand-over."""
         if self._interrupted and not self._committed:
             raise KeyboardInterrupt
-
-    # --- report -------------------------------------------------------------------------------------------------
-
-    def _count(self, message: Pages, size: int) -> None:
-        """In a channel's thread, too."""
-        pages = len(message.numbers) // 4
-        with self._lock:
-            ram = self.report.ram
-            self._messages += 1
-            ram.transferred += size
-            if message.encoding == "zero":
-                ram.duplicate += pages
-            else:
-                ram.normal += pages
-                ram.normal_bytes += pages * PAGE
-
-    def _elapsed_ms(self) -> float:
-        return (time.monotonic() - self._began) * 1000
-
-    def _tell(self, *, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now - self._told < _TELL_EVERY:
-            return
-        self._told = now
-        report = self.report
-        report.total_time = self._elapsed_ms()
-        since, sent = self._measured
-        if now - since >= _RATE_OVER:
-            report.ram.mbps = (report.ram.transferred - sent) * 8 / 1e6 / (now - since)
-            self._measured = (now, report.ram.transferred)
-        if report.ram.transferred:
-            report.compression_ratio = report.ram.normal_bytes / report.ram.transferred
-        self._progress(report)
 
     # --- end ------------------------------------------------------------------------------------------------------
 
@@ -593,5 +430,5 @@ class Source:
         self.close()
 
 
-def _joined(one: _Todo, other: _Todo) -> _Todo:
+def _joined(one: Todo, other: Todo) -> Todo:
     return {slot: np.union1d(one.get(slot, _NONE), other.get(slot, _NONE)) for slot in {*one, *other}}

@@ -12,7 +12,6 @@ With post-copy (vmm/consumers/migration/postcopy.py) pages come after the start.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 import tempfile
 import time
@@ -40,22 +39,19 @@ from .keys import load_keys
 from .memory import SlotMemory
 from .offers import check_settings, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
+from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .postcopy import MissingPages, Wanted
 from .sockets import listen
 from .wire import (
     Abort,
     Accept,
-    Alive,
     Answer,
     Buffer,
     Commit,
     Complete,
     Done,
     Ended,
-    Join,
-    Message,
     Offer,
-    OtherVersion,
     Pages,
     Ping,
     Prepared,
@@ -66,10 +62,7 @@ from .wire import (
     Running,
     State,
     Torn,
-    Unknown,
     WireError,
-    decode_message,
-    frames,
 )
 
 __all__ = ["ReceiveError", "receive"]
@@ -77,17 +70,7 @@ __all__ = ["ReceiveError", "receive"]
 _SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
 _UNDECIDED = 300.0          # seconds that Commit is awaited after Prepared, when the connection has broken
 _HEARD = 30.0               # seconds after the end of it all that a source may ask once more how it went
-_ALIVE_EVERY = 1.0
-_LOOK_EVERY = 0.25          # seconds: is the machine here still there?
 _ASK_AGAIN = 2.0            # seconds without pages after which missing ones are asked for
-
-
-class ReceiveError(VmmError):
-    """No machine was received; nothing of it is left here."""
-
-
-class _Gone(ReceiveError):
-    """The source is not connected any more."""
 
 
 class _NotWanted(VmmError):
@@ -116,28 +99,20 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
 
 
 class _Target:
-    """One migration on a ROUTER socket. Who is listened to: ``_peer``, the connection of the offer or of the last
-    Commit with its token, and ``_channels``, those that have joined with it."""
+    """One migration on a ROUTER socket."""
 
     def __init__(self, sock: zmq.Socket[bytes], name: str | None, accel: str, detach: bool, timeout: float | None,
                  refused: Callable[[str], None]) -> None:
-        self._sock = sock
+        self._peers = Peers(sock, refused, self._look)
         self._name = name
         self._accel = accel
         self._detach = detach
         self._timeout = timeout
         self._refused = refused
-        self._peer = b""
-        self._channels: set[bytes] = set()
-        self._token = ""
-        self._heard = self._said = self._looked = time.monotonic()
-        self._poller = zmq.Poller()
-        self._poller.register(sock, zmq.POLLIN)
         self._machine: Machine | None = None
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
-        self._messages = 0
         self._arrived: dict[int, int] = {}      # {round: messages of pages}
         self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
         self._torn: dict[int, list[Torn]] = {}
@@ -179,9 +154,9 @@ class _Target:
             self._missing.close()
         if self._prepared and gone:
             self._answer_until_heard([Refused(_reason(exc))])
-        elif self._peer and not self._prepared:
-            with contextlib.suppress(_Gone):
-                self._say(Refused(_reason(exc)))
+        elif self._peers.source and not self._prepared:
+            with contextlib.suppress(Gone):
+                self._peers.say(Refused(_reason(exc)))
 
     def _end_machine(self) -> bool:
         """True when nothing of it is left for certain."""
@@ -198,117 +173,25 @@ class _Target:
             memory.close()
         self._memory.clear()
 
-    # --- who is there -----------------------------------------------------------------------------------------
-
-    def _send(self, who: bytes, message: Answer) -> None:
-        """Raises _Gone. What does not fit into the queue is dropped: nobody takes anything there."""
-        try:
-            self._sock.send_multipart([who, *frames(message)], zmq.DONTWAIT)
-        except zmq.Again:
-            pass
-        except zmq.ZMQError as exc:
-            raise _Gone(f"the source has gone ({exc.strerror})") from None
-
-    def _say(self, *answers: Answer) -> None:
-        """To the source. Raises _Gone."""
-        self._said = time.monotonic()
-        for answer in answers:
-            self._send(self._peer, answer)
-
-    def _tell_stranger(self, who: bytes, answer: Answer) -> None:
-        with contextlib.suppress(_Gone):
-            self._send(who, answer)
-
-    def _hear(self, seconds: float) -> tuple[Message, Buffer] | None:
-        """The next message of the source (its bytes of pages beside it); None when there was none within
-        ``seconds``, or another of the ``_poller``'s descriptors is readable. Everybody else is ignored, but for a
-        source that takes over (Commit with the token) and those who are told that this place is taken. Raises
-        _Gone, WireError for what the source must not say, ReceiveError when the machine here has been ended by
-        somebody."""
-        until = time.monotonic() + seconds
-        while True:
-            gone = self._look()
-            left = max(0.0, min(until - time.monotonic(), _LOOK_EVERY))
-            ready = dict(self._poller.poll(int(left * 1000)))
-            if self._sock not in ready:
-                if gone is not None:
-                    raise gone
-                if ready or time.monotonic() >= until:
-                    return None
-                continue
-            received = self._sock.recv_multipart(copy=False)
-            who = received[0].bytes
-            ours = who == self._peer or who in self._channels
-            try:
-                message, data = _decode([frame.buffer for frame in received[1:]])
-            except WireError as exc:
-                if ours:
-                    raise
-                if isinstance(exc, OtherVersion):
-                    self._tell_stranger(who, Refused(str(exc)))
-                    self._refused(str(exc))
-            else:
-                if self._let_in(who, message, ours=ours):
-                    self._heard = time.monotonic()
-                    return message, data
-            if time.monotonic() >= until:
-                return None
-
-    def _let_in(self, who: bytes, message: Message, *, ours: bool) -> bool:
-        """The message is one of this migration's."""
-        match message:
-            case Join(token=token):
-                if self._is_token(token):
-                    self._channels.add(who)
-                return False
-            case Commit(token=token):
-                if not self._is_token(token):
-                    self._tell_stranger(who, Unknown())
-                    return False
-                if who != self._peer:       # another process, or another connection: the old ones are void
-                    self._peer = who
-                    self._channels.clear()
-                return True
-            case Offer() if not self._peer:
-                self._peer = who
-                return True
-            case Offer() if not ours:
-                self._tell_stranger(who, Refused("a machine is being received here already"))
-                return False
-        return ours if isinstance(message, Pages) else who == self._peer
-
-    def _is_token(self, token: str) -> bool:
-        return bool(self._token) and hmac.compare_digest(token.encode(), self._token.encode())
-
-    def _look(self) -> _Gone | None:
-        """Now and then: say that we are alive, and see whether the machine is. The source's end, if that is so:
-        what it has said before is still to be read. Raises ReceiveError."""
-        now = time.monotonic()
-        if now - self._looked >= _LOOK_EVERY:
-            self._looked = now
-            if self._machine is not None and not is_running(self._machine.name):
-                raise ReceiveError(f"machine '{self._machine.name}' was stopped while it arrived")
-        if self._peer and now - self._said >= _ALIVE_EVERY:
-            try:
-                self._say(Alive(self._messages))
-            except _Gone as exc:
-                return exc
-        return None
+    def _look(self) -> None:
+        """Raises ReceiveError when the machine here has been ended by somebody."""
+        if self._machine is not None and not is_running(self._machine.name):
+            raise ReceiveError(f"machine '{self._machine.name}' was stopped while it arrived")
 
     # --- the offer ----------------------------------------------------------------------------------------------
 
     def _await_offer(self) -> None:
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         while True:
-            heard = self._hear(_LOOK_EVERY if deadline is None else max(0.0, min(_LOOK_EVERY, deadline
+            heard = self._peers.hear(LOOK_EVERY if deadline is None else max(0.0, min(LOOK_EVERY, deadline
                                                                                   - time.monotonic())))
             if heard is not None and isinstance(offer := heard[0], Offer):
                 try:
                     return self._take_offer(offer)
                 except _NotWanted as exc:
-                    self._tell_stranger(self._peer, Refused(str(exc)))
+                    self._peers.tell_stranger(self._peers.source, Refused(str(exc)))
                     self._refused(str(exc))
-                self._peer = b""
+                self._peers.source = b""
             elif deadline is not None and time.monotonic() > deadline:
                 raise ReceiveError(f"no source came within {self._timeout:.0f} s", ExitCode.TIMEOUT)
 
@@ -326,8 +209,8 @@ class _Target:
                 raise _NotWanted(str(exc)) from None
             except UserfaultError as exc:
                 raise _NotWanted(f"post-copy is not possible here: {exc}") from None
-            self._token = offer.token
-            self._say(Received())
+            self._peers.token = offer.token
+            self._peers.say(Received())
             self._machine = Machine.launch(spec, detach=self._detach, start=False)
         # Only we may start it, or write to it; should we go before, it does.
         self._lease = self._machine.lease("incoming", f"(vmm receive, pid {os.getpid()})")
@@ -335,8 +218,8 @@ class _Target:
         for slot in offer.spec.slots:
             self._memory[slot.id] = SlotMemory(self._machine, slot.id)
             self._pages[slot.id] = slot.pages
-        self._heard = time.monotonic()
-        self._say(Accept())
+        self._peers.heard_at = time.monotonic()
+        self._peers.say(Accept())
 
     # --- memory and state -----------------------------------------------------------------------------------------
 
@@ -344,8 +227,8 @@ class _Target:
         """Rounds of pages and the state, both as often as the source says; until it commits."""
         while True:
             try:
-                heard = self._hear(_LOOK_EVERY)
-            except _Gone:
+                heard = self._peers.hear(LOOK_EVERY)
+            except Gone:
                 if not self._prepared:
                     raise
                 heard = None    # the source decides now, and may come back
@@ -374,7 +257,7 @@ class _Target:
 
     def _be_patient(self) -> None:
         """Raises ReceiveError."""
-        silence = time.monotonic() - self._heard
+        silence = time.monotonic() - self._peers.heard_at
         if silence > (_UNDECIDED if self._prepared else _SILENCE):
             raise ReceiveError(f"the source has said nothing for {silence:.0f} s")
 
@@ -389,7 +272,7 @@ class _Target:
             self._torn.setdefault(message.round, []).append(torn(message, content))
         if intact or content is not None:
             self._memory[message.slot].write(numbers, content)
-        self._messages += 1
+        self._peers.taken += 1
         self._arrived[message.round] = self._arrived.get(message.round, 0) + 1
         self._acknowledge(message.round)
 
@@ -397,7 +280,7 @@ class _Target:
         if self._expected.get(number) == self._arrived.get(number, 0):
             del self._expected[number]
             self._arrived.pop(number, None)
-            self._say(RoundAck(number, self._torn.pop(number, [])))
+            self._peers.say(RoundAck(number, self._torn.pop(number, [])))
 
     def _note_missing(self, message: wire.Missing) -> None:
         bits = missing_pages(message, self._total(message.slot))
@@ -430,7 +313,7 @@ class _Target:
         machine.set_state(message.vcpus)
         self._paused = message.paused
         self._prepared = True
-        self._say(Prepared())
+        self._peers.say(Prepared())
 
     def _apply_settings(self, machine: Machine, spec: MachineSpec) -> None:
         """What a user has set at run time travels with the machine."""
@@ -458,31 +341,31 @@ class _Target:
             machine.pause()
         machine.start()
         step("receive-started")
-        with contextlib.suppress(_Gone):        # it will ask again
+        with contextlib.suppress(Gone):        # it will ask again
             self._tell_how_it_is()
         return machine
 
     def _tell_how_it_is(self) -> None:
-        """It runs, and in post-copy that is missing still. Raises _Gone."""
+        """It runs, and in post-copy that is missing still. Raises Gone."""
         pages = self._missing.bitmaps() if self._missing is not None else {}
-        self._say(*[missing(slot, bits) for slot, bits in pages.items()], Running())
+        self._peers.say(*[missing(slot, bits) for slot, bits in pages.items()], Running())
 
     def _answer_until_heard(self, verdict: list[Answer]) -> None:
         """How it ended, to the source; and again to whoever asks with the token, until the source says that it has
         heard, or for a while."""
         self._machine = None        # no reason any more to look after it
-        with contextlib.suppress(_Gone):
-            self._say(*verdict)
+        with contextlib.suppress(Gone):
+            self._peers.say(*verdict)
         until = time.monotonic() + _HEARD
         while (left := until - time.monotonic()) > 0:
             try:
-                match self._hear(min(left, _LOOK_EVERY)):
+                match self._peers.hear(min(left, LOOK_EVERY)):
                     case (Done() | Abort(), _):
                         return
                     case (Commit(), _):
-                        self._say(*verdict)
-            except (_Gone, WireError):
-                time.sleep(_LOOK_EVERY / 10)
+                        self._peers.say(*verdict)
+            except (Gone, WireError):
+                time.sleep(LOOK_EVERY / 10)
             except KeyboardInterrupt:
                 if not self._detach:
                     raise
@@ -493,14 +376,14 @@ class _Target:
     def _fetch(self, machine: Machine, pages: MissingPages) -> None:
         """The guest runs. Until every page is here, however long the source is away in between."""
         for fd in pages.faults:
-            self._poller.register(fd, zmq.POLLIN)
+            self._peers.poller.register(fd, zmq.POLLIN)
         came = looked = time.monotonic()
         while pages.left:
-            with contextlib.suppress(_Gone):
+            with contextlib.suppress(Gone):
                 heard = None
                 # Whoever sends what makes no sense is ignored: the machine is here alone by now.
                 with contextlib.suppress(WireError):
-                    heard = self._hear(_LOOK_EVERY)
+                    heard = self._peers.hear(LOOK_EVERY)
                 match heard:
                     case (Pages() as message, data):
                         if self._put(pages, message, data):
@@ -512,12 +395,12 @@ class _Target:
                 if time.monotonic() - came > _ASK_AGAIN:
                     came = time.monotonic()
                     self._want(pages.some(CHUNK_PAGES))
-            if not pages.left or time.monotonic() - looked > _LOOK_EVERY:
+            if not pages.left or time.monotonic() - looked > LOOK_EVERY:
                 looked = time.monotonic()
                 if machine.status()["state"] == "ended":
                     raise ReceiveError("the machine was stopped before all of its memory was here")
         for fd in pages.faults:
-            self._poller.unregister(fd)
+            self._peers.poller.unregister(fd)
         pages.finish()
         self._lease.close()
 
@@ -532,22 +415,11 @@ class _Target:
         return intact
 
     def _want(self, wanted: list[Wanted]) -> None:
-        """Raises _Gone; they are asked for again when the source is back."""
+        """Raises Gone; they are asked for again when the source is back."""
         for slot in {w.slot for w in wanted}:
             numbers = sorted(w.page for w in wanted if w.slot == slot)
             for at in range(0, len(numbers), CHUNK_PAGES):
-                self._say(want(slot, numbers[at:at + CHUNK_PAGES]))
-
-
-def _decode(parts: list[Buffer]) -> tuple[Message, Buffer]:
-    """Raises WireError."""
-    if len(parts) not in (1, 2, 3):
-        raise WireError(f"the source sent a message of {len(parts)} frames")
-    message = decode_message(parts[0], parts[1] if len(parts) > 1 else b"")
-    data = parts[2] if len(parts) == 3 else b""
-    if len(data) and not isinstance(message, Pages):
-        raise WireError(f"the source sent {len(data)} bytes with {type(message).__name__}")
-    return message, data
+                self._peers.say(want(slot, numbers[at:at + CHUNK_PAGES]))
 
 
 def _reason(exc: BaseException) -> str:

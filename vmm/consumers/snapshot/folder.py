@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipc.linux.files import open_locked
 from ipc.steps import step
 
 from ...errors import VmmError
@@ -61,18 +61,14 @@ def new_aside(directory: Path, snapshot_id: str) -> Path:
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """One at a time changes a chain. Raises SnapshotError."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise SnapshotError(f"{directory}: {exc.strerror}") from None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(open_locked(directory, os.O_RDONLY | os.O_DIRECTORY))
         except BlockingIOError:
             raise SnapshotError(f"{directory}: another snapshot is being taken, merged or deleted there") from None
+        except OSError as exc:
+            raise SnapshotError(f"{directory}: {exc.strerror}") from None
         yield
-    finally:
-        os.close(fd)
 
 
 def foreign_file(folder: Path) -> str | None:

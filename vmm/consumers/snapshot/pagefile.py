@@ -156,7 +156,8 @@ def read_pages(directory: Path, name: str, total: int, checksum: str,
 
 def iter_pages(directory: Path, name: str, total: int, checksum: str,
                memory: NDArray[np.uint8] | None = None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """As ``read_pages``, and yield each piece's bytes, which are good until the next."""
+    """As ``read_pages``, and yield each piece's bytes, which are good until the next. Raises PageFileError, for
+    a wrong checksum after the last piece."""
     path = directory / name
     try:
         words, present = _read_map(path.with_suffix(".map"), total)

@@ -1,6 +1,8 @@
 """A software CPU: Unicorn (QEMU's TCG as a library), with dirty logging, kicks and real atomics.
 
     cpu.py          the accelerator: what happens around the guest
+    entry.py        how it comes to stand at a guest's instruction
+    pages.py        slots, page flags, ring: what is logged
     hooks.py        what happens at the guest's speed, as Numba compiles it; calls.py has it to call. Of it:
     writes.py       dirty logging
     locked.py       locked instructions

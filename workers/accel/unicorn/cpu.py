@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,9 @@ from unicorn import unicorn_const as uconst
 from unicorn import x86_const as ux
 from unicorn.unicorn_py3.unicorn import uclib
 
-from ipc.layout import RING_RESERVE, Tracking, VcpuControl
+from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, SlotSpec, WorkerSpec
-from ipc.shm import PAGE_SIZE, Segment, SegmentError
+from ipc.shm import Segment, SegmentError
 
 from ... import msr
 from ...faults import describe
@@ -38,47 +38,24 @@ from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind
 from . import calls
 from . import state as soft_state
-from .context import CONTEXT, PAGE_CODE, PAGE_LOGGED, SEEN, SEEN_BLOCKS, SLOT, Stop
+from .context import CONTEXT, SEEN, SEEN_BLOCKS, Stop
 from .decode import Decoder, PortAccess, Special
+from .entry import GENERAL, enter, load_boot, number
+from .pages import LoggedPages
 
 __all__ = ["UnicornAccelerator"]
 
 _TRAMPOLINE = 0xFF_F000             # behind the system slot, in the area that no RAM may be in
-_TRAMPOLINE_CODE = bytes.fromhex("8ed8 8ec3 8ee1 8eea 48cf")     # mov to ds, es, fs, gs from eax to edx; iretq
-_TRAMPOLINE_INSTRUCTIONS = 5
 _EFER_SCE = 1
 _NO_LIMIT = (1 << 64) - 1
 _DF = 1 << 10
 _UD, _DF_VECTOR, _GP, _PF = 6, 8, 13, 14
 _IDT_GATE = 16
 
-_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13",
-            "r14", "r15", "rip", "rflags")
-_ENTERED = ("rip", "rsp", "rflags")
-_REPORTED = (*_GENERAL, "cr0", "cr2", "cr3", "cr4", "cs", "ss", "fs_base", "gs_base")
+_REPORTED = (*GENERAL, "cr0", "cr2", "cr3", "cr4", "cs", "ss", "fs_base", "gs_base")
 _ACCUMULATOR = {1: ux.UC_X86_REG_AL, 2: ux.UC_X86_REG_AX, 4: ux.UC_X86_REG_RAX}  # a 4-byte IN clears the rest
 _ACCESS = {uconst.UC_MEM_READ_UNMAPPED: "read", uconst.UC_MEM_WRITE_UNMAPPED: "write",
            uconst.UC_MEM_FETCH_UNMAPPED: "fetch"}
-
-
-def _number(register: str) -> int:
-    return int(getattr(ux, f"UC_X86_REG_{register.upper()}"))
-
-
-class _Slot:
-    """A RAM slot here: where its memory is, and its page flags."""
-
-    def __init__(self, spec: SlotSpec, host: int, logged: bool) -> None:
-        self.spec = spec
-        self.host = host
-        self.flags: NDArray[np.uint8] = np.zeros(spec.size // PAGE_SIZE, np.uint8)
-        self.log(logged)
-
-    def log(self, on: bool) -> None:
-        if on:
-            self.flags &= 0xFF ^ PAGE_LOGGED
-        else:
-            self.flags |= PAGE_LOGGED
 
 
 class UnicornAccelerator:
@@ -93,12 +70,9 @@ class UnicornAccelerator:
         self._ports = ports
         self._turnstile = threading.Lock()
         self._gate = threading.Lock()       # held while the guest runs, or by who must not have it run
-        self._slots: dict[int, _Slot] = {}
         self._fault: Exit | None = None
-        self._ring: Segment | None = None
         self._context: NDArray[Any] = np.zeros(1, CONTEXT)
         self._c: Any = self._context.view(np.recarray)[0]
-        self._table: NDArray[Any] = np.zeros(0, SLOT)
         self._seen: NDArray[Any] = np.zeros(SEEN_BLOCKS, SEEN)
         self._seen_count = 0
         self._address = int(self._context.ctypes.data)
@@ -106,15 +80,10 @@ class UnicornAccelerator:
         #: {address: (hook handle, what the hook points to or what the run loop is to do)}
         self._hooked: dict[int, tuple[int, Any]] = {}
         self._fill_context()
-        for slot in memory.slots.values():
-            if slot.spec.id != spec.system_slot.id:
-                self._slots[slot.spec.id] = _Slot(slot.spec, slot.host_address, self._logs(slot.spec))
-        self._write_table()
+        self._pages = LoggedPages(spec, memory, self._c)
         try:
-            if spec.ring_entries:
-                self._use_ring(Segment.open(spec.ring_segment))
             self._engine = self._make_engine()
-            self._load_boot(spec.boot)
+            load_boot(self._engine, spec.boot, self._trampoline)
             self._add_hooks()
         except unicorn.UcError as exc:
             self.close()
@@ -124,6 +93,10 @@ class UnicornAccelerator:
             raise
 
     # --- set-up ----------------------------------------------------------------------------------
+
+    @property
+    def _trampoline(self) -> int:
+        return self._spec.system_slot.gpa + _TRAMPOLINE
 
     def _fill_context(self) -> None:
         c = self._c
@@ -136,69 +109,11 @@ class UnicornAccelerator:
         c.cr3 = self._spec.boot["cr3"]
         c.push_limit = _NO_LIMIT
 
-    def _logs(self, slot: SlotSpec) -> bool:
-        """The hooks log this slot: with a ring or in bitmap mode. (Otherwise it is as if every page had its entry
-        already; the hooks stay, for the code that the guest may write.)"""
-        return slot.log and self._spec.mode in (Tracking.RING, Tracking.BITMAP)
-
-    def _use_ring(self, ring: Segment | None) -> None:
-        if self._ring is not None:
-            self._ring.close()
-        self._ring = ring
-        entries = 0 if ring is None else self._spec.ring_entries
-        self._c.ring, self._c.entries = 0 if ring is None else ring.address, entries
-        self._c.soft_limit = max(0, entries - RING_RESERVE)
-
     def _make_engine(self) -> Any:
         engine = unicorn.Uc(uconst.UC_ARCH_X86, uconst.UC_MODE_64)
         for slot in self._memory.slots.values():
             engine.mem_map_ptr(slot.spec.gpa, slot.spec.size, uconst.UC_PROT_ALL, slot.host_address)
         return engine
-
-    def _write_table(self) -> None:
-        """Tell the hooks of the slots. The guest stands still."""
-        rows = [(s.spec.gpa, s.spec.gpa + s.spec.size, s.host, s.flags.ctypes.data, s.spec.id)
-                for s in self._slots.values()]
-        self._table = np.array(rows, SLOT)
-        self._c.slots, self._c.slot_count, self._c.last_slot = self._table.ctypes.data, len(rows), 0
-
-    def _load_boot(self, boot: Mapping[str, int]) -> None:
-        engine = self._engine
-        engine.reg_write(ux.UC_X86_REG_GDTR, (0, boot["gdt_base"], boot["gdt_limit"], 0))
-        engine.reg_write(ux.UC_X86_REG_IDTR, (0, boot["idt_base"], boot["idt_limit"], 0))
-        engine.reg_write(ux.UC_X86_REG_TR, (boot["tr_selector"], boot["tss_base"], boot["tss_limit"], 0x8B00))
-        engine.reg_write(ux.UC_X86_REG_CR3, boot["cr3"])
-        engine.reg_write(ux.UC_X86_REG_CR4, boot["cr4"])
-        engine.msr_write(msr.EFER, boot["efer"])
-        engine.msr_write(msr.LSTAR, boot["lstar"])
-        engine.reg_write(ux.UC_X86_REG_CR0, boot["cr0"])
-        self._enter(boot["rip"], boot["rsp"], boot["rflags"], boot["cs"], boot["ss"], [boot["ds"]] * 4)
-        for name in _GENERAL:
-            if name in boot and name not in _ENTERED:
-                engine.reg_write(_number(name), boot[name])
-
-    def _enter(self, rip: int, rsp: int, rflags: int, cs: int, ss: int, data: list[int]) -> None:
-        """Load DS, ES, FS and GS (``data``) and go there with IRETQ, as an operating system would: told to set
-        a selector, Unicorn does, but neither loads its descriptor nor changes the privilege level.
-
-        The general registers are not kept."""
-        engine = self._engine
-        page = self._spec.system_slot.gpa + _TRAMPOLINE
-        engine.mem_map(page, PAGE_SIZE)
-        frame = page + PAGE_SIZE // 2
-        engine.mem_write(page, _TRAMPOLINE_CODE)
-        engine.mem_write(frame, b"".join(v.to_bytes(8, "little") for v in (rip, cs, rflags, rsp, ss)))
-        engine.reg_write(ux.UC_X86_REG_RSP, frame)
-        for register, selector in zip(("rax", "rbx", "rcx", "rdx"), data, strict=True):
-            engine.reg_write(_number(register), selector)
-        engine.emu_start(page, rip, count=_TRAMPOLINE_INSTRUCTIONS)
-        engine.mem_unmap(page, PAGE_SIZE)
-        # From now on no address ends the emulation. (Unicorn would also look each one up in the guest's page
-        # tables after every stop, and take the page fault for a first one of two.)
-        engine.ctl_exits_enabled(True)
-        engine.ctl_set_exits([])
-        if engine.reg_read(ux.UC_X86_REG_CS) != cs or engine.reg_read(ux.UC_X86_REG_RIP) != rip:
-            raise AccelError("the software CPU cannot be set up: it did not enter the guest's privilege level")
 
     def _add_hooks(self) -> None:
         engine = self._engine
@@ -297,15 +212,9 @@ class UnicornAccelerator:
         if fresh:   # it was translated without the hooks
             self._engine.ctl_remove_cache(address, address + size)
         with self._inside():
-            self._mark_code(address, size)
+            self._pages.mark_code(address, size)
         calls.remember(self._address, address, size)
         self._seen_count += 1
-
-    def _mark_code(self, address: int, size: int) -> None:
-        for slot in self._slots.values():
-            first, last = address - slot.spec.gpa, address + size - 1 - slot.spec.gpa
-            if first < slot.spec.size and last >= 0:
-                slot.flags[max(first, 0) // PAGE_SIZE:last // PAGE_SIZE + 1] |= PAGE_CODE
 
     def _forget_code(self) -> None:
         """The guest has overwritten code: every block is looked at again."""
@@ -322,8 +231,7 @@ class UnicornAccelerator:
         self._hooked.clear()
         self._seen[:] = 0
         self._seen_count = 0
-        for slot in self._slots.values():
-            slot.flags &= 0xFF ^ PAGE_CODE
+        self._pages.forget_code()
 
     def _carry_out(self, address: int) -> Exit | None:
         what = self._hooked[address][1]
@@ -339,9 +247,9 @@ class UnicornAccelerator:
             return self._load_cr3(what)
         if name == "locked":
             return self._end(ExitReason.INTERNAL_ERROR, "the software CPU cannot make a locked instruction "
-                             "atomic under page tables of the guest's own")
+                             "atomic under the guest's own page tables")
         if name == "syscall" and self._engine.msr_read(msr.EFER) & _EFER_SCE:
-            return self._end(ExitReason.INTERNAL_ERROR, "the software CPU does not carry out syscall")
+            return self._end(ExitReason.INTERNAL_ERROR, "the software CPU does not support syscall")
         return self._exception(_UD if name == "syscall" else _GP)
 
     def _load_cr3(self, what: Special) -> Exit | None:
@@ -352,8 +260,8 @@ class UnicornAccelerator:
         if engine.reg_read(ux.UC_X86_REG_CS) & 3:
             return self._exception(_GP)
         if not soft_state.is_boot_cr3(value, self._spec.boot["cr3"]):
-            return self._end(ExitReason.INTERNAL_ERROR, "the software CPU cannot log what it writes into page "
-                             f"tables of the guest's own (CR3 {value:#x})")
+            return self._end(ExitReason.INTERNAL_ERROR, "the software CPU cannot log what it writes into the "
+                             f"guest's own page tables (CR3 {value:#x})")
         engine.reg_write(ux.UC_X86_REG_CR3, value)
         engine.reg_write(ux.UC_X86_REG_RIP, what.next)
         return None
@@ -431,7 +339,7 @@ class UnicornAccelerator:
             vector = _GP    # int n: the boot IDT ends there
         _, _, limit, _ = self._engine.reg_read(ux.UC_X86_REG_IDTR)
         if limit < vector * _IDT_GATE + _IDT_GATE - 1 and limit < _DF_VECTOR * _IDT_GATE + _IDT_GATE - 1:
-            return self._end(ExitReason.TRIPLE_FAULT, "an exception without an IDT to take it")
+            return self._end(ExitReason.TRIPLE_FAULT, "an exception without an IDT to handle it")
         reason, detail = describe(vector, None, self._engine.reg_read(ux.UC_X86_REG_CR2))
         return self._end(reason, detail)
 
@@ -446,7 +354,7 @@ class UnicornAccelerator:
         return Exit(ExitKind.END, reason=reason, detail=detail, registers=self.registers())
 
     def registers(self) -> dict[str, int]:
-        found = {name: int(self._engine.reg_read(_number(name))) for name in _REPORTED}
+        found = {name: int(self._engine.reg_read(number(name))) for name in _REPORTED}
         found["efer"] = int(self._engine.msr_read(msr.EFER))
         return found
 
@@ -468,15 +376,7 @@ class UnicornAccelerator:
 
     def rebuild_ring(self) -> None:
         with self._outside():
-            assert self._ring is not None
-            ctypes.memset(self._ring.address, 0, self._spec.ring_entries * 16)
-            self._restart_log()
-
-    def _restart_log(self) -> None:
-        """Nothing is in the log, every page that is logged is logged at its next write. The guest stands still."""
-        self._c.pushed = self._c.reset = self._c.overflowed = 0
-        for slot in self._slots.values():
-            slot.log(self._logs(slot.spec))
+            self._pages.restart()
 
     def set_tracking(self, spec: WorkerSpec) -> None:
         try:
@@ -485,50 +385,31 @@ class UnicornAccelerator:
             raise AccelError(f"vCPU {spec.index}: dirty tracking cannot be changed: {exc}") from None
         with self._outside():
             self._spec = spec
-            self._use_ring(ring)
-            if ring is not None:
-                ctypes.memset(ring.address, 0, spec.ring_entries * 16)
-            self._restart_log()
+            self._pages.track(spec, ring)
 
     def get_dirty_log(self, slot_id: int) -> int:
-        """Bitmap mode. The guest may run: what it dirties behind this is in the next log."""
-        dirty = (self._slots[slot_id].flags & PAGE_LOGGED).astype(bool)
-        self._log_buffer(slot_id)[:] = np.packbits(dirty, bitorder="little")
-        return int(dirty.sum())
+        return self._pages.dirty_log(slot_id)
 
     def clear_dirty_log(self, slot_id: int) -> None:
-        """The next write to the pages set in the log buffer is logged again."""
-        slot = self._slots[slot_id]
-        bits = np.unpackbits(self._log_buffer(slot_id), bitorder="little", count=len(slot.flags))
         with self._outside():
-            slot.flags[bits.astype(bool)] &= 0xFF ^ PAGE_LOGGED
-
-    def _log_buffer(self, slot_id: int) -> NDArray[np.uint8]:
-        size = -(-len(self._slots[slot_id].flags) // 8)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._memory.slots[slot_id].log_address))
+            self._pages.clear(slot_id)
 
     def set_memslot(self, slot: SlotSpec) -> None:
         with self._outside():
-            known = self._slots.get(slot.id)
-            if known is not None:
-                if known.spec.log != slot.log:
-                    known.log(self._logs(slot))
-                known.spec = slot
+            if self._pages.knows(slot):
                 return
             host = self._memory.slots[slot.id].host_address
             try:
                 self._engine.mem_map_ptr(slot.gpa, slot.size, uconst.UC_PROT_ALL, host)
             except unicorn.UcError as exc:
                 raise AccelError(f"slot {slot.id} cannot be added: {exc}") from None
-            self._slots[slot.id] = _Slot(slot, host, self._logs(slot))
-            self._write_table()
+            self._pages.add(slot)
 
     def remove_memslot(self, slot_id: int) -> None:
         with self._outside():
-            slot = self._slots.pop(slot_id)
             self._drop_code()
-            self._engine.mem_unmap(slot.spec.gpa, slot.spec.size)
-            self._write_table()
+            slot = self._pages.remove(slot_id)
+            self._engine.mem_unmap(slot.gpa, slot.size)
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -547,17 +428,16 @@ class UnicornAccelerator:
             try:
                 self._engine = self._make_engine()
                 soft_state.set_system_registers(self._engine, state)
-                self._enter(regs.rip, regs.rsp, regs.rflags, segments.cs.selector, segments.ss.selector,
-                            [one.selector for one in (segments.ds, segments.es, segments.fs, segments.gs)])
+                enter(self._engine, self._trampoline, regs.rip, regs.rsp, regs.rflags, segments.cs.selector,
+                      segments.ss.selector,
+                      [one.selector for one in (segments.ds, segments.es, segments.fs, segments.gs)])
                 soft_state.set_registers(self._engine, state)
                 self._add_hooks()
             except unicorn.UcError as exc:
-                raise AccelError(f"the software CPU refuses the saved vCPU state: {exc}") from None
+                raise AccelError(f"the software CPU rejected the saved vCPU state: {exc}") from None
 
     def close(self) -> None:
         """Idempotent."""
         self._engine = None     # the binding closes it with its last reference
         self._c = None
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
+        self._pages.close()

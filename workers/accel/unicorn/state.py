@@ -107,13 +107,13 @@ def check(state: VcpuSaved, boot_cr3: int) -> None:
         raise AccelError(f"the saved vCPU uses extended registers (XCR0 {state.xcr0:#x}), which the software "
                          "CPU does not have: restore it on kvm")
     if not is_boot_cr3(state.cr3, boot_cr3):
-        raise AccelError(f"the saved vCPU has page tables of its own (CR3 {state.cr3:#x}), and the software CPU "
+        raise AccelError(f"the saved vCPU has its own page tables (CR3 {state.cr3:#x}), and the software CPU "
                          "cannot log what it writes there: restore it on kvm")
     under_way = ("exception_injected", "exception_pending", "interrupt_injected", "nmi_injected", "nmi_pending",
                  "smi_pending", "triple_fault_pending")
     pending = [name for name in under_way if getattr(state.events, name)]
     if pending:
-        raise AccelError(f"the saved vCPU has an event under way ({', '.join(pending)}), which the software CPU "
+        raise AccelError(f"the saved vCPU has a pending event ({', '.join(pending)}), which the software CPU "
                          "cannot deliver: restore it on kvm")
 
 

@@ -1,0 +1,170 @@
+"""Who is listened to at the target: the source's connection (that of the offer, or of the last Commit with its
+token) and the channels that have joined with that token. Everybody else is told that this place is taken, or
+nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import time
+from collections.abc import Callable
+
+import zmq
+
+from ...errors import VmmError
+from .wire import (
+    Alive,
+    Answer,
+    Buffer,
+    Commit,
+    Join,
+    Message,
+    Offer,
+    OtherVersion,
+    Pages,
+    Refused,
+    Unknown,
+    WireError,
+    decode_message,
+    frames,
+)
+
+__all__ = ["LOOK_EVERY", "Gone", "Peers", "ReceiveError"]
+
+LOOK_EVERY = 0.25           # seconds
+_ALIVE_EVERY = 1.0          # seconds
+
+
+class ReceiveError(VmmError):
+    """No machine was received; nothing of it is left here."""
+
+
+class Gone(ReceiveError):
+    """The source is not connected any more."""
+
+
+class Peers:
+    """One migration on a ROUTER socket. ``refused`` is told why another than the source was turned away; ``look``
+    is called every LOOK_EVERY seconds, and may raise what is to end the migration."""
+
+    def __init__(self, sock: zmq.Socket[bytes], refused: Callable[[str], None], look: Callable[[], None]) -> None:
+        self._sock = sock
+        self._refused = refused
+        self._look_now = look
+        #: The source; b"": there is none yet.
+        self.source = b""
+        self._channels: set[bytes] = set()
+        #: Of the migration, once its offer has been taken.
+        self.token = ""
+        #: When the source was last heard, seconds of CLOCK_MONOTONIC.
+        self.heard_at = time.monotonic()
+        #: Messages of pages that have been taken.
+        self.taken = 0
+        self._said = self._looked = self.heard_at
+        self.poller = zmq.Poller()
+        self.poller.register(sock, zmq.POLLIN)
+
+    def _send(self, who: bytes, message: Answer) -> None:
+        """Raises Gone. What does not fit into the queue is dropped: nobody takes anything there."""
+        try:
+            self._sock.send_multipart([who, *frames(message)], zmq.DONTWAIT)
+        except zmq.Again:
+            pass
+        except zmq.ZMQError as exc:
+            raise Gone(f"the source has gone ({exc.strerror})") from None
+
+    def say(self, *answers: Answer) -> None:
+        """To the source. Raises Gone."""
+        self._said = time.monotonic()
+        for answer in answers:
+            self._send(self.source, answer)
+
+    def tell_stranger(self, who: bytes, answer: Answer) -> None:
+        """If it is still connected."""
+        with contextlib.suppress(Gone):
+            self._send(who, answer)
+
+    def hear(self, seconds: float) -> tuple[Message, Buffer] | None:
+        """The next message of the source (its bytes of pages beside it); None when there was none within
+        ``seconds``, or another of the ``poller``'s descriptors is readable. Everybody else is ignored, but for a
+        source that takes over (Commit with the token) and those who are told that this place is taken. Raises
+        Gone, WireError for what the source must not say, and what ``look`` does."""
+        until = time.monotonic() + seconds
+        while True:
+            gone = self._look()
+            left = max(0.0, min(until - time.monotonic(), LOOK_EVERY))
+            ready = dict(self.poller.poll(int(left * 1000)))
+            if self._sock not in ready:
+                if gone is not None:
+                    raise gone
+                if ready or time.monotonic() >= until:
+                    return None
+                continue
+            received = self._sock.recv_multipart(copy=False)
+            who = received[0].bytes
+            ours = who == self.source or who in self._channels
+            try:
+                message, data = _decode([frame.buffer for frame in received[1:]])
+            except WireError as exc:
+                if ours:
+                    raise
+                if isinstance(exc, OtherVersion):
+                    self.tell_stranger(who, Refused(str(exc)))
+                    self._refused(str(exc))
+            else:
+                if self._let_in(who, message, ours=ours):
+                    self.heard_at = time.monotonic()
+                    return message, data
+            if time.monotonic() >= until:
+                return None
+
+    def _let_in(self, who: bytes, message: Message, *, ours: bool) -> bool:
+        """The message is one of this migration's."""
+        match message:
+            case Join(token=token):
+                if self._is_token(token):
+                    self._channels.add(who)
+                return False
+            case Commit(token=token):
+                if not self._is_token(token):
+                    self.tell_stranger(who, Unknown())
+                    return False
+                if who != self.source:       # another process, or another connection: the old ones are void
+                    self.source = who
+                    self._channels.clear()
+                return True
+            case Offer() if not self.source:
+                self.source = who
+                return True
+            case Offer() if not ours:
+                self.tell_stranger(who, Refused("a machine is being received here already"))
+                return False
+        return ours if isinstance(message, Pages) else who == self.source
+
+    def _is_token(self, token: str) -> bool:
+        return bool(self.token) and hmac.compare_digest(token.encode(), self.token.encode())
+
+    def _look(self) -> Gone | None:
+        """Now and then: say that we are alive, and see whether the machine is. The source's end, if that is so:
+        what it has said before is still to be read."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_EVERY:
+            self._looked = now
+            self._look_now()
+        if self.source and now - self._said >= _ALIVE_EVERY:
+            try:
+                self.say(Alive(self.taken))
+            except Gone as exc:
+                return exc
+        return None
+
+
+def _decode(parts: list[Buffer]) -> tuple[Message, Buffer]:
+    """Raises WireError."""
+    if len(parts) not in (1, 2, 3):
+        raise WireError(f"the source sent a message of {len(parts)} frames")
+    message = decode_message(parts[0], parts[1] if len(parts) > 1 else b"")
+    data = parts[2] if len(parts) == 3 else b""
+    if len(data) and not isinstance(message, Pages):
+        raise WireError(f"the source sent {len(data)} bytes with {type(message).__name__}")
+    return message, data

@@ -1,0 +1,157 @@
+"""Pre-copy: rounds that send what was dirtied during the last, until the guest is to be stopped.
+
+When that is, vmm/consumers/migration/converge.py says; from there on the rounds go on with the guest standing still
+(vmm/consumers/migration/source.py), until nothing is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipc.shm import data_extents, open_fd
+
+from ...client.machine import Machine
+from ...errors import VmmError
+from .channels import Channels, Job, chunk_pages
+from .converge import Convergence, Next, Round, Rules
+from .pages import PAGE, changed
+from .progress import Progress
+from .report import Options
+from .talk import Lost, Talk
+from .wire import RoundAck, RoundEnd, Torn
+
+__all__ = ["PreCopy", "Todo"]
+
+Todo = dict[int, NDArray[np.int64]]     # {slot: pages, ascending}
+
+
+class PreCopy:
+    """The machine's dirty pages as this migration's client has them, and how they are sent. ``obey`` raises what is
+    to end a round."""
+
+    def __init__(self, machine: Machine, options: Options, progress: Progress, why: str,
+                 obey: Callable[[], None]) -> None:
+        self._machine = machine
+        self._options = options
+        self._progress = progress
+        self._report = progress.report
+        self._obey = obey
+        self._client = f"migrate_{uuid.uuid4().hex[:8]}"
+        self._limits = machine.limits(why)
+        self._convergence = Convergence(Rules(options.downtime, options.max_rounds, options.converge,
+                                              options.postcopy, options.postcopy_after))
+        self._number = 0                # of the round
+        self._torn: list[Torn] = []
+
+    def run(self, talk: Talk, channels: Channels) -> tuple[Todo, bool]:
+        """Until the guest is to be stopped: the pages that are dirty then, and whether they go after the hand-over
+        (post-copy). Raises MigrationError, VmmError, WireError."""
+        machine, report = self._machine, self._report
+        machine.register(self._client, mine=True)
+        machine.sync(self._client)              # from here on counts
+        todo = {s["id"]: self.touched(s) for s in machine.status()["slots"] if s["logged"]}   # round 0
+        while True:
+            before, began, normal = machine.status(), time.monotonic(), report.ram.normal
+            self.send(talk, channels, todo)
+            took = max(time.monotonic() - began, 1e-6)
+            status = machine.status()
+            dirtied = [(new["dirty_pages"] - old["dirty_pages"]) / took
+                       for old, new in zip(before["vcpus"], status["vcpus"], strict=True)]
+            todo = self.dirty()
+            left = sum(len(p) for p in todo.values())
+            what = self._convergence.after(Round(report.ram.normal - normal, took, left, dirtied),
+                                           can_limit=status["can_limit"])
+            report.ram.dirty_pages_rate = round(sum(dirtied))
+            report.ram.remaining = left * PAGE
+            expected = self._convergence.expected_downtime(left)
+            report.expected_downtime = None if expected is None else expected * 1000
+            self._progress.tell(force=True)
+            if what is not Next.ROUND:
+                return todo, what is Next.POSTCOPY
+            self._limit()
+
+    def touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
+        """The slot's pages but for those that nobody has ever touched: they are zero, at the target too. ``slot``:
+        as the machine's report has it."""
+        fd = open_fd(self._machine.ram_segment(slot["id"]))
+        try:
+            extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
+        finally:
+            os.close(fd)
+        pages = np.concatenate([np.zeros(0, np.int64), *extents])
+        self._report.ram.duplicate += slot["pages"] - len(pages)
+        return pages
+
+    def dirty(self) -> Todo:
+        """The pages dirtied since the last call, by slot, and those that did not arrive as they were sent."""
+        machine = self._machine
+        counts = machine.collect(self._client)
+        bits = {slot: machine.bitmap(slot, self._client).bools() for slot in counts}
+        for message in self._torn:
+            if message.slot not in bits:
+                continue
+            again = changed(message, machine.ram(message.slot), bits[message.slot])
+            bits[message.slot][again] = True
+            self._report.ram.resent += len(again)
+        self._torn.clear()
+        return {slot: pages for slot, b in bits.items() if len(pages := np.flatnonzero(b))}
+
+    def send(self, talk: Talk, channels: Channels, todo: Todo) -> None:
+        """A round: send these pages, and wait until they are there."""
+        report, progress = self._report, self._progress
+        began, sent_before = time.monotonic(), report.ram.transferred
+        number, self._number, progress.messages = self._number, self._number + 1, 0
+        left = pages = sum(len(p) for p in todo.values())
+        chunk = chunk_pages(self._options.bandwidth)
+        talk.begin()
+        for slot, numbers in todo.items():
+            memory = self._machine.ram(slot)
+            for at in range(0, len(numbers), chunk):
+                job = Job(number, slot, memory, numbers[at:at + chunk])
+                while not channels.put(job, 0.1):
+                    self._check(talk, channels)
+                left -= len(job.pages)
+                report.ram.remaining = left * PAGE
+                self._check(talk, channels)
+        while not channels.idle:
+            self._check(talk, channels)
+            time.sleep(0.001)
+        self._check(talk, channels)
+        talk.send(RoundEnd(number, progress.messages))
+        self._torn += talk.expect(RoundAck).torn
+        took = max(time.monotonic() - began, 1e-6)
+        report.ram.dirty_sync_count += 1
+        report.ram.pages_per_second = round(pages / took)
+        report.rounds.append({"pages": pages, "seconds": round(took, 4),
+                              "transferred": report.ram.transferred - sent_before})
+
+    def _check(self, talk: Talk, channels: Channels) -> None:
+        """A channel's failure, or the target's refusal, ends the round."""
+        self._obey()
+        talk.check()
+        if channels.failure:
+            raise talk.error(channels.failure, Lost)
+
+    def _limit(self) -> None:
+        for vcpu, quota in self._convergence.quotas.items():
+            if self._report.throttled.get(str(vcpu)) != (shown := quota * PAGE / 1e6):
+                self._limits.set(quota, vcpu)
+                self._report.throttled[str(vcpu)] = shown
+
+    def release_limits(self) -> None:
+        """The vCPUs are throttled no more on this migration's account."""
+        with contextlib.suppress(VmmError):
+            self._limits.close()
+
+    def unregister(self) -> None:
+        """Idempotent."""
+        with contextlib.suppress(VmmError):
+            self._machine.unregister(self._client)
