@@ -53,7 +53,7 @@ class Journal:
                     undo.callback(unlink_segment, each)
                     os.posix_fallocate(fds[-1], 0, _whole_pages(_HEADER.size + room))
             except (posix_ipc.Error, OSError) as exc:
-                raise SegmentError(f"cannot make shared-memory segment {each}: {exc}") from None
+                raise SegmentError(f"cannot create shared-memory segment {each}: {exc}") from None
             undo.pop_all()
         return cls(names, (fds[0], fds[1]))
 
@@ -70,7 +70,7 @@ class Journal:
             journal = cls(names, (fds[0], fds[1]))
             found = max((_read(fd) for fd in fds), key=lambda each: each[0])
             if not found[0]:
-                raise SegmentError(f"shared-memory segments {names[0]} and {names[1]} hold no whole record")
+                raise SegmentError(f"shared-memory segments {names[0]} and {names[1]} hold no complete record")
             journal._sequence = found[0]
             stack.pop_all()
         return journal, found[1]

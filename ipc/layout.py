@@ -240,7 +240,7 @@ def control_error(address: int, size: int) -> str:
         return f"its control segment has {size} bytes"
     block = machine_control(address)
     if block.magic != CONTROL_MAGIC:
-        return "its control segment is not one of this program"
+        return "its control segment was not made by this program"
     if block.version != PROTOCOL_VERSION:
         return (f"it was started by another version of this program (protocol {block.version}, here "
                 f"{PROTOCOL_VERSION})")

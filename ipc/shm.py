@@ -43,8 +43,8 @@ class Room:
 
     def shortage(self, what: str, needed: int) -> str:
         """One line: ``what`` needs so many bytes, and they are not there."""
-        return (f"{self.limit} is too small: {what} needs {needed >> 10} KiB, {self.free >> 10} KiB are free "
-                f"({self.remedy})")
+        return (f"{self.limit} is too small: {what} needs {needed >> 10} KiB, but only {self.free >> 10} KiB are "
+                f"free ({self.remedy})")
 
 
 def room() -> Room:
@@ -53,10 +53,11 @@ def room() -> Room:
     have, would have the kernel kill somebody.)"""
     st = os.statvfs(SHM_DIRECTORY)
     found = Room(min(st.f_bavail * st.f_frsize, available_memory()), "/dev/shm",
-                 "mount -o remount,size=… /dev/shm, or less memory")
+                 "mount -o remount,size=… /dev/shm, or use less memory")
     group = cgroup_left()
     if group is not None and group[0] < found.free:
-        return Room(group[0], f"the memory cgroup {group[1]}", "raise its limit, or less memory", of_cgroup=True)
+        return Room(group[0], f"the memory cgroup {group[1]}", "raise its limit, or use less memory",
+                    of_cgroup=True)
     return found
 
 
@@ -138,10 +139,10 @@ class Segment:
         try:
             shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
         except posix_ipc.ExistentialError:
-            raise SegmentError(f"shared-memory segment {name} exists already (vmm gc clears "
-                               "left-over ones)") from None
+            raise SegmentError(f"shared-memory segment {name} already exists (vmm gc removes "
+                               "leftovers)") from None
         except (posix_ipc.Error, OSError) as exc:
-            raise SegmentError(f"cannot make shared-memory segment {name}: {exc}") from None
+            raise SegmentError(f"cannot create shared-memory segment {name}: {exc}") from None
         try:
             step("segment-empty")
             os.ftruncate(shm.fd, size)
@@ -157,7 +158,7 @@ class Segment:
                 pass  # the constructor closed it
             if exc.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise SegmentError(room().shortage(f"segment {name}", size)) from None
-            raise SegmentError(f"cannot size shared-memory segment {name}: {exc}") from None
+            raise SegmentError(f"cannot set the size of shared-memory segment {name}: {exc}") from None
 
     @classmethod
     def open(cls, name: str) -> Segment:

@@ -88,7 +88,7 @@ class FdListener:
             self.serve(left)
             left = deadline - time.monotonic()
         if not self._received:
-            raise TimeoutError(f"no file descriptor came within {timeout:.0f} s")
+            raise TimeoutError(f"no file descriptor was received within {timeout:.0f} s")
         return self._received.pop(0)
 
     def serve(self, seconds: float = 0.0) -> None:
@@ -162,7 +162,7 @@ def send_fd(path: str, index: int, fd: int, timeout: float) -> None:
                 break
             except BlockingIOError:     # unix(7): the queue of the listener is full, and nobody waits for it
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{path}: too many connections wait there") from None
+                    raise TimeoutError(f"{path}: too many pending connections") from None
                 time.sleep(_CONNECT_STEP)
         sock.settimeout(timeout)
         socket.send_fds(sock, [_INDEX.pack(index)], [fd])

@@ -106,7 +106,7 @@ class Userfault:
         try:
             fcntl.ioctl(self.fd, _UFFDIO_UNREGISTER, _Range(address, size))
         except OSError as exc:
-            raise UserfaultError(f"userfaultfd: a mapping cannot be let go: {exc.strerror}") from None
+            raise UserfaultError(f"userfaultfd: a mapping cannot be unregistered: {exc.strerror}") from None
 
     def faults(self) -> list[int]:
         """Page addresses that were touched since the last call, as the registering process has them."""

@@ -386,7 +386,7 @@ def test_enumerations_of_others_take_every_number() -> None:
 def test_a_control_segment_says_whose_it_is() -> None:
     with Segment.create(segment_name("t", "control"), control_size(2)) as segment:
         block = layout.machine_control(segment.address)
-        assert "not one of this program" in control_error(segment.address, segment.size)
+        assert "not made by this program" in control_error(segment.address, segment.size)
         block.magic, block.version, block.vcpu_count = layout.CONTROL_MAGIC, PROTOCOL_VERSION + 1, 2
         assert control_error(segment.address, segment.size) == (
             f"it was started by another version of this program (protocol {PROTOCOL_VERSION + 1}, here "
@@ -443,7 +443,7 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[VcpuPoo
 def test_workers_of_another_version_are_refused_in_one_line(accel: str) -> None:
     told = PROTOCOL_VERSION + 1
     with workers(spec("idle", accel=accel, milliseconds=0), version=told) as (pool, _), \
-         pytest.raises(VmmError, match=rf"vcpu \d: was told to speak protocol {told}"):
+         pytest.raises(VmmError, match=rf"vcpu \d: was asked to speak protocol {told}"):
         pool.await_hello()
 
 

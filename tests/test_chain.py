@@ -112,7 +112,7 @@ def test_ids_are_numbers(tmp_path: Path) -> None:
 def test_what_is_not_an_id_is_never_a_path(tmp_path: Path, name: str) -> None:
     made(tmp_path / "s", "0001", None)
     for act in (snapshot.verify, snapshot.merge, snapshot.delete, snapshot.restore):
-        with pytest.raises(VmmError, match=r"^snapshot id ") as caught:
+        with pytest.raises(VmmError, match=r"^invalid snapshot id ") as caught:
             act(tmp_path / "s", name)
         assert "\n" not in str(caught.value)
     assert names(tmp_path / "s") == ["0001"]
@@ -207,7 +207,8 @@ def rewritten(folder: Path, document: Any) -> None:
 @pytest.mark.parametrize(("change", "said"), [
     ({"parent": "../../etc"}, "its parent"), ({"parent": "0002"}, "its parent"), ({"parent": "0003"}, "its parent"),
     ({"slots": []}, "slots are not"), ({"vcpus": []}, "states of 0 vCPUs"),
-    ({"vcpus": [{}]}, "vcpu 0: not the state"), ({"vcpus": [STATE | {"regs": "x"}]}, "vcpu 0: not the state"),
+    ({"vcpus": [{}]}, "vcpu 0: not a valid vCPU state"),
+    ({"vcpus": [STATE | {"regs": "x"}]}, "vcpu 0: not a valid vCPU state"),
     ({"id": "0003"}, "says that it is"),
     ({"version": 2}, "format version 2"), ({"format": "x"}, "not a snapshot"), ({"extra": 1}, "extra"),
     ({"live": "no"}, "live"), ({"created": None}, "created"),

@@ -41,8 +41,8 @@ def test_ratios_are_of_one_round() -> None:
     assert rows["auto"]["best_fixed"] == "bitmap"
     assert rows["auto"]["of_best"] == pytest.approx(0.9)
     lines = verdict(list(rows.values()))
-    assert lines[0] == "fastest fixed way: bitmap at 1 of 1 points"
-    assert lines[1].startswith("auto beside the best fixed way: 0.900 at worst (64 MiB, 2 vCPUs, spin 0, 100 ms")
+    assert lines[0] == "fastest fixed mode: bitmap at 1 of 1 points"
+    assert lines[1].startswith("auto compared with the best fixed mode: 0.900 at worst (64 MiB, 2 vCPUs, spin 0, ")
 
 
 def test_the_grid_varies_one_axis_at_a_time_beside_the_main_ones() -> None:
@@ -65,9 +65,9 @@ def test_the_table_can_be_read(width: int) -> None:
     assert rows["none"]["writes/s"] == "98,765,432"
     assert (rows["none"]["dirty/s"], rows["none"]["collect ms"]) == ("-", "-")
     ring = rows["ring"]
-    assert (ring["writes/s"], ring["of none"], ring["spread"]) == ("49,382,716", "0.500", "0.50-0.50")
+    assert (ring["writes/s"], ring["vs none"], ring["spread"]) == ("49,382,716", "0.500", "0.50-0.50")
     assert (ring["dirty/s"], ring["collect ms"], ring["stale ms"]) == ("15,308,642", "2.00", "102.0")
-    assert (rows["none"]["RAM"], rows["none"]["vCPUs"], rows["none"]["every"]) == ("64 MiB", "2", "100 ms")
+    assert (rows["none"]["RAM"], rows["none"]["vCPUs"], rows["none"]["interval"]) == ("64 MiB", "2", "100 ms")
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "error"), [
-    (("--ram", "1MiB"), "--ram 1MiB: sizes of whole MiB, at least 8MiB each"),
+    (("--ram", "1MiB"), "--ram 1MiB: must be a comma-separated list of sizes in whole MiB, at least 8MiB each"),
     (("--ring", "1000"), "--ring 1000: must be a power of two from 1024 to 65536"),
-    (("--tracking", "ring,dream"), "--tracking dream: there are sampling, auto, bitmap, ring, uffd"),
+    (("--tracking", "ring,dream"), "--tracking dream: unknown mode; choose from sampling, auto, bitmap, ring, uffd"),
     (("--interval", "never"), "--interval: 'never' is not a duration"),
 ])
 def test_what_is_wrong_is_one_line(arguments: tuple[str, str], error: str) -> None:

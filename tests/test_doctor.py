@@ -115,12 +115,12 @@ def test_packages_are_named_with_the_versions_that_are_imported() -> None:
 
 
 def test_left_overs_are_named_with_the_way_out() -> None:
-    assert found()["left-overs"].status == "ok"
+    assert found()["leftovers"].status == "ok"
     segment = Segment.create(segment_name("long-dead", "ram0"), 4096)
     try:
         runtime_root().mkdir(mode=0o700)
         machine_dir("long-dead").mkdir()
-        finding = found()["left-overs"]
+        finding = found()["leftovers"]
     finally:
         segment.close()
         machine_dir("long-dead").rmdir()

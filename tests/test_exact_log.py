@@ -286,7 +286,7 @@ def test_a_software_cpu_does_not_run_on_a_guests_own_tables() -> None:
         before = vcpu.ram.copy()
         leave = vcpu.run()
         assert (leave.kind, leave.reason) == (ExitKind.END, ExitReason.INTERNAL_ERROR)
-        assert "page tables of the guest's own" in leave.detail
+        assert "the guest's own page tables" in leave.detail
         assert (before == vcpu.ram).all()
 
 

@@ -373,7 +373,7 @@ def test_limits_set_at_run_time_are_in_the_state(machine: Machine) -> None:
 
 @pytest.mark.parametrize(("quota", "vcpu"), [(-5, None), (1 << 70, None), ((1 << 40) + 1, 0), (5, -1), (5, 2)])
 def test_limits_out_of_bounds_are_refused(machine: Machine, quota: int, vcpu: int | None) -> None:
-    with pytest.raises(VmmError, match=r"is not from 0 to|there is no vCPU|bad request"):
+    with pytest.raises(VmmError, match=r"must be from 0 to|there is no vCPU|bad request"):
         machine.dirty_limit(quota, vcpu)
     assert [v["dirty_limit_pages_per_s"] for v in machine.status()["vcpus"]] == [0, 0]
 

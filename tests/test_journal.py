@@ -90,7 +90,7 @@ def test_a_newer_record_that_is_torn_leaves_the_older_one() -> None:
 def test_none_is_one_line() -> None:
     with pytest.raises(SegmentError, match="cannot open"):
         Journal.adopt(name())
-    with Journal.create(name(), ROOM) as journal, pytest.raises(SegmentError, match="hold no whole record"):
+    with Journal.create(name(), ROOM) as journal, pytest.raises(SegmentError, match="hold no complete record"):
         adopted(journal)
 
 

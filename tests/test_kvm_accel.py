@@ -175,8 +175,8 @@ def test_string_port_access() -> None:
     ("b8 00000080 89 00", ExitReason.BAD_ADDRESS, "write of 4 bytes at 0x80000000", 5),
     ("48 b8 0000000000010000 89 00", ExitReason.BAD_ADDRESS, "write at 0x10000000000, not mapped", 10),
     ("48 b8 001000f000000000 8b 00", ExitReason.BAD_ADDRESS, "read at 0xf0001000, not permitted", 10),
-    ("e6 55", ExitReason.UNKNOWN_PORT, "wrote unknown port 0x55 (1 bytes)", 0),
-    ("66 ba 3412 ed", ExitReason.UNKNOWN_PORT, "read unknown port 0x1234 (4 bytes)", 4),
+    ("e6 55", ExitReason.UNKNOWN_PORT, "write to unknown port 0x55 (1 bytes)", 0),
+    ("66 ba 3412 ed", ExitReason.UNKNOWN_PORT, "read from unknown port 0x1234 (4 bytes)", 4),
 ])
 def test_how_a_guest_ends(code: str, reason: ExitReason, detail: str, offset: int) -> None:
     with bare("kvm", hexes(code), r15=0x1234_5678_9ABC) as vcpu:

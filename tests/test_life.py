@@ -207,7 +207,7 @@ def test_a_coordinator_that_stands_still_does_not_keep_its_machine(steps: Path) 
     machine.detach()
     done = vmm("stop", "t", "--force")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "t has ended: ended by force (exit status 8; vmm status t)\n"
+    assert done.stdout == "t has ended: ended by force (exit status 8; see vmm status t)\n"
     assert machine._keeper is not None
     machine._keeper.wait(TIMEOUT)
     assert nothing_left()
@@ -479,12 +479,12 @@ def test_stopping_says_how_it_ended_and_waiting_has_an_end() -> None:
         machine.detach()
         stopped = vmm("stop", "t")
     assert (stopped.returncode, stopped.stderr) == (0, "")
-    assert stopped.stdout == "t has ended: stopped on request (exit status 8; vmm status t)\n"
+    assert stopped.stdout == "t has ended: stopped on request (exit status 8; see vmm status t)\n"
     assert machine._keeper is not None
     assert machine._keeper.wait(TIMEOUT) == ExitCode.STOPPED
     again = vmm("stop", "t")
     assert again.returncode == ExitCode.NO_MACHINE
-    assert "does not run any more: stopped on request" in again.stderr
+    assert "is no longer running: stopped on request" in again.stderr
     assert vmm("stop", "--force", "t").returncode == ExitCode.NO_MACHINE
 
 

@@ -71,12 +71,12 @@ def test_elf_with_a_load_address_is_taken_as_it_is(load):
 @pytest.mark.parametrize(("data", "message"), [
     (b"", "is empty"),
     (b"#!/bin/sh\n", "is not an ELF file (a flat binary needs a load address)"),
-    (b"\x7fELF", "is a damaged ELF file (cut off within its header)"),
-    (elf()[:63], "is a damaged ELF file (cut off within its header)"),
+    (b"\x7fELF", "is a damaged ELF file (truncated in its header)"),
+    (elf()[:63], "is a damaged ELF file (truncated in its header)"),
     (elf()[:100], "is a damaged ELF file ("),
-    (elf()[:-1], "is a damaged ELF file (cut off within a segment)"),
+    (elf()[:-1], "is a damaged ELF file (truncated in a segment)"),
     (elf()[:4] + b"\1" + elf()[5:], "is a 32-bit ELF file, not a 64-bit one"),
-    (elf(machine=183), "is for another machine (EM_AARCH64), not for x86-64"),
+    (elf(machine=183), "is for another architecture (EM_AARCH64), not for x86-64"),
     (elf(kind=ET_DYN), "is not a static executable (ET_DYN, link with -static -no-pie)"),
     (elf(kind=ET_REL), "is not a static executable (ET_REL"),
     (elf({}, {"type": PT_INTERP}), "is dynamically linked"),
@@ -85,9 +85,9 @@ def test_elf_with_a_load_address_is_taken_as_it_is(load):
     (elf({"memsz": 0, "filesz": 0}), "has nothing to load"),
     (elf({"memsz": 255}), "has a segment of 256 bytes in the file but 255 in memory"),
     (elf({}, {"paddr": 0x1000FF}), "has overlapping segments (0x100000-0x1000ff and 0x1000ff-0x1001fe)"),
-    (elf({"paddr": (1 << 64) - 16}), "not physical addresses"),
-    (elf({"memsz": 1 << 63}), "not physical addresses"),
-    (elf({"offset": 1 << 63}), "cut off within a segment"),
+    (elf({"paddr": (1 << 64) - 16}), "not valid physical addresses"),
+    (elf({"memsz": 1 << 63}), "not valid physical addresses"),
+    (elf({"offset": 1 << 63}), "truncated in a segment"),
     (elf(entry=0xFFFFF), "has its entry point 0xfffff outside its segments"),
     (elf(*[{}] * 300), "has too many program headers (300, at most 256)"),
     (elf()[:54] + b"\0\0" + elf()[56:], "is a damaged ELF file (program headers of 0 bytes)"),
@@ -103,7 +103,7 @@ def test_bad_file_is_one_line_that_names_it(load, tmp_path, data, message):
 
 @pytest.mark.parametrize("address", [-1, (1 << 52) - 3])
 def test_flat_binary_outside_physical_addresses(load, address):
-    with pytest.raises(GuestImageError, match="not a physical address"):
+    with pytest.raises(GuestImageError, match="not a valid physical address"):
         load(b"1234", address)
 
 

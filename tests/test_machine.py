@@ -424,7 +424,7 @@ def test_machines_side_by_side(accel: str) -> None:
     with Machine.launch(spec("idle", accel=accel, milliseconds=0, timeout=None), name="left") as left, \
          Machine.launch(spec("idle", accel=accel, milliseconds=0, timeout=None), name="right") as right:
         assert [m["name"] for m in list_machines()] == ["left", "right"]
-        with pytest.raises(VmmError, match="'left' is running already"):
+        with pytest.raises(VmmError, match="'left' is already running"):
             Machine.launch(spec("idle", accel=accel), name="left")
         left.stop()
         left.wait(TIMEOUT)

@@ -228,9 +228,9 @@ def test_a_source_killed_in_post_copy_is_replaced_and_no_page_is_lost(walker: Ma
     source = vmm("migrate", "source", address, "--postcopy", "--bandwidth", "10MB/s", "--downtime", "1ms")
     until(lambda: in_postcopy(walker), "in post-copy", TIMEOUT)
     with Machine.attach("target") as target:
-        with pytest.raises(VmmError, match="still on its way"):
+        with pytest.raises(VmmError, match="still arriving"):
             target.ram(0)
-        with pytest.raises(VmmError, match="still on its way"):
+        with pytest.raises(VmmError, match="still arriving"):
             state_of(target)
         target.resume()
     source.kill()
@@ -401,7 +401,7 @@ def test_cancel_signals_nobody_but_the_source(endless: Machine, address: str) ->
     report = migrate.Report("1234", "source", address, status="active", pid=os.getpid(), pid_started=1)
     (machine_dir("source") / "migrate.json").write_text(json.dumps(report.as_dict()))
     assert load_status("source")["status"] == "failed"
-    with pytest.raises(VmmError, match="no migration of machine 'source' is under way"):
+    with pytest.raises(VmmError, match="no migration of machine 'source' is in progress"):
         run("migrate", "cancel", "source")
 
 
@@ -425,7 +425,7 @@ def test_cancel_and_status_from_the_command_line(endless: Machine, address: str)
     assert receiver.failure() == "the source gave up: cancelled by its user"
     assert "KeyboardInterrupt" not in err + run("migrate", "status", "source")
     goes_on(endless)
-    with pytest.raises(VmmError, match="is under way"):
+    with pytest.raises(VmmError, match="is in progress"):
         run("migrate", "cancel", "source")
 
 
@@ -505,7 +505,7 @@ def test_an_arriving_machine_is_the_receivers_alone(endless: Machine, address: s
 def test_a_target_that_cannot_is_a_reason_and_the_source_runs_on(endless: Machine, address: str) -> None:
     with Machine.launch(spec("idle", accel="unicorn", milliseconds=0, timeout=None), name="target"):
         receiver = Receiver(address, accel="unicorn")
-        with pytest.raises(MigrationError, match="'target' is running already"):
+        with pytest.raises(MigrationError, match="'target' is already running"):
             migrate.migrate(endless, address)
         receiver.join(TIMEOUT)
         assert isinstance(receiver.error, VmmError)
@@ -555,7 +555,7 @@ def test_migrate_and_receive_from_the_command_line(small: Machine, address: str,
     report = tmp_path / "report.json"
     text = run("migrate", "source", address, "--channels", "3", "--no-converge", "--compress", "lz4",
                "--max-rounds", "3", "--report", str(report))
-    assert text.startswith(f"source is at {address}: total ")
+    assert text.startswith(f"source was migrated to {address}: total ")
     assert "compression lz4" in text
     found = json.loads(report.read_text())
     assert found["status"] == "completed"
@@ -572,7 +572,7 @@ def test_migrate_and_receive_from_the_command_line(small: Machine, address: str,
     until(lambda: not machine_dir("source").exists(), "the source's machine is gone")
     assert json.loads(run("migrate", "status", "source", "--json")) == found
     assert "completed: " in run("migrate", "status", "source")
-    with pytest.raises(VmmError, match=f"is at {address} already"):
+    with pytest.raises(VmmError, match=f"has already been migrated to {address}"):
         run("migrate", "cancel", "source")
     assert records.migration_path("source").exists()
 
@@ -606,7 +606,7 @@ def test_a_report_that_cannot_be_written_is_no_failed_migration(path: str, moves
     assert f"{path}: cannot be written" in err
     assert source.returncode == (ExitCode.OK if moves else ExitCode.BAD_INPUT)
     if moves:
-        assert "vmm: warning: the report is lost" in err
+        assert "vmm: warning: the report was not written" in err
         receiver.result().close()
     else:
         receiver.failure()

@@ -37,7 +37,7 @@ def test_every_verb_refuses_a_path_for_a_name(verb: list[str], tmp_path: Path) -
     arguments = verb if "NAME" in verb else [*verb, "NAME"]
     done = vmm(*(str(precious) if a == "NAME" else a for a in arguments))
     assert done.returncode == ExitCode.BAD_INPUT
-    assert done.stderr.startswith("vmm: error: machine name ")
+    assert done.stderr.startswith("vmm: error: invalid machine name ")
     assert len(done.stderr.splitlines()) == 1
     assert (precious / "below").is_dir()
 

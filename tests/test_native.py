@@ -67,7 +67,7 @@ def test_nothing_is_kept_where_others_write(cache: Path) -> None:
     assert list(cache.iterdir()) == []
     assert not loader.trusted(cache)
     finding = doctor._compiled_loops()
-    assert (finding.status, "nobody else" in finding.advice) == ("warn", True)
+    assert (finding.status, "only this user" in finding.advice) == ("warn", True)
     cache.chmod(0o700)
     assert doctor._compiled_loops().status == "ok"
 

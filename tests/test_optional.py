@@ -37,7 +37,7 @@ def test_without_unicorn_the_software_cpu_is_absent_and_kvm_is_not(monkeypatch: 
     found = {f.name: f for f in examine()}
     assert found["unicorn"].status == "absent"
     assert "shardvmm[software]" in found["unicorn"].advice
-    with pytest.raises(VmmError, match="unicorn cannot be used here: not installed"):
+    with pytest.raises(VmmError, match="unicorn is not available here: not installed"):
         choose_accelerator("unicorn")
 
 
@@ -53,5 +53,5 @@ def test_no_picture_is_said_before_the_recording(accel: str, tmp_path: Path,
                    str(tmp_path / "w.png"))
         assert done.returncode != 0
         assert done.stderr.count("\n") == 1
-        assert "a picture needs matplotlib" in done.stderr
+        assert "plotting needs matplotlib" in done.stderr
         assert not (tmp_path / "w.npz").exists()

@@ -94,7 +94,7 @@ def test_a_fifo_needs_a_reader_and_gets_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
     for call in (open_output, open_append):
-        with pytest.raises(OutputError, match="nobody reads from it"):
+        with pytest.raises(OutputError, match="no process is reading from it"):
             call(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open_output(path) as out:

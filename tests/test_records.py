@@ -31,7 +31,7 @@ def test_a_report_stays_until_the_next_machine_of_that_name() -> None:
     ended("m")
     assert outcome("m") == REPORT
     assert ended_names() == ["m"]
-    assert "does not run any more: vCPU 0: exception" in str(no_machine("m"))
+    assert "is no longer running: vCPU 0: exception" in str(no_machine("m"))
     assert no_machine("m").exit_code is ExitCode.NO_MACHINE
     with_next = Record("m")
     assert not with_next.reported

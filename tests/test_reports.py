@@ -137,12 +137,12 @@ def test_every_number_of_the_report_can_be_read(
 def test_the_head_of_the_report_says_what_it_is_about(report: dict[str, Any], width: int) -> None:
     head = " ".join(shown(width, lambda console: print_report(report, console)).split("vCPUs\n")[0].split())
     assert head.startswith("t ended, ")
-    for part in ("unicorn", "dirty ring of 4096 entries", "exit code 0", f"{report['elapsed_s']:.3f} s"):
+    for part in ("unicorn", "tracking ring (4096 entries)", "exit code 0", f"{report['elapsed_s']:.3f} s"):
         assert part in head
     running = shown(width, lambda console: print_report(report | {"state": "running"}, console))
     assert "exit code" not in running
     bitmap = shown(width, lambda console: print_report(report | {"tracking": "bitmap", "ring_entries": 0}, console))
-    assert "dirty bitmap, exit code 0" in " ".join(bitmap.split())
+    assert "tracking bitmap, exit code 0" in " ".join(bitmap.split())
 
 
 @wide
@@ -211,7 +211,7 @@ def test_a_list_of_machines(report: dict[str, Any], width: int) -> None:
 def test_what_the_doctor_found(width: int) -> None:
     findings = [Finding("kvm", "ok", "/dev/kvm can be used"),
                 Finding("/dev/shm", "warn", "0.9 GiB, 0.1 GiB free",
-                        "guest RAM lies there: mount -o remount,size=… /dev/shm".replace("…", "4G")),
+                        "guest RAM is allocated there: mount -o remount,size=… /dev/shm".replace("…", "4G")),
                 Finding("packages", "fail", "missing: " + ", ".join(f"package-{n}" for n in range(30)),
                         "pip install -e .[dev]"),
                 Finding("unicorn", "absent", "x" * 200)]
@@ -220,7 +220,7 @@ def test_what_the_doctor_found(width: int) -> None:
     assert list(rows) == [f.name for f in findings]
     for finding in findings:
         row = rows[finding.name]
-        assert row[""] == finding.status
+        assert row["status"] == finding.status
         assert squeezed(row["finding"]) == squeezed(finding.finding)
         assert squeezed(row["what to do"]) == squeezed(finding.advice)
 

@@ -59,9 +59,10 @@ def hello(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("limit", "said"), [
-    ((resource.RLIMIT_NOFILE, 24), r"hello\.yaml:1: vcpus: the limit of open files is 24, .* needs \d+ \(ulimit"),
-    ((resource.RLIMIT_NOFILE, 100), "the limit of open files is 100"),
-    ((resource.RLIMIT_AS, 400 * MIB), r"hello\.yaml:2: memory: the limit of address space is 400 MiB, .* \(ulimit"),
+    ((resource.RLIMIT_NOFILE, 24),
+     r"hello\.yaml:1: vcpus: the hard limit of open files is 24, .* needs \d+ \(see ulimit"),
+    ((resource.RLIMIT_NOFILE, 100), "the hard limit of open files is 100"),
+    ((resource.RLIMIT_AS, 400 * MIB), r"hello\.yaml:2: memory: the address space limit is 400 MiB, .* \(see ulimit"),
 ])
 def test_a_limit_that_is_too_low_is_one_line(hello: Path, limit: tuple[int, int], said: str) -> None:
     done = launch(hello, limit=limit)

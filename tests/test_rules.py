@@ -149,8 +149,8 @@ def test_nothing_that_arrives_is_a_path() -> None:
 
 
 @pytest.mark.parametrize(("slot", "said"), [
-    (RamSlot(0, 1 << 30, PAGE), "slot 0: there is one already"), (RamSlot(-1, 1 << 30, PAGE), "slot: -1"),
-    (RamSlot(MAX_SLOTS, 1 << 30, PAGE), "slot: 500"), (RamSlot(10**5000, 1 << 30, PAGE), "slot: "),
+    (RamSlot(0, 1 << 30, PAGE), "slot 0: already exists"), (RamSlot(-1, 1 << 30, PAGE), r"slot: .*\(got -1\)"),
+    (RamSlot(MAX_SLOTS, 1 << 30, PAGE), rf"slot: .*\(got {MAX_SLOTS}\)"), (RamSlot(10**5000, 1 << 30, PAGE), "slot: "),
     (RamSlot(1, 1 << 30, 0), "size"), (RamSlot(1, 1 << 30, PAGE - 1), "size"), (RamSlot(1, 5, PAGE), "gpa"),
     (RamSlot(1, -PAGE, PAGE), "gpa"), (RamSlot(1, 1 << 70, PAGE), "gpa"),
     (RamSlot(1, 0x4000_0000, 1 << 70), "size"),

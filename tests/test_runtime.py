@@ -95,7 +95,7 @@ def test_of_two_launches_of_one_name_one_runs_and_the_other_is_told() -> None:
     assert len(launched) == 1
     with launched[0] as machine:
         assert len(errors) == 2
-        assert all("'twice' is running already" in error for error in errors)
+        assert all("'twice' is already running" in error for error in errors)
         assert all_there(machine)
 
 
@@ -237,7 +237,7 @@ def test_a_machine_that_nobody_can_reach_any_more_ends(what: str, runtime_dir: P
         shutil.rmtree(owned.directory if what == "directory" else owned.directory.parent)
         assert is_running("lost")
         assert collect_garbage() == []
-        with pytest.raises(VmmError, match="is running already"):
+        with pytest.raises(VmmError, match="is already running"):
             Machine.launch(idle(), name="lost")
     os.kill(coordinator, signal.SIGCONT)
     until(lambda: not any(alive(pid) for pid in [keeper, coordinator, *workers]), "everybody has gone")

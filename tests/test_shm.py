@@ -28,7 +28,7 @@ def test_created_segment_is_private_zeroed_reserved_and_gone_after_close() -> No
 def test_second_create_is_refused_and_leaves_the_first_alone() -> None:
     with shm.Segment.create(NAME, 4096) as first:
         first.buf[0] = 7
-        with pytest.raises(shm.SegmentError, match="exists already"):
+        with pytest.raises(shm.SegmentError, match="already exists"):
             shm.Segment.create(NAME, 4096)
         with shm.Segment.open(NAME) as second:
             assert second.buf[0] == 7

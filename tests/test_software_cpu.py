@@ -283,11 +283,11 @@ def test_nobody_changes_page_flags_or_memory_while_pages_are_reset(change: Calla
         accel: Any = vcpu.accel
         thread = threading.Thread(target=change, args=(accel,))
         with accel._outside():      # as a reset does
-            flags, ram = accel._slots[0].flags.copy(), vcpu.ram.copy()
+            flags, ram = accel._pages._slots[0].flags.copy(), vcpu.ram.copy()
             thread.start()
             thread.join(0.3)        # it must not get anywhere, however long
             assert thread.is_alive()
-            assert (accel._slots[0].flags == flags).all()
+            assert (accel._pages._slots[0].flags == flags).all()
             assert (vcpu.ram == ram).all()
         thread.join(60.0)
         assert not thread.is_alive()
@@ -367,8 +367,8 @@ def test_more_blocks_than_are_remembered() -> None:
     ("b8 00000080 8b 00", ExitReason.BAD_ADDRESS, "read of 4 bytes at 0x80000000", 5),
     ("b8 00000080 89 00", ExitReason.BAD_ADDRESS, "write of 4 bytes at 0x80000000", 5),
     ("48 b8 0000000000010000 89 00", ExitReason.BAD_ADDRESS, "0x10000000000", 10),
-    ("e6 55", ExitReason.UNKNOWN_PORT, "wrote unknown port 0x55 (1 bytes)", 0),
-    ("66 ba 3412 ed", ExitReason.UNKNOWN_PORT, "read unknown port 0x1234 (4 bytes)", 4),
+    ("e6 55", ExitReason.UNKNOWN_PORT, "write to unknown port 0x55 (1 bytes)", 0),
+    ("66 ba 3412 ed", ExitReason.UNKNOWN_PORT, "read from unknown port 0x1234 (4 bytes)", 4),
     ("48 b8 001000f000000000 8b 00", ExitReason.BAD_ADDRESS, "0xf0001000", 10),  # the machine's own pages
 ])
 def test_how_a_guest_ends(code: str, reason: ExitReason, detail: str, offset: int) -> None:

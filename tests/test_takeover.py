@@ -72,7 +72,7 @@ def test_a_loss_before_a_request_is_none_of_that_request(machine: Machine) -> No
     assert [s["id"] for s in machine.status()["slots"]] == [0]
     assert machine.status()["clients"] == ["a"]
     machine.memory_add(2, PLUGGED, 64 << 10)
-    with pytest.raises(VmmError, match="there is one already"):     # it is another request
+    with pytest.raises(VmmError, match="already exists"):     # it is another request
         machine.memory_add(2, PLUGGED, 64 << 10)
     with pytest.raises(VmmError, match="there is no memory slot 3"):
         machine.memory_remove(3)

@@ -355,7 +355,7 @@ def test_uffd_makes_room_for_post_copy(accel: str, tmp_path: Path) -> None:
         with Machine.launch(machine_spec, start=False) as machine:
             machine.incoming(str(listener.path))
             assert machine.status()["tracking"] == "bitmap"
-            with pytest.raises(VmmError, match="on its way here"):
+            with pytest.raises(VmmError, match="still arriving"):
                 machine.set_tracking("ring")
             machine.arrived()
             assert machine.status()["tracking"] == "uffd"
@@ -450,7 +450,7 @@ def test_auto_waits_before_it_logs_no_more() -> None:
 
 def test_without_a_log_there_is_nothing_to_sync(accel: str) -> None:
     with Machine.launch(replace(spec("random", accel=accel, writes=0, timeout=None), tracking="none")) as machine:
-        with pytest.raises(VmmError, match=r"has no dirty log \(tracking none\): vmm tracking t auto"):
+        with pytest.raises(VmmError, match=r"has no dirty log \(tracking none\): start one with vmm tracking t auto"):
             machine.register("a")
         machine.set_tracking("bitmap")
         machine.register("a")
@@ -471,7 +471,7 @@ def test_a_dirty_limit_holds_the_ring(accel: str) -> None:
         with pytest.raises(VmmError, match="this machine has tracking bitmap"):
             machine.dirty_limit(1000)
         for wrong in ("rings", "unknown", "unset"):
-            with pytest.raises(VmmError, match=f"unknown tracking '{wrong}'"):
+            with pytest.raises(VmmError, match=f"unknown tracking mode '{wrong}'"):
                 machine.set_tracking(wrong)
 
 
@@ -486,7 +486,7 @@ def test_a_machine_without_a_ring_size_has_no_ring(accel: str) -> None:
 @pytest.mark.parametrize(("lines", "error"), [
     ("tracking: ring\ndirty_ring_size: 0", "tracking: ring needs a dirty_ring_size above 0"),
     ("tracking: none\nverify: true", "tracking: none leaves nothing to verify"),
-    ("tracking: bitmap\ndirty_limit: 1MB/s", "dirty_limit: needs a dirty ring, and tracking is bitmap"),
+    ("tracking: bitmap\ndirty_limit: 1MB/s", "dirty_limit: needs a dirty ring, but tracking is bitmap"),
     ("tracking: rings", "tracking: input should be 'ring', 'bitmap', 'uffd', 'none' or 'auto'"),
 ])
 def test_configurations_that_cannot_be(tmp_path: Path, lines: str, error: str) -> None:

@@ -192,7 +192,7 @@ def test_dirty_limit(machine: Machine) -> None:
         return [v["dirty_limit_pages_per_s"] for v in machine.status()["vcpus"]]
 
     assert said("dirty-limit", "set", NAME, "20MB/s") == (
-        "verbs: each vCPU at most 20.0 MB/s (4,883 pages/s)\n")
+        "verbs: each vCPU limited to 20.0 MB/s (4,883 pages/s)\n")
     assert limits() == [4883, 4883]     # 20e6 / 4096
     assert says(answered("dirty-limit", "set", NAME, "1MiB/s", "--vcpu", "1"), name=NAME, vcpu=1, pages_per_s=256)
     assert limits() == [4883, 256]
@@ -217,7 +217,7 @@ def test_dirty_limit(machine: Machine) -> None:
 def test_dirty_limits_that_cannot_be(machine: Machine) -> None:
     assert "there is no vCPU 7" in refused("dirty-limit", "set", NAME, "20MB/s", "--vcpu", "7")
     assert "there is no vCPU 7" in refused("dirty-limit", "query", NAME, "--vcpu", "7", "--time", "50ms")
-    assert "less than a page" in refused("dirty-limit", "set", NAME, "1")
+    assert "less than one page" in refused("dirty-limit", "set", NAME, "1")
     assert "rate: 'fast'" in refused("dirty-limit", "set", NAME, "fast").lower()
     assert [v["dirty_limit_pages_per_s"] for v in machine.status()["vcpus"]] == [0, 0]
 
@@ -227,7 +227,7 @@ def test_tracking(machine: Machine) -> None:
     assert re.fullmatch(r"verbs: tracking bitmap, was ring \(paused for \d+\.\d ms\)\n", line)
     found = answered("tracking", NAME, "none")
     assert (found["name"], found["before"], found["tracking"], found["asked"]) == (NAME, "bitmap", "none", "none")
-    assert said("tracking", NAME, "auto").startswith("verbs: tracking auto (none for now), was none")
+    assert said("tracking", NAME, "auto").startswith("verbs: tracking auto (currently none), was none")
     assert machine.status()["tracking_asked"] == "auto"
 
 
@@ -249,7 +249,7 @@ def test_working_set(machine: Machine, tmp_path: Path) -> None:
     line = said(*arguments)
     counts = workingset.load(files[0]).dirty_pages()
     words = re.fullmatch(
-        rf"{files[0]}: (\d+) intervals of [\d.]+ m?s, ([\d,]+) pages dirty in one on average, "
+        rf"{files[0]}: (\d+) intervals of [\d.]+ m?s, ([\d,]+) dirty pages per interval on average, "
         r"([\d,]+) at most\n", line)
     assert words is not None, line
     assert (int(words[1]), number(words[3])) == (len(counts), counts.max())
@@ -281,7 +281,7 @@ def test_snapshot_verbs(accel: str, machine: Machine, tmp_path: Path) -> None:
         for part in (snapshot["parent"] or "full", snapshot["created"], NAME, accel, f"{snapshot['pages']:,}",
                      snapshot["compression"]):
             assert part in row
-    assert said("snapshot", "verify", chain).startswith(f"{chain}/0003: good")
+    assert said("snapshot", "verify", chain).startswith(f"{chain}/0003: verified")
     assert answered("snapshot", "verify", chain, "0002")["id"] == "0002"
     assert "0003 builds on it" in refused("snapshot", "delete", chain, "0002")
     assert said("snapshot", "merge", chain, "0002") == f"{chain}/0002: {pages:,} pages, full\n"

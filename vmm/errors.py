@@ -34,7 +34,8 @@ class VmmError(Exception):
 
 def no_memory(machine: str) -> str:
     """What is said to whoever asks a replayed machine for its memory or vCPU states."""
-    return f"machine '{machine}' replays dirtied pages: it has no memory and no vCPU state to look at, save or move"
+    return (f"machine '{machine}' runs accel: replay, which has no guest memory and no vCPU state to read, save or "
+            "migrate")
 
 
 def one_line(text: str, length: int = 200) -> str:

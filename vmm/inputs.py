@@ -55,7 +55,7 @@ def open_input(path: Path, refuse: Refusal = _refusal, *, pipes: bool = False) -
     except OSError as exc:
         raise refuse(path, f"cannot be read: {exc.strerror}") from None
     except ValueError:      # a NUL in it, or a lone surrogate
-        raise refuse(path, "cannot be read: this is not a file name") from None
+        raise refuse(path, "cannot be read: not a valid file name") from None
 
 
 def _check_regular(status: os.stat_result, path: Path, refuse: Refusal) -> None:

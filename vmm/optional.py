@@ -24,11 +24,11 @@ def _load(module: str, extra: str, what: str) -> Any:
 
 def figure(**options: Any) -> Any:
     """A matplotlib Figure that is drawn to memory, with its canvas. Raises MissingPackage."""
-    made = _load("matplotlib.figure", "plots", "a picture").Figure(**options)
-    _load("matplotlib.backends.backend_agg", "plots", "a picture").FigureCanvasAgg(made)
+    made = _load("matplotlib.figure", "plots", "plotting").Figure(**options)
+    _load("matplotlib.backends.backend_agg", "plots", "plotting").FigureCanvasAgg(made)
     return made
 
 
 def lz4_block() -> Any:
     """The module lz4.block. Raises MissingPackage."""
-    return _load("lz4.block", "lz4", "compression with lz4")
+    return _load("lz4.block", "lz4", "lz4 compression")

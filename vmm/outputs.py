@@ -34,7 +34,7 @@ class OutputError(VmmError):
 
 def _error(path: Path, exc: OSError | ValueError) -> OutputError:
     if isinstance(exc, OSError) and exc.errno == errno.ENXIO:
-        return OutputError(f"{path}: cannot be written: nobody reads from it")
+        return OutputError(f"{path}: cannot be written: no process is reading from it")
     return OutputError(f"{path}: cannot be written: {getattr(exc, 'strerror', None) or exc}")
 
 

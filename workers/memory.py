@@ -33,7 +33,8 @@ class Slot:
 
     @property
     def log_address(self) -> int:
-        """Bitmap mode: first byte of this vCPU's log buffer (one bit a page, 64-bit words)."""
+        """Bitmap mode: first byte of this vCPU's log buffer (one bit per page, 64-bit words). Raises
+        KeyError in any other mode."""
         if self.log_segment is None:
             raise KeyError(f"slot {self.spec.id} has no log buffer")
         return self.log_segment.address

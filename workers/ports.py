@@ -40,7 +40,7 @@ class UnknownPort(Exception):
     """The guest used a port that there is not: the end of its vCPU."""
 
     def __init__(self, port: int, size: int, *, write: bool) -> None:
-        super().__init__(f"{'wrote' if write else 'read'} unknown port {port:#x} ({size} bytes)")
+        super().__init__(f"{'write to' if write else 'read from'} unknown port {port:#x} ({size} bytes)")
 
 
 class PortEventKind(Enum):

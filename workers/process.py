@@ -54,7 +54,7 @@ class Worker:
         spec = self._spec
         try:
             if spec.version != PROTOCOL_VERSION:
-                raise AccelError(f"was told to speak protocol {spec.version}: it speaks {PROTOCOL_VERSION}")
+                raise AccelError(f"was asked to speak protocol {spec.version}, but speaks {PROTOCOL_VERSION}")
             wrong = control_error(self._control_segment.address, self._control_segment.size)
             if wrong:
                 raise AccelError(wrong)

@@ -142,7 +142,7 @@ class ExitState(_Part, frozen=True):
     def __post_init__(self) -> None:
         # A vCPU whose worker has died has no state to be saved.
         if self.reason in (ExitReason.NONE, ExitReason.WORKER_DIED, ExitReason.UNKNOWN):
-            raise ValueError(f"reason {self.reason.name} is not how a vCPU ends that is saved")
+            raise ValueError(f"reason {self.reason.name} is not valid for a saved vCPU")
 
 
 class VcpuSaved(_Part, frozen=True, kw_only=True):
@@ -177,7 +177,7 @@ class VcpuSaved(_Part, frozen=True, kw_only=True):
             raise ValueError("a debug register or an MSR has more than 64 bits")
         for number in self.msrs:
             if not (number.isascii() and number.isdigit() and len(number) <= 10 and int(number) < 1 << 32):
-                raise ValueError(f"'{number[:20]}' is not the number of an MSR")
+                raise ValueError(f"'{number[:20]}' is not an MSR number")
 
     @property
     def msr_values(self) -> dict[int, int]:
@@ -190,17 +190,18 @@ def check_state(data: Any) -> VcpuSaved:
     that names the field."""
     version = data.get("version") if isinstance(data, Mapping) else None
     if isinstance(version, int) and version != STATE_VERSION:
-        raise StateError(f"vCPU state of version {version}: this program knows {STATE_VERSION}")
+        raise StateError(f"vCPU state version {version} is not supported: this program reads version "
+                         f"{STATE_VERSION}")
     try:
         return msgspec.convert(data, VcpuSaved)
     except msgspec.ValidationError as exc:
-        raise StateError(f"not the state of a vCPU: {exc}") from None
+        raise StateError(f"not a valid vCPU state: {exc}") from None
 
 
 def check_states(data: Sequence[Any], vcpus: int) -> list[VcpuSaved]:
     """The states of all vCPUs of a machine that has so many. Raises StateError, which names the vCPU."""
     if len(data) != vcpus:
-        raise StateError(f"states of {len(data)} vCPUs for a machine of {vcpus}")
+        raise StateError(f"states of {len(data)} vCPUs for a machine with {vcpus}")
     states = []
     for index, one in enumerate(data):
         try:

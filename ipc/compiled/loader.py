@@ -142,7 +142,7 @@ def _read(directory: Path, name: str) -> bytes:
     try:
         with open(os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=where), "rb") as file:
             if not (_is_ours(os.fstat(where)) and _is_ours(os.fstat(file.fileno()))):
-                raise PermissionError(f"{directory / name}: others may write there")
+                raise PermissionError(f"{directory / name}: other users may write there")
             return file.read()
     finally:
         os.close(where)

@@ -26,7 +26,8 @@ class _Timespec(ctypes.Structure):
 def wait(address: int, expected: int, seconds: float | None = None) -> bool:
     """Sleep while the u32 at ``address`` is ``expected``, for so many seconds at most (None: without end).
 
-    True when woken or when the value differs; False when a signal, or the time, ended the wait.
+    True when woken or when the value differs; False when a signal, or the time, ended the wait. Raises OSError
+    for an address that is not mapped.
     """
     limit = None if seconds is None else ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
     if _futex(SYS_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFF_FFFF, limit, None, 0) == 0:

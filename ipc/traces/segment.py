@@ -27,12 +27,13 @@ class TraceSegment:
     """Owns its segment; views of it die with ``close``."""
 
     def __init__(self, segment: Segment) -> None:
+        """The segment is closed with it. Raises SegmentError for one that is not a part of a trace."""
         self.segment = segment
         words = np.frombuffer(segment.buf, np.uint64)
         records, entries = int(words[0]), int(words[1])
         if trace_segment_bytes(records, entries) > segment.size:
             segment.close()
-            raise SegmentError(f"shared-memory segment {segment.name} is not a part of a trace")
+            raise SegmentError(f"shared-memory segment {segment.name} is not part of a trace")
         parts = np.split(words[_HEADER:], [records, 2 * records, 2 * records + entries])
         self.times: U64 = parts[0]
         self.ends: U64 = parts[1]

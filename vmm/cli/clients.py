@@ -1,4 +1,4 @@
-"""``vmm client``: who gathers dirty pages of a machine."""
+"""``vmm client``: the clients of a machine's dirty log."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ __all__ = ["client"]
 
 @click.group()
 def client() -> None:
-    """Clients of a machine's dirty log: each is told what was dirtied since its own last sync.
+    """Manage the clients of a machine's dirty log. Each sync of a client returns the pages dirtied since its
+    previous one.
 
-    vmm sync registers one, which stays until it is dropped or the machine ends; so does a snapshot, for the next
-    incremental one. Measurements and migrations have clients that go with their process.
+    A client registered by vmm sync stays until it is dropped or the machine ends; so does the one that vmm snapshot
+    create registers for the next incremental snapshot. Clients of measurements and migrations end with their
+    process.
     """
 
 
@@ -27,14 +29,14 @@ def client() -> None:
 @on_machine
 @json_option
 def list_(machine: Machine, as_json: bool) -> None:
-    """List the clients of machine NAME, and whose they are."""
+    """List the clients and the processes that own them."""
     clients = _clients(machine.status())
     if as_json:
         print_json(clients)
     elif not clients:
-        click.echo(f"nobody uses the dirty log of {machine.name}")
+        click.echo(f"{machine.name} has no dirty-log clients")
     for each in [] if as_json else clients:
-        click.echo(f"{each['client']}" + (f" (of process {each['pid']})" if each["pid"] else ""))
+        click.echo(f"{each['client']}" + (f" (process {each['pid']})" if each["pid"] else ""))
 
 
 @client.command()
@@ -42,14 +44,14 @@ def list_(machine: Machine, as_json: bool) -> None:
 @click.argument("name_of_client", metavar="CLIENT")
 @json_option
 def drop(machine: Machine, name_of_client: str, as_json: bool) -> None:
-    """Drop CLIENT, and what was gathered for it. That of a running process is refused."""
+    """Drop CLIENT and the pages collected for it. A client owned by a running process cannot be dropped."""
     from ..errors import VmmError
     from ..machine.names import check_client_name
 
     check_client_name(name_of_client)
     there = machine.status()["clients"]
     if name_of_client not in there:
-        raise VmmError(f"there is no client '{name_of_client}' of the dirty log of '{machine.name}' (there are: "
+        raise VmmError(f"machine '{machine.name}' has no dirty-log client '{name_of_client}' (clients: "
                        f"{', '.join(there) or 'none'})")
     machine.unregister(name_of_client)
     if as_json:
@@ -59,5 +61,5 @@ def drop(machine: Machine, name_of_client: str, as_json: bool) -> None:
 
 
 def _clients(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """``pid``: whose it is, None when it is nobody's and stays."""
+    """``pid``: the process that owns it; None: no process does, and it stays."""
     return [{"client": h["why"], "pid": h["pid"] or None} for h in report["holders"] if h["what"] == "client"]

@@ -34,7 +34,7 @@ __all__ = ["run"]
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="shardvmm")
 def cli() -> None:
-    """Virtual machines whose vCPUs are processes, and every page they dirty."""
+    """Run virtual machines whose vCPUs are processes, and track every page they dirty."""
 
 
 # --- launch ------------------------------------------------------------------------------------------
@@ -43,22 +43,23 @@ def cli() -> None:
 @cli.command()
 @click.argument("config", type=click.Path())
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Override a key of the file, for example vcpus=8 or memory.0.size=1GiB.")
-@click.option("--name", help="Name of the machine (default: the file's).")
-@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+              help="Override a key of CONFIG, for example vcpus=8 or memory.0.size=1GiB.")
+@click.option("--name", help="Name of the machine (default: the name in CONFIG, else its file name).")
+@click.option("--detach", is_flag=True, help="Leave the machine running in the background.")
 @click.option("--trace", "trace", multiple=True, metavar="PATTERN",
-              help="Switch trace events on, for example 'kvm_dirty_ring_*'. (Dirty traces: vmm trace.)")
+              help="Enable the trace events that match, for example 'kvm_dirty_ring_*'. (For dirty traces, see vmm "
+                   "trace.)")
 @click.option("--trace-file", type=click.Path(dir_okay=False), default="",
-              help="Write trace events there instead of standard error.")
+              help="Write trace events to this file instead of standard error.")
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
            trace_file: str, as_json: bool) -> int:
-    """Launch the machine described in the file CONFIG and run it to its end."""
+    """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
     from ..client.config import load_config
     from ..client.machine import Machine
 
     if trace and detach and not trace_file:
-        raise VmmError("--trace with --detach needs --trace-file: nobody would see the lines")
+        raise VmmError("--trace with --detach needs --trace-file: a detached machine has no terminal to write to")
     machine_config = load_config(config, list(overrides), name=name)
     machine = Machine.launch(machine_config, trace=list(trace),
                              trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
@@ -83,16 +84,17 @@ def _simple(name: str, help_text: str, act: Callable[[Machine], None], done: str
             click.echo(f"{machine.name} {done}")
 
 
-_simple("pause", "Take every vCPU out of the guest and keep it out.", lambda m: m.pause(), "is paused")
+_simple("pause", "Pause a machine. Every vCPU leaves the guest and stays out until vmm resume.",
+        lambda m: m.pause(), "is paused")
 
 
 @cli.command()
 @on_machine
-@click.option("--force", is_flag=True, help="Also a machine that was handed over and is lost where it went. It "
-                                            "runs on here, from that moment.")
+@click.option("--force", is_flag=True, help="Also resume a machine that was handed over to a migration target and "
+                                            "lost there. It continues here from the moment of the hand-over.")
 @json_option
 def resume(machine: Machine, force: bool, as_json: bool) -> None:
-    """Take back the pause of vmm pause. The machine runs on, unless somebody else wants it to stand still."""
+    """Undo vmm pause. The machine continues unless something else, such as a snapshot, keeps it paused."""
     held_by = machine.resume(force=force)
     if as_json:
         print_json({"name": machine.name, "done": "resume", "held_by": held_by})
@@ -104,7 +106,7 @@ def resume(machine: Machine, force: bool, as_json: bool) -> None:
 
 @cli.group()
 def log() -> None:
-    """Switch dirty logging of a memory slot."""
+    """Start or stop dirty logging of a memory slot."""
 
 
 def _log_verb(name: str, help_text: str) -> None:
@@ -123,17 +125,17 @@ def _log_verb(name: str, help_text: str) -> None:
             click.echo(f"{machine.name}: slot {slot} is {'logged' if name == 'start' else 'not logged'}")
 
 
-_log_verb("start", "Log the pages dirtied in SLOT from now on.")
-_log_verb("stop", "Stop logging SLOT; what was dirtied until now is kept.")
+_log_verb("start", "Start logging the pages dirtied in SLOT.")
+_log_verb("stop", "Stop logging SLOT; the pages logged so far are kept.")
 
 
 @cli.command()
 @on_machine
-@click.option("--client", default="cli", show_default=True, help="Whose last sync to count from.")
+@click.option("--client", default="cli", show_default=True, help="Client whose last sync to count from.")
 @json_option
 def sync(machine: Machine, client: str, as_json: bool) -> None:
-    """Flush, and show the pages of each slot dirtied since this client's last sync. The first one
-    registers the client: it counts from there."""
+    """Flush the dirty log and show dirty pages. These are the pages of each slot dirtied since this client's last
+    sync; the first sync registers the client, and counting starts there."""
     machine.register(client)
     result = machine.sync(client)
     if as_json:
@@ -149,7 +151,7 @@ def sync(machine: Machine, client: str, as_json: bool) -> None:
 
 @cli.group()
 def memory() -> None:
-    """Plug memory slots in and out of a running machine."""
+    """Hot-plug and unplug memory slots of a running machine."""
 
 
 @memory.command("add")
@@ -157,10 +159,10 @@ def memory() -> None:
 @click.argument("slot", type=int)
 @click.argument("gpa")
 @click.argument("size")
-@click.option("--no-log", is_flag=True, help="Without dirty logging.")
+@click.option("--no-log", is_flag=True, help="Add the slot without dirty logging.")
 @json_option
 def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, as_json: bool) -> None:
-    """Add SLOT of SIZE at guest address GPA (bytes, 0x…, KiB, MiB, GiB)."""
+    """Add memory slot SLOT of SIZE at guest physical address GPA (bytes, 0x…, KiB, MiB, GiB)."""
     from ..client.config import parse_size
 
     try:
@@ -174,10 +176,11 @@ def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, a
 @memory.command("remove")
 @on_machine
 @click.argument("slot", type=int)
-@click.option("--force", is_flag=True, help="Although it holds the guest's image or stacks.")
+@click.option("--force", is_flag=True, help="Remove it even if it holds the guest's image or stacks.")
 @json_option
 def memory_remove(machine: Machine, slot: int, force: bool, as_json: bool) -> None:
-    """Remove SLOT: vCPUs stopped, rings reaped, bitmap synced, slot removed, vCPUs resumed."""
+    """Remove memory slot SLOT: pause the vCPUs, reap the rings, sync the bitmap, remove the slot, resume the
+    vCPUs."""
     machine.memory_remove(slot, force=force)
     _memory_done(machine, slot, "removed", as_json)
 
@@ -205,7 +208,7 @@ for _verb in (*MACHINE_VERBS, client, compare, dirty_rate, dirty_limit, tracking
 @cli.command()
 @json_option
 def doctor(as_json: bool) -> int:
-    """Say what this host can do: KVM, dirty rings, shared memory, limits, left-overs."""
+    """Check what this host supports: KVM, dirty rings, shared memory, limits, leftovers."""
     from ..client.doctor import examine, healthy
 
     findings = examine()
@@ -221,10 +224,10 @@ def doctor(as_json: bool) -> int:
 
 @cli.command()
 @click.argument("name", required=False)
-@click.option("--logs", is_flag=True, help="Also the logs and reports of machines that have ended.")
+@click.option("--logs", is_flag=True, help="Also remove logs and reports of machines that have ended.")
 @json_option
 def gc(name: str | None, logs: bool, as_json: bool) -> None:
-    """Clear what machines that died have left behind (of NAME, or of all)."""
+    """Remove what crashed machines left behind. With NAME, only what that machine left."""
     from ..machine.records import remove_records
     from ..machine.runtime import collect_garbage
 
@@ -233,7 +236,7 @@ def gc(name: str | None, logs: bool, as_json: bool) -> None:
         try:
             removed += remove_records(name)
         except OSError as exc:
-            raise VmmError(f"the logs cannot be removed: {exc}") from None
+            raise VmmError(f"cannot remove the logs: {exc}") from None
     if as_json:
         print_json({"removed": removed})
     else:
@@ -245,7 +248,7 @@ def gc(name: str | None, logs: bool, as_json: bool) -> None:
 @cli.command()
 @click.argument("what", type=click.Choice(["config", "report"]), default="config")
 def schema(what: str) -> None:
-    """Print a JSON schema: of the configuration file, or of a machine's report (vmm status --json)."""
+    """Print a JSON schema. It is that of the configuration file, or of a machine's report (vmm status --json)."""
     if what == "report":
         from ..machine.report import report_schema
 
@@ -272,8 +275,8 @@ def guests(as_json: bool) -> None:
         click.echo(f"{w.name}: {w.description}")
         for p in w.params:
             click.echo(f"    {p.name} (default {p.default}): {p.help}")
-    click.echo("accel: replay runs no guest: it dirties pages by a pattern (sequential, strided, random, zipf), or "
-               "from a trace; vmm schema has its keys")
+    click.echo("accel: replay runs no guest: it dirties pages in a pattern (sequential, strided, random, zipf) or "
+               "from a trace; vmm schema lists its keys")
 
 
 def run() -> int:
@@ -294,12 +297,12 @@ def run() -> int:
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except MemoryError:
-        _say("vmm: error: there is not enough memory for this")
+        _say("vmm: error: not enough memory")
         return ExitCode.BAD_INPUT
     except Exception as exc:
         if os.environ.get("VMM_DEBUG"):
             raise
-        _say(f"vmm: {type(exc).__name__}: {exc} (this is a bug; VMM_DEBUG=1 shows where)")
+        _say(f"vmm: {type(exc).__name__}: {exc} (this is a bug; set VMM_DEBUG=1 for a traceback)")
         return ExitCode.BUG
 
 

@@ -31,7 +31,7 @@ def progress_bar(*columns: ProgressColumn | str) -> Progress:
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+    option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
     return option(function)
 
 
@@ -49,7 +49,8 @@ def on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Duration(click.ParamType):
-    """``500ms``, ``1s``, ``2m``; a bare number is seconds. ``least``: the shortest that can be kept to, seconds."""
+    """``500ms``, ``1s``, ``2m``; a bare number is seconds. ``least``: the shortest that can be kept to, seconds.
+    Raises VmmError."""
 
     name = "duration"
 
@@ -65,12 +66,12 @@ class Duration(click.ParamType):
         except ValueError as exc:
             raise VmmError(f"{where}: {exc}") from None
         if seconds < self._least:
-            raise VmmError(f"{where}: {value} is too short: at least {self._least * 1000:g} ms")
+            raise VmmError(f"{where}: {value} is too short: must be at least {self._least * 1000:g} ms")
         return seconds
 
 
 class Rate(click.ParamType):
-    """``100MB/s``, ``64MiB/s``; a bare number is bytes a second."""
+    """``100MB/s``, ``64MiB/s``; a bare number is bytes per second. Raises VmmError."""
 
     name = "rate"
 

@@ -31,7 +31,7 @@ class Sizes(click.ParamType):
         except ValueError as exc:
             raise VmmError(f"--ram: {exc}") from None
         if any(size < 8 << 20 or size % (1 << 20) for size in found):
-            raise VmmError(f"--ram {value}: sizes of whole MiB, at least 8MiB each, with commas between them")
+            raise VmmError(f"--ram {value}: must be a comma-separated list of sizes in whole MiB, at least 8MiB each")
         return tuple(size >> 20 for size in found)
 
 
@@ -48,7 +48,7 @@ class Numbers(click.ParamType):
         try:
             found = tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            raise VmmError(f"{option} {value}: numbers with commas between them") from None
+            raise VmmError(f"{option} {value}: must be a comma-separated list of numbers") from None
         for number in found:
             if not self._minimum <= number <= self._maximum or (self._power and number & number - 1):
                 raise VmmError(f"{option} {number}: must be {'a power of two ' if self._power else ''}from "
@@ -66,29 +66,31 @@ class Intervals(click.ParamType):
 
 
 @click.command()
-@click.option("--ram", type=Sizes(), default="64MiB,512MiB,2GiB", show_default=True)
-@click.option("--vcpus", type=Numbers(1, 256), default="1,2", show_default=True)
+@click.option("--ram", type=Sizes(), default="64MiB,512MiB,2GiB", show_default=True, help="Guest RAM sizes.")
+@click.option("--vcpus", type=Numbers(1, 256), default="1,2", show_default=True, help="Numbers of vCPUs.")
 @click.option("--spin", type=Numbers(0, 1 << 31), default="0,200,5000", show_default=True,
-              help="Pauses of the guest after each write: the dirtying rate.")
+              help="Pause instructions of the guest after each write, which set the dirtying rate.")
 @click.option("--ring", type=Numbers(RING_MIN, RING_MAX, power=True), default="4096,1024,65536", show_default=True,
-              help="Entries of a dirty ring; the first with all else, the others by themselves.")
+              help="Dirty ring sizes in entries; the first is the default, the others are measured separately.")
 @click.option("--interval", type=Intervals(), default="100ms,10ms", show_default=True,
-              help="Between two syncs; the first with all else.")
+              help="Times between two syncs; the first is the default, the others are measured separately.")
 @click.option("--tracking", "ways", default="ring,bitmap,uffd,sampling,auto", show_default=True,
-              help="What to compare with no tracking.")
+              help="Tracking modes to compare with no tracking.")
 @click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",
-              show_default=True)
-@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True)
-@click.option("--rounds", type=click.IntRange(1, 1000), default=4, show_default=True)
-@click.option("--window", type=Duration(), default="250ms", show_default=True, help="Measured at a time.")
-@click.option("--quick", is_flag=True, help="A small grid, under a minute.")
+              show_default=True, help="Sample guest to run.")
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
+              help="Accelerator to use.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=4, show_default=True,
+              help="Measurements of each mode per point.")
+@click.option("--window", type=Duration(), default="250ms", show_default=True, help="Duration of a measurement.")
+@click.option("--quick", is_flag=True, help="Use a small grid that takes less than a minute.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False),
-              help="Folder for results.json and the pictures. Points that are in it are not measured again.")
+              help="Directory for results.json and the plots; points already in it are not measured again.")
 @json_option
 def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...], ring: tuple[int, ...],
             interval: tuple[float, ...], ways: str, workload: str, accel: str, rounds: int, window: float,
             quick: bool, output: Path | None, as_json: bool) -> int:
-    """Run the same guest under every mode of dirty tracking, and say what each costs."""
+    """Compare the costs of dirty-tracking modes. The same guest runs in each of them."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -101,18 +103,18 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
     asked = tuple(ways.split(","))
     for way in asked:
         if way not in WAYS[1:]:
-            raise VmmError(f"--tracking {way}: there are {', '.join(WAYS[1:])}")
+            raise VmmError(f"--tracking {way}: unknown mode; choose from {', '.join(WAYS[1:])}")
     settings = Settings(choose_accelerator(accel), workload, rounds, window)
     there, missing = available(["none", *(w for w in WAYS if w in asked)], settings.accel)
     named = click.get_current_context().get_parameter_source("ways") is not click.core.ParameterSource.DEFAULT
     for reason in missing.values():
         if named:
             raise VmmError(reason)
-        click.echo(f"left out: {reason}", err=True)
+        click.echo(f"skipped: {reason}", err=True)
     if len(there) == 1:
-        raise VmmError("nothing is left to compare")
+        raise VmmError("nothing to compare: none of the tracking modes is available on this host")
     grid = Grid(ram, vcpus, spin, ring, [s * 1000 for s in interval])
-    kept = _load(output, settings)      # windows as they were measured, a list a point
+    kept = _load(output, settings)      # windows as they were measured, a list per point
     todo = [(point, tuple(w for w in chosen if w in there)) for point, chosen in grid.points()]
     todo = [(point, chosen) for point, chosen in todo if len(chosen) > 1]
     rows: list[dict[str, Any]] = []
@@ -132,7 +134,7 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
             for path in draw(rows, output):
                 click.echo(str(path), err=True)
         except MissingPackage as exc:
-            click.echo(f"no pictures: {exc}", err=True)
+            click.echo(f"no plots: {exc}", err=True)
         except OSError as exc:
             raise VmmError(f"{output}: cannot be written: {exc.strerror}") from None
     if as_json:
@@ -158,10 +160,11 @@ def _load(output: Path | None, settings: Any) -> dict[str, Any]:
         found = json.loads((output / "results.json").read_text())
         same = found["version"] == 1 and found["settings"] == fresh["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise VmmError(f"{output / 'results.json'}: not what vmm compare has written (remove it)") from None
+        raise VmmError(f"{output / 'results.json'}: was not written by vmm compare: remove it, or choose another "
+                       "directory") from None
     if not same:
-        raise VmmError(f"{output / 'results.json'}: was measured with other settings ({found['settings']}); "
-                       "choose another folder")
+        raise VmmError(f"{output / 'results.json'}: was measured with other settings ({found['settings']}): "
+                       "choose another directory")
     return dict(found)
 
 

@@ -28,12 +28,12 @@ _MIB = 1 << 20
 @click.option("--time", "seconds", type=Duration(), default="1s", show_default=True,
               help="How long to measure, 50ms to 60s.")
 @click.option("--mode", type=click.Choice(["ring", "bitmap", "sampling"]), default=None,
-              help="ring: per vCPU and whole; bitmap: whole; sampling: estimated, without the dirty log. "
-                   "[default: ring where there are rings]")
-@click.option("--watch", is_flag=True, help="Measure again and again, until interrupted or the machine ends.")
+              help="ring: per vCPU and in total; bitmap: in total; sampling: estimated, without the dirty log. "
+                   "[default: ring where the machine has rings]")
+@click.option("--watch", is_flag=True, help="Repeat the measurement until interrupted or until the machine ends.")
 @json_option
 def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json: bool) -> None:
-    """Measure how fast the guest dirties memory. No other user of the dirty log is disturbed."""
+    """Measure how fast the guest dirties memory. Other users of the dirty log are not affected."""
     from ..consumers.rate import check_time, measure
 
     check_time(seconds)
@@ -53,7 +53,7 @@ def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json
 def _print_rate(rate: DirtyRate) -> None:
     for vcpu in rate.vcpus:
         click.echo(f"vCPU {vcpu.index}: {vcpu.mib_per_s:10.1f} MiB/s {vcpu.pages_per_s:12,.0f} pages/s")
-    repeated = f", and {rate.repeated:,} repeatedly" if rate.repeated else ""
+    repeated = f", {rate.repeated:,} repeated entries" if rate.repeated else ""
     click.echo(f"machine: {rate.mib_per_s:9.1f} MiB/s {rate.pages_per_s:12,.0f} pages/s "
                f"({rate.pages:,} distinct pages{repeated}, in {rate.seconds:.2f} s, {rate.mode})")
 
@@ -63,12 +63,12 @@ def _print_rate(rate: DirtyRate) -> None:
 @click.argument("mode", type=click.Choice(["ring", "bitmap", "uffd", "none", "auto"]))
 @json_option
 def tracking(machine: Machine, mode: str, as_json: bool) -> None:
-    """Log dirty pages in another way from now on. The vCPUs are paused for it; nothing is lost."""
+    """Switch to another dirty-tracking mode. The vCPUs are paused for the switch; no dirty page is lost."""
     done = machine.set_tracking(mode)
     if as_json:
         print_json({"name": machine.name, **done})
     else:
-        chosen = f" ({done['tracking']} for now)" if mode == "auto" else ""
+        chosen = f" (currently {done['tracking']})" if mode == "auto" else ""
         click.echo(f"{machine.name}: tracking {mode}{chosen}, was {done['before']} (paused for "
                    f"{done['seconds'] * 1000:.1f} ms)")
 
@@ -79,7 +79,7 @@ def dirty_limit() -> None:
 
 
 _vcpu_option = click.option("--vcpu", type=click.IntRange(min=0), default=None,
-                            help="Only this vCPU (default: each one).")
+                            help="Only this vCPU (default: every vCPU).")
 
 
 @dirty_limit.command("set", context_settings={"ignore_unknown_options": True})    # -5MB/s is a rate that cannot be
@@ -88,10 +88,10 @@ _vcpu_option = click.option("--vcpu", type=click.IntRange(min=0), default=None,
 @_vcpu_option
 @json_option
 def limit_set(machine: Machine, rate: float, vcpu: int | None, as_json: bool) -> None:
-    """Let each vCPU (or one) dirty at most RATE, for example 100MB/s."""
+    """Limit the rate at which each vCPU (or one of them) dirties memory to RATE, for example 100MB/s."""
     pages = round(rate / PAGE_SIZE)
     if pages < 1:
-        raise VmmError(f"RATE: {rate:g} bytes a second is less than a page a second")
+        raise VmmError(f"RATE: {rate:g} bytes per second is less than one page per second")
     machine.dirty_limit(pages, vcpu)
     _limit_done(machine, vcpu, pages, as_json)
 
@@ -101,7 +101,7 @@ def limit_set(machine: Machine, rate: float, vcpu: int | None, as_json: bool) ->
 @_vcpu_option
 @json_option
 def limit_cancel(machine: Machine, vcpu: int | None, as_json: bool) -> None:
-    """Lift the limit, at once."""
+    """Remove the limit immediately."""
     machine.dirty_limit(0, vcpu)
     _limit_done(machine, vcpu, 0, as_json)
 
@@ -111,7 +111,7 @@ def _limit_done(machine: Machine, vcpu: int | None, pages: int, as_json: bool) -
         print_json({"name": machine.name, "vcpu": vcpu, "pages_per_s": pages})
         return
     who = "each vCPU" if vcpu is None else f"vCPU {vcpu}"
-    what = f"at most {pages * PAGE_SIZE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "without limit"
+    what = f"limited to {pages * PAGE_SIZE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "unlimited"
     click.echo(f"{machine.name}: {who} {what}")
 
 
@@ -121,7 +121,7 @@ def _limit_done(machine: Machine, vcpu: int | None, pages: int, as_json: bool) -
 @click.option("--time", "seconds", type=Duration(), default="1s", show_default=True, help="How long to measure.")
 @json_option
 def limit_query(machine: Machine, vcpu: int | None, seconds: float, as_json: bool) -> None:
-    """Show limits, and the rates as they are now."""
+    """Show the limits and the current dirty rates."""
     from ..consumers.rate import measure
 
     rates = measure(machine, seconds, "ring").vcpus
@@ -136,28 +136,31 @@ def limit_query(machine: Machine, vcpu: int | None, seconds: float, as_json: boo
     for each in found:
         limit = f"{each['limit_mb_per_s']:.1f} MB/s" if each["limit_mb_per_s"] else "none"
         click.echo(f"vCPU {each['index']}: limit {limit}, now {each['current_mb_per_s']:.1f} MB/s, "
-                   f"held back {each['throttled_s']:.2f} s in all")
+                   f"throttled for {each['throttled_s']:.2f} s in total")
 
 
 @click.command("working-set")
 @on_machine
-@click.option("--interval", type=Duration(least=0.001), default="100ms", show_default=True)
-@click.option("--time", "seconds", type=Duration(), default="10s", show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where the recording goes (.npz).")
-@click.option("--png", type=click.Path(path_type=Path), help="Where a picture of it goes.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Where a self-contained page goes.")
+@click.option("--interval", type=Duration(least=0.001), default="100ms", show_default=True,
+              help="Length of an interval.")
+@click.option("--time", "seconds", type=Duration(), default="10s", show_default=True, help="How long to record.")
+@click.option("--output", type=click.Path(path_type=Path), required=True,
+              help="Output path of the recording (.npz).")
+@click.option("--png", type=click.Path(path_type=Path), help="Write a plot to this file.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path),
+              help="Write a self-contained HTML page to this file.")
 @json_option
 def working_set(machine: Machine, interval: float, seconds: float, output: Path, png: Path | None,
                 html_path: Path | None, as_json: bool) -> int:
-    """Record which pages are dirtied in each interval; draw them over time, by address and by window. Ctrl-C ends
-    it early and keeps what there is."""
+    """Record which pages are dirtied per interval. They can be plotted over time, by address and by window. Ctrl-C
+    stops early and keeps what was recorded."""
     from ..client.interrupts import Interrupts
     from ..consumers import workingset
     from ..outputs import open_output
 
     if interval > seconds:
         raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
-    title = f"{machine.name}: pages dirtied in {interval * 1000:g} ms intervals"
+    title = f"{machine.name}: pages dirtied per {interval * 1000:g} ms interval"
     if png or html_path:
         optional.figure()       # what draws it is there, or that is said before the work begins
     with contextlib.ExitStack() as stack:       # and every file is tried
@@ -169,7 +172,7 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
             recording = workingset.record(machine, interval, seconds, lambda done: bar.update(task, completed=done),
                                           interrupts.wait)
         if not recording.intervals:
-            raise VmmError(f"machine '{machine.name}' ended before the first interval did")
+            raise VmmError(f"machine '{machine.name}' ended before the first interval was complete")
         recording.write(kept.file)
         kept.commit()       # whatever comes of the pictures
         if drawn is not None:
@@ -185,11 +188,11 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
         print_json(summary)
     else:
         mean = took / recording.intervals
-        click.echo(f"{output}: {recording.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} pages "
-                   f"dirty in one on average, {counts.max():,} at most"
+        click.echo(f"{output}: {recording.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} dirty "
+                   f"pages per interval on average, {counts.max():,} at most"
                    + (f"; incomplete: {recording.reason}" if recording.reason else ""))
     if interrupts.came:
         return 128 + interrupts.came
     if recording.reason:
-        raise VmmError(f"{output}: is incomplete: {recording.reason}")
+        raise VmmError(f"{output} is incomplete: {recording.reason}")
     return 0

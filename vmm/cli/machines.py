@@ -24,10 +24,10 @@ _FORCE_TIMEOUT = 15.0
 
 
 @click.command("list")
-@click.option("--all", "everything", is_flag=True, help="Also those that have ended and whose report is kept.")
+@click.option("--all", "everything", is_flag=True, help="Also list machines that have ended and left a report.")
 @json_option
 def list_(everything: bool, as_json: bool) -> None:
-    """List the running machines."""
+    """List running machines."""
     from ..client.machine import list_machines
     from ..machine.records import ended_names, outcome
 
@@ -52,8 +52,8 @@ def list_(everything: bool, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def status(name: str, as_json: bool) -> None:
-    """Show everything about a machine: vCPUs, reaper, slots, verification. Of one that has ended, its last
-    report."""
+    """Show the status of a machine. It covers vCPUs, reaper, slots and verification; of a machine that has ended,
+    the last report is shown."""
     from ..client.machine import Machine
     from ..machine.records import outcome
 
@@ -66,10 +66,10 @@ def status(name: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Kill its processes: its last pages and its report are lost.")
+@click.option("--force", is_flag=True, help="Kill its processes; its last dirty pages and its report are lost.")
 @json_option
 def stop(name: str, force: bool, as_json: bool) -> int:
-    """End every vCPU, and the machine, in order."""
+    """Stop a machine in an orderly way. Every vCPU is ended, then the machine."""
     from ..client.machine import Machine
     from ..machine.records import outcome
 
@@ -84,7 +84,8 @@ def stop(name: str, force: bool, as_json: bool) -> int:
     elif report is None:
         click.echo(f"{name} has ended")
     else:
-        click.echo(f"{name} has ended: {report['cause']} (exit status {report['exit_code']}; vmm status {name})")
+        click.echo(f"{name} has ended: {report['cause']} (exit status {report['exit_code']}; see vmm status "
+                   f"{name})")
     return ExitCode.OK
 
 
@@ -95,8 +96,8 @@ def _stop(machine: Machine) -> None:
     deadline = time.monotonic() + _STOP_TIMEOUT
     while is_running(machine.name):
         if time.monotonic() > deadline:
-            raise VmmError(f"machine '{machine.name}' is still there after {_STOP_TIMEOUT:.0f} s (vmm logs "
-                           f"{machine.name}, vmm stop --force {machine.name})", ExitCode.WORKER_DIED)
+            raise VmmError(f"machine '{machine.name}' is still running after {_STOP_TIMEOUT:.0f} s: see vmm logs "
+                           f"{machine.name}, or kill it with vmm stop --force {machine.name}", ExitCode.WORKER_DIED)
         try:
             if machine.status()["state"] == "ended":
                 machine.release()
@@ -115,18 +116,19 @@ def _kill(name: str) -> None:
     deadline = time.monotonic() + _FORCE_TIMEOUT
     while is_running(name):
         if time.monotonic() > deadline:
-            raise VmmError(f"machine '{name}' is still there after {_FORCE_TIMEOUT:.0f} s; its keeper is process "
+            raise VmmError(f"machine '{name}' is still running after {_FORCE_TIMEOUT:.0f} s; its keeper is process "
                            f"{keeper}", ExitCode.WORKER_DIED)
         time.sleep(0.02)
 
 
 @click.command()
 @click.argument("name")
-@click.option("--timeout", type=Duration(), help="Give up after so long (exit status 5); the machine runs on.")
+@click.option("--timeout", type=Duration(),
+              help="Stop waiting after this time (exit status 5); the machine keeps running.")
 @json_option
 def wait(name: str, timeout: float | None, as_json: bool) -> int:
-    """Wait until a machine has ended, and show its report; the exit status is the machine's. Of one that has ended
-    already, at once."""
+    """Wait until a machine has ended. Then show its report; the exit status is the machine's. Returns at once if it
+    has already ended."""
     from ..client.machine import Machine
     from ..machine.records import outcome
 
@@ -153,12 +155,12 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--follow", "-f", is_flag=True, help="Go on until the machine has ended.")
-@click.option("--console", is_flag=True, help="Only what the guest has written to its consoles.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing until the machine has ended.")
+@click.option("--console", is_flag=True, help="Print only the guest's console output.")
 @json_option
 def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
-    """Print the log of a machine, or of the last one called so: console output, events, warnings, errors of its
-    processes. The newest 2 to 4 MiB are kept. With --json one document per line."""
+    """Print the log of a machine. It has the console output, events, warnings and errors of the processes of the
+    last machine named NAME, running or not. The newest 2 to 4 MiB are kept. With --json, one document per line."""
     from ..machine.log import follow_log, read_log
     from ..machine.records import log_path, no_machine
     from ..machine.runtime import is_running
@@ -169,10 +171,10 @@ def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
         _print_lines(lines, console, as_json)
     except (FileNotFoundError, NotADirectoryError):
         if is_running(name):
-            raise VmmError(f"machine '{name}' keeps no log: none could be made when it was launched") from None
+            raise VmmError(f"machine '{name}' has no log: none could be created when it was launched") from None
         raise no_machine(name) from None
     except OSError as exc:
-        raise VmmError(f"the log of machine '{name}' cannot be read: {exc}") from None
+        raise VmmError(f"cannot read the log of machine '{name}': {exc}") from None
     return ExitCode.OK
 
 

@@ -34,9 +34,10 @@ _BACKGROUND_PATIENCE = 60.0
 _CANCEL_PATIENCE = 15.0
 _MIB = 1 << 20
 
-_key = click.option("--key", type=click.Path(), default="", help="Own secret key file (vmm keys), for CURVE.")
+_key = click.option("--key", type=click.Path(), default="",
+                    help="This end's secret key file, for CURVE (see vmm keys).")
 _peer = click.option("--peer", type=click.Path(), default="", help="The other end's public key file.")
-_insecure = click.option("--insecure", is_flag=True, help="Allow tcp without encryption.")
+_insecure = click.option("--insecure", is_flag=True, help="Allow tcp:// without encryption.")
 
 
 class _Migrate(click.Group):
@@ -50,38 +51,42 @@ class _Migrate(click.Group):
 
 @click.group(cls=_Migrate)
 def migrate() -> None:
-    """Move a running machine to another host (or name): vmm migrate NAME ADDRESS, where a vmm receive waits."""
+    """Migrate a running machine to another host or name. Usage: vmm migrate NAME ADDRESS, where vmm receive is
+    waiting at ADDRESS."""
 
 
 @migrate.command()
 @click.argument("name")
 @click.argument("address")
 @click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]), default="none",
-              show_default=True)
-@click.option("--channels", type=click.IntRange(1, 16), default=2, show_default=True)
-@click.option("--bandwidth", type=Rate(), default=None, help="Cap, for example 1GB/s.")
-@click.option("--downtime", type=Duration(), default="300ms", show_default=True, help="Limit of the guest's pause.")
+              show_default=True, help="Compression of memory pages.")
+@click.option("--channels", type=click.IntRange(1, 16), default=2, show_default=True,
+              help="Number of parallel channels for memory pages.")
+@click.option("--bandwidth", type=Rate(), default=None, help="Bandwidth limit, for example 1GB/s.")
+@click.option("--downtime", type=Duration(), default="300ms", show_default=True,
+              help="Maximum downtime of the guest.")
 @click.option("--max-rounds", type=click.IntRange(1, 1000), default=30, show_default=True,
-              help="Rounds after which the guest is stopped whatever is left.")
+              help="Rounds after which the guest is stopped, however much memory is left.")
 @click.option("--no-converge", is_flag=True, help="Do not throttle the vCPUs that dirty most.")
-@click.option("--postcopy", is_flag=True, help="Let the guest go on at the target before all memory is there, if "
-                                               "pre-copy does not converge at once.")
+@click.option("--postcopy", is_flag=True, help="Resume the guest at the target before all of its memory has "
+                                               "arrived, if pre-copy does not converge at once.")
 @click.option("--postcopy-after", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="ROUNDS",
-              help="Rounds of pre-copy before that.")
+              help="Pre-copy rounds before switching to post-copy.")
 @click.option("--recover", is_flag=True, help="Finish a migration whose source was lost after the "
                                                "hand-over.")
 @_key
 @_peer
 @_insecure
-@click.option("--background", is_flag=True, help="Return at once, with an id.")
-@click.option("--report", "report_path", type=click.Path(path_type=Path), help="Write the final report there.")
+@click.option("--background", is_flag=True, help="Return at once and print the migration's id.")
+@click.option("--report", "report_path", type=click.Path(path_type=Path),
+              help="Write the final report to this file.")
 @click.option("--id", "migration_id", default="", hidden=True)
 @json_option
 def start(name: str, address: str, compression: Any, channels: int, bandwidth: float | None, downtime: float,
           max_rounds: int, no_converge: bool, postcopy: bool, postcopy_after: int, recover: bool, key: str,
           peer: str, insecure: bool, background: bool, report_path: Path | None, migration_id: str,
           as_json: bool) -> None:
-    """Move machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). It goes on here if that fails."""
+    """Migrate machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). If that fails, it keeps running here."""
     from .. import migrate as migration
     from ..client.machine import Machine
     from ..consumers.migration.addresses import parse_address
@@ -136,8 +141,8 @@ def _start_in_background(name: str, address: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": migration_id, "name": name, "target": address})
     else:
-        click.echo(f"{migration_id}: {name} is being migrated to {address}: vmm migrate status {name}, "
-                   f"vmm migrate cancel {name}")
+        click.echo(f"{migration_id}: {name} is being migrated to {address} (see vmm migrate status {name}, "
+                   f"vmm migrate cancel {name})")
 
 
 def _exit_code(status: int) -> ExitCode:
@@ -176,12 +181,12 @@ class _Shown:
 
     @staticmethod
     def _write(output: Output, report: Report) -> None:
-        """It has gone as it has gone: that nobody can read of it makes no failure of it."""
+        """The migration ended as it did: a report that cannot be written does not make it a failure."""
         try:
             output.write(json.dumps(report.as_dict()).encode() + b"\n")
             output.commit()
         except VmmError as exc:
-            report.warnings.append(f"the report is lost: {exc}")
+            report.warnings.append(f"the report was not written: {exc}")
 
     def __enter__(self) -> _Shown:
         self._live.__enter__()
@@ -200,7 +205,7 @@ def _progress_text(report: dict[str, Any]) -> str:
     text = (f"{report['status']}: round {rounds}, {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
             f"{ram['mbps'] / 8:,.1f} MB/s")
     if rounds:
-        text += f", dirtied {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
+        text += f", dirty rate {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
         if report["expected_downtime"] is not None:
             text += f", expected downtime {report['expected_downtime']:,.0f} ms"
     return text
@@ -208,13 +213,13 @@ def _progress_text(report: dict[str, Any]) -> str:
 
 def _print_report(report: Report) -> None:
     ram = report.ram
-    click.echo(f"{report.machine} is at {report.target}: total {report.total_time:,.0f} ms, downtime "
+    click.echo(f"{report.machine} was migrated to {report.target}: total {report.total_time:,.0f} ms, downtime "
                f"{report.downtime:,.1f} ms, {ram.dirty_sync_count} rounds")
     click.echo(f"ram: {ram.transferred / _MIB:,.1f} MiB transferred, {ram.normal:,} pages, {ram.duplicate:,} zero "
                f"pages, {ram.mbps:,.0f} Mbit/s in the last round, compression {report.compression} "
                f"{report.compression_ratio:.2f}")
     if report.ram.postcopy_pages:
-        click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them asked for; vCPUs "
+        click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them requested; vCPUs "
                    f"waited {', '.join(f'{ms:,.1f}' for ms in report.postcopy_blocktime)} ms")
     for vcpu, quota in report.throttled.items():
         click.echo(f"vCPU {vcpu} was throttled to {quota:,.1f} MB/s")
@@ -224,7 +229,7 @@ def _print_report(report: Report) -> None:
 @click.argument("name")
 @json_option
 def status(name: str, as_json: bool) -> None:
-    """Show how far the last migration of machine NAME is, or how it went."""
+    """Show the progress or outcome of the last migration of machine NAME."""
     from ..consumers.migration.status import load_status
 
     found = load_status(name)
@@ -240,14 +245,14 @@ def status(name: str, as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def cancel(name: str, as_json: bool) -> None:
-    """Cancel the migration of machine NAME; it runs on here."""
+    """Cancel the migration of machine NAME; it keeps running here."""
     from ..consumers.migration.report import COMMITTED, OVER
     from ..consumers.migration.status import interrupt, load_status
 
     found = load_status(name)
     _refuse_to_cancel(found)
     if found["status"] in OVER:
-        raise VmmError(f"no migration of machine '{name}' is under way (the last: {found['status']})")
+        raise VmmError(f"no migration of machine '{name}' is in progress (last one: {found['status']})")
     interrupt(found)
     deadline = time.monotonic() + _CANCEL_PATIENCE
     while found["status"] not in OVER and found["status"] not in COMMITTED:
@@ -268,16 +273,18 @@ def _refuse_to_cancel(report: dict[str, Any]) -> None:
 
     name, target = report["machine"], report["target"]
     if report["status"] == "completed":
-        raise VmmError(f"machine '{name}' is at {target} already")
+        raise VmmError(f"machine '{name}' has already been migrated to {target}")
     if report["status"] in COMMITTED:
-        raise VmmError(f"machine '{name}' was handed over to {target} already: that cannot be cancelled any more")
+        raise VmmError(f"machine '{name}' has already been handed over to {target}: the migration can no longer be "
+                       "cancelled")
 
 
 @click.command()
 @click.argument("address")
-@click.option("--name", help="Name of the machine here (default: the one it comes with).")
-@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True)
-@click.option("--detach", is_flag=True, help="Leave it running in the background when it has come.")
+@click.option("--name", help="Name of the machine here (default: its name at the source).")
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
+              help="Accelerator to use here.")
+@click.option("--detach", is_flag=True, help="Leave the machine running in the background once it has arrived.")
 @click.option("--timeout", type=Duration(), default=None, help="How long to wait for a source.")
 @_key
 @_peer
@@ -285,7 +292,7 @@ def _refuse_to_cancel(report: dict[str, Any]) -> None:
 @json_option
 def receive(address: str, name: str | None, accel: str, detach: bool, timeout: float | None, key: str, peer: str,
             insecure: bool, as_json: bool) -> int:
-    """Wait at ADDRESS for one machine to be migrated here, and run it."""
+    """Wait at ADDRESS for one incoming machine and run it."""
     from ..receive import receive as run
 
     signal.signal(signal.SIGTERM, _cancel)
@@ -298,10 +305,11 @@ def receive(address: str, name: str | None, accel: str, detach: bool, timeout: f
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Replace a pair of that name.")
+@click.option("--force", is_flag=True, help="Replace an existing pair of that name.")
 @json_option
 def keys(directory: Path, name: str, force: bool, as_json: bool) -> None:
-    """Make a pair of CURVE keys: DIRECTORY/NAME.key to give away, NAME.key_secret to keep."""
+    """Create a pair of CURVE keys. DIRECTORY/NAME.key is to be shared, DIRECTORY/NAME.key_secret to be kept
+    private."""
     from ..consumers.migration.keys import make_keys
 
     public, secret = make_keys(directory, name, force=force)

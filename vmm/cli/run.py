@@ -19,11 +19,11 @@ __all__ = ["Interrupted", "run_or_leave"]
 
 _PROGRESS_S = 0.25
 _NOTES = {
-    "ring-rebuilt": "vcpu {vcpu}: its ring lost count ({harvested} harvested, {reset} reset) and was rebuilt; "
-                    "{pages_marked} pages marked dirty",
+    "ring-rebuilt": "vCPU {vcpu}: the counts of its ring did not match ({harvested} harvested, {reset} reset); the "
+                    "ring was rebuilt, {pages_marked} pages were marked dirty",
     "warning": "vmm: warning: {text}",
-    "dropped": "{count} events were dropped, console output among them: they were not read in time (vmm logs "
-               "{name} may have them)",
+    "dropped": "{count} events, some of them console output, were dropped because they were not read in time (vmm "
+               "logs {name} may have them)",
     "incoming-lost": "{detail}",
 }
 

@@ -27,7 +27,7 @@ _name = click.argument("snapshot_id", required=False)
 
 @click.group()
 def snapshot() -> None:
-    """Full and incremental snapshots of a machine."""
+    """Take and manage full and incremental snapshots of a machine."""
 
 
 @contextlib.contextmanager
@@ -59,13 +59,15 @@ def _say(manifest: Manifest, text: str, as_json: bool) -> None:
 @snapshot.command()
 @on_machine
 @_directory
-@click.option("--incremental", is_flag=True, help="Only what was dirtied since the last snapshot there.")
-@click.option("--live", is_flag=True, help="Let the guest run meanwhile; stop it for the last dirty pages.")
-@click.option("--compress", "compression", type=click.Choice(["none", "zstd"]), default="none", show_default=True)
+@click.option("--incremental", is_flag=True,
+              help="Save only the pages dirtied since the last snapshot in DIRECTORY.")
+@click.option("--live", is_flag=True, help="Keep the guest running; pause it only for the last dirty pages.")
+@click.option("--compress", "compression", type=click.Choice(["none", "zstd"]), default="none", show_default=True,
+              help="Compression of memory pages.")
 @json_option
 def create(machine: Machine, directory: Path, incremental: bool, live: bool, compression: Any,
            as_json: bool) -> None:
-    """Take a snapshot of machine NAME into DIRECTORY, which holds one chain."""
+    """Take a snapshot of machine NAME into DIRECTORY, which holds one chain of snapshots."""
     from ..consumers import snapshot as snapshots
 
     with _bar("saving") as progress:
@@ -79,7 +81,7 @@ def create(machine: Machine, directory: Path, incremental: bool, live: bool, com
 @_directory
 @json_option
 def list_(directory: Path, as_json: bool) -> None:
-    """List the snapshots in DIRECTORY, those whose manifest is damaged too."""
+    """List the snapshots in DIRECTORY, including those with a damaged manifest."""
     from ..consumers import snapshot as snapshots
 
     found = snapshots.survey(directory)
@@ -91,7 +93,7 @@ def list_(directory: Path, as_json: bool) -> None:
 
     from ..tables import print_table, screen, table
 
-    listed = table("id", "on", "created", "machine", "accelerator", "form", numbers=("vCPUs", "pages"))
+    listed = table("id", "parent", "created", "machine", "accelerator", "compression", numbers=("vCPUs", "pages"))
     for m in found:
         if isinstance(m, snapshots.Damaged):
             listed.add_row(m.id, "damaged")
@@ -109,12 +111,12 @@ def list_(directory: Path, as_json: bool) -> None:
 @_name
 @json_option
 def verify(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
-    """Read all of a chain, up to SNAPSHOT_ID (default: the newest), and compare the checksums."""
+    """Read the whole chain up to SNAPSHOT_ID (default: the newest) and check its checksums."""
     from ..consumers import snapshot as snapshots
 
     with _bar("verifying") as progress:
         manifests = snapshots.verify(directory, snapshot_id, progress)
-    _say(manifests[-1], f"{directory / manifests[-1].id}: good, a chain of {len(manifests)}", as_json)
+    _say(manifests[-1], f"{directory / manifests[-1].id}: verified, {len(manifests)} in the chain", as_json)
 
 
 @snapshot.command()
@@ -122,7 +124,7 @@ def verify(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
 @_name
 @json_option
 def merge(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
-    """Make SNAPSHOT_ID (default: the newest) a full one and drop those it was built on."""
+    """Make SNAPSHOT_ID (default: the newest) a full snapshot and delete those it was built on."""
     from ..consumers import snapshot as snapshots
 
     with _bar("merging") as progress:
@@ -135,7 +137,7 @@ def merge(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
 @click.argument("snapshot_id")
 @json_option
 def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
-    """Delete SNAPSHOT_ID; refused while another builds on it."""
+    """Delete SNAPSHOT_ID; refused while another snapshot builds on it."""
     from ..consumers import snapshot as snapshots
 
     snapshots.delete(directory, snapshot_id)
@@ -148,13 +150,14 @@ def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
 @snapshot.command()
 @_directory
 @_name
-@click.option("--name", help="Name of the machine (default: the one it had).")
-@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True)
-@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+@click.option("--name", help="Name of the machine (default: its name in the snapshot).")
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
+              help="Accelerator to use.")
+@click.option("--detach", is_flag=True, help="Leave the machine running in the background.")
 @json_option
 def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool,
             as_json: bool) -> int:
-    """Launch a machine as it was at SNAPSHOT_ID (default: the newest), and run it to its end."""
+    """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends."""
     from ..consumers import snapshot as snapshots
     from .run import run_or_leave
 

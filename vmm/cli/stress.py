@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["stress"]
 
-_TABLE_WIDTH = 180      # columns, where it is no terminal
+_TABLE_WIDTH = 180      # columns, where it is not a terminal
 PAGE_LOST = 1       # exit status: documented for this verb; elsewhere 1 is a guest's own code
 
 
@@ -44,24 +44,24 @@ def _axis(name: str, help_text: str) -> Callable[[Any], Any]:
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @_axis("vcpus", "Numbers of vCPUs, for example 1,2,4,8.")
 @_axis("ring", "Ring sizes in entries; 0 is the plain bitmap.")
-@_axis("workload", "Sample guests that go on for ever (accel replay: patterns).")
-@_axis("reaper", "adaptive,fixed.")
-@_axis("accel", "Accelerators.")
-@_axis("ram", "Sizes of guest RAM.")
-@_axis("dirty_limit", "Dirty limits of each vCPU, for example none,8MB/s.")
-@click.option("--machines", type=int, help="Machines at once, at each point.")
-@click.option("--seconds", type=Duration(), help="The timed window of each point.")
-@click.option("--repeat", type=int, help="Measure each point so often.")
+@_axis("workload", "Sample guests that run indefinitely (accel replay: patterns).")
+@_axis("reaper", "Reaper modes: adaptive,fixed.")
+@_axis("accel", "Accelerators, for example kvm,unicorn.")
+@_axis("ram", "Guest RAM sizes, for example 256MiB,1GiB.")
+@_axis("dirty_limit", "Dirty limits per vCPU, for example none,8MB/s.")
+@click.option("--machines", type=int, help="Number of machines that run at once at each point.")
+@click.option("--seconds", type=Duration(), help="Length of the timed window of each point.")
+@click.option("--repeat", type=int, help="Number of repetitions per point.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="Folder of the results; those that are there already are not measured again.")
-@click.option("--resume", is_flag=True, help="Go on with the sweep that --output holds.")
+              help="Directory for the results; points already in it are not measured again.")
+@click.option("--resume", is_flag=True, help="Continue the sweep stored in --output.")
 @json_option
 def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axes: Any) -> int:
-    """Measure machines over a sweep of vCPUs, ring sizes, workloads, reapers, accelerators; prove that no page is
-    lost.
+    """Measure machines over a parameter sweep. It varies vCPUs, ring sizes, workloads, reapers and accelerators, and
+    verifies that no page is lost.
 
-    The sweep comes from the file CONFIG, from options, or both (options win). It can be interrupted; the same
-    command, or --resume, goes on. Exit status 1: a page was lost.
+    The sweep is given by the file CONFIG, by options, or by both (options take precedence). To continue an
+    interrupted sweep, run the same command again or use --resume. Exit status 1: a page was lost.
     """
     from ..lab.stress import sweep as sweeps
     from ..lab.stress.report import draw_pictures, write_report
@@ -77,7 +77,7 @@ def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axe
     try:
         draw_pictures(results, output)
     except MissingPackage as exc:
-        click.echo(f"no pictures: {exc}", err=True)
+        click.echo(f"no plots: {exc}", err=True)
     if as_json:
         print_json(document)
     else:
@@ -94,9 +94,10 @@ def _as_given(key: str, value: Any) -> str:
 
 def _stored(config: Path | None, flags: dict[str, Any], stored: Path) -> Path:
     if config is not None or flags:
-        raise VmmError("--resume goes on with the sweep that --output holds: leave the file and the axes out")
+        raise VmmError("--resume continues the sweep stored in --output: leave out CONFIG and the options of the "
+                       "sweep")
     if not stored.is_file():
-        raise VmmError(f"{stored}: there is no sweep to go on with")
+        raise VmmError(f"{stored}: not found: there is no sweep to resume")
     return stored
 
 
@@ -129,7 +130,7 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _progress(sweep: Sweep) -> Iterator[tuple[Callable[[Point, str], None], Callable[[PointResult, bool], None]]]:
-    """On a terminal a bar: points done, the one at hand, the last one's rate, time left. Else a line a point."""
+    """On a terminal a bar: points done, the one at hand, the last one's rate, time left. Else a line per point."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -141,7 +142,7 @@ def _progress(sweep: Sweep) -> Iterator[tuple[Callable[[Point, str], None], Call
         def said(result: PointResult, fresh: bool) -> None:
             nonlocal count
             count += 1
-            there = "" if fresh else " (was there)"
+            there = "" if fresh else " (already measured)"
             click.echo(f"{count}/{total} {result.point}: {_outcome(result)}{there}", err=True)
 
         yield (lambda point, doing: None), said
@@ -157,7 +158,7 @@ def _progress(sweep: Sweep) -> Iterator[tuple[Callable[[Point, str], None], Call
 
         def done(result: PointResult, fresh: bool) -> None:
             nonlocal last
-            last = f" (before: {_outcome(result)})"
+            last = f" (previous: {_outcome(result)})"
             bar.advance(task)
             if result.error or result.lost:
                 bar.console.print(f"{result.point}: {_outcome(result)}", markup=False, soft_wrap=True)
@@ -195,6 +196,6 @@ def _show(sweep: Sweep, results: list[PointResult], complete: bool, output: Path
     for result in results:
         if result.error:
             console.print(f"failed: {result.point}: {result.error}", markup=False, soft_wrap=True)
-    state = "" if complete else (f"interrupted: {len(results)} of {len(sweep.points())} points are there; the same "
-                                 "command (or --resume) goes on. ")
-    console.print(f"{state}{output}: results.json, results.jsonl, pictures", markup=False, soft_wrap=True)
+    state = "" if complete else (f"interrupted: {len(results)} of {len(sweep.points())} points are done; run the "
+                                 "same command again (or use --resume) to continue. ")
+    console.print(f"{state}{output}: results.json, results.jsonl, plots", markup=False, soft_wrap=True)

@@ -20,8 +20,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         return
     outcome = "running" if report["state"] != "ended" else f"exit code {report['exit_code']}"
     console.print(f"[bold]{report['name']}[/bold]  {report['state']}, {report['elapsed_s']:.3f} s, "
-                  f"{report['accelerator']}, dirty {report['tracking']}"
-                  + (f" of {report['ring_entries']} entries" if report["ring_entries"] else "")
+                  f"{report['accelerator']}, tracking {report['tracking']}"
+                  + (f" ({report['ring_entries']} entries)" if report["ring_entries"] else "")
                   + f", {outcome}")
     vcpus = table("vCPU", "pid", "state", "exit", "code", title="vCPUs",
                   numbers=("dirtied", "ring full", "resets", "guest s", "stalled s"))
@@ -61,8 +61,8 @@ def _print_trouble(vcpu: dict[str, Any], console: Console) -> None:
     if vcpu["bad_entries"]:
         notes.append(f"{vcpu['bad_entries']} bad ring entries dropped")
     if vcpu["ring_rebuilds"]:
-        notes.append(f"ring lost count and was rebuilt {vcpu['ring_rebuilds']} times (all logged pages "
-                     "marked)")
+        notes.append(f"ring counts did not match; the ring was rebuilt {vcpu['ring_rebuilds']} times (all logged "
+                     "pages were marked dirty)")
     for note in notes:
         console.print(f"vCPU {vcpu['index']}: {note}", markup=False)
     if vcpu["registers"] and vcpu["exit_reason"] != "stopped":      # who stopped it does not ask where it was
@@ -87,7 +87,7 @@ def _print_verification(result: dict[str, Any] | None, console: Console) -> None
 
 
 def progress_text(report: dict[str, Any], rate: float) -> str:
-    """One line: what a running machine is doing. ``rate`` in pages a second."""
+    """One line: what a running machine is doing. ``rate`` in pages per second."""
     vcpus = report["vcpus"]
     running = sum(v["state"] not in ("exited", "dead") for v in vcpus)
     text = (f"{report['elapsed_s']:6.1f} s  {running}/{len(vcpus)} vCPUs running  "
@@ -99,7 +99,7 @@ def progress_text(report: dict[str, Any], rate: float) -> str:
 
 
 def doctor_table(findings: list[dict[str, str]]) -> Table:
-    found = table("check", "", texts=("finding", "what to do"))
+    found = table("check", "status", texts=("finding", "what to do"))
     colour = {"ok": "green", "warn": "yellow", "fail": "red", "absent": "yellow"}
     for f in findings:
         found.add_row(f["name"], f"[{colour[f['status']]}]{f['status']}[/]", escape(f["finding"]),
@@ -111,7 +111,7 @@ def machines_table(machines: list[dict[str, Any]]) -> Table:
     """Reports, whole or not."""
     ended = any(m.get("ended_at") for m in machines)
     found = table("name", "state", "accelerator", numbers=("vCPUs", "memory", "elapsed"),
-                  texts=("ended", "why") if ended else ())
+                  texts=("ended", "cause") if ended else ())
     for m in machines:
         row = [m["name"], _state_text(m)]
         if "vcpus" in m:

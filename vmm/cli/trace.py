@@ -23,20 +23,20 @@ __all__ = ["trace"]
 
 @click.group()
 def trace() -> None:
-    """Record dirty traces, for accel: replay. (Not trace events: those are vmm launch --trace.)"""
+    """Record and inspect dirty traces, for accel: replay. (For trace events, see vmm launch --trace.)"""
 
 
 @trace.command("record")
 @on_machine
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--time", "seconds", type=Duration(), default="10s", show_default=True,
-              help="How long to record; less when the machine ends.")
+              help="How long to record; shorter if the machine ends.")
 @click.option("--interval", type=Duration(least=0.001), default="10ms", show_default=True,
-              help="Harvest the rings at least this often: how exact the times in the trace are.")
+              help="Longest time between two harvests of the rings: the resolution of the times in the trace.")
 @json_option
 def trace_record(machine: Machine, file: Path, seconds: float, interval: float, as_json: bool) -> int:
-    """Record into FILE which page each vCPU dirties, in its order, with times. Ctrl-C ends it early and keeps what
-    there is."""
+    """Record into FILE which pages each vCPU dirties, in order and with times. Ctrl-C stops early and keeps what
+    was recorded."""
     from ..client.interrupts import Interrupts
     from ..consumers.trace import record
 
@@ -53,11 +53,11 @@ def trace_record(machine: Machine, file: Path, seconds: float, interval: float, 
                    + (f", {size:,} bytes" if size is not None else "")
                    + (f"; incomplete: {end.reason}" if end.reason else ""))
     if end.lost:
-        raise VmmError(f"{file}: is incomplete: {end.lost:,} entries came faster than they could be written")
+        raise VmmError(f"{file} is incomplete: {end.lost:,} entries came faster than they could be written")
     if interrupts.came:
         return 128 + interrupts.came
     if end.reason:
-        raise VmmError(f"{file}: is incomplete: {end.reason}")
+        raise VmmError(f"{file} is incomplete: {end.reason}")
     return 0
 
 
@@ -65,14 +65,14 @@ def trace_record(machine: Machine, file: Path, seconds: float, interval: float, 
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @json_option
 def trace_info(file: Path, as_json: bool) -> None:
-    """Show what is in the dirty trace FILE, and whether it is whole."""
+    """Show the contents of the dirty trace FILE and whether it is complete."""
     found = _summary(file)
     if as_json:
         print_json(found)
         return
-    click.echo(f"{file}: recorded {found['recorded']} of '{found['machine']}' ({found['accelerator']}), "
+    click.echo(f"{file}: recorded {found['recorded']} from '{found['machine']}' ({found['accelerator']}), "
                f"{found['seconds']:.2f} s, {found['bytes']:,} bytes, "
-               f"{found['bytes_per_entry']:.2f} an entry")
+               f"{found['bytes_per_entry']:.2f} per entry")
     for slot in found["slots"]:
         click.echo(f"slot {slot['id']} at {slot['gpa']:#x}: {slot['size'] // PAGE_SIZE:,} pages, "
                    f"{slot['dirtied']:,} of them dirtied")

@@ -200,7 +200,7 @@ def boot_slots(slots: Iterable[tuple[int, int, int]], image: Iterable[tuple[int,
     used too. Raises BootError when the stacks do not fit above the image.
     """
     if stack_size <= 0 or stack_size % 16:
-        raise BootError(f"a stack of {stack_size} bytes: must be a positive multiple of 16")
+        raise BootError(f"stack size {stack_size}: must be a positive multiple of 16 bytes")
     segments = list(image)
     found: list[BootSlot] = []
     for number, (slot_id, gpa, size) in enumerate(slots):
@@ -224,7 +224,7 @@ def write_system_slot(buf: memoryview, *, vcpu_count: int, slots: Sequence[BootS
     """
     size = system_size(vcpu_count, top_gpa)
     if len(buf) < size:
-        raise BootError(f"the system slot needs {size} bytes, its memory has {len(buf)}")
+        raise BootError(f"the system slot needs {size} bytes, but its memory has {len(buf)}")
     buf[:size] = bytes(size)
     _write_boot_info(buf, vcpu_count, slots, image_end, params, cmdline, stack_size)
     _write_idt(buf)

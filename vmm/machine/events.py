@@ -40,11 +40,11 @@ def check_patterns(patterns: Sequence[str]) -> None:
     """Raises VmmError for a pattern that matches no event."""
     for pattern in patterns:
         if not fnmatch.filter(EVENTS, pattern):
-            raise VmmError(f"--trace {pattern}: no such event; there are: {', '.join(EVENTS)}")
+            raise VmmError(f"--trace {pattern}: no such event; choose from {', '.join(EVENTS)}")
 
 
 class Tracer:
-    """One attribute an event: a callable when it is on, None when it is off.
+    """One attribute per event: a callable when it is on, None when it is off.
 
     ``path``: where the lines go; empty: to the descriptor ``terminal`` (-1: nowhere). What is not a regular file is
     never waited for: lines that its reader is too slow for are counted. A trace that cannot be written ends, and
@@ -93,7 +93,7 @@ class Tracer:
                     self._dropped += 1
                     return
                 if self._dropped:
-                    line = f"{self._dropped} trace lines were dropped: they are not read fast enough\n{line}"
+                    line = f"{self._dropped} trace lines were dropped: they were not read fast enough\n{line}"
                     self._dropped = 0
             data = line.encode()
             if os.write(self._fd, data) != len(data):

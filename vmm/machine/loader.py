@@ -115,18 +115,18 @@ def _read(path: Path) -> bytes:
 
 def _flat(path: Path, data: bytes, load_address: int) -> GuestImage:
     if load_address < 0 or load_address + len(data) > _ADDRESS_MAX:
-        raise _error(path, f"cannot be loaded at {load_address:#x}: not a physical address")
+        raise _error(path, f"cannot be loaded at {load_address:#x}: not a valid physical address")
     return GuestImage(path, load_address, (Segment(load_address, data, len(data)),))
 
 
 def _parse_elf(path: Path, data: bytes) -> GuestImage:
     if len(data) < _ELF_HEADER_SIZE:
-        raise _error(path, "is a damaged ELF file (cut off within its header)")
+        raise _error(path, "is a damaged ELF file (truncated in its header)")
     elf = ELFFile(BytesIO(data))
     if elf.elfclass != 64:
         raise _error(path, f"is a {elf.elfclass}-bit ELF file, not a 64-bit one")
     if elf["e_machine"] != "EM_X86_64" or not elf.little_endian:
-        raise _error(path, f"is for another machine ({elf['e_machine']}), not for x86-64")
+        raise _error(path, f"is for another architecture ({elf['e_machine']}), not for x86-64")
     if elf["e_type"] != "ET_EXEC":
         raise _error(path, f"is not a static executable ({elf['e_type']}, link with -static -no-pie)")
     segments = []
@@ -151,7 +151,7 @@ def _parse_elf(path: Path, data: bytes) -> GuestImage:
 
 def _program_headers(path: Path, elf: ELFFile) -> Iterator[Any]:
     """The raw program headers. Not ``elf.iter_segments``: it interprets what it finds (dynamic
-    section, notes) and believes any count, which on a damaged file takes for ever."""
+    section, notes) and believes any count, which may never end on a damaged file."""
     if elf["e_phnum"] and elf["e_phentsize"] != elf.structs.Elf_Phdr.sizeof():
         raise _error(path, f"is a damaged ELF file (program headers of {elf['e_phentsize']} bytes)")
     if elf["e_phnum"] > _PROGRAM_HEADERS_MAX:
@@ -166,7 +166,7 @@ def _segment(path: Path, data: bytes, header: Any) -> Segment:
     if file_size > mem_size:
         raise _error(path, f"has a segment of {file_size} bytes in the file but {mem_size} in memory")
     if offset + file_size > len(data):
-        raise _error(path, "is a damaged ELF file (cut off within a segment)")
+        raise _error(path, "is a damaged ELF file (truncated in a segment)")
     if gpa + mem_size > _ADDRESS_MAX:
-        raise _error(path, f"has a segment at {gpa:#x} of {mem_size} bytes: not physical addresses")
+        raise _error(path, f"has a segment of {mem_size} bytes at {gpa:#x}: not valid physical addresses")
     return Segment(gpa, data[offset:offset + file_size], mem_size)

@@ -237,8 +237,8 @@ def follow_log(path: Path, going_on: Iterator[bool]) -> Iterator[LogLine]:
                 yield from _lines(file)     # what came in between
                 following = _open(path)
                 if not _same(_before(path), file):
-                    yield LogLine(*log_line("vmm", "warning", "more was written in between than is kept: lines are "
-                                                              "missing here").split(" ", 3))
+                    yield LogLine(*log_line("vmm", "warning", "lines are missing here: more was written in the "
+                                                              "meantime than is kept").split(" ", 3))
                     yield from _earlier(path, following)
                 file.close()
                 file = following

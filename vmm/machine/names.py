@@ -44,18 +44,19 @@ def is_machine_name(name: str) -> bool:
 
 def check_machine_name(name: str) -> str:
     """The name. Raises VmmError where no machine may be called so."""
-    return _checked(_MACHINE, name, "machine name", "use a-z, 0-9 and dashes, at most 32 characters, no dash first")
+    return _checked(_MACHINE, name, "machine name", "use a-z, 0-9 and dashes, at most 32 characters, not beginning "
+                                                    "with a dash")
 
 
 def check_client_name(name: str) -> str:
     """The name. Raises VmmError where no client of the dirty log may be called so."""
-    return _checked(_CLIENT, name, "client name", "use 1 to 32 of a-z, 0-9 and _")
+    return _checked(_CLIENT, name, "client name", "use a-z, 0-9 and _, 1 to 32 characters")
 
 
 def check_key_name(name: str) -> str:
     """The name. Raises VmmError where no pair of keys may be called so."""
-    return _checked(_KEY, name, "key name", "use A-Z, a-z, 0-9, dots, dashes and _, at most 64 characters, and a "
-                                            "letter or digit first")
+    return _checked(_KEY, name, "key name", "use A-Z, a-z, 0-9, dots, dashes and _, at most 64 characters, "
+                                            "beginning with a letter or digit")
 
 
 def is_snapshot_id(name: str) -> bool:
@@ -65,12 +66,12 @@ def is_snapshot_id(name: str) -> bool:
 
 def check_snapshot_id(name: str) -> str:
     """The id. Raises VmmError where no snapshot has such a one."""
-    return _checked(_SNAPSHOT, name, "snapshot id", "it is a number, as vmm snapshot list shows it")
+    return _checked(_SNAPSHOT, name, "snapshot id", "must be a number as shown by vmm snapshot list")
 
 
 def _checked(pattern: re.Pattern[str], name: str, what: str, rule: str) -> str:
     if pattern.fullmatch(name) is None:
-        raise VmmError(f"{what} {_shown(name)}: {rule}")
+        raise VmmError(f"invalid {what} {_shown(name)}: {rule}")
     return name
 
 
@@ -99,9 +100,9 @@ def runtime_root() -> Path:
     except OSError:
         return root
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise VmmError(f"the runtime directory {root} is not a directory of this user's: {remedy}")
+        raise VmmError(f"the runtime directory {root} is not a directory owned by this user: {remedy}")
     if status.st_mode & 0o077:
-        raise VmmError(f"the runtime directory {root} is open to other users: chmod 700 {root}")
+        raise VmmError(f"the runtime directory {root} is accessible to other users: run chmod 700 {root}")
     return root
 
 

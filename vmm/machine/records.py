@@ -125,7 +125,7 @@ def outcome(name: str) -> dict[str, Any] | None:
             return dict(json.loads(path.read_text()))
         if log_path(name).exists():
             return {"name": name, "state": "lost", "exit_code": int(ExitCode.WORKER_DIED),
-                    "cause": "its processes were killed before one could make a report",
+                    "cause": "its processes were killed before they could write a report",
                     "ended_at": _iso(log_path(name).stat().st_mtime)}
     except (OSError, ValueError):
         pass
@@ -136,7 +136,7 @@ def no_machine(name: str) -> VmmError:
     """What is said to whoever asks a machine for something that only a running one can do."""
     ended = outcome(name)
     if ended is not None:
-        return VmmError(f"machine '{name}' does not run any more: {ended['cause']} (vmm status {name}, "
+        return VmmError(f"machine '{name}' is no longer running: {ended['cause']} (see vmm status {name}, "
                         f"vmm logs {name})", ExitCode.NO_MACHINE)
     names = machine_names()
     there = f"running: {', '.join(names)}" if names else "none is running"

@@ -73,15 +73,15 @@ class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that has something of the machine."""
+    """A process that holds something of the machine."""
 
     what: str                   # pause, limit, client, lease, recording
     why: str                    # for people
-    pid: int                    # 0: the user, who is no process
+    pid: int                    # 0: the user, who is not a process
 
 
 class VerificationReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What the verifier has found; ``ok``: nothing lost, nor (where that counts) too much."""
+    """What the verifier found; ``ok``: no page lost and, where that counts as a failure, no surplus page."""
 
     rounds: int
     checked_pages: int
@@ -96,8 +96,8 @@ class VerificationReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """``exit_code``, ``cause``, ``ended_at``: None until the machine has ended. One that nobody was left to report
-    on (states ``failed`` and ``lost``) has name, state and these alone."""
+    """``exit_code``, ``cause``, ``ended_at``: None until the machine has ended. Where no process of the machine was
+    left to write a full report (states ``failed`` and ``lost``), only these, name and state are present."""
 
     version: int = VERSION
     name: str

@@ -79,7 +79,7 @@ def descriptors(spec: MachineSpec) -> int:
 def check_room(spec: MachineSpec) -> None:
     """Raises RoomError."""
     copy = spec.verify is not None and spec.can.guests
-    what = "the machine (RAM, and the verifier has a copy)" if copy else "the machine"
+    what = "the machine (RAM and the verifier's copy of it)" if copy else "the machine"
     needed, there = shared_memory(spec), room()
     if there.of_cgroup:
         needed += private_memory(spec)
@@ -87,10 +87,10 @@ def check_room(spec: MachineSpec) -> None:
         raise RoomError("memory", there.shortage(what, needed))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and descriptors(spec) > hard:
-        raise RoomError("vcpus", f"the limit of open files is {hard}, and the machine needs {descriptors(spec)} "
-                                 "(ulimit -Hn shows it; raise it, or take fewer vCPUs or slots)")
+        raise RoomError("vcpus", f"the hard limit of open files is {hard}, but the machine needs "
+                                 f"{descriptors(spec)} (see ulimit -Hn; raise it, or use fewer vCPUs or slots)")
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     space = address_space(spec)
     if soft != resource.RLIM_INFINITY and space > soft:
-        raise RoomError("memory", f"the limit of address space is {soft >> 20} MiB, and a process of the machine "
-                                  f"needs {space >> 20} MiB (ulimit -v shows it; raise it, or take less memory)")
+        raise RoomError("memory", f"the address space limit is {soft >> 20} MiB, but a process of the machine "
+                                  f"needs {space >> 20} MiB (see ulimit -v; raise it, or use less memory)")

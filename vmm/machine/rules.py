@@ -36,12 +36,12 @@ SYSTEM_AREA = (boot.SYSTEM_GPA, boot.SYSTEM_GPA + 0x100_0000)
 STACK_MIN, STACK_MAX = 1024, 1 << 30    # bytes
 NICE_MAX = 19
 SECONDS_MAX = 1e9                       # of any interval or timeout: 31 years
-QUOTA_MAX = 1 << 40                     # pages a second
+QUOTA_MAX = 1 << 40                     # pages per second
 WRITES_MAX = 1 << 48                    # of a phase of a replay, of each vCPU
 STRIDE_MAX = 1 << 32                    # pages
 EXPONENT_MAX = 10.0
 PHASES_MAX = 1000
-RATE_MAX = 1e12                         # writes a second
+RATE_MAX = 1e12                         # writes per second
 SPEED_MAX = 1e6                         # of a replayed trace, against its own times
 _PATTERNS = ("sequential", "strided", "random", "zipf")
 _INJECTIONS = ("none", "lost", "extra")
@@ -81,9 +81,9 @@ def check_machine(spec: MachineSpec) -> None:
     if spec.dirty_quotas and len(spec.dirty_quotas) != spec.vcpus:
         raise RuleError("dirty_limit", f"{len(spec.dirty_quotas)} limits for {spec.vcpus} vCPUs")
     if any(spec.quotas) and not spec.ring_entries:
-        raise RuleError("dirty_limit", "needs a dirty ring, and dirty_ring_size is 0")
+        raise RuleError("dirty_limit", "needs a dirty ring, but dirty_ring_size is 0")
     if len(spec.trace) > _EVENT_PATTERNS_MAX:
-        raise RuleError("trace", f"{len(spec.trace)} patterns, at most {_EVENT_PATTERNS_MAX}")
+        raise RuleError("trace", f"must have at most {_EVENT_PATTERNS_MAX} patterns (got {len(spec.trace)})")
     check_patterns(spec.trace)
     if spec.trace_file:
         _check_path("trace_file", spec.trace_file)
@@ -91,7 +91,7 @@ def check_machine(spec: MachineSpec) -> None:
         _check_replay(spec)
     elif spec.replay is not None or spec.replay_trace:
         wanted = " or ".join(registry.names("replay"))
-        raise RuleError("replay", f"goes with accel {wanted}, and it is {spec.accel}")
+        raise RuleError("replay", f"needs accel {wanted}, but accel is {spec.accel}")
 
 
 def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bool) -> MachineSpec:
@@ -106,34 +106,34 @@ def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bo
 
 def check_quota(pages_per_s: int) -> None:
     """A dirty limit; 0 is none. Raises RuleError."""
-    _number("dirty_limit", pages_per_s, 0, QUOTA_MAX, "pages a second")
+    _number("dirty_limit", pages_per_s, 0, QUOTA_MAX, "pages per second")
 
 
 def check_ring(entries: int) -> None:
     """Entries of a dirty ring; 0 is none. Raises RuleError."""
     if entries and (entries & (entries - 1) or not RING_MIN <= entries <= RING_MAX):
-        raise RuleError("dirty_ring_size", f"{_shown(entries)} entries must be a power of two from {RING_MIN} to "
-                                           f"{RING_MAX}, or 0 for the plain bitmap")
+        raise RuleError("dirty_ring_size", f"must be a power of two from {RING_MIN} to {RING_MAX}, or 0 for the "
+                                           f"plain bitmap (got {_shown(entries)})")
 
 
 def check_stack(size: int) -> None:
     """Bytes of each vCPU's stack. Raises RuleError."""
     if not STACK_MIN <= size <= STACK_MAX or size % 16:
-        raise RuleError("stack_size", f"{_shown(size)} bytes must be a multiple of 16, from {STACK_MIN} to "
-                                      f"{STACK_MAX}")
+        raise RuleError("stack_size", f"must be a multiple of 16 bytes, from {STACK_MIN} to {STACK_MAX} (got "
+                                      f"{_shown(size)})")
 
 
 def check_slots(slots: Sequence[RamSlot], *, mapped: bool) -> None:
     """A machine's memory slots, in the order of its file. Raises RuleError."""
     if not 1 <= len(slots) <= MAX_SLOTS:
-        raise RuleError("memory", f"{len(slots)} slots, and there may be 1 to {MAX_SLOTS}")
+        raise RuleError("memory", f"must have 1 to {MAX_SLOTS} slots (got {len(slots)})")
     taken = [("the system area", *SYSTEM_AREA)] if mapped else []
     ids: set[int] = set()
     for at, slot in enumerate(slots):
         key = f"memory.{at}"
         _check_slot(key, f"{key}.", slot, taken, GPA_MAX if mapped else REPLAY_GPA_MAX)
         if slot.id in ids:
-            raise RuleError(f"{key}.slot", f"slot {slot.id} is there twice")
+            raise RuleError(f"{key}.slot", f"duplicate slot id {slot.id}")
         ids.add(slot.id)
         taken.append((key, slot.gpa, slot.gpa + slot.size))
 
@@ -144,7 +144,7 @@ def check_new_slot(slot: RamSlot, there: Iterable[RamSlot], *, mapped: bool, top
     taken = [("the system area", *SYSTEM_AREA)] if mapped else []
     for other in there:
         if other.id == slot.id:     # there are ids for as many slots as there may be
-            raise RuleError(f"slot {other.id}", "there is one already")
+            raise RuleError(f"slot {other.id}", "already exists")
         taken.append((f"slot {other.id}", other.gpa, other.gpa + other.size))
     _check_slot(f"slot {_shown(slot.id)}", "", slot, taken, min(top, GPA_MAX) if mapped else REPLAY_GPA_MAX)
 
@@ -153,9 +153,10 @@ def _check_slot(whole: str, prefix: str, slot: RamSlot, taken: Iterable[tuple[st
     """``whole`` is the key of the slot, ``prefix`` what the keys of its parts begin with."""
     _number(f"{prefix}slot", slot.id, 0, MAX_SLOTS - 1)
     if slot.size <= 0 or slot.size % PAGE_SIZE:
-        raise RuleError(f"{prefix}size", f"{_shown(slot.size)} must be a positive multiple of {PAGE_SIZE} bytes")
+        raise RuleError(f"{prefix}size", f"must be a positive multiple of {PAGE_SIZE} bytes (got "
+                                         f"{_shown(slot.size)})")
     if slot.gpa < 0 or slot.gpa % PAGE_SIZE:
-        raise RuleError(f"{prefix}gpa", f"{_shown(slot.gpa)} must be a positive multiple of {PAGE_SIZE}, or 0")
+        raise RuleError(f"{prefix}gpa", f"must be 0 or a positive multiple of {PAGE_SIZE} (got {_shown(slot.gpa)})")
     for part, value in (("gpa", slot.gpa), ("size", slot.size)):
         if value > top:
             raise RuleError(f"{prefix}{part}", f"{_shown(value)} is above {top:#x}")
@@ -175,12 +176,12 @@ def _check_guest(spec: MachineSpec, guests: bool) -> None:
     if spec.load_address is not None:
         _number("guest.address", spec.load_address, 0, GPA_MAX - 1)
     if len(spec.params) > boot.PARAMS_MAX:
-        raise RuleError("guest.params", f"{len(spec.params)} values, at most {boot.PARAMS_MAX}")
+        raise RuleError("guest.params", f"must have at most {boot.PARAMS_MAX} values (got {len(spec.params)})")
     for value in spec.params:
         _number("guest.params", value, 0, (1 << 64) - 1)
     length = len(spec.cmdline.encode(errors="replace"))
     if length > boot.CMDLINE_MAX or not spec.cmdline.isprintable():
-        raise RuleError("cmdline", f"at most {boot.CMDLINE_MAX} bytes of printable text")
+        raise RuleError("cmdline", f"must be at most {boot.CMDLINE_MAX} bytes of printable text")
 
 
 def _check_times(spec: MachineSpec) -> None:
@@ -191,7 +192,7 @@ def _check_times(spec: MachineSpec) -> None:
     for name in ("interval", "min_interval", "max_interval"):
         _seconds(f"reaper.{name}", getattr(reaper, name))
     if reaper.min_interval > reaper.max_interval:
-        raise RuleError("reaper.min_interval", "is above max_interval")
+        raise RuleError("reaper.min_interval", "must not exceed max_interval")
     _number("reapers", reaper.reapers, 1, REAPERS_MAX)
     if spec.verify is not None:
         _seconds("verify.interval", spec.verify.interval)
@@ -201,18 +202,18 @@ def _check_times(spec: MachineSpec) -> None:
 def _check_replay(spec: MachineSpec) -> None:
     replay = spec.replay
     if replay is None:
-        raise RuleError("replay", f"is missing, and accel is {spec.accel}")
+        raise RuleError("replay", f"is missing, but accel is {spec.accel}")
     if not spec.ring_entries or spec.tracking not in ("", *spec.can.trackings):
-        raise RuleError("replay", "drives dirty rings, and has no other tracking")
+        raise RuleError("replay", "needs dirty rings and supports no other tracking mode")
     if bool(replay.phases) == bool(spec.replay_trace):
-        raise RuleError("replay", "has either phases or a trace")
+        raise RuleError("replay", "must have either phases or a trace")
     if spec.replay_trace:
         _check_path("replay.trace", spec.replay_trace)
     if replay.trace_segment:
-        raise RuleError("replay.trace", "names a segment of shared memory")
+        raise RuleError("replay.trace", "must not name a shared-memory segment")
     if len(replay.phases) > PHASES_MAX:
-        raise RuleError("replay.phases", f"there are {len(replay.phases)}, at most {PHASES_MAX}")
-    _number("replay.rate", replay.rate, 0, RATE_MAX, "writes a second")
+        raise RuleError("replay.phases", f"must be at most {PHASES_MAX} phases (got {len(replay.phases)})")
+    _number("replay.rate", replay.rate, 0, RATE_MAX, "writes per second")
     _number("replay.seed", replay.seed, 0, (1 << 63) - 1)
     _number("replay.speed", replay.speed, 0, SPEED_MAX)
     _check_phases(replay)
@@ -225,9 +226,10 @@ def _check_phases(replay: ReplaySpec) -> None:
         _number(f"{key}.writes", phase.writes, 0, WRITES_MAX)
         _number(f"{key}.stride", phase.stride, 1, STRIDE_MAX, "pages")
         if not 0 < phase.exponent <= EXPONENT_MAX:
-            raise RuleError(f"{key}.exponent", f"{phase.exponent:g} must be above 0, and at most {EXPONENT_MAX:g}")
+            raise RuleError(f"{key}.exponent", f"must be above 0 and at most {EXPONENT_MAX:g} (got "
+                                               f"{phase.exponent:g})")
         if not phase.writes and at < len(replay.phases) - 1:
-            raise RuleError(key, "needs 'writes': only the last phase may go on for ever")
+            raise RuleError(key, "needs 'writes': only the last phase may run indefinitely")
 
 
 def _typed(spec: MachineSpec) -> MachineSpec:
@@ -239,14 +241,14 @@ def _typed(spec: MachineSpec) -> MachineSpec:
 
 
 def _number(key: str, value: float, low: float, high: float, unit: str = "") -> None:
-    if not low <= value <= high:        # so that it is false for what is no number, too
+    if not low <= value <= high:        # so that it is false for NaN, too
         bounds = f"from {_shown(low)} to {_shown(high)}"
-        raise RuleError(key, f"{_shown(value)} is not {bounds}{' ' + unit if unit else ''}")
+        raise RuleError(key, f"must be {bounds}{' ' + unit if unit else ''} (got {_shown(value)})")
 
 
 def _seconds(key: str, value: float) -> None:
     if not 0 < value < SECONDS_MAX:
-        raise RuleError(key, f"{_shown(value)} must be above 0 and below {SECONDS_MAX:g} seconds")
+        raise RuleError(key, f"must be above 0 and below {SECONDS_MAX:g} seconds (got {_shown(value)})")
 
 
 def _shown(value: float) -> str:
@@ -260,7 +262,7 @@ def _shown(value: float) -> str:
 
 def _one_of(key: str, value: str, words: Sequence[str]) -> None:
     if value not in words:
-        raise RuleError(key, f"{value[:40]!a} is none of {', '.join(w for w in words if w)}")
+        raise RuleError(key, f"{value[:40]!a} is not one of {', '.join(w for w in words if w)}")
 
 
 def _check_path(key: str, path: str) -> None:

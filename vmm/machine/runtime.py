@@ -42,12 +42,12 @@ def claim(name: str) -> Claim:
     owned = belongings(name)
     directory = owned.directory
     if len(os.fsencode(directory / LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
-        raise VmmError(f"the runtime directory {directory} is too long for a Unix socket: choose a shorter "
-                       "name, or a shorter XDG_RUNTIME_DIR")
+        raise VmmError(f"the path of the runtime directory {directory} is too long for a Unix socket: choose a "
+                       "shorter name or a shorter XDG_RUNTIME_DIR")
     try:
         taken = owned.claim()
     except Held:
-        raise VmmError(f"a machine named '{name}' is running already: choose another --name, or "
+        raise VmmError(f"a machine named '{name}' is already running: choose another --name, or "
                        f"stop it with: vmm stop {name}") from None
     except ClaimError as exc:
         raise VmmError(f"machine '{name}': {exc}") from None
@@ -55,7 +55,7 @@ def claim(name: str) -> Claim:
         _make_directory(directory)
     except OSError as exc:
         release(taken)
-        raise VmmError(f"cannot make the runtime directory {directory}: {exc.strerror}") from None
+        raise VmmError(f"cannot create the runtime directory {directory}: {exc.strerror}") from None
     return taken
 
 
@@ -134,7 +134,7 @@ def leftovers() -> dict[str, list[str]]:
 
 
 def collect_garbage(name: str | None = None) -> list[str]:
-    """Remove left-overs (of one machine, or of all); what was removed.
+    """Remove leftovers (of one machine, or of all); what was removed.
 
     Raises VmmError when ``name`` is running.
     """

@@ -64,13 +64,13 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     load_address: int | None    # flat binaries only
     params: list[int]
     cmdline: str
-    stack_size: int             # bytes a vCPU
+    stack_size: int             # bytes per vCPU
     reaper: ReaperSpec
     verify: VerifySpec | None
     timeout: float | None       # seconds
     trace: list[str]
     trace_file: str             # "" is standard error
-    dirty_quota: int = 0        # pages a second of each vCPU; 0: no limit
+    dirty_quota: int = 0        # pages per second of each vCPU; 0: no limit
     dirty_quotas: list[int] = []    # of each vCPU by itself, where they differ; empty: dirty_quota
     tracking: str = ""          # one of trackings.CHOICES; empty: ring, or bitmap where there is no ring
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
@@ -85,7 +85,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def quotas(self) -> list[int]:
-        """Pages a second that each vCPU may dirty; 0: no limit."""
+        """Pages per second that each vCPU may dirty; 0: no limit."""
         return self.dirty_quotas or [self.dirty_quota] * self.vcpus
 
     @property

@@ -54,7 +54,7 @@ U64 = NDArray[np.uint64]
 
 
 class TraceError(VmmError):
-    """A file that is damaged, or no trace; the text names the file and the reason."""
+    """A file that is damaged, or not a trace; the text names the file and the reason."""
 
 
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,13 +115,13 @@ def unpack(entries: U64) -> tuple[NDArray[np.uint16], U64]:
 def check_trace(path: Path, header: TraceHeader, vcpus: int, slots: list[RamSlot]) -> None:
     """Whether a machine of so many vCPUs and these slots can replay it. Raises TraceError."""
     if header.vcpus != vcpus:
-        raise TraceError(f"{path}: was recorded of {header.vcpus} vCPUs, the machine has {vcpus} (vcpus: "
+        raise TraceError(f"{path}: was recorded from {header.vcpus} vCPUs, but the machine has {vcpus} (use vcpus: "
                          f"{header.vcpus})")
     there = {s.id: s for s in slots}
     for slot in header.slots:
         if slot.id not in there or there[slot.id].pages < slot.pages:
             raise TraceError(f"{path}: needs memory slot {slot.id} of {slot.pages} pages or more "
-                             f"(memory: - {{slot: {slot.id}, gpa: {slot.gpa:#x}, size: {slot.pages} pages}})")
+                             f"(use memory: - {{slot: {slot.id}, gpa: {slot.gpa:#x}, size: {slot.pages} pages}})")
 
 
 def _squeeze(entries: U64) -> bytes:
@@ -241,7 +241,7 @@ class TraceReader:
         except OSError as exc:
             raise self._bad(f"cannot be read: {exc.strerror}") from None
         if len(data) != size:
-            raise self._bad(f"is damaged: ends within {what}")
+            raise self._bad(f"is damaged: it ends within {what}")
         return data
 
     def _read_header(self) -> TraceHeader:
@@ -250,12 +250,12 @@ class TraceReader:
         except OSError as exc:
             raise self._bad(f"cannot be read: {exc.strerror}") from None
         if len(head) != _HEAD.size or head[:8] != _MAGIC:
-            raise self._bad("is not a dirty trace (vmm trace record makes them)")
+            raise self._bad("is not a dirty trace (vmm trace record writes them)")
         _, version, size = _HEAD.unpack(head)
         if version != VERSION:
             raise self._bad(f"is a dirty trace of version {version}; this program reads version {VERSION}")
         if size > _HEADER_MAX:
-            raise self._bad("is damaged: its header's length is beyond reason")
+            raise self._bad("is damaged: its header is too long")
         text = self._read(size, "its header")
         if self._read(_CHECKSUM.size, "its header") != _checksum(head, text):
             raise self._bad("is damaged: its header's checksum does not match")
@@ -263,11 +263,11 @@ class TraceReader:
             header = decode_json(text, TraceHeader)
             check_slots(header.slots, mapped=False)
         except RuleError as exc:
-            raise self._bad(f"is damaged: its header names a slot that cannot be: {exc}") from None
+            raise self._bad(f"is damaged: its header has an invalid slot: {exc}") from None
         except ValueError as exc:
             raise self._bad(f"is damaged: {exc}") from None
         if not 1 <= header.vcpus <= MAX_VCPUS or not 0 <= header.interval < math.inf:
-            raise self._bad("is damaged: its header names what cannot be")
+            raise self._bad("is damaged: its header has invalid values")
         return header
 
     def blocks(self) -> Iterator[tuple[NDArray[np.void], U64]]:
@@ -291,7 +291,7 @@ class TraceReader:
             times = found["time_ns"]
             if len(found) and (int(found["count"].sum(dtype=np.uint64)) != entries
                                or int(found["vcpu"].max()) >= self.header.vcpus):
-                raise self._bad("is damaged: a block's records do not fit its entries, or the vCPUs")
+                raise self._bad("is damaged: a block's records do not match its entries or the vCPUs")
             if len(found) and (int(times[0]) < last_ns or np.any(times[1:] < times[:-1])):
                 raise self._bad("is damaged: times go backwards")
             last_ns = int(times[-1]) if len(found) else last_ns
@@ -303,7 +303,7 @@ class TraceReader:
         try:
             # The decoder makes room for what the frame says, whatever it is told is the most.
             if zstandard.frame_content_size(payload) != size:
-                raise self._bad("is damaged: a block has not the size that it says")
+                raise self._bad("is damaged: a block does not have the size that it declares")
             data = zstandard.ZstdDecompressor().decompress(payload)
         except zstandard.ZstdError as exc:
             raise self._bad(f"is damaged: {exc}") from None
@@ -316,15 +316,15 @@ class TraceReader:
         except ValueError as exc:
             raise self._bad(f"is damaged: {exc}") from None
         if end.lost < 0 or not 0 <= end.seconds < math.inf:
-            raise self._bad("is damaged: its end says what cannot be")
+            raise self._bad("is damaged: its end block has invalid values")
         if (end.records, end.entries) != (records, entries):
-            raise self._bad(f"is damaged: it has {entries} entries, its end says {end.entries}")
+            raise self._bad(f"is damaged: it has {entries} entries, but its end block says {end.entries}")
         try:
             more = self._file.read(1)
         except OSError as exc:
             raise self._bad(f"cannot be read: {exc.strerror}") from None
         if more:
-            raise self._bad("is damaged: something follows its end")
+            raise self._bad("is damaged: there is data after its end block")
         return end
 
     def __iter__(self) -> Iterator[TraceRecord]:
@@ -352,13 +352,13 @@ class TraceReader:
             for time_ns, vcpu, count in records.tolist():
                 part, (record, entry) = parts[vcpu], at[vcpu]
                 if record == len(part.times) or entry + count > len(part.entries):
-                    raise self._bad("was changed while it was read")
+                    raise self._bad("was changed while it was being read")
                 part.times[record], part.ends[record] = time_ns, entry + count
                 part.entries[entry:entry + count] = entries[begin:begin + count]
                 at[vcpu] = record + 1, entry + count
                 begin += count
         if at != [(len(p.times), len(p.entries)) for p in parts]:
-            raise self._bad("was changed while it was read")
+            raise self._bad("was changed while it was being read")
 
     def vcpus(self) -> list[Trace]:
         """The whole trace, a part per vCPU."""

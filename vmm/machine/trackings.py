@@ -17,19 +17,19 @@ __all__ = ["BITMAPS", "CHOICES", "MODES", "check_tracking", "not_logged"]
 
 MODES = tuple(t.name.lower() for t in Tracking if t not in (Tracking.UNSET, Tracking.UNKNOWN))
 CHOICES = (*MODES, "auto")
-#: Ways that gather into a log buffer a vCPU and slot (vmm/dirty/tracking/bitmap.py).
+#: Modes that collect into a log buffer per vCPU and slot (vmm/dirty/tracking/bitmap.py).
 BITMAPS = ("bitmap", "uffd")
 
 
 def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
-    """Raises VmmError, with what to do, where this host or machine cannot track that way."""
+    """Raises VmmError, with what to do, where this host or machine does not support that mode."""
     if mode not in CHOICES:
-        raise VmmError(f"unknown tracking '{mode}' (there are: {', '.join(CHOICES)})")
+        raise VmmError(f"unknown tracking mode '{mode}' (choose from {', '.join(CHOICES)})")
     if mode not in (*registry.capabilities(accel).trackings, "auto"):
-        raise VmmError(f"tracking {mode}: {accel} drives dirty rings, and has no other")
+        raise VmmError(f"tracking {mode}: accel {accel} drives dirty rings and supports no other mode")
     if mode == "ring":
         if not ring_entries:
-            raise VmmError("tracking ring: the machine has no ring size (dirty_ring_size is 0)")
+            raise VmmError("tracking ring: the machine has no dirty rings (dirty_ring_size is 0)")
         if not registry.available(accel).ring_max:
             raise VmmError("tracking ring: this kernel has no dirty rings (use bitmap, uffd or auto)")
     if mode == "uffd":
@@ -39,4 +39,4 @@ def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
 
 
 def not_logged(name: str) -> VmmError:
-    return VmmError(f"machine '{name}' has no dirty log (tracking none): vmm tracking {name} auto begins one")
+    return VmmError(f"machine '{name}' has no dirty log (tracking none): start one with vmm tracking {name} auto")

@@ -179,7 +179,7 @@ class Sync(Verb):
 
 
 class DirtyLimit(Owned):
-    """At most so many pages a second, of one vCPU or (null) of each; 0 lifts the limit. Without ``token``: the
+    """At most so many pages per second, of one vCPU or (null) of each; 0 lifts the limit. Without ``token``: the
     user's, which stays. With one, made up by who asks: its own, over the user's, until ``GiveBack`` or its end. The
     least counts."""
 
@@ -189,7 +189,7 @@ class DirtyLimit(Owned):
 
 
 class SetTracking(Verb):
-    """Log dirty pages in another way from now on (one of vmm.machine.trackings.CHOICES), with nothing lost."""
+    """Switch to another tracking mode (one of vmm.machine.trackings.CHOICES), with nothing lost."""
 
     tracking: str
 
@@ -264,8 +264,8 @@ def decode_verb(frame: bytes) -> AnyVerb:
         envelope = msgspec.json.decode(frame, type=_Envelope)
         if envelope.v == CONTROL_VERSION:
             return _verbs.decode(frame)
-        what = (f"the machine's program speaks version {CONTROL_VERSION} of the control protocol, and was asked in "
-                f"version {envelope.v}: use the program that started the machine")
+        what = (f"the machine speaks version {CONTROL_VERSION} of the control protocol, but the request is version "
+                f"{envelope.v}: use the program that started the machine")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         what = f"bad request: {exc}"
     error = VmmError(what)

@@ -5,9 +5,9 @@ sync interval. It runs on while the mode of dirty tracking is switched, A B C â€
 what is compared ran in the same memory, seconds apart. In a window a client syncs at the interval.
 
 ==================  ==========================================================================================
-``speed``           writes of the guest in the window, of all vCPUs, a second. Counted in its memory (the guest
-                    raises a word in each page that it writes), not by any log. Time that vCPUs were ready to run
-                    and strangers had the processors is taken off: what they waited beyond the processor time of
+``speed``           writes of the guest in the window, of all vCPUs, per second. Counted in its memory (the guest
+                    raises a word in each page that it writes), not by any log. Steal time, in which vCPUs were
+                    ready but other processes ran, is subtracted: what they waited beyond the processor time of
                     the machine's own other threads and this process (``strangers``, a share of the time)
 ``relative``        ``speed`` divided by that of the same round's window without tracking
 ``lost_us``         guest-side cost of a dirty page: vCPU time that the window lost against the one without
@@ -50,16 +50,16 @@ __all__ = ["FIXED", "WAYS", "Grid", "Point", "Settings", "available", "run_point
 
 #: What is compared, in the order of a round (from one to the next as few pages as can be lose their mapping).
 WAYS = ("none", "sampling", "auto", "bitmap", "ring", "uffd")
-#: Ways that have a dirty log and do not choose.
+#: Modes that have a dirty log and do not choose.
 FIXED = ("ring", "bitmap", "uffd")
 
 _MIB = 1 << 20
 _SETTLE = 0.1           # seconds of a window before its clock starts, at least
 _SETTLE_MAX = 3.0       # at most, where the guest takes up speed for so long
 _TOUCHED = 0.98         # it has, when it has written this share of its pages
-_SLOW = 20_000          # writes a second, of which to map each page anew takes a few per cent of the time
-_STRANGERS_MAX = 0.15   # share of a window that strangers may have had; else it is measured again,
-_TRIES = 3              # so many times
+_SLOW = 20_000          # writes per second, of which to map each page anew takes a few per cent of the time
+_STRANGERS_MAX = 0.15   # largest share of steal time in a window; above it, the window is measured again,
+_TRIES = 3              # this many times in all
 _CLIENT = "compare"
 _numbers = itertools.count()
 
@@ -121,19 +121,19 @@ class Window:
 
     way: str
     round: int
-    speed: float                # writes a second
+    speed: float                # writes per second
     seconds: float
     pages: int                  # dirty pages that the syncs reported
     syncs: int
     host_ns: int                # processor time of coordinator and service threads
-    strangers_ns: int           # vCPU threads were ready to run, but somebody else had the processor
+    strangers_ns: int           # steal time: vCPU threads were ready to run, but other processes ran
     collect_ms: list[float] = field(default_factory=list)
     switch_ms: float = 0.0      # the vCPUs stood still for so long to change to this way
     tracking: str = ""          # as the machine has it (auto: what was chosen)
 
 
 def available(ways: Sequence[str], accel: str) -> tuple[list[str], dict[str, str]]:
-    """Of these ways those that this host has, and why not for the others."""
+    """Those of these modes that this host has, and why not for the others."""
     there, missing = [], {}
     for way in ways:
         try:
@@ -292,14 +292,14 @@ def _threads(pid: int) -> Iterator[tuple[int, int, int]]:
             on, ready, _ = (task / "schedstat").read_text().split()
             yield int(task.name), int(on), int(ready)
     except OSError:
-        raise VmmError(f"process {pid} of the machine ended while it was measured") from None
+        raise VmmError(f"process {pid} of the machine ended during the measurement") from None
 
 
 # --- what it comes to ----------------------------------------------------------------------------------------
 
 
 def summarise(point: Point, windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a way: medians over the rounds, spread as lowest and highest. Ratios are of windows of one round."""
+    """A row per mode: medians over the rounds, spread as lowest and highest. Ratios are of windows of one round."""
     by_way: dict[str, dict[int, dict[str, Any]]] = {}
     for w in windows:
         by_way.setdefault(w["way"], {})[w["round"]] = w
@@ -340,8 +340,8 @@ def _per_page(rounds: dict[int, dict[str, Any]], cost: dict[int, float]) -> floa
 
 
 def _judge(rows: list[dict[str, Any]], by_way: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """To the row of ``auto``: the fixed way that was fastest here, and how fast auto was beside it (windows of one
-    round, median)."""
+    """To the row of ``auto``: the fixed mode that was fastest here, and how fast auto was compared with it (windows
+    of one round, median)."""
     fixed = [r for r in rows if r["way"] in FIXED]
     for row in rows:
         if row["way"] == "auto" and fixed:

@@ -16,9 +16,9 @@ __all__ = ["draw", "print_rows", "verdict"]
 
 _COLOURS = {"none": "black", "ring": "tab:blue", "bitmap": "tab:orange", "uffd": "tab:green",
             "sampling": "tab:purple", "auto": "tab:red"}
-_PANELS = (("relative", "guest speed (none = 1)", False), ("lost_us", "guest cost, us a dirty page", False),
-           ("host_us", "host cost, us a dirty page", True), ("collect_ms", "time to collect, ms", True))
-_AXES = {"spin": "pauses a write", "ram_mib": "RAM, MiB", "vcpus": "vCPUs", "ring": "ring entries",
+_PANELS = (("relative", "guest speed (none = 1)", False), ("lost_us", "guest cost, us per dirty page", False),
+           ("host_us", "host cost, us per dirty page", True), ("collect_ms", "time to collect, ms", True))
+_AXES = {"spin": "pauses per write", "ram_mib": "RAM, MiB", "vcpus": "vCPUs", "ring": "ring entries",
          "interval_ms": "sync interval, ms"}
 
 
@@ -26,17 +26,17 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-_KEYS = ("RAM", "vCPUs", "spin", "ring", "every", "tracking")
+_KEYS = ("RAM", "vCPUs", "spin", "ring", "interval", "tracking")
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """The table, a line for each way at each point."""
+    """The table, a line for each mode at each point."""
     print_table(_table(rows), console, len(_KEYS))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    shown = table(*_KEYS, numbers=("writes/s", "of none", "spread", "dirty/s", "guest us/page", "host us/page",
-                                   "collect ms", "us/MiB", "us/page", "stale ms", "of best"))
+    shown = table(*_KEYS, numbers=("writes/s", "vs none", "spread", "dirty/s", "guest us/page", "host us/page",
+                                   "collect ms", "us/MiB", "us/page", "stale ms", "vs best"))
     last = None
     for r in rows:
         point = (f"{r['ram_mib']} MiB", str(r["vcpus"]), str(r["spin"]), str(r["ring"]), f"{r['interval_ms']:g} ms")
@@ -50,7 +50,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a finding: which way was fastest how often, and how auto did."""
+    """A line per finding: which mode was fastest how often, and how auto did."""
     points: dict[Any, list[dict[str, Any]]] = {}
     for r in rows:
         points.setdefault(tuple(r[a] for a in _AXES), []).append(r)
@@ -63,21 +63,21 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     if wins:
         won = ", ".join(f"{way} at {n}" for way, n in sorted(wins.items(), key=lambda item: -item[1]))
-        lines.append(f"fastest fixed way: {won} of {sum(wins.values())} points")
+        lines.append(f"fastest fixed mode: {won} of {sum(wins.values())} points")
     judged = [r for r in rows if r.get("of_best") is not None]
     if judged:
         worst = min(judged, key=lambda r: r["of_best"])
         where = f"{worst['ram_mib']} MiB, {worst['vcpus']} vCPUs, spin {worst['spin']}, {worst['interval_ms']:g} ms"
-        lines.append(f"auto beside the best fixed way: {worst['of_best']:.3f} at worst ({where}; best there: "
-                     f"{worst['best_fixed']})")
-    lines.append(f"strangers had the processors for {100 * max(r['strangers'] for r in rows):.0f} % of the time at "
-                 "worst (taken off)")
+        lines.append(f"auto compared with the best fixed mode: {worst['of_best']:.3f} at worst ({where}; best "
+                     f"there: {worst['best_fixed']})")
+    stolen = max(r["strangers"] for r in rows)
+    lines.append(f"steal time: other processes ran for {100 * stolen:.0f} % of the time at worst (subtracted)")
     return lines
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """A picture an axis that has more than one value, the others at the value that most rows have. Raises OSError,
-    MissingPackage."""
+    """A plot for each axis that has more than one value, the others at the value that most rows have. Raises
+    OSError, MissingPackage."""
     made = []
     for axis, axis_label in _AXES.items():
         values = sorted({r[axis] for r in rows})

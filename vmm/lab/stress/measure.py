@@ -128,7 +128,7 @@ class _Bench:
         for status in found:
             if status["state"] == "ended":
                 ends = {f"{v['exit_reason']} {v['detail']}".strip() for v in status["vcpus"]}
-                raise VmmError(f"the machine ended while it was measured: {', '.join(sorted(ends))}",
+                raise VmmError(f"the machine ended during the measurement: {', '.join(sorted(ends))}",
                                ExitCode(status["exit_code"] or ExitCode.GUEST_FAILED))
         return found
 
@@ -186,7 +186,7 @@ def _samples(bench: _Bench) -> list[_Sample]:
             coordinator = cpu_time(status["coordinator"]["pid"])
             workers = sum((cpu_time(v["pid"]) for v in status["vcpus"]), CpuTime(0.0, 0.0))
         except OSError as exc:
-            raise VmmError(f"a process of machine '{status['name']}' ended while it was measured ({exc})",
+            raise VmmError(f"a process of machine '{status['name']}' ended during the measurement ({exc})",
                            ExitCode.WORKER_DIED) from None
         found.append(_Sample(time.monotonic(), status, coordinator, workers))
     return found
@@ -220,7 +220,7 @@ def _memory(status: dict[str, Any]) -> tuple[float, float, float]:
         workers = [pss_beyond_ram(v["pid"]) / _MIB for v in status["vcpus"]]
         coordinator = pss_beyond_ram(status["coordinator"]["pid"]) / _MIB
     except OSError as exc:
-        raise VmmError(f"a process of machine '{status['name']}' ended while it was measured ({exc})",
+        raise VmmError(f"a process of machine '{status['name']}' ended during the measurement ({exc})",
                        ExitCode.WORKER_DIED) from None
     return max(workers), coordinator, sum(workers) + coordinator
 
@@ -269,8 +269,8 @@ def _prove(specs: list[MachineSpec], seconds: float, stop: Callable[[], bool]) -
         bench.sleep(seconds / 2)
         while not all(s["verification"]["rounds"] >= _PROOF_ROUNDS for s in bench.statuses()):
             if time.monotonic() - began > _PROOF_TIMEOUT:
-                raise VmmError(f"the verifier did not do {_PROOF_ROUNDS} rounds within {_PROOF_TIMEOUT:.0f} s",
-                               ExitCode.TIMEOUT)
+                raise VmmError(f"the verifier did not complete {_PROOF_ROUNDS} rounds within {_PROOF_TIMEOUT:.0f} "
+                               "s", ExitCode.TIMEOUT)
             bench.sleep(_STEP)
         reports = []
         for machine in bench.machines:

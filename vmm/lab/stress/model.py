@@ -131,7 +131,7 @@ def fit_terms(columns: dict[str, NDArray[np.float64]], values: NDArray[np.float6
 
 
 def _contended(result: PointResult) -> bool:
-    """Somebody else had the cores, be it this point's own vCPUs or another program."""
+    """The machines had to wait for cores, be it because of this point's own vCPUs or of another program."""
     ran = sum(f.coordinator_cpu + f.workers_cpu for f in result.figures)
     return sum(f.coordinator_waited + f.workers_waited for f in result.figures) > _WAITED * ran
 
@@ -155,8 +155,8 @@ def fit_all(results: Sequence[PointResult]) -> list[Fit]:
 
 
 def busy_at(fit: Fit, pages_per_s: float, ring: int) -> float | None:
-    """Extrapolated from the fit of the coordinator's CPU: at how many vCPUs, each dirtying so many pages a second
-    into rings of so many entries, one reaper has a whole core to do. All rings are reaped at the pace of the
+    """Extrapolated from the fit of the coordinator's CPU: at how many vCPUs, each dirtying so many pages per second
+    into rings of so many entries, one reaper saturates a core. All rings are reaped at the pace of the
     fastest (as the adaptive reaper does it). None where the fit is poor, or has no cost for them."""
     reaps = pages_per_s / (FILL_TARGET * max(1, ring - RING_RESERVE))
     per_vcpu = reaps * fit.term("ring reaped") + pages_per_s * fit.term("entry")

@@ -23,14 +23,14 @@ from .sweep import Point, PointResult, Sweep
 __all__ = ["document", "draw", "draw_pictures", "print_model", "print_results", "write_report"]
 
 VERSION = 1
-_PICTURES = {"throughput.png": ("pages_per_s", "pages dirtied a second, all vCPUs"),
+_PICTURES = {"throughput.png": ("pages_per_s", "pages dirtied per second, all vCPUs"),
              "stalls.png": ("stalled_percent", "vCPU time stalled at ring-full (%)"),
-             "ring-full-exits.png": ("ring_full_per_s", "ring-full exits a second, all vCPUs"),
+             "ring-full-exits.png": ("ring_full_per_s", "ring-full exits per second, all vCPUs"),
              "flush.png": ("flush_ms", "flush, median (ms)")}
 
 
 def _summary(result: PointResult) -> dict[str, float]:
-    """One number a figure: sums over the machines of what adds up, the worst of what does not."""
+    """One number per figure: sums over the machines of what adds up, the worst of what does not."""
     figures = result.figures
     flushes = [[us for us, _ in f.flushes] for f in figures if f.flushes]
     return {
@@ -62,7 +62,8 @@ def _group(results: Sequence[PointResult]) -> dict[Point, list[PointResult]]:
 
 
 def summaries(results: Sequence[PointResult]) -> list[dict[str, Any]]:
-    """A row a point: median, least and most over its repetitions of each figure; pages lost and surplus in all."""
+    """A row per point: median, least and most of each figure over its repetitions; pages lost and surplus in
+    all."""
     rows = []
     for point, group in _group(results).items():
         measured = [_summary(r) for r in group if r.figures]
@@ -128,17 +129,17 @@ def print_model(fits: Sequence[Fit], console: Console) -> None:
     for fit in fits:
         terms = " + ".join(f"{t.value:.4g} (±{t.error:.2g})" + ("" if t.name == "constant" else f" x {t.name}")
                            for t in fit.terms)
-        left = f"; no cost found of: {', '.join(fit.free)}" if fit.free else ""
+        left = f"; no cost found for: {', '.join(fit.free)}" if fit.free else ""
         left += f"; not varied: {', '.join(fit.left_out)}" if fit.left_out else ""
-        crowd = f"; {fit.contended} without a free core not used" if fit.contended else ""
+        crowd = f"; {fit.contended} excluded for lack of a free core" if fit.contended else ""
         console.print(f"{fit.accel}: {fit.quantity} [{fit.unit}] = {terms}   "
                       f"(R2 {fit.r2:.2f}, {fit.points} points{crowd}{left})", markup=False, soft_wrap=True)
         if fit.quantity == "coordinator CPU":
             for ring in (1024, 4096, 65536):
                 many = busy_at(fit, 100_000, ring)
                 if many is not None:
-                    console.print(f"    extrapolated: rings of {ring:,}, 100,000 pages/s a vCPU: one reaper has a "
-                                  f"whole core to do at {many:,.0f} vCPUs", markup=False, soft_wrap=True)
+                    console.print(f"    extrapolated: with rings of {ring:,} entries and 100,000 pages/s per vCPU, "
+                                  f"one reaper saturates a core at {many:,.0f} vCPUs", markup=False, soft_wrap=True)
 
 
 # --- files --------------------------------------------------------------------------------------------

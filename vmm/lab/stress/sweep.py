@@ -45,7 +45,7 @@ __all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sw
 RESULTS = "results.jsonl"
 SWEEP = "sweep.json"
 
-#: Parameters of sample guests whose 0 means for ever.
+#: Parameters of sample guests for which 0 means indefinitely.
 _ENDLESS = ("passes", "writes", "milliseconds")
 #: Which axis a key of a machine's configuration comes from.
 _AXES = {"vcpus": "vcpus", "dirty_ring_size": "ring", "guest": "workload", "replay": "workload", "reaper": "reaper",
@@ -72,7 +72,7 @@ def _same_as(model: type[BaseModel], key: str) -> AfterValidator:
         try:
             return adapter.validate_python(value)
         except ValidationError as exc:
-            raise ValueError(f"{_message(exc)} (not {value!r})") from None
+            raise ValueError(f"{_message(exc)} (got {value!r})") from None
 
     return AfterValidator(check)
 
@@ -117,7 +117,7 @@ class Sweep(_Model):
     accel: _Axis[Annotated[str, _same_as(MachineConfig, "accel")]] = ["auto"]
     workload: _Axis[Annotated[WorkloadConfig, BeforeValidator(_workload)]] = [WorkloadConfig(name="random")]
     ram: _Axis[Size] = [256 << 20]                                                  # bytes
-    dirty_limit: _Axis[Annotated[Rate | None, BeforeValidator(_limit)]] = [None]    # bytes a second of each vCPU
+    dirty_limit: _Axis[Annotated[Rate | None, BeforeValidator(_limit)]] = [None]    # bytes per second of each vCPU
     ring: _Axis[int] = [4096]                                                       # entries
     reaper: _Axis[Annotated[str, _same_as(ReaperConfig, "mode")]] = ["adaptive"]
     vcpus: _Axis[int] = [1, 2, 4]
@@ -133,11 +133,12 @@ class Sweep(_Model):
     def _check(self) -> Sweep:
         for key in self.machine:
             if key == "name" or (key in _AXES and key != "reaper"):
-                raise ValueError(f"machine.{key}: the sweep sets it" + (f": {_AXES[key]}" if key in _AXES else ""))
+                axis = f": use {_AXES[key]}" if key in _AXES else ""
+                raise ValueError(f"machine.{key}: is set by the sweep{axis}")
         axes = (self.accel, self.workload, self.ram, self.dirty_limit, self.ring, self.reaper, self.vcpus)
         points = self.repeat * math.prod(len(axis) for axis in axes)
         if points > _POINTS_MAX:
-            raise ValueError(f"{points:,} points are more than {_POINTS_MAX:,}")
+            raise ValueError(f"the sweep has {points:,} points, but at most {_POINTS_MAX:,} are allowed")
         return self
 
     def points(self) -> list[Point]:
@@ -169,7 +170,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One combination. ``ram`` in bytes, ``ring`` in entries, ``dirty_limit`` in bytes a second of each vCPU."""
+    """One combination. ``ram`` in bytes, ``ring`` in entries, ``dirty_limit`` in bytes per second of each vCPU."""
 
     accel: str
     workload: str
@@ -209,19 +210,19 @@ class Point:
         endless = {name: 0 for name in _ENDLESS if name in known}
         if not endless:
             goes_on = [w.name for w in WORKLOADS.values() if any(p.name in _ENDLESS for p in w.params)]
-            raise VmmError(f"guest.workload: {self.workload} ends by itself; those that go on for ever: "
+            raise VmmError(f"guest.workload: {self.workload} ends by itself; use one that can run indefinitely: "
                            f"{', '.join(goes_on)}")
         return {"guest": {"workload": self.workload, "params": {**endless, **dict(self.params)}}}
 
     def specs(self, settings: Settings, *, verify: bool) -> list[MachineSpec]:
-        """One a machine. Raises ValidationError, VmmError."""
+        """One per machine. Raises ValidationError, VmmError."""
         config = self.configuration(settings, verify=verify)
         return [plan(config, name=f"stress-{os.getpid()}-{i}") for i in range(self.machines)]
 
 
 @dataclass(frozen=True, slots=True)
 class PointResult:
-    """``figures`` and ``proof`` have one entry a machine; ``error`` says why they are missing."""
+    """``figures`` and ``proof`` have one entry per machine; ``error`` says why they are missing."""
 
     point: Point
     settings: Settings
@@ -310,7 +311,7 @@ def _at(path: Path, lines: Lines, given: dict[tuple[str | int, ...], str], at: t
 
 
 def _result(document: dict[str, Any]) -> PointResult:
-    """Raises KeyError, TypeError for what is no result of this version."""
+    """Raises KeyError, TypeError for what is not a result of this version."""
     point = document["point"]
     point["params"] = tuple((name, value) for name, value in point["params"])
     return PointResult(Point(**point), Settings(**document["settings"]),
@@ -331,7 +332,7 @@ def load_results(directory: Path) -> list[PointResult]:
         try:
             results.append(_result(json.loads(line)))
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise VmmError(f"{path}:{number}: is no result of this version: use another --output") from None
+            raise VmmError(f"{path}:{number}: is not a result of this version: use another --output") from None
     return results
 
 

@@ -47,14 +47,15 @@ def probe() -> KvmInfo:
     try:
         version = api.ioctl(fd, api.GET_API_VERSION)
         if version != api.API_VERSION:
-            return KvmInfo(True, True, None, 0, f"KVM API version {version}, not {api.API_VERSION}")
+            return KvmInfo(True, True, None, 0, f"KVM API version {version} is not supported (need version "
+                                                f"{api.API_VERSION})")
         for name, capability in RING_CAPABILITIES.items():
             largest = api.ioctl(fd, api.CHECK_EXTENSION, capability)
             if largest:
                 return KvmInfo(True, True, name, largest // ctypes.sizeof(DirtyGfn), "")
         return KvmInfo(True, True, None, 0, "")
     except OSError as exc:
-        return KvmInfo(True, False, None, 0, f"{DEVICE} is no KVM: {exc.strerror}")
+        return KvmInfo(True, False, None, 0, f"{DEVICE} is not a KVM device: {exc.strerror}")
     finally:
         os.close(fd)
 
@@ -71,6 +72,6 @@ def nested_paging() -> bool:
 def ring_size_error(entries: int, info: KvmInfo) -> str:
     """What is wrong with a ring of so many entries on this host; empty when nothing is [8.29]."""
     if entries & entries - 1 or not RING_MIN <= entries <= info.max_entries:
-        return (f"{entries} entries: a power of two from {RING_MIN} to {info.max_entries} is needed "
+        return (f"{entries} entries: must be a power of two from {RING_MIN} to {info.max_entries} "
                 f"(KVM_CAP_{info.ring_capability})")
     return ""

@@ -76,11 +76,11 @@ def set_state(vcpu: int, state: VcpuSaved) -> None:
         api.ioctl(vcpu, api.SET_DEBUGREGS, debug)
         for index, value in state.msr_values.items():
             if not set_msr(vcpu, index, value) and index in _NEEDED_MSRS:
-                raise AccelError(f"this host's KVM refuses MSR {index:#x} = {value:#x} of the saved state")
+                raise AccelError(f"this host's KVM rejected MSR {index:#x} = {value:#x} of the saved state")
         api.ioctl(vcpu, api.SET_VCPU_EVENTS, api.VcpuEvents(**msgspec.structs.asdict(state.events)))
         api.ioctl(vcpu, api.SET_MP_STATE, api.MpState(state.mp_state))
     except OSError as exc:
-        raise AccelError(f"this host's KVM refuses the saved vCPU state: {exc.strerror}") from None
+        raise AccelError(f"this host's KVM rejected the saved vCPU state: {exc.strerror}") from None
 
 
 def _get_msrs(kvm: int, vcpu: int) -> dict[str, int]:

@@ -68,7 +68,7 @@ class KvmAccelerator:
                 self.kvm_run_size = api.ioctl(self._kvm, api.GET_VCPU_MMAP_SIZE)
                 mapping = mmap.mmap(self.vcpu_fd, self.kvm_run_size)
             except OSError as exc:
-                raise AccelError(f"vCPU {spec.index}: KVM cannot make it: {exc.strerror}{_advice(exc)}") from None
+                raise AccelError(f"vCPU {spec.index}: KVM cannot create it: {exc.strerror}{_advice(exc)}") from None
             self._run = api.Run.from_buffer(mapping)
             stack.callback(mapping.close)
             self._ring: Any = None      # mapped by ``pushed``, when it is first wanted
@@ -120,7 +120,7 @@ class KvmAccelerator:
             api.ioctl(self.vcpu_fd, api.SET_REGS, api.Regs(**{k: v for k, v in boot.items() if k in names}))
             kvm_state.set_msr(self.vcpu_fd, msr.LSTAR, boot["lstar"])
         except OSError as exc:
-            raise AccelError(f"vCPU {self._spec.index}: KVM refuses the boot registers: {exc.strerror}") from None
+            raise AccelError(f"vCPU {self._spec.index}: KVM rejected the boot registers: {exc.strerror}") from None
 
     # --- the guest ------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class KvmAccelerator:
         try:
             frame = read_frame(self._memory, registers["rsp"])
         except KeyError:
-            return self._end(ExitReason.UNKNOWN_PORT, f"wrote the machine's own fault port ({code:#x})")
+            return self._end(ExitReason.UNKNOWN_PORT, f"write to the machine's own fault port ({code:#x})")
         reason, detail = describe(frame["vector"], frame["error"], registers["cr2"])
         registers |= {name: frame[name] for name in ("rip", "cs", "rflags", "rsp", "ss")}
         return Exit(ExitKind.END, reason=reason, detail=detail, registers=registers)
@@ -371,7 +371,7 @@ def _owned(stack: contextlib.ExitStack, fd: int) -> int:
 
 def _advice(error: OSError) -> str:
     if error.errno == errno.ENOMEM:
-        return " (the host is short of memory)"
+        return " (the host is low on memory)"
     if error.errno in (errno.EACCES, errno.ENOENT):
         return " (vmm doctor says what is missing)"
     return ""

@@ -78,7 +78,7 @@ class ReplayAccelerator:
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
         if spec.replay is None or not spec.ring_entries:
-            raise AccelError("the replay accelerator needs a ring, and to be told what to replay")
+            raise AccelError("the replay accelerator needs a dirty ring and a specification of what to replay")
         self.vcpu_fd = -1
         self.kvm_run_size = 0
         self._spec = spec
@@ -126,7 +126,7 @@ class ReplayAccelerator:
         if not (self._replay.shared or self._trace):
             first, pages = share_of(ends[-1], spec.index, spec.vcpu_count)
         if not pages:
-            raise AccelError(f"its share of {ends[-1]} pages is empty: fewer vCPUs, more memory, or shared: true")
+            raise AccelError(f"its share of {ends[-1]} pages is empty: use fewer vCPUs, more memory or shared: true")
         c.first, c.pages = first, pages
         for slot in spec.slots:
             self._bases[slot.id] = int(self._slots[self._rows[slot.id]]["first"]) - first
@@ -230,10 +230,10 @@ class ReplayAccelerator:
         return 0, max(_SHORTEST_WAIT, (float(times[by_now]) - elapsed) / 1e9 / self._replay.speed)
 
     def hypercall_args(self) -> tuple[int, int, int]:
-        raise AccelError("a replayed vCPU makes no hypercall")
+        raise AccelError("a replayed vCPU does not make hypercalls")
 
     def set_hypercall_result(self, value: int) -> None:
-        raise AccelError("a replayed vCPU makes no hypercall")
+        raise AccelError("a replayed vCPU does not make hypercalls")
 
     def registers(self) -> dict[str, int]:
         """It has none; ``writes`` made is what there is to say of it."""
@@ -257,7 +257,7 @@ class ReplayAccelerator:
         self._protect_all()
 
     def set_tracking(self, spec: WorkerSpec) -> None:
-        raise AccelError(f"tracking {spec.tracking}: replay drives dirty rings, and has no other")
+        raise AccelError(f"tracking {spec.tracking}: replay drives dirty rings and supports no other mode")
 
     def set_memslot(self, slot: SlotSpec) -> None:
         """What is written was settled at the start: a slot added later is not, but one that was there then."""
@@ -275,10 +275,10 @@ class ReplayAccelerator:
             self._slots[row]["logged"] = 0
 
     def get_dirty_log(self, slot_id: int) -> int:
-        raise AccelError("the replay accelerator has rings, no plain bitmap")
+        raise AccelError("the replay accelerator has dirty rings, not a plain bitmap")
 
     def clear_dirty_log(self, slot_id: int) -> None:
-        raise AccelError("the replay accelerator has rings, no plain bitmap")
+        raise AccelError("the replay accelerator has dirty rings, not a plain bitmap")
 
     def get_state(self) -> VcpuSaved:
         raise AccelError("a replayed vCPU has no state to save")
