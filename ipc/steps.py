@@ -6,7 +6,7 @@ kill. In ordinary life that is one comparison. With ``$VMM_STEPS`` naming a dire
 (it removes it and raises OSError with the errno written in it, in decimal). A file serves once, so that a
 successor lives.
 
-``STEPS`` is the whole list, by what is being done; tests/test_steps.py holds it against the calls in the source,
+``STEPS`` is the whole list, by what is being done; tests/ipc/test_steps.py holds it against the calls in the source,
 and walks it.
 """
 

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import TOP
 
 from benchmarks.__main__ import NAMES
 from benchmarks.common import Case, Results, Targets, quartiles
-
-TOP = Path(__file__).parent.parent
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -73,7 +73,7 @@ def test_an_accelerator_says_what_it_can_and_has_what_the_run_loop_calls(name: s
 
 @pytest.mark.parametrize("name", [p for p in GUESTS if p != ACCELS[0]])
 def test_each_page_that_is_written_is_logged_once_until_it_is_reset(name: str) -> None:
-    """The oracle is the memory before and after. (KVM's ring is read in tests/test_kvm_accel.py.)"""
+    """The oracle is the memory before and after. (KVM's ring is read in tests/workers/test_kvm_accel.py.)"""
     with bare(name, WALK, rbx=DATA, rcx=7, rax=1) as vcpu:
         before = vcpu.ram.copy()
         vcpu.run()

@@ -7,7 +7,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-TOP = Path(__file__).parent.parent
+from places import TOP
+
 #: Of methods whose class says where their contract stands, with what each raises.
 BY_CONTRACT = "for the contract"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from needs import NEEDS
-
-TESTS = Path(__file__).parent
+from places import TESTS
 
 #: A suite of its own: one need that no host meets, one that each does.
 CONFTEST = """

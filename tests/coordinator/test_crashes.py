@@ -11,10 +11,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from machines import ANY, alive, exact, nothing_left, replace, spec, until
+from places import TESTS
 
 from vmm.client.machine import Machine
 from vmm.errors import ExitCode, VmmError
@@ -111,7 +111,7 @@ def test_launching_process_that_goes_takes_the_machine_along(accel: str, signum:
               f"busy = spec('random', accel={accel!r}, writes=0, timeout=None)\n"
               "with Machine.launch(busy, name='crash') as m:\n"
               "    print('up', flush=True)\n    m.wait()\n")
-    process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
+    process = subprocess.Popen([sys.executable, "-c", script, str(TESTS)],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from machines import alive, exact, spec, until
+from places import TESTS
 
 from ipc.shm import list_segments
 from vmm.client.machine import Machine
@@ -123,9 +124,9 @@ def test_orphans_take_nothing_from_a_machine_that_has_their_name_by_now() -> Non
 @pytest.mark.parametrize("moment", ["", "control", "ram0", "log0"])
 def test_a_keeper_that_is_killed_during_a_launch_leaves_nothing(moment: str) -> None:
     """At its claim, and as soon as this segment is there."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom test_runtime import idle\n"
+    code = ("import sys; sys.path[:0] = sys.argv[1:]\nfrom test_runtime import idle\n"
             "from vmm.client.machine import Machine\nMachine.launch(idle(vcpus=4), name='early').close()")
-    with subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)],
+    with subprocess.Popen([sys.executable, "-c", code, str(TESTS), str(TESTS / "machine")],
                           stderr=subprocess.DEVNULL) as process:
         owned = belongings("early")
         wanted = f"/{owned.prefix}{moment}" if moment else f"/{owned.name}"

@@ -1,5 +1,5 @@
 """Chains of snapshots as directories: what is ours in them, what a manifest may say, what a kill leaves. No machine
-runs here (tests/test_snapshot.py has those)."""
+runs here (tests/consumers/test_snapshot.py has those)."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from machines import ACCELS, exact, spec, until
 from needs import missing
+from places import TESTS
 
 from ipc.shm import Segment, list_segments
 from ipc.sockets import FdListener
@@ -330,7 +331,7 @@ AFTER = {"sync-again": "sync-taken"}
 def test_every_step_is_walked() -> None:
     assert set(SCENARIOS) | APART | set(ELSEWHERE) == set(STEPS)
     for group, file in ELSEWHERE.items():
-        text = (Path(__file__).parent / file).read_text()
+        text = next(TESTS.rglob(file)).read_text()
         assert f'"{group}"' in text or all(f"{step}" in text for step in STEPS[group]), group
 
 

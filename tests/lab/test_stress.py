@@ -19,6 +19,7 @@ from command import vmm_here as vmm
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import ACCELS, exact, spec, until
+from places import CONFIGS
 from rich.console import Console
 from terminal import read_tables
 
@@ -196,7 +197,7 @@ def test_flags_win_over_the_file_and_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_the_sample_sweeps_can_run_here() -> None:
-    for path in (Path(__file__).parent.parent / "configs").glob("stress*.yaml"):
+    for path in CONFIGS.glob("stress*.yaml"):
         assert len(load_sweep(path).points()) > 1
 
 

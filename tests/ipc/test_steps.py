@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from places import TOP
 
 from ipc.steps import STEPS
 
-TOP = Path(__file__).parent.parent
 PACKAGES = ("ipc", "workers", "vmm")
 
 

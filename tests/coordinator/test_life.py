@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from machines import alive, exact, machine_processes, nothing_left, spec, until
+from places import TESTS
 
 from ipc.shm import list_segments
 from vmm.cli.commands import run
@@ -145,7 +146,7 @@ def test_trace_lines_that_nobody_reads_hold_nobody_up(tmp_path: Path) -> None:
               "from machines import spec\nfrom vmm.client.machine import Machine\n"
               "traced = spec('stamp', accel='kvm', writes=20_000, spin=200, trace=['kvm_dirty_ring_*'])\n"
               "with Machine.launch(traced, name='t') as m:\n    print(m.wait(60)['exit_code'], flush=True)\n")
-    process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
+    process = subprocess.Popen([sys.executable, "-c", script, str(TESTS)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -238,7 +239,7 @@ def test_a_kill_during_a_launch_leaves_nothing(victim: str) -> None:
               "idle = spec('idle', accel='kvm', vcpus=2, milliseconds=0, timeout=None)\n"
               "Machine.launch(idle, name='t').close()\n")
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
+        process = subprocess.Popen([sys.executable, "-c", script, str(TESTS)],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             until(lambda: bool(list_segments(machine_prefix("t"))), "segments are being made", 60.0)
@@ -276,7 +277,7 @@ def test_a_detached_machine_belongs_to_its_launch_until_it_runs() -> None:
               "print('runs', flush=True)\nsys.stdin.readline()\n")
 
     def launch() -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", script, str(Path(__file__).parent)],
+        process = subprocess.Popen([sys.executable, "-c", script, str(TESTS)],
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

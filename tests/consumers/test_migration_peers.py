@@ -276,7 +276,7 @@ def test_a_state_is_that_of_the_machine_which_was_offered(changes: dict[str, Any
 
 def test_a_bad_vcpu_state_is_refused_before_the_machine_is_taken(address: str, paused: Machine) -> None:
     """Not after 30 s of silence, and not when the machine has begun here and none is left at the source. (What is
-    bad, tests/test_state.py has.)"""
+    bad, tests/workers/test_state.py has.)"""
     states = paused.state()["vcpus"]
     receiver = Receiver(address, accel="unicorn")
     with PlayedSource(address) as bad:

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from command import vmm, vmm_here
 from machines import ACCELS, until
+from places import TOP
 
 from vmm.errors import ExitCode
 
-TOP = Path(__file__).parent.parent
 REPLAYED = sorted((TOP / "configs").glob("replay-*.yaml"))
 SWEEPS = (TOP / "configs").glob("stress*.yaml")     # not machines
 CONFIGS = sorted(set((TOP / "configs").glob("*.yaml")) - {*SWEEPS, *REPLAYED})

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from machines import ACCELS, alive, machine_processes, spec, until
+from places import TESTS, TOP
 
 from vmm.client.machine import Machine
 from vmm.errors import ExitCode
 from vmm.machine.names import belongings
 from vmm.machine.spec import MachineSpec
 
-TOP = Path(__file__).parent.parent
 TIMEOUT = 60.0
 
 
@@ -101,10 +101,10 @@ def test_closing_does_not_wait_for_a_forked_child() -> None:
 
 
 def test_the_end_of_the_launching_process_counts_whatever_children_it_has() -> None:
-    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nfrom test_isolation import forked, idle\n"
+    code = ("import os, sys; sys.path[:0] = sys.argv[1:]\nfrom test_isolation import forked, idle\n"
             "from vmm.client.machine import Machine\nmachine = Machine.launch(idle(), name='forked')\n"
             "print(forked()[0], flush=True)\nsys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, "-c", code, str(TESTS), str(TESTS / "coordinator")], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())

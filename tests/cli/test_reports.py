@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machines import ACCELS, exact, replace, spec
+from places import TOP
 from rich.console import Console
 from rich.text import Text
 from terminal import Terminal, on_a_terminal, read_tables
@@ -289,7 +290,7 @@ def test_a_pipe_has_no_colours_and_tables_as_wide_as_120() -> None:
 
 
 def test_the_published_schema_is_the_reports() -> None:
-    published = json.loads((Path(__file__).parent.parent / "docs" / "report.schema.json").read_text())
+    published = json.loads((TOP / "docs" / "report.schema.json").read_text())
     assert published == report_schema()
 
 
