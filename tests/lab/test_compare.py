@@ -19,18 +19,18 @@ from vmm.lab.compare.report import draw, print_rows, verdict
 POINT = Point(ram_mib=64, vcpus=2, spin=0, ring=4096, interval_ms=100.0)
 
 
-def window(way: str, number: int, speed: float, pages: int = 1000, **more: Any) -> dict[str, Any]:
-    return {"way": way, "round": number, "speed": speed, "seconds": 0.5, "pages": pages, "syncs": 5,
-            "host_ns": 2_000_000, "strangers_ns": 0, "collect_ms": [1.0, 3.0, 2.0], "switch_ms": 4.0,
-            "tracking": way, **more}
+def window(mode: str, number: int, speed: float, pages: int = 1000, **more: Any) -> dict[str, Any]:
+    return {"mode": mode, "round": number, "speed": speed, "seconds": 0.5, "pages": pages, "syncs": 5,
+            "host_ns": 2_000_000, "steal_ns": 0, "collect_ms": [1.0, 3.0, 2.0], "switch_ms": 4.0,
+            "tracking": mode, **more}
 
 
 def test_ratios_are_of_one_round() -> None:
-    """The host got half as fast after the first round: no way looks the slower for it."""
+    """The host got half as fast after the first round: no mode looks the slower for it."""
     windows = [window("none", 0, 1000, 0, collect_ms=[], syncs=0), window("ring", 0, 500), window("bitmap", 0, 800),
                window("auto", 0, 720), window("none", 1, 500, 0, collect_ms=[], syncs=0), window("ring", 1, 250),
                window("bitmap", 1, 400), window("auto", 1, 360)]
-    rows = {r["way"]: r for r in summarise(POINT, windows)}
+    rows = {r["mode"]: r for r in summarise(POINT, windows)}
     assert rows["ring"]["relative"] == pytest.approx(0.5)
     assert rows["ring"]["relative_low"] == rows["ring"]["relative_high"] == pytest.approx(0.5)
     assert rows["ring"]["lost_us"] == pytest.approx(0.5 * 0.5 * 2 * 1e6 / 1000)
@@ -49,7 +49,7 @@ def test_the_grid_varies_one_axis_at_a_time_beside_the_main_ones() -> None:
     grid = Grid(ram_mib=(64, 128), vcpus=(1, 2), spin=(0, 9), ring=(4096, 1024), interval_ms=(100, 10))
     points = list(grid.points())
     assert len({p for p, _ in points}) == len(points) == 2 * 2 + 2 + 2 * 2 + 2
-    assert [ways for p, ways in points if p.ring == 1024] == [("none", "ring")] * 2
+    assert [modes for p, modes in points if p.ring == 1024] == [("none", "ring")] * 2
 
 
 @pytest.mark.parametrize("width", [80, 120, 190])
@@ -79,7 +79,7 @@ def test_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "tracking-spin.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_way_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mode_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmm.machine.trackings.write_log_missing", lambda: "userfaultfd: no")
     there, left_out = available(["none", "bitmap", "uffd"], "unicorn")
     assert there == ["none", "bitmap"]
@@ -92,12 +92,12 @@ def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
     done = vmm(*small)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    ways = ["none", "sampling", "auto", "bitmap", "ring", *([] if missing("uffd") else ["uffd"])]
-    rows = {r["way"]: r for r in found["rows"]}
-    assert list(rows) == ways
+    modes = ["none", "sampling", "auto", "bitmap", "ring", *([] if missing("uffd") else ["uffd"])]
+    rows = {r["mode"]: r for r in found["rows"]}
+    assert list(rows) == modes
     for row in rows.values():
         assert row["speed"] > 0
-        assert (row["dirty_per_s"] > 0) == (row["way"] != "none")
+        assert (row["dirty_per_s"] > 0) == (row["mode"] != "none")
     assert rows["auto"]["tracking"] == ["bitmap"]
     again = vmm(*small)
     assert json.loads(again.stdout) == found        # nothing was measured again
@@ -117,3 +117,17 @@ def test_what_is_wrong_is_one_line(arguments: tuple[str, str], error: str) -> No
     assert done.returncode == 2
     assert error in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("content", "error"), [
+    (b"[1]", "was not written by this version"), (b"{", "was not written by this version"),
+    (b'{"version": 1, "settings": {}, "points": {}}', "was not written by this version"),
+    (b"[" * 5000, "was not written by this version"),
+    (b'{"version": 2, "settings": {}, "points": {}}', "was measured with other settings"),
+    (bytes(65 << 20), "is too large")], ids=["list", "torn", "older", "deep", "settings", "large"])
+def test_results_that_are_not_ours_are_left_alone(content: bytes, error: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(content)
+    done = vmm("compare", "--quick", "--output", str(tmp_path))
+    assert done.returncode == 2
+    assert error in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "results.json").read_bytes() == content

@@ -12,10 +12,14 @@ from ipc.layout import RING_MAX, RING_MIN
 from workers.accel import registry
 
 from ..errors import VmmError
+from ..inputs import read_input
 from ..optional import MissingPackage
 from .common import Duration, json_option, print_json
 
 __all__ = ["compare"]
+
+_VERSION = 2                # of results.json
+_RESULTS_MAX = 64 << 20     # bytes of it
 
 
 class Sizes(click.ParamType):
@@ -74,7 +78,7 @@ class Intervals(click.ParamType):
               help="Dirty ring sizes in entries; the first is the default, the others are measured separately.")
 @click.option("--interval", type=Intervals(), default="100ms,10ms", show_default=True,
               help="Times between two syncs; the first is the default, the others are measured separately.")
-@click.option("--tracking", "ways", default="ring,bitmap,uffd,sampling,auto", show_default=True,
+@click.option("--tracking", "modes", default="ring,bitmap,uffd,sampling,auto", show_default=True,
               help="Tracking modes to compare with no tracking.")
 @click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",
               show_default=True, help="Sample guest to run.")
@@ -88,25 +92,25 @@ class Intervals(click.ParamType):
               help="Directory for results.json and the plots; points already in it are not measured again.")
 @json_option
 def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...], ring: tuple[int, ...],
-            interval: tuple[float, ...], ways: str, workload: str, accel: str, rounds: int, window: float,
+            interval: tuple[float, ...], modes: str, workload: str, accel: str, rounds: int, window: float,
             quick: bool, output: Path | None, as_json: bool) -> int:
     """Compare the costs of dirty-tracking modes. The same guest runs in each of them."""
     from rich.console import Console
     from rich.progress import Progress
 
     from ..client.plan import choose_accelerator
-    from ..lab.compare.measure import WAYS, Grid, Settings, available, run_point, summarise
+    from ..lab.compare.measure import MODES, Grid, Settings, available, run_point, summarise
     from ..lab.compare.report import draw, print_rows, verdict
 
     if quick:
         ram, vcpus, spin, ring, interval, rounds = (64,), (1,), (0, 2000), (4096,), (0.1,), min(rounds, 3)
-    asked = tuple(ways.split(","))
-    for way in asked:
-        if way not in WAYS[1:]:
-            raise VmmError(f"--tracking {way}: unknown mode; choose from {', '.join(WAYS[1:])}")
+    asked = tuple(modes.split(","))
+    for mode in asked:
+        if mode not in MODES[1:]:
+            raise VmmError(f"--tracking {mode}: unknown mode; choose from {', '.join(MODES[1:])}")
     settings = Settings(choose_accelerator(accel), workload, rounds, window)
-    there, missing = available(["none", *(w for w in WAYS if w in asked)], settings.accel)
-    named = click.get_current_context().get_parameter_source("ways") is not click.core.ParameterSource.DEFAULT
+    there, missing = available(["none", *(w for w in MODES if w in asked)], settings.accel)
+    named = click.get_current_context().get_parameter_source("modes") is not click.core.ParameterSource.DEFAULT
     for reason in missing.values():
         if named:
             raise VmmError(reason)
@@ -153,17 +157,20 @@ def _load(output: Path | None, settings: Any) -> dict[str, Any]:
     """What an earlier run has left, if it measured in the same way. Raises VmmError."""
     from dataclasses import asdict
 
-    fresh: dict[str, Any] = {"version": 1, "settings": asdict(settings), "points": {}}
+    fresh: dict[str, Any] = {"version": _VERSION, "settings": asdict(settings), "points": {}}
     if output is None or not (output / "results.json").exists():
         return fresh
+    path = output / "results.json"
     try:
-        found = json.loads((output / "results.json").read_text())
-        same = found["version"] == 1 and found["settings"] == fresh["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise VmmError(f"{output / 'results.json'}: was not written by vmm compare: remove it, or choose another "
-                       "directory") from None
-    if not same:
-        raise VmmError(f"{output / 'results.json'}: was measured with other settings ({found['settings']}): "
+        found = json.loads(read_input(path, _RESULTS_MAX))
+        version, settings = found["version"], found["settings"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        version = None
+    if version != _VERSION:
+        raise VmmError(f"{path}: was not written by this version of vmm compare: remove it, or choose another "
+                       "directory")
+    if settings != fresh["settings"]:
+        raise VmmError(f"{path}: was measured with other settings ({settings}): "
                        "choose another directory")
     return dict(found)
 

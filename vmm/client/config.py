@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,23 +26,17 @@ from ..inputs import input_name
 from ..machine import rules
 from ..machine.names import MACHINE_NAME, check_machine_name
 from ..machine.spec import REAPERS_MAX, RamSlot
-from .yamlfile import DEPTH_MAX, ConfigError, Lines, key_text, parse_value, read_yaml
+from .explain import explain, shown
+from .yamlfile import DEPTH_MAX, ConfigError, key_step, key_text, parse_value, read_yaml
 
-__all__ = ["ConfigError", "MachineConfig", "config_schema", "explain", "load_config", "parse_duration",
+__all__ = ["ConfigError", "MachineConfig", "config_schema", "load_config", "parse_duration",
            "parse_rate", "parse_size"]
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE_SIZE}
 _RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DECIMAL = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
-_PROBLEMS_SHOWN = 20
 _ACCELERATORS = ("auto", *names())
-
-
-def _shown(value: object) -> str:
-    """A value that was given, in the error about it."""
-    return one_line(repr(value), 60)
-
 
 
 def parse_size(value: object) -> int:
@@ -61,7 +54,7 @@ def parse_size(value: object) -> int:
         binary = f"{match[2][0].upper()}iB" if match and match[2] else ""
         if match and binary.lower() in _UNITS:
             hint = f" (did you mean {match[1]}{binary}?)"
-    raise ValueError(f"{_shown(text)} is not a size: write bytes, 0x… or a number with KiB, MiB, GiB or pages"
+    raise ValueError(f"{shown(text)} is not a size: write bytes, 0x… or a number with KiB, MiB, GiB or pages"
                      + hint)
 
 
@@ -75,7 +68,7 @@ def parse_duration(value: object) -> float:
         if match:
             seconds = float(match[1]) * _SECONDS[match[2]]
     if not 0 < seconds < rules.SECONDS_MAX:
-        raise ValueError(f"{_shown(value)} is not a duration: write seconds, or a number with us, ms, s, m or h")
+        raise ValueError(f"{shown(value)} is not a duration: write seconds, or a number with us, ms, s, m or h")
     return seconds
 
 
@@ -89,7 +82,7 @@ def parse_rate(value: object) -> float:
         if match and match[2].lower() in _RATE_UNITS:
             rate = float(match[1]) * _RATE_UNITS[match[2].lower()]
     if not 0 < rate < 1e15:
-        raise ValueError(f"{_shown(value)} is not a rate: write bytes per second, or a number with kB/s, MB/s, "
+        raise ValueError(f"{shown(value)} is not a rate: write bytes per second, or a number with kB/s, MB/s, "
                          "GB/s, KiB/s, MiB/s or GiB/s")
     return rate
 
@@ -275,7 +268,7 @@ class MachineConfig(_Model):
 
     def where(self, key: str) -> str:
         """``file:line: key`` for an error about ``key``."""
-        at: tuple[str | int, ...] = tuple(_step(s) for s in key.split("."))
+        at: tuple[str | int, ...] = tuple(key_step(s) for s in key.split("."))
         while at and at not in self._origins:
             at = at[:-1]
         origin = self._origins.get(at)
@@ -335,7 +328,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, name: s
     try:
         config = MachineConfig.model_validate(document)
     except ValidationError as exc:
-        raise explain(exc, path, lines, set_keys, document) from None
+        raise explain(exc, path, lines, set_keys, document, MachineConfig) from None
     for section, file in (("guest", "image"), ("replay", "trace")):
         model = getattr(config, section)
         given = getattr(model, file, None)
@@ -345,11 +338,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, name: s
     config._origins.update({at: f"{input_name(path)}:{line}" for at, line in lines.items()})
     config._origins.update(set_keys)
     return config
-
-
-def _step(text: str) -> str | int:
-    """A part of a dotted key: a list's items go by their numbers."""
-    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else text
 
 
 def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
@@ -367,7 +355,7 @@ def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
     for i, part in enumerate(parts):
         step: str | int = part
         if isinstance(target, list):
-            step = _step(part)
+            step = key_step(part)
             if not isinstance(step, int) or step >= len(target):
                 raise ConfigError(f"{where}: {key_text(tuple(steps))} has no item {one_line(part, 60)}")
         elif not isinstance(target, dict):
@@ -380,72 +368,3 @@ def _override(document: dict[str, Any], text: str) -> tuple[str | int, ...]:
                 target[part] = {}
             target = target[step]
     return tuple(steps)
-
-
-def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
-            document: dict[str, Any], model: type[BaseModel] = MachineConfig) -> ConfigError:
-    """What pydantic found, a line per problem. ``set_keys``: keys that were given on the command line, and how.
-    ``model``: what the document was validated as."""
-    problems = exc.errors()
-    found = [_explain(error, path, lines, set_keys, document, model) for error in problems[:_PROBLEMS_SHOWN]]
-    if len(problems) > _PROBLEMS_SHOWN:
-        found.append(f"{input_name(path)}: and {len(problems) - _PROBLEMS_SHOWN} more problems")
-    return ConfigError("\n".join(found))
-
-
-def _explain(error: Any, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],
-             document: dict[str, Any], model: type[BaseModel]) -> str:
-    """One line: where, which key, what is wrong."""
-    message = error["msg"].removeprefix("Value error, ")
-    at = tuple(error["loc"])
-    named = re.match(r"([a-z_]+(?:\.[a-z0-9_]+)*): (.*)", message)
-    if named:   # a check over several keys names the one it is about itself
-        at += tuple(_step(s) for s in named[1].split("."))
-        message = named[2]
-    while at and at not in lines and at not in set_keys and not _holds(document, at):
-        at = at[:-1]    # pydantic's own steps (a union's member, for one) are not keys
-    if error["type"] == "extra_forbidden":
-        message = f"unknown key{_nearest(at, model)}"
-    elif error["type"] == "missing":
-        at = tuple(error["loc"])
-        message = "missing"
-    else:
-        given = error.get("input")
-        if error["type"] != "value_error" and isinstance(given, str | int | float | bool):
-            message = f"{message[0].lower()}{message[1:]} (got {_shown(given)})"
-    key = key_text(at)
-    for set_path, text in set_keys.items():
-        if at[: len(set_path)] == set_path:
-            return f"{text}: {key}: {one_line(message, 500)}"
-    probe = at
-    while probe not in lines and probe:
-        probe = probe[:-1]
-    where = f"{input_name(path)}:{lines.get(probe, 1)}"
-    message = one_line(message, 500)
-    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
-
-
-def _holds(document: Any, at: tuple[str | int, ...]) -> bool:
-    for step in at:
-        try:
-            document = document[step]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
-
-
-def _nearest(at: tuple[str | int, ...], model: type[BaseModel]) -> str:
-    """`` (did you mean …?)`` for a misspelt key, from the model it stands in."""
-    for step in at[:-1]:
-        field = model.model_fields.get(str(step))
-        model = (_model_in(field.annotation) if field else None) or model
-    names = list(model.model_fields)
-    near = difflib.get_close_matches(str(at[-1]), names, n=1)
-    return f" (did you mean '{near[0]}'?)" if near else f"; valid keys: {', '.join(names)}"
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field holds: itself, or one of a list or union of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

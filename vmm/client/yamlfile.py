@@ -7,6 +7,7 @@ keys are followed, but never to more than :data:`VALUES_MAX` values in all, and 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from ..errors import VmmError, one_line
 from ..inputs import input_name, read_input
 
-__all__ = ["DEPTH_MAX", "ConfigError", "Lines", "key_text", "parse_value", "read_yaml"]
+__all__ = ["DEPTH_MAX", "ConfigError", "Lines", "key_step", "key_text", "parse_value", "read_yaml"]
 
 FILE_MAX = 256 << 10        # bytes
 DEPTH_MAX = 32              # levels
@@ -38,6 +39,11 @@ class ConfigError(VmmError):
 def key_text(at: tuple[str | int, ...]) -> str:
     """``memory.0.size``, on one line whatever the keys are."""
     return ".".join(one_line(str(step), 60) for step in at)
+
+
+def key_step(text: str) -> str | int:
+    """A part of a dotted key: a list's items go by their numbers."""
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else text
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:

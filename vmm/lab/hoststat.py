@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..machine.names import RAM_MAPPING
 
-__all__ = ["CpuTime", "cores", "cpu_time", "describe_host", "pss_beyond_ram"]
-
-_TICKS = os.sysconf("SC_CLK_TCK")
+__all__ = ["CpuTime", "cores", "cpu_time", "describe_host", "pss_beyond_ram", "thread_times"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +38,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def thread_times(pid: int) -> Iterator[tuple[int, CpuTime]]:
+    """(thread id, its times) of each thread of a process, from the scheduler's own statistics, which count in
+    nanoseconds. (psutil has the times on a CPU, in clock ticks, and not the others.) Raises OSError when the process
+    is gone, or the kernel keeps no such statistics."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        used, waited, _ = (task / "schedstat").read_text().split()
+        yield int(task.name), CpuTime(int(used) / 1e9, int(waited) / 1e9)
+
+
 def cpu_time(pid: int) -> CpuTime:
-    """Over all threads of a process, from the scheduler's own statistics (nanoseconds), else from /proc/PID/stat
-    (ticks of 10 ms; then without the time waited). Raises OSError when the process is gone."""
+    """Over all threads of a process; without the time waited where the kernel does not count it. Raises OSError when
+    the process is gone."""
     try:
-        parts = [(task / "schedstat").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
-        return CpuTime(sum(int(p[0]) for p in parts) / 1e9, sum(int(p[1]) for p in parts) / 1e9)
-    except FileNotFoundError:   # a kernel without scheduler statistics (or a thread that ended just now)
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return CpuTime((int(fields[11]) + int(fields[12])) / _TICKS, 0.0)
+        return sum((times for _, times in thread_times(pid)), CpuTime(0.0, 0.0))
+    except FileNotFoundError:   # a kernel without these statistics (or a thread that ended just now)
+        with _gone_is_oserror():
+            times = psutil.Process(pid).cpu_times()
+        return CpuTime(times.user + times.system, 0.0)
 
 
 def pss_beyond_ram(pid: int) -> int:
-    """Bytes of a process's proportional set size, without the mappings of guest RAM. Raises OSError."""
-    total, counted = 0, True
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        first, _, rest = line.partition(" ")
-        if first == "Pss:":
-            total += int(rest.split()[0]) * 1024 if counted else 0
-        elif not first.endswith(":"):   # the head of a mapping
-            counted = not RAM_MAPPING.search(line)
-    return total
+    """Bytes of a process's proportional set size, without the mappings of guest RAM. Raises OSError when the process
+    is gone."""
+    with _gone_is_oserror():
+        maps = psutil.Process(pid).memory_maps(grouped=False)
+    return sum(each.pss for each in maps if not RAM_MAPPING.search(each.path))
+
+
+@contextlib.contextmanager
+def _gone_is_oserror() -> Iterator[None]:
+    try:
+        yield
+    except psutil.Error as exc:
+        raise ProcessLookupError(str(exc)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ class _Host:
 def describe_host() -> dict[str, Any]:
     """What figures depend on, to stand beside them."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return asdict(_Host(cpu=model[1] if model else platform.machine(), cores=cores(), memory_mib=memory >> 20,
-                        kernel=platform.release(), python=platform.python_version(), shardvmm=version("shardvmm")))
+    return asdict(_Host(
+        cpu=model[1] if model else platform.machine(), cores=cores(),
+        memory_mib=psutil.virtual_memory().total >> 20, kernel=platform.release(),
+        python=platform.python_version(), shardvmm=version("shardvmm")))

@@ -8,7 +8,7 @@ what is compared ran in the same memory, seconds apart. In a window a client syn
 ``speed``           writes of the guest in the window, of all vCPUs, per second. Counted in its memory (the guest
                     raises a word in each page that it writes), not by any log. Steal time, in which vCPUs were
                     ready but other processes ran, is subtracted: what they waited beyond the processor time of
-                    the machine's own other threads and this process (``strangers``, a share of the time)
+                    the machine's own other threads and this process (``steal``, a share of the time)
 ``relative``        ``speed`` divided by that of the same round's window without tracking
 ``lost_us``         guest-side cost of a dirty page: vCPU time that the window lost against the one without
                     tracking, microseconds, divided by the pages that its syncs reported
@@ -31,7 +31,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,11 +44,12 @@ from ...errors import VmmError
 from ...guests import WORKLOADS, resolve_params
 from ...machine.spec import MachineSpec, RamSlot, ReaperSpec
 from ...machine.trackings import check_tracking
+from ..hoststat import CpuTime, thread_times
 
-__all__ = ["FIXED", "WAYS", "Grid", "Point", "Settings", "available", "run_point", "summarise"]
+__all__ = ["FIXED", "MODES", "Grid", "Point", "Settings", "available", "run_point", "summarise"]
 
 #: What is compared, in the order of a round (from one to the next as few pages as can be lose their mapping).
-WAYS = ("none", "sampling", "auto", "bitmap", "ring", "uffd")
+MODES = ("none", "sampling", "auto", "bitmap", "ring", "uffd")
 #: Modes that have a dirty log and do not choose.
 FIXED = ("ring", "bitmap", "uffd")
 
@@ -95,12 +95,12 @@ class Grid:
     def points(self) -> Iterator[tuple[Point, tuple[str, ...]]]:
         """Each point, and what to compare there."""
         for ram, spin in itertools.product(self.ram_mib, self.spin):
-            yield Point(ram, self.vcpus[0], spin, self.ring[0], self.interval_ms[0]), WAYS
+            yield Point(ram, self.vcpus[0], spin, self.ring[0], self.interval_ms[0]), MODES
         for vcpus, spin in itertools.product(self.vcpus[1:], self.spin):
-            yield Point(self.ram_mib[:2][-1], vcpus, spin, self.ring[0], self.interval_ms[0]), WAYS
+            yield Point(self.ram_mib[:2][-1], vcpus, spin, self.ring[0], self.interval_ms[0]), MODES
         for interval, ram, spin in itertools.product(self.interval_ms[1:], dict.fromkeys(
                 (self.ram_mib[0], self.ram_mib[-1])), self.spin):
-            yield Point(ram, self.vcpus[0], spin, self.ring[0], interval), WAYS
+            yield Point(ram, self.vcpus[0], spin, self.ring[0], interval), MODES
         for ring, spin in itertools.product(self.ring[1:], self.spin):
             yield Point(self.ram_mib[0], self.vcpus[0], spin, ring, self.interval_ms[0]), ("none", "ring")
 
@@ -119,59 +119,59 @@ class Settings:
 class Window:
     """What was measured in one window."""
 
-    way: str
+    mode: str
     round: int
     speed: float                # writes per second
     seconds: float
     pages: int                  # dirty pages that the syncs reported
     syncs: int
     host_ns: int                # processor time of coordinator and service threads
-    strangers_ns: int           # steal time: vCPU threads were ready to run, but other processes ran
+    steal_ns: int           # steal time: vCPU threads were ready to run, but other processes ran
     collect_ms: list[float] = field(default_factory=list)
-    switch_ms: float = 0.0      # the vCPUs stood still for so long to change to this way
+    switch_ms: float = 0.0      # the vCPUs stood still for so long to change to this mode
     tracking: str = ""          # as the machine has it (auto: what was chosen)
 
 
-def available(ways: Sequence[str], accel: str) -> tuple[list[str], dict[str, str]]:
+def available(modes: Sequence[str], accel: str) -> tuple[list[str], dict[str, str]]:
     """Those of these modes that this host has, and why not for the others."""
     there, missing = [], {}
-    for way in ways:
+    for mode in modes:
         try:
-            if way in FIXED:
-                check_tracking(way, accel, 4096)
-            there.append(way)
+            if mode in FIXED:
+                check_tracking(mode, accel, 4096)
+            there.append(mode)
         except VmmError as exc:
-            missing[way] = str(exc)
+            missing[mode] = str(exc)
     return there, missing
 
 
 # --- one point --------------------------------------------------------------------------------------------
 
 
-def run_point(point: Point, ways: Sequence[str], settings: Settings,
+def run_point(point: Point, modes: Sequence[str], settings: Settings,
               progress: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """All windows of one point, as plain dictionaries. Raises VmmError."""
-    def best_of(way: str, number: int) -> Window:
+    def best_of(mode: str, number: int) -> Window:
         tries: list[Window] = []
-        while len(tries) < _TRIES and (not tries or min(map(_strangers, tries)) > _STRANGERS_MAX):
-            tries.append(_window(machine, meter, way, number, point, settings.seconds))
-        return min(tries, key=_strangers)
+        while len(tries) < _TRIES and (not tries or min(map(_steal, tries)) > _STRANGERS_MAX):
+            tries.append(_window(machine, meter, mode, number, point, settings.seconds))
+        return min(tries, key=_steal)
 
-    def _strangers(window: Window) -> float:
-        return window.strangers_ns / 1e9 / window.seconds / point.vcpus
+    def _steal(window: Window) -> float:
+        return window.steal_ns / 1e9 / window.seconds / point.vcpus
 
     found: list[Window] = []
     with Machine.launch(_spec(point, settings)) as machine:
         with contextlib.ExitStack() as stack:
             meter = stack.enter_context(_Meter(machine))
-            # Once round, so that every page is there and every way has been taken.
+            # Once round, so that every page is there and every mode has been taken.
             for number in range(-1, settings.rounds):
-                for way in ways if number % 2 == 0 else reversed(ways):
-                    progress(f"{point.label}: {way}")
+                for mode in modes if number % 2 == 0 else reversed(modes):
+                    progress(f"{point.label}: {mode}")
                     if number < 0:
-                        _window(machine, meter, way, number, point, 0.05)
+                        _window(machine, meter, mode, number, point, 0.05)
                     else:
-                        found.append(best_of(way, number))
+                        found.append(best_of(mode, number))
         machine.stop()
     return [asdict(w) for w in found]
 
@@ -187,9 +187,9 @@ def _spec(point: Point, settings: Settings) -> MachineSpec:
         linger=True)
 
 
-def _window(machine: Machine, meter: _Meter, way: str, number: int, point: Point, seconds: float) -> Window:
-    logged = way in (*FIXED, "auto")
-    switch = machine.set_tracking(way if logged else "none")
+def _window(machine: Machine, meter: _Meter, mode: str, number: int, point: Point, seconds: float) -> Window:
+    logged = mode in (*FIXED, "auto")
+    switch = machine.set_tracking(mode if logged else "none")
     interval = point.interval_ms / 1000
     if logged:
         machine.register(_CLIENT, mine=True)
@@ -201,13 +201,13 @@ def _window(machine: Machine, meter: _Meter, way: str, number: int, point: Point
             machine.collect(_CLIENT)
     else:
         meter.settle()
-    window = Window(way, number, 0.0, 0.0, 0, 0, 0, 0, switch_ms=switch["seconds"] * 1000)
+    window = Window(mode, number, 0.0, 0.0, 0, 0, 0, 0, switch_ms=switch["seconds"] * 1000)
     before = meter.read()
     began = before.at
     due = began
     while time.monotonic() < began + seconds:
         due = max(due + interval, time.monotonic())
-        if way == "sampling":
+        if mode == "sampling":
             rate = measure_rate(machine, max(interval, 0.05), "sampling")
             window.collect_ms.append((rate.seconds - max(interval, 0.05)) * 1000)
             window.pages += rate.pages
@@ -222,10 +222,10 @@ def _window(machine: Machine, meter: _Meter, way: str, number: int, point: Point
     window.seconds = after.at - before.at
     own_ns = after.own_ns - before.own_ns
     window.host_ns = after.host_ns - before.host_ns
-    window.strangers_ns = max(0, after.waited_ns - before.waited_ns - window.host_ns - own_ns)
-    there = max(0.05, window.seconds - window.strangers_ns / 1e9 / point.vcpus)
+    window.steal_ns = max(0, after.waited_ns - before.waited_ns - window.host_ns - own_ns)
+    there = max(0.05, window.seconds - window.steal_ns / 1e9 / point.vcpus)
     window.speed = (after.writes - before.writes) / there
-    if way == "sampling":
+    if mode == "sampling":
         window.host_ns += own_ns
     window.tracking = machine.status()["tracking"]
     if logged:
@@ -256,15 +256,15 @@ class _Meter:
         """The count takes milliseconds for each 256 MiB, as long at a window's end as at its beginning."""
         at = time.monotonic()
         writes = int(self._words.sum())
-        host = sum(on for _, on, _ in _threads(self._coordinator))
-        waited = 0
+        host = sum(times.used for _, times in _threads(self._coordinator))
+        waited = 0.0
         for pid in self._workers:
-            for thread, on, ready in _threads(pid):
+            for thread, times in _threads(pid):
                 if thread == pid:
-                    waited += ready
+                    waited += times.waited
                 else:
-                    host += on
-        return _Reading(at, writes, host, waited, time.process_time_ns())
+                    host += times.used
+        return _Reading(at, writes, int(host * 1e9), int(waited * 1e9), time.process_time_ns())
 
     def settle(self) -> None:
         """Wait while the guest takes up speed: after a switch its pages are mapped one by one. Not for a slow one,
@@ -285,12 +285,10 @@ class _Meter:
         del self._words     # a view keeps the memory mapped
 
 
-def _threads(pid: int) -> Iterator[tuple[int, int, int]]:
-    """(thread id, ns on a processor, ns ready for one) of each thread. Raises VmmError when the process is gone."""
+def _threads(pid: int) -> Iterator[tuple[int, CpuTime]]:
+    """Of each thread of the process. Raises VmmError when it is gone."""
     try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            on, ready, _ = (task / "schedstat").read_text().split()
-            yield int(task.name), int(on), int(ready)
+        yield from thread_times(pid)
     except OSError:
         raise VmmError(f"process {pid} of the machine ended during the measurement") from None
 
@@ -300,18 +298,18 @@ def _threads(pid: int) -> Iterator[tuple[int, int, int]]:
 
 def summarise(point: Point, windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per mode: medians over the rounds, spread as lowest and highest. Ratios are of windows of one round."""
-    by_way: dict[str, dict[int, dict[str, Any]]] = {}
+    by_mode: dict[str, dict[int, dict[str, Any]]] = {}
     for w in windows:
-        by_way.setdefault(w["way"], {})[w["round"]] = w
-    base = by_way["none"]
+        by_mode.setdefault(w["mode"], {})[w["round"]] = w
+    base = by_mode["none"]
     rows = []
-    for way, rounds in by_way.items():
+    for mode, rounds in by_mode.items():
         relative = {n: w["speed"] / base[n]["speed"] for n, w in rounds.items()}
         collect = [ms for w in rounds.values() for ms in w["collect_ms"]]
         median_ms = statistics.median(collect) if collect else None
         per_sync = [w["pages"] / w["syncs"] for w in rounds.values() if w["syncs"]]
         rows.append({
-            **asdict(point), "way": way, "tracking": sorted({w["tracking"] for w in rounds.values()}),
+            **asdict(point), "mode": mode, "tracking": sorted({w["tracking"] for w in rounds.values()}),
             "speed": statistics.median(w["speed"] for w in rounds.values()),
             "relative": statistics.median(relative.values()),
             "relative_low": min(relative.values()), "relative_high": max(relative.values()),
@@ -321,7 +319,7 @@ def summarise(point: Point, windows: list[dict[str, Any]]) -> list[dict[str, Any
                                           for n, w in rounds.items()}),
             "host_us": _per_page(rounds, {n: w["host_ns"] / 1000 for n, w in rounds.items()}),
             "host_cpu": statistics.median(w["host_ns"] / 1e9 / w["seconds"] for w in rounds.values()),
-            "strangers": statistics.median(w["strangers_ns"] / 1e9 / w["seconds"] / point.vcpus
+            "steal": statistics.median(w["steal_ns"] / 1e9 / w["seconds"] / point.vcpus
                                            for w in rounds.values()),
             "collect_ms": median_ms, "collect_ms_high": max(collect, default=None),
             "collect_us_per_mib": median_ms * 1000 / point.ram_mib if median_ms is not None else None,
@@ -330,7 +328,7 @@ def summarise(point: Point, windows: list[dict[str, Any]]) -> list[dict[str, Any
             "stale_ms": (point.interval_ms + median_ms) if median_ms is not None else None,
             "switch_ms": statistics.median(w["switch_ms"] for w in rounds.values()),
         })
-    _judge(rows, by_way)
+    _judge(rows, by_mode)
     return rows
 
 
@@ -339,13 +337,13 @@ def _per_page(rounds: dict[int, dict[str, Any]], cost: dict[int, float]) -> floa
     return statistics.median(values) if values else None
 
 
-def _judge(rows: list[dict[str, Any]], by_way: dict[str, dict[int, dict[str, Any]]]) -> None:
+def _judge(rows: list[dict[str, Any]], by_mode: dict[str, dict[int, dict[str, Any]]]) -> None:
     """To the row of ``auto``: the fixed mode that was fastest here, and how fast auto was compared with it (windows
     of one round, median)."""
-    fixed = [r for r in rows if r["way"] in FIXED]
+    fixed = [r for r in rows if r["mode"] in FIXED]
     for row in rows:
-        if row["way"] == "auto" and fixed:
-            best = max(fixed, key=lambda r: r["relative"])["way"]
+        if row["mode"] == "auto" and fixed:
+            best = max(fixed, key=lambda r: r["relative"])["mode"]
             row["best_fixed"] = best
-            row["of_best"] = statistics.median(w["speed"] / by_way[best][n]["speed"]
-                                               for n, w in by_way["auto"].items())
+            row["of_best"] = statistics.median(w["speed"] / by_mode[best][n]["speed"]
+                                               for n, w in by_mode["auto"].items())

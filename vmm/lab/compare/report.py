@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ... import optional
 from ...tables import print_table, table
-from .measure import FIXED, WAYS
+from .measure import FIXED, MODES
 
 __all__ = ["draw", "print_rows", "verdict"]
 
@@ -40,7 +40,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     last = None
     for r in rows:
         point = (f"{r['ram_mib']} MiB", str(r["vcpus"]), str(r["spin"]), str(r["ring"]), f"{r['interval_ms']:g} ms")
-        shown.add_row(*(point if point != last else [""] * 5), r["way"], f"{r['speed']:,.0f}",
+        shown.add_row(*(point if point != last else [""] * 5), r["mode"], f"{r['speed']:,.0f}",
                       _number(r["relative"], 3), f"{r['relative_low']:.2f}-{r['relative_high']:.2f}",
                       f"{r['dirty_per_s']:,.0f}" if r["collect_ms"] is not None else "-", _number(r["lost_us"]),
                       _number(r["host_us"]), _number(r["collect_ms"]), _number(r["collect_us_per_mib"], 1),
@@ -56,13 +56,13 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         points.setdefault(tuple(r[a] for a in _AXES), []).append(r)
     wins: dict[str, int] = {}
     for found in points.values():
-        fixed = [r for r in found if r["way"] in FIXED]
+        fixed = [r for r in found if r["mode"] in FIXED]
         if len(fixed) > 1:
-            best = max(fixed, key=lambda r: r["relative"])["way"]
+            best = max(fixed, key=lambda r: r["relative"])["mode"]
             wins[best] = wins.get(best, 0) + 1
     lines = []
     if wins:
-        won = ", ".join(f"{way} at {n}" for way, n in sorted(wins.items(), key=lambda item: -item[1]))
+        won = ", ".join(f"{mode} at {n}" for mode, n in sorted(wins.items(), key=lambda item: -item[1]))
         lines.append(f"fastest fixed mode: {won} of {sum(wins.values())} points")
     judged = [r for r in rows if r.get("of_best") is not None]
     if judged:
@@ -70,7 +70,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         where = f"{worst['ram_mib']} MiB, {worst['vcpus']} vCPUs, spin {worst['spin']}, {worst['interval_ms']:g} ms"
         lines.append(f"auto compared with the best fixed mode: {worst['of_best']:.3f} at worst ({where}; best "
                      f"there: {worst['best_fixed']})")
-    stolen = max(r["strangers"] for r in rows)
+    stolen = max(r["steal"] for r in rows)
     lines.append(f"steal time: other processes ran for {100 * stolen:.0f} % of the time at worst (subtracted)")
     return lines
 
@@ -95,16 +95,16 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
         for line, (at, group) in zip(grid, kept.items(), strict=True):
             names = [a for a in _AXES if a != axis]
             for panel, (key, label, logarithmic) in zip(line, _PANELS, strict=True):
-                for way in WAYS:
+                for mode in MODES:
                     points = [(values.index(r[axis]), r[key], r) for r in group
-                              if r["way"] == way and r[key] is not None]
+                              if r["mode"] == mode and r[key] is not None]
                     if points:
                         points.sort(key=lambda p: p[0])
-                        panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=_COLOURS[way],
-                                   label=way, markersize=3, linewidth=1)
+                        panel.plot([p[0] for p in points], [p[1] for p in points], "o-", color=_COLOURS[mode],
+                                   label=mode, markersize=3, linewidth=1)
                         if key == "relative":
                             panel.fill_between([p[0] for p in points], [p[2]["relative_low"] for p in points],
-                                               [p[2]["relative_high"] for p in points], color=_COLOURS[way],
+                                               [p[2]["relative_high"] for p in points], color=_COLOURS[mode],
                                                alpha=0.12, linewidth=0)
                 panel.set_xticks(range(len(values)), [f"{v:g}" for v in values], fontsize=7)
                 panel.tick_params(labelsize=7)

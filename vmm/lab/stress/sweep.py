@@ -7,13 +7,12 @@ ends: a line, written at once and synced, so that an interrupted sweep goes on w
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -29,9 +28,11 @@ from pydantic import (
     model_validator,
 )
 
+from ipc.linux.files import open_locked
 from workers.accel import registry
 
-from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig, explain
+from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig
+from ...client.explain import explain
 from ...client.plan import choose_accelerator, plan
 from ...client.yamlfile import ConfigError, Lines, read_yaml
 from ...errors import VmmError
@@ -340,15 +341,13 @@ def load_results(directory: Path) -> list[PointResult]:
 def _writer(directory: Path) -> Iterator[Callable[[PointResult], None]]:
     """Adds results to the file, which is this process's alone meanwhile. Raises VmmError."""
     path = directory / RESULTS
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as exc:
-        raise VmmError(f"{path}: cannot be written: {exc.strerror}") from None
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fd = stack.enter_context(open_locked(path, os.O_RDWR | os.O_CREAT, 0o644))
         except BlockingIOError:
             raise VmmError(f"{path}: another sweep is writing there: use another --output") from None
+        except OSError as exc:
+            raise VmmError(f"{path}: cannot be written: {exc.strerror}") from None
         whole = os.pread(fd, os.fstat(fd).st_size, 0).rpartition(b"\n")
         os.ftruncate(fd, len(whole[0]) + len(whole[1]))     # what a crash has cut off
         os.lseek(fd, 0, os.SEEK_END)
@@ -358,8 +357,6 @@ def _writer(directory: Path) -> Iterator[Callable[[PointResult], None]]:
             os.fsync(fd)
 
         yield add
-    finally:
-        os.close(fd)
 
 
 # --- the run ------------------------------------------------------------------------------------------
