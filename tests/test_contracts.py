@@ -144,7 +144,7 @@ def test_a_way_gathers_from_nobody_without_harm_and_says_what_it_is(tracked: Tra
             reaper.close()
 
 
-def test_ways_are_known_by_the_names_of_the_configuration() -> None:
+def test_modes_are_known_by_the_names_of_the_configuration() -> None:
     assert sorted(TRACKING_MODES) == sorted(MODES)
     assert all(tracking_mode(name).name == name for name in MODES)
 
@@ -156,12 +156,13 @@ def test_a_ring_is_told_of_where_it_lies(log: DirtyLog) -> None:
         from vmm.vcpus.handle import VcpuHandle
 
         machine = spec("stamp", accel="unicorn", vcpus=1, ring=1024)
-        parts = Parts(machine, control, control, log)
+        parts = Parts(machine, control, control, log, tracking_mode("none"))
         try:
             for name in MODES:
-                parts.need(name)
-                parts.tracking = name
-                ring, logs = parts.mode.segments(parts, VcpuHandle(0, vcpu_control(control.address, 0), 1024))
+                mode = tracking_mode(name)
+                mode.need(parts, fresh=True)
+                parts.mode = mode
+                ring, logs = mode.segments(parts, VcpuHandle(0, vcpu_control(control.address, 0), 1024))
                 assert bool(ring) == (name == "ring")
                 assert set(logs) == ({0} if name in ("bitmap", "uffd") else set())
                 if ring:

@@ -129,5 +129,6 @@ def test_results_that_are_not_ours_are_left_alone(content: bytes, error: str, tm
     (tmp_path / "results.json").write_bytes(content)
     done = vmm("compare", "--quick", "--output", str(tmp_path))
     assert done.returncode == 2
-    assert error in done.stderr and len(done.stderr.splitlines()) == 1
+    assert error in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "results.json").read_bytes() == content

@@ -12,7 +12,6 @@ from ipc.layout import RING_MAX, RING_MIN
 from workers.accel import registry
 
 from ..errors import VmmError
-from ..inputs import read_input
 from ..optional import MissingPackage
 from .common import Duration, json_option, print_json
 
@@ -156,6 +155,8 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
 def _load(output: Path | None, settings: Any) -> dict[str, Any]:
     """What an earlier run has left, if it measured in the same way. Raises VmmError."""
     from dataclasses import asdict
+
+    from ..inputs import read_input
 
     fresh: dict[str, Any] = {"version": _VERSION, "settings": asdict(settings), "points": {}}
     if output is None or not (output / "results.json").exists():

@@ -24,6 +24,7 @@ from ipc.steps import step
 from workers.zygote import Zygote
 
 from ..dirty.reaper import Reaper
+from ..dirty.tracking.modes import tracking_mode
 from ..errors import VmmError
 from ..machine.events import Tracer
 from ..machine.spec import MachineSpec
@@ -53,8 +54,8 @@ class Coordinator:
     """A machine from its making (``zygote``: makes the workers), or from where one that died has left it (None), to
     its end. ``terminal``: a descriptor for trace events without a file.
 
-    Raises VmmError, SegmentError and OSError when it cannot be had. What was made of a new machine is gone then; of
-    one that there is, all stays as it was, for another coordinator."""
+    Raises VmmError, SegmentError and OSError when it cannot be created or taken over. What was made of a new machine
+    is removed then; of an existing one all stays as it was, for another coordinator."""
 
     def __init__(self, spec: MachineSpec, directory: Path, keeper_fd: int, zygote: Zygote | None,
                  terminal: int) -> None:
@@ -104,7 +105,7 @@ class Coordinator:
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closing.callback(self._close_signals)
         core.reaper = Reaper(spec.reaper, core.vcpus, core.parts.log, self._block, core.tracer, self._on_rebuild,
-                             mode=core.parts.mode)
+                             mode=tracking_mode(core.parts.tracking))
         self._closing.callback(core.reaper.close)
         self._closing.callback(core.vcpus.shut_down)
         self._closing.callback(machine.recording.close)
@@ -209,8 +210,8 @@ class Coordinator:
         try:
             self.core.owners.ended(ended)
         except (VmmError, SegmentError, OSError) as exc:
-            _log.exception("something that a process held could not be given back")
-            self._warn(f"what a process held that has ended could not be given back: {exc}")
+            _log.exception("something held by a process that has ended could not be released")
+            self._warn(f"something held by a process that has ended could not be released: {exc}")
 
     def _poll_ms(self, now: float) -> int | None:
         """Time until something is due; None while nothing can be."""

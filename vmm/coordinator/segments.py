@@ -30,6 +30,7 @@ from ipc.traces.segment import TraceSegment
 
 from ..dirty.log import DirtyLog, LogClient
 from ..dirty.parts import Parts
+from ..dirty.tracking.modes import tracking_mode
 from ..errors import VmmError
 from ..machine import boot, loader
 from ..machine.memory import make_or_open
@@ -75,11 +76,12 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
         system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
         log = DirtyLog(spec.name, spec.reaper.reapers)
         stack.callback(log.close)
-        parts = Parts(spec, control, system, log, entry=image.entry if image else 0, usable=_usable_pages(slots),
-                      tracking=tracking, stack=stack)
+        mode = tracking_mode(tracking)
+        parts = Parts(spec, control, system, log, mode, entry=image.entry if image else 0,
+                      usable=_usable_pages(slots), stack=stack)
         for slot in spec.slots:
             log.add_slot(parts.new_slot(slot, create=True))
-        parts.need(tracking)
+        mode.need(parts, fresh=False)
         if image is not None:
             _load(parts, image, slots)
         if spec.replay_trace:
@@ -155,8 +157,8 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
         wrong = control_error(control.address, control.size)
         if wrong:
             raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
-        parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers),
-                      tracking=tracking, stack=stack)
+        mode = tracking_mode(tracking)
+        parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers), mode, stack=stack)
         if spec.can.guests:
             image = loader.load_image(spec.image, spec.load_address)
             parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
@@ -166,7 +168,7 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
         parts.log.reused.update(reused)
         for client in clients:
             parts.log.adopt_client(client)
-        parts.need(tracking)
+        mode.need(parts, fresh=False)
         if spec.replay_trace:
             parts.traces = [segment(f"replay{i}") for i in range(spec.vcpus)]
         parts.stack = stack.pop_all()

@@ -36,7 +36,7 @@ def take_over(machine: Families, saved: Saved, rounds: Rounds) -> None:
     core.generation = saved.generation
     core.requests.extend(saved.requests)
     _adopt_vcpus(core, saved)
-    # Before anybody is waited for: a vCPU may be waiting for a page.
+    # Before anything is waited for: a vCPU may be waiting for a page.
     machine.incoming.adopt(holds.incoming)
     if core.reaper.only_full:
         _leave_alone(core)
@@ -58,7 +58,7 @@ def take_over(machine: Families, saved: Saved, rounds: Rounds) -> None:
 
 
 def commit(machine: Families, known: set[str]) -> None:
-    """From here on it is this coordinator's machine. ``known``: segments that somebody has. Raises VmmError."""
+    """From here on it is this coordinator's machine. ``known``: segments that are in use. Raises VmmError."""
     core, life = machine.core, machine.life
     core.save()
     step("take-over-committed")
@@ -67,7 +67,7 @@ def commit(machine: Families, known: set[str]) -> None:
         life.ask_to_end()
     if life.started is not None:
         core.vcpus.resume_all()     # those who want it to stand still have their own pause by now
-    _log.info("has taken over, for the %d. time", core.restarts)
+    _log.info("took over the machine (restart %d)", core.restarts)
 
 
 def _adopt_vcpus(core: Core, saved: Saved) -> None:
@@ -84,12 +84,12 @@ def _adopt_vcpus(core: Core, saved: Saved) -> None:
 
 
 def _bring_into_line(core: Core) -> None:
-    """Whatever the predecessor was in the middle of, everybody is stopped first. The workers are given the slots
+    """Whatever the predecessor was in the middle of, every vCPU is stopped first. The workers are given the slots
     and the tracking that the journal has, and what they have logged is reaped."""
     if switch.unfinished(core.parts, core.vcpus):
         # The vCPUs stand still. They stay so with what is set here, until they are resumed.
         core.vcpus.pause(core.vcpus.all)
-        switch.fulfil(core.parts, core.vcpus)
+        switch.align_workers(core.parts, core.vcpus)
     elif core.spec.can.kernel_ring:
         core.vcpus.adopt_fds(core.live)
     core.vcpus.pause_all()
@@ -108,7 +108,7 @@ def _leave_alone(core: Core) -> None:
 
 
 def _sweep(core: Core, known: set[str]) -> None:
-    """Unlink what nobody has: segments that a predecessor had made and not written down, or struck out and not
+    """Unlink what is not in use: segments that a predecessor had made and not written down, or struck out and not
     removed."""
     for name in list_segments(machine_prefix(core.spec.name)):
         if name not in known:

@@ -1,7 +1,7 @@
 """The dirty log: from staging to the slot bitmaps, and from there to each client's own.
 
 The order is invariant 2 (docs/protocol.md): a page's bit leaves staging only after its re-protection has been
-acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sync` is the seed's
+acknowledged. The reaper calls :meth:`DirtyLog.publish` then; :meth:`DirtyLog.sync` is QEMU's
 ``kvm_log_sync_global`` without its walk over slots not in use.
 """
 
@@ -73,7 +73,7 @@ class Taken(msgspec.Struct):
 class DirtyLog:
     """All bitmaps of a machine. Single-threaded: the coordinator's loop is its lock.
 
-    What is done here is done in an order that a successor can go on from wherever it was torn: bitmaps are in
+    What is done here is done in an order that a successor can continue from wherever it was torn: bitmaps are in
     shared memory, and a bit is set where it is to go before it is cleared where it was. What the journal is to say
     of it (``clients``, ``slots``) changes in one place of each method, and the caller commits it.
     """
@@ -81,7 +81,7 @@ class DirtyLog:
     def __init__(self, machine: str, reapers: int = 1) -> None:
         self.machine = machine
         self.slots: dict[int, MemorySlot] = {}
-        #: Ids that had another slot before: who has looked at that one must be told all of the next.
+        #: Ids that had another slot before: a client that has looked at that one must be told all of the next.
         self.reused: set[int] = set()
         #: One for each reaper: where its harvests go.
         self.tables = [slot_table(MAX_SLOTS) for _ in range(reapers)]
@@ -89,9 +89,9 @@ class DirtyLog:
         self._clients: dict[str, LogMaps] = {}
         #: Host writes under way, (slot id, its born, first page, pages): dirty in each take until they are over.
         self.open_writes: list[tuple[int, int, int, int]] = []
-        #: What the journal says of ``clients`` is not so any more.
+        #: What the journal says of ``clients`` is out of date.
         self.changed = False
-        #: What nobody needs once the journal does not name it.
+        #: What is not needed once the journal does not name it.
         self._gone: list[ClientBitmaps | LogMaps] = []
         #: Is told of pages that are marked without the guest having written them: (slot id, first page, pages).
         self.on_mark: Callable[[int, int, int], None] = lambda slot_id, first, count: None
@@ -181,17 +181,17 @@ class DirtyLog:
         return pages
 
     def mark_all(self, slot_id: int) -> None:
-        """Nobody knows which pages of the slot were written."""
+        """It is unknown which pages of the slot were written."""
         self.mark(slot_id, 0, self.slots[slot_id].pages)
 
     def mark(self, slot_id: int, first: int, count: int, born: int | None = None) -> None:
-        """These pages may have been written, by the host (invariant 7) or nobody knows by whom. ``born``: of the
-        slot that is meant. Raises VmmError outside the slot, and where that slot is not there any more."""
+        """These pages may have been written, by the host (invariant 7) or by something unknown. ``born``: of the
+        slot that is meant. Raises VmmError outside the slot, and where that slot is no longer there."""
         if slot_id not in self.slots:
-            raise VmmError(f"there is no memory slot {slot_id}")
+            raise VmmError(f"there is no memory slot {slot_id} (existing slots: {', '.join(map(str, self.slots))})")
         slot = self.slots[slot_id]
         if born is not None and slot.spec.born != born:
-            raise VmmError(f"slot {slot_id}: it was removed, and another one has been added under its number since")
+            raise VmmError(f"slot {slot_id}: it was removed, and another slot was added under its id since")
         try:
             slot.bitmap.mark_range(first, count)
         except IndexError as exc:
@@ -208,7 +208,7 @@ class DirtyLog:
             return
         check_client_name(client)
         if like and like not in self._clients:
-            raise VmmError(f"there is no client '{like}' of the dirty log")
+            raise VmmError(f"there is no dirty-log client '{like}'")
         # What the slot bitmaps hold by now was dirtied before this client was there.
         self._fold_all()
         made = LogMaps(client, generation)

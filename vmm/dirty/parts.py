@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ipc.layout import MachineControl, machine_control
 from ipc.shm import Segment
@@ -11,23 +12,31 @@ from ipc.shm import Segment
 from ..machine.memory import MemorySlot
 from ..machine.spec import MachineSpec, RamSlot
 from .log import DirtyLog
-from .tracking.base import TrackingMode
-from .tracking.modes import tracking_mode
 
-__all__ = ["Parts"]
+__all__ = ["Logging", "Parts"]
+
+
+class Logging(Protocol):
+    """What is asked of a mode of dirty tracking here (vmm/dirty/tracking has the modes)."""
+
+    #: As the configuration has it.
+    name: str
+    #: It has a dirty ring of each vCPU; log buffers of each vCPU and slot; a log at all.
+    rings: bool
+    logs: bool
+    logged: bool
 
 
 @dataclass
 class Parts:
-    """Segments of a machine and the views of them."""
+    """Segments of a machine and the views of them. ``mode``: how the machine logs now."""
 
     spec: MachineSpec
     control_segment: Segment
     system: Segment
     log: DirtyLog
+    mode: Logging
     rings: list[Segment] = field(default_factory=list)
-    #: In which way the machine logs now (vmm/dirty/tracking).
-    tracking: str = "ring"
     #: Each vCPU's part of the trace that is replayed (ipc/traces/segment.py).
     traces: list[Segment] = field(default_factory=list)
     entry: int = 0
@@ -51,13 +60,9 @@ class Parts:
         return self.spec.ring_entries if self.mode.rings else 0
 
     @property
-    def mode(self) -> TrackingMode:
-        return tracking_mode(self.tracking)
-
-    def need(self, tracking: str) -> None:
-        """Have the segments that this mode of dirty tracking needs; empty logs, if they are not in use. Raises
-        SegmentError."""
-        tracking_mode(tracking).need(self, fresh=self.tracking != tracking)
+    def tracking(self) -> str:
+        """Name of the mode, one of vmm.machine.trackings.MODES."""
+        return self.mode.name
 
     @property
     def segments(self) -> list[str]:

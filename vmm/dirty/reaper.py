@@ -1,8 +1,8 @@
-"""Reap and flush: the middle of a dirty page's way (seed: kvm_dirty_ring_reap and below).
+"""Reap and flush: the middle of a dirty page's path (QEMU: kvm_dirty_ring_reap and below).
 
 One reap is: harvest every ring into staging; reset in every owner; compare counts; publish staging
 into the slot bitmaps. The coordinator's single thread is the slots lock. A vCPU waiting at ring-full
-goes on as soon as its own ring is reset: whatever it dirties from then on is protected again and
+continues as soon as its own ring is reset: whatever it dirties from then on is protected again and
 makes new entries, so invariant 2 does not need it to wait for the others.
 """
 
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from ..vcpus.pool import VcpuPool
 from .log import DirtyLog
 from .recorder import Recorder
 from .schedule import Schedule
-from .tracking.base import TrackingMode
 
 __all__ = ["Reaper"]
 
@@ -37,12 +37,28 @@ _EMPTY_FULLS = 3        # full-but-empty reports in a row that mean a ring has l
 _DRAIN_PASSES = 8       # with every vCPU paused the second pass finds nothing
 
 
+class Gathering(Protocol):
+    """What is asked of a mode of dirty tracking here (vmm/dirty/tracking has the modes)."""
+
+    #: It has a dirty ring of each vCPU.
+    rings: bool
+
+    def gather(self, reaper: Reaper) -> int:
+        """Into the slot bitmaps: whatever the vCPUs have dirtied by now, who have all been kicked; pages, counted
+        once per vCPU. Raises VmmError."""
+        ...
+
+    def drain(self, reaper: Reaper) -> int:
+        """``gather``, with every vCPU paused, to the last page: before another mode is switched in."""
+        ...
+
+
 class Reaper:
     """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3."""
 
     def __init__(self, spec: ReaperSpec, vcpus: VcpuPool, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
-                 mode: TrackingMode) -> None:
+                 mode: Gathering) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
         self.vcpus = vcpus
@@ -92,7 +108,7 @@ class Reaper:
             vcpu.control.collected = 1
 
     def reap(self) -> int:
-        """One reap of every ring; the entries harvested (seed: kvm_dirty_ring_reap)."""
+        """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap)."""
         if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
@@ -100,7 +116,7 @@ class Reaper:
         full, self.full = self.full, set()
         rings = [s for s in self.vcpus.all
                  if s.ring.address and s.alive and (s.index in full or not self.only_full)]
-        rings.sort(key=lambda s: s.index not in full)       # whoever waits comes first
+        rings.sort(key=lambda s: s.index not in full)       # those that wait come first
         harvested: _Harvested = {}
         owed: dict[int, int] = {}
         for part in self._each_reaper([partial(self._harvest_some, rings[i::self._reapers], i, full)
@@ -139,7 +155,7 @@ class Reaper:
         return total
 
     def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
-        """At the same time, one a thread: the loops over a ring run without the GIL. Trace lines and recordings are
+        """At the same time, one per thread: the loops over a ring run without the GIL. Trace lines and recordings are
         written in order, by this thread."""
         if self._threads is None or self._trace.reap_vcpu or self._trace.page or self.recorder is not None:
             return [each() for each in work]
@@ -174,7 +190,7 @@ class Reaper:
 
     def _collect(self, vcpu: VcpuHandle) -> int:
         """The last harvest of a ring whose worker has died; its entries. Nobody can write through a dead vCPU: its
-        pages need no re-protection. And nobody resets its ring, so it must not be looked at again."""
+        pages need no re-protection. And nothing resets its ring, so it must not be looked at again."""
         countable = vcpu.ring.countable
         count = self._harvest(vcpu, self.log.table_addresses[0])
         if vcpu.ring.overflowed or not countable or vcpu.ring.full_but_empty >= _EMPTY_FULLS:
@@ -183,9 +199,9 @@ class Reaper:
 
     def _lost_count(self, vcpu: VcpuHandle, owed: int) -> None:
         """Invariant 3. What the ring held and lost is unknown: every page of every logged slot may be dirty. They
-        are marked before the ring, whose totals say that it has lost count, is replaced: whoever takes over in
-        between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
-        replaced could go on only without a log: it ends."""
+        are marked before the ring, whose totals say that it has lost count, is replaced: a successor that takes over
+        in between does the same again. The vCPU stands still meanwhile, so nothing escapes. One whose ring cannot be
+        replaced could continue only without a log: it ends."""
         missing = vcpu.ring.outstanding
         self.vcpus.pause([vcpu])
         step("lost-count-seen")
@@ -194,22 +210,22 @@ class Reaper:
         try:
             self.vcpus.rebuild_ring(vcpu)
         except VmmError as exc:
-            self.vcpus.give_up([vcpu], f"could not replace its ring, which had lost count: {exc}")
+            self.vcpus.give_up([vcpu], f"could not replace its ring after a ring count mismatch: {exc}")
         step("lost-count-rebuilt")
         if not self.vcpus.paused:
             self.vcpus.resume([vcpu])
         self._report_rebuild(vcpu.index, owed, owed - missing, pages)
 
     def flush(self) -> int:
-        """Every page written before this call is in the slot bitmaps when it returns (seed:
+        """Every page written before this call is in the slot bitmaps when it returns (QEMU:
         kvm_dirty_ring_flush): kick every vCPU out of the guest, then reap every ring to its end.
 
-        A running vCPU dirties on behind the reap; what it wrote before the kick is behind it. Raises VmmError when
+        A running vCPU keeps dirtying behind the reap; what it wrote before the kick is behind it. Raises VmmError when
         not every vCPU can be reached.
         """
         if self.only_full:
-            raise VmmError("the dirty log cannot be flushed: pages are still on their way here (post-copy), and a "
-                           "software CPU that waits for one cannot be stopped")
+            raise VmmError("the dirty log cannot be flushed: pages are still arriving (post-copy), and a software CPU "
+                           "that waits for one cannot be stopped")
         if self._trace.flush:
             self._trace.flush(0)
         self.vcpus.kick_all()

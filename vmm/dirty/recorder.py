@@ -1,5 +1,5 @@
 """The coordinator's end of a recording: what is harvested goes into a queue in shared memory (ipc/traces/queue.py),
-and nobody waits for who takes it out (vmm/consumers/trace.py)."""
+and nothing waits for the reader that takes it out (vmm/consumers/trace.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Recorder:
             self._queue.put(time.monotonic_ns() - self._began, vcpu, pack(slots[good], pages[good]))
 
     def miss(self) -> None:
-        """A ring has lost count: what else it held nobody knows. The trace is not complete."""
+        """A ring has lost count: what else it held is unknown. The trace is not complete."""
         self._queue.miss(1)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ FILL_TARGET = 0.4
 class Schedule:
     """When to reap next.
 
-    ``fixed`` is the seed's constant sleep. ``adaptive`` learns each ring's dirtying rate (entries a
+    ``fixed`` is QEMU's constant sleep. ``adaptive`` learns each ring's dirtying rate (entries per
     second; up at once, down by half a reap) and wakes when the fastest ring would be 40 % full, so that
     twice the learnt rate still meets no soft-full, within ``min_interval``..``max_interval``.
     """

@@ -4,7 +4,7 @@ After the kernel's dirty_log_test, with an oracle that shares nothing with the l
 round ends with every vCPU paused and every ring drained. Then, for each page of each logged slot:
 
 * clean means unchanged since the last round. A changed clean page is **lost**.
-* dirty means changed. An unchanged dirty page is **surplus**, but for one a vCPU: the store that it
+* dirty means changed. An unchanged dirty page is **surplus**, but for one per vCPU: the store that it
   had logged and not yet retired when it was stopped, the last entry of its ring. That store may come
   first in the next round, or never (the vCPU ended): the entry before the round is excused too. A plain
   bitmap has no last entry: there as many pages are excused, whichever they are.
@@ -14,8 +14,8 @@ round ends with every vCPU paused and every ring drained. Then, for each page of
   is often the one that was there, and KVM logs a page when it first maps it writable, which the first
   read or instruction fetch may do (arch/x86/kvm/mmu/spte.c, make_spte).
 
-The copy lies in shared memory, so that a coordinator that replaces one that died goes on with the
-same reference and proves that the crash lost nothing. The dirty pages are copied after each round; a
+The copy lies in shared memory, so that a coordinator that replaces one that died continues with
+the same reference and proves that the crash lost nothing. The dirty pages are copied after each round; a
 lost page is counted once and then copied too.
 """
 
@@ -186,14 +186,14 @@ class Verifier(_Rounds):
 
     def switched(self) -> None:
         """The mode of dirty tracking was switched: what was logged last before it, and had not been written yet,
-        has no name any more."""
+        no longer has a name."""
         self._switches[0] += 1
 
     def round(self) -> None:
         result = self.result
         result.rounds += 1
         rings = any(s.ring.entries for s in self._vcpus)
-        # A plain bitmap does not say which page was logged last: any one a vCPU, of this round or the one before.
+        # A plain bitmap does not say which page was logged last: any one per vCPU, of this round or the one before.
         unnamed = (sum(self._switches) + (0 if rings else 2)) * len(self._vcpus)
         self._switches = [0, self._switches[0]]
         last = self._last_entries()
@@ -288,12 +288,12 @@ class ReplayVerifier(_Rounds):
         result.rounds += 1
         self._take()
         for slot_id, slot in self._log.slots.items():
-            front = self._log.synced(CLIENT, slot_id).synced
-            groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (front, *slot.records)]))
+            synced = self._log.synced(CLIENT, slot_id).synced
+            groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (synced, *slot.records)]))
             if len(groups) == 0:
                 groups = np.zeros(1, np.int64)      # where a surplus page may be injected
-            at = words_of_groups(groups, len(front.words))
-            dirty, written = front.words[at], np.zeros(len(at), np.uint64)
+            at = words_of_groups(groups, len(synced.words))
+            dirty, written = synced.words[at], np.zeros(len(at), np.uint64)
             for record in slot.records:
                 there = np.isin(at // GROUP_WORDS, set_bit_indices(record.summary))
                 written[there] |= record.words[at[there]]
@@ -332,7 +332,7 @@ AnyVerifier = Verifier | ReplayVerifier
 def make_verifier(spec: VerifySpec, log: DirtyLog, vcpus: list[VcpuHandle], control: MachineControl,
                   usable: dict[int, tuple[int, int]], resume: Verification | None = None, *,
                   memory: bool) -> AnyVerifier:
-    """``memory``: the machine has some, to be compared with the log. ``resume``: go on where a predecessor's left
+    """``memory``: the machine has some, to be compared with the log. ``resume``: continue where a predecessor's left
     off."""
     if not memory:
         return ReplayVerifier(spec, log, vcpus, control, resume)

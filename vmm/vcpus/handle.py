@@ -56,7 +56,7 @@ class VcpuHandle:
         try:
             self.process = identity(pid)
             signal.pidfd_send_signal(self.pidfd, 0)
-        except ProcessLookupError:      # it has gone, and the pid may be another's: nobody is to look for it again
+        except ProcessLookupError:      # it has gone, and the pid may be another's: it must not be used again
             self.process = ProcessId(pid, 0)
 
     def adopt(self, process: ProcessId) -> None:
@@ -114,9 +114,9 @@ class VcpuHandle:
     def kick(self) -> None:
         """Ask the vCPU out of the guest: request, immediate-exit flag, signal, in this order."""
         self.control.kick_request = (self.control.kick_request + 1) & 0xFFFF_FFFF
-        self.prod()
+        self.repeat_kick()
 
-    def prod(self) -> None:
+    def repeat_kick(self) -> None:
         """The part of a kick that may be repeated."""
         if self._immediate is not None:
             self._immediate.value = 1

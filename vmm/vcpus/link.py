@@ -1,5 +1,5 @@
 """The two sockets over which a machine's workers are spoken to (docs/protocol.md): what comes through them is
-checked here, and what is none of the protocol is counted and changes nothing."""
+checked here, and what is not of the protocol is counted and changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 class WorkerLink:
     """``notify``: readable when a worker has said something by itself; ``requests``: when one has answered.
-    ``dropped``: messages that were none of a worker's."""
+    ``dropped``: messages that were not a worker's."""
 
     def __init__(self, directory: Path) -> None:
         """Raises ZMQError."""
@@ -40,10 +40,10 @@ class WorkerLink:
                 return None
             try:
                 if len(frames) != 1:
-                    raise MessageError(f"a notification of {len(frames)} frames")
+                    raise MessageError(f"a notification with {len(frames)} frames")
                 message = decode_notification(frames[0])
                 if not 0 <= message.vcpu < vcpus:
-                    raise MessageError(f"a notification of vCPU {message.vcpu}, of {vcpus}")
+                    raise MessageError(f"a notification from vCPU {message.vcpu}, but there are {vcpus} vCPUs")
                 return message
             except MessageError as exc:
                 self._bad(exc)
@@ -57,7 +57,7 @@ class WorkerLink:
                 return None
             try:
                 if len(frames) != 2:
-                    raise MessageError(f"a reply of {len(frames)} frames")
+                    raise MessageError(f"a reply with {len(frames)} frames")
                 return frames[0], decode_reply(frames[1])
             except MessageError as exc:
                 self._bad(exc)
@@ -65,7 +65,7 @@ class WorkerLink:
     def _bad(self, error: MessageError) -> None:
         self.dropped += 1
         if self.dropped <= _COMPLAINTS:
-            _log.warning("dropped on a socket of the workers: %s", error)
+            _log.warning("dropped an invalid message on a worker socket: %s", error)
 
     @staticmethod
     def identity(vcpu: int) -> bytes:

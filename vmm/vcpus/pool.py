@@ -47,7 +47,7 @@ _KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/vcpu.p
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
 _FD_STEP = 0.1              # seconds between two looks at whether the sender of a descriptor has died
-_DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints without end holds nobody up
+_DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints without end holds nothing up
 
 
 class VcpuPool:
@@ -55,10 +55,10 @@ class VcpuPool:
 
     ``zygote`` makes the workers (None: they are there already). ``on_notification`` is called for every
     notification but the set-up's, and its ``vcpu`` is one of these; ``on_death`` with a vCPU whose process has
-    ended. Frames that are none of the protocol are counted (``dropped``) and change nothing.
+    ended. Frames that are not of the protocol are counted (``dropped``) and change nothing.
 
-    A worker that does not do in time what it is asked for is taken for dead: it is killed, and whoever
-    asked goes on without it. Only while pages are missing (post-copy) it is not its fault, and VmmError is raised.
+    A worker that does not do in time what it is asked for is taken for dead: it is killed, and the caller
+    continues without it. Only while pages are missing (post-copy) is it not its fault, and VmmError is raised.
     """
 
     def __init__(self, directory: Path, zygote: Zygote | None, on_notification: Callable[[AnyNotification], None],
@@ -110,8 +110,8 @@ class VcpuPool:
                 if hello.error:
                     raise VmmError(f"vcpu {hello.vcpu}: {hello.error}")
                 if hello.version != PROTOCOL_VERSION:
-                    raise VmmError(f"vcpu {hello.vcpu}: its worker speaks protocol {hello.version}, this program "
-                                   f"{PROTOCOL_VERSION}")
+                    raise VmmError(f"vcpu {hello.vcpu}: its worker speaks protocol {hello.version}, but this "
+                                   f"program speaks {PROTOCOL_VERSION}")
                 if hello.kvm_run_size:
                     self._receive_fd(self.all[hello.vcpu], hello.kvm_run_size)
                 waiting.discard(hello.vcpu)
@@ -148,7 +148,7 @@ class VcpuPool:
                 self._early_fds[index] = fd
             vcpu.map_vcpu(self._early_fds.pop(vcpu.index), run_size)
         except (OSError, ValueError) as exc:
-            self.give_up([vcpu], f"sent no vCPU that can be mapped ({exc})")
+            self.give_up([vcpu], f"did not send a vCPU that can be mapped ({exc})")
 
     def _sends_fd(self, pid: int, index: int) -> bool:
         """That process is the worker of this vCPU."""
@@ -205,11 +205,11 @@ class VcpuPool:
         self._on_death(vcpu)
 
     def give_up(self, vcpus: Iterable[VcpuHandle], fate: str) -> None:
-        """These workers are of no use any more (``fate``: why, after "its worker"). Killed, they can dirty no page
-        behind the coordinator's back; their vCPUs end, the machine goes on."""
+        """These workers are of no further use (``fate``: why, after "its worker"). Killed, they can dirty no page
+        behind the coordinator's back; their vCPUs end, the machine keeps running."""
         lost = [s for s in vcpus if s.alive]
         for vcpu in lost:
-            _log.error("vcpu %d: its worker (process %d) %s: it is killed", vcpu.index, vcpu.pid, fate)
+            _log.error("vcpu %d: its worker (process %d) %s: killing it", vcpu.index, vcpu.pid, fate)
             vcpu.fate = fate
             vcpu.signal(signal.SIGKILL)
         deadline = time.monotonic() + _KILL_TIMEOUT
@@ -220,8 +220,8 @@ class VcpuPool:
             self.mark_dead(vcpu)
 
     def drain_notifications(self, *, everything: bool = False) -> None:
-        """What the workers have said, for a while; ``everything``: to the last that there is (nobody says anything
-        any more)."""
+        """What the workers have said, for a while; ``everything``: to the last that there is (nothing more
+        will come)."""
         deadline = time.monotonic() + (_KICK_TIMEOUT if everything else _DRAIN_SECONDS)
         while time.monotonic() < deadline and (message := self._link.notification(len(self.all))) is not None:
             if not isinstance(message, Hello):
@@ -229,7 +229,7 @@ class VcpuPool:
 
     @property
     def dropped(self) -> int:
-        """Messages and connections that were none of a worker's."""
+        """Messages and connections that were not a worker's."""
         return self._link.dropped + self._fds.dropped
 
     # --- requests -----------------------------------------------------------------------------------
@@ -277,14 +277,14 @@ class VcpuPool:
         """Raises VmmError while pages are missing, and gives the workers up otherwise."""
         if self.pages_missing:
             late = ", ".join(str(s.index) for s in vcpus)
-            raise VmmError(f"vcpu {late}: its worker {what}: it waits for a page that is still arriving "
+            raise VmmError(f"vcpu {late}: its worker {what}: it is waiting for a page that is still arriving "
                            "(post-copy)")
         self.give_up(vcpus, what)
 
     # --- kick, pause --------------------------------------------------------------------------------
 
     def kick_all(self, vcpus: Sequence[VcpuHandle] | None = None) -> None:
-        """Every vCPU has been out of the guest at least once when this returns (seed:
+        """Every vCPU has been out of the guest at least once when this returns (QEMU:
         kvm_cpu_synchronize_kick_all)."""
         targets = [s for s in (self.all if vcpus is None else vcpus) if s.running]
         for vcpu in targets:
@@ -303,7 +303,7 @@ class VcpuPool:
             self.drain_notifications()
             if time.monotonic() - before >= _KICK_REPEAT_MS / 1000:
                 for vcpu in waiting:
-                    vcpu.prod()
+                    vcpu.repeat_kick()
 
     def pause(self, vcpus: Sequence[VcpuHandle]) -> None:
         """Out of the guest, and staying there: a vCPU that acknowledges the kick has seen the

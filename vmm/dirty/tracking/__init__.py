@@ -2,8 +2,8 @@
 it.
 
     base.py                                 what each has
-    ring.py, bitmap.py, uffd.py, none.py    the ways
-    modes.py                                 which there are, by name
+    ring.py, bitmap.py, uffd.py, none.py    the modes
+    modes.py                                which there are, by name
     auto.py                                 which one a machine should have now (no I/O)
     switch.py                               from one to another, with nothing lost
 """

@@ -3,7 +3,7 @@
 The rule, and the measurements that it comes from, are in docs/decisions/0008:
 
 * a dirty limit and a recording need rings: ``ring``;
-* nobody has registered with the dirty log, nor does the verifier: ``none``, after a while without (a measurement
+* no client is registered with the dirty log, nor the verifier: ``none``, after a while without (a measurement
   that comes again and again should not switch each time);
 * else ``bitmap``.
 """
@@ -28,7 +28,7 @@ class AutoTracking:
         return "bitmap" if logged else "none"
 
     def choose(self, now: float, present: str, *, logged: bool, ring: bool) -> str:
-        """``logged``: somebody wants the dirty log; ``ring``: and what only a ring can do."""
+        """``logged``: the dirty log is wanted; ``ring``: and what only a ring can do."""
         wanted = self.first(logged=logged, ring=ring)
         if wanted != "none" or present == "none":
             self._idle_since = None

@@ -1,4 +1,4 @@
-"""Tracking ``bitmap``: plain dirty bitmaps, where there is no ring (seed: kvm_log_sync, kvm_log_clear, per slot).
+"""Tracking ``bitmap``: plain dirty bitmaps, where there is no ring (QEMU: kvm_log_sync, kvm_log_clear, per slot).
 
 Every vCPU has its own kernel bitmap. Per slot: get each vCPU's log into that vCPU's buffer, OR the
 buffers into staging, re-protect in every vCPU what its buffer says, publish. A page's bit is
@@ -12,17 +12,14 @@ buffer is cleared after it has gone to staging: a coordinator that dies before f
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ipc.messages import ClearLog, GetLog
 
 from ...vcpus.handle import VcpuHandle
 from ...vcpus.pool import VcpuPool
 from ..log import DirtyLog
-
-if TYPE_CHECKING:
-    from ..parts import Parts
-    from ..reaper import Reaper
+from ..parts import Parts
+from ..reaper import Reaper
 
 __all__ = ["Bitmap", "gather_bitmaps"]
 
@@ -57,7 +54,7 @@ class Bitmap:
 
 
 def gather_bitmaps(vcpus: VcpuPool, log: DirtyLog, *, protected: bool = False) -> int:
-    """Gather all logged slots of all vCPUs; dirty pages, counted once a vCPU. ``protected``: to get a log has
+    """Gather all logged slots of all vCPUs; dirty pages, counted once per vCPU. ``protected``: to get a log has
     re-protected its pages already."""
     total = 0
     for slot_id, slot in log.slots.items():

@@ -1,14 +1,11 @@
-"""Tracking ``none``: the guest runs at full speed, and nobody knows what it dirties."""
+"""Tracking ``none``: the guest runs at full speed, and what it dirties is unknown."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ...vcpus.handle import VcpuHandle
-    from ...vcpus.pool import VcpuPool
-    from ..parts import Parts
-    from ..reaper import Reaper
+from ...vcpus.handle import VcpuHandle
+from ...vcpus.pool import VcpuPool
+from ..parts import Parts
+from ..reaper import Reaper
 
 __all__ = ["Nothing"]
 

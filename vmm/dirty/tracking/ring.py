@@ -4,18 +4,15 @@ time."""
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 from ipc.layout import DirtyGfn
 from ipc.shm import Segment
 
 from ...machine.names import segment_name
-
-if TYPE_CHECKING:
-    from ...vcpus.handle import VcpuHandle
-    from ...vcpus.pool import VcpuPool
-    from ..parts import Parts
-    from ..reaper import Reaper
+from ...vcpus.handle import VcpuHandle
+from ...vcpus.pool import VcpuPool
+from ..parts import Parts
+from ..reaper import Reaper
 
 __all__ = ["Ring"]
 

@@ -1,9 +1,9 @@
 """From one mode of dirty tracking to another, with every vCPU paused and nothing lost.
 
-What the old way has gathered is drained into the slot bitmaps first; until the vCPUs go on, nobody dirties a page.
-So a log that is dropped is empty, whichever workers have changed already. The journal names the new way before the
+What the old mode has gathered is drained into the slot bitmaps first; until the vCPUs continue, no page is dirtied.
+So a log that is dropped is empty, whichever workers have changed already. The journal names the new mode before the
 first worker is asked, and each worker's control block the one that it follows: a coordinator that dies in between
-leaves vCPUs that stand still, and its successor asks those that are not there yet (:func:`fulfil`).
+leaves vCPUs that stand still, and its successor asks those that are not there yet (:func:`align_workers`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from ...vcpus.handle import VcpuHandle
 from ...vcpus.pool import VcpuPool
 from ..parts import Parts
 from ..reaper import Reaper
+from .base import TrackingMode
+from .modes import tracking_mode
 
-__all__ = ["fulfil", "switch", "unfinished"]
+__all__ = ["align_workers", "switch", "unfinished"]
 
 
 def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
     """``commit`` writes the journal. Raises VmmError and SegmentError, with everything as it was."""
-    old = parts.tracking
+    old, new = tracking_mode(parts.tracking), tracking_mode(mode)
     reaper.drain()
     step("tracking-drained")
-    parts.need(mode)
+    new.need(parts, fresh=new is not old)
     step("tracking-made")
     if not parts.mode.logged and parts.log.clients:
         parts.log.mark_logged_slots()   # what was dirtied without a log is not known
     step("tracking-marked")
     try:
-        _go(parts, vcpus, reaper, mode, commit)
+        _go(parts, vcpus, reaper, new, commit)
     except VmmError:
         try:
             _go(parts, vcpus, reaper, old, commit)
@@ -45,15 +47,14 @@ def switch(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Cal
         raise
 
 
-def _go(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: str, commit: Callable[[], None]) -> None:
-    parts.tracking = mode
-    reaper.mode = parts.mode
+def _go(parts: Parts, vcpus: VcpuPool, reaper: Reaper, mode: TrackingMode, commit: Callable[[], None]) -> None:
+    parts.mode = reaper.mode = mode
     commit()
     step("tracking-committed")
     for vcpu in vcpus.all:
         vcpu.control.fetch_total = 0
     step("tracking-rewound")
-    fulfil(parts, vcpus)
+    align_workers(parts, vcpus)
     step("tracking-set")
     reaper.full.clear()
 
@@ -68,18 +69,18 @@ def unfinished(parts: Parts, vcpus: VcpuPool) -> bool:
     return bool(_not_following(parts, vcpus))
 
 
-def fulfil(parts: Parts, vcpus: VcpuPool) -> None:
+def align_workers(parts: Parts, vcpus: VcpuPool) -> None:
     """Have every worker follow the machine's mode of dirty tracking, and map the rings. The vCPUs are paused, and
-    whoever follows another way has an empty log. Raises VmmError."""
+    one that follows another mode has an empty log. Raises VmmError."""
     vcpus.request(_not_following(parts, vcpus), lambda seq, vcpu: _request(parts, seq, vcpu))
     for vcpu in vcpus.all:
         vcpu.control.fetch_total = vcpu.control.reset_total   # 0, but where the worker had no need to change
         vcpu.ring.use(parts.ring_entries)
-    parts.mode.switch_in(parts, vcpus)
+    tracking_mode(parts.tracking).switch_in(parts, vcpus)
     if parts.spec.can.kernel_ring:
         vcpus.adopt_fds([v for v in vcpus.all if v.alive])
 
 
 def _request(parts: Parts, seq: int, vcpu: VcpuHandle) -> SetTracking:
-    ring, logs = parts.mode.segments(parts, vcpu)
+    ring, logs = tracking_mode(parts.tracking).segments(parts, vcpu)
     return SetTracking(seq, parts.tracking, parts.ring_entries, ring, logs)
