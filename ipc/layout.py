@@ -171,7 +171,7 @@ class VcpuControl(ctypes.Structure):
         ("collected", ctypes.c_uint32),       # c: the worker has died, and all it dirtied is in the slot bitmaps
         # --- ring indices: totals since the ring's (re)build, never wrapped -------------------
         ("pushed_total", ctypes.c_uint64),    # w: entries pushed (software rings only)
-        ("fetch_total", ctypes.c_uint64),     # c: entries harvested (seed: kvm_fetch_index)
+        ("fetch_total", ctypes.c_uint64),     # c: entries harvested (QEMU: kvm_fetch_index)
         ("reset_total", ctypes.c_uint64),     # w: entries reset, as the reset call counted them
         # --- statistics over the vCPU's life ------------------------------------------------
         ("dirty_pages", ctypes.c_uint64),     # c: entries harvested from this vCPU
@@ -205,7 +205,7 @@ class MachineControl(ctypes.Structure):
         ("vcpu_count", ctypes.c_uint32),
         ("coordinator_pid", ctypes.c_uint32),
         ("reaper_state", ctypes.c_uint32),        # ReaperState
-        ("reaper_iteration", ctypes.c_uint64),    # seed: reaper_iteration
+        ("reaper_iteration", ctypes.c_uint64),    # QEMU: reaper_iteration
         ("reaped_pages", ctypes.c_uint64),
         ("reap_ns", ctypes.c_uint64),             # time spent reaping, ns
         ("flushes", ctypes.c_uint64),

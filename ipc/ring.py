@@ -14,7 +14,7 @@ What holds, and what rests on it:
 
 * **The producer** is KVM, at a write fault (Linux Documentation/virt/kvm/api.rst, 8.29), or compiled code that
   plays it (``publish_entry`` in ipc/compiled/loops.py). Its entries are in sequence: the first that is not DIRTY is
-  the end of what there is (seed: kvm_dirty_ring_reap_one).
+  the end of what there is (QEMU: kvm_dirty_ring_reap_one).
 * **Soft-full.** The vCPU is asked out of the guest while ``RING_RESERVE`` entries are free still, so a ring never
   fills up. One that is found without a free entry has been written over: it has lost count.
 * **Only its owner resets.** KVM_RESET_DIRTY_RINGS answers to the process that made the VM, so the worker does it

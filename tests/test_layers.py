@@ -21,7 +21,7 @@ def test_layers() -> None:
     ("workers.process, workers.accel.kvm.vm", {"numpy", "numba", "pydantic", "unicorn"}),
     ("workers.process, workers.accel.unicorn.cpu", {"numba", "pydantic"}),
     ("workers.process, workers.accel.replay.producer", {"numba", "pydantic", "unicorn"}),
-    ("vmm.coordinator.__main__, ipc.compiled.calls", {"numba", "pydantic", "unicorn", "click"}),
+    ("vmm.coordinator.entry, ipc.compiled.calls", {"numba", "pydantic", "unicorn", "click"}),
     ("workers.zygote, vmm.cli.commands", {"numpy", "zmq", "msgspec", "importlib.metadata", "unicorn", "pydantic"}),
     ("vmm.coordinator.keeper", {"numpy", "zmq", "msgspec", "click"})])
 def test_what_is_not_needed_is_not_imported(modules: str, unwanted: set[str]) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 
 from ipc.linux import process
+from ipc.run import own_process
 
 __all__ = ["Zygote", "main", "start"]
 
@@ -31,7 +32,7 @@ def start(keeper_fd: int, log_fd: int) -> tuple[subprocess.Popen[bytes], socket.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         started = subprocess.Popen(
-            process.python_module("workers.zygote", str(theirs.fileno())), stdin=subprocess.DEVNULL,
+            own_process("workers.zygote", str(theirs.fileno())), stdin=subprocess.DEVNULL,
             stdout=log_fd, stderr=log_fd,
             pass_fds=[theirs.fileno(), keeper_fd], start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})     # forks have no use for its threads
@@ -59,7 +60,7 @@ class Zygote:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m workers.zygote FD``: fork a worker for each (accelerator, pipe) that comes over the socket."""
+    """``workers.zygote FD`` (ipc/run.py): fork a worker for each (accelerator, pipe) that comes over the socket."""
     from .__main__ import run
     from .accel.base import AccelError
     from .accel.registry import load, names
@@ -88,7 +89,3 @@ def main(argv: list[str]) -> int:
                     os._exit(code)      # not the zygote's way out
             os.close(fds[0])
             sock.send(_PID.pack(pid))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

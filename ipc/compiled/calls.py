@@ -15,7 +15,7 @@ _native = Native("ipc.compiled.loops", "ipc.compiled.atomics", "ipc.bitmap", "ip
 
 def harvest(ring: int, entries: int, fetch: int, limit: int, table: int, slots: int, out: int, pages: int = 0,
             room: int = 0) -> None:
-    """Harvest one ring in sequence (seed: kvm_dirty_ring_reap_one).
+    """Harvest one ring in sequence (QEMU: kvm_dirty_ring_reap_one).
 
     For each DIRTY entry from index ``fetch``: set its bit in the slot's staging bitmap, then
     release-store RESET. An entry found in RESET already was harvested by a predecessor that died

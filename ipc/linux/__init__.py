@@ -2,7 +2,7 @@
 
     libc.py         the C library: called so that an error raises; numbers of system calls
     futex.py        waiting on a word of shared memory, across processes
-    process.py      how a process of ours is started, named, scheduled, and tied to its parent
+    process.py      how a process of ours is named, scheduled, and tied to its parent
     processid.py    which process: its pid and when it started
     inotify.py      being told that a file or directory has gone
     files.py        two names swapped in one step; a lock with an end to the wait

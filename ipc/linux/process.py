@@ -1,4 +1,4 @@
-"""Process plumbing: what Linux has for it and Python does not, and how a process of ours is started."""
+"""Process plumbing: what Linux has for it and Python does not. (ipc/run.py has how a process of ours begins.)"""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import contextlib
 import ctypes
 import os
 import resource
-import sys
 import threading
 
 from .libc import LIBC, SYS_SCHED_SETATTR, check
 
-__all__ = ["SERVICE_SLICE", "die_with_parent", "python_module", "raise_descriptor_limit", "set_name", "set_nice",
+__all__ = ["SERVICE_SLICE", "die_with_parent", "raise_descriptor_limit", "set_name", "set_nice",
            "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
@@ -22,12 +21,6 @@ _DESCRIPTORS = 1 << 20   # more are of no use to anybody
 
 #: Seconds of a thread that has little to do, and that at once.
 SERVICE_SLICE = 0.0001
-
-
-def python_module(module: str, *arguments: str) -> list[str]:
-    """The command line of a Python process of ours. ``-P``: the current directory is not looked into for modules.
-    It is the user's, and may hold a numpy.py, or a folder called ipc."""
-    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def raise_descriptor_limit() -> None:

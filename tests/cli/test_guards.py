@@ -50,7 +50,7 @@ def test_the_slot_of_image_and_stacks_is_removed_only_by_force(idle: Machine) ->
     done = vmm("memory", "remove", idle.name, "0")
     assert done.returncode == 2
     assert done.stderr == ("vmm: error: slot 0 holds the guest's image or stacks, which it cannot run without "
-                           "(--force removes it all the same)\n")
+                           "(--force removes it anyway)\n")
     os.kill(idle.status()["coordinator"]["pid"], signal.SIGKILL)
     until(lambda: idle.status()["coordinator"]["restarts"] == 1, "another coordinator")
     with pytest.raises(VmmError, match="holds the guest's image"):

@@ -283,7 +283,7 @@ def test_snapshot_verbs(accel: str, machine: Machine, tmp_path: Path) -> None:
             assert part in row
     assert said("snapshot", "verify", chain).startswith(f"{chain}/0003: verified")
     assert answered("snapshot", "verify", chain, "0002")["id"] == "0002"
-    assert "0003 builds on it" in refused("snapshot", "delete", chain, "0002")
+    assert "needed by 0003" in refused("snapshot", "delete", chain, "0002")
     assert said("snapshot", "merge", chain, "0002") == f"{chain}/0002: {pages:,} pages, full\n"
     assert [s["id"] for s in answered("snapshot", "list", chain)] == ["0002", "0003"]
     assert said("snapshot", "create", NAME, chain, "--incremental").startswith(f"{chain}/0004: ")

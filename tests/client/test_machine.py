@@ -306,7 +306,7 @@ def test_clients_do_not_steal_from_one_another(endless: Machine) -> None:
 
 
 def test_unknown_client_is_one_line(endless: Machine) -> None:
-    with pytest.raises(VmmError, match="there is no client 'nobody'"):
+    with pytest.raises(VmmError, match="there is no dirty-log client 'nobody'"):
         endless.sync("nobody")
 
 
@@ -315,7 +315,7 @@ def test_host_writes_are_dirty(endless: Machine) -> None:
     endless.write(0x20_0000 - 2, b"abcd")      # crosses a page
     assert endless.read(0x20_0000 - 2, 4) == b"abcd"
     assert endless.sync("a").slots[0] == [(0x1FF, 2)]
-    with pytest.raises(VmmError, match="not within one memory slot"):
+    with pytest.raises(VmmError, match="not within a single memory slot"):
         endless.write(0x8000_0000, b"x")
     with pytest.raises(VmmError, match="outside a slot"):
         endless.mark_dirty(0, 1 << 30, 1)

@@ -149,7 +149,7 @@ def test_a_file_of_somebody_elses_in_a_snapshot_is_not_deleted_with_it(tmp_path:
     (tmp_path / "0001" / "why.txt").write_text("before the update")
     snapshot.merge(tmp_path)
     assert (tmp_path / "0001" / "why.txt").exists()
-    with pytest.raises(SnapshotError, match=r"why\.txt: is not a snapshot's file"):
+    with pytest.raises(SnapshotError, match=r"why\.txt: is not a snapshot file"):
         snapshot.delete(tmp_path, "0001")
     (tmp_path / "0001" / "why.txt").unlink()
     snapshot.delete(tmp_path, "0001")
@@ -174,9 +174,9 @@ def test_one_damaged_manifest_harms_only_what_is_built_on_it(tmp_path: Path, how
     assert "0003/manifest.json" in marked.reason
     assert [m.id for m in snapshot.verify(tmp_path, "0002")] == ["0001", "0002"]
     for name in (None, "0004"):
-        with pytest.raises(SnapshotError, match=r"0004: is built on 0003: .*0003/manifest\.json"):
+        with pytest.raises(SnapshotError, match=r"0004: depends on 0003: .*0003/manifest\.json"):
             snapshot.verify(tmp_path, name)
-    with pytest.raises(SnapshotError, match="0004 builds on it"):
+    with pytest.raises(SnapshotError, match="needed by 0004"):
         snapshot.delete(tmp_path, "0003")
     snapshot.delete(tmp_path, "0004")
     snapshot.delete(tmp_path, "0003")
@@ -206,11 +206,11 @@ def rewritten(folder: Path, document: Any) -> None:
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"parent": "../../etc"}, "its parent"), ({"parent": "0002"}, "its parent"), ({"parent": "0003"}, "its parent"),
-    ({"slots": []}, "slots are not"), ({"vcpus": []}, "states of 0 vCPUs"),
+    ({"slots": []}, "slots differ"), ({"vcpus": []}, "states of 0 vCPUs"),
     ({"vcpus": [{}]}, "vcpu 0: not a valid vCPU state"),
     ({"vcpus": [STATE | {"regs": "x"}]}, "vcpu 0: not a valid vCPU state"),
-    ({"id": "0003"}, "says that it is"),
-    ({"version": 2}, "format version 2"), ({"format": "x"}, "not a snapshot"), ({"extra": 1}, "extra"),
+    ({"id": "0003"}, "claims to be"),
+    ({"version": 2}, "format version 2"), ({"format": "x"}, "not a ShardVMM snapshot"), ({"extra": 1}, "extra"),
     ({"live": "no"}, "live"), ({"created": None}, "created"),
 ])
 def test_a_manifest_that_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -235,7 +235,7 @@ def test_a_manifest_has_a_size(tmp_path: Path) -> None:
     path.unlink()
     path.write_bytes(b"[" * 100_000)
     (tmp_path / "0001" / "manifest.sum").write_text(hashlib.blake2b(b"[" * 100_000, digest_size=32).hexdigest())
-    with pytest.raises(SnapshotError, match=r"manifest\.json: is not a manifest"):
+    with pytest.raises(SnapshotError, match=r"manifest\.json: is not a valid manifest"):
         snapshot.load_manifest(tmp_path, "0001")
 
 

@@ -280,7 +280,7 @@ def test_a_target_lost_in_post_copy_leaves_the_source_as_it_was_handed_over(
     assert walker.status()["state"] == "paused"
     walker.resume(force=True)
     goes_on(walker)
-    with pytest.raises(VmmError, match="was not handed over"):
+    with pytest.raises(VmmError, match="has not been handed over"):
         migrate.recover(walker, address)
 
 
@@ -297,7 +297,7 @@ def test_a_machine_stopped_in_post_copy_is_gone_and_the_source_is_told(walker: M
             with Machine.attach("target") as target:
                 target.stop()
 
-    with pytest.raises(MigrationError, match="the machine is gone there"):
+    with pytest.raises(MigrationError, match="the machine has ended there"):
         migrate.migrate(walker, address, SLOWLY, progress=watch)
     receiver.failure()
     assert walker.status()["state"] == "paused"
@@ -378,7 +378,7 @@ def test_a_source_that_is_killed_while_it_throttles_leaves_no_limit_and_no_targe
         until(throttled, "throttled", TIMEOUT)
         source.kill()
         source.communicate()
-        assert "gone" in receiver.failure()
+        assert "disconnected" in receiver.failure()
         goes_on(machine)
         found = load_status("source")
         assert found["status"] == "failed"
@@ -422,7 +422,7 @@ def test_cancel_and_status_from_the_command_line(endless: Machine, address: str)
     assert msgspec.json.decode(run("migrate", "cancel", "source", "--json"))["status"] == "cancelled"
     _, err = source.communicate(timeout=TIMEOUT)
     assert source.returncode == 128 + signal.SIGINT
-    assert receiver.failure() == "the source gave up: cancelled by its user"
+    assert receiver.failure() == "the source gave up: cancelled by the user"
     assert "KeyboardInterrupt" not in err + run("migrate", "status", "source")
     goes_on(endless)
     with pytest.raises(VmmError, match="is in progress"):
@@ -496,7 +496,7 @@ def test_an_arriving_machine_is_the_receivers_alone(endless: Machine, address: s
 
     migrate.migrate(endless, address, Options(bandwidth=40e6), progress=meanwhile)
     assert len(tried) == 4
-    assert all("it is arriving" in said for said in tried)
+    assert all("it is still arriving" in said for said in tried)
     with receiver.result() as moved:        # and nobody is kept from it afterwards
         moved.memory_add(1, 1 << 30, PAGE)
         moved.register("a")
@@ -513,7 +513,7 @@ def test_a_target_that_cannot_is_a_reason_and_the_source_runs_on(endless: Machin
 
 
 def test_addresses_and_keys(endless: Machine, tmp_path: Path) -> None:
-    for address, options, why in (("tcp://127.0.0.1:1", Options(), "readable by everybody"),
+    for address, options, why in (("tcp://127.0.0.1:1", Options(), "would be sent unencrypted"),
                                   ("udp://x", Options(), "write tcp://HOST:PORT"),
                                   ("tcp://127.0.0.1:99999", Options(insecure=True), "port '99999'"),
                                   ("tcp://127.0.0.1:1", Options(key=str(tmp_path / "a"), peer=str(tmp_path / "b")),
@@ -532,7 +532,7 @@ def test_over_tcp_with_keys(endless: Machine, tmp_path: Path, at: str) -> None:
         return {"key": str(tmp_path / f"{own}.key_secret"), "peer": str(tmp_path / f"{peer}.key")}
 
     receiver = Receiver(f"tcp://{at}:*", accel="unicorn", **keys("target", "source"))
-    with pytest.raises(VmmError, match="refuses these keys"):
+    with pytest.raises(VmmError, match="rejected these keys"):
         migrate.migrate(endless, receiver.at, Options(**keys("stranger", "target")))
     goes_on(endless)
     migrate.migrate(endless, receiver.at, Options(**keys("source", "target")))
@@ -614,7 +614,7 @@ def test_a_report_that_cannot_be_written_is_no_failed_migration(path: str, moves
 
 
 def test_recover_from_the_command_line(small: Machine, address: str) -> None:
-    with pytest.raises(VmmError, match="was not handed over"):
+    with pytest.raises(VmmError, match="has not been handed over"):
         run("migrate", "source", address, "--recover")
 
 
@@ -623,7 +623,7 @@ def test_a_failed_migration_has_an_exit_status_of_its_own(small: Machine, addres
     receiver = receiver_process(address, "--accel", "unicorn", "--timeout", "1s")
     _, err = receiver.communicate(timeout=TIMEOUT)
     assert receiver.returncode == ExitCode.TIMEOUT
-    assert "no source came" in err
+    assert "no machine arrived" in err
     Path(f"{runtime_dir}/there").write_text("precious")
     process = vmm("receive", f"ipc://{runtime_dir}/there")
     _, err = process.communicate(timeout=TIMEOUT)
@@ -636,7 +636,7 @@ def test_a_failed_migration_has_an_exit_status_of_its_own(small: Machine, addres
 def test_keys_from_the_command_line(tmp_path: Path) -> None:
     assert run("keys", str(tmp_path), "a").split() == [str(tmp_path / "a.key"), str(tmp_path / "a.key_secret")]
     before = (tmp_path / "a.key_secret").read_text()
-    with pytest.raises(VmmError, match="there is one already"):
+    with pytest.raises(VmmError, match="already exists"):
         run("keys", str(tmp_path), "a")
     assert (tmp_path / "a.key_secret").read_text() == before
     run("keys", str(tmp_path), "a", "--force")

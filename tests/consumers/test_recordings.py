@@ -155,7 +155,7 @@ def test_a_trace_says_that_slots_were_changed_meanwhile(busy: Machine, tmp_path:
 def test_a_trace_needs_rings_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     with Machine.launch(spec("random", accel="kvm", mib=8, writes=0, spin=500, timeout=None)) as machine:
         machine.set_tracking("bitmap")
-        with pytest.raises(VmmError, match=r"tracks dirty pages by bitmap.*\(vmm tracking t ring\)"):
+        with pytest.raises(VmmError, match=r"has tracking mode bitmap.*\(run vmm tracking t ring\)"):
             record(machine, tmp_path / "a.trace", 1.0, 0.01)
         assert os.listdir(tmp_path) == []
         machine.set_tracking("ring")

@@ -272,7 +272,7 @@ def test_merge_keeps_the_contents_and_the_successors(endless: Machine, tmp_path:
     snapshot.verify(tmp_path / "s")
     assert memory_of(tmp_path / "s", "0003") == third
     assert memory_of(tmp_path / "s") == fourth
-    with pytest.raises(SnapshotError, match="0004 builds on it"):
+    with pytest.raises(SnapshotError, match="needed by 0004"):
         snapshot.delete(tmp_path / "s", "0003")
     snapshot.create(endless, tmp_path / "s", incremental=True)      # the epoch goes on
     snapshot.delete(tmp_path / "s", "0005")
@@ -345,11 +345,11 @@ def test_a_machine_that_has_ended_has_no_snapshot(accel: str, tmp_path: Path) ->
 
 
 def test_an_incremental_one_without_its_base_is_refused(endless: Machine, tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match="holds no snapshot to build on"):
+    with pytest.raises(SnapshotError, match="contains no snapshot to build on"):
         snapshot.create(endless, tmp_path / "s", incremental=True)
     snapshot.create(endless, tmp_path / "s")
     with (snapshot.restore(tmp_path / "s", machine_name="other", accel="unicorn") as second,
-          pytest.raises(SnapshotError, match="does not know what was dirtied since")):
+          pytest.raises(SnapshotError, match="has no record of what was dirtied since")):
         snapshot.create(second, tmp_path / "s", incremental=True)
 
 
@@ -374,7 +374,7 @@ def test_damage_is_found_and_refused(tmp_path: Path, damage: str, said: str) -> 
 
 
 def test_missing_and_foreign_snapshots_are_one_line(tmp_path: Path) -> None:
-    for directory, said in ((tmp_path / "none", "is not a directory"), (tmp_path, "holds no snapshot")):
+    for directory, said in ((tmp_path / "none", "is not a directory"), (tmp_path, "contains no snapshots")):
         with pytest.raises(SnapshotError, match=said):
             snapshot.restore(directory)
     folder = tmp_path / "0001"

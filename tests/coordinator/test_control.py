@@ -157,7 +157,7 @@ def test_clients_of_the_dirty_log_are_bounded(machine: Machine) -> None:
     """Each costs memory, and a descriptor where it goes with a process."""
     for n in range(64):
         machine.register(f"c{n}", mine=n % 2 == 0)
-    with pytest.raises(VmmError, match="has 64 clients of its dirty log already"):
+    with pytest.raises(VmmError, match="already has 64 dirty-log clients"):
         machine.register("one_more")
     machine.register("c0", mine=True)       # it is there: that is no new one
     machine.unregister("c0")
@@ -183,7 +183,7 @@ class Served:
 
     def __init__(self, directory: Path, verbs: dict[type[control.Verb], Handler]) -> None:
         self.events = EventLog(MachineControl())
-        self.server = ControlServer("t", directory, verbs, lambda: None, self.events)
+        self.server = ControlServer("t", directory, verbs, lambda asker: None, self.events)
 
     def turn(self) -> int:
         """As the coordinator's loop does it; the number of descriptors that were ready."""
@@ -225,7 +225,7 @@ def test_a_verb_that_fails_is_answered_and_the_next_is_served(serve: Serve, runt
     served = serve({control.Pause: bug, control.Resume: full, control.Stop: unanswerable,
                                 control.Status: lambda v: {"pid": served.server.asker}})
     caller = Caller(runtime_dir, served.turn)
-    for verb, code, said in [("pause", ExitCode.BUG, "KeyError: 'left' (this is a bug; vmm logs t"),
+    for verb, code, said in [("pause", ExitCode.BUG, "KeyError: 'left' (this is a bug; see vmm logs t"),
                              ("resume", ExitCode.BAD_INPUT, "No space left on device"),
                              ("stop", ExitCode.BUG, "TypeError")]:
         answer = caller.ask(request(verb, 3))

@@ -29,10 +29,10 @@ def idle(accel: str = "unicorn") -> MachineSpec:
 
 
 def test_processes_are_started_in_one_way() -> None:
-    """ipc.linux.process.python_module, which keeps the current directory out."""
+    """ipc.run.python_module, which keeps the current directory out."""
     others = [str(path.relative_to(TOP)) for package in ("ipc", "workers", "vmm")
               for path in (TOP / package).rglob("*.py") if "sys.executable" in path.read_text()]
-    assert others == ["ipc/linux/process.py"]
+    assert others == ["ipc/run.py"]
 
 
 @pytest.mark.parametrize("accel", ACCELS)

@@ -198,7 +198,7 @@ def test_a_slot_under_a_number_that_had_another_is_dirty_as_a_whole(log: DirtyLo
     log.add_slot(slot(log, 1, 4, pages=30))
     assert ranges(log, "a") == {0: [], 1: [(0, 30)]}
     assert ranges(log, "a") == {0: [], 1: []}
-    with pytest.raises(VmmError, match="another one has been added"):
+    with pytest.raises(VmmError, match="another slot was added"):
         log.mark(1, 0, 1, born=2)
     log.mark(1, 0, 1, born=4)
 

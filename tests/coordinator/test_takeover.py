@@ -183,9 +183,9 @@ def test_a_slot_that_another_client_replaces_is_another_slot(machine: Machine) -
         other.memory_remove(2)
         other.memory_add(2, PLUGGED, 64 << 10)
         assert other.read(PLUGGED, 3) == b"\0\0\0"
-        with pytest.raises(VmmError, match="another one has been added"):
+        with pytest.raises(VmmError, match="another slot was added"):
             machine.mark_dirty(2, 0, 1)                     # of the view that is still held
-        with pytest.raises(VmmError, match="another one has been added"), machine.writing(2, 0, 1):
+        with pytest.raises(VmmError, match="another slot was added"), machine.writing(2, 0, 1):
             pytest.fail("this memory is nobody's")
         other.write(PLUGGED, b"new")
         assert machine.read(PLUGGED, 3) == b"new"
@@ -267,7 +267,7 @@ def test_what_was_written_while_nobody_logged_is_known_to_be_unknown(accel: str)
 def test_a_recording_has_rings_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.trace"
     with Machine.launch(replace(busy(ANY), tracking="bitmap")) as machine:
-        with pytest.raises(VmmError, match=r"only dirty rings say .* \(vmm tracking t ring\)"):
+        with pytest.raises(VmmError, match=r"only dirty rings record .* \(run vmm tracking t ring\)"):
             record(machine, path, 0.2, 0.01)
         assert list(tmp_path.iterdir()) == []
         machine.set_tracking("ring")

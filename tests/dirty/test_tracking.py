@@ -377,7 +377,7 @@ def test_a_sync_that_cannot_reach_a_vcpu_is_refused(accel: str, tmp_path: Path) 
             machine.incoming(str(listener.path))
             machine.start()
             if accel == "unicorn":
-                with pytest.raises(VmmError, match="cannot be flushed: pages are still on their way"):
+                with pytest.raises(VmmError, match="cannot be flushed: pages are still arriving"):
                     machine.sync("a")
                 with pytest.raises(VmmError, match="cannot be flushed"):
                     machine.register("b")
@@ -468,7 +468,7 @@ def test_a_dirty_limit_holds_the_ring(accel: str) -> None:
             machine.set_tracking("bitmap")
         machine.dirty_limit(0)
         machine.set_tracking("bitmap")
-        with pytest.raises(VmmError, match="this machine has tracking bitmap"):
+        with pytest.raises(VmmError, match="but the tracking mode is bitmap"):
             machine.dirty_limit(1000)
         for wrong in ("rings", "unknown", "unset"):
             with pytest.raises(VmmError, match=f"unknown tracking mode '{wrong}'"):

@@ -45,7 +45,7 @@ def test_images_are_what_their_sources_build():
 def test_build_check_reports_a_stale_image(monkeypatch, capsys):
     monkeypatch.setattr(build, "differing", lambda: ["hello"])
     assert build.main(["--check"]) == 1
-    assert "hello.elf is not what hello.S builds" in capsys.readouterr().err
+    assert "hello.elf does not match what hello.S builds" in capsys.readouterr().err
 
 
 def test_build_without_tools_is_one_line(monkeypatch, capsys):
@@ -80,13 +80,13 @@ def test_parameters_are_resolved_in_order():
 
 
 @pytest.mark.parametrize(("workload", "params", "message"), [
-    ("sequental", {}, r"unknown workload 'sequental' \(did you mean 'sequential'\?\); there are: seq"),
-    ("random", {"write": 1}, r"no parameter 'write' \(did you mean 'writes'\?\); it has: writes, seed"),
-    ("random", {"colour": 1}, "no parameter 'colour'; it has: writes, seed, pages, spin"),
-    ("hotspot", {"hot_percent": 101}, "hot_percent must be from 0 to 100, not 101"),
+    ("sequental", {}, r"unknown workload 'sequental' \(did you mean 'sequential'\?\); choose from seq"),
+    ("random", {"write": 1}, r"no parameter 'write' \(did you mean 'writes'\?\); choose from writes, seed"),
+    ("random", {"colour": 1}, "no parameter 'colour'; choose from writes, seed, pages, spin"),
+    ("hotspot", {"hot_percent": 101}, r"hot_percent must be from 0 to 100 \(got 101\)"),
     ("sequential", {"stride": 0}, "stride must be from 1 to"),
-    ("hello", {"lines": True}, "lines must be a whole number, not True"),
-    ("hello", {"lines": "2"}, "lines must be a whole number, not '2'"),
+    ("hello", {"lines": True}, r"lines must be a whole number \(got True\)"),
+    ("hello", {"lines": "2"}, r"lines must be a whole number \(got '2'\)"),
     ("hello", {3: 1}, "no parameter '3'"),
 ])
 def test_wrong_parameters(workload, params, message):

@@ -265,7 +265,7 @@ def test_a_recorder_that_lags_loses_entries_and_the_guest_goes_on(tmp_path: Path
     """Nobody reads the queue, which holds 8 million entries."""
     with Machine.launch(replay_spec(ReplayPhase("random", 5_000_000), repeat=True)) as machine:
         machine.record_start()
-        with pytest.raises(VmmError, match="is being recorded already"):
+        with pytest.raises(VmmError, match="is already being recorded"):
             machine.record_start()
         queue = TraceQueue.open(segment_name(machine.name, "record"))
         report = machine.wait(TIMEOUT)
@@ -282,7 +282,7 @@ def test_a_recorder_that_lags_loses_entries_and_the_guest_goes_on(tmp_path: Path
 
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     with Machine.launch(guest_spec("idle", accel="unicorn", ring=0, vcpus=1)) as machine:
-        with pytest.raises(VmmError, match="only dirty rings say"):
+        with pytest.raises(VmmError, match="only dirty rings record"):
             record(machine, tmp_path / "a.trace", 1.0, 0.01)
         assert list(tmp_path.iterdir()) == []
         machine.stop()

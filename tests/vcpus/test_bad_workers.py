@@ -521,7 +521,7 @@ def test_a_descriptor_that_is_no_vcpu_is_the_end_of_that_worker(monkeypatch: pyt
             pool._early_fds[0] = os.dup(null.fileno())
             pool.adopt_fds(pool.all[:1])
         assert died == [0]
-        assert "no vCPU that can be mapped" in pool.all[0].fate
+        assert "did not send a vCPU that can be mapped" in pool.all[0].fate
         pool.shut_down()
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ipc.linux.process import python_module
+from ipc.run import python_module
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 

@@ -11,7 +11,7 @@ import time
 
 import msgspec
 
-from ipc.linux import process
+from ipc.run import own_process
 
 from ..errors import ExitCode, VmmError
 from ..machine.names import belongings
@@ -57,7 +57,7 @@ class Launched:
         try:
             with say:
                 self.keeper = subprocess.Popen(
-                    process.python_module("vmm.coordinator.keeper", spec.name, str(say.fileno()),
+                    own_process("vmm.coordinator.keeper", spec.name, str(say.fileno()),
                                           str(life.fileno()), str(os.getpid())),
                     stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if quiet else None,
                     pass_fds=(say.fileno(), life.fileno()), start_new_session=True)

@@ -126,7 +126,7 @@ class Machine:
 
     @classmethod
     def attach(cls, name: str) -> Machine:
-        """Connect to a running machine. Raises VmmError when there is none of that name, or it is no name."""
+        """Connect to a running machine. Raises VmmError when there is none of that name, or it is not a valid name."""
         if not is_running(name):
             raise records.no_machine(name)
         return cls(name)
@@ -184,8 +184,8 @@ class Machine:
         self._client.ask(verbs.Arrived)
 
     def resume(self, *, force: bool = False) -> list[str]:
-        """Take back the user's pause, if there is one, and nobody else's. Who wants the guest to stand still all
-        the same (``snapshot (pid 123)``): it runs on when they have done; empty when it runs. ``force``: also a
+        """Take back the user's pause, if there is one, and no other. What still keeps the guest paused
+        (``snapshot (pid 123)``): it continues when they are done; empty when it runs. ``force``: also a
         machine that was handed over to another host, which must not run there then. Raises VmmError for such a
         machine without ``force``, and while it is being handed over."""
         return [str(who) for who in self._client.ask(verbs.Resume, force=force)["held_by"]]
@@ -235,7 +235,7 @@ class Machine:
         return report
 
     def _wait_for_end(self, deadline: float) -> dict[str, Any] | None:
-        """The report; None: it runs still. Raises VmmError."""
+        """The report; None: it is still running. Raises VmmError."""
         self._client.skip_events()
         while (report := self.status())["state"] != "ended":
             event: dict[str, Any] | None = {"event": ""}
@@ -248,7 +248,7 @@ class Machine:
     # --- memory -----------------------------------------------------------------------------------
 
     def ram(self, slot: int, *, writable: bool = False) -> NDArray[np.uint8]:
-        """A slot's memory, shape [bytes], a view of the guest's own. Who writes through a writable
+        """A slot's memory, shape [bytes], a view of the guest's own. A program that writes through a writable
         view must call ``mark_dirty`` afterwards; ``write`` does both. A view is of the slot as it is now: when that
         is removed, the view stays, of memory that is no longer the guest's (``born`` in ``status`` tells). Raises
         VmmError where there is no such slot, while pages are missing, and where there is no memory (replay)."""
@@ -277,8 +277,8 @@ class Machine:
     def write(self, gpa: int, data: bytes) -> None:
         """Write guest memory within one slot, and have the pages dirty for every client of the dirty log, from
         before the first byte is written: KVM logs only the guest's own stores. Raises VmmError outside RAM, and
-        while somebody has the machine who must not be disturbed (the last copy of a migration), with nothing
-        written; and where the slot was removed meanwhile: the data is gone with it then."""
+        while the machine must not be changed (the last copy of a migration), with nothing
+        written; and where the slot was removed meanwhile: the data is lost with it then."""
         view, slot, offset = self._memory.locate(gpa, len(data))
         if not data:
             return
@@ -321,7 +321,7 @@ class Machine:
         self._client.ask(verbs.Register, client=client, mine=mine, like=like)
 
     def unregister(self, client: str) -> None:
-        """The client gathers no more; what it had is gone. Raises VmmError."""
+        """Stop gathering for the client; what it had is dropped. Raises VmmError."""
         self._client.ask(verbs.Unregister, client=client)
         self._bitmaps.forget(client)
 
@@ -367,7 +367,7 @@ class Machine:
     def set_tracking(self, tracking: str) -> dict[str, Any]:
         """Log dirty pages in another mode (one of vmm.machine.trackings.CHOICES). The vCPUs are paused for it,
         nothing that was dirtied before is lost. ``tracking``: the mode it is now; ``seconds``: of pause. Raises
-        VmmError where it cannot be had, with everything as it was."""
+        VmmError where the mode is not available, with everything as it was."""
         return self._client.ask(verbs.SetTracking, tracking=tracking)
 
     # --- dirty traces -----------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ class Machine:
     # --- end ----------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Drop the connection; the machine goes on (a launched one until this process ends)."""
+        """Drop the connection; the machine keeps running (a launched one until this process ends)."""
         self._bitmaps.close()
         self._memory.close()
         self._client.close()

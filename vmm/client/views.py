@@ -46,7 +46,7 @@ class Memory:
         """The slot as it is now, or as ``slots`` (that ``_slots`` gave) has it."""
         slots = self._slots() if slots is None else slots
         if slot not in slots:
-            raise VmmError(f"there is no memory slot {slot} (there are: {', '.join(map(str, slots))})")
+            raise VmmError(f"there is no memory slot {slot} (existing slots: {', '.join(map(str, slots))})")
         born, name = slots[slot]["born"], slots[slot]["ram"]
         known = self._views.get(slot)
         if known is None or known.segment.name != name:
@@ -71,15 +71,16 @@ class Memory:
         for slot_id, slot in slots.items():
             if slot["gpa"] <= gpa and size >= 0 and gpa + size <= slot["gpa"] + slot["size"]:
                 return self.view(slot_id, slots), slot_id, gpa - slot["gpa"]
-        raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within one memory slot")
+        raise VmmError(f"guest addresses [{gpa:#x}, {gpa + size:#x}) are not within a single memory slot")
 
     def _slots(self) -> dict[int, dict[str, Any]]:
-        """As they are now. Raises VmmError where nobody may look into them."""
+        """As they are now. Raises VmmError where they must not be accessed."""
         answer = self._client.ask(verbs.Slots)
         if not registry.capabilities(answer["accelerator"]).guests:
             raise VmmError(no_memory(self._machine))
         if answer["incoming"]:
-            raise VmmError(f"machine '{self._machine}': its memory is still arriving (post-copy)")
+            raise VmmError(f"machine '{self._machine}': its memory is still arriving (post-copy); wait until it is "
+                           "complete")
         return {int(i): slot for i, slot in answer["slots"].items()}
 
     def system(self) -> NDArray[np.uint8]:
@@ -145,4 +146,4 @@ def open_segment(machine: str, name: str) -> Segment:
     try:
         return Segment.open(name)
     except SegmentError as exc:
-        raise VmmError(f"machine '{machine}': {exc} (it was removed just now)", ExitCode.NO_MACHINE) from None
+        raise VmmError(f"machine '{machine}': {exc} (it has just been removed)", ExitCode.NO_MACHINE) from None

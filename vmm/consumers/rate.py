@@ -3,7 +3,7 @@
 * ``ring``: entries of each vCPU's ring, the pages it was first to write since they were last re-protected; and
   the distinct pages of the machine, from a dirty-log client of the measurement's own. No other client notices.
 * ``bitmap``: the distinct pages alone, from such a client. Works on machines without rings.
-* ``sampling``: some pages are hashed before and after, as QEMU does by default: 512 a GiB, CRC-32. No dirty log.
+* ``sampling``: some pages are hashed before and after, as QEMU does by default: 512 per GiB, CRC-32. No dirty log.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> Dirt
         return _sample(machine, seconds)
     before = machine.status()
     if mode == "ring" and before["tracking"] != "ring":
-        raise VmmError(f"machine '{machine.name}' tracks dirty pages by {before['tracking']}, and only dirty rings "
-                       f"tell its vCPUs apart (vmm tracking {machine.name} ring)")
+        raise VmmError(f"machine '{machine.name}' has tracking mode {before['tracking']}, but only dirty rings "
+                       f"tell its vCPUs apart (run vmm tracking {machine.name} ring)")
     client = f"rate_{os.getpid()}_{next(_numbers)}"
     machine.register(client, mine=True)
     try:
@@ -91,7 +91,8 @@ def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> Dirt
     vcpus = []
     if mode == "ring":
         if switches != before["tracking_switches"]:
-            raise VmmError(f"machine '{machine.name}' began to track dirty pages in another way meanwhile")
+            raise VmmError(f"machine '{machine.name}' changed its tracking mode during the measurement: try "
+                           "again")
         for index, (first, last) in enumerate(zip(old.vcpu_pages, new.vcpu_pages, strict=True)):
             pages = last - first
             vcpus.append(VcpuRate(index, pages, pages / took, pages * PAGE_SIZE / _MIB / took))

@@ -1,5 +1,5 @@
 """``vmm trace record``: what the coordinator has put into the queue (vmm/dirty/recorder.py) is taken out,
-compressed and written to a file. Whoever lags loses entries, and the trace says how many."""
+compressed and written to a file. A reader that lags loses entries, and the trace says how many."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def record(machine: Machine, path: Path, seconds: float, interval: float,
     then, and says that it was interrupted. Raises VmmError, with no file left then."""
     status = machine.status()
     if status["tracking"] != "ring" and status["tracking_asked"] != "auto":     # auto changes to rings for it
-        raise VmmError(f"machine '{machine.name}' tracks dirty pages by {status['tracking']}, and only dirty rings "
-                       f"say which page came after which (vmm tracking {machine.name} ring)")
+        raise VmmError(f"machine '{machine.name}' has tracking mode {status['tracking']}, but only dirty rings "
+                       f"record the order in which pages are dirtied (run vmm tracking {machine.name} ring)")
     slots = [RamSlot(s["id"], s["gpa"], s["size"], s["logged"], s["born"]) for s in status["slots"]]
     header = TraceHeader(
         machine=machine.name, accelerator=status["accelerator"], vcpus=len(status["vcpus"]),
@@ -92,9 +92,9 @@ def _changed(machine: Machine, before: dict[str, Any], slots: list[RamSlot]) -> 
     except VmmError:    # it has gone: as it was
         return ""
     if status["tracking_switches"] != before["tracking_switches"]:
-        return "dirty pages were tracked in another way meanwhile"
+        return "the tracking mode changed during the recording"
     if [(s["id"], s["born"], s["logged"]) for s in status["slots"]] != [(s.id, s.born, s.log) for s in slots]:
-        return "memory slots were plugged in or out, or their logging switched, meanwhile"
+        return "memory slots were added or removed, or their logging switched, during the recording"
     return ""
 
 

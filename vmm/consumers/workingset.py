@@ -15,7 +15,7 @@ array                 dtype    meaning
 ====================  =======  ==============================================================================
 
 Times and counts are the coordinator's, as of the flush that an interval ends with. A slot that is plugged out has
-no pages from then on; one that is plugged in under an id that there was goes on in its place, and ``slot_pages`` is
+no pages from then on; one that is plugged in under a former id continues in its place, and ``slot_pages`` is
 the most that the id had.
 """
 
@@ -109,7 +109,7 @@ def load(path: Path) -> Recording:
     try:
         with open_input(path) as file, zipfile.ZipFile(file) as archive:
             if sum(member.file_size for member in archive.infolist()) > _LOADED_MAX:
-                raise ValueError(f"more than {_LOADED_MAX:,} bytes")
+                raise ValueError(f"its arrays have more than {_LOADED_MAX:,} bytes")
             file.seek(0)
             return _loaded(np.load(file, allow_pickle=False))
     except (OSError, ValueError, LookupError, EOFError, TypeError, ArithmeticError, MemoryError, SyntaxError,
@@ -121,7 +121,7 @@ def load(path: Path) -> Recording:
 def _loaded(data: Any) -> Recording:
     """Raises ValueError, and what numpy raises for arrays that are not what they should be."""
     if int(data["version"]) != VERSION:
-        raise ValueError(f"of version {int(data['version'])}, not {VERSION}")
+        raise ValueError(f"its version is {int(data['version'])}, not {VERSION}")
 
     def array(name: str, kind: Any, dimensions: int = 1) -> Any:
         found = data[name]
@@ -137,12 +137,12 @@ def _loaded(data: Any) -> Recording:
         {i: array(f"pages_{i}", np.uint32) for i in ids}, {i: array(f"offsets_{i}", np.int64) for i in ids},
         one_line(str(data["reason"])) if "reason" in data else "")
     if not recording.intervals == len(recording.vcpu_entries) >= 0 or np.any(np.diff(recording.times) < 0):
-        raise ValueError("its intervals do not fit one another")
+        raise ValueError("its intervals are inconsistent")
     for slot, _, pages in slots:
         found, offsets = recording.pages[slot], recording.offsets[slot]
         if (len(offsets) != len(recording.times) or offsets[0] != 0 or offsets[-1] != len(found)
                 or np.any(np.diff(offsets) < 0) or np.any(found >= pages)):
-            raise ValueError(f"the pages of slot {slot} do not fit its intervals")
+            raise ValueError(f"the pages of slot {slot} do not match its intervals")
     return recording
 
 
@@ -174,7 +174,7 @@ def record(machine: Machine, interval: float, duration: float,
                 series.add(flushed, status, {slot: np.flatnonzero(machine.bitmap(slot, client).bools())
                                              for slot in flushed.slots})
             except VmmError as exc:
-                if exc.exit_code != ExitCode.NO_MACHINE:    # else it ended, and nobody keeps it
+                if exc.exit_code != ExitCode.NO_MACHINE:    # else it ended, and is not kept
                     reason = reason or str(exc)
                 break
             progress(min(1.0, series.seconds / duration))
@@ -265,7 +265,7 @@ def _heat_map(axes: Any, recording: Recording) -> None:
     # Intervals are as long as they were, not all the same.
     heights = np.linspace(0, total * PAGE_SIZE / _MIB, rows + 1)
     image = axes.pcolormesh(recording.times, heights, heat, cmap="inferno", shading="flat", rasterized=True)
-    axes.set(xlabel="time (s)", ylabel="memory, slot above slot (MiB)")
+    axes.set(xlabel="time (s)", ylabel="guest memory, slots stacked (MiB)")
     axes.figure.colorbar(image, ax=axes, label="dirty pages")
 
 
@@ -275,8 +275,8 @@ def page(recording: Recording, title: str) -> str:
     counts = recording.dirty_pages()
     rows = [("intervals", f"{recording.intervals}"), ("seconds", f"{recording.times[-1]:.2f}"),
             ("distinct pages per interval, mean", f"{counts.mean():,.0f}"),
-            ("distinct pages per interval, most", f"{counts.max():,}"),
-            ("distinct pages in all", f"{recording.working_set(recording.intervals):,.0f}"),
+            ("distinct pages per interval, maximum", f"{counts.max():,}"),
+            ("distinct pages in total", f"{recording.working_set(recording.intervals):,.0f}"),
             *([("ended early", html.escape(recording.reason))] if recording.reason else [])]
     table = "".join(f"<tr><th>{html.escape(k)}</th><td>{v}</td></tr>" for k, v in rows)
     return ("<!doctype html><html lang=en><meta charset=utf-8>"

@@ -1,6 +1,6 @@
 """The coordinator process: it reaps, keeps the dirty log, and serves the control socket.
 
-    __main__        entry: ``python -m vmm.coordinator``, started by the keeper
+    entry           its beginning and end; the keeper starts it
     keeper          the process that starts it, and another one when it has died
     segments        a machine's memory, made or adopted
     loop            one loop, one thread: what is due, what has come; from the first vCPU to the last

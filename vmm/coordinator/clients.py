@@ -43,8 +43,8 @@ class Clients:
             self._require_own(client, owner.pid if owner else 0)
             return
         if len(log.clients) >= _CLIENTS:
-            raise VmmError(f"machine '{core.spec.name}' has {_CLIENTS} clients of its dirty log already: "
-                           "unregister one first")
+            raise VmmError(f"machine '{core.spec.name}' already has {_CLIENTS} dirty-log clients: unregister one "
+                           "first")
         self._tracking.choose(logged=True)
         self._tracking.require_log()
         core.flush()
@@ -84,16 +84,16 @@ class Clients:
             self._core.save_if_possible()
 
     def _require_own(self, client: str, asker: int) -> None:
-        """What another process gathers is not to be taken from it."""
+        """What another process gathers must not be taken from it."""
         hold = self.held.get(client)
         if hold is not None and hold.owner.pid != asker:
-            raise VmmError(f"client '{client}' of the dirty log belongs to process {hold.owner.pid}")
+            raise VmmError(f"dirty-log client '{client}' belongs to process {hold.owner.pid}")
 
     def sync(self, client: str, again: bool, asker: int) -> dict[str, Any]:
         """Raises VmmError, with nothing taken."""
         core, log = self._core, self._core.parts.log
         if client not in log.clients:
-            raise VmmError(f"there is no client '{client}' of the dirty log: register it first")
+            raise VmmError(f"there is no dirty-log client '{client}': register it first")
         _require_not_the_verifier(client)
         self._require_own(client, asker)
         self._tracking.require_log()
@@ -112,4 +112,4 @@ class Clients:
 def _require_not_the_verifier(client: str) -> None:
     """Raises VmmError."""
     if client == VERIFY_CLIENT:
-        raise VmmError(f"client '{client}' is the verifier's own")
+        raise VmmError(f"dirty-log client '{client}' is reserved for the verifier")

@@ -66,7 +66,7 @@ class Core:
         return self.generation
 
     def save(self, *, done: bool = False) -> None:
-        """Write the journal, before anybody relies on what it is to say. ``done``: the request has been carried out
+        """Write the journal, before anything relies on what it is to say. ``done``: the request has been carried out
         with this, and must not be again. Raises VmmError, and the caller takes back what it has changed."""
         if self.write_journal is None:
             return
@@ -87,7 +87,7 @@ class Core:
             self.requests.append(self.request)
 
     def save_if_possible(self) -> None:
-        """For what nobody waits for, and what a process gives back, or leaves when it ends: that must not fail
+        """For what no client waits for, and what a process gives back, or leaves when it ends: that must not fail
         because the journal cannot be written; it is tried again. Should this coordinator die before, its successor
         finds that the process has gone, or at the worst holds for it what it had given back, until it has."""
         try:
@@ -98,7 +98,7 @@ class Core:
             self.unsaved = True
 
     def warn(self, text: str) -> None:
-        """Something that a user should know, and the machine runs on."""
+        """Something that a user should know; the machine keeps running."""
         self.tell({"event": "warning", "text": text})
 
     @property
@@ -129,11 +129,12 @@ class Core:
 
     def require_not_started(self) -> None:
         if self.state != "ready":
-            raise VmmError(f"machine '{self.spec.name}' has started already")
+            raise VmmError(f"machine '{self.spec.name}' has already been started")
 
     def require_whole_memory(self) -> None:
         if self.pages_missing:
-            raise VmmError(f"machine '{self.spec.name}': its memory is still arriving (post-copy)")
+            raise VmmError(f"machine '{self.spec.name}': its memory is still arriving (post-copy); wait until it is "
+                           "complete")
 
     def require_memory(self) -> None:
         if not self.spec.can.guests:

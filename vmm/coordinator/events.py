@@ -1,7 +1,7 @@
-"""What happens to a machine, for whoever asks: the newest events, in a bounded list.
+"""What happens to a machine, for any client that asks: the newest events, in a bounded list.
 
 Clients fetch events (``Events`` of vmm/machine/verbs.py); nothing is pushed at them. So a client that does not
-read, or has stopped, costs nothing and holds nobody up, and one that comes too late is told how many it has missed.
+read, or has stopped, costs nothing and holds up nothing, and one that comes too late is told how many it has missed.
 The number of the next event lies in the control block: a coordinator that takes over counts on from there.
 """
 

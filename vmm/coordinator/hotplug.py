@@ -2,7 +2,7 @@
 
 Each verb changes the journal once (vmm/coordinator/journal.py says in which order): whoever takes over before that
 finds the machine as it was, and the client's second try does the work; whoever takes over after it makes the
-workers follow, and drops the segments that nobody has. The vCPUs stand still from before the first worker is told
+workers follow, and drops the segments that nothing uses. The vCPUs stand still from before the first worker is told
 until after the last, also when the coordinator is replaced in between.
 """
 
@@ -92,10 +92,10 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
     slot = _slot(core, slot_id)
     if not force and _holds_guest(core, slot):
         raise VmmError(f"slot {slot_id} holds the guest's image or stacks, which it cannot run without (--force "
-                       "removes it all the same)")
+                       "removes it anyway)")
     log = core.parts.log
     if len(log.slots) == 1:
-        raise VmmError(f"slot {slot_id} is the machine's only memory")
+        raise VmmError(f"slot {slot_id} is the machine's only memory slot and cannot be removed")
     with core.vcpus.all_paused():
         core.reaper.drain()
         if core.verifying:
@@ -119,12 +119,12 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
 
 
 def _insist(core: Core, make: Callable[[int, VcpuHandle], AnyRequest]) -> None:
-    """Every worker follows, or goes: one that has other memory than the machine must not run on."""
+    """Every worker follows, or goes: one that has other memory than the machine must not keep running."""
     for vcpu in core.live:
         try:
             core.vcpus.request([vcpu], make)
         except VmmError as exc:
-            core.vcpus.give_up([vcpu], f"did not follow a change of the machine's memory: {exc}")
+            core.vcpus.give_up([vcpu], f"did not apply a change of the machine's memory slots: {exc}")
 
 
 def _holds_guest(core: Core, slot: MemorySlot) -> bool:
@@ -138,5 +138,5 @@ def _slot(core: Core, slot_id: int) -> MemorySlot:
     slots = core.parts.log.slots
     if slot_id not in slots:
         there = ", ".join(str(i) for i in slots)
-        raise VmmError(f"there is no memory slot {slot_id} (there are: {there})")
+        raise VmmError(f"there is no memory slot {slot_id} (existing slots: {there})")
     return slots[slot_id]

@@ -25,7 +25,7 @@ class Incoming:
         self._core = core
         self._tracking = tracking
         self._watch: Watch | None = None
-        #: Who fills the pages in; it stays when that process has gone. None: no page is missing.
+        #: The process that fills in the pages; it stays when that has ended. None: no page is missing.
         self.owner: ProcessId | None = None
 
     def adopt(self, owner: ProcessId | None) -> None:
@@ -98,10 +98,11 @@ class Incoming:
         core.save_if_possible()
 
     def _lost(self) -> None:
-        """Who fills in the memory has gone: the guest can never go on, and must not with zeros instead."""
+        """The process that fills in the memory has ended: the guest can never continue, and must not do so with zeros
+        instead."""
         core = self._core
         self._watch = None
-        core.tell({"event": "incoming-lost", "detail": "the process that received this machine's memory ended "
-                                                       "before all of it was here"})
+        core.tell({"event": "incoming-lost", "detail": "the process receiving this machine's memory ended "
+                                                       "before all of it had arrived"})
         for vcpu in core.vcpus.all:
             vcpu.signal(signal.SIGKILL)

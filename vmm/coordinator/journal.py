@@ -4,9 +4,9 @@ It is the one place that says what the machine is: which slots and clients there
 A verb changes the machine in such an order that at each moment either the journal is true, or what differs from it
 can be told by looking, and is put right by whoever takes over (vmm/coordinator/takeover.py):
 
-* What is **made** (segments, a slot in the workers) is made first, and then written down. Until then nobody counts
+* What is **made** (segments, a slot in the workers) is made first, and then written down. Until then nothing counts
   on it: a successor removes what the journal does not name.
-* What **goes** is struck out first, and then removed. Until then nobody counts on its absence: the same holds.
+* What **goes** is struck out first, and then removed. Until then nothing counts on its absence: the same holds.
 * What is **switched** (logging, tracking) is written down first, and then done. A successor does what is left of
   it.
 
@@ -47,7 +47,7 @@ class Holds(msgspec.Struct):
     pauses: list[Hold]
     handed_over: HandedOver | None
     leases: list[Lease]
-    user_limits: list[int]      # of each vCPU, pages a second
+    user_limits: list[int]      # of each vCPU, pages per second
     limits: list[Limit]
     clients: list[Hold]
     writes: list[HostWrite]
@@ -69,7 +69,7 @@ class Saved(msgspec.Struct, kw_only=True):
     exits: dict[int, Exited]
     started: float | None                   # when the guest was let go
     elapsed: float | None                   # seconds that it ran, once it has ended
-    stopping: int                           # an ExitReason: somebody wants it to end
+    stopping: int                           # an ExitReason: why it has been asked to end
     tracking: str                           # one of vmm.machine.trackings.MODES
     asked_tracking: str                     # one of vmm.machine.trackings.CHOICES
     verification: Verification | None
@@ -97,8 +97,8 @@ class Journal:
             saved = msgspec.json.decode(text, type=Saved)
         except msgspec.MsgspecError as exc:
             record.close()
-            raise VmmError(f"machine '{machine}' cannot be taken over: its journal is of another version of this "
-                           f"program ({exc})", ExitCode.WORKER_DIED) from None
+            raise VmmError(f"machine '{machine}' cannot be taken over: its journal was written by another version "
+                           f"of this program ({exc})", ExitCode.WORKER_DIED) from None
         return cls(record), saved
 
     @property

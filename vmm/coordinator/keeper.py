@@ -3,15 +3,15 @@
 ``vmm launch`` starts it; it claims the machine's name, starts the coordinator and waits. Only a decision ends a
 machine (docs/decisions/0011):
 
-* The coordinator says that it is done (vmm/coordinator/__main__.py) and ends: the keeper clears what may be left
+* The coordinator says that it is done (vmm/coordinator/entry.py) and ends: the keeper clears what may be left
   and passes on the exit status.
 * The coordinator ends without having said so, killed or of an error of its own: the workers stand on their own, so
   another coordinator is started, which carries on (invariant 5). After too many such deaths within a minute the
   machine is torn down: whatever kills them is not going to stop.
 * The launching process goes away before it has let the machine go, or says so, or the keeper gets SIGTERM: the
   machine ends in order. SIGQUIT (``vmm stop --force``): at once.
-* The machine's runtime directory is removed, or its lock: nobody could reach the machine any more, or somebody take
-  its memory for left-over, and it ends in order.
+* The machine's runtime directory is removed, or its lock: the machine could no longer be reached, or its memory be
+  taken for a leftover, and it ends in order.
 * The keeper itself is killed: the kernel sends the coordinator SIGTERM, which ends the machine in
   order; were that one killed too, the workers see the end of the keeper's pipe, clear the files and
   go (workers/service.py).
@@ -37,6 +37,7 @@ from typing import Any
 
 from ipc.claims import Claim
 from ipc.linux import inotify, process
+from ipc.run import own_process
 from workers import zygote
 
 from ..errors import ExitCode, VmmError
@@ -46,8 +47,8 @@ from ..machine.runtime import END, LET_GO, claim, release
 
 __all__ = ["Deaths", "main"]
 
-# There is no use in another coordinator when so many in a row have died that were at work for less than so many
-# seconds in all.
+# Another coordinator is of no use when so many in a row have died that were at work for less than so many seconds
+# in all.
 _LIVES = 6
 _LIVED = 60.0
 _END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it will
@@ -70,7 +71,7 @@ class Deaths:
 
 
 class Keeper:
-    """``tell`` passes a line on to whoever launches the machine."""
+    """``tell`` passes a line on to the process that launches the machine."""
 
     def __init__(self, name: str, spec: bytes, taken: Claim, status_fd: int, life_fd: int, launcher: int,
                  signals: int, log: LogFile) -> None:
@@ -83,7 +84,7 @@ class Keeper:
         self._log = log
         self._log_error = ""
         self._coordinator: subprocess.Popen[bytes] | None = None
-        self._zygote: subprocess.Popen[bytes] | None = None     # kept: its end is nobody's warning
+        self._zygote: subprocess.Popen[bytes] | None = None     # kept: its end is to raise no warning
         self._signals = signals
         # Only the keeper holds the write end: it closes when the keeper ends, however that happens.
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
@@ -96,7 +97,7 @@ class Keeper:
         self._error = ""
         self._said = b""
         self._kill_at: float | None = None  # monotonic seconds; when the coordinator must have ended
-        #: Why the machine is being ended; empty: nobody wants that.
+        #: Why the machine is being ended; empty: it is not.
         self.ending = ""
 
     # --- the machine's life -----------------------------------------------------------------------
@@ -105,7 +106,7 @@ class Keeper:
         """Until the machine has ended: exit status, state (``ended``, or ``failed`` to start) and why."""
         self._watch_directory()
         if self._launcher_fd < 0:
-            self.ending = "the process that had launched it went away"
+            self.ending = "the process that launched it has ended"
         deaths = Deaths(_LIVES, _LIVED)
         recover = False
         while not self.ending:
@@ -117,10 +118,10 @@ class Keeper:
             if not self._ready:
                 return int(ExitCode.WORKER_DIED), "failed", f"the coordinator died during set-up ({how})"
             if deaths.too_many(0.0 if self._at_work_since is None else time.monotonic() - self._at_work_since):
-                why = f"{_LIVES} coordinators died within {_LIVED:.0f} s of work, the last of {how}"
+                why = f"{_LIVES} coordinators died within {_LIVED:.0f} s of running time, the last one of {how}"
                 return int(ExitCode.WORKER_DIED), "ended", why
             recover = True
-            self.say("warning", f"coordinator died ({how}), another one takes over")
+            self.say("warning", f"the coordinator died ({how}); another one is taking over")
         return int(ExitCode.STOPPED), "ended" if self._ready else "failed", self.ending
 
     def _run_coordinator(self, *, recover: bool) -> str:
@@ -135,7 +136,7 @@ class Keeper:
                 sock = stack.enter_context(ours).fileno()
                 inherited.append(sock)
             self._coordinator = subprocess.Popen(
-                process.python_module("vmm.coordinator", str(write), str(self._alive_read), str(os.getpid()),
+                own_process("vmm.coordinator.entry", str(write), str(self._alive_read), str(os.getpid()),
                                       str(sock), str(self._claim.fd), str(terminal)),
                 stdin=subprocess.PIPE, stdout=self.log_write, stderr=self.log_write, pass_fds=inherited)
         os.close(write)
@@ -181,7 +182,7 @@ class Keeper:
                     self._end(f"its {'lock' if gone == self._claim.belongings.lock_path else 'runtime directory'}"
                               " was removed")
                 if self._left() == 0 and self._coordinator.poll() is None:
-                    self.say("error", f"the coordinator did not end within {_END_TIMEOUT:.0f} s and is killed")
+                    self.say("error", f"the coordinator did not end within {_END_TIMEOUT:.0f} s: killing it")
                     self._coordinator.kill()
                     self._kill_at = None
                 if pidfd in ready:
@@ -191,7 +192,7 @@ class Keeper:
 
     def _on_signal(self, signum: int) -> None:
         if signum == signal.SIGTERM:
-            self._end("its keeper got SIGTERM")
+            self._end("its keeper received SIGTERM")
         elif signum == signal.SIGQUIT:
             self._end("ended by force", at_once=True)
 
@@ -203,7 +204,7 @@ class Keeper:
             os.close(fd)
         self._life_fd = self._launcher_fd = -1
         if word != LET_GO:
-            self._end("its launch closed it" if word == END else "the process that had launched it went away")
+            self._end(f"the process that launched it {'closed it' if word == END else 'has ended'}")
 
     def _read_answer(self, fd: int) -> bool:
         """What the coordinator says; False when that was all."""
@@ -243,7 +244,7 @@ class Keeper:
         if self.ending and not at_once:
             return
         self.ending = why
-        self._log.say("info", f"is told to end: {why}")
+        self._log.say("info", f"ending the machine: {why}")
         self._kill_at = time.monotonic() + _END_TIMEOUT
         if coordinator is not None and coordinator.poll() is None:
             if at_once:
@@ -252,20 +253,20 @@ class Keeper:
                 coordinator.terminate()
 
     def _watch_directory(self) -> None:
-        """Without its directory nobody reaches the machine, and without its lock its memory is fair game."""
+        """Without its directory the machine is out of reach, and without its lock its memory counts as left over."""
         directory = self._claim.belongings.directory
         try:
-            # Cleaners of /tmp leave a directory alone that somebody has locked (systemd.io/TEMPORARY_DIRECTORIES).
+            # Cleaners of /tmp leave a directory alone that is locked (systemd.io/TEMPORARY_DIRECTORIES).
             fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
             self._watch_for = inotify.RemovalWatch(directory, self._claim.belongings.lock_path)
             self._watch_fd = self._watch_for.fd
         except OSError as exc:
-            self.say("warning", f"the runtime directory is not watched: {exc.strerror}")
+            self.say("warning", f"cannot watch the runtime directory: {exc.strerror}")
 
     # --- what is said -------------------------------------------------------------------------------
 
     def tell(self, answer: dict[str, Any]) -> None:
-        """To whoever launches the machine, if it is there still."""
+        """To the process that launches the machine, if it is still there."""
         with contextlib.suppress(OSError):
             os.write(self._status_fd, json.dumps(answer).encode() + b"\n")
 
@@ -282,7 +283,7 @@ class Keeper:
             return
         self._log.feed(data)
         if self._log.error and not self._log_error:
-            _print(f"vmm: machine '{self._name}': its log cannot be written ({self._log.error}); it runs on")
+            _print(f"vmm: machine '{self._name}': cannot write its log ({self._log.error}); it keeps running")
             self._log_error = self._log.error
 
     def read_all_of_log(self) -> None:
@@ -291,7 +292,7 @@ class Keeper:
         while True:
             try:
                 data = os.read(self.log_read, _READ)
-            except BlockingIOError:     # somebody has kept the other end open
+            except BlockingIOError:     # another process has kept the other end open
                 return
             if not data:
                 return
@@ -341,11 +342,11 @@ def _open_record(name: str) -> records.Record | str:
     try:
         return records.Record(name)
     except (OSError, VmmError) as exc:
-        return f"no log and no report are kept: {exc}"
+        return f"no log and no report will be kept: {exc}"
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID``; the machine's specification is on
+    """``vmm.coordinator.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID``; the machine's specification is on
     standard input."""
     name = argv[0]
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
@@ -381,7 +382,7 @@ def main(argv: list[str]) -> int:
         if state == "failed":
             keeper.tell({"error": f"machine '{name}' did not start: {why}", "code": code})
         elif why and not keeper.ending:
-            _print(f"vmm: machine '{name}': {why} (vmm logs {name})")
+            _print(f"vmm: machine '{name}': {why} (see vmm logs {name})")
         release(taken)
     return code
 
@@ -395,7 +396,3 @@ def _report(name: str, record: records.Record, code: int, state: str, why: str, 
         elif ending:
             record.explain(ending)
     record.close()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

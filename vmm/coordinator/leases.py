@@ -27,38 +27,38 @@ __all__ = ["KINDS", "Change", "Lease", "Leases"]
 
 
 class Change(enum.StrEnum):
-    """What somebody may want to do to a machine. The value completes "… cannot" for people."""
+    """What a client may want to do to a machine. The value completes "… cannot" in error messages."""
 
     MIGRATION = "be migrated"
-    SNAPSHOT = "be saved"
-    INCOMING = "arrive"
+    SNAPSHOT = "have a snapshot taken"
+    INCOMING = "be received"
     SLOTS = "have its memory slots changed"
-    UNLOG = "do without its dirty log"
+    UNLOG = "have its dirty logging stopped"
     START = "be started"
-    STATE = "be given another state"
+    STATE = "have its state set"
     HOST_WRITE = "be written to by the host"
-    REGISTER = "have a new client of its dirty log"
+    REGISTER = "take a new dirty-log client"
 
 
-#: What a lease of each kind keeps everybody from, its own process too.
+#: What a lease of each kind keeps every process from, its own too.
 _KEPT_OUT = {
     "migration": {Change.MIGRATION, Change.SNAPSHOT, Change.INCOMING, Change.SLOTS, Change.UNLOG},
     "snapshot": {Change.MIGRATION, Change.INCOMING, Change.SLOTS, Change.UNLOG},
     "incoming": {Change.MIGRATION, Change.SNAPSHOT, Change.INCOMING, Change.SLOTS},
 }
-#: And what everybody but who shows the lease's token.
+#: And what it keeps all but those from that show the lease's token.
 _KEPT_OUT_OTHERS = {
     "incoming": {Change.START, Change.STATE, Change.HOST_WRITE, Change.REGISTER},
 }
-#: What a machine that was handed over is kept from: its memory is still being sent, or not to be had any more.
+#: What a machine that was handed over is kept from: its memory is still being sent, or no longer current.
 _KEPT_OUT_HANDED_OVER = {Change.HOST_WRITE, Change.SLOTS}
 KINDS = tuple(_KEPT_OUT)
 
-#: What it is that goes on, and what can be done about it; with {name} and {why}.
-_GOES_ON = {
-    "migration": ("it is being migrated {why}", "vmm migrate cancel {name}, or wait for it"),
-    "snapshot": ("a snapshot is being taken {why}", "wait for it"),
-    "incoming": ("it is arriving {why}", "wait until it is here"),
+#: What is in progress, and what can be done about it; with {name} and {why}.
+_IN_PROGRESS = {
+    "migration": ("it is being migrated {why}", "wait for it, or run vmm migrate cancel {name}"),
+    "snapshot": ("a snapshot is being taken {why}", "wait until it is done"),
+    "incoming": ("it is still arriving {why}", "wait until it has arrived"),
 }
 
 
@@ -99,36 +99,36 @@ class Leases:
                 continue
             others = _KEPT_OUT_OTHERS.get(lease.kind, set())
             if change in _KEPT_OUT[lease.kind] or (change in others and lease.token != token):
-                what, advice = (text.format(name=name, why=lease.why) for text in _GOES_ON[lease.kind])
-                raise VmmError(f"machine '{name}' cannot {change.value} now: {what} (pid {lease.owner.pid}): "
+                what, advice = (text.format(name=name, why=lease.why) for text in _IN_PROGRESS[lease.kind])
+                raise VmmError(f"machine '{name}' cannot {change.value} now: {what} (pid {lease.owner.pid}); "
                                f"{advice}")
             if change is Change.HOST_WRITE and lease.frozen:
                 raise VmmError(f"machine '{name}' cannot {change.value} now: its memory is being copied for the "
-                               f"last time by {lease.who}")
+                               f"last time ({lease.who}); wait for that")
         handed_over = self._pauses.handed_over
         if handed_over is not None and change in _KEPT_OUT_HANDED_OVER:
             raise VmmError(f"machine '{name}' cannot {change.value}: it was handed over to {handed_over.to}")
 
     @property
     def at_hand_over(self) -> str:
-        """Who has the machine for a migration, for people; empty: nobody."""
+        """The process that has the machine for a migration, for people; empty: none."""
         return next((lease.who for lease in self.held if lease.kind == "migration"), "")
 
     # --- verbs; all may be repeated --------------------------------------------------------------
 
     def take(self, lease: Lease, *, recover: bool) -> None:
-        """``recover``: a migration that goes on with a machine which was handed over. Raises VmmError."""
+        """``recover``: a migration that continues with a machine which was handed over. Raises VmmError."""
         core, name = self._core, self._core.spec.name
         core.require_not_ended()
         if lease.kind not in KINDS:
-            raise VmmError(f"unknown lease '{lease.kind}' (there are: {', '.join(KINDS)})")
+            raise VmmError(f"unknown lease '{lease.kind}' (choose from {', '.join(KINDS)})")
         self.require(Change[lease.kind.upper()], but=lease.token)
         handed_over = self._pauses.handed_over
         if lease.kind == "incoming":
             if self.held.get(lease.token) is None:
                 core.require_not_started()
         elif recover and handed_over is None:
-            raise VmmError(f"machine '{name}' was not handed over, or has been taken back since")
+            raise VmmError(f"machine '{name}' has not been handed over, or has been taken back since")
         elif handed_over is not None and not recover and self.held.get(lease.token) is None:
             raise VmmError(f"machine '{name}' was handed over to {handed_over.to}")
         if not self.held.add(lease):
@@ -156,19 +156,19 @@ class Leases:
             raise
 
     def thaw(self, token: str) -> None:
-        """Host writes may begin; the guest runs on, if nobody else holds it."""
+        """Host writes may begin; the guest continues, if nothing else holds it."""
         lease = self._lease(token)
         lease.frozen = False
         if not self._pauses.give_back(token):
             self._core.save_if_possible()
 
     def hand_over(self, token: str, to: str) -> None:
-        """The machine is not this host's any more, from before this returns. Raises VmmError."""
+        """The machine is no longer this host's, from before this returns. Raises VmmError."""
         lease = self._lease(token)
         if lease.kind != "migration":
-            raise VmmError(f"a machine is handed over by a migration, not by a {lease.kind}")
+            raise VmmError(f"only a migration can hand over a machine (this lease is of kind {lease.kind})")
         if not lease.frozen and self._pauses.handed_over is None:
-            raise VmmError(f"machine '{self._core.spec.name}' is not frozen: it cannot be handed over")
+            raise VmmError(f"machine '{self._core.spec.name}' is not frozen and cannot be handed over")
         self._pauses.hand_over(HandedOver(to, lease.owner))
 
     def take_back(self, token: str) -> None:
@@ -177,7 +177,7 @@ class Leases:
         self._pauses.hand_over(None)
 
     def end(self, token: str) -> bool:
-        """False when there is none of that token."""
+        """False when there is no lease of that token."""
         if self.held.pop(token) is None:
             return False
         if not self._pauses.give_back(token):

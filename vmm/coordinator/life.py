@@ -1,4 +1,4 @@
-"""A machine's life: ready, running, ended; who wants it to end, and the report that it leaves."""
+"""A machine's life: ready, running, ended; why it is to end, and the report that it leaves."""
 
 from __future__ import annotations
 
@@ -126,6 +126,6 @@ class Life:
         try:
             records.write_report(core.spec.name, self.final)
         except OSError as exc:
-            core.warn(f"its report cannot be kept: {exc}")
+            core.warn(f"cannot save its report: {exc}")
         step("report-kept")
         core.tell({"event": "ended", "exit_code": int(code), "cause": cause})

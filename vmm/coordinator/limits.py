@@ -1,6 +1,6 @@
-"""The dirty limit: how many pages a second a vCPU may dirty (workers/throttle.py holds it to that).
+"""The dirty limit: how many pages per second a vCPU may dirty (workers/throttle.py holds it to that).
 
-The user's limit stays; those of processes lie over it and go with them. The least counts.
+The user's limit stays; those of processes are added to it and go with them. The lowest applies.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Limit", "Limits", "with_limits"]
 
 
 class Limit(Hold):
-    """A process' limits. ``quotas``: {vCPU: pages a second}, above 0."""
+    """A process' limits. ``quotas``: {vCPU: pages per second}, above 0."""
 
     quotas: dict[int, int] = msgspec.field(default_factory=dict)
 
 
 class Limits:
-    """``user``: of each vCPU, pages a second; 0: none."""
+    """``user``: of each vCPU, pages per second; 0: none."""
 
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
         self._core = core
@@ -49,7 +49,7 @@ class Limits:
         if pages_per_s and core.spec.ring_entries:  # auto: to a ring
             self._tracking.choose(limited=True)
         if pages_per_s and not core.parts.ring_entries:
-            raise VmmError(f"a dirty limit needs dirty rings: this machine has tracking {core.parts.tracking}")
+            raise VmmError(f"a dirty limit needs dirty rings, but the tracking mode is {core.parts.tracking}")
         before = list(self.user)
         fresh = hold is not None and self.held.add(hold)
         there = None if hold is None else self.held.get(hold.token)
@@ -86,11 +86,11 @@ class Limits:
         if vcpu is None:
             return range(count)
         if not 0 <= vcpu < count:
-            raise VmmError(f"there is no vCPU {vcpu} (there are 0 to {count - 1})")
+            raise VmmError(f"there is no vCPU {vcpu} (existing vCPUs: 0 to {count - 1})")
         return range(vcpu, vcpu + 1)
 
     def quota(self, vcpu: int) -> int:
-        """What counts for this vCPU: the least of all; 0: nothing."""
+        """What applies to this vCPU: the lowest of all; 0: none."""
         quotas = [self.user[vcpu], *(limit.quotas.get(vcpu, 0) for limit in self.held)]
         return min((q for q in quotas if q), default=0)
 

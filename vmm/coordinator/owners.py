@@ -67,7 +67,7 @@ class Owners:
             except ProcessLookupError:
                 raise
             except OSError as exc:
-                raise VmmError(f"process {process.pid} cannot be watched: {exc.strerror}") from None
+                raise VmmError(f"cannot watch process {process.pid}: {exc.strerror}") from None
             self._by_process[process] = self.watched[watched.fd] = watched
             self._poll.register(watched.fd, select.POLLIN)
         watch = Watch(self, process, on_end)
@@ -75,8 +75,8 @@ class Owners:
         return watch
 
     def look(self) -> None:
-        """Before a verb is carried out: who had ended when it was sent holds nothing any more. (The loop's poll may
-        have found the verb alone.)"""
+        """Before a verb is carried out: a process that had ended when it was sent no longer holds anything. (The
+        loop's poll may have found the verb alone.)"""
         if self.watched:
             self.ended([fd for fd, _ in self._poll.poll(0)])
 
@@ -153,10 +153,10 @@ class Held(Generic[H]):
         there = self.get(hold.token)
         if there is not None:
             if there.owner != hold.owner:
-                raise VmmError(f"'{hold.token}' is held by {there.who}")
+                raise VmmError(f"token '{hold.token}' is already held by {there.who}")
             return False
         if not 0 < len(hold.token) <= _TOKEN_MAX:
-            raise VmmError(f"a token has 1 to {_TOKEN_MAX} characters")
+            raise VmmError(f"a token must have 1 to {_TOKEN_MAX} characters")
         try:
             self._put(hold)
         except ProcessLookupError:
@@ -191,6 +191,6 @@ class Held(Generic[H]):
 
 
 def unseen(process: ProcessId) -> VmmError:
-    """To who asks for something to be held for a process that is not there."""
-    return VmmError(f"nothing can be held for process {process.pid or '(unknown)'}: the machine's coordinator does "
-                    "not see it as it sees itself (it has ended, or runs in another PID or time namespace)")
+    """For a request to hold something for a process that is not there."""
+    return VmmError(f"nothing can be held for process {process.pid or '(unknown)'}: the machine's coordinator "
+                    "cannot identify it (it has ended, or runs in another PID or time namespace)")

@@ -1,7 +1,7 @@
-"""Who wants the guest to stand still. It runs when nobody does.
+"""What keeps the guest paused. It runs when nothing does.
 
 There is one pause of the user's (``vmm pause``), any number of those of processes, and that of a machine which was
-handed over to another host, which stays until somebody takes the machine back.
+handed over to another host, which stays until the machine is taken back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["HandedOver", "Pauses"]
 
 
 class HandedOver(msgspec.Struct, frozen=True):
-    """The machine was given to another host: it is not to run here again, unless it is taken back."""
+    """The machine was given to another host: it must not run here again, unless it is taken back."""
 
     to: str             # where, for people
     by: ProcessId       # the process that did it; it may have gone
@@ -37,17 +37,17 @@ class Pauses:
 
     @property
     def paused(self) -> bool:
-        """Somebody wants the guest to stand still."""
+        """The guest is to stand still."""
         return self.user or len(self.held) > 0 or self.handed_over is not None
 
     @property
     def running(self) -> bool:
-        """The guest has been started, has not ended, and nobody wants it to stand still."""
+        """The guest has been started, has not ended, and nothing keeps it paused."""
         return self._core.state == "running" and not self.paused
 
     @property
     def holders(self) -> list[str]:
-        """Each who wants it, for people."""
+        """Everything that keeps it paused, for people."""
         return ([f"handed over to {self.handed_over.to}"] if self.handed_over else []) + \
                (["the user"] if self.user else []) + [hold.who for hold in self.held]
 
@@ -89,17 +89,19 @@ class Pauses:
         step("pause-standing")
 
     def resume(self, *, force: bool, held: str) -> list[str]:
-        """Take back the user's pause; who wants it to stand still all the same. ``force``: also a machine that was
+        """Take back the user's pause; what still keeps it paused. ``force``: also a machine that was
         handed over; ``held``: what has it while that is under way, for people. Raises VmmError."""
         core = self._core
         core.require_not_ended()
         if self.handed_over is not None:
             to = self.handed_over.to
             if held:
-                raise VmmError(f"machine '{core.spec.name}' was handed over to {to}, and {held} is at it still")
+                raise VmmError(f"machine '{core.spec.name}' was handed over to {to}, and {held} is still in "
+                               "progress")
             if not force:
-                raise VmmError(f"machine '{core.spec.name}' was handed over to {to}, and runs there. If it is lost "
-                               f"there for good: vmm resume --force {core.spec.name} goes on here from that moment")
+                raise VmmError(f"machine '{core.spec.name}' was handed over to {to} and runs there. If it is lost "
+                               f"there for good, vmm resume --force {core.spec.name} resumes it here from the "
+                               "hand-over")
         before = self.user, self.handed_over
         self.user, self.handed_over = False, None
         try:
@@ -132,8 +134,8 @@ class Pauses:
         self._follow()
 
     def _given_back(self) -> None:
-        """A process has no pause any more. The journal need not be told at once: a successor finds a pause whose
-        process has gone, or who gave it back asks again."""
+        """A process no longer has a pause. The journal need not be told at once: a successor finds a pause whose
+        process has gone, or the one that gave it back asks again."""
         self._follow()
         self._core.save_if_possible()
 

@@ -16,7 +16,7 @@ __all__ = ["Recording"]
 
 
 class Recording:
-    """It ends with the coordinator: whoever takes over removes its segment, and the trace says that it was
+    """It ends with the coordinator: a successor removes its segment, and the trace says that it was
     interrupted."""
 
     def __init__(self, core: Core, tracking: TrackingSwitch) -> None:
@@ -26,7 +26,7 @@ class Recording:
 
     @property
     def owner(self) -> ProcessId | None:
-        """Who records; None: nobody."""
+        """The process that records; None: none does."""
         return self._owner.process if self._owner is not None else None
 
     def start(self, owner: ProcessId) -> None:
@@ -35,13 +35,13 @@ class Recording:
         core.require_not_ended()
         if core.reaper.recorder is not None:
             pid = self._owner.process.pid if self._owner is not None else 0
-            raise VmmError(f"machine '{core.spec.name}' is being recorded already (pid {pid})")
+            raise VmmError(f"machine '{core.spec.name}' is already being recorded (pid {pid})")
         self._tracking.choose(recorded=True)
         if not core.parts.ring_entries:
-            how = (f"vmm tracking {core.spec.name} ring" if core.spec.ring_entries
+            how = (f"run vmm tracking {core.spec.name} ring" if core.spec.ring_entries
                    else "launch it with a dirty_ring_size")
-            raise VmmError(f"machine '{core.spec.name}' has tracking {core.parts.tracking}, which does not say "
-                           f"which page came after which: a trace needs dirty rings ({how})")
+            raise VmmError(f"machine '{core.spec.name}' has tracking mode {core.parts.tracking}, which does not "
+                           f"record the order in which pages are dirtied: a trace needs dirty rings ({how})")
         core.flush()        # what was dirtied before does not belong to it
         step("record-start")
         core.reaper.recorder = Recorder(core.spec.name, core.parts.log.tables[0])
@@ -75,10 +75,10 @@ class Recording:
 
     def _require_recording(self, asker: int) -> None:
         if self._core.reaper.recorder is None:
-            raise VmmError(f"machine '{self._core.spec.name}' is not being recorded (any more)")
+            raise VmmError(f"machine '{self._core.spec.name}' is not being recorded (or no longer is)")
         if self._owner is not None and self._owner.process.pid != asker:
-            raise VmmError(f"machine '{self._core.spec.name}' is being recorded by another process "
-                           f"({self._owner.process.pid})")
+            raise VmmError(f"machine '{self._core.spec.name}' is being recorded by another process (pid "
+                           f"{self._owner.process.pid})")
 
     def close(self) -> None:
         """Idempotent."""

@@ -1,7 +1,7 @@
 """A migration whose process was killed after the machine had been handed over is finished by another.
 
-The machine stands still here, and the target may never have been told to run it: without somebody who tells it,
-nobody would. That is a client's process like the one that died (vmm/consumers/migration/recoverer.py), so the
+The machine stands still here, and the target may never have been told to run it: unless something tells it, the
+machine runs nowhere. A client's process does so, like the one that died (vmm/consumers/migration/recoverer.py), so the
 coordinator does no more than start it; it takes the lease that the dead one had, or leaves that to a user who was
 quicker.
 """
@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 
-from ipc.linux.process import python_module
+from ipc.run import own_process
 
 __all__ = ["Recovery"]
 
@@ -32,14 +32,14 @@ class Recovery:
     def begin(self) -> None:
         now = time.monotonic()
         if len(self._begun) == _TRIES and now - self._begun[0] < _SECONDS:
-            self._say(f"{_TRIES} processes that were to finish its migration were killed within {_SECONDS:.0f} s; "
-                      f"vmm migrate {self._machine} ADDRESS --recover begins another")
+            self._say(f"{_TRIES} processes that were to finish its migration were killed within {_SECONDS:.0f} s; to "
+                      f"start another one, run vmm migrate {self._machine} ADDRESS --recover")
             return
         self._begun.append(now)
         self._processes = [p for p in self._processes if p.poll() is None]
         try:
             self._processes.append(subprocess.Popen(
-                python_module("vmm.consumers.migration.recoverer", self._machine), stdin=subprocess.DEVNULL,
+                own_process("vmm.consumers.migration.recoverer", self._machine), stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, start_new_session=True))
         except OSError as exc:
             self._say(f"its migration cannot be finished: {exc.strerror}")

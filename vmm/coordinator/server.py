@@ -106,8 +106,8 @@ class ControlServer:
             if connection.uid not in (os.geteuid(), 0):
                 connection.close()
             elif len(self._connections) >= _CONNECTIONS:
-                self._refuse(connection, f"machine '{self._machine}' has {_CONNECTIONS} connections to its control "
-                                         "socket already: close some")
+                self._refuse(connection, f"machine '{self._machine}' already has {_CONNECTIONS} connections to its "
+                                         "control socket: close some of them")
             else:
                 self._connections[connection.fileno()] = connection
 
@@ -178,7 +178,7 @@ class ControlServer:
         except Exception as exc:
             _log.exception("%s failed", name)
             return _error(number, f"machine '{self._machine}': {name} failed: {type(exc).__name__}: {exc} (this is "
-                                  f"a bug; vmm logs {self._machine} shows where)", ExitCode.BUG)
+                                  f"a bug; see vmm logs {self._machine})", ExitCode.BUG)
 
     def close(self) -> None:
         """Who waits for events has the last of them first."""

@@ -28,7 +28,7 @@ def handlers(machine: Families) -> dict[type[verbs.Verb], Handler]:
     core, life, pauses, leases = machine.core, machine.life, machine.pauses, machine.leases
 
     def allowed(change: Change, then: Handler) -> Handler:
-        """Unless somebody has a lease that keeps it out."""
+        """Unless a lease keeps it out."""
         def handler(verb: Any) -> dict[str, Any] | None:
             leases.require(change, verb.lease)
             return then(verb)
@@ -113,7 +113,7 @@ def _mark(machine: Families, verb: verbs.Mark) -> None:
     if verb.when == "made":
         return machine.core.parts.log.mark(verb.slot, verb.first, verb.count, verb.born)
     if verb.born is None:
-        raise VmmError("a write begins in a slot with its born")
+        raise VmmError("the beginning of a write must name the slot's 'born'")
     machine.writes.begin(HostWrite(verb.token, verb.why, _owner(machine, verb), verb.slot, verb.born, verb.first,
                                    verb.count))
 

@@ -17,7 +17,7 @@ __all__ = ["TrackingSwitch"]
 
 
 class TrackingSwitch:
-    """``asked``: one of vmm.machine.trackings.CHOICES; ``switches``: how often the way has changed."""
+    """``asked``: one of vmm.machine.trackings.CHOICES; ``switches``: how often the mode has changed."""
 
     def __init__(self, core: Core, asked: str) -> None:
         self._core = core
@@ -45,9 +45,9 @@ class TrackingSwitch:
         check_tracking(asked, core.spec.accel, core.spec.ring_entries)
         if asked not in ("ring", "auto") and core.reaper.recorder is not None:
             raise VmmError(f"machine '{core.spec.name}' is being recorded (vmm trace record), which needs dirty "
-                           "rings: end that first")
+                           "rings: stop the recording first")
         if asked not in ("ring", "auto") and self._limited():
-            what = f"by {', '.join(limits)}: wait for that" if limits else (
+            what = f"it was set by {', '.join(limits)}; wait for that" if limits else (
                 f"cancel it first (vmm dirty-limit cancel {core.spec.name})")
             raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: {what}")
         before = core.parts.tracking
@@ -99,7 +99,7 @@ class TrackingSwitch:
         except (VmmError, SegmentError) as exc:
             self.asked = core.parts.tracking
             core.save_if_possible()
-            core.tell({"event": "warning", "text": f"tracking is {self.asked} from now on: {exc}"})
+            core.tell({"event": "warning", "text": f"the tracking mode stays {self.asked} from now on: {exc}"})
 
     def require_log(self) -> None:
         """Raises VmmError."""

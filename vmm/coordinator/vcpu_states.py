@@ -25,13 +25,13 @@ def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any
     core.require_whole_memory()
     dead = [str(s.index) for s in core.vcpus.all if not s.alive]
     if dead:
-        raise VmmError(f"vCPU {', '.join(dead)}: its worker is gone, and its state with it", ExitCode.WORKER_DIED)
+        raise VmmError(f"vCPU {', '.join(dead)}: its worker has ended, and its state is lost", ExitCode.WORKER_DIED)
     replies = core.vcpus.request(core.vcpus.all, lambda seq, s: GetState(seq))
     log = core.parts.log
     spec = msgspec.structs.replace(spec, slots=[slot.now for slot in log.slots.values()])
     gone = [str(s.index) for s in core.vcpus.all if s.index not in replies]
     if gone:
-        raise VmmError(f"vCPU {', '.join(gone)}: its worker ended, and its state with it", ExitCode.WORKER_DIED)
+        raise VmmError(f"vCPU {', '.join(gone)}: its worker ended, and its state is lost", ExitCode.WORKER_DIED)
     states = _checked([replies[s.index].data for s in core.vcpus.all], core)
     return {"spec": msgspec.to_builtins(spec),
             "vcpus": [plain_state(_with_exit(state, vcpu.exited))

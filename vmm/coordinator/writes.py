@@ -1,6 +1,6 @@
 """Host writes: memory that a process of the host, not the guest, is writing to.
 
-KVM logs the guest's stores alone. Whoever writes says so before (``begin``) and after it (``end``). In between the
+KVM logs only the guest's stores. A writer says so before (``begin``) and after it (``end``). In between the
 pages are dirty in every sync: one that comes before the write has the page as it was, the next has it again. A
 writer that dies in between changes nothing of that, nor does a coordinator: its pages are dirty once more, and
 then it is over.
@@ -56,7 +56,7 @@ class HostWrites:
 
     def end(self, token: str) -> None:
         """It has been made. May be repeated. Raises VmmError where the slot was removed meanwhile: what was written
-        is gone with it."""
+        is lost with it."""
         write = self.held.pop(token)
         if write is None:
             return

@@ -59,14 +59,14 @@ class Workload:
         return Path(str(resources.files(__name__) / f"{self.name}.elf"))
 
 
-_WRITES = Param("writes", 100_000, 0, _U32, "pages to write, per vCPU; 0: for ever")
-_SEED = Param("seed", 1, 0, _U64, "of the random numbers")
+_WRITES = Param("writes", 100_000, 0, _U32, "pages to write, per vCPU; 0: indefinitely")
+_SEED = Param("seed", 1, 0, _U64, "seed of the random numbers")
 _PAGES = Param("pages", 0, 0, _U32, "pages of its share that a vCPU uses; 0: all")
 _SPIN = Param("spin", 0, 0, _U32, "pause instructions after each write, to lower the rate")
 
 _ALL = (
     Workload("sequential", "each vCPU walks over its own pages and increments a word in each", (
-        Param("passes", 4, 0, _U32, "walks over the share; 0: for ever"),
+        Param("passes", 4, 0, _U32, "walks over the share; 0: indefinitely"),
         Param("stride", 1, 1, 1 << 20, "pages from one write to the next"),
         _PAGES, _SPIN,
     )),
@@ -81,16 +81,16 @@ _ALL = (
     Workload("stamp", "each vCPU stamps round, vCPU and a sequence number into random pages of its share",
              (_WRITES, _SEED, _PAGES, _SPIN), deterministic=False),
     Workload("counter", "all vCPUs raise one counter under a lock; the last to finish checks the sum", (
-        Param("increments", 100_000, 0, _U32, "per vCPU"),
+        Param("increments", 100_000, 0, _U32, "increments per vCPU"),
         Param("mode", 0, 0, 3, "0 lock inc; 1 lock cmpxchg spinlock, locked release; 2 xchg spinlock, plain "
                                "release; 3 lock cmpxchg spinlock, plain release"),
     ), exact=False),
     Workload("idle", "sleeps and writes nothing",
-             (Param("milliseconds", 1000, 0, _U32, "before it ends; 0: for ever"),)),
+             (Param("milliseconds", 1000, 0, _U32, "time until it ends; 0: indefinitely"),)),
     Workload("hello", "each vCPU greets on the console",
-             (Param("lines", 1, 0, _U32, "per vCPU"),)),
+             (Param("lines", 1, 0, _U32, "lines per vCPU"),)),
     Workload("pingpong", "the vCPUs take turns, waiting for and waking one another",
-             (Param("turns", 1000, 0, (1 << 24) - 1, "per vCPU"),)),
+             (Param("turns", 1000, 0, (1 << 24) - 1, "turns per vCPU"),)),
 )
 
 #: Every sample guest by its name.
@@ -102,7 +102,7 @@ def get_workload(name: str) -> Workload:
     workload = WORKLOADS.get(name)
     if workload is None:
         raise WorkloadError(f"unknown workload '{one_line(str(name), 60)}'{_suggestion(name, WORKLOADS)}; "
-                            f"there are: {', '.join(WORKLOADS)}")
+                            f"choose from {', '.join(WORKLOADS)}")
     return workload
 
 
@@ -113,12 +113,12 @@ def resolve_params(workload_name: str, params: Mapping[str, int]) -> list[int]:
     for name, value in params.items():
         if name not in known:
             raise WorkloadError(f"workload {workload.name} has no parameter '{one_line(str(name), 60)}'"
-                                f"{_suggestion(name, known)}; it has: {', '.join(known)}", name)
+                                f"{_suggestion(name, known)}; choose from {', '.join(known)}", name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise WorkloadError(f"workload {workload.name}: {name} must be a whole number, not {value!r}", name)
+            raise WorkloadError(f"workload {workload.name}: {name} must be a whole number (got {value!r})", name)
         low, high = known[name].minimum, known[name].maximum
         if not low <= value <= high:
-            raise WorkloadError(f"workload {workload.name}: {name} must be from {low} to {high}, not {value}", name)
+            raise WorkloadError(f"workload {workload.name}: {name} must be from {low} to {high} (got {value})", name)
     return [params.get(param.name, param.default) for param in workload.params]
 
 

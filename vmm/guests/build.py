@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vmm.guests.build",
                                      description="Build the images of the sample guests.")
     parser.add_argument("--check", action="store_true",
-                        help="change nothing; fail where an image is out of date")
+                        help="change nothing; fail if an image is out of date")
     check = parser.parse_args(arguments).check
     try:
         if check:
             stale = differing()
             for name in stale:
-                print(f"{name}.elf is not what {name}.S builds", file=sys.stderr)
+                print(f"{name}.elf does not match what {name}.S builds", file=sys.stderr)
             return 1 if stale else 0
         for source in sources():
             target = source.with_suffix(".elf")

@@ -40,7 +40,7 @@ class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
     ring_full_exits: int
     resets: int
     reset_s: float              # seconds in reset calls
-    ring_rebuilds: int          # the ring had lost count
+    ring_rebuilds: int          # after the ring's counts did not match
     bad_entries: int            # dropped: as_id, slot or offset cannot be
     guest_entries: int
     guest_s: float              # seconds in the guest, at ring-full, throttled
@@ -119,7 +119,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     clients: list[str]
     holders: list[Holder]
     handed_over: str            # address of the migration target that has it by now; empty: nobody has
-    incoming: bool              # post-copy: pages of its memory are still on their way here
+    incoming: bool              # post-copy: some of its memory has not arrived yet
     verification: VerificationReport | None
 
 

@@ -1,6 +1,6 @@
 """Where a migration goes to: ``tcp://HOST:PORT`` or ``ipc://PATH``, read and checked in one place.
 
-HOST is a name, an IPv4 address or an IPv6 one in brackets; who listens may also write ``*`` or the name of a
+HOST is a name, an IPv4 address or an IPv6 one in brackets; to listen, it may also be ``*`` or the name of a
 network interface, and ``*`` or 0 for a port that is free. PATH is that of a Unix socket; one that begins with ``@``
 is in Linux's abstract namespace.
 """
@@ -37,7 +37,7 @@ class Address:
 
     @property
     def abstract(self) -> bool:
-        """A name of Linux, and no file."""
+        """A name in Linux's abstract namespace, not a file."""
         return self.path.startswith("@")
 
     def endpoints(self) -> list[str]:
@@ -63,7 +63,7 @@ class Address:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=flags)
         except (OSError, UnicodeError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else "not a host name"
+            why = exc.strerror if isinstance(exc, OSError) else "not a valid host name"
             raise VmmError(f"address '{self.text}': host '{self.host}': {why}") from None
         return list(dict.fromkeys(str(where[0]) for *_, where in found))
 
@@ -73,7 +73,7 @@ def _bracketed(host: str) -> str:
 
 
 def parse_address(text: str, *, listen: bool = False) -> Address:
-    """Raises VmmError, one line, for what cannot be connected to (``listen``: listened at)."""
+    """Raises VmmError, one line, for what cannot be connected to (``listen``: listened on)."""
     def refuse(why: str) -> VmmError:
         return VmmError(f"address {text if len(text) <= 60 else text[:57] + '...'!r}: {why}")
 
@@ -81,14 +81,14 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
     if not separator or scheme not in ("tcp", "ipc") or not rest:
         raise refuse("write tcp://HOST:PORT or ipc://PATH")
     if any(ord(c) < 32 or ord(c) == 127 for c in rest):
-        raise refuse("it has a control character in it")
+        raise refuse("it contains a control character")
     if any("\ud800" <= c <= "\udfff" for c in rest):
-        raise refuse("it is not UTF-8")
+        raise refuse("it is not valid UTF-8")
     if scheme == "ipc":
         if rest in ("*", "@"):
             raise refuse("write ipc://PATH")
         if (size := len(rest.encode())) > _PATH_MAX:
-            raise refuse(f"its path has {size} bytes; a Unix socket's has {_PATH_MAX} at most")
+            raise refuse(f"its path has {size} bytes, but a Unix socket path may have at most {_PATH_MAX}")
         return Address(text, path=rest)
     host, separator, port = rest.rpartition(":")
     if not separator or not host:
@@ -104,11 +104,11 @@ def _host(host: str, listen: bool, refuse: Callable[[str], VmmError]) -> str:
             raise refuse(f"{host} is not an IPv6 address") from None
         return host[1:-1]
     if ":" in host:
-        raise refuse(f"an IPv6 address stands in brackets: tcp://[{host.strip('[]')}]:PORT")
+        raise refuse(f"write an IPv6 address in brackets: tcp://[{host.strip('[]')}]:PORT")
     if listen and host == "*":
         return host
     if not _HOST.fullmatch(host):
-        raise refuse(f"'{host}' is not the name or address of a host")
+        raise refuse(f"'{host}' is not a valid host name or address")
     return host
 
 

@@ -33,7 +33,7 @@ class Job(NamedTuple):
 
 
 def chunk_pages(bandwidth: float) -> int:
-    """Pages of a message, under a cap of so many bytes a second (0: none)."""
+    """Pages of a message, under a cap of so many bytes per second (0: none)."""
     return CHUNK_PAGES if not bandwidth else max(1, min(CHUNK_PAGES, int(bandwidth * _CHUNK_SECONDS / PAGE)))
 
 
@@ -114,7 +114,7 @@ class Channels:
                 if self._stop.is_set() or connection.broken:
                     break
             if connection.broken:
-                self._fail("a connection for pages broke")
+                self._fail("the connection of a page channel broke")
             if self._stop.is_set():
                 return
             self._sent(message, send_pages(connection.sock, message, data))

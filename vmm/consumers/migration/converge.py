@@ -1,7 +1,7 @@
 """When a migration's guest is stopped, and which vCPUs are held to a rate before: decisions without I/O.
 
-After every round of pre-copy the source says what was sent and what is dirty again, and is told how to go on. The
-downtime that is to be expected is what is left over what was sent a second, counting pages with bytes alone: zero
+After every round of pre-copy the source says what was sent and what is dirty again, and is told how to continue. The
+expected downtime is what is left divided by what was sent per second, counting pages with bytes alone: zero
 pages, of which a restored machine's first round is full, cost next to nothing and say nothing about those that will
 be sent while the guest stands still.
 """
@@ -24,7 +24,7 @@ class Next(Enum):
 
     ROUND = "another round"
     STOP = "the guest is stopped, the rest is sent"
-    POSTCOPY = "the guest is stopped, and goes on at the target before the rest is there"
+    POSTCOPY = "the guest is stopped, and resumes at the target before the rest has arrived"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Rules:
 @dataclass(frozen=True, slots=True)
 class Round:
     """``normal``: pages sent with their bytes; ``left``: pages dirty after it; ``dirtied``: pages that each vCPU
-    dirtied a second."""
+    dirtied per second."""
 
     normal: int
     seconds: float
@@ -56,9 +56,9 @@ class Convergence:
         self._rules = rules
         self._rounds = 0
         self._before: int | None = None     # pages left after the last round
-        #: Pages a second that can be sent; None while nothing with bytes was.
+        #: Pages per second that can be sent; None until some with bytes were.
         self.rate: float | None = None
-        #: {vCPU: pages a second it is held to}
+        #: {vCPU: pages per second it is held to}
         self.quotas: dict[int, int] = {}
 
     def expected_downtime(self, left: int) -> float | None:
@@ -68,7 +68,7 @@ class Convergence:
         return left / self.rate if self.rate else None
 
     def after(self, done: Round, *, can_limit: bool) -> Next:
-        """``quotas`` may be others afterwards. ``can_limit``: vCPUs can be held to a rate."""
+        """``quotas`` may have changed afterwards. ``can_limit``: vCPUs can be held to a rate."""
         self._rounds += 1
         if done.normal:
             self.rate = done.normal / max(done.seconds, 1e-6)

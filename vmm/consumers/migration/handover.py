@@ -65,14 +65,14 @@ def load_hand_over(machine: str) -> HandOver:
     try:
         return msgspec.json.decode(path.read_bytes(), type=HandOver)
     except FileNotFoundError:
-        raise VmmError(f"machine '{machine}' was not handed over to a target") from None
+        raise VmmError(f"machine '{machine}' has not been handed over to a target") from None
     except (OSError, msgspec.MsgspecError) as exc:
         raise VmmError(f"{path}: cannot be read: {exc}") from None
 
 
 @contextlib.contextmanager
 def uninterrupted(told: Callable[[int], None]) -> Iterator[None]:
-    """Meanwhile SIGINT and SIGTERM end nothing; ``told`` hears of each. Where somebody else than the main thread
+    """Meanwhile SIGINT and SIGTERM end nothing; ``told`` hears of each. Where a thread other than the main one
     migrates, signals are the main thread's affair anyway."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""CURVE: keys in files, and sockets that let in who has the right one, and nobody when in doubt.
+"""CURVE: keys in files, and sockets that let in only a peer that has the right one, and none when in doubt.
 
 ``vmm keys DIR NAME`` makes a pair: NAME.key to give away, NAME.key_secret to keep. Either end of a migration is
 given its own secret file and the other end's public one.
@@ -44,18 +44,19 @@ class Keys:
 
 def load_keys(key: str, peer: str, address: Address, *, insecure: bool = False) -> Keys | None:
     """Own secret key file, the other end's public one; None without. Raises VmmError for files that are not that,
-    for one without the other, and for a tcp address without keys that nobody allowed."""
+    for one without the other, and for a tcp address without keys unless ``insecure``."""
     if bool(key) != bool(peer):
-        raise VmmError("--key and --peer go together: own secret key file, the other end's public one")
+        raise VmmError("--key and --peer must be given together: this end's secret key file and the other end's "
+                       "public one")
     if not key:
         if not address.local and not insecure:
-            raise VmmError(f"address '{address.text}': guest memory would travel readable by everybody: give --key "
-                           "and --peer (vmm keys makes them), or --insecure")
+            raise VmmError(f"address '{address.text}': guest memory would be sent unencrypted: give --key and "
+                           "--peer (vmm keys creates them), or --insecure")
         return None
     public, secret = _load(key)
     other, _ = _load(peer)
     if secret is None:
-        raise VmmError(f"{key}: holds no secret key (it is the file that ends in .key_secret)")
+        raise VmmError(f"{key}: contains no secret key (use the file that ends in .key_secret)")
     return Keys(public, secret, other)
 
 
@@ -68,16 +69,16 @@ def _load(path: str) -> tuple[bytes, bytes | None]:
     found = {match[1]: match[2] for match in _LINE.finditer(text)}
     public, secret = found.get(b"public"), found.get(b"secret")
     if public is None:
-        raise VmmError(f"{path}: is not a key file (vmm keys makes them)")
+        raise VmmError(f"{path}: is not a key file (vmm keys creates them)")
     for key in (public, secret):
         if key is not None and not _is_key(key):
-            raise VmmError(f"{path}: the key in it is damaged (it has {len(key)} characters, and should have "
-                           f"{_KEY_SIZE} of Z85)")
+            raise VmmError(f"{path}: its key is damaged: it must be {_KEY_SIZE} Z85 characters (got "
+                           f"{len(key)})")
     return public, secret
 
 
 def _read(path: str) -> bytes:
-    """Of a regular file: one that never ends, or never begins, is none of ours. Raises OSError."""
+    """Of a regular file: one that never ends, or never begins, is not a key file. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -104,9 +105,9 @@ def present(sock: zmq.Socket[bytes], keys: Keys | None) -> None:
 
 @contextlib.contextmanager
 def admit(context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes], keys: Keys | None) -> Iterator[None]:
-    """A socket that listens: let in who has the secret of ``keys.peer``, nobody else. Without the authenticator (it
-    ended, or has not begun) nobody is let in: ZeroMQ is told that the domain must be asked (ZMQ_ZAP_ENFORCE_DOMAIN;
-    by default it lets everybody in then)."""
+    """A socket that listens: let in only a peer with the secret of ``keys.peer``. Without the authenticator (it
+    ended, or has not begun) none is let in: ZeroMQ is told that the domain must be asked (ZMQ_ZAP_ENFORCE_DOMAIN;
+    by default it lets all in then)."""
     if keys is None:
         yield
         return
@@ -126,14 +127,14 @@ def admit(context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes], keys
 
 
 def make_keys(directory: Path, name: str, *, force: bool = False) -> tuple[Path, Path]:
-    """A new pair in ``directory`` (made if need be): public and secret file. Raises VmmError, for a pair that is
-    there too, unless ``force``."""
+    """A new pair in ``directory`` (made if need be): public and secret file. Raises VmmError, also for a pair
+    that already exists, unless ``force``."""
     check_key_name(name)
     public, secret = directory / f"{name}.key", directory / f"{name}.key_secret"
     there = [path for path in (public, secret) if os.path.lexists(path)]
     if there and not force:
-        raise VmmError(f"{there[0]}: there is one already: who has the other half would be shut out (--force "
-                       "makes a new pair all the same)")
+        raise VmmError(f"{there[0]}: already exists; a new pair would lock out whoever uses the old one (--force "
+                       "creates it anyway)")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Made aside, under the directory's file system, and put in their places whole.

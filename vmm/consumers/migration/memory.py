@@ -39,7 +39,7 @@ class SlotMemory:
         if len(breaks) >= len(numbers) // _RUN:
             self._pages[numbers] = data
             return
-        # Through the file, not the mapping: a page that nobody has touched yet costs no fault then.
+        # Through the file, not the mapping: a page that was never touched costs no fault then.
         at = 0
         for run in np.split(numbers, breaks):
             self._put(data[at:at + len(run)], int(run[0]) * PAGE)

@@ -21,13 +21,13 @@ _TOKEN = re.compile(r"[0-9a-f]{32}")
 def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool) -> MachineSpec:
     """The offered machine as it is to be here. Raises WireError for one that cannot be."""
     if not _TOKEN.fullmatch(offer.token):
-        raise WireError("the source offers a machine without a token")
+        raise WireError("the source offered a machine without a valid token")
     try:
         if not offer.spec.can.guests:
-            raise WireError("the source offers a machine that has no memory")
+            raise WireError("the source offered a machine that has no memory")
         return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger)
     except (VmmError, AccelError) as exc:
-        raise WireError(f"the source offers a machine that cannot be: {exc}") from None
+        raise WireError(f"the source offered an invalid machine: {exc}") from None
 
 
 def check_settings(spec: MachineSpec, offered: MachineSpec) -> None:
@@ -35,12 +35,12 @@ def check_settings(spec: MachineSpec, offered: MachineSpec) -> None:
     slots, dirty limits. Raises WireError."""
     before = {(s.id, s.gpa, s.size, s.born) for s in offered.slots}
     if {(s.id, s.gpa, s.size, s.born) for s in spec.slots} != before or len(spec.slots) != len(offered.slots):
-        raise WireError("the source's memory slots are not those that it offered")
+        raise WireError("the source's memory slots differ from those that it offered")
     same = msgspec.structs.replace(spec, slots=offered.slots, tracking=offered.tracking,
                                    dirty_quotas=offered.dirty_quotas)
     if same != offered:
-        raise WireError("the source's machine is not the one that it offered")
+        raise WireError("the source's machine differs from the one that it offered")
     try:
         check_machine(spec)
     except VmmError as exc:
-        raise WireError(f"the source sent settings that cannot be: {exc}") from None
+        raise WireError(f"the source sent invalid settings: {exc}") from None

@@ -86,10 +86,10 @@ def want(slot: int, pages: list[int]) -> Want:
 def page_numbers(message: Pages | Want | Torn, total: int) -> NDArray[np.int64]:
     """Ascending, of a slot of ``total`` pages. Raises WireError."""
     if len(message.numbers) % 4 or not 0 < len(message.numbers) <= 4 * CHUNK_PAGES:
-        raise WireError(f"the other end sent {len(message.numbers)} bytes of page numbers")
+        raise WireError(f"the other end sent page numbers of an invalid size ({len(message.numbers)} bytes)")
     numbers = np.frombuffer(message.numbers, "<u4").astype(np.int64)
     if numbers[-1] >= total or (np.diff(numbers) <= 0).any():
-        raise WireError(f"the other end named pages that slot {message.slot} does not have, or not in order")
+        raise WireError(f"the other end sent page numbers that slot {message.slot} does not have, or unordered ones")
     return numbers
 
 
@@ -101,7 +101,7 @@ def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64],
     size = len(numbers) * PAGE
     if message.encoding == "zero":
         if len(data):
-            raise WireError("the source sent bytes of zero pages")
+            raise WireError("the source sent data for zero pages")
         return numbers, None, True
     intact = xxhash.xxh3_64_digest(data) == message.sum
     if not intact and message.encoding != "none":
@@ -114,7 +114,7 @@ def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64],
         elif message.encoding == "lz4":
             raw = _unpack_lz4(raw, size)
     except zstandard.ZstdError as exc:
-        raise WireError(f"the source sent pages that cannot be unpacked: {exc}") from None
+        raise WireError(f"the source sent pages that cannot be decompressed: {exc}") from None
     if len(raw) != size:
         raise WireError(f"the source sent {len(raw)} bytes for {len(numbers)} pages")
     return numbers, np.frombuffer(raw, np.uint8).reshape(-1, PAGE), intact
@@ -126,7 +126,7 @@ def _unpack_lz4(packed: Buffer, size: int) -> Buffer:
     try:
         return bytes(lz4.decompress(packed, uncompressed_size=size))
     except lz4.LZ4BlockError as exc:
-        raise WireError(f"the source sent pages that cannot be unpacked: {exc}") from None
+        raise WireError(f"the source sent pages that cannot be decompressed: {exc}") from None
 
 
 def _claims(frame: Buffer, size: int) -> bool:
@@ -152,7 +152,7 @@ def changed(message: Torn, memory: NDArray[np.uint8], dirty: NDArray[np.bool_]) 
     the target what they are in the slot's ``memory``. Raises WireError."""
     numbers = page_numbers(message, len(dirty))
     if len(message.sums) not in (0, 8 * len(numbers)):
-        raise WireError(f"the target sent {len(message.sums)} bytes of sums for {len(numbers)} pages")
+        raise WireError(f"the target sent {len(message.sums)} bytes of checksums for {len(numbers)} pages")
     clean = ~dirty[numbers]
     if message.sums and clean.any():
         there = np.frombuffer(message.sums, "V8")[clean]
@@ -174,7 +174,7 @@ def missing_pages(message: Missing, total: int) -> NDArray[np.bool_]:
     try:
         raw = zstandard.ZstdDecompressor().decompress(message.bits) if _claims(message.bits, size) else b""
     except zstandard.ZstdError as exc:
-        raise WireError(f"the other end sent a bitmap that cannot be unpacked: {exc}") from None
+        raise WireError(f"the other end sent a bitmap that cannot be decompressed: {exc}") from None
     if len(raw) != size:
-        raise WireError(f"the other end sent a bitmap that is not slot {message.slot}'s")
+        raise WireError(f"the other end sent a bitmap of the wrong size for slot {message.slot}")
     return np.unpackbits(np.frombuffer(raw, np.uint8), count=total, bitorder="little").astype(bool)

@@ -1,5 +1,5 @@
-"""Who is listened to at the target: the source's connection (that of the offer, or of the last Commit with its
-token) and the channels that have joined with that token. Everybody else is told that this place is taken, or
+"""Which peers the target listens to: the source's connection (that of the offer, or of the last Commit with its
+token) and the channels that have joined with that token. All others are told that this place is taken, or
 nothing."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ReceiveError(VmmError):
 
 
 class Gone(ReceiveError):
-    """The source is not connected any more."""
+    """The source is no longer connected."""
 
 
 class Peers:
@@ -65,13 +65,13 @@ class Peers:
         self.poller.register(sock, zmq.POLLIN)
 
     def _send(self, who: bytes, message: Answer) -> None:
-        """Raises Gone. What does not fit into the queue is dropped: nobody takes anything there."""
+        """Raises Gone. What does not fit into the queue is dropped: the other end takes nothing."""
         try:
             self._sock.send_multipart([who, *frames(message)], zmq.DONTWAIT)
         except zmq.Again:
             pass
         except zmq.ZMQError as exc:
-            raise Gone(f"the source has gone ({exc.strerror})") from None
+            raise Gone(f"the source has disconnected ({exc.strerror})") from None
 
     def say(self, *answers: Answer) -> None:
         """To the source. Raises Gone."""
@@ -86,8 +86,8 @@ class Peers:
 
     def hear(self, seconds: float) -> tuple[Message, Buffer] | None:
         """The next message of the source (its bytes of pages beside it); None when there was none within
-        ``seconds``, or another of the ``poller``'s descriptors is readable. Everybody else is ignored, but for a
-        source that takes over (Commit with the token) and those who are told that this place is taken. Raises
+        ``seconds``, or another of the ``poller``'s descriptors is readable. All others are ignored, but for a
+        source that takes over (Commit with the token) and those that are told that this place is taken. Raises
         Gone, WireError for what the source must not say, and what ``look`` does."""
         until = time.monotonic() + seconds
         while True:
@@ -137,7 +137,7 @@ class Peers:
                 self.source = who
                 return True
             case Offer() if not ours:
-                self.tell_stranger(who, Refused("a machine is being received here already"))
+                self.tell_stranger(who, Refused("a machine is already being received here"))
                 return False
         return ours if isinstance(message, Pages) else who == self.source
 
@@ -166,5 +166,5 @@ def _decode(parts: list[Buffer]) -> tuple[Message, Buffer]:
     message = decode_message(parts[0], parts[1] if len(parts) > 1 else b"")
     data = parts[2] if len(parts) == 3 else b""
     if len(data) and not isinstance(message, Pages):
-        raise WireError(f"the source sent {len(data)} bytes with {type(message).__name__}")
+        raise WireError(f"the source sent {len(data)} bytes of pages with {type(message).__name__}")
     return message, data

@@ -2,8 +2,8 @@
 for.
 
 The pages that are missing are holes in the machine's RAM segments. Every worker has registered its mapping with
-a userfaultfd of its own: whoever touches a hole, the guest or the worker itself, waits. Pages are put in through
-a registered mapping of this process, which fills a hole in one step: nobody can see half a page, or zeros.
+a userfaultfd of its own: what touches a hole, the guest or the worker itself, waits. Pages are put in through
+a registered mapping of this process, which fills a hole in one step: half a page, or zeros, are never seen.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SOCKET = "userfault"      # vmm/machine/runtime.py leaves room for it
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A page that somebody waits for."""
+    """A page that a vCPU waits for."""
 
     slot: int
     page: int
@@ -96,7 +96,7 @@ class MissingPages:
         """These are missing too, since they have changed at the source; before the start. Raises VmmError."""
         for slot, bits in pages.items():
             if slot not in self._segments:
-                raise VmmError(f"post-copy: slot {slot} was whole before")
+                raise VmmError(f"post-copy: slot {slot} was complete before")
             self._make_holes(slot, bits)
             self.left += int((bits & ~self._missing[slot]).sum())
             self._missing[slot] |= bits
@@ -133,10 +133,10 @@ class MissingPages:
             offset = address - start
             if slot in self._segments and 0 <= offset < self._segments[slot].size:
                 return Wanted(slot, offset // PAGE)
-        raise VmmError(f"post-copy: vCPU {vcpu} touched {address:#x}, which is in no slot that is missing pages")
+        raise VmmError(f"post-copy: vCPU {vcpu} accessed {address:#x}, which is not in a slot with missing pages")
 
     def ask_again(self) -> list[Wanted]:
-        """Everything that somebody waits for: the source is another one now."""
+        """Every page that is waited for: the source is another one now."""
         return list(self._waiting)
 
     def put(self, slot: int, numbers: NDArray[np.int64], data: NDArray[np.uint8] | None) -> None:
@@ -155,7 +155,7 @@ class MissingPages:
             try:
                 self._own.fill(base + int(run[0]) * PAGE, content.ctypes.data + at * PAGE, len(run) * PAGE)
             except OSError as exc:
-                raise VmmError(f"post-copy: slot {slot}: pages cannot be put in: {os.strerror(exc.errno or 0)} (is "
+                raise VmmError(f"post-copy: slot {slot}: pages cannot be filled in: {os.strerror(exc.errno or 0)} (is "
                                "/dev/shm full?)") from None
             at += len(run)
         missing[numbers] = False
@@ -173,7 +173,7 @@ class MissingPages:
                 self.blocked[vcpu] += now - since
 
     def bitmaps(self) -> dict[int, NDArray[np.bool_]]:
-        """What is missing still."""
+        """What is still missing."""
         return self._missing
 
     def finish(self) -> None:
@@ -181,7 +181,7 @@ class MissingPages:
         self._machine.arrived()
 
     def close(self) -> None:
-        """Idempotent. Whoever waits for a page goes on waiting."""
+        """Idempotent. What waits for a page keeps waiting."""
         self._open.close()
 
     def __enter__(self) -> MissingPages:

@@ -24,7 +24,7 @@ _WINDOW = 1 << 16           # pages looked at for the next chunk
 def serve(talk: Talk, channels: Channels, machine: Machine, there: dict[int, NDArray[np.int64]], report: Report,
           compression: Encoding, sent: Callable[[Pages, int], None], tell: Callable[[], None]) -> None:
     """Until the target says that it has everything. ``there``: the pages that are missing there, {slot: pages}.
-    Raises Lost when the connection breaks (what had not arrived by then is missing still), GoneThere when the
+    Raises Lost when the connection breaks (what had not arrived by then is still missing), GoneThere when the
     machine has ended there."""
     talk.patience = RUNNING_PATIENCE
     talk.begin()
@@ -54,13 +54,13 @@ def serve(talk: Talk, channels: Channels, machine: Machine, there: dict[int, NDA
                     ram.postcopy_requests += len(pages)
                     ram.postcopy_pages += work.sent(slot, pages)
                 case Ended(error=error):
-                    raise talk.error(f"the machine is gone there: {error}", GoneThere)
+                    raise talk.error(f"the machine has ended there: {error}", GoneThere)
         if channels.failure:
             raise talk.error(channels.failure, Lost)
 
 
 class _Missing:
-    """Pages that were not sent yet, and where to go on. A cursor jumps to what was asked for last, since its
+    """Pages that were not sent yet, and where to continue. A cursor jumps to what was asked for last, since its
     neighbours will be wanted too."""
 
     def __init__(self, pages: dict[int, NDArray[np.int64]]) -> None:
@@ -86,7 +86,7 @@ class _Missing:
     def wanted(self, talk: Talk, message: Want) -> NDArray[np.int64]:
         """Raises WireError."""
         if message.slot not in self._bits:
-            raise WireError(str(talk.error(f"wants pages of slot {message.slot}, which misses none")))
+            raise WireError(str(talk.error(f"the target wants pages of slot {message.slot}, which is missing none")))
         return page_numbers(message, len(self._bits[message.slot]))
 
     def sent(self, slot: int, pages: NDArray[np.int64]) -> int:

@@ -1,6 +1,6 @@
 """Pre-copy: rounds that send what was dirtied during the last, until the guest is to be stopped.
 
-When that is, vmm/consumers/migration/converge.py says; from there on the rounds go on with the guest standing still
+When that is, vmm/consumers/migration/converge.py says; from there on the rounds continue with the guest stopped
 (vmm/consumers/migration/source.py), until nothing is left.
 """
 
@@ -79,7 +79,7 @@ class PreCopy:
             self._limit()
 
     def touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
-        """The slot's pages but for those that nobody has ever touched: they are zero, at the target too. ``slot``:
+        """The slot's pages but for those that were never touched: they are zero, at the target too. ``slot``:
         as the machine's report has it."""
         fd = open_fd(self._machine.ram_segment(slot["id"]))
         try:
@@ -147,7 +147,7 @@ class PreCopy:
                 self._report.throttled[str(vcpu)] = shown
 
     def release_limits(self) -> None:
-        """The vCPUs are throttled no more on this migration's account."""
+        """Stop throttling vCPUs on this migration's account."""
         with contextlib.suppress(VmmError):
             self._limits.close()
 

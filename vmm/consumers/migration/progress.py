@@ -17,7 +17,7 @@ _RATE_OVER = 0.5            # seconds
 
 
 class Progress:
-    """From its making on. ``messages``: of pages, since somebody last set it to 0."""
+    """From its making on. ``messages``: of pages, since it was last set to 0."""
 
     def __init__(self, report: Report, told: Callable[[Report], None]) -> None:
         self.report = report

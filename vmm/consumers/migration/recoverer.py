@@ -1,4 +1,4 @@
-"""``python -m vmm.consumers.migration.recoverer NAME``: finishes the migration of a machine whose source was killed
+"""``vmm.consumers.migration.recoverer NAME`` (ipc/run.py): finishes the migration of a machine whose source was killed
 after the hand-over. The coordinator starts it (vmm/coordinator/recovery.py)."""
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from .status import save_status
 __all__ = ["main"]
 
 
-def main(name: str) -> int:
+def main(argv: list[str]) -> int:
     """The exit status."""
+    name = argv[0]
     try:
         with Machine.attach(name) as machine:
             recover(machine, progress=save_status)
     except VmmError as exc:
-        print(f"vmm: error: machine '{name}': its migration is not finished: {exc}", file=sys.stderr)
+        print(f"vmm: error: machine '{name}': its migration could not be finished: {exc}", file=sys.stderr)
         return int(exc.exit_code)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -10,14 +10,14 @@ from .pages import PAGE, Encoding
 
 __all__ = ["COMMITTED", "OVER", "MigrationError", "Options", "Ram", "Report"]
 
-#: Of ``Report.status``: from here on the target runs the machine, or will; nothing can be cancelled any more.
+#: Of ``Report.status``: from here on the target runs the machine, or will; it can no longer be cancelled.
 COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
 #: The migration is over, one way or the other.
 OVER = frozenset({"completed", "failed", "cancelled", "postcopy-paused", "handed-over-paused"})
 
 
 class MigrationError(VmmError):
-    """The migration failed; the machine runs on at the source, unless the text says otherwise."""
+    """The migration failed; the machine keeps running at the source, unless the text says otherwise."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, ExitCode.MIGRATION_FAILED)
@@ -25,7 +25,7 @@ class MigrationError(VmmError):
 
 @dataclass(frozen=True)
 class Options:
-    """``bandwidth`` in bytes a second (0: no cap), ``downtime`` in seconds."""
+    """``bandwidth`` in bytes per second (0: no cap), ``downtime`` in seconds."""
 
     compression: Encoding = "none"
     channels: int = 2
@@ -33,7 +33,7 @@ class Options:
     downtime: float = 0.3       # QEMU's default
     max_rounds: int = 30
     converge: bool = True       # throttle vCPUs that dirty faster than can be sent
-    postcopy: bool = False      # let the guest go on at the target before all of its memory is there
+    postcopy: bool = False      # resume the guest at the target before all of its memory is there
     postcopy_after: int = 1     # rounds of pre-copy before that
     key: str = ""               # CURVE: own secret key file
     peer: str = ""              # and the target's public one
@@ -51,8 +51,8 @@ class Ram:
     normal: int = 0             # pages sent with their bytes
     normal_bytes: int = 0       # of those, before compression
     dirty_sync_count: int = 0   # rounds
-    dirty_pages_rate: int = 0   # pages a second, in the last round
-    mbps: float = 0.0           # megabits a second, of late
+    dirty_pages_rate: int = 0   # pages per second, in the last round
+    mbps: float = 0.0           # megabits per second, of late
     pages_per_second: int = 0
     page_size: int = PAGE
     resent: int = 0             # pages sent again because they had not arrived as they were sent

@@ -3,11 +3,11 @@ was looked at.
 
 The target listens on a ROUTER, the source connects DEALERs. A connection that breaks is an error, never mended
 behind our back: ZeroMQ's own reconnecting is off. Heartbeats (ZMTP's PING and PONG) find the end of a peer that
-says nothing any more, without a FIN or RST; the answers of the other end's program, not only of its ZeroMQ, are
+went silent without a FIN or RST; the answers of the other end's program, not only of its ZeroMQ, are
 awaited above (vmm/consumers/migration/source.py, target.py).
 
-A Unix socket is the user's own: the file of one who listens is mode 0600, whoever connects to it is this user or
-root, and so is whoever is connected to (SO_PEERCRED, both ways).
+A Unix socket is the user's own: the file of a listener is mode 0600, a peer that connects to it is this user or
+root, and so is one that is connected to (SO_PEERCRED, both ways).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _common(sock: zmq.Socket[bytes]) -> None:
 @contextlib.contextmanager
 def listen(context: zmq.Context[zmq.Socket[bytes]], address: Address,
            keys: Keys | None) -> Iterator[zmq.Socket[bytes]]:
-    """A ROUTER at the address. Raises VmmError when that cannot be: what is there already is never replaced, but
+    """A ROUTER at the address. Raises VmmError when that is not possible: what is already there is never replaced, but
     for the socket that a receiver of this user has left behind when it was killed."""
     with contextlib.ExitStack() as stack:
         sock = stack.enter_context(context.socket(zmq.ROUTER))
@@ -88,7 +88,7 @@ def _bind(sock: zmq.Socket[bytes], address: Address) -> None:
             return
         except zmq.ZMQError as exc:
             why = why or str(exc.strerror)
-    raise VmmError(f"{address.text}: cannot be listened at: {why}")
+    raise VmmError(f"{address.text}: cannot listen there: {why}")
 
 
 @contextlib.contextmanager
@@ -109,8 +109,8 @@ def _own_socket(sock: zmq.Socket[bytes], address: Address) -> Iterator[None]:
                     made = os.lstat(path)
             listener.listen(_BACKLOG)
         except OSError as exc:
-            why = "another listens there" if exc.errno == errno.EADDRINUSE else exc.strerror
-            raise VmmError(f"{address.text}: cannot be listened at: {why}") from None
+            why = "another program is already listening" if exc.errno == errno.EADDRINUSE else exc.strerror
+            raise VmmError(f"{address.text}: cannot listen there: {why}") from None
         sock.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))
         sock.bind(f"ipc://{address.path}")
     try:
@@ -131,7 +131,7 @@ def _folder_locked(folder: Path) -> Iterator[None]:
         try:
             lock_within(fd, _LOCK_PATIENCE)
         except TimeoutError:
-            raise OSError(errno.EBUSY, f"the folder {folder} is locked by another process") from None
+            raise OSError(errno.EBUSY, f"the directory {folder} is locked by another process") from None
         yield
     finally:
         os.close(fd)
@@ -146,7 +146,7 @@ def _clear_stale(path: Path, address: Address) -> None:
     if not stat.S_ISSOCK(there.st_mode):
         raise VmmError(f"{address.text}: {path} exists and is not a socket: choose another path")
     if there.st_uid != os.geteuid():
-        raise VmmError(f"{address.text}: {path} is the socket of another user (uid {there.st_uid})")
+        raise VmmError(f"{address.text}: {path} is a socket of another user (uid {there.st_uid}): choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
@@ -154,8 +154,8 @@ def _clear_stale(path: Path, address: Address) -> None:
             path.unlink()
             return
         except OSError:
-            pass        # EAGAIN: somebody listens, whose backlog is full
-    raise VmmError(f"{address.text}: another program listens there")
+            pass        # EAGAIN: there is a listener, whose backlog is full
+    raise VmmError(f"{address.text}: another program is already listening there")
 
 
 # --- the source: connect --------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Connection:
 
     @property
     def broken(self) -> bool:
-        """The peer has gone, or says nothing any more."""
+        """The peer has gone, or no longer says anything."""
         while not self._broken and self._monitor.poll(0):
             self._broken = bool(recv_monitor_message(self._monitor)["event"] & (_LOST | _REFUSED))
         return self._broken
@@ -186,10 +186,10 @@ class Connection:
 
 def connect(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Keys | None, *, until: float,
             queue: int = 1000) -> Connection:
-    """Tried until somebody listens there, or the monotonic time ``until``. ``queue``: messages that may wait to be
+    """Tried until a receiver listens there, or the monotonic time ``until``. ``queue``: messages that may wait to be
     sent. Raises VmmError."""
     endpoints = address.endpoints()
-    why = "nobody listens there (vmm receive has to wait there first)"
+    why = "no receiver is listening there (start vmm receive there first)"
     while True:
         for endpoint in endpoints:
             try:
@@ -203,7 +203,7 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Key
 
 
 class Unreachable(VmmError):
-    """Nobody could be connected to in time."""
+    """No receiver could be connected to in time."""
 
 
 class _NotNow(Exception):
@@ -242,20 +242,20 @@ def _shake_hands(connection: Connection, address: Address, keys: Keys | None, un
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return
         elif event & _REFUSED or (event == zmq.EVENT_DISCONNECTED and keys is not None):
-            raise VmmError(f"{address.text}: the target refuses these keys")
+            raise VmmError(f"{address.text}: the target rejected these keys")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            raise _NotNow("it breaks the handshake off (is it a vmm receive, with the right keys?)")
+            raise _NotNow("the handshake was broken off there (is it vmm receive, with the right keys?)")
         elif event & _LOST:
             raise _NotNow
-    raise _NotNow("it does not answer (is it a vmm receive, with the right keys?)")
+    raise _NotNow("there is no answer (is it vmm receive, with the right keys?)")
 
 
 def _look_at_owner(fd: int, address: Address) -> None:
-    """Who listens at the other end of this connected Unix socket is this user, or root."""
+    """Raises VmmError unless the listener at the other end of this connected Unix socket is this user, or root."""
     try:
         with socket.socket(fileno=os.dup(fd)) as there:
             _, uid, _ = _UCRED.unpack(there.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     except OSError:
         raise _NotNow from None     # it has been closed meanwhile
     if uid not in (os.geteuid(), 0):
-        raise VmmError(f"{address.text}: belongs to another user (uid {uid}): guest memory would go to them")
+        raise VmmError(f"{address.text}: belongs to another user (uid {uid}), who would receive the guest's memory")

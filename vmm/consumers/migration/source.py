@@ -1,11 +1,11 @@
 """Live migration, the source: pre-copy rounds from the dirty log, stop-and-copy, hand-over.
 
-The machine runs on while its memory is sent; each round sends what was dirtied during the last. When what is left
+The machine keeps running while its memory is sent; each round sends what was dirtied during the last. When what is left
 can be sent within the downtime limit, or the rounds are used up (vmm/consumers/migration/converge.py), the machine
-is frozen, the rest and the vCPU states are sent, and the target is told to go on.
+is frozen, the rest and the vCPU states are sent, and the target is told to continue.
 
 Never two, never none: until the machine here is handed over (``Lease.hand_over``) it alone may run, and any
-failure, a kill included, lets it go on: the lease, the dirty limits and the dirty-log client are this process' own.
+failure, a kill included, lets it continue: the lease, the dirty limits and the dirty-log client are this process' own.
 From the hand-over on it never runs here again by itself. Commit is repeated until the target says that it runs, by
 this process or, should it be killed, by one that the coordinator starts. Only a target that says that it does not
 have the machine, and never will, gives it back.
@@ -73,7 +73,7 @@ _RESERVING = 300.0          # seconds that the target may take to make and reser
 _COMMIT_PATIENCE = 60.0     # seconds that Commit is repeated
 _COMMIT_EVERY = 2.0
 _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
-_NOBODY_PATIENCE = 5.0      # seconds that nobody listens at the target, after which its process is taken for gone
+_NOBODY_PATIENCE = 5.0      # seconds without a listener at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
 
 _NONE = np.zeros(0, np.int64)
@@ -81,11 +81,11 @@ _NONE = np.zeros(0, np.int64)
 
 def migrate(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
             progress: Callable[[Report], None] = lambda report: None) -> Report:
-    """Move the machine to a waiting ``vmm receive``; it is gone here when this returns. ``progress`` is told
-    after every round, and about every tenth of a second. Raises MigrationError, with the machine running on
+    """Migrate the machine to a waiting ``vmm receive``; it has left this host when this returns. ``progress`` is told
+    after every round, and about every tenth of a second. Raises MigrationError, with the machine still running
     here; KeyboardInterrupt (and whatever else is raised into it) cancels in the same way, until the machine is
-    handed over: nothing cancels it then. VmmError for an address or keys that cannot be, and for a machine that
-    cannot be moved now."""
+    handed over: nothing cancels it then. VmmError for an invalid address or keys, and for a machine that
+    cannot be migrated now."""
     return _carry_out(machine, address, options or Options(), migration_id or uuid.uuid4().hex[:8], progress,
                       Source.run)
 
@@ -103,7 +103,7 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
 def _carry_out(machine: Machine, address: str, options: Options, migration_id: str,
                progress: Callable[[Report], None], work: Callable[[Source], None]) -> Report:
     if options.compression == "lz4":
-        lz4_block()     # it is here, or that is said now
+        lz4_block()     # it is installed, or that is said now
     process = identity()
     report = Report(migration_id, machine.name, address, compression=options.compression, pid=process.pid,
                     pid_started=process.start)
@@ -193,8 +193,8 @@ class Source:
         """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""
         image = Path(spec.image).read_bytes()
         if len(image) > _IMAGE_MAX:
-            raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB; one of "
-                           f"{_IMAGE_MAX >> 20} MiB at most can be moved")
+            raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB, but at "
+                           f"most {_IMAGE_MAX >> 20} MiB can be migrated")
         self._offered = spec
         talk.patience = _PATIENCE
         talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy))
@@ -233,7 +233,7 @@ class Source:
             self._pre_copy.release_limits()
             todo = _joined(rest, self._pre_copy.dirty())
             for slot in machine.status()["slots"]:
-                if not slot["logged"]:      # nobody knows what changed there: all of it, now
+                if not slot["logged"]:      # it is unknown what changed there: all of it, now
                     todo[slot["id"]] = self._pre_copy.touched(slot)
             self._send_rest(talk, channels, todo)
             state = machine.state()
@@ -260,7 +260,7 @@ class Source:
             self._pre_copy.send(talk, channels, todo)
             if not (todo := self._pre_copy.dirty()):
                 return
-        raise talk.error("pages arrive damaged there, again and again")
+        raise talk.error("pages repeatedly arrived damaged at the target")
 
     def _check_slots(self, now: MachineSpec) -> None:
         """The machine has the memory that was offered. Raises MigrationError."""
@@ -291,7 +291,7 @@ class Source:
         self._progress.tell(force=True)
 
     def _commit(self) -> None:
-        """Tell the target to go on, on another connection if need be, until it says that it does. Then ``_there``
+        """Tell the target to continue, on another connection if need be, until it says that it does. Then ``_there``
         has the pages that are missing there. Raises MigrationError, the machine here staying paused unless the
         target has refused it for good."""
         deadline = time.monotonic() + _COMMIT_PATIENCE
@@ -328,24 +328,24 @@ class Source:
                 case Refused(error=error):
                     self._lease.take_back()
                     self._committed = False
-                    raise talk.error(f"refused at the last moment: {error}")
+                    raise talk.error(f"the target refused at the last moment: {error}")
                 case Ended(error=error):
-                    raise self._stranded(f"{self._address.text}: the machine is gone there: {error}")
+                    raise self._stranded(f"{self._address.text}: the machine has ended there: {error}")
                 case Unknown():
-                    raise self._stranded(f"{self._address.text}: another receiver waits there now")
+                    raise self._stranded(f"{self._address.text}: another receiver is waiting there now")
         return False
 
     def _stranded(self, why: str) -> MigrationError:
-        """Handed over, and nobody says that it runs."""
+        """Handed over, without an answer that it runs."""
         name = self.machine.name
         self._pre_copy.unregister()
         left = sum(len(pages) for pages in self._there.values())
-        there = (f"its last {left:,} pages are not at the target, which waits for them"
-                 if self._postcopy else "it may run there already")
+        there = (f"its last {left:,} pages have not reached the target, which is waiting for them"
+                 if self._postcopy else "it may already be running there")
         return MigrationError(
-            f"{why}. Machine '{name}' was handed over, and stays paused here; {there}. vmm migrate {name} ADDRESS "
-            f"--recover tries again; if the target is lost for good, vmm resume {name} --force goes on here from "
-            f"the hand-over; if it runs there, vmm stop {name}")
+            f"{why}. Machine '{name}' was handed over and stays paused here; {there}. To try again, run vmm migrate "
+            f"{name} ADDRESS --recover; if the target is lost for good, vmm resume {name} --force resumes it here from "
+            f"the hand-over; if it runs there, end it here with vmm stop {name}")
 
     def _finish(self) -> None:
         """The machine runs at the target."""
@@ -367,7 +367,7 @@ class Source:
         try:
             self.machine.stop()
         except VmmError as exc:
-            report.warnings.append(f"the machine runs at the target, and is not ended here: {exc}")
+            report.warnings.append(f"the machine runs at the target, but could not be ended here: {exc}")
         step("migrate-done")
         if self._talk is not None:
             self._talk.close(Done())
@@ -386,8 +386,8 @@ class Source:
                 self._lease.thaw()
 
     def _give_up(self, exc: BaseException) -> None:
-        """The machine runs on here; the target cleans up."""
-        reason = "cancelled by its user" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
+        """The machine keeps running here; the target cleans up."""
+        reason = "cancelled by the user" if isinstance(exc, KeyboardInterrupt) else str(exc) or type(exc).__name__
         if self._talk is not None:
             self._talk.close(Abort(reason))
             self._talk = None
@@ -399,7 +399,7 @@ class Source:
     def _on_signal(self, signum: int) -> None:
         if not self._committed:
             self._interrupted = True
-        elif (said := "handed over already: it cannot be cancelled any more") not in self.report.warnings:
+        elif (said := "already handed over: the migration can no longer be cancelled") not in self.report.warnings:
             self.report.warnings.append(said)
 
     def _obey(self) -> None:

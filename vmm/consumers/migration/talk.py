@@ -1,6 +1,6 @@
 """The source's control connection: what it says, what it hears, and an end to every wait.
 
-The target's program says ``Alive`` every second with the number of page messages it has taken. A wait goes on as
+The target's program says ``Alive`` every second with the number of page messages it has taken. A wait lasts as
 long as there is progress (an answer, or more pages), and no longer than ``patience`` without: while the guest
 stands still that is short.
 """
@@ -31,11 +31,11 @@ _A = TypeVar("_A", bound=Answer)
 
 
 class Lost(MigrationError):
-    """The connection to the target broke, or nothing comes through it any more."""
+    """The connection to the target broke, or nothing comes through it."""
 
 
 class GoneThere(MigrationError):
-    """Post-copy: the machine ran at the target, and is no more."""
+    """Post-copy: the machine ran at the target, and has ended."""
 
 
 class Talk:
@@ -66,7 +66,7 @@ class Talk:
         try:
             self.sock.send_multipart(frames(message), zmq.DONTWAIT)
         except zmq.Again:
-            raise self.error("nobody takes what is sent there", Lost) from None
+            raise self.error("the target does not take what is sent", Lost) from None
 
     def begin(self) -> None:
         """From now on progress is awaited."""
@@ -91,10 +91,10 @@ class Talk:
     def _look(self) -> None:
         """Nothing is there to be read. Raises Lost when nothing will be."""
         if self._connection.broken and not self.sock.poll(0):
-            raise self.error("the target has gone", Lost)
+            raise self.error("the target has disconnected", Lost)
         now = time.monotonic()
         if now - self._moved > self.patience:
-            raise self.error(f"the target has taken nothing and said nothing for {self.patience:.0f} s", Lost)
+            raise self.error(f"the target made no progress for {self.patience:.0f} s", Lost)
         if now - self._pinged > _PING_EVERY:
             self.send(Ping())
 
@@ -120,8 +120,8 @@ class Talk:
     def unexpected(self, answer: Answer) -> None:
         """Raises MigrationError."""
         if isinstance(answer, Refused):
-            raise self.error(f"refused: {answer.error}")
-        raise WireError(f"{self._address.text}: the target said {type(answer).__name__} out of turn")
+            raise self.error(f"the target refused: {answer.error}")
+        raise WireError(f"{self._address.text}: the target sent {type(answer).__name__} out of turn")
 
     def close(self, farewell: Wire | None = None) -> None:
         """``farewell`` is the last word, if it can still be said."""

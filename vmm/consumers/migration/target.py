@@ -1,9 +1,9 @@
 """Live migration, the target: wait for a machine, take its memory and state, run it when told to.
 
 Until Commit the vCPUs stand before their first instruction. Whatever goes wrong before, the machine made here is
-torn down, and only when nothing of it is left the source is told (Refused): it may then let the guest go on there.
+torn down, and only when nothing of it is left the source is told (Refused): it may then let the guest continue there.
 Once everything is in its place only the source knows who is to run the machine; should the connection break then,
-Commit is awaited for a while from whoever knows the token of the migration. After Commit the machine is the
+Commit is awaited for a while from any peer that knows the token of the migration. After Commit the machine is the
 target's, and Commit is answered until the source says that it has heard (Done).
 
 With post-copy (vmm/consumers/migration/postcopy.py) pages come after the start.
@@ -12,7 +12,6 @@ With post-copy (vmm/consumers/migration/postcopy.py) pages come after the start.
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -82,7 +81,7 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
             waiting: Callable[[str], None] = lambda address: None,
             refused: Callable[[str], None] = lambda why: None) -> Machine:
     """Wait for one machine and return it, running. ``timeout`` (seconds) bounds the wait for a source;
-    ``waiting`` is told the address when somebody may connect, ``refused`` why an offer was refused (another is
+    ``waiting`` is told the address when a source may connect, ``refused`` why an offer was refused (another is
     awaited then). Raises VmmError."""
     where = parse_address(address, listen=True)
     keys = load_keys(key, peer, where, insecure=insecure)
@@ -174,9 +173,9 @@ class _Target:
         self._memory.clear()
 
     def _look(self) -> None:
-        """Raises ReceiveError when the machine here has been ended by somebody."""
+        """Raises ReceiveError when the machine here has been ended meanwhile."""
         if self._machine is not None and not is_running(self._machine.name):
-            raise ReceiveError(f"machine '{self._machine.name}' was stopped while it arrived")
+            raise ReceiveError(f"machine '{self._machine.name}' was stopped while it was arriving")
 
     # --- the offer ----------------------------------------------------------------------------------------------
 
@@ -193,7 +192,7 @@ class _Target:
                     self._refused(str(exc))
                 self._peers.source = b""
             elif deadline is not None and time.monotonic() > deadline:
-                raise ReceiveError(f"no source came within {self._timeout:.0f} s", ExitCode.TIMEOUT)
+                raise ReceiveError(f"no machine arrived within {self._timeout:.0f} s", ExitCode.TIMEOUT)
 
     def _take_offer(self, offer: Offer) -> None:
         """Raises _NotWanted."""
@@ -213,7 +212,7 @@ class _Target:
             self._peers.say(Received())
             self._machine = Machine.launch(spec, detach=self._detach, start=False)
         # Only we may start it, or write to it; should we go before, it does.
-        self._lease = self._machine.lease("incoming", f"(vmm receive, pid {os.getpid()})")
+        self._lease = self._machine.lease("incoming", "via vmm receive")
         self._offered = offer.spec
         for slot in offer.spec.slots:
             self._memory[slot.id] = SlotMemory(self._machine, slot.id)
@@ -253,13 +252,13 @@ class _Target:
                 case Abort():
                     raise ReceiveError(f"the source gave up: {message.reason}")
                 case _:
-                    raise WireError(f"the source said {type(message).__name__} out of turn")
+                    raise WireError(f"the source sent {type(message).__name__} out of turn")
 
     def _be_patient(self) -> None:
         """Raises ReceiveError."""
         silence = time.monotonic() - self._peers.heard_at
         if silence > (_UNDECIDED if self._prepared else _SILENCE):
-            raise ReceiveError(f"the source has said nothing for {silence:.0f} s")
+            raise ReceiveError(f"the source has sent nothing for {silence:.0f} s")
 
     def _total(self, slot: int) -> int:
         if slot not in self._pages:
@@ -300,9 +299,9 @@ class _Target:
             size = zstandard.frame_content_size(message.system)
             data = zstandard.ZstdDecompressor().decompress(message.system) if size == len(system) else b""
         except zstandard.ZstdError as exc:
-            raise WireError(f"the source sent a system slot that cannot be unpacked: {exc}") from None
+            raise WireError(f"the source sent a system slot that cannot be decompressed: {exc}") from None
         if len(data) != len(system):
-            raise WireError(f"the source sent a system slot of {size} bytes; here it has {len(system)}")
+            raise WireError(f"the source sent a system slot of {size} bytes, expected {len(system)}")
         system[:] = np.frombuffer(data, np.uint8)
         self._apply_settings(machine, message.spec)
         if self._absent and self._missing is None:
@@ -346,14 +345,14 @@ class _Target:
         return machine
 
     def _tell_how_it_is(self) -> None:
-        """It runs, and in post-copy that is missing still. Raises Gone."""
+        """That it runs, and in post-copy what is still missing. Raises Gone."""
         pages = self._missing.bitmaps() if self._missing is not None else {}
         self._peers.say(*[missing(slot, bits) for slot, bits in pages.items()], Running())
 
     def _answer_until_heard(self, verdict: list[Answer]) -> None:
-        """How it ended, to the source; and again to whoever asks with the token, until the source says that it has
+        """How it ended, to the source; and again to any that asks with the token, until the source says that it has
         heard, or for a while."""
-        self._machine = None        # no reason any more to look after it
+        self._machine = None        # no longer to be looked after
         with contextlib.suppress(Gone):
             self._peers.say(*verdict)
         until = time.monotonic() + _HEARD
@@ -381,7 +380,7 @@ class _Target:
         while pages.left:
             with contextlib.suppress(Gone):
                 heard = None
-                # Whoever sends what makes no sense is ignored: the machine is here alone by now.
+                # A peer that sends nonsense is ignored: the machine is here alone by now.
                 with contextlib.suppress(WireError):
                     heard = self._peers.hear(LOOK_EVERY)
                 match heard:
@@ -398,14 +397,14 @@ class _Target:
             if not pages.left or time.monotonic() - looked > LOOK_EVERY:
                 looked = time.monotonic()
                 if machine.status()["state"] == "ended":
-                    raise ReceiveError("the machine was stopped before all of its memory was here")
+                    raise ReceiveError("the machine was stopped before all of its memory had arrived")
         for fd in pages.faults:
             self._peers.poller.unregister(fd)
         pages.finish()
         self._lease.close()
 
     def _put(self, pages: MissingPages, message: Pages, data: Buffer) -> bool:
-        """False for pages that are damaged, or none of this machine."""
+        """False for pages that are damaged, or not this machine's."""
         try:
             numbers, content, intact = unpack(message, data, self._total(message.slot))
         except WireError:

@@ -2,8 +2,8 @@
 
 One control connection and several for pages. A message is two frames, and a third for the bytes of pages: the
 message, its checksum (XXH3, 64 bits), the bytes. The control connection is the one that made the offer; the others
-say the token of that offer first (Join), and so does a source that takes over from another (Commit). Who does
-neither is a stranger, and is not listened to.
+say the token of that offer first (Join), and so does a source that takes over from another (Commit). A peer that
+does neither is a stranger, and is not listened to.
 
 A round of pages ends with a barrier: the target acknowledges when it has every message of the round, so that a page
 of the next round cannot be overtaken by an older copy.
@@ -88,7 +88,7 @@ class RoundEnd(Wire, frozen=True, tag="round-end"):
 class Missing(Wire, frozen=True, tag="missing"):
     """Post-copy, before State: pages of this slot that were not sent, or have changed since (``bits``, one per page
     from the lowest, zstd). They follow after Commit, as Pages of round POSTCOPY. And the target's answer to a
-    repeated Commit: what is missing still."""
+    repeated Commit: what is still missing."""
 
     slot: int
     bits: bytes
@@ -113,7 +113,7 @@ class Commit(Wire, frozen=True, tag="commit"):
 
 
 class Done(Wire, frozen=True, tag="done"):
-    """The source has heard that the machine runs (post-copy: that it is complete) and is no more."""
+    """The source has heard that the machine runs (post-copy: that it is complete) and has ended."""
 
 
 class Abort(Wire, frozen=True, tag="abort"):
@@ -168,7 +168,7 @@ class Running(Wire, frozen=True, tag="running"):
 
 
 class Want(Wire, frozen=True, tag="want"):
-    """Post-copy: somebody waits for these pages (as in Pages.numbers)."""
+    """Post-copy: a vCPU waits for these pages (as in Pages.numbers)."""
 
     slot: int
     numbers: bytes
@@ -187,7 +187,7 @@ class Refused(Wire, frozen=True, tag="refused"):
 
 
 class Ended(Wire, frozen=True, tag="ended"):
-    """Post-copy: the machine has run here and is gone, before all of its memory had come."""
+    """Post-copy: the machine has run here and ended before all of its memory had come."""
 
     error: str
 
@@ -229,13 +229,13 @@ def decode_message(frame: Buffer, digest: Buffer) -> Message:
             if isinstance(found, Offer | Commit) and found.version != VERSION:
                 raise msgspec.ValidationError("of another version")
             return found
-        why = "it was damaged on its way"
+        why = "it was damaged in transit"
     except msgspec.MsgspecError as exc:
         why = str(exc)
     except RecursionError:
         why = "it is nested too deeply"
     _look_for_version(frame)
-    raise WireError(f"the source sent what is not a message of protocol {VERSION}: {why}")
+    raise WireError(f"the source sent something that is not a message of protocol {VERSION}: {why}")
 
 
 def _look_for_version(frame: Buffer) -> None:
@@ -245,8 +245,8 @@ def _look_for_version(frame: Buffer) -> None:
     except (msgspec.MsgspecError, RecursionError):
         return
     if other.t in ("offer", "commit") and other.version != VERSION:
-        raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, this "
-                           f"program {VERSION}")
+        raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, but "
+                           f"this program speaks {VERSION}")
 
 
 def decode_answer(received: list[bytes]) -> Answer:
@@ -254,9 +254,9 @@ def decode_answer(received: list[bytes]) -> Answer:
     try:
         answer = _answers.decode(received[0])
     except (msgspec.MsgspecError, RecursionError) as exc:
-        raise WireError(f"the target sent what is not an answer of protocol {VERSION}: {exc}") from None
+        raise WireError(f"the target sent something that is not an answer of protocol {VERSION}: {exc}") from None
     if len(received) != 2 or xxhash.xxh3_64_digest(received[0]) != received[1]:
         if isinstance(answer, Refused):     # a target of another version says it so
             return answer
-        raise WireError("the target's answer was damaged on its way")
+        raise WireError("the target's answer was damaged in transit")
     return answer

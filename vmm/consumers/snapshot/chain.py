@@ -1,5 +1,5 @@
-"""Chains: which snapshots a directory holds, and what each is built on. A damaged one harms what builds on it, and
-nothing else."""
+"""Chains: which snapshots a directory holds, and what each is built on. A damaged one harms those that build on it,
+and nothing else."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def chain(directory: Path, name: str | None = None) -> list[Manifest]:
     if name is None:
         there = snapshot_ids(directory)
         if not there:
-            raise SnapshotError(f"{directory}: holds no snapshot")
+            raise SnapshotError(f"{directory}: contains no snapshots")
         name = there[-1]
     found = [load_manifest(directory, name)]
     while (parent := found[0].parent) is not None:      # a smaller number each time
         try:
             found.insert(0, load_manifest(directory, parent))
         except SnapshotError as exc:
-            raise SnapshotError(f"{directory / name}: is built on {parent}: {exc}") from None
+            raise SnapshotError(f"{directory / name}: depends on {parent}: {exc}") from None
     return found
 
 

@@ -28,7 +28,7 @@ class SnapshotError(VmmError):
 
 def snapshot_ids(directory: Path) -> list[str]:
     """Of every snapshot there, whole or damaged, the oldest first: ids are numbers. A directory that has such a
-    name and no manifest is somebody else's. Raises SnapshotError."""
+    name and no manifest is not ours. Raises SnapshotError."""
     if not directory.is_dir():
         raise SnapshotError(f"{directory}: is not a directory")
     try:

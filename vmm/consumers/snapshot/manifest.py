@@ -1,6 +1,6 @@
 """A snapshot's manifest: what it says, and what of that is believed.
 
-It comes from a file that anybody may have made: it is of bounded size, typed, and held against the rules for a
+It comes from a file that anyone may have made: it is of bounded size, typed, and held against the rules for a
 machine before anything is done with it. Nothing in it is used as a path.
 """
 
@@ -88,27 +88,27 @@ def load_manifest(directory: Path, name: str) -> Manifest:
     try:
         head = msgspec.json.decode(text)
         if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise _refuse(path, "is not a snapshot of this program")
+            raise _refuse(path, "is not a ShardVMM snapshot")
         if head.get("version") != VERSION:
-            raise _refuse(path, f"has format version {one_line(str(head.get('version')), 20)}; this program knows "
-                                f"{VERSION}")
+            raise _refuse(path, f"has format version {one_line(str(head.get('version')), 20)}; this program supports "
+                                f"version {VERSION}")
         manifest = msgspec.convert(head, Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise _refuse(path, f"is not a manifest: {one_line(str(exc))}") from None
+        raise _refuse(path, f"is not a valid manifest: {one_line(str(exc))}") from None
     if manifest.id != name:
-        raise _refuse(path, f"says that it is snapshot {one_line(manifest.id, 20)}")
+        raise _refuse(path, f"claims to be snapshot {one_line(manifest.id, 20)}")
     problem = _problem(manifest)
     if problem:
-        raise _refuse(path, f"is not a manifest: {problem}")
+        raise _refuse(path, f"is not a valid manifest: {problem}")
     return manifest
 
 
 def _problem(manifest: Manifest) -> str:
-    """What in it cannot be; "" when all of it can."""
+    """What in it is invalid; "" when nothing is."""
     spec, system = manifest.spec, manifest.system
     parent = manifest.parent
     if parent is not None and not (is_snapshot_id(parent) and int(parent) < int(manifest.id)):
-        return "its parent is not a snapshot before it"
+        return "its parent is not an earlier snapshot"
     try:
         if not spec.can.guests:
             return "its machine has no memory to restore"
@@ -118,12 +118,12 @@ def _problem(manifest: Manifest) -> str:
         return one_line(str(exc))
     if [(s.id, s.gpa, s.size, s.log, s.born) for s in manifest.slots] != [
             (s.id, s.gpa, s.size, s.log, s.born) for s in spec.slots]:
-        return "its memory slots are not those of its machine"
+        return "its memory slots differ from those of its machine"
     if any(not 0 <= s.zero_pages <= s.pages <= s.size // PAGE or s.size % PAGE or s.id < 0
            for s in (*manifest.slots, system)):
-        return "a slot has more pages than it holds"
+        return "a slot's id, size or page counts are invalid"
     if system.size > _SYSTEM_MAX:
-        return "its system slot is beyond reason"
+        return "its system slot is too large"
     return ""
 
 

@@ -94,11 +94,11 @@ def delete(directory: Path, name: str) -> None:
             load_manifest(directory, name)      # says what is wrong with the name, or with the file
         children = [m.id for m in list_snapshots(directory) if m.parent == name]
         if children:
-            raise SnapshotError(f"{directory / name}: {', '.join(children)} builds on it: merge or delete that "
+            raise SnapshotError(f"{directory / name}: needed by {', '.join(children)}: merge or delete that "
                                 "first")
         foreign = foreign_file(directory / name)
         if foreign:
-            raise SnapshotError(f"{directory / name / foreign}: is not a snapshot's file: move it away first")
+            raise SnapshotError(f"{directory / name / foreign}: is not a snapshot file: move it elsewhere first")
         try:
             remove(directory, name)
         except OSError as exc:

@@ -176,10 +176,10 @@ def _read_map(path: Path, total: int) -> tuple[bytes, Present]:
     with open_input(path, _refuse) as file:
         words = file.read(size + 1)
     if len(words) != size:
-        raise _refuse(path, f"has {'more' if len(words) > size else len(words)} bytes, {size} were expected")
+        raise _refuse(path, f"has {f'more than {size}' if len(words) > size else len(words)} bytes, expected {size}")
     present = np.unpackbits(np.frombuffer(words, np.uint8), bitorder="little").view(np.bool_)
     if present[total:].any():
-        raise _refuse(path, f"names a page beyond the slot's {total}")
+        raise _refuse(path, f"lists a page beyond the slot's {total} pages")
     return words, present[:total]
 
 
@@ -193,14 +193,14 @@ def _read(path: Path, present: Present,
             for first, count in _pieces(present):
                 data = _place(first, count, memory, scratch)
                 if stream.readinto(data.data) != len(data):
-                    raise _refuse(packed, "ends too early")
+                    raise _refuse(packed, "is damaged: it ends too early")
                 yield first, data
         return
     plain = path.with_suffix(".mem")
     with open_input(plain, _refuse) as raw:
         size = os.fstat(raw.fileno()).st_size
         if size != len(present) * PAGE:
-            raise _refuse(plain, f"has {size} bytes, {len(present) * PAGE} were expected")
+            raise _refuse(plain, f"has {size} bytes, expected {len(present) * PAGE}")
         yield from _read_plain(raw.fileno(), present, scratch, memory)
 
 
@@ -209,7 +209,7 @@ def _read_plain(fd: int, present: Present, scratch: NDArray[np.uint8] | None,
     for first, count in _pieces(present):
         data = _place(first, count, memory, scratch)
         if os.preadv(fd, [data.data], first * PAGE) != len(data):
-            raise OSError(f"{count} pages at {first:#x} could not be read whole")
+            raise OSError(f"{count} pages at {first:#x} could not be read completely")
         yield first, data
 
 

@@ -30,7 +30,7 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
                     accel=choose_accelerator(accel), linger=not detach)
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
-        with machine.lease("incoming", f"from {folder}"):     # half restored, nobody else starts or writes it
+        with machine.lease("incoming", f"from {folder}"):     # half restored, no other may start or write it
             total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
             done = 0
             for slot in newest.slots:
@@ -54,8 +54,8 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
 def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
     system = machine.system()
     if manifest.system.size != len(system):
-        raise SnapshotError(f"{folder}: its system slot has {manifest.system.size} bytes, this program's "
-                            f"{len(system)}")
+        raise SnapshotError(f"{folder}: its system slot has {manifest.system.size} bytes, but this "
+                            f"program expects {len(system)}")
     system[:] = 0
     for _ in read_pages(folder, "system", len(system) // PAGE, manifest.system.checksum, system):
         pass

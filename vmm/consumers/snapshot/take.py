@@ -49,7 +49,7 @@ def create(machine: Machine, directory: Path, *, incremental: bool = False, live
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise SnapshotError(f"{directory}: cannot be made: {exc.strerror}") from None
+        raise SnapshotError(f"{directory}: cannot be created: {exc.strerror}") from None
     with locked(directory), machine.lease("snapshot", f"into {directory}"):
         return _create(machine, directory, incremental, live, compression, progress)
 
@@ -105,13 +105,13 @@ def _family(directory: Path) -> str:
 def _parent(machine: Machine, directory: Path) -> Manifest:
     there = survey(directory)
     if not there:
-        raise SnapshotError(f"{directory}: holds no snapshot to build on: take a full one first")
+        raise SnapshotError(f"{directory}: contains no snapshot to build on: take a full one first")
     parent = there[-1]
     if not isinstance(parent, Manifest):
-        raise SnapshotError(f"{parent.reason}: take a full one, or delete that first")
+        raise SnapshotError(f"{parent.reason}: take a full snapshot, or delete the damaged one first")
     if parent.epoch not in machine.status()["clients"]:
-        raise SnapshotError(f"{directory / parent.id}: machine '{machine.name}' does not know what was dirtied "
-                            "since (it is another one, or was restored or restarted): take a full one")
+        raise SnapshotError(f"{directory / parent.id}: machine '{machine.name}' has no record of what was "
+                            "dirtied since (it is another machine, or was restored or restarted): take a full one")
     return parent
 
 
@@ -161,7 +161,7 @@ class _Taking:
             writer, fresh = self._writer(slot)
             dirty = np.flatnonzero(self._machine.bitmap(slot["id"], self._client).bools())
             if fresh and (self._whole or not slot["logged"]):
-                dirty = np.arange(slot["pages"])    # nobody knows what changed in a slot that is not logged
+                dirty = np.arange(slot["pages"])    # it is unknown what changed in a slot that is not logged
             todo.append((slot, writer, dirty))
             total += len(dirty)
         for slot, writer, dirty in todo:

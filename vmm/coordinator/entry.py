@@ -1,8 +1,8 @@
-"""``python -m vmm.coordinator``: started by the keeper (vmm/coordinator/keeper.py).
+"""The coordinator's beginning and end: started by the keeper (vmm/coordinator/keeper.py).
 
 It tells the keeper, in lines of JSON, ``{"ready": true}`` or ``{"error": …, "code": n}``; and, once it is decided
 that the machine ends, ``{"done": exit status}``, before anything is torn down. A coordinator that ends without that
-last line has failed, however it ended: the machine runs on, and another one takes over.
+last line has failed, however it ended: the machine keeps running, and another one takes over.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """``python -m vmm.coordinator STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD CLAIM_FD TERMINAL_FD``; the
+    """``vmm.coordinator.entry STATUS_FD KEEPER_FD KEEPER_PID ZYGOTE_FD CLAIM_FD TERMINAL_FD``; the
     specification is on standard input. ZYGOTE_FD is -1 for one that takes over from another: the workers are there.
     TERMINAL_FD: for trace events without a file."""
     status_fd, keeper_fd, keeper_pid, zygote_fd, claim_fd, terminal_fd = (int(a) for a in argv[:6])
@@ -59,14 +59,14 @@ def main(argv: list[str]) -> int:
         pass
     except Exception as exc:
         if coordinator is not None or zygote_fd < 0:
-            _log.exception("the coordinator has failed: another one is to carry on")
+            _log.exception("the coordinator failed: another one will take over")
             os._exit(ExitCode.BUG)      # the machine is not torn down
         code = _not_made(exc, status_fd)
     _tell(status_fd, done=int(code))
     step("done-said")
     if coordinator is not None:
         coordinator.close()
-    if taken is not None and os.getppid() != keeper_pid:    # it was killed, and cannot do it any more
+    if taken is not None and os.getppid() != keeper_pid:    # it was killed, and can no longer do it
         release(taken)
     return code
 
@@ -78,16 +78,16 @@ def _early_stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _not_made(exc: Exception, status_fd: int) -> ExitCode:
-    """The machine could not be had; the exit status."""
+    """The machine could not be created; the exit status."""
     if isinstance(exc, VmmError):
         text, code = str(exc), exc.exit_code
     elif isinstance(exc, SegmentError):
         text, code = str(exc), ExitCode.BAD_INPUT
     elif isinstance(exc, OSError):
-        text, code = f"the machine cannot be made: {exc}", ExitCode.BAD_INPUT
+        text, code = f"cannot create the machine: {exc}", ExitCode.BAD_INPUT
     else:
-        _log.exception("the machine cannot be made")
-        text, code = f"the machine cannot be made: {type(exc).__name__}: {exc} (this is a bug)", ExitCode.BUG
+        _log.exception("cannot create the machine")
+        text, code = f"cannot create the machine: {type(exc).__name__}: {exc} (this is a bug)", ExitCode.BUG
     _tell(status_fd, error=text, code=int(code))
     return code
 
@@ -96,7 +96,3 @@ def _tell(status_fd: int, **fields: Any) -> None:
     """One JSON line to the keeper (it may have been killed: SIGTERM is on its way then)."""
     with contextlib.suppress(OSError):
         os.write(status_fd, msgspec.json.encode(fields) + b"\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
