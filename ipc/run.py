@@ -1,7 +1,8 @@
 """``python -m ipc.run MODULE ARGUMENT...``: how a process of this program begins and ends.
 
-``MODULE.main(arguments)`` gives the exit status. What an import makes stays, so the collector is off until all of it
-is there, and never looks at it again: it would find no garbage, which takes a fifth of the imports' time. At the end
+``MODULE.main(arguments)`` gives the exit status. What an import makes stays, so the collector is off until MODULE and
+all that it imports is there, and never looks at it again: it would find no garbage, which takes a fifth of the
+imports' time. At the end
 what was printed is written, and the process is gone: Python's own way out would take all modules apart first.
 (``main`` has closed what it had by then; the kernel does the rest.)
 """
@@ -45,6 +46,7 @@ def main(module: str, arguments: list[str]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1], sys.argv[2:])
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):      # nobody reads it
-            stream.flush()
+        if stream is not None:      # it was closed when this process began
+            with contextlib.suppress(OSError, ValueError):      # nobody reads it
+                stream.flush()
     os._exit(code)

@@ -54,6 +54,15 @@ def test_main_may_leave_by_itself(tmp_path: Path) -> None:
     assert run(tmp_path, "leave").returncode == 4
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_the_status_is_mains_with_nowhere_to_print(closed: str, tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text("def main(arguments):\n    return 5\n")
+    command = " ".join(own_process("work"))
+    done = subprocess.run(["sh", "-c", f"exec {command} {closed}"], timeout=60, check=False,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 5
+
+
 def test_it_ends_though_nobody_reads_what_it_prints(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)

@@ -312,6 +312,8 @@ def _catch_signals() -> int:
 
 def _print(text: str) -> None:
     """On standard error, unless that would have to wait for its reader."""
+    if sys.stderr is None:      # it was closed when this process began
+        return
     try:
         poll = select.poll()
         poll.register(sys.stderr.fileno(), select.POLLOUT)

@@ -46,7 +46,7 @@ _KEPT_OUT = {
     "snapshot": {Change.MIGRATION, Change.INCOMING, Change.SLOTS, Change.UNLOG},
     "incoming": {Change.MIGRATION, Change.SNAPSHOT, Change.INCOMING, Change.SLOTS},
 }
-#: And what it keeps all but those from that show the lease's token.
+#: And what it keeps everybody from who does not show the lease's token.
 _KEPT_OUT_OTHERS = {
     "incoming": {Change.START, Change.STATE, Change.HOST_WRITE, Change.REGISTER},
 }

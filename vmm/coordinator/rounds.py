@@ -25,15 +25,15 @@ class Rounds:
     def _spec(self) -> VerifySpec | None:
         return self._core.spec.verify
 
-    def begin(self, predecessors: Verification | None = None) -> None:
-        """Make the verifier; ``predecessors``: what it had found under a coordinator that died, whose round, should
-        it have been in one, is made up for at once. Raises SegmentError."""
+    def begin(self, predecessors: Verification | None = None, *, started: bool = False) -> None:
+        """Make the verifier; ``predecessors``: what it had found under a coordinator that died. ``started``: that one
+        had let the guest run: the round that it may have been in is made up for at once. Raises SegmentError."""
         core = self._core
         if self._spec is None:
             return
         core.verifier = make_verifier(self._spec, core.parts.log, core.vcpus.all, core.parts.control,
                                       core.parts.usable, predecessors, memory=core.spec.can.guests)
-        if predecessors is not None:
+        if started:
             self._next = time.monotonic()
 
     def left(self, now: float) -> float | None:

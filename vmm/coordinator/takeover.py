@@ -42,7 +42,7 @@ def take_over(machine: Families, saved: Saved, rounds: Rounds) -> None:
         _leave_alone(core)
     else:
         _bring_into_line(core)
-    rounds.begin(saved.verification or Verification())
+    rounds.begin(saved.verification or Verification(), started=saved.started is not None)
     for vcpu in core.vcpus.all:
         # A message that the predecessor took with it: the control block still says so.
         if vcpu.control.state == VcpuState.EXITED and vcpu.exited is None:

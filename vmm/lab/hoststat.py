@@ -53,7 +53,7 @@ def cpu_time(pid: int) -> CpuTime:
     try:
         return sum((times for _, times in thread_times(pid)), CpuTime(0.0, 0.0))
     except FileNotFoundError:   # a kernel without these statistics (or a thread that ended just now)
-        with _gone_is_oserror():
+        with _oserror():
             times = psutil.Process(pid).cpu_times()
         return CpuTime(times.user + times.system, 0.0)
 
@@ -61,15 +61,17 @@ def cpu_time(pid: int) -> CpuTime:
 def pss_beyond_ram(pid: int) -> int:
     """Bytes of a process's proportional set size, without the mappings of guest RAM. Raises OSError when the process
     is gone."""
-    with _gone_is_oserror():
+    with _oserror():
         maps = psutil.Process(pid).memory_maps(grouped=False)
     return sum(each.pss for each in maps if not RAM_MAPPING.search(each.path))
 
 
 @contextlib.contextmanager
-def _gone_is_oserror() -> Iterator[None]:
+def _oserror() -> Iterator[None]:
     try:
         yield
+    except psutil.AccessDenied as exc:
+        raise PermissionError(str(exc)) from None
     except psutil.Error as exc:
         raise ProcessLookupError(str(exc)) from None
 

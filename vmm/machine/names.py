@@ -26,7 +26,7 @@ __all__ = ["MACHINE_NAME", "RAM_MAPPING", "belongings", "check_client_name", "ch
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
 
-#: The end of a line of /proc/<pid>/maps where a machine's RAM is mapped.
+#: The path of a mapping (proc_pid_maps(5)) that is a machine's RAM, at the end of a text.
 RAM_MAPPING = re.compile(r"/dev/shm/shardvmm\.\d+\.[0-9a-f]{8}\." + MACHINE_NAME
                          + r"\.ram\d+(?:\.[0-9a-f]+)?(?: \(deleted\))?$")
 

@@ -4,7 +4,7 @@ was looked at.
 The target listens on a ROUTER, the source connects DEALERs. A connection that breaks is an error, never mended
 behind our back: ZeroMQ's own reconnecting is off. Heartbeats (ZMTP's PING and PONG) find the end of a peer that
 went silent without a FIN or RST; the answers of the other end's program, not only of its ZeroMQ, are
-awaited above (vmm/consumers/migration/source.py, target.py).
+awaited above (vmm/consumers/migration/talk.py, peers.py).
 
 A Unix socket is the user's own: the file of a listener is mode 0600, a peer that connects to it is this user or
 root, and so is one that is connected to (SO_PEERCRED, both ways).

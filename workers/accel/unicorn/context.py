@@ -1,6 +1,6 @@
 """What the software CPU's native hooks know of their machine: plain C structures as numpy records.
 
-The run loop (workers/accel/unicorn/cpu.py) fills them in while the guest stands still; the hooks
+The run loop (workers/accel/unicorn/cpu.py, pages.py) fills them in while the guest stands still; the hooks
 (workers/accel/unicorn/hooks.py) read the same memory. Addresses are int64.
 """
 
