@@ -13,10 +13,11 @@ from .consumers.snapshot import (
     list_snapshots,
     load_manifest,
     merge,
+    read_memory,
     restore,
     survey,
     verify,
 )
 
 __all__ = ["Damaged", "Manifest", "PageFileError", "SnapshotError", "chain", "create", "delete", "list_snapshots",
-           "load_manifest", "merge", "restore", "survey", "verify"]
+           "load_manifest", "merge", "read_memory", "restore", "survey", "verify"]

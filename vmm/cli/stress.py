@@ -52,17 +52,32 @@ def _axis(name: str, help_text: str) -> Callable[[Any], Any]:
 @click.option("--machines", type=int, help="Number of machines that run at once at each point.")
 @click.option("--seconds", type=Duration(), help="Length of the timed window of each point.")
 @click.option("--repeat", type=int, help="Number of repetitions per point.")
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="Directory for the results; points already in it are not measured again.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False),
+              help="Directory for the results (required but with --faults); points already in it are not measured "
+                   "again.")
 @click.option("--resume", is_flag=True, help="Continue the sweep stored in --output.")
+@click.option("--faults", type=click.IntRange(1), metavar="N",
+              help="Instead of a sweep: kill and stop processes of machines N times while clients use them.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the faults; the same seed plans the same campaign.")
 @json_option
-def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axes: Any) -> int:
+def stress(config: Path | None, output: Path | None, resume: bool, faults: int | None, seed: int | None,
+           as_json: bool, **axes: Any) -> int:
     """Measure machines over a parameter sweep. It varies vCPUs, ring sizes, workloads, reapers and accelerators, and
     verifies that no page is lost.
 
     The sweep is given by the file CONFIG, by options, or by both (options take precedence). To continue an
     interrupted sweep, run the same command again or use --resume. Exit status 1: a page was lost.
+
+    With --faults, random processes of machines are killed and stopped while clients sync, plug memory, switch modes
+    and take snapshots; what each client is told is compared with the memory it sees. Only --accel, --seed and
+    --output go with it.
     """
+    if faults is not None:
+        return _faults(faults, seed, config, output, resume, axes, as_json)
+    if seed is not None:
+        raise VmmError("--seed: only valid with --faults")
+    if output is None:
+        raise VmmError("--output: give a directory for the results")
     from ..lab.stress import sweep as sweeps
     from ..lab.stress.report import draw_pictures, write_report
     from ..optional import MissingPackage
@@ -85,6 +100,21 @@ def stress(config: Path | None, output: Path, resume: bool, as_json: bool, **axe
     if not complete:
         return 128 + came[0]
     return _exit_status(results)
+
+
+def _faults(faults: int, seed: int | None, config: Path | None, output: Path | None, resume: bool,
+            axes: dict[str, Any], as_json: bool) -> int:
+    from .faults import run_faults
+
+    accels = axes.pop("accel") or []
+    others = [f"--{key.replace('_', '-')}" for key, value in axes.items() if value is not None]
+    others += ["--resume"] * resume + ["CONFIG"] * (config is not None)
+    if others:
+        raise VmmError(f"--faults: cannot be used with {others[0]}")
+    with _signals() as came:
+        status = run_faults(faults, seed, [str(accel) for accel in accels], output, stop=lambda: bool(came),
+                            as_json=as_json)
+    return 128 + came[0] if came and not status else status
 
 
 def _as_given(key: str, value: Any) -> str:

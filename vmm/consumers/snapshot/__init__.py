@@ -18,7 +18,7 @@ Whatever else is in the directory is not this program's: it is neither read nor 
 
 from __future__ import annotations
 
-from .chain import Damaged, chain, list_snapshots, survey, verify
+from .chain import Damaged, chain, list_snapshots, read_memory, survey, verify
 from .manifest import Manifest, SnapshotError, load_manifest
 from .merge import delete, merge
 from .pagefile import PageFileError
@@ -26,4 +26,4 @@ from .restore import restore
 from .take import create
 
 __all__ = ["Damaged", "Manifest", "PageFileError", "SnapshotError", "chain", "create", "delete", "list_snapshots",
-           "load_manifest", "merge", "restore", "survey", "verify"]
+           "load_manifest", "merge", "read_memory", "restore", "survey", "verify"]

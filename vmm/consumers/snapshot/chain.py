@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .folder import SnapshotError, snapshot_ids
 from .manifest import Manifest, SlotFile, file_checksum, load_manifest
 from .pagefile import PAGE, read_pages
 
-__all__ = ["Damaged", "Progress", "chain", "layers", "list_snapshots", "survey", "verify"]
+__all__ = ["Damaged", "Progress", "chain", "fill", "layers", "list_snapshots", "read_memory", "survey", "verify"]
 
 Progress = Callable[[int, int], None]       # (pages done, pages in all)
 
@@ -63,6 +66,25 @@ def layers(directory: Path, manifests: list[Manifest], slot: SlotFile) -> Iterat
         for each in manifest.slots:
             if (each.id, each.gpa, each.size, each.born) == (slot.id, slot.gpa, slot.size, slot.born):
                 yield directory / manifest.id, each
+
+
+def fill(directory: Path, manifests: list[Manifest], slot: SlotFile, memory: NDArray[np.uint8]) -> Iterator[int]:
+    """Have ``memory`` (zero, shape [slot.size]) be what the chain holds of this slot, piece by piece; each piece's
+    pages. Raises PageFileError."""
+    for where, each in layers(directory, manifests, slot):
+        for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
+            yield count
+
+
+def read_memory(directory: Path, name: str | None = None) -> dict[int, NDArray[np.uint8]]:
+    """The memory that a snapshot holds (default: the newest), {slot id: uint8[bytes]}. Raises SnapshotError,
+    PageFileError."""
+    manifests, found = chain(directory, name), {}
+    for slot in manifests[-1].slots:
+        found[slot.id] = np.zeros(slot.size, np.uint8)
+        for _ in fill(directory, manifests, slot, found[slot.id]):
+            pass
+    return found
 
 
 def verify(directory: Path, name: str | None = None,

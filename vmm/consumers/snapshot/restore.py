@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...client.machine import Machine
 from ...machine.rules import arriving
-from .chain import Progress, chain, layers
+from .chain import Progress, chain, fill, layers
 from .folder import SnapshotError
 from .manifest import Manifest, file_checksum
 from .pagefile import PAGE, read_pages
@@ -36,10 +36,9 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
             for slot in newest.slots:
                 memory = machine.ram(slot.id, writable=True)
                 memory[:] = 0       # the loader has put the image there
-                for where, each in layers(directory, manifests, slot):
-                    for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
-                        done += count
-                        progress(done, total)
+                for count in fill(directory, manifests, slot, memory):
+                    done += count
+                    progress(done, total)
             _restore_system(machine, folder, newest)
             machine.set_state(newest.vcpus)
             if start:

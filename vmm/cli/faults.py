@@ -1,0 +1,75 @@
+"""``vmm stress --faults``: the campaign of faults on the command line."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import VmmError
+from .common import print_json
+
+if TYPE_CHECKING:
+    from ..lab.faults.campaign import Campaign
+    from ..lab.faults.plan import Episode
+    from ..lab.faults.run import Outcome
+
+__all__ = ["run_faults"]
+
+_RESULT = "faults.json"
+
+
+def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | None, *, stop: Callable[[], bool],
+               as_json: bool) -> int:
+    """The exit status: 1 when something was lost, or did not do what it should. Raises VmmError."""
+    import msgspec
+
+    from ..lab.faults.campaign import run_campaign
+
+    seed = secrets.randbelow(1 << 31) if seed is None else seed
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise VmmError(f"{output}: cannot be created: {exc.strerror}") from None
+
+    def done(campaign: Campaign, episode: Episode, outcome: Outcome) -> None:
+        if not as_json:
+            click.echo(f"{campaign.faults:,} of {faults:,} faults; {episode}: {outcome.faults} faults, "
+                       f"{outcome.takeovers} take-overs, {outcome.seconds:.1f} s"
+                       f"{'; FAILED' if outcome.problem else ''}", err=True)
+
+    campaign = run_campaign(faults, seed, accels, stop=stop, done=done)
+    document = msgspec.to_builtins(campaign)
+    if output is not None:
+        try:
+            (output / _RESULT).write_text(json.dumps(document, indent=1) + "\n")
+        except OSError as exc:
+            raise VmmError(f"{output / _RESULT}: cannot be written: {exc.strerror}") from None
+    if as_json:
+        print_json(document)
+    else:
+        _show(campaign)
+    return 1 if campaign.failure is not None else 0
+
+
+def _show(campaign: Campaign) -> None:
+    click.echo(f"seed {campaign.seed}: {campaign.faults:,} faults in {campaign.episodes:,} machines: "
+               f"{campaign.takeovers:,} take-overs, {campaign.lost_workers:,} workers killed; "
+               f"{campaign.seconds:,.0f} s")
+    for title, counts in (("faults", campaign.hits), ("machines", campaign.machines)):
+        click.echo(f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
+    click.echo(f"at the clients' end: {campaign.compared_pages:,} pages compared, {campaign.dirty_pages:,} dirty")
+    failure = campaign.failure
+    if failure is None:
+        click.echo("no page and no machine was lost")
+        return
+    click.echo(f"FAILED: {failure.problem}\n  {failure.shortest}")
+    for event in failure.shortest.events:
+        click.echo(f"    {event}")
+    click.echo(f"  (shortened from {len(failure.episode.events)} events; the whole campaign again: vmm stress --faults "
+               f"{max(1, campaign.faults):d} --seed {campaign.seed})")

@@ -1,0 +1,71 @@
+"""Episodes one after the other, until so many faults have hit; what they came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from .plan import Episode, draw_episode, possible
+from .run import Outcome, run_episode
+from .shrink import shrink
+
+__all__ = ["Campaign", "Failure", "run_campaign"]
+
+_SHRINK_SECONDS = 300.0
+
+
+class Failure(msgspec.Struct):
+    """What was found, and how to see it again."""
+
+    episode: Episode
+    problem: str
+    shortest: Episode       # that fails in the same way
+
+
+class Campaign(msgspec.Struct):
+    """What came of it. Counts, by what the machines were (``accelerator/tracking``) and by what was done to whom."""
+
+    seed: int
+    episodes: int = 0
+    events: int = 0
+    faults: int = 0
+    seconds: float = 0.0
+    takeovers: int = 0          # coordinators that were replaced
+    lost_workers: int = 0
+    compared_pages: int = 0     # at the clients' end
+    dirty_pages: int = 0        # that the clients were told of
+    machines: dict[str, int] = {}
+    hits: dict[str, int] = {}
+    failure: Failure | None = None
+
+    def add(self, episode: Episode, outcome: Outcome) -> None:
+        """An episode is over."""
+        self.episodes += 1
+        for name in ("events", "faults", "seconds", "takeovers", "lost_workers", "compared_pages", "dirty_pages"):
+            setattr(self, name, getattr(self, name) + getattr(outcome, name))
+        machine = f"{episode.accel}/{episode.tracking}"
+        self.machines[machine] = self.machines.get(machine, 0) + 1
+        for event in episode.events[:outcome.events]:
+            if event.fault is not None:
+                hit = f"{'stop' if event.fault.stop_ms else 'kill'} {event.fault.victim.rstrip('0123456789')}"
+                self.hits[hit] = self.hits.get(hit, 0) + 1
+
+
+def run_campaign(faults: int, seed: int, accels: Sequence[str], *, first: int = 0,
+                 stop: Callable[[], bool] = lambda: False,
+                 done: Callable[[Campaign, Episode, Outcome], None] = lambda campaign, episode, outcome: None,
+                 ) -> Campaign:
+    """Until ``faults`` have hit, ``stop`` says so, or something is wrong; beginning with episode ``first`` of this
+    seed. ``done`` is told after each episode. Raises VmmError where no machine can be had."""
+    can = possible(accels)
+    campaign = Campaign(seed)
+    while campaign.faults < faults and campaign.failure is None and not stop():
+        episode = draw_episode(seed, first + campaign.episodes, can)
+        outcome = run_episode(episode)
+        campaign.add(episode, outcome)
+        if outcome.problem:
+            shortest = shrink(episode, outcome, run_episode, _SHRINK_SECONDS)
+            campaign.failure = Failure(episode, outcome.problem, shortest)
+        done(campaign, episode, outcome)
+    return campaign

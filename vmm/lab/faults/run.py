@@ -1,0 +1,272 @@
+"""Carry out an episode: a real machine, real signals to its processes, and clients that hold what they are told
+against memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from ipc.shm import PAGE_SIZE
+
+from ... import snapshot
+from ...client.machine import Machine
+from ...errors import ExitCode, VmmError
+from ...guests import WORKLOADS, resolve_params
+from ...machine.names import belongings
+from ...machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+from .oracle import Oracle
+from .plan import COLD_SLOT, HOT_SLOT, Episode, Event, Fault
+
+__all__ = ["Outcome", "run_episode"]
+
+_HOT_GPA, _HOT_PAGES, _COLD_GPA = 1 << 33, 256, 1 << 32
+_PATIENCE = 60.0            # seconds that an event may take
+_RUN = 0.03                 # seconds that a guest is left alone
+_CLIENTS = ("faults_a", "faults_b")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """``problem``: what was wrong; empty: nothing was. ``at``: the number of the event it was found at."""
+
+    problem: str = ""
+    at: int = -1
+    faults: int = 0
+    compared_pages: int = 0
+    dirty_pages: int = 0
+    takeovers: int = 0
+    lost_workers: int = 0
+    events: int = 0
+    seconds: float = 0.0
+
+
+class Slow(VmmError):
+    """An event has not ended."""
+
+
+def run_episode(episode: Episode, doing: Callable[[Event], None] = lambda event: None) -> Outcome:
+    """What came of it; nothing of it is left. In the main thread (it uses SIGALRM)."""
+    outcome = Outcome()
+    began = time.monotonic()
+    name = f"faults-{os.getpid()}"
+    try:
+        with tempfile.TemporaryDirectory(prefix="shardvmm-faults-") as folder, _Run(episode, name, Path(folder),
+                                                                                   outcome) as run:
+            for number, event in enumerate(episode.events):
+                outcome.at = number
+                doing(event)
+                with _patience():
+                    run.carry_out(event)
+                outcome.events += 1
+        if left := belongings(name).left():
+            raise VmmError(f"left behind: {', '.join(left)}")
+        outcome.at = -1
+    except (VmmError, OSError) as exc:
+        outcome.problem = str(exc) or type(exc).__name__
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+class _Run:
+    """One machine and its clients."""
+
+    def __init__(self, episode: Episode, name: str, folder: Path, outcome: Outcome) -> None:
+        """Raises VmmError."""
+        self._folder = folder
+        self._outcome = outcome
+        self._dead: set[int] = set()        # vCPUs whose workers have been killed
+        self._dice = np.random.default_rng(episode.seed * 1_000_003 + episode.number)
+        self._open = contextlib.ExitStack()
+        self._machine = self._open.enter_context(Machine.launch(_spec(episode, name), start=False))
+        try:
+            self._oracles = [self._open.enter_context(contextlib.closing(Oracle(name, client)))
+                             for client in _CLIENTS]
+        except BaseException:
+            self._open.close()
+            raise
+
+    def carry_out(self, event: Event) -> None:
+        """Do it, with its fault meanwhile. Raises VmmError for what must not be."""
+        action = getattr(self, f"_do_{event.do.replace('-', '_')}")
+        if event.fault is None:
+            action(*event.arguments)
+            return
+        with self._hitting(event.fault):
+            try:
+                action(*event.arguments)
+            except VmmError:
+                # A vCPU that has gone may be what it was about; nothing may be lost all the same.
+                if event.fault.stop_ms or not event.fault.victim.startswith("vcpu"):
+                    raise
+        self._outcome.faults += 1
+
+    @contextlib.contextmanager
+    def _hitting(self, fault: Fault) -> Iterator[None]:
+        """The fault hits within the ``with``, or at its end."""
+        status = self._machine.status()
+        before = status["coordinator"]["restarts"]
+        pid = (status["coordinator"]["pid"] if fault.victim == "coordinator" else
+               belongings(self._machine.name).owner_pid() or 0 if fault.victim == "keeper" else
+               status["vcpus"][int(fault.victim.removeprefix("vcpu"))]["pid"])
+        kill = fault.stop_ms == 0
+        with contextlib.ExitStack() as stack:
+            try:
+                victim = os.pidfd_open(pid)
+            except OSError:
+                yield       # a vCPU that was killed before
+                return
+            stack.callback(os.close, victim)
+            thread = threading.Thread(target=_hit, args=(victim, fault))
+            thread.start()
+            try:
+                yield
+            finally:
+                thread.join()
+        if kill and fault.victim == "coordinator":
+            self._await_successor(before)
+        elif kill:
+            self._dead.add(int(fault.victim.removeprefix("vcpu")))
+            self._outcome.lost_workers += 1
+
+    def _await_successor(self, before: int) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while self._machine.status()["coordinator"]["restarts"] == before:
+            if time.monotonic() > deadline:
+                raise Slow("no coordinator took over")
+            time.sleep(0.01)
+        self._outcome.takeovers += 1
+
+    # --- events ---------------------------------------------------------------------------------------
+
+    def _do_start(self) -> None:
+        self._machine.start()
+
+    def _do_run(self) -> None:
+        time.sleep(_RUN)
+
+    def _do_look(self) -> None:
+        for oracle in self._oracles:
+            oracle.look()
+
+    def _do_check(self) -> None:
+        for oracle in self._oracles:
+            oracle.check()
+
+    def _do_write(self, slot: int, page: int) -> None:
+        """By the host, over a page's end."""
+        gpa = {COLD_SLOT: _COLD_GPA, HOT_SLOT: _HOT_GPA}[slot]
+        at = gpa + min(page * PAGE_SIZE + PAGE_SIZE - 8, _HOT_PAGES * PAGE_SIZE - 16)
+        self._machine.write(at, self._dice.bytes(16))
+
+    def _do_plug(self) -> None:
+        self._machine.memory_add(HOT_SLOT, _HOT_GPA, _HOT_PAGES * PAGE_SIZE)
+
+    def _do_unplug(self) -> None:
+        self._machine.memory_remove(HOT_SLOT)
+
+    def _do_log_start(self, slot: int) -> None:
+        self._machine.log_start(slot)
+
+    def _do_log_stop(self, slot: int) -> None:
+        self._machine.log_stop(slot)
+
+    def _do_tracking(self, mode: str) -> None:
+        self._machine.set_tracking(mode)
+
+    def _do_pause(self) -> None:
+        self._machine.pause()
+
+    def _do_resume(self) -> None:
+        self._machine.resume()
+
+    def _do_client(self) -> None:
+        """One that comes, takes, and goes."""
+        self._machine.register("faults_c")
+        self._machine.take("faults_c")
+        self._machine.unregister("faults_c")
+
+    def _do_snapshot(self) -> None:
+        """What it holds is what was in memory."""
+        chain = self._folder / "chain"
+        with self._machine.paused("fault campaign"):
+            slots = [each["id"] for each in self._machine.status()["slots"]]
+            memory = {slot: self._machine.ram(slot).copy() for slot in slots}
+            snapshot.create(self._machine, chain, incremental=chain.exists())
+        held = snapshot.read_memory(chain)
+        for slot in slots:
+            different = np.flatnonzero((held[slot] != memory[slot]).reshape(-1, PAGE_SIZE).any(axis=1))
+            if len(different):
+                raise VmmError(f"snapshot: {len(different)} pages of slot {slot} are not those that were in memory: "
+                               f"{', '.join(f'{page:#x}' for page in different[:8])}")
+
+    def _do_stop(self) -> None:
+        self._machine.stop()
+        report = self._machine.wait(_PATIENCE)
+        checked = report["verification"]
+        if checked is not None and checked["lost_pages"]:
+            raise VmmError(f"the coordinator's verifier found {checked['lost_pages']} lost pages: "
+                           f"{'; '.join(checked['first_findings'])}")
+        wanted = ExitCode.WORKER_DIED if self._dead else ExitCode.STOPPED
+        if report["exit_code"] != wanted:
+            raise VmmError(f"the machine ended with status {report['exit_code']} instead of {int(wanted)}: "
+                           f"{report['cause']}")
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for oracle in self._oracles:
+            self._outcome.compared_pages += oracle.compared
+            self._outcome.dirty_pages += oracle.dirty
+        self._open.close()
+
+
+def _spec(episode: Episode, name: str) -> MachineSpec:
+    """A guest that writes to random pages for ever, slowly enough to leave the processors to others."""
+    return MachineSpec(
+        name=name, accel=episode.accel, vcpus=episode.vcpus, privilege="user", ring_entries=episode.ring,
+        slots=[RamSlot(0, 0, episode.mib << 20), RamSlot(COLD_SLOT, _COLD_GPA, _HOT_PAGES * PAGE_SIZE)],
+        image=str(WORKLOADS["stamp"].image), load_address=None,
+        params=resolve_params("stamp", {"writes": 0, "spin": 500}), cmdline="stamp", stack_size=16384,
+        reaper=ReaperSpec(), timeout=None, trace=[], trace_file="",
+        verify=VerifySpec(interval=0.05, surplus_is_failure=False) if episode.verify else None,
+        tracking=episode.tracking, nice=5, linger=True)
+
+
+def _hit(victim: int, fault: Fault) -> None:
+    """In a thread of its own."""
+    time.sleep(fault.after_ms / 1000)
+    with contextlib.suppress(ProcessLookupError):
+        if not fault.stop_ms:
+            signal.pidfd_send_signal(victim, signal.SIGKILL)
+            return
+        signal.pidfd_send_signal(victim, signal.SIGSTOP)
+        try:
+            time.sleep(fault.stop_ms / 1000)
+        finally:
+            signal.pidfd_send_signal(victim, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Raises Slow in what takes too long."""
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise Slow(f"not done within {_PATIENCE:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
