@@ -1,7 +1,7 @@
-"""The harvest kernel beside the seed's reap loop in C, in turns; and a client's sync of a large slot.
+"""The harvest loop against QEMU's reap loop in C, in turns; and a client's sync of a large slot.
 
-**Harvest.** A ring full of dirty entries is harvested by ``ipc.compiled.calls.harvest`` and by the loop of the seed
-(``seed_reap.c``, gcc -O2), both over the same entries: sequential or random offsets, in one slot or in 32 in turn.
+**Harvest.** A ring full of dirty entries is harvested by ``ipc.compiled.calls.harvest`` and by the loop of QEMU's patch
+(``reap_peer.c``, gcc -O2), both over the same entries: sequential or random offsets, in one slot or in 32 in turn.
 Filling the ring is not timed. Bitmaps lie as they do in each program: the C loop's at the start of a page, as
 malloc puts large blocks, ours at another cache line for each slot (vmm/machine/memory.py). Ours keeps a summary
 beside the bitmap and knows entries that a predecessor has harvested already; the C loop does neither.
@@ -37,7 +37,7 @@ ENTRIES = 65536
 SLOT_PAGES = 1 << 20            # 4 GiB
 REPEATS = 20                    # rings a run
 LARGE_PAGES = (1 << 40) // 4096
-SOURCE = Path(__file__).with_name("seed_reap.c")
+SOURCE = Path(__file__).with_name("reap_peer.c")
 
 U64 = NDArray[np.uint64]
 
@@ -83,7 +83,7 @@ class Rings:
             assert self.out[0] == ENTRIES
         return {"rate": REPEATS * ENTRIES / took}
 
-    def seed(self, reap: ctypes._NamedFuncPointer) -> dict[str, float]:
+    def peer(self, reap: ctypes._NamedFuncPointer) -> dict[str, float]:
         took = 0.0
         fetch = ctypes.c_uint32(0)
         where = ctypes.byref(fetch)
@@ -97,11 +97,11 @@ class Rings:
 
 
 @contextlib.contextmanager
-def seed_loop() -> Iterator[ctypes._NamedFuncPointer]:
+def peer_loop() -> Iterator[ctypes._NamedFuncPointer]:
     with tempfile.TemporaryDirectory(prefix="shardvmm-build-") as folder:
-        library = Path(folder) / "seed_reap.so"
+        library = Path(folder) / "reap_peer.so"
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, SOURCE], check=True)
-        reap = ctypes.CDLL(str(library)).seed_reap
+        reap = ctypes.CDLL(str(library)).reap_peer
         reap.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p,
                          ctypes.c_uint32]
         reap.restype = ctypes.c_uint32
@@ -111,13 +111,13 @@ def seed_loop() -> Iterator[ctypes._NamedFuncPointer]:
 def harvest_cases(rounds: int) -> list[Case]:
     random = np.random.default_rng(1)
     found = []
-    with seed_loop() as reap:
+    with peer_loop() as reap:
         for label, offsets in (("sequential", np.arange(ENTRIES, dtype=np.uint64)),
                                ("random", random.integers(0, SLOT_PAGES, ENTRIES, np.uint64))):
             for slots in (1, 32):
                 rings = Rings(offsets, slots)
-                runs = in_turns({"ours": rings.ours, "seed": lambda r=rings: r.seed(reap)}, rounds)
-                found.append(Case(f"{label}, {slots} slot{'s' * (slots > 1)}", runs["ours"], runs["seed"],
+                runs = in_turns({"ours": rings.ours, "peer": lambda r=rings: r.peer(reap)}, rounds)
+                found.append(Case(f"{label}, {slots} slot{'s' * (slots > 1)}", runs["ours"], runs["peer"],
                                   at_least={"rate": 1.0}))
     return found
 
@@ -168,10 +168,10 @@ def main() -> None:
     parser = arguments_parser(NAME, __doc__)
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 31)
-    results = Results(NAME, "Harvest and sync", "seed in C, or read", {
+    results = Results(NAME, "Harvest and sync", "QEMU's loop in C, or read", {
         "rate": ("entries/s (million)", 1e-6, ",.0f"), "time": ("time (ms)", 1e3, ",.2f")})
     if shutil.which("gcc") is None:
-        results.skipped = "no gcc to build the seed's loop with (Debian: apt install gcc)"
+        results.skipped = "no gcc to build QEMU's loop with (Debian: apt install gcc)"
     else:
         results.cases += harvest_cases(rounds)
     results.cases += sync_cases(rounds)

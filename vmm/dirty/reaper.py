@@ -37,7 +37,7 @@ _EMPTY_FULLS = 3        # full-but-empty reports in a row that mean a ring has l
 _DRAIN_PASSES = 8       # with every vCPU paused the second pass finds nothing
 
 
-class Gathering(Protocol):
+class ReapMode(Protocol):
     """What is asked of a mode of dirty tracking here (vmm/dirty/tracking has the modes)."""
 
     #: It has a dirty ring of each vCPU.
@@ -58,7 +58,7 @@ class Reaper:
 
     def __init__(self, spec: ReaperSpec, vcpus: VcpuPool, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
-                 mode: Gathering) -> None:
+                 mode: ReapMode) -> None:
         self.spec = spec
         self.schedule = Schedule(spec)
         self.vcpus = vcpus

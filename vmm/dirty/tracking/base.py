@@ -8,12 +8,12 @@ from typing import Protocol
 from ...vcpus.handle import VcpuHandle
 from ...vcpus.pool import VcpuPool
 from ..parts import Logging, Parts
-from ..reaper import Gathering
+from ..reaper import ReapMode
 
 __all__ = ["TrackingMode"]
 
 
-class TrackingMode(Logging, Gathering, Protocol):
+class TrackingMode(Logging, ReapMode, Protocol):
     """One file each beside this one. Stateless: what there is lies in ``Parts`` and in the workers."""
 
     def need(self, parts: Parts, *, fresh: bool) -> None:

@@ -1,6 +1,6 @@
 /*
  * The reap loop of "KVM: Dirty ring support" (QEMU, 2021), written anew after its description: the limit that
- * benchmarks/harvest.py measures ipc.kernels.harvest against. gcc -O2.
+ * benchmarks/harvest.py measures ipc.compiled.calls.harvest against. gcc -O2.
  */
 #include <stdint.h>
 
@@ -32,7 +32,7 @@ static void mark_page(struct slot *slots, uint32_t nr_slots, uint32_t as_id, uin
 }
 
 /* Harvests until an entry is not dirty, at most `limit`; their number. `size` is a power of two. */
-uint32_t seed_reap(struct dirty_gfn *ring, uint32_t size, uint32_t *fetch_index, uint32_t limit,
+uint32_t reap_peer(struct dirty_gfn *ring, uint32_t size, uint32_t *fetch_index, uint32_t limit,
 		   struct slot *slots, uint32_t nr_slots)
 {
 	uint32_t fetch = *fetch_index, count = 0;
