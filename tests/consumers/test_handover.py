@@ -138,6 +138,21 @@ def test_whoever_takes_over_from_a_killed_source_may_be_killed_too(steps: Path, 
     assert not list(steps.iterdir())
 
 
+@pytest.mark.parametrize("step", STEPS["a hand-over that is not finished"])
+def test_a_hand_over_is_finished_though_whoever_sees_to_it_is_killed(step: str, steps: Path, address: str) -> None:
+    """The source's coordinator, when it has noted that the source is gone; the process that it begins, before that
+    has its lease."""
+    with Machine.launch(WALK) as machine, Watch():
+        receiver = Receiver(address, accel="unicorn")
+        (steps / "kill-migrate-handed-over").touch()
+        (steps / f"kill-{step}").touch()
+        killed(vmm("migrate", "source", address))
+        with receiver.result() as moved:
+            works(moved)
+            until(lambda: machine.status()["state"] == "ended", "the source's machine has ended")
+    assert not list(steps.iterdir())
+
+
 @pytest.mark.parametrize("step", [*STEPS["lease"], *STEPS["freeze"], *STEPS["hand over"], "pause-noted"])
 def test_a_coordinator_that_is_killed_in_the_hand_over_is_replaced(step: str, steps: Path, address: str) -> None:
     """The source's. The migration goes on with the next."""

@@ -189,6 +189,49 @@ def test_a_ring_that_fills_while_its_vcpu_stands_still_holds_nobody(tmp_path: Pa
             os.close(vcpu.pidfd)
 
 
+def test_a_ring_that_has_overflowed_is_not_reset_before_all_is_marked() -> None:
+    """So that a successor of a coordinator that dies in between still sees that entries were written over."""
+    with Segment.create(segment_name("t", "ring0"), 16 * 16) as ring, \
+         Segment.create(segment_name("t", "control"), 2 * 4096) as control:
+        block = vcpu_control(control.address, 0)
+        for i in range(16):
+            ring.buf[16 * i:16 * i + 16] = struct.pack("<IIQ", 1, 0, 5)
+
+        class Killed(Refilled):
+            """The coordinator dies where it would have the vCPU stand still."""
+
+            def pause(self, vcpus: list[VcpuHandle]) -> None:
+                raise KeyboardInterrupt
+
+            def await_resets(self, vcpus: list[VcpuHandle]) -> None:
+                for vcpu in vcpus:
+                    if vcpu.control.reset_request != vcpu.control.reset_done:       # as the worker does
+                        vcpu.control.reset_total = vcpu.control.fetch_total
+                        vcpu.control.reset_done = vcpu.control.reset_request
+
+        log = DirtyLog("t")
+        log.add_slot(MemorySlot("t", RamSlot(0, 0, 64 * 4096), vcpu_logs=0, create=True))
+        try:
+            for coordinator, pool in enumerate((Killed, Refilled)):
+                vcpu = VcpuHandle(0, block, 16)
+                vcpu.watch(os.getpid())
+                vcpu.ring.map_segment(ring)
+                reaper = Reaper(ReaperSpec(), cast(VcpuPool, pool(vcpu, ring)), log, machine_control(control.address),
+                                Tracer([], ""), lambda vcpu, owed, reset, pages: None, mode=tracking_mode("ring"))
+                try:
+                    if coordinator == 0:
+                        with pytest.raises(KeyboardInterrupt):
+                            reaper.reap()
+                    else:
+                        reaper.reap()
+                finally:
+                    reaper.close()
+                    os.close(vcpu.pidfd)
+            assert log.dirty_pages(0) == 64
+        finally:
+            log.close()
+
+
 # --- the rings of the dead ------------------------------------------------------------------------------------
 
 

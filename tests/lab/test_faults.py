@@ -57,6 +57,8 @@ def test_every_plan_can_be_carried_out() -> None:
                 case "snapshot":
                     assert not unlogged
                     assert not dead
+                case "migrate":
+                    assert not dead
                 case "tracking":
                     assert event.arguments[0] in CAN[episode.accel]
             done[event.do] += 1
@@ -67,7 +69,7 @@ def test_every_plan_can_be_carried_out() -> None:
         assert kills <= KILLS
         assert len(dead) < episode.vcpus
     assert set(done) == {"start", "check", "look", "run", "write", "plug", "unplug", "log-stop", "log-start",
-                         "tracking", "snapshot", "client", "pause", "resume", "stop"}
+                         "tracking", "snapshot", "client", "pause", "resume", "migrate", "stop"}
 
 
 def test_what_a_host_cannot_do_is_said() -> None:

@@ -28,12 +28,17 @@ class Families:
         self.life = Life(core)
         self.tracking = TrackingSwitch(core, asked_tracking)
         self.pauses = Pauses(core)
-        self.leases = Leases(core, self.pauses, self.life.go, Recovery(core.spec.name).begin)
+        recovery = Recovery(core.spec.name, core.owners, self._is_unfinished)
+        self.leases = Leases(core, self.pauses, self.life.go, recovery.begin)
         self.limits = Limits(core, self.tracking)
         self.clients = Clients(core, self.tracking)
         self.recording = Recording(core, self.tracking)
         self.writes = HostWrites(core)
         self.incoming = Incoming(core, self.tracking)
+
+    def _is_unfinished(self) -> bool:
+        handed_over = self.pauses.handed_over
+        return handed_over is not None and handed_over.unfinished
 
     def saved(self) -> Saved:
         """All of it, for a successor (vmm/coordinator/takeover.py)."""

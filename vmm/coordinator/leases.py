@@ -87,8 +87,11 @@ class Leases:
 
     def adopt(self, leases: list[Lease]) -> None:
         """As a coordinator that died has left them. After the pauses."""
+        handed_over = self._pauses.handed_over
         for lease in self.held.adopt(leases):
             self._gone(lease)
+        if handed_over is not None and handed_over.unfinished and not self.at_hand_over:
+            self._unfinished()      # whatever process the last coordinator had begun: only one can have the lease
 
     def require(self, change: Change, token: str = "", *, but: str = "") -> None:
         """Raises VmmError when a lease keeps this out; ``token``: of the lease that whoever asks shows; ``but``: of
@@ -133,10 +136,12 @@ class Leases:
             raise VmmError(f"machine '{name}' was handed over to {handed_over.to}")
         if not self.held.add(lease):
             return
+        self._pauses.unfinished(False)
         try:
             core.save()
         except BaseException:
             self.held.pop(lease.token)
+            self._pauses.unfinished(handed_over is not None and handed_over.unfinished)
             raise
         step("lease-noted")
 
@@ -198,7 +203,9 @@ class Leases:
                              "detail": f"{lease.who} ended before the machine was started"})
             self._abandoned()
         elif lease.kind == "migration" and self._pauses.handed_over is not None:
+            self._pauses.unfinished(True)       # noted first: should this coordinator die now, the next one begins it
             self._core.save_if_possible()
+            step("unfinished-noted")
             self._unfinished()
         else:
             self._core.save_if_possible()

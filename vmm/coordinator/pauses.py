@@ -23,6 +23,7 @@ class HandedOver(msgspec.Struct, frozen=True):
 
     to: str             # where, for people
     by: ProcessId       # the process that did it; it may have gone
+    unfinished: bool = False    # it was killed before the target ran the machine, and no other has taken over yet
 
 
 class Pauses:
@@ -132,6 +133,11 @@ class Pauses:
             raise
         step("hand-over-noted")
         self._follow()
+
+    def unfinished(self, yes: bool) -> None:
+        """The migration that has handed over the machine needs a process that finishes it, or does not."""
+        if self.handed_over is not None:
+            self.handed_over = msgspec.structs.replace(self.handed_over, unfinished=yes)
 
     def _given_back(self) -> None:
         """A process no longer has a pause. The journal need not be told at once: a successor finds a pause whose

@@ -12,8 +12,13 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
+from ipc.linux.processid import identity
 from ipc.run import own_process
+
+from ..errors import VmmError
+from .owners import Owners
 
 __all__ = ["Recovery"]
 
@@ -22,10 +27,13 @@ _SECONDS = 60.0
 
 
 class Recovery:
-    """``begin`` it as often as its process is killed; not endlessly, should something kill it every time."""
+    """``begin`` it as often as its process is killed; not endlessly, should something kill it every time. Until it
+    has its lease it is watched here (``needed``: it does not have that, and no other process finished it)."""
 
-    def __init__(self, machine: str) -> None:
+    def __init__(self, machine: str, owners: Owners, needed: Callable[[], bool]) -> None:
         self._machine = machine
+        self._owners = owners
+        self._needed = needed
         self._begun: deque[float] = deque(maxlen=_TRIES)
         self._processes: list[subprocess.Popen[bytes]] = []     # kept: they are waited for by the next
 
@@ -38,11 +46,22 @@ class Recovery:
         self._begun.append(now)
         self._processes = [p for p in self._processes if p.poll() is None]
         try:
-            self._processes.append(subprocess.Popen(
+            process = subprocess.Popen(
                 own_process("vmm.consumers.migration.recoverer", self._machine), stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, start_new_session=True))
+                stdout=subprocess.DEVNULL, start_new_session=True)
         except OSError as exc:
             self._say(f"its migration cannot be finished: {exc.strerror}")
+            return
+        self._processes.append(process)
+        try:
+            self._owners.watch(identity(process.pid), lambda: self._ended(process))
+        except (ProcessLookupError, VmmError):
+            self._ended(process)
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> None:
+        """Killed, and not by its own decision: another, unless there is one already."""
+        if (process.poll() or 0) < 0 and process is self._processes[-1] and self._needed():
+            self.begin()
 
     def _say(self, text: str) -> None:
         print(f"vmm: warning: machine '{self._machine}': {text}", file=sys.stderr)

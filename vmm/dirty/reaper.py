@@ -168,7 +168,9 @@ class Reaper:
         for vcpu in rings:
             count = self._harvest(vcpu, self.log.table_addresses[reaper])
             owed = vcpu.ring.outstanding
-            if owed or vcpu.index in full:
+            # One that has overflowed is not reset: its totals would match then, and only this process would know
+            # what was written over. It is replaced, once all is marked.
+            if (owed or vcpu.index in full) and not vcpu.ring.overflowed:
                 vcpu.ring.ask_reset(owed)
             found[vcpu.index] = (count, owed)
         return found

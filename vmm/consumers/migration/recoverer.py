@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 
+from ipc.steps import step
+
 from ...client.machine import Machine
 from ...errors import VmmError
 from .source import recover
@@ -16,6 +18,7 @@ __all__ = ["main"]
 def main(argv: list[str]) -> int:
     """The exit status."""
     name = argv[0]
+    step("recoverer-begun")
     try:
         with Machine.attach(name) as machine:
             recover(machine, progress=save_status)

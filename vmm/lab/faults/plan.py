@@ -109,7 +109,7 @@ def _events(dice: random.Random, vcpus: int, modes: tuple[str, ...]) -> list[Eve
     hot, paused, unlogged, kills, alive = False, False, set[int](), 0, vcpus
     for _ in range(dice.randint(8, 24)):
         do = dice.choice(("look", "look", "check", "run", "write", "plug", "log", "tracking", "snapshot",
-                          "client", "pause"))
+                          "client", "pause", "migrate"))
         arguments: tuple[int | str, ...] = ()
         if do == "write":
             arguments = (dice.choice((COLD_SLOT, HOT_SLOT) if hot else (COLD_SLOT,)), dice.randrange(256))
@@ -123,8 +123,8 @@ def _events(dice: random.Random, vcpus: int, modes: tuple[str, ...]) -> list[Eve
             arguments = (slot,)
         elif do == "tracking":
             arguments = (dice.choice(modes),)
-        elif do == "snapshot" and (unlogged or alive < vcpus):
-            continue        # it needs a log of all that changes, and the state of every vCPU
+        elif (do == "snapshot" and unlogged) or (do in ("snapshot", "migrate") and alive < vcpus):
+            continue        # a snapshot needs a log of all that changes, and both need the state of every vCPU
         elif do == "pause":
             do, paused = ("resume" if paused else "pause"), not paused
         fault = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ipc.shm import PAGE_SIZE
 
@@ -24,6 +25,8 @@ from ...errors import ExitCode, VmmError
 from ...guests import WORKLOADS, resolve_params
 from ...machine.names import belongings
 from ...machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+from ...migrate import MigrationError, migrate
+from ...receive import receive
 from .oracle import Oracle
 from .plan import COLD_SLOT, HOT_SLOT, Episode, Event, Fault
 
@@ -68,8 +71,8 @@ def run_episode(episode: Episode, doing: Callable[[Event], None] = lambda event:
                 with _patience():
                     run.carry_out(event)
                 outcome.events += 1
-        if left := belongings(name).left():
-            raise VmmError(f"left behind: {', '.join(left)}")
+        if run.left:
+            raise VmmError(f"left behind: {', '.join(run.left)}")
         outcome.at = -1
     except (VmmError, OSError) as exc:
         outcome.problem = str(exc) or type(exc).__name__
@@ -84,20 +87,28 @@ class _Run:
         """Raises VmmError."""
         self._folder = folder
         self._outcome = outcome
+        self._names = [name]                # of the machine, and of where it has moved to
+        self._paused = False                # by the user
+        self._faulty = False                # something is going wrong in the present event
         self._dead: set[int] = set()        # vCPUs whose workers have been killed
         self._dice = np.random.default_rng(episode.seed * 1_000_003 + episode.number)
         self._open = contextlib.ExitStack()
         self._machine = self._open.enter_context(Machine.launch(_spec(episode, name), start=False))
         try:
-            self._oracles = [self._open.enter_context(contextlib.closing(Oracle(name, client)))
-                             for client in _CLIENTS]
+            self._oracles = [Oracle(name, client) for client in _CLIENTS]
         except BaseException:
             self._open.close()
             raise
 
+    @property
+    def left(self) -> list[str]:
+        """What there is of the machine, wherever it has been."""
+        return [each for name in self._names for each in belongings(name).left()]
+
     def carry_out(self, event: Event) -> None:
         """Do it, with its fault meanwhile. Raises VmmError for what must not be."""
         action = getattr(self, f"_do_{event.do.replace('-', '_')}")
+        self._faulty = event.fault is not None
         if event.fault is None:
             action(*event.arguments)
             return
@@ -113,10 +124,11 @@ class _Run:
     @contextlib.contextmanager
     def _hitting(self, fault: Fault) -> Iterator[None]:
         """The fault hits within the ``with``, or at its end."""
-        status = self._machine.status()
+        machine = self._machine
+        status = machine.status()
         before = status["coordinator"]["restarts"]
         pid = (status["coordinator"]["pid"] if fault.victim == "coordinator" else
-               belongings(self._machine.name).owner_pid() or 0 if fault.victim == "keeper" else
+               belongings(machine.name).owner_pid() or 0 if fault.victim == "keeper" else
                status["vcpus"][int(fault.victim.removeprefix("vcpu"))]["pid"])
         kill = fault.stop_ms == 0
         with contextlib.ExitStack() as stack:
@@ -132,6 +144,8 @@ class _Run:
                 yield
             finally:
                 thread.join()
+        if machine is not self._machine:
+            return          # it has moved: whoever was hit is gone with the rest
         if kill and fault.victim == "coordinator":
             self._await_successor(before)
         elif kill:
@@ -185,9 +199,11 @@ class _Run:
 
     def _do_pause(self) -> None:
         self._machine.pause()
+        self._paused = True
 
     def _do_resume(self) -> None:
         self._machine.resume()
+        self._paused = False
 
     def _do_client(self) -> None:
         """One that comes, takes, and goes."""
@@ -197,17 +213,51 @@ class _Run:
 
     def _do_snapshot(self) -> None:
         """What it holds is what was in memory."""
-        chain = self._folder / "chain"
+        chain = self._folder / self._machine.name      # a machine that has moved begins a new one
         with self._machine.paused("fault campaign"):
-            slots = [each["id"] for each in self._machine.status()["slots"]]
-            memory = {slot: self._machine.ram(slot).copy() for slot in slots}
+            memory = self._memory(self._machine)
             snapshot.create(self._machine, chain, incremental=chain.exists())
-        held = snapshot.read_memory(chain)
-        for slot in slots:
-            different = np.flatnonzero((held[slot] != memory[slot]).reshape(-1, PAGE_SIZE).any(axis=1))
-            if len(different):
-                raise VmmError(f"snapshot: {len(different)} pages of slot {slot} are not those that were in memory: "
-                               f"{', '.join(f'{page:#x}' for page in different[:8])}")
+        _same(snapshot.read_memory(chain), memory, "snapshot")
+
+    def _do_migrate(self) -> None:
+        """To another machine of this host. It is paused, so that what arrives can be compared with what left."""
+        source = self._machine
+        source.pause()
+        memory = self._memory(source)
+        receiver = _Receiver(f"ipc://{self._folder}/migrate{len(self._names)}",
+                             f"{self._names[0]}-{len(self._names)}")
+        self._names.append(receiver.name)
+        try:
+            migrate(source, receiver.address)
+        except MigrationError:
+            receiver.join(_PATIENCE)
+            if receiver.machine is not None:
+                raise VmmError("the migration failed, and both sides have the machine") from None
+            if not self._faulty:
+                raise
+            target = source
+        else:
+            receiver.join(_PATIENCE)
+            if receiver.machine is None:
+                raise VmmError(f"the migration has ended, but the target says: {receiver.error}")
+            target = self._open.enter_context(receiver.machine)
+        self._compare(target, memory, "migration")
+        if target is not source:
+            self._close_oracles()
+            source.close()
+            self._machine = target
+            self._oracles = [Oracle(target.name, client) for client in _CLIENTS]
+        if not self._paused:
+            target.resume()
+
+    @staticmethod
+    def _memory(machine: Machine) -> dict[int, NDArray[np.uint8]]:
+        return {each["id"]: machine.ram(each["id"]).copy() for each in machine.status()["slots"]}
+
+    @staticmethod
+    def _compare(machine: Machine, memory: dict[int, NDArray[np.uint8]], what: str) -> None:
+        """Raises VmmError."""
+        _same({slot: machine.ram(slot) for slot in memory}, memory, what)
 
     def _do_stop(self) -> None:
         self._machine.stop()
@@ -224,11 +274,47 @@ class _Run:
     def __enter__(self) -> _Run:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def _close_oracles(self) -> None:
         for oracle in self._oracles:
             self._outcome.compared_pages += oracle.compared
             self._outcome.dirty_pages += oracle.dirty
+            oracle.close()
+        self._oracles.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self._close_oracles()
         self._open.close()
+
+
+class _Receiver(threading.Thread):
+    """Waits for the machine in a thread of its own; listening when this returns."""
+
+    def __init__(self, address: str, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.address = address
+        self.machine: Machine | None = None
+        self.error: Exception | None = None
+        self._listening = threading.Event()
+        self.start()
+        self._listening.wait(_PATIENCE)
+
+    def run(self) -> None:
+        try:
+            self.machine = receive(self.address, name=self.name, timeout=_PATIENCE,
+                                   waiting=lambda address: self._listening.set())
+        except Exception as exc:
+            self.error = exc
+        finally:
+            self._listening.set()
+
+
+def _same(held: dict[int, NDArray[np.uint8]], memory: dict[int, NDArray[np.uint8]], what: str) -> None:
+    """Raises VmmError."""
+    for slot, wanted in memory.items():
+        different = np.flatnonzero((held[slot] != wanted).reshape(-1, PAGE_SIZE).any(axis=1))
+        if len(different):
+            raise VmmError(f"{what}: {len(different)} pages of slot {slot} are not those that were in memory: "
+                           f"{', '.join(f'{page:#x}' for page in different[:8])}")
 
 
 def _spec(episode: Episode, name: str) -> MachineSpec:
