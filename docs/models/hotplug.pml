@@ -58,7 +58,7 @@ end:
  * worker's slots alone: what lies between two changes of those is one `atomic`. */
 #define step(name) if :: true :: goto dead fi
 
-inline save()                   /* Core.save: whole, or not at all; what it does not name any more is unlinked */
+inline save()                   /* Core.save: whole, or not at all */
 {
     d_step {
         journal.now = log.now; journal.retired = log.retired; journal.delivered = log.delivered;
@@ -66,7 +66,11 @@ inline save()                   /* Core.save: whole, or not at all; what it does
         assert(!journal.now || ((segments & bitmaps) & BIT(journal.now)));
         assert(!journal.retired || (bitmaps & BIT(journal.retired)))
     }
-    step(journal_written);
+    step(journal_written)
+}
+
+inline committed()              /* DirtyLog.committed: what the journal does not name any more is unlinked */
+{
     if :: gone -> bitmaps = bitmaps & ~BIT(gone); gone = 0; step(log_unlink) :: else fi
 }
 
@@ -125,7 +129,7 @@ inline remove_slot()            /* hotplug.remove_slot: invariant 6 */
         gone = log.retired; owed[gone] = false;         /* of an earlier one, which this one has replaced */
         log.retired = born; log.delivered = false; log.now = 0; log.reused = true;
         step(memory_remove_retired);
-        save(); step(memory_remove_committed)
+        save(); committed(); step(memory_remove_committed)
     }
     atomic { worker[0] = 0; step(set) }
     atomic { worker[1] = 0; step(memory_remove_set) }
@@ -163,7 +167,7 @@ inline sync()                   /* Clients.sync, DirtyLog.take */
         :: else
         fi;
         step(sync_taken);
-        save();
+        save(); committed();
         /* The answer: whatever was written is in it, or is still in a ring. */
         if :: log.now && synced[log.now] && !ring -> owed[log.now] = false :: else fi;
         if :: told && synced[told] -> owed[told] = false :: else fi;
