@@ -17,6 +17,7 @@ from ipc.steps import STEPS
 MODELS = TOP / "docs" / "models"
 DEADLINE = 240.0        # seconds for one search; the longest takes 6 s of a processor that is not busy
 DEPTH = 200_000         # steps; the longest path has a third of that
+LONG = {"entries", "vcpus"}     # checks that take longer than it takes to have the compiler optimise
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def test_a_model_has_no_error_whatever_happens_in_it(name: str, tmp_path: Path) 
     for check, flags in model.checks.items():
         folder = tmp_path / check
         folder.mkdir()
-        outcome = search(model, flags, folder, optimise="-O2")
+        outcome = search(model, flags, folder, optimise="-O2" if check in LONG else "-O0")
         assert outcome.errors == 0, outcome.text
         assert outcome.whole, outcome.text
         unreached.append(outcome.unreached)
