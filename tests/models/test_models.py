@@ -60,7 +60,7 @@ def search(model: Model, flags: list[str], folder: Path, *, optimise: str) -> Ou
 
     run("spin", *flags, "-a", str(model.path))
     run("cc", optimise, "-w", "-DSAFETY", "-DMEMLIM=1024", "-o", "pan", "pan.c")
-    text = run("./pan", f"-m{DEPTH}")
+    text = run("./pan", f"-m{DEPTH}", "-w22")      # a hash table of 32 MiB
     errors, states = re.search(r"errors: (\d+)", text), re.search(r"(\d+) states, stored", text)
     assert errors is not None, text
     assert states is not None, text
