@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,12 +51,19 @@ def _root() -> str:
     return done.stderr.strip()
 
 
+def _spin() -> str:
+    """To check the models of docs/models: spin makes C of a model."""
+    lacking = [tool for tool in ("spin", "cc") if shutil.which(tool) is None]
+    return f"not installed: {', '.join(lacking)}" if lacking else ""
+
+
 #: By marker (pyproject.toml lists them).
 NEEDS = {
     "kvm": Need(_kvm, "SHARDVMM_REQUIRE_KVM"),
     "uffd": Need(write_log_missing, "SHARDVMM_REQUIRE_UFFD"),
     "postcopy": Need(_missing_pages, "SHARDVMM_REQUIRE_POSTCOPY"),
     "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
+    "spin": Need(_spin, "SHARDVMM_REQUIRE_SPIN"),
 }
 
 
