@@ -54,7 +54,8 @@ _LONG = re.compile("|".join([
     r"test_migrate\.py::(?!.*post_copy|.*moved).*\[unicorn",
     r"after_the_hand_over_is_replaced\[migrate-(stop|done)-",
     r"leaves_the_source_to_a_person\[receive-\w+-foreground",
-    r"over_tcp_with_keys\[\[", r"a_machine_stopped_in_post_copy_is_gone.*\[unicorn",
+    r"over_tcp_with_keys\[\[", r"test_a_short_campaign_loses_nothing\[unicorn",
+    r"a_machine_stopped_in_post_copy_is_gone.*\[unicorn",
 ]))
 
 
