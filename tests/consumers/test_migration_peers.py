@@ -167,7 +167,7 @@ def test_nothing_of_an_offer_is_read_or_written_here(address: str, tmp_path: Pat
 
 
 def test_a_receiver_that_nobody_comes_to_says_so_in_time() -> None:
-    with pytest.raises(VmmError, match="no machine arrived within 0 s") as failure:
+    with pytest.raises(VmmError, match="no source came within 0 s") as failure:
         target.receive("ipc://@nobody-comes", timeout=0.2)
     assert failure.value.exit_code == ExitCode.TIMEOUT
 

@@ -192,7 +192,7 @@ class _Target:
                     self._refused(str(exc))
                 self._peers.source = b""
             elif deadline is not None and time.monotonic() > deadline:
-                raise ReceiveError(f"no machine arrived within {self._timeout:.0f} s", ExitCode.TIMEOUT)
+                raise ReceiveError(f"no source came within {self._timeout:.0f} s", ExitCode.TIMEOUT)
 
     def _take_offer(self, offer: Offer) -> None:
         """Raises _NotWanted."""
