@@ -623,7 +623,7 @@ def test_a_failed_migration_has_an_exit_status_of_its_own(small: Machine, addres
     receiver = receiver_process(address, "--accel", "unicorn", "--timeout", "1s")
     _, err = receiver.communicate(timeout=TIMEOUT)
     assert receiver.returncode == ExitCode.TIMEOUT
-    assert "no machine arrived" in err
+    assert "no source came" in err
     Path(f"{runtime_dir}/there").write_text("precious")
     process = vmm("receive", f"ipc://{runtime_dir}/there")
     _, err = process.communicate(timeout=TIMEOUT)

@@ -123,7 +123,7 @@ class Reaper:
                                        for i in range(self._reapers)]):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
-        self.vcpus.await_resets([s for s in rings if owed[s.index] or s.index in full])
+        self.vcpus.await_resets([s for s in rings if self._to_reset(s, owed[s.index], full)])
         broken = []
         for vcpu in rings:
             if vcpu.alive and vcpu.index in full:
@@ -168,12 +168,17 @@ class Reaper:
         for vcpu in rings:
             count = self._harvest(vcpu, self.log.table_addresses[reaper])
             owed = vcpu.ring.outstanding
-            # One that has overflowed is not reset: its totals would match then, and only this process would know
-            # what was written over. It is replaced, once all is marked.
-            if (owed or vcpu.index in full) and not vcpu.ring.overflowed:
+            if self._to_reset(vcpu, owed, full):
                 vcpu.ring.ask_reset(owed)
             found[vcpu.index] = (count, owed)
         return found
+
+    @staticmethod
+    def _to_reset(vcpu: VcpuHandle, owed: int, full: set[int]) -> bool:
+        """There is something to reset, or a vCPU to let go. A ring that has overflowed is not reset: its totals would
+        match then, and only this process would know that entries were written over. It is replaced, once all is
+        marked."""
+        return (owed != 0 or vcpu.index in full) and not vcpu.ring.overflowed
 
     def _harvest(self, vcpu: VcpuHandle, table: int) -> int:
         if self._trace.reap_vcpu:
