@@ -138,6 +138,7 @@ class Source:
         self._progress = Progress(report, progress)
         self._pre_copy = PreCopy(machine, options, self._progress, f"migration to {address}", self._obey)
         self._offered: MachineSpec | None = None
+        self._rest: Todo = {}                   # what pre-copy has left
         self._there: Todo = {}                  # post-copy: what is missing at the target
         self._lease: Lease
         self._committed = False
@@ -154,8 +155,8 @@ class Source:
             try:
                 self._talk = talk = self._connect(_PATIENCE)
                 channels = self._offer(talk, spec)
-                rest, self._postcopy = self._pre_copy.run(talk, channels)
-                self._stop_and_copy(talk, channels, rest)
+                self._rest, self._postcopy = self._pre_copy.run(talk, channels)
+                self._stop_and_copy()
             except BaseException as exc:
                 if not self._committed:
                     self._give_up(exc)
@@ -221,9 +222,11 @@ class Source:
 
     # --- stop-and-copy, hand-over ----------------------------------------------------------------------------
 
-    def _stop_and_copy(self, talk: Talk, channels: Channels, rest: Todo) -> None:
-        """Up to the hand-over, and until the target runs the machine. ``rest``: what pre-copy has left."""
-        machine, report = self.machine, self.report
+    def _stop_and_copy(self) -> None:
+        """Up to the hand-over, and until the target runs the machine."""
+        assert self._talk is not None
+        assert self._channels is not None
+        machine, report, talk, channels = self.machine, self.report, self._talk, self._channels
         report.status = "device"
         self._progress.tell(force=True)
         talk.patience = PAUSED_PATIENCE
@@ -231,7 +234,7 @@ class Source:
             stopped = time.monotonic()
             step("migrate-frozen")
             self._pre_copy.release_limits()
-            todo = _joined(rest, self._pre_copy.dirty())
+            todo = _joined(self._rest, self._pre_copy.dirty())
             for slot in machine.status()["slots"]:
                 if not slot["logged"]:      # it is unknown what changed there: all of it, now
                     todo[slot["id"]] = self._pre_copy.touched(slot)
