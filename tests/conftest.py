@@ -158,3 +158,12 @@ def nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
         runtime_dir.rmdir()
     assert not left, f"segments left behind: {left}"
     assert not files, f"files left behind: {files}"
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What processes that are started from now on look into at each step (ipc/steps.py)."""
+    directory = tmp_path / "steps"
+    directory.mkdir()
+    monkeypatch.setenv("VMM_STEPS", str(directory))
+    return directory

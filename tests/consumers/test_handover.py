@@ -26,15 +26,6 @@ WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=
 
 
 @pytest.fixture
-def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What processes that are started from now on look into at each step."""
-    folder = tmp_path / "steps"
-    folder.mkdir()
-    monkeypatch.setenv("VMM_STEPS", str(folder))
-    return folder
-
-
-@pytest.fixture
 def address(runtime_dir: Path) -> Iterator[str]:
     path = runtime_dir / "migrate"
     yield f"ipc://{path}"

@@ -64,15 +64,6 @@ def coordinator(machine: Machine) -> int:
     return int(machine.status()["coordinator"]["pid"])
 
 
-@pytest.fixture
-def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Processes that are started look here (ipc/steps.py)."""
-    directory = tmp_path / "steps"
-    directory.mkdir()
-    monkeypatch.setenv("VMM_STEPS", str(directory))
-    return directory
-
-
 # --- what does not end it ------------------------------------------------------------------------
 
 

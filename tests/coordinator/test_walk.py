@@ -60,11 +60,9 @@ class Steps:
 
 
 @pytest.fixture
-def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    directory = tmp_path / "steps"
-    directory.mkdir()
-    monkeypatch.setenv("VMM_STEPS", str(directory))
-    return Steps(directory)
+def steps(steps: Path) -> Steps:
+    """The directory of tests/conftest.py, and what is done with it."""
+    return Steps(steps)
 
 
 def pages(ranges: list[tuple[int, int]]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | 
     import msgspec
 
     from ..lab.faults.campaign import run_campaign
+    from ..outputs import open_output
 
     seed = secrets.randbelow(1 << 31) if seed is None else seed
     if output is not None:
@@ -43,13 +45,12 @@ def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | 
                        f"{outcome.takeovers} take-overs, {outcome.seconds:.1f} s"
                        f"{'; FAILED' if outcome.problem else ''}", err=True)
 
-    campaign = run_campaign(faults, seed, accels, stop=stop, done=done)
-    document = msgspec.to_builtins(campaign)
-    if output is not None:
-        try:
-            (output / _RESULT).write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as exc:
-            raise VmmError(f"{output / _RESULT}: cannot be written: {exc.strerror}") from None
+    with contextlib.ExitStack() as stack:
+        kept = None if output is None else stack.enter_context(open_output(output / _RESULT))
+        campaign = run_campaign(faults, seed, accels, stop=stop, done=done)
+        document = msgspec.to_builtins(campaign)
+        if kept is not None:
+            kept.write(json.dumps(document, indent=1).encode() + b"\n")
     if as_json:
         print_json(document)
     else:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ipc.linux.files import lock_within
+from ipc.linux.files import lock_within, open_locked
 
 from ..errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name, scope
@@ -205,14 +205,8 @@ def _prune(root: Path, kept: int, seconds: float) -> None:
 def _take(path: Path, act: Callable[[Path], None]) -> bool:
     """Do this to a record whose machine does not run; False when it does, or this is no record."""
     try:
-        fd = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        with open_locked(path / _LOCK, os.O_RDWR):
+            act(path)
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        act(path)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     return True

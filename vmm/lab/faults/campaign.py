@@ -52,16 +52,15 @@ class Campaign(msgspec.Struct):
                 self.hits[hit] = self.hits.get(hit, 0) + 1
 
 
-def run_campaign(faults: int, seed: int, accels: Sequence[str], *, first: int = 0,
-                 stop: Callable[[], bool] = lambda: False,
+def run_campaign(faults: int, seed: int, accels: Sequence[str], *, stop: Callable[[], bool] = lambda: False,
                  done: Callable[[Campaign, Episode, Outcome], None] = lambda campaign, episode, outcome: None,
                  ) -> Campaign:
-    """Until ``faults`` have hit, ``stop`` says so, or something is wrong; beginning with episode ``first`` of this
-    seed. ``done`` is told after each episode. Raises VmmError where no machine can be had."""
+    """Until ``faults`` have hit, ``stop`` says so, or something is wrong. ``done`` is told after each episode. Raises
+    VmmError where no machine can be had."""
     can = possible(accels)
     campaign = Campaign(seed)
     while campaign.faults < faults and campaign.failure is None and not stop():
-        episode = draw_episode(seed, first + campaign.episodes, can)
+        episode = draw_episode(seed, campaign.episodes, can)
         outcome = run_episode(episode)
         campaign.add(episode, outcome)
         if outcome.problem:

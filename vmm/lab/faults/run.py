@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -57,7 +57,7 @@ class Slow(VmmError):
     """An event has not ended."""
 
 
-def run_episode(episode: Episode, doing: Callable[[Event], None] = lambda event: None) -> Outcome:
+def run_episode(episode: Episode) -> Outcome:
     """What came of it; nothing of it is left. In the main thread (it uses SIGALRM)."""
     outcome = Outcome()
     began = time.monotonic()
@@ -67,7 +67,6 @@ def run_episode(episode: Episode, doing: Callable[[Event], None] = lambda event:
                                                                                    outcome) as run:
             for number, event in enumerate(episode.events):
                 outcome.at = number
-                doing(event)
                 with _patience():
                     run.carry_out(event)
                 outcome.events += 1
@@ -241,7 +240,7 @@ class _Run:
             if receiver.machine is None:
                 raise VmmError(f"the migration has ended, but the target says: {receiver.error}")
             target = self._open.enter_context(receiver.machine)
-        self._compare(target, memory, "migration")
+        _same({slot: target.ram(slot) for slot in memory}, memory, "migration")
         if target is not source:
             self._close_oracles()
             source.close()
@@ -253,11 +252,6 @@ class _Run:
     @staticmethod
     def _memory(machine: Machine) -> dict[int, NDArray[np.uint8]]:
         return {each["id"]: machine.ram(each["id"]).copy() for each in machine.status()["slots"]}
-
-    @staticmethod
-    def _compare(machine: Machine, memory: dict[int, NDArray[np.uint8]], what: str) -> None:
-        """Raises VmmError."""
-        _same({slot: machine.ram(slot) for slot in memory}, memory, what)
 
     def _do_stop(self) -> None:
         self._machine.stop()
