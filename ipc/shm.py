@@ -120,6 +120,7 @@ class Segment:
         self._closed = False
         try:
             self.buf = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            self.buf.madvise(mmap.MADV_DONTDUMP)    # a core dump is no place for a guest's memory
         finally:
             os.close(fd)
         anchor = ctypes.c_char.from_buffer(self.buf)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from ipc import sandbox
 from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
 from workers.accel.kvm.host import probe
@@ -57,6 +58,10 @@ def _spin() -> str:
     return f"not installed: {', '.join(lacking)}" if lacking else ""
 
 
+def _sandbox() -> str:
+    return "; ".join(text for text, _ in sandbox.missing())
+
+
 #: By marker (pyproject.toml lists them).
 NEEDS = {
     "kvm": Need(_kvm, "SHARDVMM_REQUIRE_KVM"),
@@ -64,6 +69,7 @@ NEEDS = {
     "postcopy": Need(_missing_pages, "SHARDVMM_REQUIRE_POSTCOPY"),
     "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
     "spin": Need(_spin, "SHARDVMM_REQUIRE_SPIN"),
+    "sandbox": Need(_sandbox, "SHARDVMM_REQUIRE_SANDBOX"),
 }
 
 

@@ -11,10 +11,11 @@ import contextlib
 import os
 import signal
 import threading
+from pathlib import Path
 
 import zmq
 
-from ipc import sockets, userfault
+from ipc import sandbox, sockets, userfault
 from ipc.layout import PROTOCOL_VERSION, Tracking, VcpuState, control_error, vcpu_control
 from ipc.linux import process
 from ipc.messages import Console, Hello, Notification, WorkerSpec, encode
@@ -92,6 +93,9 @@ def main(spec: WorkerSpec) -> int:
     process.set_name(f"vcpu{spec.index}")
     process.set_time_slice(process.SERVICE_SLICE)   # of all threads but the vCPU's: they inherit it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what a Ctrl-C means
+    if spec.nice:
+        process.set_group_nice(spec.nice)   # by a file, so before those are out of reach
+    sandbox.confine_vcpu(Path(spec.fd_socket).parent)
     worker = Worker(spec)
     worker.vcpu.catch_kicks()
     ok = worker.set_up()

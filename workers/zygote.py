@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 
+from ipc import sandbox
 from ipc.linux import process
 from ipc.run import own_process
 
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
     from .accel.registry import load, names
 
     process.set_name("vcpu-zygote")
+    sandbox.missing()       # imports what each worker will need for it
     with contextlib.suppress(AccelError):
         load(names()[0])    # the usual one, while nobody waits
     with socket.socket(fileno=int(argv[0])) as sock:

@@ -10,12 +10,13 @@ import threading
 
 from .libc import LIBC, SYS_SCHED_SETATTR, check
 
-__all__ = ["SERVICE_SLICE", "die_with_parent", "raise_descriptor_limit", "set_name", "set_nice",
-           "set_subreaper", "set_time_slice"]
+__all__ = ["SERVICE_SLICE", "die_with_parent", "no_new_privileges", "raise_descriptor_limit", "set_group_nice",
+           "set_name", "set_nice", "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 
 _DESCRIPTORS = 1 << 20   # more are of no use to anybody
 
@@ -43,9 +44,13 @@ def set_name(name: str) -> None:
 
 
 def set_nice(nice: int) -> None:
-    """The calling thread's, as nice(1) has it; and that of this process's session, where the kernel groups by them
-    (sched(7), autogroup: between groups a thread's own value counts for nothing)."""
+    """The calling thread's, as nice(1) has it."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+
+def set_group_nice(nice: int) -> None:
+    """That of this process's session, where the kernel groups by them (sched(7), autogroup: between groups a thread's
+    own value counts for nothing)."""
     with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
         group.write(str(nice))
 
@@ -53,6 +58,11 @@ def set_nice(nice: int) -> None:
 def set_subreaper() -> None:
     """Orphaned descendants become this process's children."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def no_new_privileges() -> None:
+    """Neither this process nor one that it starts gets any by a program that it runs (set-user-ID, capabilities)."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def die_with_parent(signum: int, parent: int) -> None:

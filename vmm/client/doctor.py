@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ipc import sandbox
 from ipc.shm import room
 from ipc.userfault import Userfault, UserfaultError
 from ipc.writelog import write_log_missing
@@ -41,7 +42,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
     accelerators = [each for name in registry.names() for each in _accelerator(name)]
-    return [*accelerators, *_shared_memory(), *_limits(), _post_copy(), _write_log(),
+    return [*accelerators, *_shared_memory(), *_limits(), _post_copy(), _write_log(), *_sandbox(),
             *_packages(), _compiled_loops(), _compiler(), *_runtime_directory()]
 
 
@@ -100,6 +101,13 @@ def _write_log() -> Finding:
     if missing:
         return Finding("uffd tracking", "absent", missing, "tracking: ring, bitmap and auto work without it")
     return Finding("uffd tracking", "ok", "asynchronous write-protection and PAGEMAP_SCAN")
+
+
+def _sandbox() -> list[Finding]:
+    missing = sandbox.missing()
+    if missing:
+        return [Finding("sandbox", "warn", text, advice) for text, advice in missing]
+    return [Finding("sandbox", "ok", "Landlock and seccomp")]
 
 
 def _packages() -> list[Finding]:

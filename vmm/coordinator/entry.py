@@ -28,6 +28,7 @@ from ..machine.log import log_to_keeper
 from ..machine.rules import check_machine
 from ..machine.runtime import adopt_claim, machine_dir, release
 from ..machine.spec import decode_spec
+from .confine import confine
 from .loop import STOP_TIMEOUT, Coordinator
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
         taken = adopt_claim(spec.name, claim_fd)
         if zygote_fd >= 0:
             check_machine(spec)
+        confine(spec.image, spec.replay_trace, spec.trace_file)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
                                   Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)
         _tell(status_fd, ready=True)

@@ -44,6 +44,7 @@ from ..errors import ExitCode, VmmError
 from ..machine import records
 from ..machine.log import LogFile
 from ..machine.runtime import END, LET_GO, claim, release
+from .confine import confine
 
 __all__ = ["Deaths", "main"]
 
@@ -144,6 +145,9 @@ class Keeper:
         assert self._coordinator.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._coordinator.stdin as pipe:
             pipe.write(self._spec)
+        if not recover:     # while the coordinator is starting
+            spec = json.loads(self._spec)
+            confine(spec["image"], spec["replay_trace"], spec["trace_file"])
         pidfd = os.pidfd_open(self._coordinator.pid)
         try:
             code = self._watch(pidfd, read)
@@ -354,6 +358,7 @@ def main(argv: list[str]) -> int:
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
     process.set_name("vmm-keeper")
     process.set_subreaper()
+    process.no_new_privileges()
     process.raise_descriptor_limit()
     signals = _catch_signals()
     spec = sys.stdin.buffer.read()

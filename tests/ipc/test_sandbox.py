@@ -1,0 +1,183 @@
+"""What a process of a machine has given up: each forbidden thing is tried, in a process that has given it up and in
+one that has not, where it works."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from machines import ANY, spec
+
+from ipc.run import python_module
+from ipc.shm import PAGE_SIZE
+from vmm.client.machine import Machine
+from vmm.machine.names import belongings
+
+REFUSED = 77
+
+# What is tried: with `secret`, a file outside, `inside`, the machine's directory, and `parent`, another process.
+FILES = {
+    "read a file": "open(secret).read()",
+    "list a directory": "os.listdir(os.path.dirname(secret))",
+    "write a file": "open(secret, 'w').close()",
+    "make a file": "open(secret + '.new', 'w').close()",
+    "remove a file": "os.unlink(secret)",
+}
+CALLS = {
+    "trace": "check(LIBC.ptrace(0, 0, 0, 0))",
+    "read another's memory": "check(LIBC.process_vm_readv(os.getpid(), None, 0, None, 0, 0))",
+    "leave a namespace": "check(LIBC.unshare(0x200))",
+    "another user": "os.setuid(os.getuid())",
+}
+ONLY_VCPU = {
+    "run a program": "os.execv('/bin/true', ['true'])",
+    "make a process": "os.fork() or os._exit(0)",
+    "open a TCP socket": "socket.socket(socket.AF_INET)",
+    "signal another": "os.kill(parent, 0)",
+    "signal another by its descriptor": "signal.pidfd_send_signal(os.pidfd_open(parent), 0)",
+    "let a file grow": "os.write(os.open(inside + '/new', os.O_CREAT | os.O_WRONLY), b'x')",
+    "have memory under no name": "os.memfd_create('m')",
+    "more files": "resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[0],) * 2)",
+}
+
+PROGRAM = """
+import os, resource, signal, socket, sys
+from pathlib import Path
+from ipc import sandbox
+from ipc.linux import process
+from ipc.linux.libc import LIBC, check
+secret, inside, parent = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sandbox.missing()
+{confine}
+try:
+    {attempt}
+except OSError as error:
+    print(error)
+    os._exit({refused})
+os._exit(0)
+"""
+CONFINE = {
+    "nothing": "",
+    "vcpu": "process.no_new_privileges(); sandbox.confine_vcpu(Path(inside))",
+    "machine": "process.no_new_privileges(); sandbox.confine_machine([], [Path(inside)])",
+}
+
+
+def attempt(code: str, confined: str, folder: Path) -> int:
+    """The exit status of a process that tries it."""
+    inside, secret = folder / "inside", folder / "outside" / "secret"
+    for path in (inside, secret.parent):
+        path.mkdir(exist_ok=True)
+    secret.write_text("s")
+    text = PROGRAM.format(confine=CONFINE[confined], attempt=code, refused=REFUSED)
+    done = subprocess.run([sys.executable, "-c", text, str(secret), str(inside), str(os.getpid())],
+                          timeout=60, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("what", [*FILES, *CALLS, *ONLY_VCPU])
+def test_a_worker_can_do_no_more(what: str, tmp_path: Path) -> None:
+    code = {**FILES, **CALLS, **ONLY_VCPU}[what]
+    assert attempt(code, "nothing", tmp_path) == 0
+    assert attempt(code, "vcpu", tmp_path) == REFUSED
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("what", [*FILES, *CALLS])
+def test_keeper_and_coordinator_can_do_no_more(what: str, tmp_path: Path) -> None:
+    assert attempt({**FILES, **CALLS}[what], "machine", tmp_path) == REFUSED
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(("confined", "code"), [
+    ("vcpu", "import threading; thread = threading.Thread(target=int); thread.start(); thread.join()"),
+    ("vcpu", "socket.socket(socket.AF_UNIX).close()"),
+    ("vcpu", "os.kill(os.getpid(), 0)"),
+    ("vcpu", "os.listdir(inside)"),
+    ("vcpu", "import wave"),        # Python's own modules
+    ("machine", "os.execv('/bin/true', ['true'])"),
+    ("machine", "os.fork() or os._exit(0)"),
+    ("machine", "open(inside + '/new', 'w').write('x')"),
+    ("machine", "os.kill(parent, 0)")])
+def test_what_is_needed_works(confined: str, code: str, tmp_path: Path) -> None:
+    assert attempt(code, confined, tmp_path) == 0
+
+
+# --- of a real machine -------------------------------------------------------------------------------------------
+
+
+def status(pid: int) -> dict[str, str]:
+    return dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+
+
+def processes(machine: Machine) -> dict[str, int]:
+    shown = machine.status()
+    keeper = belongings(machine.name).owner_pid()
+    assert keeper
+    return {"keeper": keeper, "coordinator": shown["coordinator"]["pid"],
+            **{f"vcpu{each['index']}": each["pid"] for each in shown["vcpus"]}}
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("accel", ANY)
+def test_every_process_of_a_machine_has_given_it_up(accel: str, tmp_path: Path) -> None:
+    """And none of them has a file of the process that launched it."""
+    path = tmp_path / "launcher's"
+    with path.open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        with Machine.launch(spec("idle", accel=accel, vcpus=2, milliseconds=0, timeout=None)) as machine:
+            for name, pid in processes(machine).items():
+                shown = status(pid)
+                assert (name, shown["NoNewPrivs"], shown["Seccomp"]) == (name, "1", "2")
+                files = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+                assert str(path) not in files
+                if name.startswith("vcpu"):
+                    assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (0, 0)
+                    assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[1] <= 1024
+
+
+@pytest.mark.parametrize("accel", ANY)
+def test_no_process_of_a_machine_dumps_its_memory(accel: str) -> None:
+    """proc_pid_smaps(5): "dd" is do not include area into core dump."""
+    with Machine.launch(spec("idle", accel=accel, vcpus=2, milliseconds=0, timeout=None)) as machine:
+        for name, pid in processes(machine).items():
+            text = Path(f"/proc/{pid}/smaps").read_text()
+            found = re.findall(r"^[0-9a-f]+-[0-9a-f]+ [^\n]*/dev/shm/shardvmm[^\n]*\.ram0.*?VmFlags:([^\n]*)", text,
+                               re.MULTILINE | re.DOTALL)
+            assert found or name == "keeper"
+            assert all("dd" in flags.split() for flags in found), (name, found)
+
+
+def test_a_core_dump_has_no_segment_in_it(tmp_path: Path) -> None:
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    if "/" in pattern or "|" in pattern or hard == 0:
+        pytest.skip(f"core dumps do not go to the current directory (core_pattern is {pattern}, hard limit {hard})")
+    program = tmp_path / "crash.py"
+    program.write_text(f"""
+import os, resource
+from ipc.shm import Segment
+resource.setrlimit(resource.RLIMIT_CORE, ({hard}, {hard}))
+open("/proc/self/coredump_filter", "w").write("0xff")      # everything that may be dumped
+with Segment.create("/shardvmm.test.core.{os.getpid()}", {PAGE_SIZE}) as segment:
+    segment.buf[:32] = b"".join(bytes([i ^ 85]) for i in range(32))
+    segment.unlink()
+    kept = bytes(i ^ 86 for i in range(32))
+    os.abort()
+""")
+    done = subprocess.run(python_module("crash"), cwd=tmp_path, timeout=60, check=False,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode < 0, done.stderr
+    (core,) = tmp_path.glob("core*")
+    data = core.read_bytes()
+    assert bytes(i ^ 86 for i in range(32)) in data
+    assert bytes(i ^ 85 for i in range(32)) not in data
+
+
