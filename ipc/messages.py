@@ -24,15 +24,51 @@ import msgspec
 from .layout import PROTOCOL_VERSION, ExitReason, Tracking
 
 __all__ = [
-    "DETAIL_MAX", "ClearLog", "Console", "Done", "ExitReason", "Exited", "Failed", "GetLog", "GetState", "Hello",
-    "KickAck", "MessageError", "Notification", "RebuildRing", "RemoveMemslot", "ReplayPhase", "ReplaySpec",
-    "Request", "RingFull", "SendFd", "SetMemslot", "SetMemslots", "SetState", "SetTracking", "Shutdown", "SlotSpec",
-    "Userfault", "WorkerSpec", "decode_notification", "decode_reply", "decode_request", "decode_spec", "encode",
+    "DETAIL_MAX",
+    "UNREADABLE",
+    "ClearLog",
+    "Console",
+    "Done",
+    "ExitReason",
+    "Exited",
+    "Failed",
+    "GetLog",
+    "GetState",
+    "Hello",
+    "KickAck",
+    "MessageError",
+    "Notification",
+    "RebuildRing",
+    "RemoveMemslot",
+    "ReplayPhase",
+    "ReplaySpec",
+    "Request",
+    "RingFull",
+    "SendFd",
+    "SetMemslot",
+    "SetMemslots",
+    "SetState",
+    "SetTracking",
+    "Shutdown",
+    "SlotSpec",
+    "Userfault",
+    "WorkerSpec",
+    "decode_notification",
+    "decode_reply",
+    "decode_request",
+    "decode_spec",
+    "encode",
 ]
 
 
 #: Characters of what is said about a vCPU's end.
 DETAIL_MAX = 1000
+
+
+#: What msgspec raises for bytes that it cannot make sense of: the latter two are not of its own kind (text that is no
+#: UTF-8 where it is not looked at closely, and what is nested a thousand times). Whoever decodes what another process
+#: or a file says catches these.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class MessageError(Exception):
@@ -277,7 +313,7 @@ def decode_request(frame: bytes) -> AnyRequest:
     """Raises MessageError."""
     try:
         return _requests.decode(frame)
-    except msgspec.MsgspecError as exc:
+    except UNREADABLE as exc:
         raise MessageError(f"bad request: {exc}") from None
 
 
@@ -285,7 +321,7 @@ def decode_reply(frame: bytes) -> AnyReply:
     """Raises MessageError."""
     try:
         return _replies.decode(frame)
-    except msgspec.MsgspecError as exc:
+    except UNREADABLE as exc:
         raise MessageError(f"bad reply: {exc}") from None
 
 
@@ -293,7 +329,7 @@ def decode_notification(frame: bytes) -> AnyNotification:
     """Raises MessageError."""
     try:
         return _notifications.decode(frame)
-    except msgspec.MsgspecError as exc:
+    except UNREADABLE as exc:
         raise MessageError(f"bad notification: {exc}") from None
 
 
@@ -301,5 +337,5 @@ def decode_spec(text: bytes) -> WorkerSpec:
     """Raises MessageError."""
     try:
         return _specs.decode(text)
-    except msgspec.MsgspecError as exc:
+    except UNREADABLE as exc:
         raise MessageError(f"bad worker specification: {exc}") from None

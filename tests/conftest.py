@@ -59,6 +59,10 @@ _LONG = re.compile("|".join([
 ]))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="try about N inputs in all in tests/fuzz")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs.apply(items)

@@ -15,6 +15,8 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
+from ipc.messages import UNREADABLE
+
 from .errors import VmmError, one_line
 
 __all__ = ["Refusal", "decode_json", "input_name", "open_input", "read_input"]
@@ -93,5 +95,5 @@ def decode_json(data: bytes, kind: type[_T]) -> _T:
     """What is in the JSON text ``data``, which must be of this type. Raises ValueError, with one line."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:   # the latter two are not msgspec's
+    except UNREADABLE as exc:
         raise ValueError(one_line(str(exc))) from None

@@ -29,6 +29,7 @@ import llvmlite.binding as llvm
 import msgspec
 
 from ..linux.libc import LIBC
+from ..messages import UNREADABLE
 
 __all__ = ["Native", "cache_directories", "trusted"]
 
@@ -128,7 +129,7 @@ def _find(source: str, key: str) -> _Kept | None:
     for directory in cache_directories(source):
         try:
             kept = msgspec.msgpack.decode(_read(directory, f"{source}.native"), type=_Kept)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *UNREADABLE):
             continue
         if kept.key == key:
             return kept

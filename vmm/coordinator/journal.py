@@ -20,7 +20,7 @@ import msgspec
 
 from ipc.journal import Journal as Record
 from ipc.linux.processid import ProcessId
-from ipc.messages import Exited
+from ipc.messages import UNREADABLE, Exited
 from ipc.shm import SegmentError
 
 from ..dirty.log import LogClient
@@ -95,7 +95,7 @@ class Journal:
             raise VmmError(f"machine '{machine}' cannot be taken over: {exc}", ExitCode.WORKER_DIED) from None
         try:
             saved = msgspec.json.decode(text, type=Saved)
-        except msgspec.MsgspecError as exc:
+        except UNREADABLE as exc:
             record.close()
             raise VmmError(f"machine '{machine}' cannot be taken over: its journal was written by another version "
                            f"of this program ({exc})", ExitCode.WORKER_DIED) from None

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from ipc.messages import UNREADABLE
+
 from ..errors import VmmError
 
 __all__ = ["CONTROL_VERSION", "Owned", "Verb", "decode_verb"]
@@ -266,7 +268,7 @@ def decode_verb(frame: bytes) -> AnyVerb:
             return _verbs.decode(frame)
         what = (f"the machine speaks version {CONTROL_VERSION} of the control protocol, but the request is version "
                 f"{envelope.v}: use the program that started the machine")
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+    except UNREADABLE as exc:
         what = f"bad request: {exc}"
     error = VmmError(what)
     error.request_id = envelope.id  # type: ignore[attr-defined]

@@ -19,6 +19,8 @@ from types import FrameType
 
 import msgspec
 
+from ipc.messages import UNREADABLE
+
 from ...errors import VmmError
 from ...machine.runtime import machine_dir
 from .report import Options
@@ -66,7 +68,7 @@ def load_hand_over(machine: str) -> HandOver:
         return msgspec.json.decode(path.read_bytes(), type=HandOver)
     except FileNotFoundError:
         raise VmmError(f"machine '{machine}' has not been handed over to a target") from None
-    except (OSError, msgspec.MsgspecError) as exc:
+    except (OSError, *UNREADABLE) as exc:
         raise VmmError(f"{path}: cannot be read: {exc}") from None
 
 

@@ -20,7 +20,9 @@ from typing import Any, Literal
 import msgspec
 import xxhash
 
-from ...errors import VmmError
+from ipc.messages import UNREADABLE
+
+from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
@@ -230,10 +232,8 @@ def decode_message(frame: Buffer, digest: Buffer) -> Message:
                 raise msgspec.ValidationError("of another version")
             return found
         why = "it was damaged in transit"
-    except msgspec.MsgspecError as exc:
-        why = str(exc)
-    except RecursionError:
-        why = "it is nested too deeply"
+    except UNREADABLE as exc:
+        why = one_line(str(exc))
     _look_for_version(frame)
     raise WireError(f"the source sent something that is not a message of protocol {VERSION}: {why}")
 
@@ -242,7 +242,7 @@ def _look_for_version(frame: Buffer) -> None:
     """Raises OtherVersion."""
     try:
         other = _any_version.decode(frame)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return
     if other.t in ("offer", "commit") and other.version != VERSION:
         raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, but "
@@ -253,8 +253,9 @@ def decode_answer(received: list[bytes]) -> Answer:
     """What a target says, as received. Raises WireError."""
     try:
         answer = _answers.decode(received[0])
-    except (msgspec.MsgspecError, RecursionError) as exc:
-        raise WireError(f"the target sent something that is not an answer of protocol {VERSION}: {exc}") from None
+    except UNREADABLE as exc:
+        raise WireError(f"the target sent something that is not an answer of protocol {VERSION}: "
+                        f"{one_line(str(exc))}") from None
     if len(received) != 2 or xxhash.xxh3_64_digest(received[0]) != received[1]:
         if isinstance(answer, Refused):     # a target of another version says it so
             return answer

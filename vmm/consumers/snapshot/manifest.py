@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from ipc.messages import UNREADABLE
 from workers.accel.base import AccelError
 from workers.state import StateError, check_states
 
@@ -93,7 +94,7 @@ def load_manifest(directory: Path, name: str) -> Manifest:
             raise _refuse(path, f"has format version {one_line(str(head.get('version')), 20)}; this program supports "
                                 f"version {VERSION}")
         manifest = msgspec.convert(head, Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+    except UNREADABLE as exc:
         raise _refuse(path, f"is not a valid manifest: {one_line(str(exc))}") from None
     if manifest.id != name:
         raise _refuse(path, f"claims to be snapshot {one_line(manifest.id, 20)}")

@@ -1,0 +1,102 @@
+"""What is tried on a reader: an input, what it may not do, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+__all__ = ["SHORT", "Surface"]
+
+SECONDS = 5.0           # that an input may take
+MEMORY = 64 << 20       # bytes that a reader may have at once
+
+#: Inputs per test, without --fuzz.
+SHORT = 60
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod",
+            "shutil.rmtree", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "os.system",
+            "socket.connect", "socket.bind"}
+
+
+class Guard:
+    """``allowed``: the folder in which files may be changed; None: nobody is watched."""
+
+    def __init__(self) -> None:
+        self.allowed: str | None = None
+        self.seen: list[str] = []
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.allowed is None:
+            return
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
+        if (writes or event in _CHANGES) and not str(arguments[0]).startswith((self.allowed, "/dev/kvm")):
+            self.seen.append(f"{event} {arguments[:2]}")
+
+
+GUARD = Guard()
+sys.addaudithook(GUARD.hook)
+
+
+class TooSlow(Exception):
+    """An input took longer than SECONDS."""
+
+
+class Surface:
+    """What is tried on one reader, counted."""
+
+    def __init__(self, folder: Path, inputs: int) -> None:
+        self.folder, self.inputs = folder, inputs
+        self.counts: Counter[str] = Counter()
+        self.began = time.monotonic()
+
+    def settings(self, share: int = 1) -> settings:
+        """``share``: of a test that is so many times slower than others."""
+        return settings(max_examples=max(10, self.inputs // share), deadline=None, database=None,
+                        suppress_health_check=list(HealthCheck))
+
+    def read(self, reader: Callable[[], object], *refusals: type[Exception], lines: bool = False) -> None:
+        """It is read, or refused with one of these, in one line (``lines``: one for each fault in it).
+        Whatever else it raises fails the test."""
+        tracemalloc.reset_peak()
+        with watched(str(self.folder)):
+            try:
+                reader()
+            except refusals as error:
+                text = str(error)
+                self.counts["refused"] += 1
+            else:
+                text = "taken"
+                self.counts["taken"] += 1
+        assert text.strip()
+        assert lines or "\n" not in text
+        peak = tracemalloc.get_traced_memory()[1]
+        assert peak < MEMORY, f"{peak >> 20} MiB"
+
+
+@contextlib.contextmanager
+def watched(folder: str) -> Iterator[None]:
+    """In the main thread."""
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise TooSlow(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    GUARD.allowed, GUARD.seen = folder, []
+    try:
+        yield
+    finally:
+        GUARD.allowed = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not GUARD.seen, GUARD.seen

@@ -1,0 +1,173 @@
+"""What other processes say: a migration's two ends, workers and coordinator, clients at the control socket; and what
+a worker may have written into its ring."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import xxhash
+from damage import changed, damaged, odd
+from hypothesis import given
+from hypothesis import strategies as st
+from machines import ANY, spec
+from surface import Surface
+
+from ipc import messages
+from ipc.bitmap import Bitmap, bitmap_bytes, slot_table
+from ipc.compiled import calls
+from ipc.layout import MAX_SLOTS
+from ipc.shm import Segment
+from vmm.client.machine import Machine
+from vmm.consumers.migration import wire
+from vmm.machine import verbs
+from vmm.machine.names import machine_dir, segment_name
+from vmm.machine.records import log_path
+
+SPEC = spec("stamp", accel="kvm", vcpus=1)
+
+
+def example(kind: type) -> Any:
+    """One of the type, of plain values; with every field."""
+    made = {}
+    for field in msgspec.structs.fields(kind):
+        made[field.encode_name] = plain(field.type)
+    info: Any = msgspec.inspect.type_info(kind)
+    return {info.tag_field: info.tag, **made} if info.tag_field else made
+
+
+def plain(kind: Any) -> Any:
+    text = str(kind)
+    if kind in (int, float, str, bool, bytes):
+        return kind(1) if kind is not bytes else b"\x01\x00\x00\x00"
+    if "MachineSpec" in text:
+        return msgspec.to_builtins(SPEC)
+    if text.startswith(("list[", "dict[")):
+        return [] if text.startswith("list[") else {}
+    return 1
+
+
+def of_union(union: Any) -> list[Any]:
+    return [example(each) for each in union.__args__]
+
+
+def packed(document: Any) -> bytes | None:
+    try:
+        return msgspec.msgpack.encode(document, enc_hook=repr)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return None
+
+
+def test_migration_messages(surface: Surface) -> None:
+    """Both ends' ways of reading; the checksum is right."""
+    seeds = [*of_union(wire.Message), *of_union(wire.Answer)]
+
+    @surface.settings()
+    @given(st.one_of(changed(seeds).map(packed), damaged([packed(each) or b"" for each in seeds])))
+    def try_it(data: bytes | None) -> None:
+        if data is None:
+            return
+        digest = xxhash.xxh3_64_digest(data)
+        surface.read(lambda: wire.decode_message(data, digest), wire.WireError)
+        surface.read(lambda: wire.decode_answer([data, digest]), wire.WireError)
+
+    try_it()
+
+
+def test_worker_messages(surface: Surface) -> None:
+    union = [messages.AnyRequest, messages.AnyReply, messages.AnyNotification]
+    seeds = [each for kind in union for each in of_union(kind)]
+
+    @surface.settings()
+    @given(st.one_of(changed(seeds).map(packed), damaged([packed(each) or b"" for each in seeds])))
+    def try_it(data: bytes | None) -> None:
+        if data is None:
+            return
+        for decode in (messages.decode_request, messages.decode_reply, messages.decode_notification,
+                       messages.decode_spec):
+            surface.read(lambda decode=decode: decode(data), messages.MessageError)     # type: ignore[misc]
+
+    try_it()
+
+
+def test_ring_entries(surface: Surface) -> None:
+    """Whatever a worker writes into its ring: no bit is set but of pages that there are, and nothing beside the
+    bitmaps is written to."""
+    entries, pages, guard = 16, 130, 4096
+    size = bitmap_bytes(pages)
+    with (Segment.create(segment_name("test-fuzz", "ring"), entries * 16) as ring,
+          Segment.create(segment_name("test-fuzz", "maps"), 2 * guard + size) as maps):
+        table = slot_table(MAX_SLOTS)
+        bitmap = Bitmap(maps, guard, pages)     # a view: the segment is unmapped when it has gone
+        table[3] = (bitmap.words_address, bitmap.summary_address, pages)
+        entry = st.tuples(st.integers(0, 2**32 - 1) | st.integers(0, 3),
+                          st.sampled_from([0, 3, 4, 2**16 + 3, 2**32 - 1]),
+                          st.integers(0, 2**64 - 1) | st.integers(0, 200))
+
+        @surface.settings()
+        @given(st.lists(entry, min_size=entries, max_size=entries), st.integers(0, 2**64 - 1), st.integers(0, entries))
+        def try_it(found: list[tuple[int, int, int]], fetch: int, limit: int) -> None:
+            maps.buf[:] = b"\xa5" * guard + bytes(size) + b"\xa5" * (len(maps.buf) - guard - size)
+            ring.buf[:entries * 16] = b"".join(struct.pack("<IIQ", *each) for each in found)
+            out = np.zeros(4, np.uint64)
+            surface.read(lambda: calls.harvest(ring.address, entries, fetch, limit, table.ctypes.data, MAX_SLOTS,
+                                               out.ctypes.data))
+            assert maps.buf[:guard] == b"\xa5" * guard
+            assert maps.buf[guard + size:] == b"\xa5" * (len(maps.buf) - guard - size)
+            there = {offset for flags, slot, offset in found if slot == 3 and offset < pages and flags & 3}
+            assert set(np.flatnonzero(bitmap.bools()).tolist()) <= there
+            assert int(out[0]) <= limit
+
+        try_it()
+
+
+#: What would end the machine, or the connection's turn.
+ENDING = {"stop", "release", "events"}
+
+
+@pytest.fixture(params=ANY)
+def machine(request: pytest.FixtureRequest) -> Any:
+    with Machine.launch(spec("idle", accel=str(request.param), name="fuzz-control", vcpus=1, milliseconds=0,
+                             timeout=None)) as launched:
+        yield launched
+
+
+def ask(name: str, data: bytes) -> bytes:
+    """What the coordinator answers to a line; empty where it hangs up."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(60)
+        sock.connect(str(machine_dir(name) / "control"))
+        sock.sendall(data + b"\n")
+        answer = b""
+        while not answer.endswith(b"\n") and (part := sock.recv(65536)):
+            answer += part
+        return answer
+
+
+def test_control_verbs(surface: Surface, machine: Machine) -> None:
+    """An answer, or a refusal in one line; never a bug, never another coordinator."""
+    seeds = [{**each, "v": verbs.CONTROL_VERSION} for each in of_union(verbs.AnyVerb) if each["verb"] not in ENDING]
+
+    @surface.settings(10)
+    @given(st.one_of(changed(seeds), odd))
+    def try_it(document: Any) -> None:
+        try:
+            data = json.dumps(document, default=repr).encode()
+        except (ValueError, RecursionError):
+            return
+        if (isinstance(document, dict) and str(document.get("verb")) in ENDING) or b"\n" in data:
+            return
+        answer = json.loads(ask(machine.name, data))
+        surface.counts["refused" if "error" in answer else "taken"] += 1
+        assert "this is a bug" not in answer.get("error", ""), (data, answer)
+        assert "\n" not in answer.get("error", "")
+
+    try_it()
+    assert machine.status()["coordinator"]["restarts"] == 0
+    assert not re.search("Traceback", log_path(machine.name).read_text())
