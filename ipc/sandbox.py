@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .shm import SHM_DIRECTORY
+from .steps import DIRECTORY
 
 __all__ = ["confine_machine", "confine_vcpu", "missing"]
 
@@ -69,7 +70,10 @@ _LOOKUP = ("/etc/hosts", "/etc/host.conf", "/etc/resolv.conf", "/etc/nsswitch.co
            "/etc/services", "/etc/passwd")
 
 
-_DEVICES = (SHM_DIRECTORY, Path("/dev/kvm"), Path("/dev/userfaultfd"), Path("/dev/null"))
+def _devices() -> list[Path]:
+    """What every process of a machine writes to; and where a test says at which step it is to fail."""
+    found = [SHM_DIRECTORY, Path("/dev/kvm"), Path("/dev/userfaultfd"), Path("/dev/null")]
+    return found if DIRECTORY is None else [*found, Path(DIRECTORY)]
 
 
 def _seccomp() -> ModuleType:
@@ -103,7 +107,7 @@ def confine_vcpu(directory: Path) -> None:
     files = _WORKER_FILES if hard == resource.RLIM_INFINITY else min(hard, _WORKER_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # A worker clears up when keeper and coordinator are gone: so it can remove what is the machine's.
-    _restrict_files(read=_readable(), write=[*_DEVICES, directory], run=False, connect=False,
+    _restrict_files(read=_readable(), write=[*_devices(), directory], run=False, connect=False,
                     empty=directory.parent)
     with contextlib.suppress(ImportError, RuntimeError):
         _vcpu_filter(_seccomp())
@@ -113,7 +117,7 @@ def confine_machine(read: Iterable[Path], write: Iterable[Path]) -> None:
     """Of a keeper or a coordinator: beside what its programs read, it may read and write only this, and what is in
     shared memory. By its only thread."""
     _restrict_files(read=[*_readable(), *map(Path, _LOOKUP), *read],
-                    write=[*_DEVICES, *write], run=True, connect=True)
+                    write=[*_devices(), *write], run=True, connect=True)
     with contextlib.suppress(ImportError, RuntimeError):
         seccomp = _seccomp()
         rules = seccomp.SyscallFilter(seccomp.ALLOW)

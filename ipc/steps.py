@@ -16,9 +16,10 @@ import os
 import signal
 from pathlib import Path
 
-__all__ = ["STEPS", "step"]
+__all__ = ["DIRECTORY", "STEPS", "step"]
 
-_directory = os.environ.get("VMM_STEPS")
+#: Of a test's; None in ordinary life.
+DIRECTORY = os.environ.get("VMM_STEPS")
 
 #: What is being done: the names of its steps, in their order.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -65,8 +66,8 @@ STEPS: dict[str, tuple[str, ...]] = {
 
 def step(name: str) -> None:
     """Step ``name`` has been reached."""
-    if _directory is not None:
-        _reached(Path(_directory), name)
+    if DIRECTORY is not None:
+        _reached(Path(DIRECTORY), name)
 
 
 def _reached(directory: Path, name: str) -> None:
