@@ -22,7 +22,7 @@ SECONDS = 5.0           # that an input may take
 MEMORY = 64 << 20       # bytes that a reader may have at once
 
 #: Inputs per test, without --fuzz.
-SHORT = 60
+SHORT = 40
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod",
             "shutil.rmtree", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "os.system",
