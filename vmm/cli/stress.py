@@ -113,6 +113,8 @@ def _faults(faults: int, seed: int | None, config: Path | None, output: Path | N
     others += ["--resume"] * resume + ["CONFIG"] * (config is not None)
     if others:
         raise VmmError(f"--faults: cannot be used with {others[0]}")
+    if replay is not None and seed is not None:
+        raise VmmError("--replay: has a seed of its own")
     with _signals() as came:
         status = run_faults(faults, seed, [str(accel) for accel in accels], output, replay,
                             stop=lambda: bool(came), as_json=as_json)

@@ -61,6 +61,8 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
             path.with_suffix(".receive"), "receive", f"ipc://{path}", "--name", wanted.target, "--accel", wanted.accel,
             "--detach", "--timeout", f"{_PATIENCE:.0f}s"))
         _until(lambda: "waiting at" in receiver.said or receiver.over, "vmm receive waits")
+        if receiver.over:
+            raise VmmError(f"vmm receive has ended: {receiver.said}")
         address = f"ipc://{path}"
         relay = None
         if fault is not None and fault.delay_ms:
