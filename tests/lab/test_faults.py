@@ -367,13 +367,13 @@ def test_a_short_campaign_loses_nothing(accel: str) -> None:
 def test_what_failed_is_replayed(tmp_path: Path) -> None:
     """From the file that the campaign has left."""
     accel = next(iter(possible()))
-    shortest = Episode(5, 2, accel, "ring", 1, 1024, 2, False, (Event("start"), Event("unplug")))     # nothing is there
+    shortest = Episode(5, 2, accel, "ring", 1, 1024, 2, False, (Event("start"), Event("unplug")))
     found = Campaign(5, failure=Failure(shortest, "was lost", shortest))
     (tmp_path / "faults.json").write_bytes(msgspec.json.encode(found))
     done = vmm("stress", "--faults", "1", "--replay", str(tmp_path / "faults.json"), timeout=240.0)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "seed 5, episode 2" in done.stdout
-    assert "FAILED: memory slot 5" in done.stdout
+    assert "FAILED: there is no memory slot 5" in done.stdout
 
 
 @pytest.mark.parametrize(("content", "error"), [
