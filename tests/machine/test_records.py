@@ -92,6 +92,14 @@ def test_age_alone_is_enough() -> None:
     assert ended_names() == ["old"]
 
 
+def test_a_keeper_that_was_killed_before_it_had_its_lock_stops_no_other() -> None:
+    """All that it leaves is an empty directory."""
+    ended("m")
+    log_path("t").parent.mkdir()
+    Record("new").close()
+    assert ended_names() == ["m", "new"]
+
+
 def test_records_are_removed_when_asked_for_and_not_of_machines_that_run() -> None:
     running = Record("running")
     ended("a")

@@ -24,15 +24,17 @@ __all__ = ["run_faults"]
 _RESULT = "faults.json"
 
 
-def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | None, *, stop: Callable[[], bool],
-               as_json: bool) -> int:
-    """The exit status: 1 when something was lost, or did not do what it should. Raises VmmError."""
+def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | None, replay: Path | None, *,
+               stop: Callable[[], bool], as_json: bool) -> int:
+    """``replay``: what such a campaign has found (its faults.json), again. The exit status: 1 when something was
+    lost, or did not do what it should. Raises VmmError."""
     import msgspec
 
     from ..lab.faults.campaign import run_campaign
     from ..outputs import open_output
 
-    seed = secrets.randbelow(1 << 31) if seed is None else seed
+    again = None if replay is None else _load(replay)
+    seed = again.seed if again is not None else secrets.randbelow(1 << 31) if seed is None else seed
     if output is not None:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | 
 
     with contextlib.ExitStack() as stack:
         kept = None if output is None else stack.enter_context(open_output(output / _RESULT))
-        campaign = run_campaign(faults, seed, accels, stop=stop, done=done)
+        campaign = run_campaign(faults, seed, accels, stop=stop, done=done, replay=again)
         document = msgspec.to_builtins(campaign)
         if kept is not None:
             kept.write(json.dumps(document, indent=1).encode() + b"\n")
@@ -58,11 +60,28 @@ def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | 
     return 1 if campaign.failure is not None else 0
 
 
+def _load(path: Path) -> Episode:
+    """The shortest list of events that failed. Raises VmmError."""
+    import msgspec
+
+    from ..lab.faults.campaign import Campaign
+
+    try:
+        failure = msgspec.json.decode(path.read_bytes(), type=Campaign).failure
+    except OSError as exc:
+        raise VmmError(f"{path}: cannot be read: {exc.strerror}") from None
+    except msgspec.MsgspecError as exc:
+        raise VmmError(f"{path}: is not the result of vmm stress --faults: {exc}") from None
+    if failure is None:
+        raise VmmError(f"{path}: nothing failed in that campaign")
+    return failure.shortest
+
+
 def _show(campaign: Campaign) -> None:
     click.echo(f"seed {campaign.seed}: {campaign.faults:,} faults in {campaign.episodes:,} machines: "
                f"{campaign.takeovers:,} take-overs, {campaign.lost_workers:,} workers killed; "
                f"{campaign.seconds:,.0f} s")
-    for title, counts in (("faults", campaign.hits), ("machines", campaign.machines)):
+    for title, counts in (("faults", campaign.hits), ("events", campaign.done), ("machines", campaign.machines)):
         click.echo(f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
     click.echo(f"at the clients' end: {campaign.compared_pages:,} pages compared, {campaign.dirty_pages:,} dirty")
     failure = campaign.failure

@@ -59,23 +59,25 @@ def _axis(name: str, help_text: str) -> Callable[[Any], Any]:
 @click.option("--faults", type=click.IntRange(1), metavar="N",
               help="Instead of a sweep: kill and stop processes of machines N times while clients use them.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the faults; the same seed plans the same campaign.")
+@click.option("--replay", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+              help="With --faults: no random faults, but those that failed in the campaign whose faults.json this is.")
 @json_option
 def stress(config: Path | None, output: Path | None, resume: bool, faults: int | None, seed: int | None,
-           as_json: bool, **axes: Any) -> int:
+           replay: Path | None, as_json: bool, **axes: Any) -> int:
     """Measure machines over a parameter sweep. It varies vCPUs, ring sizes, workloads, reapers and accelerators, and
     verifies that no page is lost.
 
     The sweep is given by the file CONFIG, by options, or by both (options take precedence). To continue an
     interrupted sweep, run the same command again or use --resume. Exit status 1: a page was lost.
 
-    With --faults, random processes of machines are killed and stopped while clients sync, plug memory, switch modes
-    and take snapshots; what each client is told is compared with the memory it sees. Only --accel, --seed and
-    --output go with it.
+    With --faults, random processes of machines are killed and stopped while clients sync, plug memory, switch modes,
+    record, take snapshots and migrate; what each client is told is compared with the memory it sees. Only --accel,
+    --seed, --replay and --output go with it.
     """
     if faults is not None:
-        return _faults(faults, seed, config, output, resume, axes, as_json)
-    if seed is not None:
-        raise VmmError("--seed: only valid with --faults")
+        return _faults(faults, seed, config, output, resume, replay, axes, as_json)
+    if seed is not None or replay is not None:
+        raise VmmError(f"--{'replay' if seed is None else 'seed'}: only valid with --faults")
     if output is None:
         raise VmmError("--output: give a directory for the results")
     from ..lab.stress import sweep as sweeps
@@ -103,7 +105,7 @@ def stress(config: Path | None, output: Path | None, resume: bool, faults: int |
 
 
 def _faults(faults: int, seed: int | None, config: Path | None, output: Path | None, resume: bool,
-            axes: dict[str, Any], as_json: bool) -> int:
+            replay: Path | None, axes: dict[str, Any], as_json: bool) -> int:
     from .faults import run_faults
 
     accels = axes.pop("accel") or []
@@ -111,9 +113,11 @@ def _faults(faults: int, seed: int | None, config: Path | None, output: Path | N
     others += ["--resume"] * resume + ["CONFIG"] * (config is not None)
     if others:
         raise VmmError(f"--faults: cannot be used with {others[0]}")
+    if replay is not None and seed is not None:
+        raise VmmError("--replay: has a seed of its own")
     with _signals() as came:
-        status = run_faults(faults, seed, [str(accel) for accel in accels], output, stop=lambda: bool(came),
-                            as_json=as_json)
+        status = run_faults(faults, seed, [str(accel) for accel in accels], output, replay,
+                            stop=lambda: bool(came), as_json=as_json)
     return 128 + came[0] if came and not status else status
 
 

@@ -190,12 +190,17 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _prune(root: Path, kept: int, seconds: float) -> None:
-    """Remove records of machines that do not run: those beyond the ``kept`` newest, and those older than that."""
+    """Remove records of machines that do not run: those beyond the ``kept`` newest, those older than that, and those
+    that are empty, whose keepers were killed before they had a lock. For the holder of ``_locked``: nobody is just
+    making one."""
     ages = []
     for path in root.iterdir():
         with contextlib.suppress(OSError):
             if path.is_dir():
-                ages.append((time.time() - max(p.stat().st_mtime for p in path.iterdir()), path))
+                if times := [p.stat().st_mtime for p in path.iterdir()]:
+                    ages.append((time.time() - max(times), path))
+                else:
+                    path.rmdir()
     ended = [(age, path) for age, path in sorted(ages) if _take(path, lambda path: None)]
     for place, (age, path) in enumerate(ended):
         if place >= kept or age > seconds:

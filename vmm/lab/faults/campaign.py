@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from .plan import Episode, draw_episode, possible
+from .plan import Episode, can_postcopy, draw_episode, possible
 from .run import Outcome, run_episode
 from .shrink import shrink
 
@@ -24,7 +24,8 @@ class Failure(msgspec.Struct):
 
 
 class Campaign(msgspec.Struct):
-    """What came of it. Counts, by what the machines were (``accelerator/tracking``) and by what was done to whom."""
+    """What came of it. Counts: ``machines`` by what they were (``accelerator/tracking``), ``hits`` by what was done to
+    whom, ``done`` events by what they were."""
 
     seed: int
     episodes: int = 0
@@ -37,6 +38,7 @@ class Campaign(msgspec.Struct):
     dirty_pages: int = 0        # that the clients were told of
     machines: dict[str, int] = {}
     hits: dict[str, int] = {}
+    done: dict[str, int] = {}
     failure: Failure | None = None
 
     def add(self, episode: Episode, outcome: Outcome) -> None:
@@ -44,27 +46,27 @@ class Campaign(msgspec.Struct):
         self.episodes += 1
         for name in ("events", "faults", "seconds", "takeovers", "lost_workers", "compared_pages", "dirty_pages"):
             setattr(self, name, getattr(self, name) + getattr(outcome, name))
-        machine = f"{episode.accel}/{episode.tracking}"
-        self.machines[machine] = self.machines.get(machine, 0) + 1
-        for event in episode.events[:outcome.events]:
-            if event.fault is not None:
-                hit = f"{'stop' if event.fault.stop_ms else 'kill'} {event.fault.victim.rstrip('0123456789')}"
-                self.hits[hit] = self.hits.get(hit, 0) + 1
+        for counts, more in ((self.machines, {f"{episode.accel}/{episode.tracking}": 1}), (self.hits, outcome.hits),
+                             (self.done, outcome.done)):
+            for name, count in more.items():
+                counts[name] = counts.get(name, 0) + count
 
 
 def run_campaign(faults: int, seed: int, accels: Sequence[str], *, stop: Callable[[], bool] = lambda: False,
                  done: Callable[[Campaign, Episode, Outcome], None] = lambda campaign, episode, outcome: None,
-                 ) -> Campaign:
-    """Until ``faults`` have hit, ``stop`` says so, or something is wrong. ``done`` is told after each episode. Raises
-    VmmError where no machine can be had."""
-    can = possible(accels)
+                 replay: Episode | None = None) -> Campaign:
+    """Until ``faults`` have hit, ``stop`` says so, or something is wrong. ``done`` is told after each episode.
+    ``replay``: this one again and again, none that is drawn. Raises VmmError where no machine can be had."""
+    can, postcopy = possible(accels), can_postcopy()
     campaign = Campaign(seed)
     while campaign.faults < faults and campaign.failure is None and not stop():
-        episode = draw_episode(seed, campaign.episodes, can)
+        episode = replay or draw_episode(seed, campaign.episodes, can, postcopy=postcopy)
         outcome = run_episode(episode)
         campaign.add(episode, outcome)
         if outcome.problem:
             shortest = shrink(episode, outcome, run_episode, _SHRINK_SECONDS)
             campaign.failure = Failure(episode, outcome.problem, shortest)
         done(campaign, episode, outcome)
+        if replay is not None and not replay.faults:
+            break           # once is as good as often
     return campaign

@@ -7,30 +7,48 @@ from collections.abc import Sequence
 
 import msgspec
 
+from ipc.userfault import Userfault, UserfaultError
 from workers.accel import registry
 
 from ...errors import VmmError
 from ...machine.trackings import check_tracking
 
-__all__ = ["COLD_SLOT", "HOT_SLOT", "Episode", "Event", "Fault", "draw_episode", "possible"]
+__all__ = ["COLD_SLOT", "HOT_SLOT", "Episode", "Event", "Fault", "can_postcopy", "draw_episode", "possible"]
 
 COLD_SLOT, HOT_SLOT = 1, 5          # memory slots beside the guest's own: always there; plugged and unplugged
 KILLS = 5                           # of coordinators in an episode: the sixth within a minute ends a machine
 _MODES = ("ring", "bitmap", "uffd", "auto")
 _RINGS = (1024, 4096, 65536)
+_LIMITS = (100, 2000, 100_000)      # pages per second
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """``victim``: coordinator, keeper, or vcpu0, …; ``stop_ms``: SIGSTOP, and SIGCONT after so long; 0: SIGKILL.
-    ``after_ms``: after the event it goes with has begun."""
+    """``victim``: coordinator, keeper, or vcpu0, …, of the machine; while it migrates also source and target (the two
+    processes that move it), target-coordinator, target-keeper, target-vcpu0, …, and messages (between the two).
+    ``stop_ms``: SIGSTOP, and SIGCONT after so long; ``delay_ms``: each message comes later by up to so much; neither:
+    SIGKILL. ``after_ms``: after the event it goes with has begun, of a migration: after the victim is there, and the
+    target has begun to make the machine."""
 
     victim: str
     stop_ms: int
     after_ms: float
+    delay_ms: int = 0
 
     def __str__(self) -> str:
+        if self.delay_ms:
+            return f"delay {self.victim} by up to {self.delay_ms} ms"
         what = f"stop {self.victim} for {self.stop_ms} ms" if self.stop_ms else f"kill {self.victim}"
         return f"{what} after {self.after_ms:g} ms"
+
+    @property
+    def kind(self) -> str:
+        """What is done to whom, to count it by."""
+        what = "delay" if self.delay_ms else "stop" if self.stop_ms else "kill"
+        return f"{what} {self.victim.rstrip('0123456789')}"
+
+    @property
+    def kills(self) -> bool:
+        return not self.stop_ms and not self.delay_ms
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -43,6 +61,11 @@ class Event(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         text = " ".join(map(str, (self.do, *self.arguments)))
         return f"{text}   | {self.fault}" if self.fault else text
+
+    @property
+    def kind(self) -> str:
+        """What it is, to count it by."""
+        return f"{self.do} {self.arguments[0]}" if self.do == "migrate" else self.do
 
 
 class Episode(msgspec.Struct, frozen=True):
@@ -94,50 +117,138 @@ def _can(accel: str, mode: str) -> bool:
     return True
 
 
-def draw_episode(seed: int, number: int, can: dict[str, tuple[str, ...]]) -> Episode:
+def can_postcopy() -> bool:
+    """Whether this host can receive a machine that runs before its memory is there."""
+    try:
+        Userfault.make().close()
+    except UserfaultError:
+        return False
+    return True
+
+
+def draw_episode(seed: int, number: int, can: dict[str, tuple[str, ...]], *, postcopy: bool) -> Episode:
     """The ``number``-th of the campaign of ``seed``, on a host that can do this."""
     dice = random.Random(f"{seed}/{number}")
     accel = dice.choice(sorted(can))
     vcpus = dice.randint(1, 3)
-    return Episode(seed, number, accel, dice.choice(can[accel]), vcpus, dice.choice(_RINGS), dice.choice((2, 4, 16)),
-                   dice.random() < 0.5, tuple(_events(dice, vcpus, can[accel])))
+    tracking = dice.choice(can[accel])
+    ring, mib, verify = dice.choice(_RINGS), dice.choice((2, 4, 16)), dice.random() < 0.5
+    events = _Events(dice, can, accel, tracking, vcpus, postcopy=postcopy).draw()
+    return Episode(seed, number, accel, tracking, vcpus, ring, mib, verify, tuple(events))
 
 
-def _events(dice: random.Random, vcpus: int, modes: tuple[str, ...]) -> list[Event]:
+class _Events:
     """Each can be done where it stands, whatever went wrong before it."""
-    events = [Event("start"), Event("check")]
-    hot, paused, unlogged, kills, alive = False, False, set[int](), 0, vcpus
-    for _ in range(dice.randint(8, 24)):
-        do = dice.choice(("look", "look", "check", "run", "write", "plug", "log", "tracking", "snapshot",
-                          "client", "pause", "migrate"))
+
+    def __init__(self, dice: random.Random, can: dict[str, tuple[str, ...]], accel: str, tracking: str, vcpus: int, *,
+                 postcopy: bool) -> None:
+        self._dice = dice
+        self._can = can
+        self._postcopy = postcopy
+        self._accel = accel
+        self._vcpus = vcpus
+        self._mode = tracking       # "": not known, a vCPU was killed while it was switched
+        self._limited = False       # or may be
+        self._hot = self._paused = False
+        self._unlogged: set[int] = set()
+        self._kills = 0
+        self._alive = vcpus         # at least
+
+    def draw(self) -> list[Event]:
+        dice = self._dice
+        events = [Event("start"), Event("check")]
+        for _ in range(dice.randint(8, 24)):
+            event = self._event(dice.choice((
+                "look", "look", "check", "run", "write", "plug", "log", "tracking", "snapshot", "client", "pause",
+                "migrate", "migrate", "limit", "record")))
+            if event is not None:
+                events.append(event)
+        return [*events, Event("check"), Event("stop")]
+
+    def _event(self, do: str) -> Event | None:
+        """None: not now."""
+        dice = self._dice
+        slots = (COLD_SLOT, HOT_SLOT) if self._hot else (COLD_SLOT,)
         arguments: tuple[int | str, ...] = ()
-        if do == "write":
-            arguments = (dice.choice((COLD_SLOT, HOT_SLOT) if hot else (COLD_SLOT,)), dice.randrange(256))
-        elif do == "plug":
-            do, hot = ("unplug" if hot else "plug"), not hot
-            unlogged.discard(HOT_SLOT)
-        elif do == "log":
-            slot = dice.choice((COLD_SLOT, HOT_SLOT) if hot else (COLD_SLOT,))
-            do = "log-start" if slot in unlogged else "log-stop"
-            unlogged ^= {slot}
-            arguments = (slot,)
-        elif do == "tracking":
-            arguments = (dice.choice(modes),)
-        elif (do == "snapshot" and unlogged) or (do in ("snapshot", "migrate") and alive < vcpus):
-            continue        # a snapshot needs a log of all that changes, and both need the state of every vCPU
-        elif do == "pause":
-            do, paused = ("resume" if paused else "pause"), not paused
-        fault = None
-        if dice.random() < 0.7:
-            victim = dice.choice(("coordinator", "coordinator", "coordinator", "keeper",
-                                  *(f"vcpu{i}" for i in range(vcpus))))
-            kill = dice.random() < 0.5
-            if victim == "coordinator" and kill and kills == KILLS:
-                kill = False
-            if victim == "keeper" or (victim.startswith("vcpu") and (alive == 1 or dice.random() < 0.8)):
-                kill = False            # of a killed keeper the machine is to end; of its last vCPU too
-            kills += victim == "coordinator" and kill
-            alive -= victim.startswith("vcpu") and kill
-            fault = Fault(victim, 0 if kill else dice.choice((1, 5, 20, 100)), round(dice.expovariate(1 / 8), 2))
-        events.append(Event(do, arguments, fault))
-    return [*events, Event("check"), Event("stop")]
+        match do:
+            case "write":
+                arguments = (dice.choice(slots), dice.randrange(256))
+            case "plug":
+                do, self._hot = ("unplug" if self._hot else "plug"), not self._hot
+                self._unlogged.discard(HOT_SLOT)
+            case "log":
+                slot = dice.choice(slots)
+                do = "log-start" if slot in self._unlogged else "log-stop"
+                self._unlogged ^= {slot}
+                arguments = (slot,)
+            case "tracking":        # a limit needs rings
+                arguments = (dice.choice([mode for mode in self._can[self._accel]
+                                          if mode in ("ring", "auto") or not self._limited]),)
+            case "limit":
+                if not self._limited and not self._rings:
+                    return None
+                arguments = (0 if self._limited else dice.choice(_LIMITS),)
+            case "record":
+                if not self._rings:
+                    return None
+            case "snapshot":        # needs a log of all that changes, and the state of every vCPU
+                if self._unlogged or self._alive < self._vcpus:
+                    return None
+            case "pause":
+                do, self._paused = ("resume" if self._paused else "pause"), not self._paused
+            case "migrate":
+                if self._alive < self._vcpus:
+                    return None
+                arguments = self._way()
+        fault = self._fault(do)
+        self._note(do, arguments, fault)
+        return Event(do, arguments, fault)
+
+    @property
+    def _rings(self) -> bool:
+        """There are some, or will be where they are needed."""
+        return self._mode == "ring" or (self._mode == "auto" and "ring" in self._can[self._accel])
+
+    def _way(self) -> tuple[str, str]:
+        """Of a migration: how, and to which accelerator."""
+        accels = [accel for accel in sorted(self._can) if accel == self._accel or self._mode in self._can[accel]]
+        return self._dice.choice(("precopy", "postcopy") if self._postcopy else ("precopy",)), self._dice.choice(accels)
+
+    def _fault(self, do: str) -> Fault | None:
+        dice = self._dice
+        if dice.random() > (0.9 if do == "migrate" else 0.7):
+            return None
+        vcpus = [f"vcpu{i}" for i in range(self._vcpus)]
+        victims = ["coordinator", "coordinator", "coordinator", "keeper", *vcpus]
+        after = round(dice.expovariate(1 / 8), 2)
+        if do == "migrate":
+            victims += ["source", "source", "target", "target", "target-coordinator", "target-coordinator",
+                        "target-keeper", *(f"target-{vcpu}" for vcpu in vcpus), "messages", "messages"]
+            after = round(dice.expovariate(1 / 200), 2)
+        victim = dice.choice(victims)
+        if victim == "messages":
+            return Fault(victim, 0, 0.0, dice.choice((1, 5, 20, 100)))
+        kill = dice.random() < 0.5
+        if victim.endswith("coordinator"):
+            kill = kill and self._kills < KILLS
+        elif victim == "keeper":
+            kill = False            # the machine is to end of it; of its last vCPU too
+        elif "vcpu" in victim:
+            kill = kill and self._alive > 1 and dice.random() < 0.2
+        return Fault(victim, 0 if kill else dice.choice((1, 5, 20, 100)), after)
+
+    def _note(self, do: str, arguments: tuple[int | str, ...], fault: Fault | None) -> None:
+        """What is known afterwards."""
+        kills = fault is not None and fault.kills
+        uncertain = kills and fault is not None and "vcpu" in fault.victim
+        self._kills += kills and fault is not None and fault.victim.endswith("coordinator")
+        self._alive -= uncertain
+        if do == "tracking":
+            self._mode = "" if uncertain else str(arguments[0])
+        elif do == "limit":
+            self._limited = bool(arguments[0]) or uncertain
+        elif do == "migrate" and arguments[1] != self._accel:
+            both = {accel: self._can[accel] for accel in (self._accel, str(arguments[1]))}
+            modes = set.intersection(*(set(each) for each in both.values()))
+            # It may not have moved: from here on only what both can do.
+            self._can = {accel: tuple(mode for mode in each if mode in modes) for accel, each in both.items()}

@@ -7,12 +7,13 @@ import contextlib
 import os
 import signal
 import tempfile
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,14 @@ from ipc.shm import PAGE_SIZE
 
 from ... import snapshot
 from ...client.machine import Machine
+from ...consumers.trace import record
 from ...errors import ExitCode, VmmError
 from ...guests import WORKLOADS, resolve_params
 from ...machine.names import belongings
 from ...machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
-from ...migrate import MigrationError, migrate
-from ...receive import receive
+from ...tracefile import TraceReader
+from .hit import Hit
+from .move import Ended, Move, end, move
 from .oracle import Oracle
 from .plan import COLD_SLOT, HOT_SLOT, Episode, Event, Fault
 
@@ -34,7 +37,9 @@ __all__ = ["Outcome", "run_episode"]
 
 _HOT_GPA, _HOT_PAGES, _COLD_GPA = 1 << 33, 256, 1 << 32
 _PATIENCE = 60.0            # seconds that an event may take
+_MOVING = 300.0             # of a migration: vmm/lab/faults/move.py bounds its parts
 _RUN = 0.03                 # seconds that a guest is left alone
+_RECORDING = 0.3            # seconds of a recording
 _CLIENTS = ("faults_a", "faults_b")
 
 
@@ -51,6 +56,8 @@ class Outcome:
     lost_workers: int = 0
     events: int = 0
     seconds: float = 0.0
+    hits: Counter[str] = field(default_factory=Counter)     # by what was done to whom
+    done: Counter[str] = field(default_factory=Counter)     # events by what they were
 
 
 class Slow(VmmError):
@@ -67,9 +74,14 @@ def run_episode(episode: Episode) -> Outcome:
                                                                                    outcome) as run:
             for number, event in enumerate(episode.events):
                 outcome.at = number
-                with _patience():
-                    run.carry_out(event)
-                outcome.events += 1
+                try:
+                    with _patience(_MOVING if event.do == "migrate" else _PATIENCE):
+                        run.carry_out(event)
+                except Ended:
+                    break
+                finally:
+                    outcome.events += 1
+                    outcome.done[event.kind] += 1
         if run.left:
             raise VmmError(f"left behind: {', '.join(run.left)}")
         outcome.at = -1
@@ -88,7 +100,8 @@ class _Run:
         self._outcome = outcome
         self._names = [name]                # of the machine, and of where it has moved to
         self._paused = False                # by the user
-        self._faulty = False                # something is going wrong in the present event
+        self._limit: int | None = 0         # pages per second; None: it was not to be set
+        self._fault: Fault | None = None    # what is going wrong in the present event
         self._dead: set[int] = set()        # vCPUs whose workers have been killed
         self._dice = np.random.default_rng(episode.seed * 1_000_003 + episode.number)
         self._open = contextlib.ExitStack()
@@ -105,10 +118,10 @@ class _Run:
         return [each for name in self._names for each in belongings(name).left()]
 
     def carry_out(self, event: Event) -> None:
-        """Do it, with its fault meanwhile. Raises VmmError for what must not be."""
+        """Do it, with its fault meanwhile. Raises Ended, and VmmError for what must not be."""
         action = getattr(self, f"_do_{event.do.replace('-', '_')}")
-        self._faulty = event.fault is not None
-        if event.fault is None:
+        self._fault = event.fault
+        if event.fault is None or event.do == "migrate":
             action(*event.arguments)
             return
         with self._hitting(event.fault):
@@ -116,38 +129,32 @@ class _Run:
                 action(*event.arguments)
             except VmmError:
                 # A vCPU that has gone may be what it was about; nothing may be lost all the same.
-                if event.fault.stop_ms or not event.fault.victim.startswith("vcpu"):
+                if not event.fault.kills or not event.fault.victim.startswith("vcpu"):
                     raise
+
+    def _hit(self, fault: Fault) -> None:
+        """It has."""
         self._outcome.faults += 1
+        self._outcome.hits[fault.kind] += 1
 
     @contextlib.contextmanager
     def _hitting(self, fault: Fault) -> Iterator[None]:
         """The fault hits within the ``with``, or at its end."""
-        machine = self._machine
-        status = machine.status()
-        before = status["coordinator"]["restarts"]
+        status = self._machine.status()
         pid = (status["coordinator"]["pid"] if fault.victim == "coordinator" else
-               belongings(machine.name).owner_pid() or 0 if fault.victim == "keeper" else
+               belongings(self._machine.name).owner_pid() or 0 if fault.victim == "keeper" else
                status["vcpus"][int(fault.victim.removeprefix("vcpu"))]["pid"])
-        kill = fault.stop_ms == 0
-        with contextlib.ExitStack() as stack:
-            try:
-                victim = os.pidfd_open(pid)
-            except OSError:
-                yield       # a vCPU that was killed before
-                return
-            stack.callback(os.close, victim)
-            thread = threading.Thread(target=_hit, args=(victim, fault))
-            thread.start()
-            try:
-                yield
-            finally:
-                thread.join()
-        if machine is not self._machine:
-            return          # it has moved: whoever was hit is gone with the rest
-        if kill and fault.victim == "coordinator":
-            self._await_successor(before)
-        elif kill:
+        with Hit(fault, lambda: pid, late=True) as hit:
+            yield
+        if hit.done:
+            self._hit(fault)
+            self._after_kill(fault, status["coordinator"]["restarts"])
+
+    def _after_kill(self, fault: Fault, restarts: int) -> None:
+        """``restarts``: of the coordinator's, before. Whoever replaces the victim is there."""
+        if fault.kills and fault.victim == "coordinator":
+            self._await_successor(restarts)
+        elif fault.kills and fault.victim.startswith("vcpu"):
             self._dead.add(int(fault.victim.removeprefix("vcpu")))
             self._outcome.lost_workers += 1
 
@@ -174,6 +181,7 @@ class _Run:
     def _do_check(self) -> None:
         for oracle in self._oracles:
             oracle.check()
+        self._check_limit()
 
     def _do_write(self, slot: int, page: int) -> None:
         """By the host, over a page's end."""
@@ -218,36 +226,74 @@ class _Run:
             snapshot.create(self._machine, chain, incremental=chain.exists())
         _same(snapshot.read_memory(chain), memory, "snapshot")
 
-    def _do_migrate(self) -> None:
-        """To another machine of this host. It is paused, so that what arrives can be compared with what left."""
-        source = self._machine
-        source.pause()
-        memory = self._memory(source)
-        receiver = _Receiver(f"ipc://{self._folder}/migrate{len(self._names)}",
-                             f"{self._names[0]}-{len(self._names)}")
-        self._names.append(receiver.name)
-        try:
-            migrate(source, receiver.address)
-        except MigrationError:
-            receiver.join(_PATIENCE)
-            if receiver.machine is not None:
-                raise VmmError("the migration failed, and both sides have the machine") from None
-            if not self._faulty:
-                raise
-            target = source
-        else:
-            receiver.join(_PATIENCE)
-            if receiver.machine is None:
-                raise VmmError(f"the migration has ended, but the target says: {receiver.error}")
-            target = self._open.enter_context(receiver.machine)
-        _same({slot: target.ram(slot) for slot in memory}, memory, "migration")
-        if target is not source:
-            self._close_oracles()
-            source.close()
+    def _do_limit(self, pages_per_s: int) -> None:
+        self._limit = None
+        self._machine.dirty_limit(pages_per_s)
+        self._limit = pages_per_s
+        self._check_limit()
+
+    def _check_limit(self) -> None:
+        """Whoever is replaced, and wherever it goes, it stays."""
+        for each in self._machine.status()["vcpus"]:
+            if self._limit is not None and not each["exit_reason"] and each["dirty_limit_pages_per_s"] != self._limit:
+                raise VmmError(f"vCPU {each['index']} has a dirty limit of {each['dirty_limit_pages_per_s']} pages/s "
+                               f"instead of {self._limit}")
+
+    def _do_record(self) -> None:
+        """Every page that changes between two looks at the memory is in the trace, if that says that it is
+        complete. The guest stands still until the recording has begun, and from the second look to its end."""
+        machine, path = self._machine, self._folder / "trace"
+        logged = [each["id"] for each in machine.status()["slots"] if each["logged"]]
+        with contextlib.ExitStack() as still:
+            still.enter_context(machine.paused("fault campaign"))
+            looks = [self._memory(machine)]
+
+            def wait(seconds: float) -> bool:
+                if len(looks) == 1:
+                    still.close()
+                    time.sleep(_RUN)
+                    still.enter_context(machine.paused("fault campaign"))
+                    looks.append(self._memory(machine))
+                else:
+                    time.sleep(seconds)
+                return False
+
+            end = record(machine, path, _RECORDING, _RECORDING / 2, wait=wait)
+        if end.reason:
+            if self._fault is None or not self._fault.kills:
+                raise VmmError(f"the recording is not complete: {end.reason}")
+        elif not end.lost and len(looks) == 2:
+            _recorded(path, {slot: (looks[0][slot], looks[1][slot]) for slot in logged})
+
+    def _do_migrate(self, how: str, accel: str) -> None:
+        """To another machine of this host; what arrives is compared with what left. The memory here stays as it was
+        handed over, and can be looked at until this process lets go of it."""
+        source, fault = self._machine, self._fault
+        status = source.status()
+        left = {each["id"]: source.ram(each["id"]) for each in status["slots"]}
+        name = f"{self._names[0]}-{len(self._names)}"
+        self._names.append(name)
+        moved, hit = move(source, Move(name, accel, how == "postcopy", self._folder), fault)
+        if fault is not None and hit:
+            self._hit(fault)
+        if not moved:
+            if fault is not None and hit:
+                self._after_kill(fault, status["coordinator"]["restarts"])
+            return
+        target = self._open.enter_context(Machine.attach(name))
+        if fault is not None and hit and fault.kills and fault.victim == "target-coordinator":
             self._machine = target
-            self._oracles = [Oracle(target.name, client) for client in _CLIENTS]
-        if not self._paused:
-            target.resume()
+            self._await_successor(0)
+        arrived = {slot: target.ram(slot).copy() for slot in left}
+        (_same if self._paused else _not_older)(arrived, left, f"migration ({how})")
+        self._close_oracles()
+        _checked(source.wait(_PATIENCE))
+        source.close()
+        self._machine = target
+        self._dead = {each["index"] for each in target.status()["vcpus"] if each["exit_reason"]}
+        self._outcome.lost_workers += len(self._dead)
+        self._oracles = [Oracle(target.name, client) for client in _CLIENTS]
+        self._check_limit()
 
     @staticmethod
     def _memory(machine: Machine) -> dict[int, NDArray[np.uint8]]:
@@ -256,10 +302,7 @@ class _Run:
     def _do_stop(self) -> None:
         self._machine.stop()
         report = self._machine.wait(_PATIENCE)
-        checked = report["verification"]
-        if checked is not None and checked["lost_pages"]:
-            raise VmmError(f"the coordinator's verifier found {checked['lost_pages']} lost pages: "
-                           f"{'; '.join(checked['first_findings'])}")
+        _checked(report)
         wanted = ExitCode.WORKER_DIED if self._dead else ExitCode.STOPPED
         if report["exit_code"] != wanted:
             raise VmmError(f"the machine ended with status {report['exit_code']} instead of {int(wanted)}: "
@@ -278,37 +321,52 @@ class _Run:
     def __exit__(self, *error: object) -> None:
         self._close_oracles()
         self._open.close()
+        for name in self._names[1:]:        # those are nobody's
+            end(name)
 
 
-class _Receiver(threading.Thread):
-    """Waits for the machine in a thread of its own; listening when this returns."""
+def _checked(report: dict[str, Any]) -> None:
+    """Raises VmmError where the coordinator's own verifier, if it was on, has found something."""
+    checked = report["verification"]
+    if checked is not None and checked["lost_pages"]:
+        raise VmmError(f"the coordinator's verifier found {checked['lost_pages']} lost pages: "
+                       f"{'; '.join(checked['first_findings'])}")
 
-    def __init__(self, address: str, name: str) -> None:
-        super().__init__(name=name, daemon=True)
-        self.address = address
-        self.machine: Machine | None = None
-        self.error: Exception | None = None
-        self._listening = threading.Event()
-        self.start()
-        self._listening.wait(_PATIENCE)
 
-    def run(self) -> None:
-        try:
-            self.machine = receive(self.address, name=self.name, timeout=_PATIENCE,
-                                   waiting=lambda address: self._listening.set())
-        except Exception as exc:
-            self.error = exc
-        finally:
-            self._listening.set()
+def _recorded(path: Path, looks: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]]) -> None:
+    """Raises VmmError."""
+    with TraceReader(path) as reader:
+        found = {slot: np.zeros(before.size // PAGE_SIZE, bool) for slot, (before, _) in looks.items()}
+        for each in reader:
+            for slot, bits in found.items():
+                bits[each.pages[each.slots == slot]] = True
+    for slot, (before, after) in looks.items():
+        changed = (before != after).reshape(-1, PAGE_SIZE).any(axis=1)
+        _none(changed & ~found[slot], slot, "recording", "changed and are in no record of a complete trace")
 
 
 def _same(held: dict[int, NDArray[np.uint8]], memory: dict[int, NDArray[np.uint8]], what: str) -> None:
     """Raises VmmError."""
     for slot, wanted in memory.items():
-        different = np.flatnonzero((held[slot] != wanted).reshape(-1, PAGE_SIZE).any(axis=1))
-        if len(different):
-            raise VmmError(f"{what}: {len(different)} pages of slot {slot} are not those that were in memory: "
-                           f"{', '.join(f'{page:#x}' for page in different[:8])}")
+        _none((held[slot] != wanted).reshape(-1, PAGE_SIZE).any(axis=1), slot, what,
+              "are not those that were in memory")
+
+
+def _not_older(held: dict[int, NDArray[np.uint8]], memory: dict[int, NDArray[np.uint8]], what: str) -> None:
+    """Of a guest that went on: it puts ever higher numbers into the first four bytes of its pages, and its round and
+    its vCPU into the next four (vmm/guests/stamp.S). Raises VmmError."""
+    for slot, wanted in memory.items():
+        now, then = held[slot].reshape(-1, PAGE_SIZE), wanted.reshape(-1, PAGE_SIZE)
+        lower = now[:, :4].copy().view("<u4")[:, 0] < then[:, :4].copy().view("<u4")[:, 0]
+        _none(lower | (now[:, 8:] != then[:, 8:]).any(axis=1), slot, what, "are older than those that were in memory")
+
+
+def _none(pages: NDArray[np.bool_], slot: int, what: str, wrong: str) -> None:
+    """Raises VmmError where there are any."""
+    found = np.flatnonzero(pages)
+    if len(found):
+        raise VmmError(f"{what}: {len(found)} pages of slot {slot} {wrong}: "
+                       f"{', '.join(f'{page:#x}' for page in found[:8])}")
 
 
 def _spec(episode: Episode, name: str) -> MachineSpec:
@@ -323,28 +381,14 @@ def _spec(episode: Episode, name: str) -> MachineSpec:
         tracking=episode.tracking, nice=5, linger=True)
 
 
-def _hit(victim: int, fault: Fault) -> None:
-    """In a thread of its own."""
-    time.sleep(fault.after_ms / 1000)
-    with contextlib.suppress(ProcessLookupError):
-        if not fault.stop_ms:
-            signal.pidfd_send_signal(victim, signal.SIGKILL)
-            return
-        signal.pidfd_send_signal(victim, signal.SIGSTOP)
-        try:
-            time.sleep(fault.stop_ms / 1000)
-        finally:
-            signal.pidfd_send_signal(victim, signal.SIGCONT)
-
-
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def _patience(seconds: float) -> Iterator[None]:
     """Raises Slow in what takes too long."""
     def late(signum: int, frame: FrameType | None) -> None:
-        raise Slow(f"not done within {_PATIENCE:.0f} s")
+        raise Slow(f"not done within {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

@@ -1,0 +1,69 @@
+"""A fault hits: a signal to a process, at its moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from .plan import Fault
+
+__all__ = ["Hit"]
+
+_LOOK_EVERY = 0.002     # seconds
+
+
+class Hit(threading.Thread):
+    """Within the ``with``: ``find`` is asked for the victim's pid until it says one, and it is hit so long after that.
+    ``late``: though the ``with`` be over by then. ``done``: it has hit somebody."""
+
+    def __init__(self, fault: Fault, find: Callable[[], int | None], *, late: bool) -> None:
+        super().__init__(daemon=True)
+        self.done = False
+        self._fault = fault
+        self._find = find
+        self._late = late
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while (pid := self._find()) is None:
+            if self._over.wait(_LOOK_EVERY):
+                return
+        try:
+            victim = os.pidfd_open(pid)
+        except OSError:
+            return      # it was killed before
+        try:
+            after = self._fault.after_ms / 1000
+            if self._late:
+                time.sleep(after)
+            elif self._over.wait(after):
+                return
+            with contextlib.suppress(ProcessLookupError):
+                self._signal(victim)
+        finally:
+            os.close(victim)
+
+    def _signal(self, victim: int) -> None:
+        """Raises ProcessLookupError."""
+        if not self._fault.stop_ms:
+            signal.pidfd_send_signal(victim, signal.SIGKILL)
+            self.done = True
+            return
+        signal.pidfd_send_signal(victim, signal.SIGSTOP)
+        self.done = True
+        try:
+            time.sleep(self._fault.stop_ms / 1000)
+        finally:
+            signal.pidfd_send_signal(victim, signal.SIGCONT)
+
+    def __enter__(self) -> Hit:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self.join()
