@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -104,11 +105,13 @@ def watched(folder: str, seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(6 * seconds, exit=True)       # of compiled code, which no signal's handler ends
     GUARD.allowed, GUARD.seen = folder, []
     try:
         yield
     finally:
         GUARD.allowed = None
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not GUARD.seen, GUARD.seen

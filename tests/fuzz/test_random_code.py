@@ -24,15 +24,29 @@ ENTER = bytes.fromhex("4889f8 48c1e00c 488d0df20f0000 4801c8 ffe0")
 
 #: What random bytes seldom are, and what a CPU in software may not be up to.
 PIECES = [bytes.fromhex(text) for text in (
-    "0f05 0f34 0f01c1 0f01d9 0fa2 0f31 0f30 0f32 f4 cc cd80 cd03 0f0b ee ef ec ed e6f4 e7f8 66ed "        # system, ports
-    "0f20c0 0f22d8 0f22e0 0f01d0 0f01f8 0f01d1 0f09 0f08 0f06 cf 48cf cb 9d 9c fa fb "      # control registers, returns
-    "f3a4 f348ab f3aa f2ae fd fc f348a5 c8ffff02 c9 50 58 5c 54 "                                      # strings, stack
-    "f00fb10b f0480fb10b f00fc10b f0480fc70b f083030f f0fe03 f087 480fc70b f0480fab0b f00fb303 "       # locked
-    "0fae03 480fae03 0fae0b 0fae23 0fae2b 0fc733 0fc7f0 0fae13 0fae1b dfe0 d9d0 dd33 dd23 "            # xsave, fpu
-    "c5fc10 c4e27d 62f17c48 0f3800 66450f3a0f 0f77 0f18 0f0d03 0fc38b "                                # vectors
-    "ebfe e8fbffffff ff13 ff23 ff2b ff1b ea 6766 2e66 f0f0f0 4f4f4f 262626262626262626262626262626 "   # jumps, prefixes
-    "488b03 488903 488b04250000 48a1 48a3 c7030000 4889e3 4889d3 488d1d00000000 4831db 48ffcb"         # memory
-).split()]
+    # system, ports
+    "0f05", "0f34", "0f01c1", "0f01d9", "0fa2", "0f31", "0f30", "0f32", "f4", "cc", "cd80", "cd03", "0f0b", "ee",
+    "ef", "ec", "ed", "e6f4", "e7f8", "66ed",
+    # control registers, returns
+    "0f20c0", "0f22d8", "0f22e0", "0f01d0", "0f01f8", "0f01d1", "0f09", "0f08", "0f06", "cf", "48cf", "cb", "9d",
+    "9c", "fa", "fb",
+    # strings, stack
+    "f3a4", "f348ab", "f3aa", "f2ae", "fd", "fc", "f348a5", "c8ffff02", "c9", "50", "58", "5c", "54",
+    # locked
+    "f00fb10b", "f0480fb10b", "f00fc10b", "f0480fc70b", "f083030f", "f0fe03", "f087", "480fc70b", "f0480fab0b",
+    "f00fb303",
+    # xsave, fpu
+    "0fae03", "480fae03", "0fae0b", "0fae23", "0fae2b", "0fc733", "0fc7f0", "0fae13", "0fae1b", "dfe0", "d9d0",
+    "dd33", "dd23",
+    # vectors
+    "c5fc10", "c4e27d", "62f17c48", "0f3800", "66450f3a0f", "0f77", "0f18", "0f0d03", "0fc38b",
+    # jumps, prefixes
+    "ebfe", "e8fbffffff", "ff13", "ff23", "ff2b", "ff1b", "ea", "6766", "2e66", "f0f0f0", "4f4f4f",
+    "262626262626262626262626262626",
+    # memory
+    "488b03", "488903", "488b04250000", "48a1", "48a3", "c7030000", "4889e3", "4889d3", "488d1d00000000", "4831db",
+    "48ffcb",
+)]
 
 
 def program(chance: random.Random) -> bytes:
