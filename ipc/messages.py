@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import msgspec
 
 from .layout import PROTOCOL_VERSION, ExitReason, Tracking
+from .oneline import one_line
 
 __all__ = [
     "DETAIL_MAX",
@@ -314,7 +315,7 @@ def decode_request(frame: bytes) -> AnyRequest:
     try:
         return _requests.decode(frame)
     except UNREADABLE as exc:
-        raise MessageError(f"bad request: {exc}") from None
+        raise MessageError(f"bad request: {one_line(str(exc))}") from None
 
 
 def decode_reply(frame: bytes) -> AnyReply:
@@ -322,7 +323,7 @@ def decode_reply(frame: bytes) -> AnyReply:
     try:
         return _replies.decode(frame)
     except UNREADABLE as exc:
-        raise MessageError(f"bad reply: {exc}") from None
+        raise MessageError(f"bad reply: {one_line(str(exc))}") from None
 
 
 def decode_notification(frame: bytes) -> AnyNotification:
@@ -330,7 +331,7 @@ def decode_notification(frame: bytes) -> AnyNotification:
     try:
         return _notifications.decode(frame)
     except UNREADABLE as exc:
-        raise MessageError(f"bad notification: {exc}") from None
+        raise MessageError(f"bad notification: {one_line(str(exc))}") from None
 
 
 def decode_spec(text: bytes) -> WorkerSpec:
@@ -338,4 +339,4 @@ def decode_spec(text: bytes) -> WorkerSpec:
     try:
         return _specs.decode(text)
     except UNREADABLE as exc:
-        raise MessageError(f"bad worker specification: {exc}") from None
+        raise MessageError(f"bad worker specification: {one_line(str(exc))}") from None

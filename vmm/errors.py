@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from ipc.oneline import one_line
+
 __all__ = ["ExitCode", "VmmError", "no_memory", "one_line"]
 
 
@@ -36,10 +38,3 @@ def no_memory(machine: str) -> str:
     """What is said to whoever asks a replayed machine for its memory or vCPU states."""
     return (f"machine '{machine}' runs accel: replay, which has no guest memory and no vCPU state to read, save or "
             "migrate")
-
-
-def one_line(text: str, length: int = 200) -> str:
-    """Text from outside (a key, a file's name, a trace's header) as a part of one line: what would end the line or
-    steer a terminal is escaped, and what is longer than ``length`` characters is cut."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length + 1])
-    return shown if len(text) <= length else f"{shown[:length]}…"

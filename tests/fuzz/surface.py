@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -59,6 +60,16 @@ class Surface:
         self.folder, self.inputs = folder, inputs
         self.counts: Counter[str] = Counter()
         self.began = time.monotonic()
+        self.seconds = SECONDS
+
+    @contextlib.contextmanager
+    def longer(self, seconds: float) -> Iterator[None]:
+        """An input that is as large as it may be takes its time."""
+        before, self.seconds = self.seconds, seconds
+        try:
+            yield
+        finally:
+            self.seconds = before
 
     def settings(self, share: int = 1) -> settings:
         """``share``: of a test that is so many times slower than others."""
@@ -68,8 +79,9 @@ class Surface:
     def read(self, reader: Callable[[], object], *refusals: type[Exception], lines: bool = False) -> None:
         """It is read, or refused with one of these, in one line (``lines``: one for each fault in it).
         Whatever else it raises fails the test."""
+        before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        with watched(str(self.folder)):
+        with watched(str(self.folder), self.seconds):
             try:
                 reader()
             except refusals as error:
@@ -79,24 +91,27 @@ class Surface:
                 text = "taken"
                 self.counts["taken"] += 1
         assert text.strip()
+        assert all(line.isprintable() for line in text.split("\n")), text
         assert lines or "\n" not in text
-        peak = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1] - before
         assert peak < MEMORY, f"{peak >> 20} MiB"
 
 
 @contextlib.contextmanager
-def watched(folder: str) -> Iterator[None]:
+def watched(folder: str, seconds: float) -> Iterator[None]:
     """In the main thread."""
     def late(signum: int, frame: FrameType | None) -> None:
-        raise TooSlow(f"more than {SECONDS} s")
+        raise TooSlow(f"more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(6 * seconds, exit=True)       # of compiled code, which no signal's handler ends
     GUARD.allowed, GUARD.seen = folder, []
     try:
         yield
     finally:
         GUARD.allowed = None
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not GUARD.seen, GUARD.seen

@@ -171,6 +171,36 @@ def test_traces(surface: Surface) -> None:
     try_it()
 
 
+@pytest.mark.parametrize(("records", "entries", "taken"), [(1, 1 << 24, False), (1 << 18, 0, True),
+                                                           (1 << 18, 1 << 19, True)])
+def test_a_small_trace_does_not_become_large(surface: Surface, records: int, entries: int, *, taken: bool) -> None:
+    """Some hundred bytes that say that they are many zeros. One took 768 MiB."""
+    path = surface.folder / "t.trace"
+    with TraceWriter(path, TraceHeader(machine="m", accelerator="kvm", vcpus=1, ring_entries=1024,
+                                       slots=[RamSlot(0, 0, 4096)], interval=0.1)) as writer:
+        writer.append(0, 0, np.zeros(1, np.uint64))
+        writer.finish()
+    (head, text), *_ = split(path.read_bytes())
+    counts = np.zeros(records, [("time_ns", "<u8"), ("vcpu", "<u4"), ("count", "<u4")])
+    counts["count"][-1] = entries
+    packed = zstandard.ZstdCompressor().compress(counts.tobytes() + bytes(8 * entries))
+    end = json.dumps({"records": records, "entries": entries}).encode()
+    parts = [(struct.pack("<4sIII", b"DATA", records, entries, len(packed)), packed),
+             (struct.pack("<4sIII", b"END ", 0, 0, len(end)), end)]
+    path.write_bytes(head + text + xxhash.xxh3_64_intdigest(head + text).to_bytes(8, "little") + b"".join(
+        each + xxhash.xxh3_64_intdigest(each + body).to_bytes(8, "little") + body for each, body in parts))
+    del counts, packed
+
+    def read() -> None:
+        with TraceReader(path) as reader:
+            for _ in reader:
+                pass
+
+    with surface.longer(60.0):
+        surface.read(read, VmmError)
+    assert surface.counts["taken"] == taken
+
+
 def split(data: bytes) -> list[tuple[bytes, bytes]]:
     """(head, body) of the header and of each block of a trace (vmm/machine/tracefile.py has the format)."""
     size = struct.unpack_from("<8sII", data)[2]

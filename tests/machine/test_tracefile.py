@@ -116,6 +116,18 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
     assert isinstance(done.exception, TraceError)
 
 
+def test_a_record_of_more_than_a_ring_is_several(tmp_path: Path) -> None:
+    path, found = tmp_path / "x.trace", np.arange((1 << 20) + 70_000, dtype=np.uint64)
+    with TraceWriter(path, HEADER) as writer:
+        writer.append(7, 1, found)
+        writer.append(7, 1, found[:0])
+        end = writer.finish()
+    assert end.entries == len(found)
+    with TraceReader(path) as reader:
+        assert {(record.time_ns, record.vcpu) for record in reader} == {(7, 1)}
+        assert np.array_equal(reader.vcpus()[1].entries, found)
+
+
 def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "x.trace", HEADER) as writer:
         writer.append(1, 0, packed([(0, 1)]))

@@ -333,6 +333,23 @@ def test_code_that_the_guest_rewrites() -> None:
         assert CODE // PAGE_SIZE in vcpu.harvest()
 
 
+def test_a_store_to_code_that_was_run_just_before_a_port_access() -> None:
+    """What was known of the code is forgotten, and the access is carried out all the same; once."""
+    code = hexes("eb 06 000000000000"       # jmp 8
+                 "c605 f2ffffff 06"         # 8: movb $6, 1: what is there already
+                 "e7 f8 48 ffc3")           # hypercall; inc %rbx
+    with bare("unicorn", code + EXIT, rbx=5) as vcpu:
+        leave = vcpu.run()
+        assert leave.event is not None
+        assert leave.event.kind is PortEventKind.HYPERCALL
+        assert vcpu.accel.registers()["rbx"] == 5
+        leave = vcpu.run()
+        assert leave.event is not None
+        assert leave.event.kind is PortEventKind.EXIT
+        assert vcpu.accel.registers()["rbx"] == 6
+        assert vcpu.harvest() == [CODE // PAGE_SIZE]
+
+
 def test_more_blocks_than_are_remembered() -> None:
     """Twice over a chain of more blocks than the table of those looked at takes before it is emptied. One in 64 has
     a locked instruction, which must not be left alone: none is run twice, or without its hook, or not logged."""

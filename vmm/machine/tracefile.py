@@ -44,8 +44,10 @@ _CHECKSUM = struct.Struct("<Q")         # XXH3-64 of these and what follows
 _DATA, _END = b"DATA", b"END "
 _HEADER_MAX = 1 << 20
 _BLOCK_ENTRIES = 1 << 18                # a block is written when it has so many
-_ENTRIES_MAX = 1 << 24                  # more than any writer puts into one (a ring is 65,536)
-_RECORDS_MAX = 1 << 20
+_RECORD_ENTRIES = 1 << 16               # what a harvest has at most: a ring
+_ENTRIES_MAX = 1 << 19                  # of a block; more than is ever written into one
+_RECORDS_MAX = 1 << 18
+_ROWS = 1 << 12
 _LEVEL = 3
 _SLOT_SHIFT, _PAGE_MASK = np.uint64(48), np.uint64((1 << 48) - 1)
 _RECORD = np.dtype([("time_ns", "<u8"), ("vcpu", "<u4"), ("count", "<u4")])
@@ -133,12 +135,18 @@ def _squeeze(entries: U64) -> bytes:
     return np.ascontiguousarray(folded.view(np.uint8).reshape(-1, 8).T).tobytes()
 
 
-def _unsqueeze(data: bytes, count: int) -> U64:
+def _unsqueeze(data: memoryview, count: int) -> U64:
     folded = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(8, count).T).view("<u8").reshape(-1)
     one = np.uint64(1)
     with np.errstate(over="ignore"):
         steps = folded >> one ^ (np.uint64(0) - (folded & one))
         return np.cumsum(steps, dtype=np.uint64)
+
+
+def _rows(records: NDArray[np.void]) -> Iterator[tuple[int, int, int]]:
+    """Of each (time, vCPU, entries), some at a time: as Python's numbers they take ten times the memory."""
+    for at in range(0, len(records), _ROWS):
+        yield from records[at:at + _ROWS].tolist()
 
 
 def _checksum(*parts: bytes) -> bytes:
@@ -171,7 +179,11 @@ class TraceWriter:
         self.bytes += len(data)
 
     def append(self, time_ns: int, vcpu: int, entries: U64) -> None:
-        """A record of packed entries, at most 65,536 or a few. Records come in the order of their times."""
+        """A record of packed entries; of more than a ring has, several of the same time. Records come in the order of
+        their times."""
+        for at in range(_RECORD_ENTRIES, len(entries), _RECORD_ENTRIES):
+            self.append(time_ns, vcpu, entries[at - _RECORD_ENTRIES:at])
+        entries = entries[(max(len(entries), 1) - 1) // _RECORD_ENTRIES * _RECORD_ENTRIES:]
         self._records.append((time_ns, vcpu, len(entries)))
         self._entries.append(entries)
         self._pending += len(entries)
@@ -308,7 +320,7 @@ class TraceReader:
         except zstandard.ZstdError as exc:
             raise self._bad(f"is damaged: {exc}") from None
         cut = _RECORD.itemsize * records
-        return np.frombuffer(data[:cut], _RECORD), _unsqueeze(data[cut:], entries)
+        return np.frombuffer(data, _RECORD, records), _unsqueeze(memoryview(data)[cut:], entries)
 
     def _read_end(self, payload: bytes, records: int, entries: int) -> TraceEnd:
         try:
@@ -330,7 +342,7 @@ class TraceReader:
     def __iter__(self) -> Iterator[TraceRecord]:
         for records, entries in self.blocks():
             at = 0
-            for time_ns, vcpu, count in records.tolist():
+            for time_ns, vcpu, count in _rows(records):
                 slots, pages = unpack(entries[at:at + count])
                 yield TraceRecord(time_ns, vcpu, slots, pages)
                 at += count
@@ -349,7 +361,7 @@ class TraceReader:
         at = [(0, 0)] * len(parts)
         for records, entries in self.blocks():
             begin = 0
-            for time_ns, vcpu, count in records.tolist():
+            for time_ns, vcpu, count in _rows(records):
                 part, (record, entry) = parts[vcpu], at[vcpu]
                 if record == len(part.times) or entry + count > len(part.entries):
                     raise self._bad("was changed while it was being read")

@@ -14,7 +14,7 @@ import msgspec
 
 from ipc.messages import UNREADABLE
 
-from ..errors import VmmError
+from ..errors import VmmError, one_line
 
 __all__ = ["CONTROL_VERSION", "Owned", "Verb", "decode_verb"]
 
@@ -269,7 +269,7 @@ def decode_verb(frame: bytes) -> AnyVerb:
         what = (f"the machine speaks version {CONTROL_VERSION} of the control protocol, but the request is version "
                 f"{envelope.v}: use the program that started the machine")
     except UNREADABLE as exc:
-        what = f"bad request: {exc}"
+        what = f"bad request: {one_line(str(exc))}"
     error = VmmError(what)
     error.request_id = envelope.id  # type: ignore[attr-defined]
     raise error from None

@@ -156,7 +156,8 @@ class UnicornAccelerator:
                 self._forget_code()
             if stop & Stop.UNSEEN:
                 self._look_at(int(c.block), int(c.block_size))
-            if stop & Stop.SPECIAL:
+            # Where the code was forgotten meanwhile, it is met again, as what it is by then.
+            if stop & Stop.SPECIAL and int(c.special) in self._hooked:
                 leave = self._carry_out(int(c.special))
                 if leave is not None:
                     return leave
