@@ -13,14 +13,18 @@ What the kernel lacks is left out: ``missing`` says what that is. docs/decisions
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
+import socket
 import sys
 import termios
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from .linux.process import PR_GET_NAME, PR_SET_NAME
 from .shm import SHM_DIRECTORY
 from .steps import DIRECTORY
 
@@ -56,9 +60,6 @@ _FORBIDDEN = " ".join((
     "kexec_load lookup_dcookie modify_ldt personality reboot setdomainname sethostname settimeofday vhangup")).split()
 
 _CLONE_THREAD = 0x00010000      # uapi/linux/sched.h
-_PR_SET_NAME, _PR_GET_NAME = 15, 16     # uapi/linux/prctl.h
-_AF_UNIX = 1
-_ENOSYS, _EPERM = 38, 1
 
 _WORKER_FILES = 1024            # descriptors that a worker may have open
 
@@ -121,8 +122,9 @@ def confine_machine(read: Iterable[Path], write: Iterable[Path]) -> None:
     with contextlib.suppress(ImportError, RuntimeError):
         seccomp = _seccomp()
         rules = seccomp.SyscallFilter(seccomp.ALLOW)
-        _add(rules, seccomp.ERRNO(_EPERM), _FORBIDDEN)
-        rules.add_rule(seccomp.ERRNO(_EPERM), "ioctl", seccomp.Arg(1, seccomp.EQ, termios.TIOCSTI))
+        refused = seccomp.ERRNO(errno.EPERM)
+        _add(rules, refused, _FORBIDDEN)
+        rules.add_rule(refused, "ioctl", seccomp.Arg(1, seccomp.EQ, termios.TIOCSTI))
         rules.load()
 
 
@@ -130,26 +132,25 @@ def _vcpu_filter(seccomp: ModuleType) -> None:
     """What is not in the list is "not implemented": the C library then does without (clone3, whose flags a filter
     cannot see)."""
     me = os.getpid()
-    rules = seccomp.SyscallFilter(seccomp.ERRNO(_ENOSYS))
+    rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
     _add(rules, seccomp.ALLOW, _VCPU_CALLS)
-    with_argument = seccomp.Arg
     for name, argument in (
-            ("clone", with_argument(0, seccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD)),      # threads, no processes
-            ("kill", with_argument(0, seccomp.EQ, me)), ("tgkill", with_argument(0, seccomp.EQ, me)),
-            ("socket", with_argument(0, seccomp.EQ, _AF_UNIX)),
-            ("prctl", with_argument(0, seccomp.EQ, _PR_SET_NAME)),
-            ("prctl", with_argument(0, seccomp.EQ, _PR_GET_NAME)),
-            ("sched_setscheduler", with_argument(1, seccomp.EQ, os.SCHED_OTHER)),       # ZeroMQ asks for what it has
-            ("prlimit64", with_argument(2, seccomp.EQ, 0)),             # reads
-            ("ioctl", with_argument(1, seccomp.NE, termios.TIOCSTI))):  # all of KVM's; no typing into a terminal
+            ("clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD)),      # threads, no processes
+            ("kill", seccomp.Arg(0, seccomp.EQ, me)), ("tgkill", seccomp.Arg(0, seccomp.EQ, me)),
+            ("socket", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX)),
+            ("prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_NAME)),
+            ("prctl", seccomp.Arg(0, seccomp.EQ, PR_GET_NAME)),
+            ("sched_setscheduler", seccomp.Arg(1, seccomp.EQ, os.SCHED_OTHER)),       # ZeroMQ asks for what it has
+            ("prlimit64", seccomp.Arg(2, seccomp.EQ, 0)),             # reads
+            ("ioctl", seccomp.Arg(1, seccomp.NE, termios.TIOCSTI))):  # all of KVM's; no typing into a terminal
         rules.add_rule(seccomp.ALLOW, name, argument)
     rules.load()
 
 
-def _add(rules: object, action: int, names: Iterable[str]) -> None:
+def _add(rules: Any, action: int, names: Iterable[str]) -> None:
     for name in names:
         with contextlib.suppress(OSError):      # this architecture, or this libseccomp, has no such call
-            rules.add_rule(action, name)        # type: ignore[attr-defined]
+            rules.add_rule(action, name)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -165,19 +166,18 @@ def _restrict_files(read: Iterable[Path], write: Iterable[Path], *, run: bool, c
     signal others either. ``empty``: of this, empty directories can be removed."""
     from py_landlock import AccessFs, Landlock, LandlockError
 
-    file = AccessFs.READ_FILE | (AccessFs.EXECUTE if run else AccessFs(0))
-    change = AccessFs.WRITE_FILE | AccessFs.TRUNCATE | AccessFs.IOCTL_DEV
-    make = (AccessFs.MAKE_REG | AccessFs.MAKE_DIR | AccessFs.MAKE_SOCK | AccessFs.MAKE_FIFO | AccessFs.MAKE_SYM
+    reads = AccessFs.READ_FILE | (AccessFs.EXECUTE if run else AccessFs(0))
+    writes = AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE | AccessFs.IOCTL_DEV
+    makes = (AccessFs.MAKE_REG | AccessFs.MAKE_DIR | AccessFs.MAKE_SOCK | AccessFs.MAKE_FIFO | AccessFs.MAKE_SYM
             | AccessFs.REMOVE_FILE | AccessFs.REMOVE_DIR | AccessFs.REFER)
     with contextlib.suppress(LandlockError):    # the kernel has none: `missing` says so
         rules = Landlock(strict=False)
-        for paths, access in ((read, file), (write, AccessFs.READ_FILE | change)):
-            for path in paths:
+        for paths, of_file, of_directory in ((read, reads, AccessFs(0)), (write, writes, makes)):
+            for path in paths:      # a file must not be given what only a directory can have
                 if path.is_dir():
-                    access_here = access | AccessFs.READ_DIR | (make if access & AccessFs.WRITE_FILE else AccessFs(0))
-                    rules.add_path_rule(path, access=access_here)
+                    rules.add_path_rule(path, access=of_file | of_directory | AccessFs.READ_DIR)
                 elif path.exists():
-                    rules.add_path_rule(path, access=access)
+                    rules.add_path_rule(path, access=of_file)
         if empty is not None:
             rules.add_path_rule(empty, access=AccessFs.REMOVE_DIR)
         if connect:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from .linux.libc import LIBC, SYS_USERFAULTFD, check
 from .shm import PAGE_SIZE
 
-__all__ = ["MISSING", "WRITE_ASYNC", "Use", "Userfault", "UserfaultError"]
+__all__ = ["MISSING", "WRITE_ASYNC", "Use", "Userfault", "UserfaultError", "post_copy_missing"]
 
 _API = 0xAA
 _UFFDIO_API = 0xC018AA3F
@@ -156,3 +156,12 @@ class Userfault:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  tb: TracebackType | None) -> None:
         self.close()
+
+
+def post_copy_missing() -> str:
+    """Why missing pages cannot be waited for on this host; empty when they can. By trying it."""
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return str(exc)
+    return ""

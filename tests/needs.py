@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from ipc import sandbox
-from ipc.userfault import Userfault, UserfaultError
+from ipc.userfault import post_copy_missing
 from ipc.writelog import write_log_missing
 from workers.accel.kvm.host import probe
 
@@ -34,14 +34,6 @@ def _kvm() -> str:
     if info.reason:
         return info.reason
     return "" if info.ring_capability else "this kernel has no dirty rings"
-
-
-def _missing_pages() -> str:
-    try:
-        Userfault.make().close()
-    except UserfaultError as exc:
-        return str(exc)
-    return ""
 
 
 def _root() -> str:
@@ -66,7 +58,7 @@ def _sandbox() -> str:
 NEEDS = {
     "kvm": Need(_kvm, "SHARDVMM_REQUIRE_KVM"),
     "uffd": Need(write_log_missing, "SHARDVMM_REQUIRE_UFFD"),
-    "postcopy": Need(_missing_pages, "SHARDVMM_REQUIRE_POSTCOPY"),
+    "postcopy": Need(post_copy_missing, "SHARDVMM_REQUIRE_POSTCOPY"),
     "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
     "spin": Need(_spin, "SHARDVMM_REQUIRE_SPIN"),
     "sandbox": Need(_sandbox, "SHARDVMM_REQUIRE_SANDBOX"),

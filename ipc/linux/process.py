@@ -10,11 +10,11 @@ import threading
 
 from .libc import LIBC, SYS_SCHED_SETATTR, check
 
-__all__ = ["SERVICE_SLICE", "die_with_parent", "no_new_privileges", "raise_descriptor_limit", "set_group_nice",
-           "set_name", "set_nice", "set_subreaper", "set_time_slice"]
+__all__ = ["PR_GET_NAME", "PR_SET_NAME", "SERVICE_SLICE", "die_with_parent", "no_new_privileges",
+           "raise_descriptor_limit", "set_group_nice", "set_name", "set_nice", "set_subreaper", "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
+PR_SET_NAME, PR_GET_NAME = 15, 16
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -40,7 +40,7 @@ def _prctl(option: int, value: int | bytes) -> None:
 
 def set_name(name: str) -> None:
     """Name shown by ps and top (15 bytes)."""
-    _prctl(_PR_SET_NAME, name.encode()[:15])
+    _prctl(PR_SET_NAME, name.encode()[:15])
 
 
 def set_nice(nice: int) -> None:

@@ -2,8 +2,7 @@
 
 ``--fuzz N`` tries about N inputs in all, or more; without it there are a few of each. No input may make a reader touch
 a file outside the test's folder, start a process or open a connection; none may take longer than a bound, or more
-memory. A hook of the interpreter's auditing sees what is done; it cannot be removed, so it is asked only between the
-two ends of a ``watched``.
+memory (surface.py).
 """
 
 from __future__ import annotations

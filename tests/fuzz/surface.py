@@ -1,4 +1,8 @@
-"""What is tried on a reader: an input, what it may not do, and what came of it."""
+"""What is tried on a reader: an input, what it may not do, and what came of it.
+
+A hook of the interpreter's auditing sees what is done. It cannot be removed, so it heeds only what comes between the
+two ends of a ``watched``.
+"""
 
 from __future__ import annotations
 

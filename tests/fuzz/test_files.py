@@ -156,17 +156,9 @@ def test_traces(surface: Surface) -> None:
         elif what == "packed" and which and bodies[which].startswith(b"\x28\xb5\x2f\xfd"):
             inside = zstandard.ZstdDecompressor().decompress(bodies[which])
             bodies[which] = zstandard.ZstdCompressor().compress(data.draw(damaged([inside])))
-        text = b"".join(head + xxhash.xxh3_64_intdigest(head + body).to_bytes(8, "little") + body if number else
-                        head + body + xxhash.xxh3_64_intdigest(head + body).to_bytes(8, "little")
-                        for number, (head, body) in enumerate(zip(heads, bodies, strict=True)))
+        text = joined(list(zip(heads, bodies, strict=True)))
         path.write_bytes(data.draw(damaged([text])) if what == "raw" else text)
-
-        def read() -> None:
-            with TraceReader(path) as reader:
-                for _ in reader:
-                    pass
-
-        surface.read(read, VmmError)
+        surface.read(lambda: read_trace(path), VmmError)
 
     try_it()
 
@@ -187,17 +179,10 @@ def test_a_small_trace_does_not_become_large(surface: Surface, records: int, ent
     end = json.dumps({"records": records, "entries": entries}).encode()
     parts = [(struct.pack("<4sIII", b"DATA", records, entries, len(packed)), packed),
              (struct.pack("<4sIII", b"END ", 0, 0, len(end)), end)]
-    path.write_bytes(head + text + xxhash.xxh3_64_intdigest(head + text).to_bytes(8, "little") + b"".join(
-        each + xxhash.xxh3_64_intdigest(each + body).to_bytes(8, "little") + body for each, body in parts))
+    path.write_bytes(joined([(head, text), *parts]))
     del counts, packed
-
-    def read() -> None:
-        with TraceReader(path) as reader:
-            for _ in reader:
-                pass
-
     with surface.longer(60.0):
-        surface.read(read, VmmError)
+        surface.read(lambda: read_trace(path), VmmError)
     assert surface.counts["taken"] == taken
 
 
@@ -213,3 +198,15 @@ def split(data: bytes) -> list[tuple[bytes, bytes]]:
     return found
 
 
+def joined(parts: list[tuple[bytes, bytes]]) -> bytes:
+    """A trace of such parts, each checksum right: behind the header, and within a block."""
+    sums = [xxhash.xxh3_64_intdigest(head + body).to_bytes(8, "little") for head, body in parts]
+    (head, text), *blocks = parts
+    return head + text + sums[0] + b"".join(each + digest + body for (each, body), digest in
+                                           zip(blocks, sums[1:], strict=True))
+
+
+def read_trace(path: Path) -> None:
+    with TraceReader(path) as reader:
+        for _ in reader:
+            pass

@@ -3,10 +3,10 @@ a worker may have written into its ring."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import re
-import socket
 import struct
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import xxhash
+from caller import Caller
 from damage import changed, damaged, odd
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,12 +71,30 @@ def packed(document: Any) -> bytes | None:
         return None
 
 
+def frames_like(seeds: list[Any]) -> st.SearchStrategy[bytes | None]:
+    """None: of a document that no frame can hold."""
+    return st.one_of(changed(seeds).map(packed), damaged([packed(each) or b"" for each in seeds]))
+
+
+GUARD = 4096        # bytes before and after a bitmap
+
+
+def fence(maps: Segment, size: int) -> None:
+    """A bitmap of ``size`` bytes, empty, and a guard on either side."""
+    maps.buf[:] = b"\xa5" * GUARD + bytes(size) + b"\xa5" * (len(maps.buf) - GUARD - size)
+
+
+def check_fence(maps: Segment, size: int) -> None:
+    assert maps.buf[:GUARD] == b"\xa5" * GUARD
+    assert maps.buf[GUARD + size:] == b"\xa5" * (len(maps.buf) - GUARD - size)
+
+
 def test_migration_messages(surface: Surface) -> None:
     """Both ends' ways of reading; the checksum is right."""
     seeds = [*of_union(wire.Message), *of_union(wire.Answer)]
 
     @surface.settings()
-    @given(st.one_of(changed(seeds).map(packed), damaged([packed(each) or b"" for each in seeds])))
+    @given(frames_like(seeds))
     def try_it(data: bytes | None) -> None:
         if data is None:
             return
@@ -91,7 +110,7 @@ def test_worker_messages(surface: Surface) -> None:
     seeds = [each for kind in union for each in of_union(kind)]
 
     @surface.settings()
-    @given(st.one_of(changed(seeds).map(packed), damaged([packed(each) or b"" for each in seeds])))
+    @given(frames_like(seeds))
     def try_it(data: bytes | None) -> None:
         if data is None:
             return
@@ -117,12 +136,12 @@ def test_a_word_of_a_message_stays_within_the_line_that_refuses_it(surface: Surf
 def test_ring_entries(surface: Surface) -> None:
     """Whatever a worker writes into its ring: no bit is set but of pages that there are, and nothing beside the
     bitmaps is written to."""
-    entries, pages, guard = 16, 130, 4096
+    entries, pages = 16, 130
     size = bitmap_bytes(pages)
     with (Segment.create(segment_name("test-fuzz", "ring"), entries * 16) as ring,
-          Segment.create(segment_name("test-fuzz", "maps"), 2 * guard + size) as maps):
+          Segment.create(segment_name("test-fuzz", "maps"), 2 * GUARD + size) as maps):
         table = slot_table(MAX_SLOTS)
-        bitmap = Bitmap(maps, guard, pages)     # a view: the segment is unmapped when it has gone
+        bitmap = Bitmap(maps, GUARD, pages)     # a view: the segment is unmapped when it has gone
         table[3] = (bitmap.words_address, bitmap.summary_address, pages)
         entry = st.tuples(st.integers(0, 2**32 - 1) | st.integers(0, 3),
                           st.sampled_from([0, 3, 4, 2**16 + 3, 2**32 - 1]),
@@ -131,13 +150,12 @@ def test_ring_entries(surface: Surface) -> None:
         @surface.settings()
         @given(st.lists(entry, min_size=entries, max_size=entries), st.integers(0, 2**64 - 1), st.integers(0, entries))
         def try_it(found: list[tuple[int, int, int]], fetch: int, limit: int) -> None:
-            maps.buf[:] = b"\xa5" * guard + bytes(size) + b"\xa5" * (len(maps.buf) - guard - size)
+            fence(maps, size)
             ring.buf[:entries * 16] = b"".join(struct.pack("<IIQ", *each) for each in found)
             out = np.zeros(4, np.uint64)
             surface.read(lambda: calls.harvest(ring.address, entries, fetch, limit, table.ctypes.data, MAX_SLOTS,
                                                out.ctypes.data))
-            assert maps.buf[:guard] == b"\xa5" * guard
-            assert maps.buf[guard + size:] == b"\xa5" * (len(maps.buf) - guard - size)
+            check_fence(maps, size)
             there = {offset for flags, slot, offset in found if slot == 3 and offset < pages and flags & 3}
             assert set(np.flatnonzero(bitmap.bools()).tolist()) <= there
             assert int(out[0]) <= limit
@@ -148,13 +166,13 @@ def test_ring_entries(surface: Surface) -> None:
 def test_control_blocks(surface: Surface) -> None:
     """Whatever a worker writes over its block and its ring: the coordinator's end of both takes it, and writes to
     nothing but that block and the bitmaps of pages that there are."""
-    entries, pages, guard, room = 16, 130, 4096, ctypes.sizeof(VcpuControl)
+    entries, pages, room = 16, 130, ctypes.sizeof(VcpuControl)
     size = bitmap_bytes(pages)
     with (Segment.create(segment_name("test-fuzz", "control"), control_size(2)) as control,
           Segment.create(segment_name("test-fuzz", "ring"), entries * 16) as ring,
-          Segment.create(segment_name("test-fuzz", "maps"), 2 * guard + size) as maps):
+          Segment.create(segment_name("test-fuzz", "maps"), 2 * GUARD + size) as maps):
         table = slot_table(MAX_SLOTS)
-        bitmap = Bitmap(maps, guard, pages)
+        bitmap = Bitmap(maps, GUARD, pages)
         table[0] = (bitmap.words_address, bitmap.summary_address, pages)
         begin = ctypes.addressof(vcpu_control(control.address, 0)) - control.address
         rest = b"\xa5" * (len(control.buf) - begin - room)
@@ -170,7 +188,7 @@ def test_control_blocks(surface: Surface) -> None:
         def try_it(found: bytes, ring_entries: list[tuple[int, int, int]], collected: bool) -> None:
             control.buf[:] = b"\xa5" * len(control.buf)
             control.buf[begin:begin + room] = found
-            maps.buf[:] = b"\xa5" * guard + bytes(size) + b"\xa5" * (len(maps.buf) - guard - size)
+            fence(maps, size)
             ring.buf[:entries * 16] = b"".join(struct.pack("<IIQ", *each) for each in ring_entries)
             vcpu = VcpuHandle(0, vcpu_control(control.address, 0), entries)
             vcpu.control.collected = collected
@@ -188,8 +206,7 @@ def test_control_blocks(surface: Surface) -> None:
             surface.read(use)
             assert control.buf[:begin] == b"\xa5" * begin
             assert control.buf[begin + room:] == rest
-            assert maps.buf[:guard] == b"\xa5" * guard
-            assert maps.buf[guard + size:] == b"\xa5" * (len(maps.buf) - guard - size)
+            check_fence(maps, size)
             there = {offset for flags, slot, offset in ring_entries if slot == 0 and offset < pages and flags}
             assert set(np.flatnonzero(bitmap.bools()).tolist()) <= there
 
@@ -207,18 +224,6 @@ def machine(request: pytest.FixtureRequest) -> Any:
         yield launched
 
 
-def ask(name: str, data: bytes) -> bytes:
-    """What the coordinator answers to a line; empty where it hangs up."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(60)
-        sock.connect(str(machine_dir(name) / "control"))
-        sock.sendall(data + b"\n")
-        answer = b""
-        while not answer.endswith(b"\n") and (part := sock.recv(65536)):
-            answer += part
-        return answer
-
-
 def test_control_verbs(surface: Surface, machine: Machine) -> None:
     """An answer, or a refusal in one line; never a bug, never another coordinator."""
     seeds = [{**each, "v": verbs.CONTROL_VERSION} for each in of_union(verbs.AnyVerb) if each["verb"] not in ENDING]
@@ -232,7 +237,8 @@ def test_control_verbs(surface: Surface, machine: Machine) -> None:
             return
         if (isinstance(document, dict) and str(document.get("verb")) in ENDING) or b"\n" in data:
             return
-        answer = json.loads(ask(machine.name, data))
+        with contextlib.closing(Caller(machine_dir(machine.name))) as caller:
+            answer = caller.ask(data)
         surface.counts["refused" if "error" in answer else "taken"] += 1
         assert "this is a bug" not in answer.get("error", ""), (data, answer)
         assert answer.get("error", "").isprintable(), (data, answer)

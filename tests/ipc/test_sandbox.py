@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from machines import ANY, spec
+from machines import ANY, spec, until
 
 from ipc.run import python_module
 from ipc.shm import PAGE_SIZE
@@ -141,6 +142,18 @@ def test_every_process_of_a_machine_has_given_it_up(accel: str, tmp_path: Path) 
                 if name.startswith("vcpu"):
                     assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (0, 0)
                     assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[1] <= 1024
+
+
+@pytest.mark.sandbox
+def test_a_coordinator_that_takes_over_has_given_it_up_too() -> None:
+    """It begins so: its keeper has."""
+    with Machine.launch(spec("idle", accel="unicorn", vcpus=1, milliseconds=0, timeout=None)) as machine:
+        first = processes(machine)["coordinator"]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: machine.status()["coordinator"]["restarts"] == 1, "another coordinator takes over")
+        pid = processes(machine)["coordinator"]
+        assert pid != first
+        assert (status(pid)["NoNewPrivs"], status(pid)["Seccomp"]) == ("1", "2")
 
 
 @pytest.mark.parametrize("accel", ANY)

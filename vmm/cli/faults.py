@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["run_faults"]
 
 _RESULT = "faults.json"
+_RESULT_MAX = 1 << 20     # bytes
 
 
 def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | None, replay: Path | None, *,
@@ -62,15 +63,12 @@ def run_faults(faults: int, seed: int | None, accels: list[str], output: Path | 
 
 def _load(path: Path) -> Episode:
     """The shortest list of events that failed. Raises VmmError."""
-    import msgspec
-
+    from ..inputs import decode_json, read_input
     from ..lab.faults.campaign import Campaign
 
     try:
-        failure = msgspec.json.decode(path.read_bytes(), type=Campaign).failure
-    except OSError as exc:
-        raise VmmError(f"{path}: cannot be read: {exc.strerror}") from None
-    except msgspec.MsgspecError as exc:
+        failure = decode_json(read_input(path, _RESULT_MAX), Campaign).failure
+    except ValueError as exc:
         raise VmmError(f"{path}: is not the result of vmm stress --faults: {exc}") from None
     if failure is None:
         raise VmmError(f"{path}: nothing failed in that campaign")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ipc import sandbox
 from ipc.shm import room
-from ipc.userfault import Userfault, UserfaultError
+from ipc.userfault import post_copy_missing
 from ipc.writelog import write_log_missing
 from workers.accel import registry
 
@@ -89,10 +89,9 @@ def _limits() -> list[Finding]:
 
 
 def _post_copy() -> Finding:
-    try:
-        Userfault.make().close()
-    except UserfaultError as exc:
-        return Finding("post-copy", "absent", str(exc), "migration works without --postcopy")
+    missing = post_copy_missing()
+    if missing:
+        return Finding("post-copy", "absent", missing, "migration works without --postcopy")
     return Finding("post-copy", "ok", "userfaultfd for missing pages")
 
 

@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
         faulthandler.enable()
         spec = decode_spec(sys.stdin.buffer.read())
         taken = adopt_claim(spec.name, claim_fd)
-        if zygote_fd >= 0:
+        if zygote_fd >= 0:      # one that takes over has it from the keeper
             check_machine(spec)
-        confine(spec.image, spec.replay_trace, spec.trace_file)
+            confine(spec.image, spec.replay_trace, spec.trace_file)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
                                   Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)
         _tell(status_fd, ready=True)

@@ -145,7 +145,7 @@ class Keeper:
         assert self._coordinator.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._coordinator.stdin as pipe:
             pipe.write(self._spec)
-        if not recover:     # while the coordinator is starting
+        if not recover:     # while the coordinator is starting; those that take over start with it
             spec = json.loads(self._spec)
             confine(spec["image"], spec["replay_trace"], spec["trace_file"])
         pidfd = os.pidfd_open(self._coordinator.pid)

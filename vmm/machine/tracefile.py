@@ -181,9 +181,10 @@ class TraceWriter:
     def append(self, time_ns: int, vcpu: int, entries: U64) -> None:
         """A record of packed entries; of more than a ring has, several of the same time. Records come in the order of
         their times."""
-        for at in range(_RECORD_ENTRIES, len(entries), _RECORD_ENTRIES):
-            self.append(time_ns, vcpu, entries[at - _RECORD_ENTRIES:at])
-        entries = entries[(max(len(entries), 1) - 1) // _RECORD_ENTRIES * _RECORD_ENTRIES:]
+        for at in range(0, max(len(entries), 1), _RECORD_ENTRIES):
+            self._append(time_ns, vcpu, entries[at:at + _RECORD_ENTRIES])
+
+    def _append(self, time_ns: int, vcpu: int, entries: U64) -> None:
         self._records.append((time_ns, vcpu, len(entries)))
         self._entries.append(entries)
         self._pending += len(entries)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from .plan import Episode, can_postcopy, draw_episode, possible
+from ipc.userfault import post_copy_missing
+
+from .plan import Episode, draw_episode, possible
 from .run import Outcome, run_episode
 from .shrink import shrink
 
@@ -57,7 +59,7 @@ def run_campaign(faults: int, seed: int, accels: Sequence[str], *, stop: Callabl
                  replay: Episode | None = None) -> Campaign:
     """Until ``faults`` have hit, ``stop`` says so, or something is wrong. ``done`` is told after each episode.
     ``replay``: this one again and again, none that is drawn. Raises VmmError where no machine can be had."""
-    can, postcopy = possible(accels), can_postcopy()
+    can, postcopy = possible(accels), not post_copy_missing()
     campaign = Campaign(seed)
     while campaign.faults < faults and campaign.failure is None and not stop():
         episode = replay or draw_episode(seed, campaign.episodes, can, postcopy=postcopy)

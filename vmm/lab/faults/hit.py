@@ -8,12 +8,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .plan import Fault
 
-__all__ = ["Hit"]
+__all__ = ["Hit", "pid_in"]
 
 _LOOK_EVERY = 0.002     # seconds
+
+
+def pid_in(status: dict[str, Any], who: str) -> int:
+    """Of a machine's coordinator or ``vcpuN``, by what the machine says of itself."""
+    return int(status["coordinator"]["pid"] if who == "coordinator" else
+               status["vcpus"][int(who.removeprefix("vcpu"))]["pid"])
 
 
 class Hit(threading.Thread):

@@ -19,7 +19,7 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,10 @@ from ...errors import VmmError
 from ...machine.names import belongings
 from ...machine.runtime import end_at_once, is_running
 from .delay import Relay
-from .hit import Hit
+from .hit import Hit, pid_in
 from .plan import Fault
 
-__all__ = ["Ended", "Move", "end", "move"]
+__all__ = ["Ended", "Move", "end", "move", "until"]
 
 _PATIENCE = 60.0            # seconds for whatever is to come about
 _LOOK_EVERY = 0.02
@@ -57,10 +57,10 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
     """Whether it has moved, and whether the fault has hit. Raises Ended, and VmmError for what must not be."""
     path = wanted.folder / wanted.target
     with contextlib.ExitStack() as stack:
-        receiver = stack.enter_context(_process(
+        receiver = stack.enter_context(_Process(
             path.with_suffix(".receive"), "receive", f"ipc://{path}", "--name", wanted.target, "--accel", wanted.accel,
             "--detach", "--timeout", f"{_PATIENCE:.0f}s"))
-        _until(lambda: "waiting at" in receiver.said or receiver.over, "vmm receive waits")
+        until(lambda: "waiting at" in receiver.said or receiver.over, "vmm receive waits")
         if receiver.over:
             raise VmmError(f"vmm receive has ended: {receiver.said}")
         address = f"ipc://{path}"
@@ -68,7 +68,7 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
         if fault is not None and fault.delay_ms:
             relay = stack.enter_context(Relay(path, fault.delay_ms))
             address = relay.address
-        mover = stack.enter_context(_process(
+        mover = stack.enter_context(_Process(
             path.with_suffix(".migrate"), "migrate", source.name, address,
             *(("--postcopy", "--downtime", "1us") if wanted.postcopy else ())))
         if fault is None or relay is not None:
@@ -82,9 +82,9 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
 
 
 class _Process:
-    """A ``vmm`` of its own; what it says goes into a file."""
+    """A ``vmm`` of its own; what it says goes into a file. ``with`` it: nothing of it is left."""
 
-    def __init__(self, path: Path, arguments: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, *arguments: str) -> None:
         self._path = path
         with open(path, "wb") as out:
             self._process = subprocess.Popen(python_module("vmm", *arguments), stdin=subprocess.DEVNULL, stdout=out,
@@ -112,16 +112,12 @@ class _Process:
             self._process.send_signal(signal.SIGTERM)
         self.wait()
 
+    def __enter__(self) -> _Process:
+        return self
 
-@contextlib.contextmanager
-def _process(path: Path, *arguments: str) -> Iterator[_Process]:
-    """Nothing of it is left."""
-    process = _Process(path, arguments)
-    try:
-        yield process
-    finally:
-        process._process.kill()
-        process._process.wait()
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 def _victim(victim: str, source: Machine, target: str, mover: _Process, receiver: _Process) -> int | None:
@@ -144,16 +140,14 @@ def _victim(victim: str, source: Machine, target: str, mover: _Process, receiver
             status = machine.status()
     except VmmError:
         return None     # not yet, or no longer
-    who = victim.removeprefix("target-")
-    return int(status["coordinator"]["pid"] if who == "coordinator" else
-               status["vcpus"][int(who.removeprefix("vcpu"))]["pid"])
+    return pid_in(status, victim.removeprefix("target-"))
 
 
 def _settle(source: Machine, target: str, mover: _Process, receiver: _Process, fault: Fault | None) -> bool:
     """The one that migrates has ended: whether the machine has moved."""
     killed = "" if fault is None or fault.stop_ms or fault.delay_ms else fault.victim
     ends = {"gone", "here"} if killed == "source" else {"gone", "here", "handed over"}
-    _until(lambda: _state(source) in ends, f"whose the machine is after: {mover.said}")
+    until(lambda: _state(source) in ends, f"whose the machine is after: {mover.said}")
     match _state(source):
         case "gone":
             if not _has(target):
@@ -170,13 +164,13 @@ def _settle(source: Machine, target: str, mover: _Process, receiver: _Process, f
             if _has(target):
                 source.stop()
                 return True
-            _until(lambda: not belongings(target).left(), "nothing is left at the target")
+            until(lambda: not belongings(target).left(), "nothing is left at the target")
             source.resume(force=True)
             return False
     if killed in ("", "coordinator", "target-coordinator"):
         raise VmmError(f"the migration failed: {mover.said}; the target says: {receiver.said}")
     receiver.end()      # else it waits for five minutes for a source that was killed at the last moment
-    _until(lambda: not belongings(target).left(), "nothing is left at the target")
+    until(lambda: not belongings(target).left(), "nothing is left at the target")
     return False
 
 
@@ -209,11 +203,11 @@ def _has(target: str) -> bool:
             found = "" if not is_running(target) else "unknown"
         return found in ("", "ended", "running", "paused")
 
-    _until(known, "the target has the machine, or not")
+    until(known, "the target has the machine, or not")
     return found in ("running", "paused")
 
 
-def _until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str) -> None:
     """Raises VmmError."""
     deadline = time.monotonic() + _PATIENCE
     while not condition():
@@ -227,4 +221,4 @@ def end(name: str) -> None:
     if is_running(name):
         with contextlib.suppress(VmmError):     # it has just ended
             end_at_once(name)
-        _until(lambda: not belongings(name).left(), f"machine '{name}' has ended")
+        until(lambda: not belongings(name).left(), f"machine '{name}' has ended")

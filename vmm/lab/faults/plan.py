@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ipc.userfault import Userfault, UserfaultError
 from workers.accel import registry
 
 from ...errors import VmmError
 from ...machine.trackings import check_tracking
 
-__all__ = ["COLD_SLOT", "HOT_SLOT", "Episode", "Event", "Fault", "can_postcopy", "draw_episode", "possible"]
+__all__ = ["COLD_SLOT", "HOT_SLOT", "Episode", "Event", "Fault", "draw_episode", "possible"]
 
 COLD_SLOT, HOT_SLOT = 1, 5          # memory slots beside the guest's own: always there; plugged and unplugged
 KILLS = 5                           # of coordinators in an episode: the sixth within a minute ends a machine
@@ -113,15 +112,6 @@ def _can(accel: str, mode: str) -> bool:
             return False
         check_tracking(mode, accel, _RINGS[0])
     except VmmError:
-        return False
-    return True
-
-
-def can_postcopy() -> bool:
-    """Whether this host can receive a machine that runs before its memory is there."""
-    try:
-        Userfault.make().close()
-    except UserfaultError:
         return False
     return True
 

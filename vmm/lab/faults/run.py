@@ -28,8 +28,8 @@ from ...guests import WORKLOADS, resolve_params
 from ...machine.names import belongings
 from ...machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from ...tracefile import TraceReader
-from .hit import Hit
-from .move import Ended, Move, end, move
+from .hit import Hit, pid_in
+from .move import Ended, Move, end, move, until
 from .oracle import Oracle
 from .plan import COLD_SLOT, HOT_SLOT, Episode, Event, Fault
 
@@ -141,9 +141,8 @@ class _Run:
     def _hitting(self, fault: Fault) -> Iterator[None]:
         """The fault hits within the ``with``, or at its end."""
         status = self._machine.status()
-        pid = (status["coordinator"]["pid"] if fault.victim == "coordinator" else
-               belongings(self._machine.name).owner_pid() or 0 if fault.victim == "keeper" else
-               status["vcpus"][int(fault.victim.removeprefix("vcpu"))]["pid"])
+        pid = (belongings(self._machine.name).owner_pid() or 0 if fault.victim == "keeper" else
+               pid_in(status, fault.victim))
         with Hit(fault, lambda: pid, late=True) as hit:
             yield
         if hit.done:
@@ -159,11 +158,7 @@ class _Run:
             self._outcome.lost_workers += 1
 
     def _await_successor(self, before: int) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while self._machine.status()["coordinator"]["restarts"] == before:
-            if time.monotonic() > deadline:
-                raise Slow("no coordinator took over")
-            time.sleep(0.01)
+        until(lambda: self._machine.status()["coordinator"]["restarts"] != before, "another coordinator takes over")
         self._outcome.takeovers += 1
 
     # --- events ---------------------------------------------------------------------------------------
