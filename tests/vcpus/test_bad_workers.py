@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -461,6 +462,24 @@ def test_a_hello_of_another_version_is_refused(tmp_path: Path) -> None:
         finally:
             os.close(vcpu.pidfd)
             vcpu.pidfd = -1
+            pool.close()
+
+
+def test_why_a_worker_ended_in_its_set_up_is_heard_after_its_end(tmp_path: Path) -> None:
+    """What it said last comes through two ZeroMQ threads; that it has ended is known at once."""
+    with Segment.create(segment_name("t", "control"), control_size(1)) as control, zmq.Context() as context, \
+         sockets.connect(context, zmq.PUSH, sockets.endpoint(tmp_path, "notify")) as notify:
+        worker = subprocess.Popen(["true"])
+        pool = VcpuPool(tmp_path, None, lambda message: None,
+                        lambda vcpu: notify.send(m.encode(m.Hello(vcpu.index, worker.pid, error="no such thing"))))
+        try:
+            vcpu = VcpuHandle(0, layout.vcpu_control(control.address, 0), 0)
+            vcpu.watch(worker.pid)
+            pool.all.append(vcpu)
+            with pytest.raises(VmmError, match="vcpu 0: no such thing"):
+                pool.await_hello()
+        finally:
+            worker.wait(TIMEOUT)
             pool.close()
 
 

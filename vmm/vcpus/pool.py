@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import signal
@@ -46,6 +47,7 @@ _MISSING_TIMEOUT = 3.0      # of either, while pages are missing: it is not the 
 _KICK_REPEAT_MS = 10        # an unacknowledged kick is repeated (workers/vcpu.py says why)
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 5.0
+_LAST_WORDS = 1.0          # seconds that what a worker has said may come after its end (two ZeroMQ threads carry it)
 _FD_STEP = 0.1              # seconds between two looks at whether the sender of a descriptor has died
 _DRAIN_SECONDS = 0.005      # of notifications at a time: a vCPU that prints without end holds nothing up
 
@@ -101,9 +103,11 @@ class VcpuPool:
         self._end_zygote()
         waiting = {vcpu.index for vcpu in self.all}
         deadline = time.monotonic() + _START_TIMEOUT
+        heard_by = math.inf     # when one that has ended has said all that it will
         while waiting:
             self._poll(self.notify, deadline)
-            gone = next((s for s in self.all if s.index in waiting and not s.alive), None)
+            if heard_by == math.inf and any(not s.alive for s in self.all):
+                heard_by = time.monotonic() + _LAST_WORDS
             while time.monotonic() < deadline and (hello := self._link.notification(len(self.all))) is not None:
                 if not isinstance(hello, Hello):
                     continue
@@ -115,8 +119,8 @@ class VcpuPool:
                 if hello.kvm_run_size:
                     self._receive_fd(self.all[hello.vcpu], hello.kvm_run_size)
                 waiting.discard(hello.vcpu)
-                gone = None
-            if gone is not None:
+            gone = next((s for s in self.all if s.index in waiting and not s.alive), None)
+            if gone is not None and (gone.fate or time.monotonic() > heard_by):
                 raise VmmError(f"vcpu {gone.index}: its worker {gone.fate or 'ended during set-up'}",
                                ExitCode.WORKER_DIED)
             if waiting and time.monotonic() > deadline:
