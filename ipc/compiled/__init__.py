@@ -2,7 +2,8 @@
 
     atomics.py      atomic loads and stores, for Numba
     loops.py        the hot loops of rings and bitmaps, as Numba compiles them (imported to compile only)
-    loader.py       compiled code, kept on disk and loaded without the compiler
+    kept.py         compiled code on disk
+    loader.py       it is compiled and kept, or loaded without the compiler
     calls.py        the loops, to call: import it late, the first import ever compiles
 
 An accelerator's own loops are beside it, in the same two halves (workers/accel).

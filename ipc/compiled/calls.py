@@ -6,11 +6,12 @@ Import this module late: the first import ever compiles (some seconds), later on
 from __future__ import annotations
 
 from ..bitmap import Bitmap, summary_words, word_count
+from .kept import LOOPS
 from .loader import Native
 
 __all__ = ["clear", "fold", "harvest", "publish", "take"]
 
-_native = Native("ipc.compiled.loops", "ipc.compiled.atomics", "ipc.bitmap", "ipc.layout")
+_native = Native(*LOOPS)
 
 
 def harvest(ring: int, entries: int, fetch: int, limit: int, table: int, slots: int, out: int, pages: int = 0,

@@ -20,6 +20,7 @@ from damage import changed, damaged, odd
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import ANY, spec
+from msgspec import inspect
 from surface import Surface
 
 from ipc import messages
@@ -35,6 +36,7 @@ from vmm.errors import VmmError
 from vmm.machine import verbs
 from vmm.machine.names import machine_dir, segment_name
 from vmm.machine.records import log_path
+from vmm.machine.spec import MachineSpec
 from vmm.vcpus.handle import VcpuHandle
 
 SPEC = spec("stamp", accel="kvm", vcpus=1)
@@ -42,22 +44,42 @@ SPEC = spec("stamp", accel="kvm", vcpus=1)
 
 def example(kind: type) -> Any:
     """One of the type, of plain values; with every field."""
-    made = {}
-    for field in msgspec.structs.fields(kind):
-        made[field.encode_name] = plain(field.type)
-    info: Any = msgspec.inspect.type_info(kind)
-    return {info.tag_field: info.tag, **made} if info.tag_field else made
+    return plain(msgspec.inspect.type_info(kind))
 
 
 def plain(kind: Any) -> Any:
-    text = str(kind)
-    if kind in (int, float, str, bool, bytes):
-        return kind(1) if kind is not bytes else b"\x01\x00\x00\x00"
-    if "MachineSpec" in text:
-        return msgspec.to_builtins(SPEC)
-    if text.startswith(("list[", "dict[")):
-        return [] if text.startswith("list[") else {}
-    return 1
+    """A value of the type, as it is sent."""
+    match kind:
+        case inspect.Metadata():
+            return plain(kind.type)
+        case inspect.StructType() if kind.cls is MachineSpec:
+            return msgspec.to_builtins(SPEC)
+        case inspect.StructType():
+            made = {field.encode_name: plain(field.type) for field in kind.fields}
+            if kind.cls in (wire.Offer, wire.Commit):
+                made["version"] = wire.VERSION
+            return {kind.tag_field: kind.tag, **made} if kind.tag_field else made
+        case inspect.UnionType():
+            return plain(kind.types[0])
+        case inspect.LiteralType():
+            return kind.values[0]
+        case inspect.EnumType():
+            return next(iter(kind.cls)).value
+        case inspect.BoolType():
+            return True
+        case inspect.IntType():
+            return 1
+        case inspect.FloatType():
+            return 1.0
+        case inspect.StrType():
+            return "1"
+        case inspect.BytesType():
+            return b"\x01\x00\x00\x00"
+        case inspect.ListType():
+            return []
+        case inspect.DictType():
+            return {}
+    raise AssertionError(f"no example of {kind}")
 
 
 def of_union(union: Any) -> list[Any]:

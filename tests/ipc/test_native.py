@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
+from machines import ANY
+from places import CONFIGS, TOP
 
 from ipc.bitmap import Bitmap, bitmap_bytes
-from ipc.compiled import calls, loader
+from ipc.compiled import calls, kept, loader
 from ipc.shm import Segment
 from vmm.client import doctor
 from vmm.machine.names import segment_name
 
-KEPT = loader._Kept("key", [])
+KEPT = kept.Kept("key", [])
 
 
 @pytest.fixture
@@ -23,20 +28,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The second place, after one that cannot be written to; mode 0700."""
     (tmp_path / "file").touch()
     path = tmp_path / "cache" / "shardvmm"
-    monkeypatch.setattr(loader, "cache_directories", lambda source: [tmp_path / "file" / "__pycache__", path])
-    loader._keep("source", KEPT)
+    monkeypatch.setattr(kept, "cache_directories", lambda source: [tmp_path / "file" / "__pycache__", path])
+    kept.keep("source", KEPT)
     assert path.stat().st_mode & 0o777 == 0o700
     return path
 
 
 def found() -> bool:
-    return loader._find("source", "key") is not None
+    return kept.find("source", "key") is not None
 
 
 def test_what_was_kept_is_found_under_its_key(cache: Path) -> None:
-    assert loader._find("source", "key") == KEPT
-    assert loader._find("source", "another") is None
-    assert loader._find("another", "key") is None
+    assert kept.find("source", "key") == KEPT
+    assert kept.find("source", "another") is None
+    assert kept.find("another", "key") is None
     assert [p.name for p in cache.iterdir()] == ["source.native"]
 
 
@@ -63,9 +68,9 @@ def test_what_is_another_users_is_not_run(what: str, cache: Path) -> None:
 def test_nothing_is_kept_where_others_write(cache: Path) -> None:
     (cache / "source.native").unlink()
     cache.chmod(0o777)
-    loader._keep("source", KEPT)
+    kept.keep("source", KEPT)
     assert list(cache.iterdir()) == []
-    assert not loader.trusted(cache)
+    assert not kept.trusted(cache)
     finding = doctor._compiled_loops()
     assert (finding.status, "only this user" in finding.advice) == ("warn", True)
     cache.chmod(0o700)
@@ -74,15 +79,29 @@ def test_nothing_is_kept_where_others_write(cache: Path) -> None:
 
 def test_a_full_disk_leaves_no_half_a_file(cache: Path) -> None:
     resource = pytest.importorskip("resource")
-    big = loader._Kept("key", [loader._Function("f", "f", "none", [], [], bytes(1 << 16))])
+    big = kept.Kept("key", [kept.Function("f", "f", "none", [], [], bytes(1 << 16))])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        loader._keep("source", big)
+        kept.keep("source", big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in cache.iterdir()] == ["source.native"]
     assert (cache / "source.native").read_bytes() == msgspec.msgpack.encode(KEPT)
+
+
+@pytest.mark.parametrize("accel", ANY)
+def test_the_first_launch_keeps_the_loops_for_those_that_follow(accel: str, tmp_path: Path) -> None:
+    """A coordinator cannot write beside its program once it is confined. Each launch took three seconds longer."""
+    for name in ("ipc", "vmm", "workers"):
+        shutil.copytree(TOP / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "vmm", "launch", str(CONFIGS / "quickstart.yaml"), "--name", "test-native",
+         "--set", f"accel={accel}", "--set", "guest.params.writes=100"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=120.0)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "ipc/compiled/__pycache__/ipc.compiled.loops.native").exists()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["this Numba", "another"])

@@ -123,7 +123,7 @@ def _packages() -> list[Finding]:
 
 def _compiled_loops() -> Finding:
     """Compiled loops are kept beside the source, or in the user's cache."""
-    from ipc.compiled.loader import cache_directories, trusted
+    from ipc.compiled.kept import cache_directories, trusted
 
     paths = cache_directories("ipc.compiled.loops")
     if any(_can_be_written(path) and (not os.path.exists(path) or trusted(path)) for path in paths):

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
         taken = adopt_claim(spec.name, claim_fd)
         if zygote_fd >= 0:      # one that takes over has it from the keeper
             check_machine(spec)
+            _compile_loops()
             confine(spec.image, spec.replay_trace, spec.trace_file)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
                                   Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)
@@ -71,6 +72,14 @@ def main(argv: list[str]) -> int:
     if taken is not None and os.getppid() != keeper_pid:    # it was killed, and can no longer do it
         release(taken)
     return code
+
+
+def _compile_loops() -> None:
+    """Where that has not been done: once confined, no coordinator can keep what it compiles."""
+    from ipc.compiled import kept
+
+    if not kept.is_kept(*kept.LOOPS):
+        from ipc.compiled import calls  # noqa: F401  (once it is imported, it is compiled)
 
 
 def _early_stop(signum: int, frame: FrameType | None) -> None:
