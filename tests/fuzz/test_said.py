@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import re
 import struct
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -93,6 +96,18 @@ def packed(document: Any) -> bytes | None:
         return None
 
 
+def taken_by(document: Any, *readers: Callable[[], object]) -> None:
+    """One of them takes it."""
+    said = []
+    for read in readers:
+        try:
+            read()
+            return
+        except (wire.WireError, messages.MessageError) as error:
+            said.append(str(error))
+    raise AssertionError(f"{document}: {said}")
+
+
 def frames_like(seeds: list[Any]) -> st.SearchStrategy[bytes | None]:
     """None: of a document that no frame can hold."""
     return st.one_of(changed(seeds).map(packed), damaged([packed(each) or b"" for each in seeds]))
@@ -114,6 +129,11 @@ def check_fence(maps: Segment, size: int) -> None:
 def test_migration_messages(surface: Surface) -> None:
     """Both ends' ways of reading; the checksum is right."""
     seeds = [*of_union(wire.Message), *of_union(wire.Answer)]
+    for each in seeds:      # as they are they must be taken, or nothing behind the first look is tried
+        frame = packed(each) or b""
+        digest = xxhash.xxh3_64_digest(frame)
+        taken_by(each, lambda frame=frame, digest=digest: wire.decode_message(frame, digest),
+                 lambda frame=frame, digest=digest: wire.decode_answer([frame, digest]))
 
     @surface.settings()
     @given(frames_like(seeds))
@@ -130,14 +150,16 @@ def test_migration_messages(surface: Surface) -> None:
 def test_worker_messages(surface: Surface) -> None:
     union = [messages.AnyRequest, messages.AnyReply, messages.AnyNotification]
     seeds = [each for kind in union for each in of_union(kind)]
+    decoders = (messages.decode_request, messages.decode_reply, messages.decode_notification)
+    for each in seeds:
+        taken_by(each, *(functools.partial(decode, packed(each) or b"") for decode in decoders))
 
     @surface.settings()
     @given(frames_like(seeds))
     def try_it(data: bytes | None) -> None:
         if data is None:
             return
-        for decode in (messages.decode_request, messages.decode_reply, messages.decode_notification,
-                       messages.decode_spec):
+        for decode in (*decoders, messages.decode_spec):
             surface.read(lambda decode=decode: decode(data), messages.MessageError)     # type: ignore[misc]
 
     try_it()
@@ -239,6 +261,18 @@ def test_control_blocks(surface: Surface) -> None:
 ENDING = {"stop", "release", "events"}
 
 
+WARM = 400          # requests after which a coordinator has what it will have
+GROWTH = 8 << 20    # bytes it may have more at the end
+FILES = 16          # descriptors: a lease, a freeze, a recording, slots that were added
+
+
+def held(pid: int) -> tuple[int, int]:
+    """Bytes of its own memory, and descriptors, that a process has."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    private = re.findall(r"Private_\w+:\s+(\d+) kB", rollup)
+    return 1024 * sum(map(int, private)), len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 @pytest.fixture(params=ANY)
 def machine(request: pytest.FixtureRequest) -> Any:
     with Machine.launch(spec("idle", accel=str(request.param), name="fuzz-control", vcpus=1, milliseconds=0,
@@ -247,8 +281,10 @@ def machine(request: pytest.FixtureRequest) -> Any:
 
 
 def test_control_verbs(surface: Surface, machine: Machine) -> None:
-    """An answer, or a refusal in one line; never a bug, never another coordinator."""
+    """An answer, or a refusal in one line; never a bug, never another coordinator; and it does not grow."""
     seeds = [{**each, "v": verbs.CONTROL_VERSION} for each in of_union(verbs.AnyVerb) if each["verb"] not in ENDING]
+    pid = machine.status()["coordinator"]["pid"]
+    began: list[tuple[int, int]] = []
 
     @surface.settings(10)
     @given(st.one_of(changed(seeds), odd))
@@ -262,9 +298,15 @@ def test_control_verbs(surface: Surface, machine: Machine) -> None:
         with contextlib.closing(Caller(machine_dir(machine.name))) as caller:
             answer = caller.ask(data)
         surface.counts["refused" if "error" in answer else "taken"] += 1
+        if sum(surface.counts.values()) == WARM:
+            began.append(held(pid))
         assert "this is a bug" not in answer.get("error", ""), (data, answer)
         assert answer.get("error", "").isprintable(), (data, answer)
 
     try_it()
     assert machine.status()["coordinator"]["restarts"] == 0
+    if began:
+        (memory, files), (memory_now, files_now) = began[0], held(pid)
+        assert memory_now - memory < GROWTH, f"{memory >> 10} KiB, then {memory_now >> 10} KiB"
+        assert files_now - files <= FILES
     assert not re.search("Traceback", log_path(machine.name).read_text())
