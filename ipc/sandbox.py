@@ -28,7 +28,12 @@ from .linux.process import PR_GET_NAME, PR_SET_NAME
 from .shm import SHM_DIRECTORY
 from .steps import DIRECTORY
 
-__all__ = ["confine_machine", "confine_vcpu", "missing"]
+__all__ = ["SandboxError", "confine_machine", "confine_vcpu", "missing"]
+
+
+class SandboxError(Exception):
+    """A process could not give up what it should, although this host can do that; the text is fit for a user."""
+
 
 # --- system calls ------------------------------------------------------------------------------------------------
 
@@ -102,7 +107,7 @@ def missing() -> list[tuple[str, str]]:
 
 
 def confine_vcpu(directory: Path) -> None:
-    """Of a vCPU worker; ``directory`` is the machine's. By its only thread."""
+    """Of a vCPU worker; ``directory`` is the machine's. By its only thread. Raises SandboxError."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = _WORKER_FILES if hard == resource.RLIM_INFINITY else min(hard, _WORKER_FILES)
@@ -114,11 +119,12 @@ def confine_vcpu(directory: Path) -> None:
         _vcpu_filter(_seccomp())
 
 
-def confine_machine(read: Iterable[Path], write: Iterable[Path]) -> None:
+def confine_machine(read: Iterable[Path], write: Iterable[Path], empty: Path) -> None:
     """Of a keeper or a coordinator: beside what its programs read, it may read and write only this, and what is in
-    shared memory. By its only thread."""
+    shared memory, and remove empty directories in ``empty``. By its only thread. Raises
+    SandboxError."""
     _restrict_files(read=[*_readable(), *map(Path, _LOOKUP), *read],
-                    write=[*_devices(), *write], run=True, connect=True)
+                    write=[*_devices(), *write], run=True, connect=True, empty=empty)
     with contextlib.suppress(ImportError, RuntimeError):
         seccomp = _seccomp()
         rules = seccomp.SyscallFilter(seccomp.ALLOW)
@@ -163,14 +169,14 @@ def _readable() -> list[Path]:
 def _restrict_files(read: Iterable[Path], write: Iterable[Path], *, run: bool, connect: bool,
                     empty: Path | None = None) -> None:
     """``run``: programs among what can be read; ``connect``: over TCP. A process that does not ``connect`` cannot
-    signal others either. ``empty``: of this, empty directories can be removed."""
-    from py_landlock import AccessFs, Landlock, LandlockError
+    signal others either. ``empty``: of this, empty directories can be removed. Raises SandboxError."""
+    from py_landlock import AccessFs, Landlock, LandlockDisabledError, LandlockError, LandlockNotAvailableError
 
     reads = AccessFs.READ_FILE | (AccessFs.EXECUTE if run else AccessFs(0))
     writes = AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE | AccessFs.IOCTL_DEV
     makes = (AccessFs.MAKE_REG | AccessFs.MAKE_DIR | AccessFs.MAKE_SOCK | AccessFs.MAKE_FIFO | AccessFs.MAKE_SYM
             | AccessFs.REMOVE_FILE | AccessFs.REMOVE_DIR | AccessFs.REFER)
-    with contextlib.suppress(LandlockError):    # the kernel has none: `missing` says so
+    try:
         rules = Landlock(strict=False)
         for paths, of_file, of_directory in ((read, reads, AccessFs(0)), (write, writes, makes)):
             for path in paths:      # a file must not be given what only a directory can have
@@ -183,3 +189,7 @@ def _restrict_files(read: Iterable[Path], write: Iterable[Path], *, run: bool, c
         if connect:
             rules.allow_all_network().allow_all_scope()
         rules.apply()
+    except (LandlockDisabledError, LandlockNotAvailableError):
+        pass        # the kernel has none: `missing` says so
+    except (LandlockError, OSError) as exc:
+        raise SandboxError(f"cannot give up access to files (Landlock): {exc}") from None

@@ -35,8 +35,10 @@ __all__ = ["Worker", "main"]
 class Worker:
     """What the threads of a worker work on: made, set up, closed."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, unconfined: str = "") -> None:
+        """``unconfined``: why it must not run a guest."""
         self._spec = spec
+        self._unconfined = unconfined
         self._open = contextlib.ExitStack()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._open.callback(context.term)
@@ -56,6 +58,8 @@ class Worker:
         try:
             if spec.version != PROTOCOL_VERSION:
                 raise AccelError(f"was asked to speak protocol {spec.version}, but speaks {PROTOCOL_VERSION}")
+            if self._unconfined:
+                raise AccelError(self._unconfined)
             wrong = control_error(self._control_segment.address, self._control_segment.size)
             if wrong:
                 raise AccelError(wrong)
@@ -95,8 +99,12 @@ def main(spec: WorkerSpec) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what a Ctrl-C means
     if spec.nice:
         process.set_group_nice(spec.nice)   # by a file, so before those are out of reach
-    sandbox.confine_vcpu(Path(spec.fd_socket).parent)
-    worker = Worker(spec)
+    unconfined = ""
+    try:
+        sandbox.confine_vcpu(Path(spec.fd_socket).parent)
+    except sandbox.SandboxError as exc:
+        unconfined = str(exc)       # said once it can say something
+    worker = Worker(spec, unconfined)
     worker.vcpu.catch_kicks()
     ok = worker.set_up()
     if ok:

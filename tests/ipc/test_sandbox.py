@@ -65,7 +65,7 @@ os._exit(0)
 CONFINE = {
     "nothing": "",
     "vcpu": "process.no_new_privileges(); sandbox.confine_vcpu(Path(inside))",
-    "machine": "process.no_new_privileges(); sandbox.confine_machine([], [Path(inside)])",
+    "machine": "process.no_new_privileges(); sandbox.confine_machine([], [Path(inside)], Path(inside))",
 }
 
 

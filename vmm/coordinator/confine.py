@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from ipc.sandbox import confine_machine
+from ipc.sandbox import SandboxError, confine_machine
 
+from ..errors import VmmError
 from ..machine.records import state_root
 from ..machine.runtime import runtime_root
 
@@ -21,4 +22,7 @@ def confine(image: str, replay_trace: str, trace_file: str) -> None:
         write.append(state_root())
     if trace_file:
         write.append(Path(trace_file) if Path(trace_file).exists() else Path(trace_file).parent)
-    confine_machine([Path(path) for path in (image, replay_trace) if path], write)
+    try:    # the last machine takes the runtime root along
+        confine_machine([Path(path) for path in (image, replay_trace) if path], write, runtime_root().parent)
+    except SandboxError as exc:
+        raise VmmError(str(exc)) from None

@@ -146,8 +146,7 @@ class Keeper:
         with contextlib.suppress(BrokenPipeError), self._coordinator.stdin as pipe:
             pipe.write(self._spec)
         if not recover:     # while the coordinator is starting; those that take over start with it
-            spec = json.loads(self._spec)
-            confine(spec["image"], spec["replay_trace"], spec["trace_file"])
+            self._confine()
         pidfd = os.pidfd_open(self._coordinator.pid)
         try:
             code = self._watch(pidfd, read)
@@ -155,6 +154,17 @@ class Keeper:
             os.close(pidfd)
             os.close(read)
         return signal.Signals(-code).name if code < 0 else f"an error, exit status {code}"
+
+    def _confine(self) -> None:
+        """Or the machine does not start."""
+        spec = json.loads(self._spec)
+        try:
+            confine(spec["image"], spec["replay_trace"], spec["trace_file"])
+        except VmmError as exc:
+            self._error = f"its keeper {exc}"
+            self._log.say("error", self._error)
+            self.tell({"error": self._error, "code": int(exc.exit_code)})
+            self._end(self._error)
 
     def _watch(self, pidfd: int, answer_fd: int) -> int:
         """Until this coordinator has ended; its return code (negative: the signal that killed it)."""

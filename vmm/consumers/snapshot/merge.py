@@ -43,9 +43,9 @@ def merge(directory: Path, name: str | None = None,
 def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
     manifests = chain(directory, name)
     newest = manifests[-1]
+    clear_leftovers(directory)
     if len(manifests) == 1:
         return newest
-    clear_leftovers(directory)
     aside = new_aside(directory, newest.id)
     try:
         total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
