@@ -196,11 +196,11 @@ class Space:
             if wanted < count:
                 self._unmap(start + wanted, start + count)
             return address
-        if found.end < start + count:
-            raise OSError(errno.EFAULT, "")
         if wanted < count:
             self._unmap(start + wanted, start + count)
             count = wanted
+        if found.end < start + count:
+            raise OSError(errno.EFAULT, "")
         if to is None and count and found.end == start + count and not self._within(found.end, start + wanted) \
                 and start + wanted <= HIGHEST:
             more = found.part(found.end, start + wanted)

@@ -1,0 +1,240 @@
+"""Address spaces against the host's kernel: the same calls in the same order, then the same mappings, rights, contents
+and errors; and of frames and tables what no program sees."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.linux.frames import Frames, Run
+from workers.linux.space import PAGE, Mapping, SegmentationFault, Space
+from workers.linux.tables import FRAME, PRESENT, WRITE, Tables
+
+#: Where nothing of this process is, nor will be.
+BASE = 0x10_0000_0000
+PAGES = 24
+FILE_PAGES = 6
+MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS = 0x10, 2, 1, 0x20
+MAYMOVE, FIXED, DONTNEED = 1, 2, 4
+
+libc = ctypes.CDLL(None, use_errno=True)
+for name, result, arguments in (
+        ("mmap", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]),
+        ("munmap", ctypes.c_int, [ctypes.c_void_p, ctypes.c_size_t]),
+        ("mprotect", ctypes.c_int, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]),
+        ("madvise", ctypes.c_int, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]),
+        ("mremap", ctypes.c_void_p,
+         [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p])):
+    getattr(libc, name).restype, getattr(libc, name).argtypes = result, arguments
+
+
+class Ram:
+    """Frames as a bytearray each; ``log``: of those that were written to."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, bytearray] = {}
+        self.log: set[int] = set()
+
+    def of(self, frame: int) -> bytearray:
+        return self.frames.setdefault(frame, bytearray(PAGE))
+
+    def read(self, frame: int, offset: int, count: int) -> bytes:
+        return bytes(self.of(frame)[offset:offset + count])
+
+    def write(self, frame: int, offset: int, data: bytes | memoryview) -> None:
+        self.of(frame)[offset:offset + len(data)] = data
+        self.log.add(frame)
+
+    def copy(self, source: int, target: int) -> None:
+        self.of(target)[:] = self.of(source)
+        self.log.add(target)
+
+    def clear(self, runs: list[Run]) -> None:
+        for first, count in runs:
+            for frame in range(first, first + count):
+                self.of(frame)[:] = bytes(PAGE)
+                self.log.add(frame)
+
+
+@dataclass(eq=False)
+class File:
+    """Its pages are in frames of the same memory, each used once by the file itself."""
+
+    frames: list[int]
+
+    def frame(self, page: int) -> int:
+        return self.frames[page] if page >= 0 else self.frames[len(self.frames)]
+
+
+@dataclass
+class System:
+    """Everything beneath a program."""
+
+    frames: int = 4 * PAGES
+    limit: int = 1 << 40
+    ram: Ram = field(default_factory=Ram)
+
+    def __post_init__(self) -> None:
+        self.words = array("Q", bytes(64 * PAGE))
+        self.tables = Tables(memoryview(self.words), 1 << 40)
+        self.pool = Frames(1000, self.frames)
+        self.space = Space(self.ram, self.pool, self.tables, self.limit)
+
+    def file(self, contents: bytes) -> File:
+        taken = [frame for first, count in self.pool.take(-(-len(contents) // PAGE))
+                 for frame in range(first, first + count)]
+        for index, frame in enumerate(taken):
+            self.ram.write(frame, 0, contents[index * PAGE:(index + 1) * PAGE])
+        return File(taken)
+
+
+CONTENTS = b"".join(bytes([65 + page]) * PAGE for page in range(FILE_PAGES))
+
+
+class Both:
+    """Each call here and in the host's kernel."""
+
+    def __init__(self) -> None:
+        self.system = System()
+        self.space = self.system.space
+        self.file = self.system.file(CONTENTS)
+        self.fd = os.memfd_create("test-space")
+        os.write(self.fd, CONTENTS)
+        self.memory = os.open("/proc/self/mem", os.O_RDWR)
+
+    def close(self) -> None:
+        libc.munmap(BASE, 2 * PAGES * PAGE)
+        os.close(self.fd)
+        os.close(self.memory)
+
+    def do(self, ours: Callable[[], int | None], theirs: Callable[[], int | None]) -> None:
+        assert outcome(ours) == outcome(theirs, native=True)
+
+    def map(self, page: int, count: int, prot: int, kind: str, offset: int) -> None:
+        address = BASE + page * PAGE
+        backing = self.file if kind != "anonymous" else None
+        flags = MAP_FIXED | (MAP_SHARED if kind == "shared" else MAP_PRIVATE) | (0 if backing else MAP_ANONYMOUS)
+        self.do(lambda: self.space.map(address, count * PAGE, prot, fixed=True, shared=kind == "shared",
+                                       backing=backing, offset=offset if backing else 0),
+                lambda: libc.mmap(address, count * PAGE, prot, flags, self.fd if backing else -1,
+                                  offset * PAGE if backing else 0))
+
+    def unmap(self, page: int, count: int) -> None:
+        self.do(lambda: self.space.unmap(BASE + page * PAGE, count * PAGE),
+                lambda: libc.munmap(BASE + page * PAGE, count * PAGE))
+
+    def protect(self, page: int, count: int, prot: int) -> None:
+        self.do(lambda: self.space.protect(BASE + page * PAGE, count * PAGE, prot),
+                lambda: libc.mprotect(BASE + page * PAGE, count * PAGE, prot))
+
+    def unneeded(self, page: int, count: int) -> None:
+        self.do(lambda: self.space.advise_unneeded(BASE + page * PAGE, count * PAGE),
+                lambda: libc.madvise(BASE + page * PAGE, count * PAGE, DONTNEED))
+
+    def remap(self, page: int, old: int, new: int, to: int | None) -> None:
+        address, target = BASE + page * PAGE, None if to is None else BASE + to * PAGE
+        self.do(lambda: self.space.remap(address, old * PAGE, new * PAGE, may_move=to is not None, to=target),
+                lambda: libc.mremap(address, old * PAGE, new * PAGE, 0 if to is None else MAYMOVE | FIXED, target or 0))
+
+    def write(self, page: int, value: int) -> None:
+        """Where the program may."""
+        found = self.space.find((BASE >> 12) + page)
+        data = value.to_bytes(4, "little")
+        theirs: object = errno.EFAULT
+        if found is not None and found.prot & 2:
+            theirs = outcome(lambda: os.pwrite(self.memory, data, BASE + page * PAGE) and None)
+        ours = touched(lambda: self.space.write(BASE + page * PAGE, data))
+        assert ours == (None if theirs is None else "bus" if theirs == errno.EIO else "segv")
+
+    def compare(self) -> None:
+        assert [row for each in self.space.mappings if (row := shown(each))] == list(host_mappings())
+        for page in range(2 * PAGES):
+            found = self.space.find((BASE >> 12) + page)
+            if found is not None and found.prot:
+                theirs = outcome(functools.partial(os.pread, self.memory, PAGE, BASE + page * PAGE))
+                ours = touched(functools.partial(self.space.read, BASE + page * PAGE, PAGE))
+                assert ours == ("bus" if theirs == errno.EIO else theirs), page
+        self.check()
+
+    def check(self) -> None:
+        """What no program sees: each frame in the tables has as many uses as entries, free ones are zero, nothing
+        is writable that may not be, promises are counted."""
+        space, pool, ram = self.space, self.system.pool, self.system.ram
+        uses: dict[int, int] = dict.fromkeys(self.file.frames, 1)
+        for each in space.mappings:
+            for page in range(each.start, each.end):
+                entry = self.system.tables.get(space.root, page)
+                if entry:
+                    uses[(entry & FRAME) >> 12] = uses.get((entry & FRAME) >> 12, 0) + 1
+                    assert bool(entry & PRESENT) == bool(each.prot)
+                    assert not entry & WRITE or each.prot & 2
+                    assert not (entry & WRITE and not each.shared and (entry & FRAME) >> 12 in self.file.frames)
+        assert {frame: count for frame, count in uses.items() if pool.uses(frame) != count} == {}
+        assert pool.free == self.system.frames - len(uses)
+        for frame in range(1000, 1000 + self.system.frames):
+            assert frame in uses or not any(ram.of(frame)), frame
+        assert space.promised == sum(each.end - each.start for each in space.mappings
+                                     if each.prot & 2 and not each.shared)
+
+
+def touched(call: Callable[[], object]) -> object:
+    """What it gives, or the signal that the program gets."""
+    try:
+        return call()
+    except SegmentationFault as fault:
+        return "bus" if fault.bus else "segv"
+
+
+def outcome(call: Callable[[], object], *, native: bool = False) -> object:
+    """What it gives, or its errno."""
+    try:
+        result = call()
+    except OSError as error:
+        return error.errno
+    if native and result in (-1, ctypes.c_void_p(-1).value):
+        return ctypes.get_errno()
+    return None if result == 0 else result
+
+
+def shown(mapping: Mapping) -> tuple[int, int, int, bool] | None:
+    return (mapping.start * PAGE, mapping.end * PAGE, mapping.prot, mapping.shared)
+
+
+def host_mappings() -> Iterator[tuple[int, int, int, bool]]:
+    """Of the window, as the kernel has them."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high, rights, shared = re.match(r"(\w+)-(\w+) (...)([sp])", line).groups()     # type: ignore[union-attr]
+        if BASE <= int(low, 16) < BASE + 2 * PAGES * PAGE:
+            yield (int(low, 16), int(high, 16),
+                   sum(bit for bit, letter in ((1, "r"), (2, "w"), (4, "x")) if letter in rights), shared == "s")
+
+
+pages, counts = st.integers(0, PAGES - 1), st.integers(0, 8)
+rights = st.sampled_from([0, 1, 3, 5, 7])
+actions = st.one_of(
+    st.tuples(st.just("map"), pages, counts, rights, st.sampled_from(["anonymous", "private", "shared"]),
+              st.integers(0, 3)),
+    st.tuples(st.just("unmap"), pages, counts), st.tuples(st.just("protect"), pages, counts, rights),
+    st.tuples(st.just("unneeded"), pages, counts),
+    st.tuples(st.just("remap"), pages, counts, counts, st.none() | st.integers(0, 2 * PAGES - 8)),
+    st.tuples(st.just("write"), pages, st.integers(1, 2**32 - 1)))
+
+
+@settings(max_examples=8000, deadline=None)
+@given(st.lists(actions, max_size=40))
+def test_as_the_host_does(found: list[tuple]) -> None:      # type: ignore[type-arg]
+    with contextlib.closing(Both()) as both:
+        for name, *arguments in found:
+            getattr(both, name)(*arguments)
+        both.compare()
