@@ -9,7 +9,7 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -99,7 +99,7 @@ class Both:
         assert ours == (None if theirs is None else "bus" if theirs == errno.EIO else "segv")
 
     def compare(self) -> None:
-        assert [row for each in self.space.mappings if (row := shown(each))] == list(host_mappings())
+        assert joined(map(shown, self.space.mappings)) == joined(host_mappings())
         for page in range(2 * PAGES):
             found = self.space.find((BASE >> 12) + page)
             if found is not None and found.prot:
@@ -148,11 +148,26 @@ def outcome(call: Callable[[], object], *, native: bool = False) -> object:
     return None if result == 0 else result
 
 
-def shown(mapping: Mapping) -> tuple[int, int, int, bool] | None:
-    return (mapping.start * PAGE, mapping.end * PAGE, mapping.prot, mapping.shared)
+#: First address, the one behind the last, rights, shared.
+Row = tuple[int, int, int, bool]
 
 
-def host_mappings() -> Iterator[tuple[int, int, int, bool]]:
+def shown(mapping: Mapping) -> Row:
+    return mapping.start * PAGE, mapping.end * PAGE, mapping.prot, mapping.shared
+
+
+def joined(rows: Iterable[Row]) -> list[Row]:
+    """Neighbours alike are one: the kernel keeps some apart for its own accounts."""
+    found: list[Row] = []
+    for low, high, rights, shared in rows:
+        if found and found[-1][1:] == (low, rights, shared):
+            found[-1] = (found[-1][0], high, rights, shared)
+        else:
+            found.append((low, high, rights, shared))
+    return found
+
+
+def host_mappings() -> Iterator[Row]:
     """Of the window, as the kernel has them."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, high, rights, shared = re.match(r"(\w+)-(\w+) (...)([sp])", line).groups()     # type: ignore[union-attr]
