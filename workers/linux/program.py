@@ -1,0 +1,196 @@
+"""A program as execve(2) finds it: its ELF file and its interpreter mapped, and the stack that it starts with.
+
+Where things are is where Linux puts them without randomisation, so that a run can be repeated: a position-independent
+program at 0x555555554000, the stack below 0x7ffffffff000, all else below 0x7ffff7fff000.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from .space import PAGE, PROT_EXEC, PROT_READ, PROT_WRITE, Backing, Space
+
+__all__ = ["Executable", "Started", "start"]
+
+STACK_TOP = 0x7FFF_FFFF_F000
+STACK_LIMIT = 8 << 20                       # RLIMIT_STACK, as usual
+_STACK_FIRST = 132 << 10                    # what is mapped at first; it grows
+_POSITION_INDEPENDENT = 0x5555_5555_4000
+_ARGUMENTS_MAX = STACK_LIMIT // 4           # execve(2)
+_SCRIPT_LINE = 256                          # binfmt_script
+_SCRIPTS_MAX = 4                            # interpreters that are scripts themselves
+
+# uapi/linux/auxvec.h
+_AT = {"NULL": 0, "PHDR": 3, "PHENT": 4, "PHNUM": 5, "PAGESZ": 6, "BASE": 7, "FLAGS": 8, "ENTRY": 9, "UID": 11,
+       "EUID": 12, "GID": 13, "EGID": 14, "PLATFORM": 15, "HWCAP": 16, "CLKTCK": 17, "SECURE": 23, "RANDOM": 25,
+       "HWCAP2": 26, "EXECFN": 31, "SYSINFO_EHDR": 33, "MINSIGSTKSZ": 51}
+
+
+class _Stream(io.RawIOBase):
+    """A file to read from, for those that want a Python one."""
+
+    def __init__(self, file: Executable) -> None:
+        super().__init__()
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:      # type: ignore[override]
+        data = self._file.read(self._at, len(buffer))
+        buffer[:len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class Executable(Backing, Protocol):
+    """A regular file."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, count: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Where its first thread begins. ``path``: of the ELF file itself."""
+
+    rip: int
+    rsp: int
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    base: int
+    entry: int
+    headers: int        # address of its program headers
+    count: int
+    end: int            # address behind its last segment
+    interpreter: bytes
+
+
+def start(space: Space, opened: Callable[[bytes], Executable], path: bytes, arguments: Sequence[bytes],
+          environment: Sequence[bytes], *, random: bytes, features: int = 0, vdso: int = 0) -> Started:
+    """Map the program into an empty space. ``opened`` gives the file of a path, or raises OSError. ``random``: 16
+    bytes; ``features``: CPUID 1, EDX. Raises OSError (ENOEXEC, ENOENT, E2BIG, ENOMEM, ...), SegmentationFault,
+    NoFrames, NoTables."""
+    arguments = list(arguments)
+    file, path, arguments = _program(opened, path, arguments)
+    image = _map(space, file, None)
+    loader = _map(space, opened(image.interpreter), 0) if image.interpreter else None
+    space.set_heap(-(-image.end // PAGE))
+    rsp = _stack(space, path, arguments, environment, random, {
+        "PHDR": image.headers, "PHENT": 56, "PHNUM": image.count, "PAGESZ": PAGE,
+        "BASE": loader.base if loader else 0, "FLAGS": 0, "ENTRY": image.entry, "UID": 0, "EUID": 0, "GID": 0,
+        "EGID": 0, "HWCAP": features, "HWCAP2": 0, "CLKTCK": 100, "SECURE": 0, "MINSIGSTKSZ": 3632,
+        **({"SYSINFO_EHDR": vdso} if vdso else {})})
+    return Started(loader.entry if loader else image.entry, rsp, path)
+
+
+def _program(opened: Callable[[bytes], Executable], path: bytes,
+             arguments: list[bytes]) -> tuple[Executable, bytes, list[bytes]]:
+    """The ELF file, behind scripts that name their interpreter. Raises OSError."""
+    name = path
+    for _ in range(_SCRIPTS_MAX + 1):
+        file = opened(path)
+        head = file.read(0, _SCRIPT_LINE)
+        if not head.startswith(b"#!"):
+            return file, name, arguments
+        words = head[2:].partition(b"\n")[0].strip(b" \t").split(None, 1)
+        if not words:
+            raise OSError(errno.ENOEXEC, "")
+        arguments = [words[0], *(word.rstrip(b" \t") for word in words[1:]), name, *arguments[1:]]
+        path = name = words[0]
+    raise OSError(errno.ELOOP, "")
+
+
+def _map(space: Space, file: Executable, base: int | None) -> _Image:
+    """``base``: 0 for an interpreter, which goes where there is room. Raises OSError."""
+    try:
+        elf = ELFFile(io.BufferedReader(_Stream(file)))
+        segments = [each.header for each in elf.iter_segments()]
+        header = elf.header
+    except (ELFError, ValueError, KeyError, AttributeError, struct.error, UnicodeDecodeError):
+        raise OSError(errno.ENOEXEC, "") from None
+    loads = [each for each in segments if each.p_type == "PT_LOAD" and each.p_memsz]
+    if header.e_machine != "EM_X86_64" or header.e_type not in ("ET_EXEC", "ET_DYN") or not loads:
+        raise OSError(errno.ENOEXEC, "")
+    low = min(each.p_vaddr for each in loads) // PAGE * PAGE
+    high = max(each.p_vaddr + each.p_memsz for each in loads)
+    shift = 0
+    if header.e_type == "ET_DYN":
+        wish = 0 if base is not None else _POSITION_INDEPENDENT
+        place = space.map(wish, high - low, 0, fixed=bool(wish), reserve=False)     # the whole of it, in one piece
+        space.unmap(place, high - low)
+        shift = place - low
+    for each in loads:
+        _segment(space, file, each, shift)
+    interpreter = next((file.read(each.p_offset, each.p_filesz).rstrip(b"\0") for each in segments
+                        if each.p_type == "PT_INTERP"), b"")
+    headers = next((each.p_vaddr + header.e_phoff - each.p_offset for each in loads
+                    if each.p_offset <= header.e_phoff < each.p_offset + each.p_filesz), 0)
+    return _Image(low + shift, header.e_entry + shift, headers + shift if headers else 0, header.e_phnum,
+                  high + shift, interpreter)
+
+
+def _segment(space: Space, file: Executable, segment: object, shift: int) -> None:
+    """File and zeros behind it. Raises OSError."""
+    address, offset = segment.p_vaddr + shift, segment.p_offset         # type: ignore[attr-defined]
+    size, full = segment.p_filesz, segment.p_memsz                      # type: ignore[attr-defined]
+    flags = segment.p_flags                                             # type: ignore[attr-defined]
+    prot = (PROT_READ if flags & 4 else 0) | (PROT_WRITE if flags & 2 else 0) | (PROT_EXEC if flags & 1 else 0)
+    if address % PAGE != offset % PAGE or size > full:
+        raise OSError(errno.ENOEXEC, "")
+    start = address // PAGE * PAGE
+    filled = start
+    if size:
+        space.map(start, address + size - start, prot, fixed=True, backing=file, offset=offset // PAGE)
+        filled = -(-(address + size) // PAGE) * PAGE
+        if full > size and prot & PROT_WRITE and (address + size) % PAGE:
+            space.write(address + size, bytes(filled - address - size))     # of the last page, what is not the file's
+    end = -(-(address + full) // PAGE) * PAGE
+    if end > filled:
+        space.map(filled, end - filled, prot, fixed=True)
+
+
+def _stack(space: Space, path: bytes, arguments: Sequence[bytes], environment: Sequence[bytes], random: bytes,
+           auxiliary: dict[str, int]) -> int:
+    """What a program finds on it (x86-64 psABI, 3.4.1); the stack pointer. Raises OSError."""
+    if sum(len(text) + 9 for text in (*arguments, *environment, path)) > _ARGUMENTS_MAX:
+        raise OSError(errno.E2BIG, "")
+    texts = bytearray()
+    places: list[int] = []
+    for text in (path, b"x86_64", *arguments, *environment):
+        places.append(len(texts))
+        texts += text + b"\0"
+    top = STACK_TOP - 8
+    base = (top - len(texts) - len(random)) & ~15
+    name, platform, *strings = [base + len(random) + at for at in places]
+    auxiliary |= {"RANDOM": base, "EXECFN": name, "PLATFORM": platform}
+    words = [len(arguments), *strings[:len(arguments)], 0, *strings[len(arguments):], 0]
+    for key, value in auxiliary.items():
+        words += [_AT[key], value]
+    words += [_AT["NULL"], 0]
+    rsp = (base - 8 * len(words)) & ~15
+    size = max(_STACK_FIRST, STACK_TOP - rsp + (16 << 10))
+    space.map(STACK_TOP - size, size, PROT_READ | PROT_WRITE, fixed=True, name="stack", grows=True)
+    space.write(rsp, struct.pack(f"<{len(words)}Q", *words))
+    space.write(base, random + bytes(texts))
+    return rsp
