@@ -1,7 +1,7 @@
 """Regular files: their contents, in frames of the machine's memory.
 
-A page of a file is in one of four states: it has a frame; it has one that nobody has written to yet (fallocate(2)), which
-reads as zeros and counts as a hole; it is still in the source that the file was imported from; or it is a hole.
+A page of a file is in one of four states: it has a frame; it has one that nobody has written to yet (fallocate(2)),
+which reads as zeros and counts as a hole; it is still in the source that the file was imported from; or it is a hole.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Directory(Inode):
     @property
     def size(self) -> int:
         """Raises OSError."""
-        return (2 + len(self._listed())) * _SIZE_OF_ENTRY if self.nlink else 0
+        return (2 + len(self._listed())) * _SIZE_OF_ENTRY
 
     def find(self, name: bytes) -> Inode | None:
         """Raises OSError."""
