@@ -132,6 +132,7 @@ class FileSystem:
             if not isinstance(inode, Symlink) or not follow:
                 break
             links.follow()
+            inode.accessed()
             at, path = place.directory, inode.target
         if inode is None:
             if not create:
