@@ -1,0 +1,18 @@
+"""System calls, by what they are about. Each is a function of the thread that makes it and of its arguments; it gives
+the result, or raises OSError with the errno, `Blocked`, or what touching memory raises (``-EFAULT`` then).
+
+    memory.py       mmap and its like
+    files.py        files, directories, descriptors
+    identity.py     who and where a process is, limits, names
+    clocks.py       time
+    life.py         threads and processes that end
+
+A call is served by all of them that are imported here: ``SERVED``.
+"""
+
+from __future__ import annotations
+
+from . import clocks, files, identity, life, memory
+from .registry import SERVED, Blocked, Ended
+
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory"]

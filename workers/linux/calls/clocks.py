@@ -1,0 +1,78 @@
+"""Time."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from .registry import Blocked, served, signed32
+
+if TYPE_CHECKING:
+    from ..processes import Thread
+    from ..system import System
+
+_SECOND = 10**9
+_REALTIME, _CLOCKS = (0, 5), range(12)      # and CLOCK_REALTIME_COARSE; all others count from the start of the machine
+_TIMER_ABSTIME = 1
+
+
+def _now(system: System, clock: int) -> int:
+    if clock not in _CLOCKS:
+        raise OSError(errno.EINVAL, "")
+    return system.realtime() if clock in _REALTIME else system.monotonic()
+
+
+@served("clock_gettime")
+def clock_gettime(system: System, thread: Thread, clock: int, address: int, *_: int) -> int:
+    thread.process.space.write(address, struct.pack("<qq", *divmod(_now(system, signed32(clock)), _SECOND)))
+    return 0
+
+
+@served("clock_getres")
+def clock_getres(system: System, thread: Thread, clock: int, address: int, *_: int) -> int:
+    _now(system, signed32(clock))
+    if address:
+        thread.process.space.write(address, struct.pack("<qq", 0, 1))
+    return 0
+
+
+@served("gettimeofday")
+def gettimeofday(system: System, thread: Thread, address: int, zone: int, *_: int) -> int:
+    seconds, rest = divmod(system.realtime(), _SECOND)
+    if address:
+        thread.process.space.write(address, struct.pack("<qq", seconds, rest // 1000))
+    if zone:
+        thread.process.space.write(zone, bytes(8))
+    return 0
+
+
+@served("time")
+def time(system: System, thread: Thread, address: int, *_: int) -> int:
+    seconds = system.realtime() // _SECOND
+    if address:
+        thread.process.space.write(address, struct.pack("<q", seconds))
+    return seconds
+
+
+@served("nanosleep")
+def nanosleep(system: System, thread: Thread, address: int, *_: int) -> int:
+    return _sleep(system, thread, 1, address, absolute=False)
+
+
+@served("clock_nanosleep")
+def clock_nanosleep(system: System, thread: Thread, clock: int, flags: int, address: int, *_: int) -> int:
+    return _sleep(system, thread, signed32(clock), address, absolute=bool(flags & _TIMER_ABSTIME))
+
+
+def _sleep(system: System, thread: Thread, clock: int, address: int, *, absolute: bool) -> int:
+    """The end is kept in the thread: the call is made again until it has come."""
+    if thread.deadline is None:
+        seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
+        if not 0 <= rest < _SECOND or seconds < 0:
+            raise OSError(errno.EINVAL, "")
+        length = seconds * _SECOND + rest - (_now(system, clock) if absolute else 0)
+        thread.deadline = system.monotonic() + max(0, length)
+    if system.monotonic() < thread.deadline:
+        raise Blocked(thread.deadline)
+    return 0

@@ -1,0 +1,673 @@
+"""Files, directories, descriptors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..contents import Regular
+from ..directories import Directory
+from ..inodes import Inode, Node, Stat
+from ..locks import Lock
+from ..openfiles import OpenFile
+from ..paths import LONGEST_PATH
+from ..vfs import UTIME_NOW
+from .registry import Blocked, served, signed, signed32
+
+if TYPE_CHECKING:
+    from ..processes import Thread
+    from ..system import System
+
+_AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW, _AT_REMOVEDIR, _AT_SYMLINK_FOLLOW, _AT_EMPTY_PATH = 0x100, 0x200, 0x400, 0x1000    # linux/fcntl.h
+_COUNT_MAX = 0x7FFF_F000                # of bytes that one call moves (MAX_RW_COUNT)
+_VECTORS_MAX = 1024                     # UIO_MAXIOV
+_PART = 1 << 20                         # bytes that are moved at a time
+_SECOND = 10**9
+_STAT = struct.Struct("<QQQIIIIQqqqqqqqqq24x")
+_STATX = struct.Struct("<IIQIIIHHQQQQ" + "qIi" * 4 + "IIII")
+_STATX_BASIC, _STATX_BTIME = 0x7FF, 0x800
+_STATFS = struct.Struct("<qqqqqqqiiqqq32x")
+
+# --- where a path leads ------------------------------------------------------------------------------------------
+
+
+def _directory(thread: Thread, fd: int) -> Inode:
+    """Where a relative path begins."""
+    number = signed32(fd)
+    if number == _AT_FDCWD:
+        return thread.process.directory
+    return thread.process.files.get(number, path_only=True).inode
+
+
+def _path(thread: Thread, address: int) -> bytes:
+    return thread.process.space.text(address, LONGEST_PATH + 1)
+
+
+def _found(system: System, thread: Thread, fd: int, path: int, flags: int = 0, *, follow: bool = True) -> Inode:
+    text = b"" if flags & _AT_EMPTY_PATH and not path else _path(thread, path)
+    at = thread.process.directory if text.startswith(b"/") else _directory(thread, fd)
+    return system.files.find(at, text, follow=follow and not flags & _AT_SYMLINK_NOFOLLOW,
+                             empty=bool(flags & _AT_EMPTY_PATH))
+
+
+def _place(system: System, thread: Thread, fd: int, path: int) -> tuple[Inode, bytes]:
+    text = _path(thread, path)
+    return (thread.process.directory if text.startswith(b"/") else _directory(thread, fd)), text
+
+
+# --- opening -----------------------------------------------------------------------------------------------------
+
+
+@served("openat")
+def openat(system: System, thread: Thread, fd: int, path: int, flags: int, mode: int, *_: int) -> int:
+    at, text = _place(system, thread, fd, path)
+    file = system.files.open(at, text, flags & 0xFFFF_FFFF, mode & 0o7777 & ~thread.process.mask)
+    return thread.process.files.add(file, close_on_exec=bool(flags & os.O_CLOEXEC))
+
+
+@served("open")
+def open_(system: System, thread: Thread, path: int, flags: int, mode: int, *_: int) -> int:
+    return openat(system, thread, _AT_FDCWD, path, flags, mode)
+
+
+@served("creat")
+def creat(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
+    return openat(system, thread, _AT_FDCWD, path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+
+
+@served("close")
+def close(system: System, thread: Thread, fd: int, *_: int) -> int:
+    thread.process.files.close(signed32(fd))
+    return 0
+
+
+@served("close_range")
+def close_range(system: System, thread: Thread, first: int, last: int, flags: int, *_: int) -> int:
+    first, last = first & 0xFFFF_FFFF, last & 0xFFFF_FFFF
+    if first > last or flags & ~6:
+        raise OSError(errno.EINVAL, "")
+    for number in thread.process.files:
+        if first <= number <= last:
+            if flags & 4:
+                thread.process.files.descriptor(number).close_on_exec = True
+            else:
+                thread.process.files.close(number)
+    return 0
+
+
+@served("dup")
+def dup(system: System, thread: Thread, fd: int, *_: int) -> int:
+    return _duplicate(thread, fd)
+
+
+def _duplicate(thread: Thread, fd: int, *, least: int = 0, close_on_exec: bool = False) -> int:
+    files = thread.process.files
+    file = files.get(signed32(fd), path_only=True)
+    file.keep()
+    return files.add(file, close_on_exec=close_on_exec, least=least)
+
+
+@served("dup2")
+def dup2(system: System, thread: Thread, fd: int, new: int, *_: int) -> int:
+    if signed32(fd) == signed32(new):
+        thread.process.files.get(signed32(fd), path_only=True)
+        return signed32(new)
+    return dup3(system, thread, fd, new, 0)
+
+
+@served("dup3")
+def dup3(system: System, thread: Thread, fd: int, new: int, flags: int, *_: int) -> int:
+    if signed32(fd) == signed32(new) or flags & ~os.O_CLOEXEC:
+        raise OSError(errno.EINVAL, "")
+    files = thread.process.files
+    file = files.get(signed32(fd), path_only=True)
+    file.keep()
+    files.put(signed32(new), file, close_on_exec=bool(flags & os.O_CLOEXEC))
+    return signed32(new)
+
+
+# --- reading and writing -----------------------------------------------------------------------------------------
+
+
+def _terminal(file: OpenFile) -> bool:
+    return isinstance(file.inode, Node) and file.inode.rdev in Node.TERMINALS and stat.S_ISCHR(file.inode.mode)
+
+
+def _read(system: System, thread: Thread, file: OpenFile, count: int, offset: int | None) -> bytes:
+    if not _terminal(file):
+        return file.read(count) if offset is None else file.pread(count, offset)
+    if not file.readable:
+        raise OSError(errno.EBADF, "")
+    if offset is not None:
+        raise OSError(errno.ESPIPE, "")
+    found = system.console.read(count)
+    if found is None:
+        if file.flags & os.O_NONBLOCK:
+            raise OSError(errno.EAGAIN, "")
+        raise Blocked
+    return found
+
+
+def _write(system: System, thread: Thread, file: OpenFile, data: bytes, offset: int | None) -> int:
+    if not _terminal(file):
+        return file.write(data) if offset is None else file.pwrite(data, offset)
+    if not file.writable:
+        raise OSError(errno.EBADF, "")
+    if offset is not None:
+        raise OSError(errno.ESPIPE, "")
+    system.console.write(data)
+    return len(data)
+
+
+def _into(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]], offset: int | None) -> int:
+    """What a file gives, into buffers (address, size)."""
+    file = thread.process.files.get(signed32(fd))
+    done = 0
+    for address, size in _parts(buffers):
+        try:
+            data = _read(system, thread, file, size, None if offset is None else offset + done)
+        except (OSError, Blocked):
+            if done:
+                break
+            raise
+        thread.process.space.write(address, data)
+        done += len(data)
+        if len(data) < size:
+            break
+    else:
+        if not buffers:
+            _read(system, thread, file, 0, offset)
+    return done
+
+
+def _from(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]], offset: int | None) -> int:
+    file = thread.process.files.get(signed32(fd))
+    if not file.writable:
+        raise OSError(errno.EBADF, "")
+    done = 0
+    for address, size in _parts(buffers):
+        data = thread.process.space.read(address, size)
+        try:
+            written = _write(system, thread, file, data, None if offset is None else offset + done)
+        except (OSError, Blocked):
+            if done:
+                break
+            raise
+        done += written
+        if written < size:
+            break
+    return done
+
+
+def _parts(buffers: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    left = _COUNT_MAX
+    for address, size in buffers:
+        size = min(size, left)
+        left -= size
+        at = 0
+        while True:
+            part = min(size - at, _PART)
+            yield address + at, part
+            at += part
+            if at >= size:
+                break
+
+
+def _vectors(thread: Thread, address: int, count: int) -> list[tuple[int, int]]:
+    count = signed32(count)
+    if not 0 <= count <= _VECTORS_MAX:
+        raise OSError(errno.EINVAL, "")
+    found = list(struct.iter_unpack("<QQ", thread.process.space.read(address, 16 * count)))
+    if any(size >> 63 for _, size in found):
+        raise OSError(errno.EINVAL, "")
+    return found
+
+
+@served("read")
+def read(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
+    return _into(system, thread, fd, [(address, count)], None)
+
+
+@served("readv")
+def readv(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
+    return _into(system, thread, fd, _vectors(thread, address, count), None)
+
+
+@served("pread64")
+def pread64(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
+    return _into(system, thread, fd, [(address, count)], signed(offset))
+
+
+@served("preadv")
+def preadv(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
+    return _into(system, thread, fd, _vectors(thread, address, count), signed(offset))
+
+
+@served("write")
+def write(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
+    return _from(system, thread, fd, [(address, count)], None)
+
+
+@served("writev")
+def writev(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
+    return _from(system, thread, fd, _vectors(thread, address, count), None)
+
+
+@served("pwrite64")
+def pwrite64(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
+    return _from(system, thread, fd, [(address, count)], signed(offset))
+
+
+@served("pwritev")
+def pwritev(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
+    return _from(system, thread, fd, _vectors(thread, address, count), signed(offset))
+
+
+@served("sendfile")
+def sendfile(system: System, thread: Thread, out: int, source: int, offset: int, count: int, *_: int) -> int:
+    files = thread.process.files
+    target, file = files.get(signed32(out)), files.get(signed32(source))
+    if not isinstance(file.inode, Regular):
+        raise OSError(errno.EINVAL, "")
+    at = None
+    if offset:
+        at, = struct.unpack("<q", thread.process.space.read(offset, 8))
+    done = 0
+    while done < min(count, _COUNT_MAX):
+        part = min(_PART, min(count, _COUNT_MAX) - done)
+        data = file.read(part) if at is None else file.pread(part, at + done)
+        if not data:
+            break
+        done += _write(system, thread, target, data, None)
+    if at is not None:
+        thread.process.space.write(offset, struct.pack("<q", at + done))
+    return done
+
+
+@served("lseek")
+def lseek(system: System, thread: Thread, fd: int, offset: int, whence: int, *_: int) -> int:
+    file = thread.process.files.get(signed32(fd))
+    if _terminal(file):
+        raise OSError(errno.ESPIPE, "")
+    return file.seek(signed(offset), signed32(whence))
+
+
+@served("fsync", "fdatasync", "syncfs")
+def fsync(system: System, thread: Thread, fd: int, *_: int) -> int:
+    """Files are memory."""
+    thread.process.files.get(signed32(fd))
+    return 0
+
+
+@served("sync")
+def sync(system: System, thread: Thread, *_: int) -> int:
+    return 0
+
+
+@served("fadvise64")
+def fadvise64(system: System, thread: Thread, fd: int, *_: int) -> int:
+    thread.process.files.get(signed32(fd))
+    return 0
+
+
+@served("ftruncate")
+def ftruncate(system: System, thread: Thread, fd: int, size: int, *_: int) -> int:
+    thread.process.files.get(signed32(fd)).resize(signed(size))
+    return 0
+
+
+@served("truncate")
+def truncate(system: System, thread: Thread, path: int, size: int, *_: int) -> int:
+    system.files.truncate(_found(system, thread, _AT_FDCWD, path), signed(size))
+    return 0
+
+
+@served("fallocate")
+def fallocate(system: System, thread: Thread, fd: int, mode: int, offset: int, length: int, *_: int) -> int:
+    thread.process.files.get(signed32(fd)).allocate(signed32(mode), signed(offset), signed(length))
+    return 0
+
+
+# --- what is known about a file ----------------------------------------------------------------------------------
+
+
+def _packed(found: Stat) -> bytes:
+    return _STAT.pack(found.dev, found.ino, found.nlink, found.mode, found.uid, found.gid, 0, found.rdev, found.size,
+                      found.blksize, found.blocks, *divmod(found.atime, _SECOND), *divmod(found.mtime, _SECOND),
+                      *divmod(found.ctime, _SECOND))
+
+
+@served("stat")
+def stat_(system: System, thread: Thread, path: int, address: int, *_: int) -> int:
+    return newfstatat(system, thread, _AT_FDCWD, path, address, 0)
+
+
+@served("lstat")
+def lstat(system: System, thread: Thread, path: int, address: int, *_: int) -> int:
+    return newfstatat(system, thread, _AT_FDCWD, path, address, _AT_SYMLINK_NOFOLLOW)
+
+
+@served("fstat")
+def fstat(system: System, thread: Thread, fd: int, address: int, *_: int) -> int:
+    file = thread.process.files.get(signed32(fd), path_only=True)
+    thread.process.space.write(address, _packed(file.inode.stat()))
+    return 0
+
+
+@served("newfstatat")
+def newfstatat(system: System, thread: Thread, fd: int, path: int, address: int, flags: int, *_: int) -> int:
+    thread.process.space.write(address, _packed(_found(system, thread, fd, path, flags).stat()))
+    return 0
+
+
+@served("statx")
+def statx(system: System, thread: Thread, fd: int, path: int, flags: int, mask: int, address: int, *_: int) -> int:
+    found = _found(system, thread, fd, path, flags).stat()
+    times = [(*divmod(each, _SECOND), 0) for each in (found.atime, found.btime, found.ctime, found.mtime)]
+    packed = _STATX.pack(_STATX_BASIC | _STATX_BTIME, found.blksize, 0, found.nlink, found.uid, found.gid, found.mode,
+                         0, found.ino, found.size, found.blocks, 0, *[part for each in times for part in each],
+                         os.major(found.rdev), os.minor(found.rdev), os.major(found.dev), os.minor(found.dev))
+    thread.process.space.write(address, packed.ljust(256, b"\0"))
+    return 0
+
+
+@served("access")
+def access(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
+    return faccessat2(system, thread, _AT_FDCWD, path, mode, 0)
+
+
+@served("faccessat")
+def faccessat(system: System, thread: Thread, fd: int, path: int, mode: int, *_: int) -> int:
+    return faccessat2(system, thread, fd, path, mode, 0)
+
+
+@served("faccessat2")
+def faccessat2(system: System, thread: Thread, fd: int, path: int, mode: int, flags: int, *_: int) -> int:
+    system.files.access(_found(system, thread, fd, path, flags), signed32(mode))
+    return 0
+
+
+@served("statfs")
+def statfs(system: System, thread: Thread, path: int, address: int, *_: int) -> int:
+    _found(system, thread, _AT_FDCWD, path)
+    return _statfs(system, thread, address)
+
+
+@served("fstatfs")
+def fstatfs(system: System, thread: Thread, fd: int, address: int, *_: int) -> int:
+    thread.process.files.get(signed32(fd), path_only=True)
+    return _statfs(system, thread, address)
+
+
+def _statfs(system: System, thread: Thread, address: int) -> int:
+    found = system.files.statfs()
+    thread.process.space.write(address, _STATFS.pack(
+        found.type, found.bsize, found.blocks, found.bfree, found.bavail, found.files, found.ffree, 0, 0,
+        found.namelen, found.bsize, 0x20))
+    return 0
+
+
+@served("readlink")
+def readlink(system: System, thread: Thread, path: int, address: int, size: int, *_: int) -> int:
+    return readlinkat(system, thread, _AT_FDCWD, path, address, size)
+
+
+@served("readlinkat")
+def readlinkat(system: System, thread: Thread, fd: int, path: int, address: int, size: int, *_: int) -> int:
+    if signed32(size) <= 0:
+        raise OSError(errno.EINVAL, "")
+    target = system.files.readlink(_found(system, thread, fd, path, _AT_EMPTY_PATH, follow=False))[:signed32(size)]
+    thread.process.space.write(address, target)
+    return len(target)
+
+
+@served("chmod")
+def chmod(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
+    return fchmodat(system, thread, _AT_FDCWD, path, mode)
+
+
+@served("fchmodat")
+def fchmodat(system: System, thread: Thread, fd: int, path: int, mode: int, *_: int) -> int:
+    system.files.chmod(_found(system, thread, fd, path), mode & 0o7777)
+    return 0
+
+
+@served("fchmod")
+def fchmod(system: System, thread: Thread, fd: int, mode: int, *_: int) -> int:
+    system.files.chmod(thread.process.files.get(signed32(fd)).inode, mode & 0o7777)
+    return 0
+
+
+@served("chown")
+def chown(system: System, thread: Thread, path: int, uid: int, gid: int, *_: int) -> int:
+    return fchownat(system, thread, _AT_FDCWD, path, uid, gid, 0)
+
+
+@served("lchown")
+def lchown(system: System, thread: Thread, path: int, uid: int, gid: int, *_: int) -> int:
+    return fchownat(system, thread, _AT_FDCWD, path, uid, gid, _AT_SYMLINK_NOFOLLOW)
+
+
+@served("fchown")
+def fchown(system: System, thread: Thread, fd: int, uid: int, gid: int, *_: int) -> int:
+    system.files.chown(thread.process.files.get(signed32(fd)).inode, signed32(uid), signed32(gid))
+    return 0
+
+
+@served("fchownat")
+def fchownat(system: System, thread: Thread, fd: int, path: int, uid: int, gid: int, flags: int, *_: int) -> int:
+    system.files.chown(_found(system, thread, fd, path, flags), signed32(uid), signed32(gid))
+    return 0
+
+
+@served("utimensat")
+def utimensat(system: System, thread: Thread, fd: int, path: int, times: int, flags: int, *_: int) -> int:
+    inode = thread.process.files.get(signed32(fd)).inode if not path else _found(system, thread, fd, path, flags)
+    wanted = ((0, UTIME_NOW), (0, UTIME_NOW))
+    if times:
+        a, b, c, d = struct.unpack("<4q", thread.process.space.read(times, 32))
+        wanted = ((a, b), (c, d))
+    system.files.set_times(inode, *wanted)
+    return 0
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+@served("getcwd")
+def getcwd(system: System, thread: Thread, address: int, size: int, *_: int) -> int:
+    path = system.files.path_of(thread.process.directory) + b"\0"
+    if len(path) > size:
+        raise OSError(errno.ERANGE, "")
+    thread.process.space.write(address, path)
+    return len(path)
+
+
+@served("chdir")
+def chdir(system: System, thread: Thread, path: int, *_: int) -> int:
+    return _change_directory(thread, _found(system, thread, _AT_FDCWD, path))
+
+
+@served("fchdir")
+def fchdir(system: System, thread: Thread, fd: int, *_: int) -> int:
+    return _change_directory(thread, thread.process.files.get(signed32(fd), path_only=True).inode)
+
+
+def _change_directory(thread: Thread, inode: Inode) -> int:
+    if not isinstance(inode, Directory):
+        raise OSError(errno.ENOTDIR, "")
+    inode.keep()
+    thread.process.directory.let_go()
+    thread.process.directory = inode
+    return 0
+
+
+@served("getdents64")
+def getdents64(system: System, thread: Thread, fd: int, address: int, size: int, *_: int) -> int:
+    data = thread.process.files.get(signed32(fd)).getdents(size & 0xFFFF_FFFF)
+    thread.process.space.write(address, data)
+    return len(data)
+
+
+@served("mkdir")
+def mkdir(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
+    return mkdirat(system, thread, _AT_FDCWD, path, mode)
+
+
+@served("mkdirat")
+def mkdirat(system: System, thread: Thread, fd: int, path: int, mode: int, *_: int) -> int:
+    system.files.mkdir(*_place(system, thread, fd, path), mode & 0o7777 & ~thread.process.mask)
+    return 0
+
+
+@served("mknod")
+def mknod(system: System, thread: Thread, path: int, mode: int, device: int, *_: int) -> int:
+    return mknodat(system, thread, _AT_FDCWD, path, mode, device)
+
+
+@served("mknodat")
+def mknodat(system: System, thread: Thread, fd: int, path: int, mode: int, device: int, *_: int) -> int:
+    system.files.mknod(*_place(system, thread, fd, path), mode & 0o177777 & ~thread.process.mask, device)
+    return 0
+
+
+@served("unlink")
+def unlink(system: System, thread: Thread, path: int, *_: int) -> int:
+    return unlinkat(system, thread, _AT_FDCWD, path, 0)
+
+
+@served("rmdir")
+def rmdir(system: System, thread: Thread, path: int, *_: int) -> int:
+    return unlinkat(system, thread, _AT_FDCWD, path, _AT_REMOVEDIR)
+
+
+@served("unlinkat")
+def unlinkat(system: System, thread: Thread, fd: int, path: int, flags: int, *_: int) -> int:
+    if flags & ~_AT_REMOVEDIR:
+        raise OSError(errno.EINVAL, "")
+    remove = system.files.rmdir if flags else system.files.unlink
+    remove(*_place(system, thread, fd, path))
+    return 0
+
+
+@served("rename")
+def rename(system: System, thread: Thread, old: int, new: int, *_: int) -> int:
+    return renameat2(system, thread, _AT_FDCWD, old, _AT_FDCWD, new, 0)
+
+
+@served("renameat")
+def renameat(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, *_: int) -> int:
+    return renameat2(system, thread, old_fd, old, fd, new, 0)
+
+
+@served("renameat2")
+def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int) -> int:
+    system.files.rename(*_place(system, thread, old_fd, old), *_place(system, thread, fd, new), flags & 0xFFFF_FFFF)
+    return 0
+
+
+@served("link")
+def link(system: System, thread: Thread, old: int, new: int, *_: int) -> int:
+    return linkat(system, thread, _AT_FDCWD, old, _AT_FDCWD, new, 0)
+
+
+@served("linkat")
+def linkat(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int, *_: int) -> int:
+    system.files.link(*_place(system, thread, old_fd, old), *_place(system, thread, fd, new),
+                      follow=bool(flags & _AT_SYMLINK_FOLLOW), empty=bool(flags & _AT_EMPTY_PATH))
+    return 0
+
+
+@served("symlink")
+def symlink(system: System, thread: Thread, target: int, path: int, *_: int) -> int:
+    return symlinkat(system, thread, target, _AT_FDCWD, path)
+
+
+@served("symlinkat")
+def symlinkat(system: System, thread: Thread, target: int, fd: int, path: int, *_: int) -> int:
+    system.files.symlink(_path(thread, target), *_place(system, thread, fd, path))
+    return 0
+
+
+@served("umask")
+def umask(system: System, thread: Thread, mask: int, *_: int) -> int:
+    old, thread.process.mask = thread.process.mask, mask & 0o777
+    return old
+
+
+# --- descriptors and locks ---------------------------------------------------------------------------------------
+
+_F = {"DUPFD": 0, "GETFD": 1, "SETFD": 2, "GETFL": 3, "SETFL": 4, "GETLK": 5, "SETLK": 6, "SETLKW": 7,
+      "DUPFD_CLOEXEC": 1030}
+_FLOCK = struct.Struct("<hh4xqqi4x")
+_UNLOCK = 2
+
+
+@served("fcntl")
+def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, *_: int) -> int:
+    files, number = thread.process.files, signed32(fd)
+    file = files.get(number, path_only=command in (_F["DUPFD"], _F["DUPFD_CLOEXEC"], _F["GETFD"], _F["SETFD"],
+                                                   _F["GETFL"]))
+    if command in (_F["DUPFD"], _F["DUPFD_CLOEXEC"]):
+        if not 0 <= signed32(argument) < files.limit:
+            raise OSError(errno.EINVAL, "")
+        return _duplicate(thread, fd, least=signed32(argument), close_on_exec=command == _F["DUPFD_CLOEXEC"])
+    if command == _F["GETFD"]:
+        return int(files.descriptor(number).close_on_exec)
+    if command == _F["SETFD"]:
+        files.descriptor(number).close_on_exec = bool(argument & 1)
+        return 0
+    if command == _F["GETFL"]:
+        return file.flags
+    if command == _F["SETFL"]:
+        file.set_flags(argument & 0xFFFF_FFFF)
+        return 0
+    if command in (_F["GETLK"], _F["SETLK"], _F["SETLKW"]):
+        return _record_lock(thread, file, command, argument)
+    raise OSError(errno.EINVAL, "")
+
+
+def _record_lock(thread: Thread, file: OpenFile, command: int, address: int) -> int:
+    space, owner = thread.process.space, thread.process.pid
+    kind, whence, start, length, _ = _FLOCK.unpack(space.read(address, _FLOCK.size))
+    if command == _F["GETLK"]:
+        held: Lock | None = file.conflict(owner, kind, whence, start, length)
+        if held is None:
+            space.write(address, struct.pack("<h", _UNLOCK))
+        else:
+            end = 0 if held.end >= 1 << 63 else held.end - held.start
+            space.write(address, _FLOCK.pack(int(held.exclusive), os.SEEK_SET, held.start, end, held.owner))
+        return 0
+    try:
+        file.lock(owner, kind, whence, start, length)
+    except OSError as error:
+        if command == _F["SETLKW"] and error.errno == errno.EAGAIN:
+            raise Blocked from None
+        raise
+    return 0
+
+
+@served("flock")
+def flock(system: System, thread: Thread, fd: int, operation: int, *_: int) -> int:
+    try:
+        thread.process.files.get(signed32(fd)).flock(signed32(operation))
+    except OSError as error:
+        if error.errno == errno.EAGAIN and not operation & 4:       # LOCK_NB
+            raise Blocked from None
+        raise
+    return 0
+
+
+@served("ioctl")
+def ioctl(system: System, thread: Thread, fd: int, request: int, argument: int, *_: int) -> int:
+    file = thread.process.files.get(signed32(fd))
+    if not _terminal(file):
+        raise OSError(errno.ENOTTY, "")
+    return system.console.ioctl(thread, request & 0xFFFF_FFFF, argument)
+
+

@@ -1,0 +1,231 @@
+"""Who and where a process is; names, limits, what the machine has."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from ..program import STACK_LIMIT
+from ..space import PAGE
+from .registry import served, signed32
+
+if TYPE_CHECKING:
+    from ..processes import Thread
+    from ..system import System
+
+_UNLIMITED = (1 << 64) - 1
+_STACK, _NOFILE, _LIMITS = 3, 7, 16                 # RLIMIT_*
+_SET_NAME, _GET_NAME = 15, 16                       # PR_*
+_SET_FS, _GET_FS = 0x1002, 0x1003                   # ARCH_*, asm/prctl.h
+_TICKS = 100
+
+
+@served("getpid")
+def getpid(system: System, thread: Thread, *_: int) -> int:
+    return thread.process.pid
+
+
+@served("getppid")
+def getppid(system: System, thread: Thread, *_: int) -> int:
+    return thread.process.parent
+
+
+@served("gettid")
+def gettid(system: System, thread: Thread, *_: int) -> int:
+    return thread.tid
+
+
+@served("getuid", "geteuid", "getgid", "getegid", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid",
+        "setfsuid", "setfsgid", "getgroups", "setgroups", "setpriority")
+def root(system: System, thread: Thread, *_: int) -> int:
+    """There is no other user."""
+    return 0
+
+
+@served("getpriority")
+def getpriority(system: System, thread: Thread, *_: int) -> int:
+    """20 - niceness, as the call itself gives it."""
+    return 20
+
+
+@served("getresuid", "getresgid")
+def getresuid(system: System, thread: Thread, real: int, effective: int, saved: int, *_: int) -> int:
+    for address in (real, effective, saved):
+        thread.process.space.write(address, bytes(4))
+    return 0
+
+
+@served("getpgrp")
+def getpgrp(system: System, thread: Thread, *_: int) -> int:
+    return thread.process.group
+
+
+@served("getpgid")
+def getpgid(system: System, thread: Thread, pid: int, *_: int) -> int:
+    return system.process(signed32(pid) or thread.process.pid).group
+
+
+@served("getsid")
+def getsid(system: System, thread: Thread, pid: int, *_: int) -> int:
+    return system.process(signed32(pid) or thread.process.pid).session
+
+
+@served("setpgid")
+def setpgid(system: System, thread: Thread, pid: int, group: int, *_: int) -> int:
+    found = system.process(signed32(pid) or thread.process.pid)
+    if signed32(group) < 0:
+        raise OSError(errno.EINVAL, "")
+    if found.session == found.pid:
+        raise OSError(errno.EPERM, "")
+    found.group = signed32(group) or found.pid
+    return 0
+
+
+@served("setsid")
+def setsid(system: System, thread: Thread, *_: int) -> int:
+    process = thread.process
+    if process.group == process.pid:
+        raise OSError(errno.EPERM, "")
+    process.group = process.session = process.pid
+    return process.pid
+
+
+@served("uname")
+def uname(system: System, thread: Thread, address: int, *_: int) -> int:
+    fields = (b"Linux", system.host, b"6.1.0", b"#1 SMP", b"x86_64", b"(none)")
+    thread.process.space.write(address, b"".join(each.ljust(65, b"\0") for each in fields))
+    return 0
+
+
+@served("sysinfo")
+def sysinfo(system: System, thread: Thread, address: int, *_: int) -> int:
+    processes = len(system.processes)
+    thread.process.space.write(address, struct.pack(
+        "<qQQQQQQQQQHxxxxxxQQI4x", system.monotonic() // 10**9, 0, 0, 0, system.memory_pages * PAGE,
+        system.frames.free * PAGE, 0, 0, 0, 0, processes, 0, 0, 1))
+    return 0
+
+
+@served("prlimit64")
+def prlimit64(system: System, thread: Thread, pid: int, which: int, new: int, old: int, *_: int) -> int:
+    process = system.process(signed32(pid) or thread.process.pid)
+    if signed32(which) not in range(_LIMITS):
+        raise OSError(errno.EINVAL, "")
+    wanted = struct.unpack("<QQ", thread.process.space.read(new, 16)) if new else None
+    if wanted and wanted[0] > wanted[1]:
+        raise OSError(errno.EINVAL, "")
+    if old:
+        thread.process.space.write(old, struct.pack("<QQ", *process.limits.get(which, _usual(which))))
+    if wanted:
+        process.limits[which] = wanted
+        if which == _NOFILE:
+            process.files.limit = min(wanted[0], 1 << 20)
+    return 0
+
+
+@served("getrlimit")
+def getrlimit(system: System, thread: Thread, which: int, address: int, *_: int) -> int:
+    return prlimit64(system, thread, 0, which, 0, address)
+
+
+@served("setrlimit")
+def setrlimit(system: System, thread: Thread, which: int, address: int, *_: int) -> int:
+    return prlimit64(system, thread, 0, which, address, 0)
+
+
+def _usual(which: int) -> tuple[int, int]:
+    return {_STACK: (STACK_LIMIT, _UNLIMITED), _NOFILE: (1024, 1 << 20)}.get(which, (_UNLIMITED, _UNLIMITED))
+
+
+@served("getrusage")
+def getrusage(system: System, thread: Thread, who: int, address: int, *_: int) -> int:
+    used = system.monotonic() // 1000
+    thread.process.space.write(address, struct.pack("<qq", *divmod(used, 10**6)) + bytes(128))
+    return 0
+
+
+@served("times")
+def times(system: System, thread: Thread, address: int, *_: int) -> int:
+    ticks = system.monotonic() * _TICKS // 10**9
+    if address:
+        thread.process.space.write(address, struct.pack("<4q", ticks, 0, 0, 0))
+    return ticks
+
+
+@served("sched_getaffinity")
+def sched_getaffinity(system: System, thread: Thread, pid: int, size: int, address: int, *_: int) -> int:
+    if size < 8 or size % 8:
+        raise OSError(errno.EINVAL, "")
+    thread.process.space.write(address, struct.pack("<Q", (1 << min(system.threads_max, 63)) - 1))
+    return 8
+
+
+@served("sched_setaffinity", "sched_yield", "sched_setscheduler")
+def scheduled(system: System, thread: Thread, *_: int) -> int:
+    """By the host."""
+    return 0
+
+
+@served("getcpu")
+def getcpu(system: System, thread: Thread, cpu: int, node: int, *_: int) -> int:
+    for address in (cpu, node):
+        if address:
+            thread.process.space.write(address, bytes(4))
+    return 0
+
+
+@served("getrandom")
+def getrandom(system: System, thread: Thread, address: int, count: int, flags: int, *_: int) -> int:
+    if flags & ~7 or flags & 6 == 6:
+        raise OSError(errno.EINVAL, "")
+    count = min(count, 1 << 20)
+    thread.process.space.write(address, system.files.store.random(count))
+    return count
+
+
+@served("prctl")
+def prctl(system: System, thread: Thread, option: int, argument: int, *_: int) -> int:
+    if option == _SET_NAME:
+        thread.name = thread.process.space.read(argument, 16).partition(b"\0")[0][:15]
+        return 0
+    if option == _GET_NAME:
+        thread.process.space.write(argument, thread.name.ljust(16, b"\0"))
+        return 0
+    raise OSError(errno.EINVAL, "")
+
+
+@served("arch_prctl")
+def arch_prctl(system: System, thread: Thread, code: int, address: int, *_: int) -> int:
+    if code == _SET_FS:
+        if address >> 47:
+            raise OSError(errno.EPERM, "")
+        thread.fs_base = address
+        return 0
+    if code == _GET_FS:
+        thread.process.space.write(address, struct.pack("<Q", thread.fs_base or 0))
+        return 0
+    raise OSError(errno.EINVAL, "")
+
+
+@served("set_tid_address")
+def set_tid_address(system: System, thread: Thread, address: int, *_: int) -> int:
+    thread.clear_tid = address
+    return thread.tid
+
+
+@served("set_robust_list")
+def set_robust_list(system: System, thread: Thread, head: int, size: int, *_: int) -> int:
+    if size != 24:
+        raise OSError(errno.EINVAL, "")
+    thread.robust = (head, size)
+    return 0
+
+
+@served("get_robust_list")
+def get_robust_list(system: System, thread: Thread, pid: int, head: int, size: int, *_: int) -> int:
+    thread.process.space.write(head, struct.pack("<Q", thread.robust[0]))
+    thread.process.space.write(size, struct.pack("<Q", 24))
+    return 0
+
+
