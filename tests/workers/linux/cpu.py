@@ -1,5 +1,5 @@
-"""A processor for one thread, in this process: Unicorn over the frames, page by page as the tables say. Slow, and without
-a machine; it is there to try the system by real programs."""
+"""A processor for one thread, in this process: Unicorn over the frames, page by page as the tables say. Slow, and
+without a machine; it is there to try the system by real programs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ class Machine:
                     result = self.system.call(self.thread, number, arguments)
                     break
                 except Blocked as blocked:
-                    assert blocked.deadline is not None, "nobody could wake it"
+                    if blocked.deadline is None:
+                        raise AssertionError("nobody could wake it") from None
                     time.sleep(max(0.0, (blocked.deadline - time.monotonic_ns()) / 1e9))
         except Ended:
             self.ending = self.thread.process.code

@@ -1,5 +1,5 @@
-"""Programs that nobody here wrote: Debian's, downloaded once into the checkout's ``.packages`` (ignored by git), unpacked
-there and not installed."""
+"""Programs that nobody here wrote: Debian's, downloaded once into the checkout's ``.packages`` (ignored by git),
+unpacked there and not installed."""
 
 from __future__ import annotations
 
