@@ -186,10 +186,10 @@ class Regular(Inode):
             self._unread.remove(pages[0], pages[-1] + 1)
 
     def resize(self, size: int) -> None:
-        """ftruncate(2)."""
+        """ftruncate(2). What was allocated behind the end goes unless it grows."""
         if size > self._size:
             self._grow(size)
-        elif size < self._size:
+        else:
             self._drop(_pages(size), _pages(LARGEST))
             self._zero(size, min(self._size, _pages(size) * PAGE))
             self._source_size = min(self._source_size, size)

@@ -359,8 +359,9 @@ class FileSystem:
             raise OSError(errno.EISDIR, "")
         if not isinstance(inode, Regular) or not 0 <= size <= LARGEST:
             raise OSError(errno.EINVAL, "")
-        inode.resize(size)
-        inode.modified()
+        if size != inode.size or inode.blocks:      # as tmpfs does
+            inode.resize(size)
+            inode.modified()
 
     def statfs(self) -> StatFs:
         """statfs(2)."""

@@ -38,6 +38,10 @@ CLOCK_REALTIME_COARSE = 5
 AT_FDCWD, AT_SYMLINK_NOFOLLOW, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = -100, 0x100, 0x400, 0x1000
 
 
+#: By path: inode, times.
+Marks = dict[bytes, tuple[int, int, int]]
+
+
 class Ours:
     """A file system, and everything beneath it."""
 
@@ -258,6 +262,8 @@ class Both:
         self.do_file(file, lambda found: found.pwrite(data, offset), lambda fd: os.pwrite(fd, data, offset))
 
     def seek(self, file: int, offset: int, whence: int) -> None:
+        if self.files and isinstance(self.files[file % len(self.files)][0].inode, Directory):
+            whence = os.SEEK_SET if whence == os.SEEK_CUR else whence       # positions of entries differ
         self.do_file(file, lambda found: found.seek(offset, whence), lambda fd: os.lseek(fd, offset, whence))
 
     def resize(self, file: int, size: int) -> None:
@@ -286,11 +292,11 @@ class Both:
 
     # --- all of it -------------------------------------------------------------------------------------------------
 
-    def marks(self) -> tuple[dict[bytes, tuple[int, int]], dict[bytes, tuple[int, int]]]:
+    def marks(self) -> tuple[Marks, Marks]:
         """When each file was changed, here and there."""
-        ours = {path: (inode.mtime, inode.ctime) for path, inode in tree(self.fs.root)}
+        ours = {path: (inode.number, inode.mtime, inode.ctime) for path, inode in tree(self.fs.root)}
         return ours, self.host.do(
-            lambda: {path: (found.st_mtime_ns, found.st_ctime_ns) for path, found in host_tree()})
+            lambda: {path: (found.st_ino, found.st_mtime_ns, found.st_ctime_ns) for path, found in host_tree()})
 
     def compare(self) -> None:
         ours = {path: ours_of(inode) + contents(inode) for path, inode in tree(self.fs.root)}
@@ -317,10 +323,12 @@ class Both:
         self.ours.check()
 
 
-def changed(before: dict[bytes, tuple[int, int]], after: dict[bytes, tuple[int, int]]) -> dict[bytes, list[bool]]:
-    """Which times of which files; of new ones all."""
-    return {path: [old != new for old, new in zip(before.get(path, (0, 0)), times, strict=True)]
-            for path, times in after.items() if before.get(path) != times}
+def changed(before: Marks, after: Marks) -> dict[bytes, tuple[bool, bool]]:
+    """Which times of which files; of new ones both."""
+    old = {number: times for number, *times in before.values()}
+    found = {path: (old.get(number, [0, 0])[0] != mtime, old.get(number, [0, 0])[1] != ctime)
+             for path, (number, mtime, ctime) in after.items()}
+    return {path: which for path, which in found.items() if any(which)}
 
 
 def tree(root: Directory, path: bytes = b"/") -> Iterator[tuple[bytes, Inode]]:
