@@ -186,22 +186,25 @@ class Regular(Inode):
             self._unread.remove(pages[0], pages[-1] + 1)
 
     def resize(self, size: int) -> None:
-        """ftruncate(2)."""
+        """ftruncate(2). What was allocated behind the end goes unless it grows."""
         if size > self._size:
             self._grow(size)
-        elif size < self._size:
+        else:
             self._drop(_pages(size), _pages(LARGEST))
             self._zero(size, min(self._size, _pages(size) * PAGE))
             self._source_size = min(self._source_size, size)
             self._size = size
 
     def allocate(self, offset: int, end: int, *, grow: bool) -> None:
-        """fallocate(2): frames for all of that range. Raises OSError (ENOSPC), and nothing is changed."""
+        """fallocate(2): frames for all of that range. Those that it has without data count as data now, as in Linux.
+        Raises OSError (ENOSPC), and nothing is changed."""
         first, last = offset // PAGE, _pages(end)
         missing = last - first - self._unread.count(first, last) - sum(
             1 for frames in (self._frames, self._reserved) for page in frames if first <= page < last)
         if missing > self.store.frames.free:
             raise OSError(errno.ENOSPC, "")
+        for page in [page for page in self._reserved if first <= page < last]:
+            self._written(page)
         if missing:
             pages = [page for page in range(first, last)
                      if page not in self._frames and page not in self._reserved and page not in self._unread]

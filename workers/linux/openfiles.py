@@ -18,6 +18,8 @@ from .locks import FOREVER, Lock
 __all__ = ["FALLOC_KEEP_SIZE", "FALLOC_PUNCH_HOLE", "OpenFile"]
 
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2              # uapi/linux/falloc.h
+#: What fallocate(2) can be asked for at all: also to collapse (8), zero (16), insert (32), unshare (64).
+_FALLOC_MODES = (0, 1, 3, 8, 16, 17, 32, 64, 65)
 
 #: Of open(2)'s flags, those that fcntl(2) can set.
 _SETTABLE = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_ASYNC
@@ -106,9 +108,9 @@ class OpenFile:
         return self._write(offset, data)[1]
 
     def _read(self, offset: int, count: int) -> bytes:
+        self._check_range(offset, count)
         if isinstance(self.inode, Directory):
             raise OSError(errno.EISDIR, "")
-        self._check_range(offset, count)
         count = min(count, _MOST)
         if isinstance(self.inode, Node):
             return self.inode.read(count)
@@ -132,9 +134,8 @@ class OpenFile:
             offset = self.inode.size
         if offset >= LARGEST:
             raise OSError(errno.EFBIG, "")
-        written = self.inode.write(offset, data[:LARGEST - offset])
-        self.inode.modified()
-        return offset, written
+        self.inode.modified()           # in Linux too, also when there is no room
+        return offset, self.inode.write(offset, data[:LARGEST - offset])
 
     def resize(self, size: int) -> None:
         """ftruncate(2). Raises OSError."""
@@ -151,13 +152,15 @@ class OpenFile:
         self._check(not self.path_only)
         if offset < 0 or length <= 0:
             raise OSError(errno.EINVAL, "")
-        if mode not in (0, FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE):
+        if mode not in _FALLOC_MODES:
             raise OSError(errno.EOPNOTSUPP, "")
         self._check(self.writable)
         if not isinstance(self.inode, Regular):
             raise OSError(errno.ESPIPE if self.inode.kind == stat.S_IFIFO else errno.ENODEV, "")
         if offset + length > LARGEST:
             raise OSError(errno.EFBIG, "")
+        if mode & ~(FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE):
+            raise OSError(errno.EOPNOTSUPP, "")
         if mode & FALLOC_PUNCH_HOLE:
             self.inode.punch(offset, offset + length)
         else:

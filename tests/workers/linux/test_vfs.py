@@ -4,396 +4,19 @@ that changed, and the same tree; and of frames what no program sees."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
-import functools
-import itertools
 import os
-import random
 import stat
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
-from host import Host, call, host
+from both import AT_EMPTY_PATH, AT_SYMLINK_FOLLOW, Both, Existing
+from host import Host, host
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from system import FIRST, Ram
 
-from workers.linux.contents import Regular
-from workers.linux.directories import Directory
-from workers.linux.frames import Frames
-from workers.linux.inodes import Inode, Symlink
-from workers.linux.openfiles import OpenFile
 from workers.linux.space import PAGE
-from workers.linux.vfs import UTIME_NOW, UTIME_OMIT, FileSystem
-
-PAGES = 24      # of memory, there and here
-
-RENAMEAT2, FALLOCATE, UTIMENSAT, LINKAT, FACCESSAT, GETDENTS = 316, 285, 280, 265, 269, 217     # x86-64
-AT_FDCWD, AT_SYMLINK_NOFOLLOW, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH = -100, 0x100, 0x400, 0x1000
-
-
-class Ours:
-    """A file system, and everything beneath it."""
-
-    def __init__(self, pages: int = PAGES) -> None:
-        self.ram = Ram()
-        self.pages = pages
-        self.frames = Frames(FIRST, pages)
-        self.ticks = itertools.count(10**18)
-        self.random = random.Random(1)
-        self.fs = FileSystem(self.ram, self.frames, clock=self.clock, random=self.random.randbytes, blocks=pages)
-
-    def clock(self) -> int:
-        return next(self.ticks)
-
-    def reload(self, files: list[OpenFile]) -> list[OpenFile]:
-        """All of it becomes data, and the data a file system."""
-        saved = msgspec.msgpack.decode(msgspec.msgpack.encode([self.fs.save(), [file.save() for file in files]]))
-        sources = self.fs.store.sources
-        self.fs = FileSystem.load(saved[0], self.ram, self.frames, clock=self.clock, random=self.random.randbytes)
-        self.fs.store.sources = sources
-        return [OpenFile.load(self.fs.store, each) for each in saved[1]]
-
-    def check(self) -> None:
-        """Each frame of a file is used once, by it alone; all others are free, and zero."""
-        used = [frame for inode in self.fs.store.inodes.values() for frame in frames_of(inode)]
-        assert len(used) == len(set(used))
-        for frame in range(FIRST, FIRST + self.pages):
-            assert self.frames.uses(frame) == (frame in used)
-            assert frame in used or self.ram.of(frame) == bytes(PAGE)
-        assert self.frames.free == self.pages - len(used)
-
-
-def frames_of(inode: Inode) -> list[int]:
-    return [*inode._frames.values(), *inode._reserved.values()] if isinstance(inode, Regular) else []
-
-
-def outcome(what: Callable[[], object]) -> object:
-    """What it gives, or its errno."""
-    try:
-        return what() or None
-    except OSError as error:
-        return os.strerror(error.errno)
-
-
-def spec(time: tuple[int, int]) -> bytes:
-    return struct.pack("<qq", *time)
-
-
-class Both:
-    """Each call here and in the host's kernel."""
-
-    def __init__(self, host: Host, *, times: bool) -> None:
-        self.host, self.times = host, times
-        self.ours = Ours()
-        host.renew(PAGES)
-        self.files: list[tuple[OpenFile, int]] = []
-        self.before = self.marks()
-
-    def close(self) -> None:
-        for _, fd in self.files:
-            os.close(fd)
-
-    @property
-    def fs(self) -> FileSystem:
-        return self.ours.fs
-
-    def do(self, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
-        assert outcome(ours) == self.host.do(lambda: outcome(theirs))
-
-    def at(self, index: int) -> tuple[Inode, int]:
-        """A directory to begin at, or what was hoped to be one."""
-        index %= 1 + len(self.files)
-        if not index:
-            return self.fs.root, AT_FDCWD
-        file, fd = self.files[index - 1]
-        return file.inode, fd
-
-    def apply(self, name: str, *arguments: Any) -> None:
-        getattr(self, name)(*arguments)
-        if self.times:
-            marks = self.marks()
-            assert changed(self.before[0], marks[0]) == changed(self.before[1], marks[1]), (name, arguments)
-            self.before = marks
-
-    # --- names -----------------------------------------------------------------------------------------------------
-
-    def open(self, at: int, path: bytes, flags: int, mode: int) -> None:
-        inode, fd = self.at(at)
-        opened: list[Any] = []
-
-        def ours() -> int:
-            opened.append(self.fs.open(inode, path, flags, mode))
-            return int(opened[0].flags)
-
-        def theirs() -> int:
-            opened.append(call(257, fd, path, flags | os.O_CLOEXEC, mode))
-            return fcntl.fcntl(opened[-1], fcntl.F_GETFL)
-
-        try:
-            self.do(ours, theirs)
-        except AssertionError:
-            for each in opened:
-                if isinstance(each, int):
-                    os.close(each)
-            raise
-        if opened:
-            self.files.append((opened[0], opened[1]))
-
-    def mkdir(self, at: int, path: bytes, mode: int) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.mkdir(inode, path, mode), lambda: os.mkdir(path, mode, dir_fd=fd))
-
-    def mknod(self, at: int, path: bytes, mode: int, device: int) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.mknod(inode, path, mode, device),
-                lambda: os.mknod(path, mode, device, dir_fd=fd))
-
-    def symlink(self, target: bytes, at: int, path: bytes) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.symlink(target, inode, path), lambda: os.symlink(target, path, dir_fd=fd))
-
-    def link(self, old_at: int, old: bytes, at: int, path: bytes, flags: int) -> None:
-        (old_inode, old_fd), (inode, fd) = self.at(old_at), self.at(at)
-        self.do(lambda: self.fs.link(old_inode, old, inode, path, follow=bool(flags & AT_SYMLINK_FOLLOW),
-                                     empty=bool(flags & AT_EMPTY_PATH)),
-                lambda: call(LINKAT, old_fd, old, fd, path, flags))
-
-    def unlink(self, at: int, path: bytes) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.unlink(inode, path), lambda: os.unlink(path, dir_fd=fd))
-
-    def rmdir(self, at: int, path: bytes) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.rmdir(inode, path), lambda: os.rmdir(path, dir_fd=fd))
-
-    def rename(self, old_at: int, old: bytes, at: int, path: bytes, flags: int) -> None:
-        (old_inode, old_fd), (inode, fd) = self.at(old_at), self.at(at)
-        self.do(lambda: self.fs.rename(old_inode, old, inode, path, flags),
-                lambda: call(RENAMEAT2, old_fd, old, fd, path, flags))
-
-    def readlink(self, at: int, path: bytes) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.readlink(self.fs.find(inode, path, follow=False)),
-                lambda: os.readlink(path, dir_fd=fd))
-
-    # --- what is known ---------------------------------------------------------------------------------------------
-
-    def stat(self, at: int, path: bytes, follow: bool) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: ours_of(self.fs.find(inode, path, follow=follow)),
-                lambda: theirs_of(os.stat(path, dir_fd=fd, follow_symlinks=follow)))
-
-    def fstat(self, file: int) -> None:
-        self.do_file(file, lambda found: ours_of(found.inode), lambda fd: theirs_of(os.fstat(fd)))
-
-    def access(self, at: int, path: bytes, mode: int) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.access(self.fs.find(inode, path), mode),
-                lambda: call(FACCESSAT, fd, path, mode))
-
-    def chmod(self, at: int, path: bytes, mode: int) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.chmod(self.fs.find(inode, path), mode), lambda: os.chmod(path, mode, dir_fd=fd))
-
-    def chown(self, at: int, path: bytes, uid: int, gid: int, follow: bool) -> None:
-        inode, fd = self.at(at)
-        self.do(lambda: self.fs.chown(self.fs.find(inode, path, follow=follow), uid, gid),
-                lambda: os.chown(path, uid, gid, dir_fd=fd, follow_symlinks=follow))
-
-    def set_times(self, at: int, path: bytes, atime: tuple[int, int], mtime: tuple[int, int], follow: bool) -> None:
-        inode, fd = self.at(at)
-        if atime[1] == mtime[1] == UTIME_OMIT:
-            return
-        self.do(lambda: self.fs.set_times(self.fs.find(inode, path, follow=follow), atime, mtime),
-                lambda: call(UTIMENSAT, fd, path, spec(atime) + spec(mtime),
-                             0 if follow else AT_SYMLINK_NOFOLLOW))
-
-    def truncate(self, path: bytes, size: int) -> None:
-        self.do(lambda: self.fs.truncate(self.fs.find(self.fs.root, path), size) if size >= 0 else os.truncate("", -1),
-                lambda: os.truncate(path, size))
-
-    # --- open files ------------------------------------------------------------------------------------------------
-
-    def do_file(self, file: int, ours: Callable[[OpenFile], object], theirs: Callable[[int], object]) -> None:
-        """With one of those that are open."""
-        if self.files:
-            found, fd = self.files[file % len(self.files)]
-            self.do(lambda: ours(found), lambda: theirs(fd))
-
-    def close_file(self, file: int) -> None:
-        if self.files:
-            found, fd = self.files.pop(file % len(self.files))
-            found.let_go()
-            os.close(fd)
-
-    def read(self, file: int, count: int) -> None:
-        self.do_file(file, lambda found: found.read(count), lambda fd: os.read(fd, count))
-
-    def pread(self, file: int, count: int, offset: int) -> None:
-        self.do_file(file, lambda found: found.pread(count, offset), lambda fd: os.pread(fd, count, offset))
-
-    def write(self, file: int, data: bytes) -> None:
-        self.do_file(file, lambda found: found.write(data), lambda fd: os.write(fd, data))
-
-    def pwrite(self, file: int, data: bytes, offset: int) -> None:
-        self.do_file(file, lambda found: found.pwrite(data, offset), lambda fd: os.pwrite(fd, data, offset))
-
-    def seek(self, file: int, offset: int, whence: int) -> None:
-        self.do_file(file, lambda found: found.seek(offset, whence), lambda fd: os.lseek(fd, offset, whence))
-
-    def resize(self, file: int, size: int) -> None:
-        self.do_file(file, lambda found: found.resize(size), lambda fd: os.ftruncate(fd, size))
-
-    def allocate(self, file: int, mode: int, offset: int, length: int) -> None:
-        self.do_file(file, lambda found: found.allocate(mode, offset, length),
-                     lambda fd: call(FALLOCATE, fd, mode, offset, length))
-
-    def set_flags(self, file: int, flags: int) -> None:
-        self.do_file(file, lambda found: found.set_flags(flags) or found.flags,
-                     lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, flags) or fcntl.fcntl(fd, fcntl.F_GETFL))
-
-    def list(self, file: int) -> None:
-        """From the beginning."""
-        def names(seek: Callable[[int, int], int], getdents: Callable[[int], bytes]) -> list[tuple[bytes, int]]:
-            seek(0, os.SEEK_SET)
-            return sorted((name, kind) for name, kind, _ in listed(getdents))
-
-        self.do_file(file, lambda found: names(found.seek, found.getdents),
-                     lambda fd: names(functools.partial(os.lseek, fd), functools.partial(host_getdents, fd)))
-
-    def reload(self) -> None:
-        files = self.ours.reload([file for file, _ in self.files])
-        self.files = [(file, fd) for file, (_, fd) in zip(files, self.files, strict=True)]
-
-    # --- all of it -------------------------------------------------------------------------------------------------
-
-    def marks(self) -> tuple[dict[bytes, tuple[int, int]], dict[bytes, tuple[int, int]]]:
-        """When each file was changed, here and there."""
-        ours = {path: (inode.mtime, inode.ctime) for path, inode in tree(self.fs.root)}
-        return ours, self.host.do(
-            lambda: {path: (found.st_mtime_ns, found.st_ctime_ns) for path, found in host_tree()})
-
-    def compare(self) -> None:
-        ours = {path: ours_of(inode) + contents(inode) for path, inode in tree(self.fs.root)}
-        theirs = self.host.do(lambda: {path: theirs_of(found) + host_contents(path, found)
-                                       for path, found in host_tree()})
-        assert ours == theirs
-        numbers = self.host.do(lambda: {path: found.st_ino for path, found in host_tree()})
-        same = {(inode.number, numbers[path]) for path, inode in tree(self.fs.root)}
-        assert len(same) == len({ours for ours, _ in same}) == len({theirs for _, theirs in same})
-        self.ours.check()
-
-    def remove_all(self) -> None:
-        """Nothing remains, and nothing is lost."""
-        for found, fd in self.files:
-            found.let_go()
-            os.close(fd)
-        self.files = []
-        for path, inode in sorted(tree(self.fs.root), reverse=True):
-            if path != b"/":
-                (self.fs.rmdir if isinstance(inode, Directory) else self.fs.unlink)(self.fs.root, path)
-        assert list(self.fs.store.inodes.values()) == [self.fs.root]
-        assert (self.fs.root.nlink, self.fs.root.uses) == (2, 1)
-        assert self.ours.frames.free == PAGES
-        self.ours.check()
-
-
-def changed(before: dict[bytes, tuple[int, int]], after: dict[bytes, tuple[int, int]]) -> dict[bytes, list[bool]]:
-    """Which times of which files; of new ones all."""
-    return {path: [old != new for old, new in zip(before.get(path, (0, 0)), times, strict=True)]
-            for path, times in after.items() if before.get(path) != times}
-
-
-def tree(root: Directory, path: bytes = b"/") -> Iterator[tuple[bytes, Inode]]:
-    yield path, root
-    for name, inode, position in root.entries():
-        if position > 1:
-            below = path.rstrip(b"/") + b"/" + name
-            if isinstance(inode, Directory):
-                yield from tree(inode, below)
-            else:
-                yield below, inode
-
-
-def host_tree(path: bytes = b"/") -> Iterator[tuple[bytes, os.stat_result]]:
-    found = os.lstat(path)
-    yield path, found
-    if stat.S_ISDIR(found.st_mode):
-        for name in os.listdir(path):
-            yield from host_tree(os.path.join(path, name))
-
-
-def ours_of(inode: Inode) -> tuple[object, ...]:
-    found = inode.stat()
-    return (oct(found.mode), found.nlink, found.uid, found.gid, found.rdev, found.size, found.blocks,
-            known(found.atime), known(found.mtime))
-
-
-def theirs_of(found: os.stat_result) -> tuple[object, ...]:
-    return (oct(found.st_mode), found.st_nlink, found.st_uid, found.st_gid, found.st_rdev, found.st_size,
-            found.st_blocks, known(found.st_atime_ns), known(found.st_mtime_ns))
-
-
-def known(time: int) -> int | None:
-    """Where it was set, and not the clock's."""
-    return time if time < 10**17 else None
-
-
-def contents(inode: Inode) -> tuple[object, ...]:
-    if isinstance(inode, Symlink):
-        return (inode.target,)
-    if not isinstance(inode, Regular):
-        return ()
-    file = OpenFile(inode, os.O_RDONLY)
-    found = segments(lambda offset, whence: file.seek(offset, whence), lambda count, offset: file.pread(count, offset))
-    file.let_go()
-    return found
-
-
-def host_contents(path: bytes, found: os.stat_result) -> tuple[object, ...]:
-    if stat.S_ISLNK(found.st_mode):
-        return (os.readlink(path),)
-    if not stat.S_ISREG(found.st_mode):
-        return ()
-    fd = os.open(path, os.O_RDONLY | os.O_NOATIME)
-    try:
-        return segments(lambda offset, whence: os.lseek(fd, offset, whence),
-                        lambda count, offset: os.pread(fd, count, offset))
-    finally:
-        os.close(fd)
-
-
-def segments(seek: Callable[[int, int], int], read: Callable[[int, int], bytes]) -> tuple[object, ...]:
-    """Data between holes."""
-    found: list[object] = []
-    end = 0
-    with contextlib.suppress(OSError):
-        while True:
-            start = seek(end, os.SEEK_DATA)
-            end = seek(start, os.SEEK_HOLE)
-            assert start < end <= start + PAGES * PAGE
-            found.append((start, read(end - start, start)))
-    return tuple(found)
-
-
-def listed(getdents: Callable[[int], bytes], room: int = 300) -> Iterator[tuple[bytes, int, int]]:
-    """(name, kind, position behind it)."""
-    while data := getdents(room):
-        while data:
-            _, position, length, kind = struct.unpack_from("<QqHB", data)
-            yield data[19:length].partition(b"\0")[0], kind, position
-            data = data[length:]
-
-
-def host_getdents(fd: int, room: int) -> bytes:
-    buffer = ctypes.create_string_buffer(room)
-    count = call(GETDENTS, fd, buffer, room)
-    return buffer.raw[:count]
+from workers.linux.vfs import UTIME_NOW, UTIME_OMIT
 
 
 @pytest.fixture(scope="module")
@@ -402,30 +25,19 @@ def kernel() -> Iterator[Host]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def times(kernel: Host) -> bool:
-    """Each change gives a file a time of its own (multigrain timestamps): once it was looked at, as here."""
-    kernel.renew(PAGES)
-
-    def probe() -> bool:
-        os.mknod("/a")
-        seen = [os.stat("/a").st_ctime_ns]
-        for mode in range(200):
-            os.chmod("/a", mode)
-            seen.append(os.stat("/a").st_ctime_ns)
-        return len(set(seen)) == len(seen)
-
-    return kernel.do(probe)
-
-
-components = st.sampled_from([b"a", b"b", b"c", b"d", b"a", b"b", b".", b"..", b"x" * 255, b"x" * 256])
-paths = st.one_of(
-    st.sampled_from([b"a", b"b", b"c", b"d"]),
-    st.builds(lambda names, first, between, last: first + between.join(names) + last,
-              st.lists(components, max_size=3), st.sampled_from([b"", b"", b"/", b"//"]),
-              st.sampled_from([b"/", b"/", b"//"]), st.sampled_from([b"", b"", b"", b"/", b"/.", b"//"])))
-targets = paths.filter(lambda path: len(path) < 128)        # longer ones take a block there
+names = st.sampled_from([b"a", b"b", b"c"])
+plain_paths = st.one_of(names, names, names, st.builds(lambda *found: b"/".join(found), names, names),
+                        st.builds(lambda *found: b"/".join(found), names, names, names))
+components = st.sampled_from([b"a", b"b", b"c", b"a", b"b", b"c", b".", b"..", b"x" * 255, b"x" * 256])
+odd_paths = st.builds(lambda names, first, between, last: first + between.join(names) + last,
+                      st.lists(components, max_size=3), st.sampled_from([b"", b"", b"/", b"//"]),
+                      st.sampled_from([b"/", b"/", b"//"]), st.sampled_from([b"", b"", b"", b"/", b"/.", b"//"]))
+existing = st.builds(Existing, st.integers(0, 15), st.sampled_from([*[b""] * 6, b"/a", b"/b", b"/c", b"/"]))
+paths = st.one_of(plain_paths, plain_paths, odd_paths, existing, existing)
+#: Longer ones take a block there.
+targets = st.one_of(plain_paths, plain_paths, odd_paths).filter(lambda path: len(path) < 128)
 numbers = st.integers(0, 9)
+ats = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
 offsets = st.sampled_from([0, 1, 100, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 5 * PAGE - 7, 6 * PAGE, 20 * PAGE, 1 << 40,
                            1 << 62, 2**63 - 1, -1])
 # Not the very last: with data in a file's last page Linux's SEEK_HOLE overflows.
@@ -437,48 +49,76 @@ access = st.sampled_from([os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR, os.O_A
 flags = st.builds(lambda one, others: one | sum(set(others)), access, st.lists(st.sampled_from([
     os.O_CREAT, os.O_CREAT, os.O_CREAT, os.O_EXCL, os.O_TRUNC, os.O_APPEND, os.O_DIRECTORY, os.O_NOFOLLOW,
     os.O_TMPFILE & ~os.O_DIRECTORY, os.O_PATH, os.O_NONBLOCK, os.O_NOATIME]), max_size=3))
-opened = st.one_of(flags, st.sampled_from([os.O_CREAT | os.O_RDWR, os.O_RDONLY, os.O_RDWR | os.O_TMPFILE, os.O_PATH]))
+opened = st.one_of(flags, st.just(os.O_CREAT | os.O_RDWR),
+                   st.sampled_from([os.O_CREAT | os.O_RDWR, os.O_RDONLY, os.O_RDWR | os.O_TMPFILE, os.O_PATH]))
 ids = st.sampled_from([-1, 0, 7])
 moments = st.tuples(st.integers(-2, 10), st.sampled_from([0, 5, 10**9 - 1, 10**9, UTIME_NOW, UTIME_OMIT]))
 nodes = st.sampled_from([(stat.S_IFREG | 0o640, 0), (0o600, 5), (stat.S_IFSOCK | 0o755, 0), (stat.S_IFDIR | 0o755, 0),
                          (stat.S_IFLNK | 0o777, 0), (stat.S_IFCHR | 0o4666, os.makedev(1, 3)),
                          (stat.S_IFCHR | 0o666, os.makedev(1, 5)), (stat.S_IFCHR | 0o666, os.makedev(1, 7)),
                          (stat.S_IFBLK | 0o600, os.makedev(200, 77))])
-actions = st.one_of(
-    st.tuples(st.just("open"), numbers, paths, opened, modes),
-    st.tuples(st.just("open"), numbers, paths, opened, modes),
-    st.tuples(st.just("mkdir"), numbers, paths, modes),
-    st.tuples(st.just("mkdir"), numbers, paths, modes),
-    st.builds(lambda at, path, node: ("mknod", at, path, *node), numbers, paths, nodes),
-    st.tuples(st.just("symlink"), targets, numbers, paths),
-    st.tuples(st.just("link"), numbers, paths, numbers, paths,
+on_names = [
+    st.tuples(st.just("open"), ats, paths, opened, modes),
+    st.tuples(st.just("open"), ats, paths, opened, modes),
+    st.tuples(st.just("mkdir"), ats, paths, modes),
+    st.tuples(st.just("mkdir"), ats, paths, modes),
+    st.builds(lambda at, path, node: ("mknod", at, path, *node), ats, paths, nodes),
+    st.tuples(st.just("symlink"), targets, ats, paths), st.tuples(st.just("symlink"), targets, ats, paths),
+    st.tuples(st.just("link"), ats, paths, ats, paths,
               st.sampled_from([0, 0, AT_SYMLINK_FOLLOW, AT_EMPTY_PATH])),
-    st.tuples(st.just("unlink"), numbers, paths), st.tuples(st.just("rmdir"), numbers, paths),
-    st.tuples(st.just("rename"), numbers, paths, numbers, paths, st.sampled_from([0, 0, 0, 1, 2, 3])),
-    st.tuples(st.just("readlink"), numbers, paths),
-    st.tuples(st.just("stat"), numbers, paths, st.booleans()), st.tuples(st.just("fstat"), numbers),
-    st.tuples(st.just("access"), numbers, paths, st.sampled_from([0, 4, 2, 1, 7, 8])),
-    st.tuples(st.just("chmod"), numbers, paths, modes),
-    st.tuples(st.just("chown"), numbers, paths, ids, ids, st.booleans()),
-    st.tuples(st.just("set_times"), numbers, paths, moments, moments, st.booleans()),
-    st.tuples(st.just("truncate"), paths, sizes),
-    st.tuples(st.just("close_file"), numbers),
+    st.tuples(st.just("unlink"), ats, paths), st.tuples(st.just("rmdir"), ats, paths),
+    st.tuples(st.just("rename"), ats, paths, ats, paths, st.sampled_from([0, 0, 0, 1, 2, 3])),
+    st.tuples(st.just("rename"), ats, paths, ats, paths, st.sampled_from([0, 0, 0, 1, 2, 3])),
+    st.tuples(st.just("rename"), ats, existing, ats, paths, st.sampled_from([0, 0, 0, 1, 2])),
+    st.tuples(st.just("rmdir"), ats, existing),
+    st.tuples(st.just("readlink"), ats, paths), st.tuples(st.just("readlink"), ats, existing),
+    st.tuples(st.just("stat"), ats, paths, st.booleans()), st.tuples(st.just("fstat"), numbers),
+    st.tuples(st.just("access"), ats, paths, st.sampled_from([0, 4, 2, 1, 7])),
+    st.tuples(st.just("chmod"), ats, paths, modes),
+    st.tuples(st.just("chown"), ats, paths, ids, ids, st.booleans()),
+    st.tuples(st.just("set_times"), ats, paths, moments, moments, st.booleans()),
+    st.tuples(st.just("truncate"), paths, sizes), st.tuples(st.just("list"), numbers)]
+on_files = [
     st.tuples(st.just("read"), numbers, counts), st.tuples(st.just("pread"), numbers, counts, offsets),
     st.tuples(st.just("write"), numbers, data), st.tuples(st.just("write"), numbers, data),
     st.tuples(st.just("pwrite"), numbers, data, offsets),
     st.tuples(st.just("seek"), numbers, offsets, st.integers(-1, 5)),
     st.tuples(st.just("resize"), numbers, sizes),
-    st.tuples(st.just("allocate"), numbers, st.sampled_from([0, 1, 3, 3, 2, 16]), offsets, offsets),
-    st.tuples(st.just("set_flags"), numbers, flags), st.tuples(st.just("list"), numbers),
-    st.tuples(st.just("reload")))
+    st.tuples(st.just("allocate"), numbers, st.sampled_from([0, 0, 1, 1, 3, 3, 2, 8, 9, 16, 17, 32, 64, 256]), offsets,
+              offsets),
+    st.tuples(st.just("set_flags"), numbers, flags), st.tuples(st.just("close_file"), numbers),
+    st.tuples(st.just("reload"))]
+
+#: To begin with something.
+NAMES = [("mkdir", 0, b"a", 0o755), ("mkdir", 0, b"a/b", 0o700), ("open", 0, b"b", os.O_CREAT | os.O_RDWR, 0o644),
+         ("write", 0, b"12345"), ("symlink", b"a", 0, b"c"), ("symlink", b"../b", 0, b"a/c"),
+         ("open", 0, b"a", os.O_RDONLY, 0), ("link", 0, b"b", 0, b"a/a", 0), ("mkdir", 0, b"a/b/a", 0o755),
+         ("mknod", 0, b"a/b/a/b", stat.S_IFREG, 0)]
+FILES = [("open", 0, b"a", os.O_CREAT | os.O_RDWR, 0o644), ("open", 0, b"a", os.O_RDWR | os.O_APPEND, 0),
+         ("open", 0, b"b", os.O_CREAT | os.O_RDWR, 0o644), ("open", 0, b"a", os.O_RDONLY, 0),
+         ("pwrite", 0, b"12345", 2 * PAGE), ("unlink", 0, b"b")]
+
+EXAMPLES = int(os.environ.get("EXAMPLES", "100"))
+Actions = list[tuple[Any, ...]]
+
+
+def check(kernel: Host, actions: Actions) -> None:
+    with contextlib.closing(Both(kernel)) as both:
+        both.run(actions)
+        both.compare()
+        both.remove_all()
 
 
 @pytest.mark.root
-@settings(max_examples=int(os.environ.get("EXAMPLES", "150")), deadline=None)
-@given(st.lists(actions, min_size=1, max_size=40))
-def test_as_the_host_does(kernel: Host, times: bool, found: list[tuple[Any, ...]]) -> None:
-    with contextlib.closing(Both(kernel, times=times)) as both:
-        for name, *arguments in found:
-            both.apply(name, *arguments)
-        both.compare()
-        both.remove_all()
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.sampled_from([NAMES, []]),
+       st.lists(st.one_of(*on_names, *on_names, *on_names, *on_files), min_size=20, max_size=50))
+def test_names_are_as_on_the_host(kernel: Host, first: Actions, found: Actions) -> None:
+    check(kernel, first + found)
+
+
+@pytest.mark.root
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.lists(st.one_of(*on_files), min_size=20, max_size=50))
+def test_contents_are_as_on_the_host(kernel: Host, found: Actions) -> None:
+    check(kernel, FILES + found)
