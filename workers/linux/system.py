@@ -36,6 +36,9 @@ class Console(Protocol):
     def read(self, count: int) -> bytes | None:
         """Empty at its end; None: nothing has come yet."""
 
+    def ready(self) -> bool:
+        """Something can be read, or its end has come."""
+
     def write(self, data: bytes) -> None: ...
 
     def ioctl(self, thread: Thread, request: int, argument: int) -> int:

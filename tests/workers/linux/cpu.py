@@ -60,6 +60,9 @@ class Terminal:
         found, self.typed = self.typed[:count], self.typed[count:]
         return found
 
+    def ready(self) -> bool:
+        return True
+
     def write(self, data: bytes) -> None:
         self.printed += data
 

@@ -6,13 +6,14 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     identity.py     who and where a process is, limits, names
     clocks.py       time
     life.py         threads and processes that end
+    waiting.py      poll and select
 
 A call is served by all of them that are imported here: ``SERVED``.
 """
 
 from __future__ import annotations
 
-from . import clocks, files, identity, life, memory
+from . import clocks, files, identity, life, memory, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory"]
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory", "waiting"]

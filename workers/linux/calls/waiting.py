@@ -1,0 +1,128 @@
+"""Waiting for files: poll(2), select(2)."""
+
+from __future__ import annotations
+
+import errno
+import stat
+import struct
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..inodes import Node
+from .registry import Blocked, served, signed32
+
+if TYPE_CHECKING:
+    from ..openfiles import OpenFile
+    from ..processes import Thread
+    from ..system import System
+
+_IN, _PRI, _OUT, _ERR, _HUP, _NVAL = 1, 2, 4, 8, 16, 32      # uapi/asm-generic/poll.h
+_RDNORM, _WRNORM = 0x40, 0x100
+_SECOND, _MILLISECOND, _MICROSECOND = 10**9, 10**6, 10**3
+_SETS_MAX = 1024        # descriptors in an fd_set
+_POLL = struct.Struct("<ihh")
+
+
+def ready(system: System, file: OpenFile) -> int:
+    """What can be done without waiting, as poll(2) says it."""
+    inode = file.inode
+    if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS:
+        return (_IN | _RDNORM if system.console.ready() else 0) | _OUT | _WRNORM
+    return _IN | _RDNORM | _OUT | _WRNORM
+
+
+def wait(system: System, thread: Thread, timeout: int | None, found: int) -> int:
+    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked.
+    The end is kept in the thread, and holds for the call that is made again."""
+    if found or timeout == 0:
+        return found
+    if timeout is None:
+        raise Blocked
+    if thread.deadline is None:
+        thread.deadline = system.monotonic() + timeout
+    if system.monotonic() < thread.deadline:
+        raise Blocked(thread.deadline)
+    return 0
+
+
+def _timespec(thread: Thread, address: int, unit: int) -> int | None:
+    """A struct timespec, or with ``unit`` a thousand a struct timeval. Raises OSError."""
+    if not address:
+        return None
+    seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
+    if seconds < 0 or not 0 <= rest * unit < _SECOND:
+        raise OSError(errno.EINVAL, "")
+    return seconds * _SECOND + rest * unit
+
+
+# --- poll --------------------------------------------------------------------------------------------------------
+
+
+@served("poll")
+def poll(system: System, thread: Thread, address: int, count: int, timeout: int, *_: int) -> int:
+    milliseconds = signed32(timeout)
+    return _poll(system, thread, address, count, None if milliseconds < 0 else milliseconds * _MILLISECOND)
+
+
+@served("ppoll")
+def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, *_: int) -> int:
+    return _poll(system, thread, address, count, _timespec(thread, timeout, 1))
+
+
+def _poll(system: System, thread: Thread, address: int, count: int, timeout: int | None) -> int:
+    files, space = thread.process.files, thread.process.space
+    if count > files.limit:
+        raise OSError(errno.EINVAL, "")
+    found = 0
+    data = bytearray(space.read(address, _POLL.size * count))
+    for at in range(0, len(data), _POLL.size):
+        number, wanted, _ = _POLL.unpack_from(data, at)
+        given = 0
+        if number >= 0:
+            try:
+                given = ready(system, files.get(number)) & (wanted | _ERR | _HUP)
+            except OSError:
+                given = _NVAL
+        _POLL.pack_into(data, at, number, wanted, given)
+        found += bool(given)
+    result = wait(system, thread, timeout, found)
+    space.write(address, data)
+    return result
+
+
+# --- select ------------------------------------------------------------------------------------------------------
+
+
+@served("select")
+def select(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
+           *_: int) -> int:
+    return _select(system, thread, count, (reads, writes, others), _timespec(thread, timeout, _MICROSECOND))
+
+
+@served("pselect6")
+def pselect6(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
+             *_: int) -> int:
+    return _select(system, thread, count, (reads, writes, others), _timespec(thread, timeout, 1))
+
+
+def _select(system: System, thread: Thread, count: int, sets: Iterable[int], timeout: int | None) -> int:
+    files, space = thread.process.files, thread.process.space
+    count = signed32(count)
+    if count < 0:
+        raise OSError(errno.EINVAL, "")
+    size = (min(count, _SETS_MAX) + 63) // 64 * 8
+    found, answers = 0, []
+    for address, event in zip(sets, (_IN, _OUT, _PRI), strict=True):
+        if not address:
+            continue
+        wanted = int.from_bytes(space.read(address, size), "little") & (1 << count) - 1
+        given = 0
+        for number in range(count):
+            if wanted >> number & 1 and ready(system, files.get(number)) & event:
+                given |= 1 << number
+        found += given.bit_count()
+        answers.append((address, given))
+    result = wait(system, thread, timeout, found)
+    for address, given in answers:
+        space.write(address, given.to_bytes(size, "little"))
+    return result
