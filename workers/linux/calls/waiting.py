@@ -86,7 +86,7 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
         _POLL.pack_into(data, at, number, wanted, given)
         found += bool(given)
     result = wait(system, thread, timeout, found)
-    space.write(address, data)
+    space.write(address, bytes(data))
     return result
 
 
