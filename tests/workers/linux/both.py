@@ -29,8 +29,8 @@ from workers.linux.openfiles import OpenFile
 from workers.linux.space import PAGE
 from workers.linux.vfs import UTIME_OMIT, FileSystem
 
-__all__ = ["AT_EMPTY_PATH", "AT_SYMLINK_FOLLOW", "PAGES", "Both", "Existing", "Ours", "host_getdents", "outcome",
-           "parsed", "tick", "tree"]
+__all__ = ["AT_EMPTY_PATH", "AT_SYMLINK_FOLLOW", "PAGES", "Both", "Existing", "Ours", "contents", "host_getdents",
+           "outcome", "parsed", "tick", "tree"]
 
 PAGES = 24      # of memory, there and here
 
