@@ -295,6 +295,8 @@ def test_a_source_that_fails_is_an_input_error(top: Path) -> None:
         before = (top / "bin" / "large").read_bytes()
         (top / "bin" / "large").write_bytes(before[:10 * PAGE])
         assert outcome(lambda: imported.bytes_of(b"bin/large")) == "Input/output error"
+        with pytest.raises(IndexError):
+            imported.file(b"bin/large").frame(20)
         file = imported.fs.open(imported.fs.root, b"bin/large", os.O_RDWR)
         assert outcome(lambda: file.pwrite(b"1", 20 * PAGE + 1)) == "Input/output error"
         imported.ours.check()
