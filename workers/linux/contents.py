@@ -85,12 +85,16 @@ class Regular(Inode):
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def frame(self, page: int) -> int:
-        """Of a page, which gets one where it has none. Raises NoFrames, and IndexError behind the end."""
+        """Of a page, which gets one where it has none. Raises NoFrames, and IndexError behind the end and where the
+        source fails: for a program the two are the same (SIGBUS)."""
         if not 0 <= page < _pages(self._size):
             raise IndexError
         found = self._frames.get(page)
         if found is None:
-            found = self._load(page) if page in self._unread else self._written(page)
+            try:
+                found = self._load(page) if page in self._unread else self._written(page)
+            except OSError:
+                raise IndexError from None
         self._exposed = True
         return found
 

@@ -248,7 +248,7 @@ class Node(Inode):
         """How many bytes were taken. Raises OSError."""
         if not self.served:
             raise OSError(errno.EINVAL, "")
-        if self.rdev == self.FULL and count:
+        if self.rdev == self.FULL:
             raise OSError(errno.ENOSPC, "")
         return count
 

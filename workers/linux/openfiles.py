@@ -115,9 +115,8 @@ class OpenFile:
         if isinstance(self.inode, Node):
             return self.inode.read(count)
         assert isinstance(self.inode, Regular)
-        found = self.inode.read(offset, count) if count else b""
-        if count and not self.flags & os.O_NOATIME:
-            self.inode.accessed()
+        found = self.inode.read(offset, count)
+        self._accessed()
         return found
 
     def _write(self, offset: int, data: bytes | memoryview) -> tuple[int, int]:
@@ -190,6 +189,10 @@ class OpenFile:
         self.position = offset
         return offset
 
+    def _accessed(self) -> None:
+        if not self.flags & os.O_NOATIME:
+            self.inode.accessed()
+
     # --- directories -----------------------------------------------------------------------------------------------
 
     def entries(self) -> Iterator[tuple[bytes, Inode, int]]:
@@ -215,7 +218,7 @@ class OpenFile:
             head = _DIRENT.pack(inode.number, following, length, stat.S_IFMT(inode.mode) >> 12)
             found.append((head + name).ljust(length, b"\0"))
             self.position = following
-        self.inode.accessed()
+        self._accessed()
         return b"".join(found)
 
     # --- locks -----------------------------------------------------------------------------------------------------

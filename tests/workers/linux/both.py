@@ -29,8 +29,8 @@ from workers.linux.openfiles import OpenFile
 from workers.linux.space import PAGE
 from workers.linux.vfs import UTIME_OMIT, FileSystem
 
-__all__ = ["AT_EMPTY_PATH", "AT_SYMLINK_FOLLOW", "PAGES", "Both", "Existing", "Ours", "host_getdents", "listed",
-           "outcome", "spec", "tick", "tree"]
+__all__ = ["AT_EMPTY_PATH", "AT_SYMLINK_FOLLOW", "PAGES", "Both", "Existing", "Ours", "contents", "host_getdents",
+           "outcome", "parsed", "tick", "tree"]
 
 PAGES = 24      # of memory, there and here
 
@@ -145,7 +145,8 @@ class Both:
         return self.ours.fs
 
     def do(self, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
-        assert outcome(ours) == self.host.do(lambda: outcome(theirs))
+        found, expected = outcome(ours), self.host.do(lambda: outcome(theirs))
+        assert found == expected, (found, expected)
 
     def at(self, index: int) -> tuple[Inode, int]:
         """A directory to begin at, or what was hoped to be one."""
@@ -166,7 +167,8 @@ class Both:
         getattr(self, name)(*(paths[each.number % len(paths)] + each.rest if isinstance(each, Existing) else each
                               for each in arguments))
         marks = self.marks()
-        assert changed(self.before[0], marks[0]) == changed(self.before[1], marks[1]), (name, arguments)
+        found, expected = (changed(before, after) for before, after in zip(self.before, marks, strict=True))
+        assert found == expected, (name, arguments, found, expected)
         self.before = marks
 
     # --- names -----------------------------------------------------------------------------------------------------
@@ -344,10 +346,10 @@ class Both:
         ours = {path: ours_of(inode) + contents(inode) for path, inode in tree(self.fs.root)}
         theirs = self.host.do(lambda: {path: theirs_of(found) + host_contents(path, found)
                                        for path, found in host_tree()})
-        if self.exact:
-            assert ours == theirs
-        else:
-            assert without_zeros(ours) == without_zeros(theirs)
+        if not self.exact:
+            ours, theirs = without_zeros(ours), without_zeros(theirs)
+        assert ours == theirs, {path: (ours.get(path), theirs.get(path)) for path in ours.keys() | theirs.keys()
+                                if ours.get(path) != theirs.get(path)}
         numbers = self.host.do(lambda: {path: found.st_ino for path, found in host_tree()})
         same = {(inode.number, numbers[path]) for path, inode in tree(self.fs.root)}
         assert len(same) == len({ours for ours, _ in same}) == len({theirs for _, theirs in same})
@@ -450,7 +452,7 @@ def segments(seek: Callable[[int, int], int], read: Callable[[int, int], bytes])
     return tuple(found)
 
 
-def without_zeros(files: dict[bytes, tuple[object, ...]]) -> dict[bytes, list[object]]:
+def without_zeros(files: dict[bytes, tuple[object, ...]]) -> dict[bytes, tuple[object, ...]]:
     """Pages of data that are zero might as well be holes."""
     def pages(found: object) -> list[object]:
         if not isinstance(found, tuple):
@@ -459,16 +461,21 @@ def without_zeros(files: dict[bytes, tuple[object, ...]]) -> dict[bytes, list[ob
         parts = [(start + at, data[at:at + PAGE]) for at in range(0, len(data), PAGE)]
         return [(at, part) for at, part in parts if any(part)]
 
-    return {path: [each for part in found for each in pages(part)] for path, found in files.items()}
+    return {path: tuple(each for part in found for each in pages(part)) for path, found in files.items()}
 
 
-def listed(getdents: Callable[[int], bytes], room: int = 300) -> Iterator[tuple[bytes, int, int]]:
+def listed(getdents: Callable[[int], bytes]) -> Iterator[tuple[bytes, int, int]]:
+    """To the end."""
+    while data := getdents(300):
+        yield from parsed(data)
+
+
+def parsed(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(name, kind, position behind it)."""
-    while data := getdents(room):
-        while data:
-            _, position, length, kind = struct.unpack_from("<QqHB", data)
-            yield data[19:length].partition(b"\0")[0], kind, position
-            data = data[length:]
+    while data:
+        _, position, length, kind = struct.unpack_from("<QqHB", data)
+        yield data[19:length].partition(b"\0")[0], kind, position
+        data = data[length:]
 
 
 def host_getdents(fd: int, room: int) -> bytes:
