@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from both import Ours, outcome
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.linux.contents import LARGEST
@@ -21,7 +21,7 @@ from workers.linux.openfiles import OpenFile
 
 FLOCK = struct.Struct("hhqqi4x")        # struct flock
 SIZE = 50
-FLAGS = (os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY, os.O_PATH)
+FLAGS = (os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY, os.O_PATH, os.O_ACCMODE)
 
 
 @dataclass
@@ -86,11 +86,13 @@ class Both:
         self.files = self.ours.reload(self.files)
 
 
-indices = st.sampled_from([0, 0, 0, 1, 1, 1, 2, 3, 4])
-starts = st.one_of(st.integers(0, 60), st.sampled_from([-SIZE, -5, LARGEST, LARGEST - 5]))
-lengths = st.one_of(st.integers(0, 20), st.sampled_from([-3, -30, LARGEST, LARGEST - 30, -LARGEST]))
-ranges = st.tuples(st.sampled_from([fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_WRLCK, fcntl.F_UNLCK, 77]),
-                   st.sampled_from([0, 0, 0, 1, 2, 3]), starts, lengths)
+indices = st.sampled_from([0, 0, 0, 1, 1, 1, 2, 3, 4, 5])
+starts = st.one_of(st.sampled_from([0, 10, 20, 30, 40]), st.sampled_from([0, 10, 20, 30, 40]), st.integers(0, 60),
+                   st.sampled_from([-SIZE, -5, LARGEST, LARGEST - 5]))
+lengths = st.one_of(st.sampled_from([0, 10, 20, 30]), st.sampled_from([0, 10, 20, 30]), st.integers(0, 20),
+                    st.sampled_from([-3, -30, LARGEST, LARGEST - 30, -LARGEST]))
+ranges = st.tuples(st.sampled_from([*[fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK] * 3, 77]),
+                   st.sampled_from([*[os.SEEK_SET] * 6, os.SEEK_CUR, os.SEEK_END, 3]), starts, lengths)
 tests = ranges.filter(lambda found: found[0] != fcntl.F_UNLCK)
 actions = st.one_of(
     st.tuples(st.just("flock"), indices, st.sampled_from([fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, 0, 3])),
@@ -102,7 +104,8 @@ actions = st.one_of(
     st.tuples(st.just("reload")))
 
 
-@given(st.lists(actions, min_size=5, max_size=40))
+@settings(max_examples=int(os.environ.get("EXAMPLES", "300")))
+@given(st.lists(actions, min_size=10, max_size=40))
 def test_locks_are_as_on_the_host(found: list[tuple[Any, ...]]) -> None:
     with closing(Both()) as both:
         for name, *arguments in found:
