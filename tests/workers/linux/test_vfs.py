@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import stat
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +23,8 @@ from workers.linux.contents import LARGEST, Regular
 from workers.linux.directories import Directory
 from workers.linux.frames import NoFrames
 from workers.linux.inodes import Inode
-from workers.linux.space import PAGE
+from workers.linux.space import PAGE, SegmentationFault, Space
+from workers.linux.tables import Tables
 from workers.linux.vfs import UTIME_NOW, UTIME_OMIT
 
 
@@ -521,3 +523,38 @@ def test_a_description_is_closed_with_its_last_descriptor() -> None:
     file.let_go()
     assert ours.frames.free == PAGES
     assert list(ours.fs.store.inodes.values()) == [ours.fs.root]
+
+
+def test_a_program_maps_a_file() -> None:
+    ours = Ours()
+    tables = Tables(memoryview(array("Q", bytes(64 * PAGE))), 1 << 40)
+    space = Space(ours.ram, ours.frames, tables, 1 << 40)
+    file = ours.fs.open(ours.fs.root, b"a", os.O_CREAT | os.O_RDWR, 0o644)
+    inode = file.inode
+    assert isinstance(inode, Regular)
+    file.resize(2 * PAGE + 5)
+    inode.keep()
+    inode.mapped += 1
+    shared = space.map(0, 4 * PAGE, 3, shared=True, backing=inode)
+    private = space.map(0, PAGE, 3, backing=inode, offset=2)
+    space.write(shared + PAGE, b"from the program")
+    assert file.pread(20, PAGE) == b"from the program" + bytes(4)
+    file.pwrite(b"12345", 2 * PAGE)
+    assert space.read(private, 6) == space.read(shared + 2 * PAGE, 6) == b"12345\0"
+    space.write(private, b"x")
+    assert file.pread(5, 2 * PAGE) == b"12345"
+    with pytest.raises(SegmentationFault) as fault:
+        space.read(shared + 3 * PAGE, 1)
+    assert fault.value.bus
+    file.resize(PAGE)
+    for found, first, end in ours.fs.take_cut():
+        assert found is inode
+        space.advise_unneeded(shared + first * PAGE, (min(end, 4) - first) * PAGE)
+    with pytest.raises(SegmentationFault):
+        space.read(shared + PAGE, 1)
+    file.resize(2 * PAGE)
+    assert space.read(shared + PAGE, 5) == bytes(5)
+    space.close()
+    inode.mapped -= 1
+    inode.let_go()
+    ours.check()
