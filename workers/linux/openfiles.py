@@ -225,7 +225,10 @@ class OpenFile:
 
     def flock(self, operation: int) -> None:
         """flock(2). Raises Held, and OSError."""
-        self._check(not self.path_only)
+        operation &= ~fcntl.LOCK_NB
+        if operation not in (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN):
+            raise OSError(errno.EINVAL, "")
+        self._check(self.readable or self.writable or (operation == fcntl.LOCK_UN and not self.path_only))
         self.inode.locks.flock(self.number, operation)
 
     def lock(self, owner: int, kind: int, whence: int, start: int, length: int) -> None:

@@ -44,7 +44,7 @@ class Links:
 
 
 class Paths:
-    """As they are seen from a root, which no path leaves. ``at`` is where one begins that is relative."""
+    """As they are seen from the root, which is its own parent. ``at`` is where one begins that is relative."""
 
     def __init__(self, root: Directory) -> None:
         self.root = root
@@ -79,7 +79,7 @@ class Paths:
         if name in (b"", b"."):
             return directory
         if name == b"..":
-            return directory if directory is self.root else directory.parent
+            return directory.parent
         inode = directory.find(name)
         if inode is None:
             raise OSError(errno.ENOENT, "")

@@ -67,7 +67,7 @@ class _How(ctypes.Structure):
 
 class HostTree:
     """A directory of the host, and nothing that lies outside it: the kernel refuses to resolve a path that leaves it,
-    whatever was renamed or linked there meanwhile. Holds one descriptor, of the directory."""
+    whatever was renamed or linked there meanwhile. Holds one descriptor, of the directory. Each call raises OSError."""
 
     def __init__(self, root: str | bytes | os.PathLike[str]) -> None:
         """Raises OSError."""
@@ -134,7 +134,8 @@ _KINDS = {
 
 class TarTree:
     """A tar file. Its members are looked up once; contents are read from it when asked for, so one that is compressed
-    as a whole is slow to read in any order but its own. A member whose name leads outside is left out."""
+    as a whole is slow to read in any order but its own. A member whose name leads outside is left out. Each call raises
+    OSError."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises OSError and tarfile.TarError."""

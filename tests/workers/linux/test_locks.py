@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from both import Ours, outcome
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.linux.contents import LARGEST
@@ -21,7 +21,7 @@ from workers.linux.openfiles import OpenFile
 
 FLOCK = struct.Struct("hhqqi4x")        # struct flock
 SIZE = 50
-FLAGS = (os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY, os.O_PATH)
+FLAGS = (os.O_RDWR, os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY, os.O_PATH, os.O_ACCMODE)
 
 
 @dataclass
@@ -86,27 +86,46 @@ class Both:
         self.files = self.ours.reload(self.files)
 
 
-indices = st.sampled_from([0, 0, 0, 1, 1, 1, 2, 3, 4])
-starts = st.one_of(st.integers(0, 60), st.sampled_from([-SIZE, -5, LARGEST, LARGEST - 5]))
-lengths = st.one_of(st.integers(0, 20), st.sampled_from([-3, -30, LARGEST, LARGEST - 30, -LARGEST]))
-ranges = st.tuples(st.sampled_from([fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_WRLCK, fcntl.F_UNLCK, 77]),
-                   st.sampled_from([0, 0, 0, 1, 2, 3]), starts, lengths)
-tests = ranges.filter(lambda found: found[0] != fcntl.F_UNLCK)
-actions = st.one_of(
-    st.tuples(st.just("flock"), indices, st.sampled_from([fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, 0, 3])),
-    st.builds(lambda index, found: ("set", index, *found), indices, ranges),
-    st.builds(lambda index, found: ("set", index, *found), indices, ranges),
-    st.builds(lambda index, found: ("get", index, *found), indices, tests),
-    st.builds(lambda index, found: ("get", index, *found), indices, tests),
+indices = st.sampled_from([*[0, 0, 1, 2] * 4, 3, 4, 5, 6])
+starts = st.one_of(st.sampled_from([0, 10, 20]), st.sampled_from([0, 10, 20]), st.integers(0, 60),
+                   st.sampled_from([-SIZE, -5, LARGEST, LARGEST - 5]))
+lengths = st.one_of(st.sampled_from([10, 10, 20, 0]), st.sampled_from([10, 10, 20, 0]), st.integers(0, 20),
+                    st.sampled_from([-3, -30, LARGEST, LARGEST - 30, -LARGEST]))
+whences = st.sampled_from([*[os.SEEK_SET] * 12, os.SEEK_CUR, os.SEEK_END, 3])
+locks = st.tuples(st.just("set"), indices, st.sampled_from([fcntl.F_WRLCK, fcntl.F_WRLCK, fcntl.F_RDLCK]), whences,
+                  starts, lengths)
+others = st.one_of(
+    st.tuples(st.just("set"), indices, st.sampled_from([fcntl.F_UNLCK, fcntl.F_UNLCK, 77]), whences, starts, lengths),
+    st.tuples(st.just("get"), indices, st.sampled_from([fcntl.F_WRLCK, fcntl.F_RDLCK, 77]), whences, starts, lengths),
     st.tuples(st.just("seek"), indices, st.integers(0, 60)), st.tuples(st.just("reopen"), indices),
-    st.tuples(st.just("reload")))
+    st.tuples(st.just("reload"))).map(tuple)
+on_whole_files = st.one_of(
+    st.tuples(st.just("flock"), indices, st.sampled_from([fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, 0, 3])),
+    st.tuples(st.just("flock"), indices, st.sampled_from([fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, 0, 3])),
+    st.tuples(st.just("reopen"), indices), st.tuples(st.just("reload")))
+
+EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
+Actions = list[tuple[Any, ...]]
 
 
-@given(st.lists(actions, min_size=5, max_size=40))
-def test_locks_are_as_on_the_host(found: list[tuple[Any, ...]]) -> None:
+def check(actions: Actions) -> None:
     with closing(Both()) as both:
-        for name, *arguments in found:
+        for name, *arguments in actions:
             getattr(both, name)(*arguments)
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.lists(on_whole_files, min_size=10, max_size=30))
+def test_flocks_are_as_on_the_host(found: Actions) -> None:
+    check(found)
+
+
+@settings(max_examples=EXAMPLES)
+@given(st.lists(st.one_of(locks, locks, others), min_size=15, max_size=40))
+def test_locks_of_ranges_are_as_on_the_host(found: Actions) -> None:
+    """And then all that there is to see of them."""
+    check(found + [("get", index, fcntl.F_WRLCK, os.SEEK_SET, start, length)
+                   for index in (0, 1, 2, 3) for start, length in ((0, 0), *((at, 5) for at in range(0, 70, 5)))])
 
 
 @pytest.fixture

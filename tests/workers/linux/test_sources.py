@@ -217,7 +217,7 @@ class Constant:
         raise NotImplementedError
 
 
-@settings(max_examples=300)
+@settings(max_examples=int(os.environ.get("EXAMPLES", "200")))
 @given(st.lists(writes, max_size=15), st.sampled_from([200, 160, 60]))
 def test_it_does_not_matter_when_it_is_read(actions: list[tuple[str, int, int]], pages: int) -> None:
     """Contents are as if all had been read at once, whatever memory there is."""
@@ -390,7 +390,9 @@ def test_members_of_a_tar_file(tmp_path: Path) -> None:
                 member("harder", tarfile.LNKTYPE, "./hard"), member("lost", tarfile.LNKTYPE, "../outside"),
                 member("directory", tarfile.DIRTYPE), member("directory/x", data=b"3"), member("directory", data=b"4"),
                 member("twice", data=b"5"), member("twice", data=b"66"), member("link", tarfile.SYMTYPE, "a/b/file"),
-                member("becomes", data=b"7"), member("becomes", tarfile.DIRTYPE), member("becomes/y", data=b"8")):
+                member("becomes", data=b"7"), member("becomes", tarfile.DIRTYPE), member("becomes/y", data=b"8"),
+                member("again", tarfile.DIRTYPE), member("again/z/z", data=b"9"), member("again", data=b"9"),
+                member("again/z", tarfile.DIRTYPE)):
             tar.addfile(info, io.BytesIO(data))
     with closing(TarTree(tmp_path / "tar")) as source:
         imported = Imported(source)
@@ -398,7 +400,8 @@ def test_members_of_a_tar_file(tmp_path: Path) -> None:
                  for path, inode in tree(imported.fs.root)}
         assert found == {
             b"/": (), b"/a": (), b"/a/b": (), b"/a/b/file": b"1", b"/hard": b"1", b"/harder": b"1", b"/directory": b"4",
-            b"/twice": b"66", b"/link": (b"a/b/file",), b"/becomes": (), b"/becomes/y": b"8"}
+            b"/twice": b"66", b"/link": (b"a/b/file",), b"/becomes": (), b"/becomes/y": b"8",
+            b"/again": (), b"/again/z": ()}
         assert imported.find(b"hard") is imported.find(b"a/b/file") is imported.find(b"harder")
         assert (imported.find(b"hard").nlink, oct(imported.find(b"a").mode)) == (3, "0o40640")
         assert oct(imported.find(b"a/b").mode) == "0o40755"

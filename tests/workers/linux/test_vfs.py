@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import random
 import stat
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +23,8 @@ from workers.linux.contents import LARGEST, Regular
 from workers.linux.directories import Directory
 from workers.linux.frames import NoFrames
 from workers.linux.inodes import Inode
-from workers.linux.space import PAGE
+from workers.linux.space import PAGE, SegmentationFault, Space
+from workers.linux.tables import Tables
 from workers.linux.vfs import UTIME_NOW, UTIME_OMIT
 
 
@@ -199,7 +202,7 @@ def test_a_removed_directory(both: Both) -> None:
 def test_files_without_a_name(both: Both) -> None:
     unnamed = os.O_RDWR | os.O_TMPFILE
     both.run([("open", 0, b"/", unnamed, 0o640), ("open", 0, b"/", unnamed | os.O_EXCL, 0o640), ("fstat", 0),
-              ("write", 0, b"12"), ("link", 1, b"", 0, b"a", 0), ("link", 1, b"", 0, b"a", AT_EMPTY_PATH),
+              ("write", 0, b"12"), ("link", 1, b"", 0, b"a", 0), ("reload",), ("link", 1, b"", 0, b"a", AT_EMPTY_PATH),
               ("link", 2, b"", 0, b"b", AT_EMPTY_PATH), ("reload",), ("link", 1, b"", 0, b"c", AT_EMPTY_PATH),
               ("unlink", 0, b"a"), ("unlink", 0, b"c"), ("link", 1, b"", 0, b"d", AT_EMPTY_PATH), ("fstat", 0),
               ("open", 0, b"e", unnamed, 0o640), ("open", 0, b"/", os.O_TMPFILE, 0o640),
@@ -215,6 +218,15 @@ def test_a_group_is_inherited(both: Both) -> None:
 
 
 @pytest.mark.root
+def test_a_new_owner_takes_rights_away(both: Both) -> None:
+    both.run([("mknod", 0, b"a", stat.S_IFREG | 0o644, 0), ("mkdir", 0, b"b", 0o755), ("symlink", b"a", 0, b"c"),
+              ("mknod", 0, b"d", stat.S_IFSOCK, 0)])
+    for path, mode, ids in itertools.product((b"a", b"b", b"d"), (0o6755, 0o6745, 0o4644, 0o2710), ((1, 2), (-1, -1))):
+        both.run([("chmod", 0, path, mode), ("chown", 0, path, *ids, True), ("stat", 0, path, True)])
+    both.run([("chown", 0, b"c", 3, 4, False), ("stat", 0, b"c", False), ("stat", 0, b"c", True)])
+
+
+@pytest.mark.root
 def test_the_largest_file(both: Both) -> None:
     both.run([("open", 0, b"a", os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644), ("resize", 0, LARGEST), ("fstat", 0),
               ("write", 0, b"1"), ("write", 0, b""), ("pwrite", 0, b"1", 0), ("seek", 0, 0, os.SEEK_END),
@@ -223,6 +235,14 @@ def test_the_largest_file(both: Both) -> None:
               ("allocate", 0, 1, LARGEST, 1), ("allocate", 0, 3, 0, LARGEST), ("seek", 0, 0, os.SEEK_HOLE),
               ("seek", 0, 0, os.SEEK_DATA), ("resize", 0, LARGEST - 1), ("write", 0, b"12"), ("fstat", 0),
               ("resize", 0, 0)])
+
+
+@pytest.mark.root
+def test_what_is_allocated_is_data_when_it_is_allocated_again(both: Both) -> None:
+    both.run([("open", 0, b"a", os.O_CREAT | os.O_RDWR, 0o644), ("allocate", 0, 0, 0, 2 * PAGE),
+              ("seek", 0, 0, os.SEEK_DATA), ("fstat", 0), ("allocate", 0, 1, PAGE, 2 * PAGE),
+              ("seek", 0, 0, os.SEEK_DATA), ("seek", 0, PAGE, os.SEEK_HOLE), ("fstat", 0), ("write", 0, b"1"),
+              ("seek", 0, 0, os.SEEK_DATA), ("resize", 0, 2 * PAGE), ("fstat", 0)])
 
 
 @pytest.mark.root
@@ -296,6 +316,19 @@ def test_reading_is_noted_as_with_relatime(both: Both, moment: int) -> None:
         getattr(both, action)(*arguments)
         seen.append(noted())
     assert any(map(any, seen)) == (moment == 1)
+
+
+def test_reading_is_noted_once_a_day() -> None:
+    ours = Ours()
+    fs = ours.fs
+    file = fs.open(fs.root, b"a", os.O_CREAT | os.O_RDONLY, 0o644)
+    assert [file.read(1), file.read(1)] == [b"", b""]
+    first = file.inode.atime
+    assert first > file.inode.ctime
+    for hours, noted in ((23, False), (25, True)):
+        ours.ticks = itertools.count(first + hours * 3600 * 10**9)
+        file.read(1)
+        assert (file.inode.atime != first) == noted
 
 
 @pytest.mark.root
@@ -490,3 +523,38 @@ def test_a_description_is_closed_with_its_last_descriptor() -> None:
     file.let_go()
     assert ours.frames.free == PAGES
     assert list(ours.fs.store.inodes.values()) == [ours.fs.root]
+
+
+def test_a_program_maps_a_file() -> None:
+    ours = Ours()
+    tables = Tables(memoryview(array("Q", bytes(64 * PAGE))), 1 << 40)
+    space = Space(ours.ram, ours.frames, tables, 1 << 40)
+    file = ours.fs.open(ours.fs.root, b"a", os.O_CREAT | os.O_RDWR, 0o644)
+    inode = file.inode
+    assert isinstance(inode, Regular)
+    file.resize(2 * PAGE + 5)
+    inode.keep()
+    inode.mapped += 1
+    shared = space.map(0, 4 * PAGE, 3, shared=True, backing=inode)
+    private = space.map(0, PAGE, 3, backing=inode, offset=2)
+    space.write(shared + PAGE, b"from the program")
+    assert file.pread(20, PAGE) == b"from the program" + bytes(4)
+    file.pwrite(b"12345", 2 * PAGE)
+    assert space.read(private, 6) == space.read(shared + 2 * PAGE, 6) == b"12345\0"
+    space.write(private, b"x")
+    assert file.pread(5, 2 * PAGE) == b"12345"
+    with pytest.raises(SegmentationFault) as fault:
+        space.read(shared + 3 * PAGE, 1)
+    assert fault.value.bus
+    file.resize(PAGE)
+    for found, first, end in ours.fs.take_cut():
+        assert found is inode
+        space.advise_unneeded(shared + first * PAGE, (min(end, 4) - first) * PAGE)
+    with pytest.raises(SegmentationFault):
+        space.read(shared + PAGE, 1)
+    file.resize(2 * PAGE)
+    assert space.read(shared + PAGE, 5) == bytes(5)
+    space.close()
+    inode.mapped -= 1
+    inode.let_go()
+    ours.check()
