@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 __all__ = ["SHORT", "Surface"]
 
-SECONDS = 5.0           # that an input may take
+SECONDS = 5.0           # of processor time that an input may take
 MEMORY = 64 << 20       # bytes that a reader may have at once
 
 #: Inputs per test, without --fuzz.
@@ -103,19 +103,20 @@ class Surface:
 
 @contextlib.contextmanager
 def watched(folder: str, seconds: float) -> Iterator[None]:
-    """In the main thread."""
+    """In the main thread. ``seconds``: of processor time, for the host may be busy."""
     def late(signum: int, frame: FrameType | None) -> None:
         raise TooSlow(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(6 * seconds, exit=True)       # of compiled code, which no signal's handler ends
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    # What waits, or is in compiled code, which no signal's handler ends.
+    faulthandler.dump_traceback_later(20 * seconds, exit=True)
     GUARD.allowed, GUARD.seen = folder, []
     try:
         yield
     finally:
         GUARD.allowed = None
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     assert not GUARD.seen, GUARD.seen
