@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import resource
 import signal
 import sys
 import time
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,12 +83,11 @@ class Surface:
     def read(self, reader: Callable[[], object], *refusals: type[Exception], lines: bool = False) -> None:
         """It is read, or refused with one of these, in one line (``lines``: one for each fault in it).
         Whatever else it raises fails the test."""
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        with watched(str(self.folder), self.seconds):
+        with watched(str(self.folder), self.seconds), bounded(MEMORY):
             try:
                 reader()
             except refusals as error:
+                assert not isinstance(origin(error), MemoryError), error
                 text = str(error)
                 self.counts["refused"] += 1
             else:
@@ -97,8 +96,25 @@ class Surface:
         assert text.strip()
         assert all(line.isprintable() for line in text.split("\n")), text
         assert lines or "\n" not in text
-        peak = tracemalloc.get_traced_memory()[1] - before
-        assert peak < MEMORY, f"{peak >> 20} MiB"
+
+
+def origin(error: BaseException) -> BaseException:
+    """What was raised first."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """No more memory than so many bytes beside what there is: MemoryError in what takes more."""
+    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @contextlib.contextmanager
