@@ -87,12 +87,13 @@ class Surface:
             try:
                 reader()
             except refusals as error:
-                assert not isinstance(origin(error), MemoryError), error
+                hungry = isinstance(origin(error), MemoryError)
                 text = str(error)
                 self.counts["refused"] += 1
             else:
-                text = "taken"
+                hungry, text = False, "taken"
                 self.counts["taken"] += 1
+        assert not hungry, text
         assert text.strip()
         assert all(line.isprintable() for line in text.split("\n")), text
         assert lines or "\n" not in text
