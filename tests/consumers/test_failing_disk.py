@@ -27,7 +27,7 @@ from vmm.machine.tracefile import TraceReader
 TIMEOUT = 60.0
 
 #: Every place in the long set; every so many in the usual one.
-STEPS = [7, pytest.param(1, marks=pytest.mark.long)]
+STEPS = [13, pytest.param(1, marks=pytest.mark.long)]
 
 Fails = Callable[[int, Call], int]
 
