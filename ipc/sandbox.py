@@ -19,7 +19,7 @@ import resource
 import socket
 import sys
 import termios
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +89,19 @@ def _seccomp() -> ModuleType:
     return pyseccomp
 
 
+@contextlib.contextmanager
+def _seccomp_or_none() -> Iterator[ModuleType | None]:
+    """None without libseccomp: `missing` says so. Raises SandboxError for what fails in the ``with``."""
+    try:
+        found: ModuleType | None = _seccomp()
+    except (ImportError, RuntimeError):
+        found = None
+    try:
+        yield found
+    except OSError as exc:
+        raise SandboxError(f"cannot give up system calls (seccomp): {exc.strerror or exc}") from None
+
+
 def missing() -> list[tuple[str, str]]:
     """What this host cannot do of it, and what to do about that; nothing is changed."""
     from py_landlock import LandlockError, get_abi_version
@@ -115,18 +128,19 @@ def confine_vcpu(directory: Path) -> None:
     # A worker clears up when keeper and coordinator are gone: so it can remove what is the machine's.
     _restrict_files(read=_readable(), write=[*_devices(), directory], run=False, connect=False,
                     empty=directory.parent)
-    with contextlib.suppress(ImportError, RuntimeError):
-        _vcpu_filter(_seccomp())
+    with _seccomp_or_none() as seccomp:
+        if seccomp is not None:
+            _vcpu_filter(seccomp)
 
 
 def confine_machine(read: Iterable[Path], write: Iterable[Path], empty: Path) -> None:
     """Of a keeper or a coordinator: beside what its programs read, it may read and write only this, and what is in
-    shared memory, and remove empty directories in ``empty``. By its only thread. Raises
-    SandboxError."""
+    shared memory, and remove empty directories in ``empty``. By its only thread. Raises SandboxError."""
     _restrict_files(read=[*_readable(), *map(Path, _LOOKUP), *read],
                     write=[*_devices(), *write], run=True, connect=True, empty=empty)
-    with contextlib.suppress(ImportError, RuntimeError):
-        seccomp = _seccomp()
+    with _seccomp_or_none() as seccomp:
+        if seccomp is None:
+            return
         rules = seccomp.SyscallFilter(seccomp.ALLOW)
         refused = seccomp.ERRNO(errno.EPERM)
         _add(rules, refused, _FORBIDDEN)

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmm.client.config import ConfigError, config_schema, load_config, parse_duration, parse_size
+from vmm.client.plan import plan
 from vmm.client.yamlfile import FILE_MAX
+from vmm.errors import VmmError
 
 _TIMES = {"": 1, "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600}
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "pages": 4096}
@@ -207,6 +209,15 @@ def test_overrides_that_cannot_be(tmp_path: Path, override: str, said: str) -> N
         load_config(path, [override])
     refused(caught.value, "--set ")
     assert said in str(caught.value)
+
+
+def test_a_key_that_is_no_word_stays_within_its_line(tmp_path: Path) -> None:
+    """Also when it is found by what makes a machine of the configuration."""
+    path = write(tmp_path / "c.yaml", 'memory: [{size: 1MiB}]\nguest: {workload: stamp, params: {"\\x1b[2J": 1}}\n')
+    with pytest.raises(VmmError) as raised:
+        plan(load_config(path))
+    assert str(raised.value).isprintable()
+    assert "2: guest.params.\\x1b[2J: workload stamp has no parameter" in str(raised.value)
 
 
 def test_merge_keys_give_what_a_mapping_does_not_say_itself(tmp_path: Path) -> None:

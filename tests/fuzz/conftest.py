@@ -8,7 +8,6 @@ memory (surface.py).
 from __future__ import annotations
 
 import time
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,9 @@ _SURFACES = 9
 def surface(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Surface]:
     wanted = request.config.getoption("--fuzz")
     found = Surface(tmp_path, max(SHORT, wanted // _SURFACES))
-    tracemalloc.start()
     try:
         yield found
     finally:
-        tracemalloc.stop()
         request.node.user_properties.append(("fuzz", {**found.counts, "seconds": time.monotonic() - found.began}))
 
 

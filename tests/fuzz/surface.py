@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import resource
 import signal
 import sys
 import time
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 __all__ = ["SHORT", "Surface"]
 
-SECONDS = 5.0           # that an input may take
+SECONDS = 5.0           # of processor time that an input may take
 MEMORY = 64 << 20       # bytes that a reader may have at once
 
 #: Inputs per test, without --fuzz.
@@ -83,39 +83,57 @@ class Surface:
     def read(self, reader: Callable[[], object], *refusals: type[Exception], lines: bool = False) -> None:
         """It is read, or refused with one of these, in one line (``lines``: one for each fault in it).
         Whatever else it raises fails the test."""
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        with watched(str(self.folder), self.seconds):
+        with watched(str(self.folder), self.seconds), bounded(MEMORY):
             try:
                 reader()
             except refusals as error:
+                hungry = isinstance(origin(error), MemoryError)
                 text = str(error)
                 self.counts["refused"] += 1
             else:
-                text = "taken"
+                hungry, text = False, "taken"
                 self.counts["taken"] += 1
+        assert not hungry, text
         assert text.strip()
         assert all(line.isprintable() for line in text.split("\n")), text
         assert lines or "\n" not in text
-        peak = tracemalloc.get_traced_memory()[1] - before
-        assert peak < MEMORY, f"{peak >> 20} MiB"
+
+
+def origin(error: BaseException) -> BaseException:
+    """What was raised first."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """No more memory than so many bytes beside what there is: MemoryError in what takes more."""
+    held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @contextlib.contextmanager
 def watched(folder: str, seconds: float) -> Iterator[None]:
-    """In the main thread."""
+    """In the main thread. ``seconds``: of processor time, for the host may be busy."""
     def late(signum: int, frame: FrameType | None) -> None:
         raise TooSlow(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(6 * seconds, exit=True)       # of compiled code, which no signal's handler ends
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    # What waits, or is in compiled code, which no signal's handler ends.
+    faulthandler.dump_traceback_later(20 * seconds, exit=True)
     GUARD.allowed, GUARD.seen = folder, []
     try:
         yield
     finally:
         GUARD.allowed = None
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     assert not GUARD.seen, GUARD.seen

@@ -111,6 +111,42 @@ def test_what_is_needed_works(confined: str, code: str, tmp_path: Path) -> None:
     assert attempt(code, confined, tmp_path) == 0
 
 
+#: Which system calls are refused to a process before it gives anything up.
+WITHOUT = """
+import sys
+from pathlib import Path
+import pyseccomp
+from ipc import sandbox
+from ipc.linux import process
+
+process.no_new_privileges()
+rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+for name in sys.argv[2:]:
+    rules.add_rule(pyseccomp.ERRNO(1), name)
+rules.load()
+try:
+    {confine}
+except sandbox.SandboxError as error:
+    print(error)
+"""
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(("calls", "said"), [
+    (["landlock_restrict_self"], "cannot give up access to files (Landlock): "),
+    (["landlock_add_rule"], "cannot give up access to files (Landlock): "),
+    (["seccomp", "prctl"], "cannot give up ")])
+@pytest.mark.parametrize("confined", ["vcpu", "machine"])
+def test_what_cannot_be_given_up_is_said(calls: list[str], said: str, confined: str, tmp_path: Path) -> None:
+    """It is an error where the host can do it: nobody goes on with more than he should have."""
+    text = f"inside = {str(tmp_path)!r}\n" + WITHOUT.format(confine=CONFINE[confined].partition("; ")[2])
+    done = subprocess.run([sys.executable, "-c", text, "-", *calls], timeout=60, capture_output=True, text=True,
+                          check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith(said), done.stdout
+    assert len(done.stdout.splitlines()) == 1
+
+
 # --- of a real machine -------------------------------------------------------------------------------------------
 
 

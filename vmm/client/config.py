@@ -267,8 +267,9 @@ class MachineConfig(_Model):
     _origins: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
 
     def where(self, key: str) -> str:
-        """``file:line: key`` for an error about ``key``."""
+        """``file:line: key`` for an error about ``key``, on one line whatever the key is."""
         at: tuple[str | int, ...] = tuple(key_step(s) for s in key.split("."))
+        key = key_text(at)
         while at and at not in self._origins:
             at = at[:-1]
         origin = self._origins.get(at)

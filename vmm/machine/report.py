@@ -6,6 +6,7 @@ what is kept of a machine that has ended. docs/report.schema.json is its JSON sc
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import msgspec
@@ -125,4 +126,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def report_schema() -> dict[str, Any]:
     """JSON schema of ``Report``."""
-    return msgspec.json.schema(Report)
+    schema: dict[str, Any] = msgspec.json.schema(Report)
+    for each in schema["$defs"].values():   # whether their lines are indented depends on the library's version
+        if "description" in each:
+            each["description"] = inspect.cleandoc(each["description"])
+    return schema
