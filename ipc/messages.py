@@ -39,6 +39,7 @@ __all__ = [
     "KickAck",
     "MessageError",
     "Notification",
+    "ProgramSpec",
     "RebuildRing",
     "RemoveMemslot",
     "ReplayPhase",
@@ -113,6 +114,19 @@ class ReplaySpec(Wire, frozen=True):
     speed: float = 0.0          # of a trace, against its own times; 0: as fast as it can
 
 
+class ProgramSpec(Wire, frozen=True, kw_only=True):
+    """A Linux program, and what it finds. Paths are absolute."""
+
+    path: str                   # of the program, as it sees it
+    args: list[str]             # the first is what it is called by
+    env: list[str]              # "NAME=value"
+    root: str = ""              # on the host: a directory or a tar file; empty: nothing is there
+    files: dict[str, str] = {}  # {path as the program sees it: on the host}
+    directory: str = "/"        # where it starts
+    seed: int | None = None     # of its random numbers; None: it finds others each time
+    console: str = "lines"      # "lines": to the machine's console | "streams", "terminal": ipc/consoles.py
+
+
 class WorkerSpec(Wire, frozen=True, kw_only=True):
     """Everything a worker process is told at its start (JSON on an inherited pipe)."""
 
@@ -137,6 +151,17 @@ class WorkerSpec(Wire, frozen=True, kw_only=True):
                                 # idt_base, idt_limit, tss_base (GPAs; vmm/machine/boot.py makes them)
     replay: ReplaySpec | None = None
     nice: int = 0               # of the vCPU's thread and its session, 0 to 19
+    program: ProgramSpec | None = None      # this vCPU runs a thread of it; the last vCPU is the system of all
+
+    @property
+    def threads(self) -> int:
+        """vCPUs of a program's threads; 0 without a program."""
+        return 0 if self.program is None else self.vcpu_count - 1
+
+    @property
+    def is_system(self) -> bool:
+        """It has no CPU, but serves the system calls of the others."""
+        return self.program is not None and self.index == self.threads
 
     @property
     def mode(self) -> Tracking:

@@ -17,6 +17,7 @@ import errno
 import os
 import resource
 import socket
+import stat
 import sys
 import termios
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ _SIGNALS = "pause restart_syscall rt_sigaction rt_sigpending rt_sigprocmask rt_s
 _TIME = ("alarm clock_getres clock_gettime clock_nanosleep getitimer gettimeofday nanosleep setitimer time times "
          "timerfd_create timerfd_gettime timerfd_settime")
 _FILES = ("access close close_range dup dup2 dup3 faccessat faccessat2 fcntl flock fstat fstatfs ftruncate getcwd "
-          "getdents64 lseek lstat newfstatat open openat pipe pipe2 pread64 preadv pwrite64 pwritev read readlink "
+          "getdents64 lseek lstat newfstatat open openat openat2 pipe pipe2 pread64 preadv pwrite64 pwritev read readlink "
           "readlinkat readv rmdir stat statfs statx umask unlink unlinkat write writev")
 _WAITING = ("epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd2 poll ppoll pselect6 select")
 _SOCKETS = "connect getpeername getsockname getsockopt recvfrom recvmsg sendmsg sendto setsockopt shutdown"
@@ -59,7 +60,7 @@ _FORBIDDEN = " ".join((
     "kcmp pidfd_getfd process_madvise process_vm_readv process_vm_writev ptrace",                 # other processes
     "fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_tree pivot_root chroot setns umount2 unshare",
     "capset setfsgid setfsuid setgid setgroups setregid setresgid setresuid setreuid setuid",   # who it is
-    "chown fchown fchownat lchown mknod mknodat open_by_handle_at quotactl swapoff swapon",
+    "chown fchown fchownat lchown open_by_handle_at quotactl swapoff swapon",
     "add_key bpf fanotify_init io_uring_enter io_uring_register io_uring_setup keyctl perf_event_open request_key",
     "acct adjtimex clock_adjtime clock_settime delete_module finit_module init_module ioperm iopl kexec_file_load",
     "kexec_load lookup_dcookie modify_ldt personality reboot setdomainname sethostname settimeofday vhangup")).split()
@@ -119,14 +120,15 @@ def missing() -> list[tuple[str, str]]:
     return found
 
 
-def confine_vcpu(directory: Path) -> None:
-    """Of a vCPU worker; ``directory`` is the machine's. By its only thread. Raises SandboxError."""
+def confine_vcpu(directory: Path, read: Iterable[Path] = ()) -> None:
+    """Of a vCPU worker; ``directory`` is the machine's. ``read``: files of the host that its guest is to find, where
+    it is the system of Linux programs. By its only thread. Raises SandboxError."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = _WORKER_FILES if hard == resource.RLIM_INFINITY else min(hard, _WORKER_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # A worker clears up when keeper and coordinator are gone: so it can remove what is the machine's.
-    _restrict_files(read=_readable(), write=[*_devices(), directory], run=False, connect=False,
+    _restrict_files(read=[*_readable(), *read], write=[*_devices(), directory], run=False, connect=False,
                     empty=directory.parent)
     with _seccomp_or_none() as seccomp:
         if seccomp is not None:
@@ -145,6 +147,9 @@ def confine_machine(read: Iterable[Path], write: Iterable[Path], empty: Path) ->
         refused = seccomp.ERRNO(errno.EPERM)
         _add(rules, refused, _FORBIDDEN)
         rules.add_rule(refused, "ioctl", seccomp.Arg(1, seccomp.EQ, termios.TIOCSTI))
+        for kind in (stat.S_IFCHR, stat.S_IFBLK):       # fifos it makes
+            for name, at in (("mknod", 1), ("mknodat", 2)):
+                rules.add_rule(refused, name, seccomp.Arg(at, seccomp.MASKED_EQ, 0o170000, kind))
         rules.load()
 
 

@@ -90,6 +90,10 @@ class PortBus:
             return 0
         raise UnknownPort(port, size, write=False)
 
+    def say(self, data: bytes) -> None:
+        """To the console, as it is."""
+        self._console(data)
+
     def flush(self) -> None:
         if self._line:
             self._console(bytes(self._line))

@@ -21,10 +21,11 @@ from ipc.linux import process
 from ipc.messages import Console, Hello, Notification, WorkerSpec, encode
 from ipc.shm import Segment, SegmentError
 
-from .accel.base import AccelError
-from .accel.registry import load
+from .accel.base import Accelerator, AccelError
+from .accel.registry import load, load_program
 from .memory import GuestMemory
 from .ports import PortBus
+from .programs import ProgramThread
 from .resets import serve_resets
 from .service import FD_TIMEOUT, Service, slot_writes
 from .vcpu import VcpuThread
@@ -51,6 +52,8 @@ class Worker:
         ports = PortBus(lambda data: self._say(Console(spec.index, data)))
         self.vcpu = VcpuThread(spec.index, self._control, self._memory, ports, self._say)
         self.service = Service(spec, context, self.vcpu)
+        #: Of a vCPU that runs a thread of a Linux program.
+        self.program: ProgramThread | None = None
 
     def set_up(self) -> bool:
         """Build the vCPU and say Hello; False (and the reason said) when it cannot be had."""
@@ -68,8 +71,7 @@ class Worker:
                 self._memory.add(slot)
             if spec.mode is Tracking.UFFD:
                 self.service.writes = slot_writes(self._memory, spec.slots)
-            accel = self._open.enter_context(contextlib.closing(
-                load(spec.accel)(spec, self._memory, self._control, self.vcpu.ports)))
+            accel = self._open.enter_context(contextlib.closing(self._make_accelerator()))
             self.vcpu.accel = accel
             if accel.vcpu_fd >= 0:
                 sockets.send_fd(spec.fd_socket, spec.index, accel.vcpu_fd, FD_TIMEOUT)
@@ -81,6 +83,21 @@ class Worker:
         self._say(Hello(spec.index, os.getpid(), kvm_run_size=accel.kvm_run_size,
                         ring_entries=spec.ring_entries))
         return True
+
+    def _make_accelerator(self) -> Accelerator:
+        """Raises AccelError, SegmentError and OSError."""
+        spec, memory, control, ports = self._spec, self._memory, self._control, self.vcpu.ports
+        if spec.program is None:
+            return load(spec.accel)(spec, memory, control, ports)
+        if spec.is_system:
+            from .linux.serve import SystemAccelerator      # a worker with a CPU has no use for it
+
+            return SystemAccelerator(spec, memory, control, ports, self.vcpu)
+        accel = load_program(spec.accel)(spec, memory, control, ports)
+        self.program = accel.server = ProgramThread(spec, memory, control, accel)
+        self.vcpu.away = self.program
+        self._open.callback(self.program.close)
+        return accel
 
     def _say(self, message: Notification) -> None:
         self._notify.send(encode(message))
@@ -101,7 +118,10 @@ def main(spec: WorkerSpec) -> int:
         process.set_group_nice(spec.nice)   # by a file, so before those are out of reach
     unconfined = ""
     try:
-        sandbox.confine_vcpu(Path(spec.fd_socket).parent)
+        program = spec.program
+        listed = [Path(each) for each in (program.root, *program.files.values()) if each
+                  ] if program is not None and spec.is_system else []
+        sandbox.confine_vcpu(Path(spec.fd_socket).parent, listed)
     except sandbox.SandboxError as exc:
         unconfined = str(exc)       # said once it can say something
     worker = Worker(spec, unconfined)
@@ -111,6 +131,9 @@ def main(spec: WorkerSpec) -> int:
         service = threading.Thread(target=worker.service.serve, name="service", daemon=True)
         service.start()
         threading.Thread(target=serve_resets, args=(worker.vcpu,), name="reset", daemon=True).start()
+        if worker.program is not None:
+            threading.Thread(target=worker.program.serve_attention, args=(lambda: worker.vcpu.shutdown,),
+                             name="attention", daemon=True).start()
         process.set_time_slice(0.0)     # the vCPU's own thread computes: an ordinary one
         if spec.nice:
             process.set_nice(spec.nice)

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import DETAIL_MAX, Exited, ExitReason, KickAck, Notification, RingFull
@@ -30,6 +31,9 @@ from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
 from .state import ExitState
 from .throttle import SliceTimer, TokenBucket
+
+if TYPE_CHECKING:
+    from .programs import ProgramThread
 
 __all__ = ["VcpuThread"]
 
@@ -54,6 +58,9 @@ class VcpuThread:
         self.shutdown = False
         #: It waits for the reset of its ring.
         self.ring_full = False
+        #: Of a thread of a Linux program: who knows how long it waits.
+        self.away: ProgramThread | None = None
+        self._was_away = 0
         #: Of a vCPU that had ended when it was saved: how.
         self.restored_exit: ExitState | None = None
         self.bucket = TokenBucket()
@@ -120,17 +127,24 @@ class VcpuThread:
             control.guest_entries += 1
             entered = time.perf_counter_ns()
             leave = self._run_slice() if quota else accel.run()
-            spent = time.perf_counter_ns() - entered
+            spent = time.perf_counter_ns() - entered - self._away()
             control.guest_ns += spent
             self._ran += spent / 1e9
             if leave.kind is ExitKind.RING_FULL:
-                self._wait_for_reset()
+                self.wait_for_reset()
             elif leave.kind is ExitKind.PORT:
                 if not self._port_event(leave):
                     break
             elif leave.kind is ExitKind.END:
-                self._end(leave)
+                self._end(leave, leave.code)
                 break
+
+    def _away(self) -> int:
+        """Nanoseconds of ``run`` in which the guest waited for its system."""
+        if self.away is None:
+            return 0
+        before, self._was_away = self._was_away, self.away.away_ns
+        return self._was_away - before
 
     # --- dirty limit ---------------------------------------------------------------------------
 
@@ -224,7 +238,17 @@ class VcpuThread:
             control.state = VcpuState.PAUSED
             self.sleep()
 
-    def _wait_for_reset(self) -> None:
+    def wait_for(self, poll: select.poll, seconds: float) -> None:
+        """Until something happens at one of these descriptors, as at ``sleep``."""
+        poll.register(self._wake, select.POLLIN)
+        if any(fd == self._wake for fd, _ in poll.poll(seconds * 1000)):
+            os.read(self._wake, 4096)
+
+    @property
+    def is_to_end(self) -> bool:
+        return self.shutdown or bool(self.control.request & VcpuRequest.STOP)
+
+    def wait_for_reset(self) -> None:
         """KVM_EXIT_DIRTY_RING_FULL: tell the coordinator, stay out until the ring has been reset."""
         control = self.control
         began = time.perf_counter_ns()

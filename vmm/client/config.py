@@ -117,23 +117,40 @@ class MemoryConfig(_Model):
 
 
 class GuestConfig(_Model):
-    """A sample guest (``workload``), or any static x86-64 ELF file or flat binary (``image``)."""
+    """A sample guest (``workload``), any static x86-64 ELF file or flat binary (``image``), or a Linux program
+    (``program``; docs/linux.md)."""
 
     workload: str | None = None
     image: FileName | None = None
     address: Size | None = None
     params: dict[str, int] | list[int] = Field(default_factory=dict)
+    #: As the program itself is named where it runs: a path in ``root``, or a name that is looked for there.
+    program: str | None = None
+    args: list[str] = Field(default_factory=list)       # without its name
+    env: dict[str, str] = Field(default_factory=dict)
+    root: FileName | None = None        # a directory or a tar file of the host: what there is, read-only
+    files: dict[str, FileName] = Field(default_factory=dict)    # {absolute path there: on the host}
+    directory: str = "/"                # where it starts
+    threads: Annotated[int, Field(ge=1, lt=MAX_VCPUS)] | None = None    # that it may have at once
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None         # of its random numbers
 
     @model_validator(mode="after")
     def _check(self) -> GuestConfig:
-        if (self.workload is None) == (self.image is None):
-            raise ValueError("give exactly one of 'workload' and 'image'")
+        if sum(x is not None for x in (self.workload, self.image, self.program)) != 1:
+            raise ValueError("give exactly one of 'workload', 'image' and 'program'")
+        given = self.model_fields_set
+        if self.program is None and (extra := given & _PROGRAM_KEYS):
+            raise ValueError(f"'{min(extra)}' is only valid with 'program'")
+        if self.program is not None and "params" in given:
+            raise ValueError("'params' is not valid with 'program': give 'args'")
         if self.address is not None and self.image is None:
             raise ValueError("'address' is only valid with 'image', for a flat binary")
         if self.workload is not None and not isinstance(self.params, dict):
             raise ValueError("the params of a workload must be a mapping of names to values")
         return self
 
+
+_PROGRAM_KEYS = frozenset({"args", "env", "root", "files", "directory", "threads", "seed"})
 
 Pattern = Literal["sequential", "strided", "random", "zipf"]
 
@@ -301,6 +318,12 @@ class MachineConfig(_Model):
             raise ValueError(f"tracking: {self.tracking} is not supported with replay, which needs dirty rings")
         if self.replay is not None and not entries:
             raise ValueError("dirty_ring_size: replay needs dirty rings, but 0 selects the plain bitmap")
+        if self.guest is not None and self.guest.program is not None:
+            if extra := self.model_fields_set & {"vcpus", "privilege", "stack_size"}:
+                raise ValueError(f"{min(extra)}: not valid with a program (guest.threads says how many threads it may "
+                                 "have)")
+            if len(self.memory) > 1:
+                raise ValueError("memory: must be one slot for a program")
         rules.check_stack(self.stack_size)
         rules.check_slots([RamSlot(m.slot, m.gpa, m.size) for m in self.memory], mapped=self.replay is None)
         return self
@@ -330,12 +353,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, name: s
         config = MachineConfig.model_validate(document)
     except ValidationError as exc:
         raise explain(exc, path, lines, set_keys, document, MachineConfig) from None
-    for section, file in (("guest", "image"), ("replay", "trace")):
+    for section, file in (("guest", "image"), ("guest", "root"), ("replay", "trace")):
         model = getattr(config, section)
         given = getattr(model, file, None)
         if given is not None and not given.is_absolute():
             config = config.model_copy(
                 update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
+    if config.guest is not None and config.guest.files:
+        files = {inside: (path.parent / outside).resolve() for inside, outside in config.guest.files.items()}
+        config = config.model_copy(update={"guest": config.guest.model_copy(update={"files": files})})
     config._origins.update({at: f"{input_name(path)}:{line}" for at, line in lines.items()})
     config._origins.update(set_keys)
     return config

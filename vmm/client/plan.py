@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 
-from ipc.messages import ReplayPhase, ReplaySpec
+from ipc.messages import ProgramSpec, ReplayPhase, ReplaySpec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
@@ -23,6 +24,9 @@ from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
 
 __all__ = ["choose_accelerator", "plan"]
 
+_THREADS = 4        # of a program, where it is not said
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 
 def choose_accelerator(wanted: str, section: str = "guest") -> str:
     """``auto`` is the first that can be used here, of those that take this section of the configuration. Raises
@@ -37,8 +41,9 @@ def choose_accelerator(wanted: str, section: str = "guest") -> str:
 
 
 def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
-         trace_file: str = "", linger: bool = True) -> MachineSpec:
-    """Resolve a MachineConfig. Raises VmmError, naming the key, when this host cannot run it."""
+         trace_file: str = "", linger: bool = True, console: str = "lines") -> MachineSpec:
+    """Resolve a MachineConfig. ``console``: what a program has (ipc.messages.ProgramSpec). Raises VmmError, naming the
+    key, when this host cannot run it."""
     try:
         accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay")
     except VmmError as exc:
@@ -62,9 +67,13 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
                 check_trace(config.replay.trace, reader.header, config.vcpus, slots)
         except TraceError as exc:
             raise ConfigError(f"{config.where('replay.trace')}: {exc}") from None
-    image, params, exact = ("", [], True) if config.guest is None else _guest(config, config.guest)
-    address = None
-    if config.guest is not None:
+    image, params, exact, program = "", list[int](), True, None
+    address, vcpus = None, config.vcpus
+    if config.guest is not None and config.guest.program is not None:
+        program, exact = _program(config, config.guest, console), False
+        vcpus = (config.guest.threads or _THREADS) + 1
+    elif config.guest is not None:
+        image, params, exact = _guest(config, config.guest)
         address = config.guest.address
         try:
             loaded = loader.load_image(image, address)
@@ -77,7 +86,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         _check_trace_file(trace_file, patterns)
     verify = config.verify
     spec = MachineSpec(
-        name=name or config.name, accel=accel, vcpus=config.vcpus, privilege=config.privilege, nice=config.nice,
+        name=name or config.name, accel=accel, vcpus=vcpus, program=program, privilege=config.privilege, nice=config.nice,
         ring_entries=entries, tracking=config.tracking or "", slots=slots,
         image=os.path.abspath(image) if image else "", load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
@@ -113,6 +122,25 @@ def _replay(replay: ReplayConfig) -> ReplaySpec:
     speed = {"original": 1.0, "full": 0.0}.get(str(replay.speed))
     return ReplaySpec(phases, replay.rate, replay.seed, replay.shared, replay.repeat,
                       speed=float(replay.speed) if speed is None else speed)
+
+
+def _program(config: MachineConfig, guest: GuestConfig, console: str) -> ProgramSpec:
+    """Without a root, the program itself is all there is: it is found on the host then, as a shell would."""
+    assert guest.program is not None
+    path = guest.program
+    root = "" if guest.root is None else os.path.abspath(guest.root)
+    files = {inside: os.path.abspath(outside) for inside, outside in guest.files.items()}
+    if not root and not files:
+        found = shutil.which(path)
+        if found is None:
+            raise ConfigError(f"{config.where('guest.program')}: {path}: not found on this host, and there is no "
+                              "root or file to look in (guest.root, guest.files)")
+        path = os.path.abspath(found)
+        files = {path: os.path.realpath(path)}
+    environment = {"PATH": _PATH, "HOME": "/root", **guest.env}
+    return ProgramSpec(path=path, args=[guest.program, *guest.args], root=root, files=files,
+                       env=[f"{name}={value}" for name, value in environment.items()], directory=guest.directory,
+                       seed=guest.seed, console=console)
 
 
 def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], bool]:

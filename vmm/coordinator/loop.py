@@ -123,6 +123,7 @@ class Coordinator:
     def _create(self, keeper_fd: int) -> None:
         """Start the workers."""
         core = self.core
+        segments.make_pipes(self.spec, core.directory)
         for vcpu in segments.make_handles(core.parts):
             core.vcpus.spawn(vcpu, segments.worker_spec(core.parts, vcpu.index, core.directory, keeper_fd))
         core.vcpus.start_paused()

@@ -7,13 +7,15 @@ the same parts instead of making them.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from ipc import sockets
+from ipc import programs, sockets
 from ipc.layout import (
     CONTROL_MAGIC,
     MAX_SLOTS,
@@ -39,7 +41,7 @@ from ..machine.spec import MachineSpec, RamSlot
 from ..machine.tracefile import Trace, TraceError, TraceReader, check_trace, unpack
 from ..vcpus.handle import VcpuHandle
 
-__all__ = ["adopt_parts", "copy_image", "make_parts", "worker_spec"]
+__all__ = ["adopt_parts", "copy_image", "make_parts", "make_pipes", "worker_spec"]
 
 _TRACE_PIECE = 1 << 20      # entries of a trace looked at together
 
@@ -63,7 +65,7 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
     Raises VmmError and SegmentError; nothing is left behind then.
     """
     image, slots = None, []
-    if spec.can.guests:
+    if spec.can.guests and spec.program is None:
         image = loader.load_image(spec.image, spec.load_address)
         loader.check_fits(image, [(s.gpa, s.size) for s in spec.slots])
         slots = _boot_slots(spec, image)
@@ -72,8 +74,7 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
             return stack.enter_context(Segment.create(segment_name(spec.name, what), size))
 
         control = segment("control", control_size(spec.vcpus))
-        # A replayed machine boots nothing: a page stands in for its system slot.
-        system = segment("system", boot.system_size(spec.vcpus, _top_gpa(spec)) if image else PAGE_SIZE)
+        system = segment("system", _system_size(spec))
         log = DirtyLog(spec.name, spec.reaper.reapers)
         stack.callback(log.close)
         mode = tracking_mode(tracking)
@@ -84,12 +85,29 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
         mode.need(parts, fresh=False)
         if image is not None:
             _load(parts, image, slots)
+        elif spec.program is not None:
+            _write_system(parts, lambda view: boot.write_program_slot(view, threads=spec.threads))
         if spec.replay_trace:
             parts.traces = _load_trace(spec, stack)
         block = parts.control
         block.magic, block.version, block.vcpu_count = CONTROL_MAGIC, PROTOCOL_VERSION, spec.vcpus
         parts.stack = stack.pop_all()
     return parts
+
+
+def _system_size(spec: MachineSpec) -> int:
+    """Bytes of the system slot. Of a replayed machine, which boots nothing, a page stands in for it."""
+    if spec.program is not None:
+        return programs.system_pages(spec.threads, sum(slot.pages for slot in spec.slots)) * PAGE_SIZE
+    return boot.system_size(spec.vcpus, _top_gpa(spec)) if spec.can.guests else PAGE_SIZE
+
+
+def _write_system(parts: Parts, write: Callable[[memoryview], None]) -> None:
+    view = memoryview(parts.system.buf)
+    try:
+        write(view)
+    finally:
+        view.release()
 
 
 def _load_trace(spec: MachineSpec, stack: contextlib.ExitStack) -> list[Segment]:
@@ -127,13 +145,9 @@ def _usable_pages(slots: list[boot.BootSlot]) -> dict[int, tuple[int, int]]:
 
 def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) -> None:
     spec = parts.spec
-    view = memoryview(parts.system.buf)
-    try:
-        boot.write_system_slot(view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end,
-                               params=spec.params, cmdline=spec.cmdline, stack_size=spec.stack_size,
-                               top_gpa=_top_gpa(spec))
-    finally:
-        view.release()
+    _write_system(parts, lambda view: boot.write_system_slot(
+        view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end, params=spec.params, cmdline=spec.cmdline,
+        stack_size=spec.stack_size, top_gpa=_top_gpa(spec)))
     for segment in image.segments:
         for slot in spec.slots:
             # A segment may span slots that touch.
@@ -159,7 +173,7 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
             raise VmmError(f"machine '{spec.name}' cannot be taken over: {wrong}")
         mode = tracking_mode(tracking)
         parts = Parts(spec, control, segment("system"), DirtyLog(spec.name, spec.reaper.reapers), mode, stack=stack)
-        if spec.can.guests:
+        if spec.image:
             image = loader.load_image(spec.image, spec.load_address)
             parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
         stack.callback(parts.log.close)
@@ -181,7 +195,7 @@ def make_handles(parts: Parts) -> list[VcpuHandle]:
     for index in range(spec.vcpus):
         block = vcpu_control(parts.control_segment.address, index)
         vcpu = VcpuHandle(index, block, parts.ring_entries)
-        if parts.ring_entries and not spec.can.kernel_ring:
+        if parts.ring_entries and index in parts.rings:
             vcpu.ring.map_segment(parts.rings[index])
         vcpus.append(vcpu)
     return vcpus
@@ -194,14 +208,13 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
     block.ring_entries = parts.ring_entries
     block.request = VcpuRequest.PAUSE
     block.dirty_quota = spec.quotas[index]
-    first = spec.slots[0]
     replay = spec.replay
     if replay is not None and parts.traces:
         replay = msgspec.structs.replace(replay, trace_segment=parts.traces[index].name)
     return WorkerSpec(
         machine=spec.name, index=index, vcpu_count=spec.vcpus, accel=spec.accel, privilege=spec.privilege,
         nice=spec.nice,
-        ring_entries=parts.ring_entries, ring_segment=parts.rings[index].name if parts.rings else "",
+        ring_entries=parts.ring_entries, ring_segment=parts.rings[index].name if index in parts.rings else "",
         tracking=parts.tracking,
         slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
@@ -209,8 +222,22 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,
         request_endpoint=sockets.endpoint(directory, "requests"),
         notify_endpoint=sockets.endpoint(directory, "notify"),
-        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay,
-        boot={} if not spec.can.guests else boot.boot_registers(
-            index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
-            stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size)),
-    )
+        fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay, program=spec.program,
+        boot=_boot_registers(parts, index))
+
+
+def _boot_registers(parts: Parts, index: int) -> dict[str, int]:
+    spec, first = parts.spec, parts.spec.slots[0]
+    if spec.is_system(index) or not spec.can.guests:
+        return {}
+    if spec.program is not None:
+        return boot.program_registers(index)
+    return boot.boot_registers(index, vcpu_count=spec.vcpus, entry=parts.entry, privilege=spec.privilege,
+                               stack_top=boot.stack_top(index, first.gpa + first.size, spec.stack_size))
+
+
+def make_pipes(spec: MachineSpec, directory: Path) -> None:
+    """FIFOs between a program's system and others (ipc/programs.py, ipc/consoles.py). Raises OSError."""
+    if spec.program is not None:
+        for name in ("bell", "console-in", "console-out"):
+            os.mkfifo(directory / name, 0o600)

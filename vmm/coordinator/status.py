@@ -66,7 +66,8 @@ def _vcpu_report(core: Core, vcpu: VcpuHandle) -> VcpuReport:
     reason = ExitReason(block.exit_reason)
     over = reason != ExitReason.NONE
     return VcpuReport(
-        index=vcpu.index, pid=vcpu.pid, accelerator=core.spec.accel,
+        index=vcpu.index, pid=vcpu.pid,
+        accelerator="system" if core.spec.is_system(vcpu.index) else core.spec.accel,
         state=VcpuState(block.state).name.lower().replace("_", "-"),
         exit_reason=reason_text(reason) if over else None, exit_code=block.exit_code if over else None,
         detail=exited.detail if exited else "", registers=exited.registers if exited else None,

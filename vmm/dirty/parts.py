@@ -36,7 +36,8 @@ class Parts:
     system: Segment
     log: DirtyLog
     mode: Logging
-    rings: list[Segment] = field(default_factory=list)
+    #: Software rings, by vCPU.
+    rings: dict[int, Segment] = field(default_factory=dict)
     #: Each vCPU's part of the trace that is replayed (ipc/traces/segment.py).
     traces: list[Segment] = field(default_factory=list)
     entry: int = 0
@@ -68,7 +69,7 @@ class Parts:
     def segments(self) -> list[str]:
         """Names of all that the machine has now, but for the journal and the verifier's."""
         return [self.control_segment.name, self.system.name, *self.log.segments(),
-                *(ring.name for ring in self.rings), *(trace.name for trace in self.traces)]
+                *(ring.name for ring in self.rings.values()), *(trace.name for trace in self.traces)]
 
     def close(self) -> None:
         self.log.close()

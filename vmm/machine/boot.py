@@ -63,6 +63,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ipc import programs
 from ipc.shm import PAGE_SIZE
 from workers.ports import PORT_FAULT
 
@@ -70,7 +71,8 @@ from ..errors import VmmError
 
 __all__ = ["BOOT_SLOTS_MAX", "BOOT_VERSION", "CMDLINE_MAX", "DEFAULT_STACK_SIZE", "PARAMS_MAX", "SYSTEM_GPA",
            "TOP_GPA_MAX", "BootError", "BootSlot", "boot_info_gpa", "boot_registers", "boot_slots",
-           "mapped_top", "set_round", "stack_top", "system_size", "write_system_slot"]
+           "mapped_top", "program_registers", "set_round", "stack_top", "system_size", "write_program_slot",
+           "write_system_slot"]
 
 SYSTEM_GPA = 0xF000_0000           # in the hole below 4 GiB where PCs have devices, not RAM
 TOP_GPA_MAX = 1 << 44              # 16 TiB: 64 MiB of page tables, still below the local APIC's page
@@ -123,6 +125,10 @@ _GDT = struct.pack(
     0x00CF_F300_0000_FFFF,   # user data
 )
 _GDT_SIZE = len(_GDT) + 16   # and the TSS descriptor
+# Of a Linux program: as sysret wants them, user code behind user data.
+_SEL_PROGRAM_DATA, _SEL_PROGRAM_CODE, _SEL_PROGRAM_TSS = 0x23, 0x2B, 0x30
+_PROGRAM_GDT = struct.pack("<6Q", 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0, 0x00CF_F300_0000_FFFF,
+                           0x00AF_FB00_0000_FFFF)
 _TSS = struct.Struct("<I 3Q Q 7Q Q H H")  # reserved, RSP0-2, reserved, IST1-7, reserved x 2, I/O map
 _TSS_AT, _GDT_AT = 0x000, 0x080  # in the vCPU's pages
 # A KVM that runs guests without hardware virtualisation (page-table based, nested) cannot give the
@@ -145,6 +151,13 @@ _CR0 = 0x8001_0033   # PG WP NE ET MP PE
 _CR4 = 0x620         # OSXMMEXCPT OSFXSR PAE
 _EFER = 0xD00        # NXE LMA LME; without SCE a stray syscall is #UD and not a jump to LSTAR = 0
 _RFLAGS = 0x3002     # IOPL 3, and bit 1, which is always set
+
+# --- Linux programs (ipc/programs.py) ----------------------------------------------------------
+_CR4_FSGSBASE, _CR4_OSXSAVE = 1 << 16, 1 << 18
+_EFER_SCE = 1
+_SYSCALL_FLAGS = 0x47700    # cleared by ``syscall``: TF IF DF IOPL NT AC, as Linux has it
+_SYSCALL_STUB = bytes([0xE6, programs.PORT_CALL, 0xF4])      # out %al, $PORT_CALL; hlt
+_VSYSCALLS = (96, 201, 309)     # gettimeofday, time, getcpu: one each 1024 bytes
 
 
 class BootError(VmmError):
@@ -227,9 +240,9 @@ def write_system_slot(buf: memoryview, *, vcpu_count: int, slots: Sequence[BootS
         raise BootError(f"the system slot needs {size} bytes, but its memory has {len(buf)}")
     buf[:size] = bytes(size)
     _write_boot_info(buf, vcpu_count, slots, image_end, params, cmdline, stack_size)
-    _write_idt(buf)
+    _write_idt(buf, _IDT_PAGE, SYSTEM_GPA)
     for index in range(vcpu_count):
-        _write_vcpu_page(buf, index)
+        _write_vcpu_page(buf, _VCPU_PAGE + index * _VCPU_PAGES, SYSTEM_GPA, _GDT, every_port=True)
     _write_page_tables(buf, vcpu_count, top_gpa)
 
 
@@ -276,6 +289,37 @@ def boot_registers(index: int, *, vcpu_count: int, entry: int, stack_top: int,
     }
 
 
+def write_program_slot(buf: memoryview, *, threads: int) -> None:
+    """The system slot of a machine for Linux programs, zero until now (ipc/programs.py has its pages)."""
+    _write_idt(buf, programs.IDT_PAGE, programs.SYSTEM_ADDRESS)
+    entry = programs.ENTRY_PAGE * PAGE_SIZE
+    buf[entry:entry + len(_SYSCALL_STUB)] = _SYSCALL_STUB
+    for at, number in enumerate(_VSYSCALLS):
+        code = b"\xb8" + number.to_bytes(4, "little") + b"\x0f\x05\xc3"      # mov $number, %eax; syscall; ret
+        place = programs.VSYSCALL_PAGE * PAGE_SIZE + at * 1024
+        buf[place:place + len(code)] = code
+    for index in range(threads):
+        _write_vcpu_page(buf, programs.VCPU_PAGE + index * programs.VCPU_PAGES, programs.SYSTEM_ADDRESS,
+                         _PROGRAM_GDT, every_port=False)
+
+
+def program_registers(index: int) -> dict[str, int]:
+    """Registers of thread vCPU ``index`` as long as it has no thread, named as in `boot_registers`; ``star``,
+    ``fmask`` and ``lstar`` are those of ``syscall``. Its page tables and where it begins it is told later."""
+    page = programs.SYSTEM_ADDRESS + (programs.VCPU_PAGE + index * programs.VCPU_PAGES) * PAGE_SIZE
+    return {
+        "rip": 0, "rsp": 0, "rflags": 0x202, "cr0": _CR0, "cr3": 0,
+        "cr4": _CR4 | _CR4_FSGSBASE | _CR4_OSXSAVE, "efer": _EFER | _EFER_SCE,
+        "star": _SEL_KERNEL_CODE << 32 | (_SEL_PROGRAM_DATA - 8 & ~3) << 48, "fmask": _SYSCALL_FLAGS,
+        "lstar": programs.SYSTEM_ADDRESS + programs.ENTRY_PAGE * PAGE_SIZE,
+        "cpl": 3, "cs": _SEL_PROGRAM_CODE, "ss": _SEL_PROGRAM_DATA, "ds": _SEL_PROGRAM_DATA,
+        "gdt_base": page + _GDT_AT, "gdt_limit": len(_PROGRAM_GDT) + 15,
+        "idt_base": programs.SYSTEM_ADDRESS + programs.IDT_PAGE * PAGE_SIZE,
+        "idt_limit": _VECTORS * _GATE.size - 1,
+        "tr_selector": _SEL_PROGRAM_TSS, "tss_base": page + _TSS_AT, "tss_limit": _TSS_LIMIT,
+    }
+
+
 def _write_boot_info(buf: memoryview, vcpu_count: int, slots: Sequence[BootSlot], image_end: int,
                      params: Sequence[int], cmdline: str, stack_size: int) -> None:
     text = cmdline.encode()
@@ -305,13 +349,14 @@ def _stub(vector: int) -> bytes:
     return code
 
 
-def _write_idt(buf: memoryview) -> None:
-    base = _IDT_PAGE * PAGE_SIZE
+def _write_idt(buf: memoryview, page: int, start: int) -> None:
+    """``start``: where the guest has the slot."""
+    base = page * PAGE_SIZE
     for vector in range(_VECTORS):
         at = _STUBS_AT + vector * _STUB_SIZE
         code = _stub(vector)
         buf[base + at:base + at + len(code)] = code
-        address = SYSTEM_GPA + base + at
+        address = start + base + at
         dpl = 3 if vector in _USER_VECTORS else 0
         _GATE.pack_into(buf, base + vector * _GATE.size, address & 0xFFFF, _SEL_KERNEL_CODE,
                         1,                  # IST1
@@ -320,17 +365,22 @@ def _write_idt(buf: memoryview) -> None:
     buf[base + _SYSCALL_AT:base + _SYSCALL_AT + 2] = b"\x0f\x0b"  # ud2
 
 
-def _write_vcpu_page(buf: memoryview, index: int) -> None:
-    base = (_VCPU_PAGE + index * _VCPU_PAGES) * PAGE_SIZE
-    stack = SYSTEM_GPA + base + _VCPU_PAGES * PAGE_SIZE  # RSP0 for gates without IST that an image might add
+def _write_vcpu_page(buf: memoryview, page: int, start: int, gdt: bytes, *, every_port: bool) -> None:
+    """``start``: where the guest has the slot. ``every_port``: else that of system calls only."""
+    base = page * PAGE_SIZE
+    stack = start + base + _VCPU_PAGES * PAGE_SIZE  # RSP0 for gates without IST that an image might add
     _TSS.pack_into(buf, base + _TSS_AT, 0, stack, 0, 0, 0, stack, 0, 0, 0, 0, 0, 0, 0, 0,
                    _IO_BITMAP_AT)
+    if not every_port:
+        bitmap = base + _IO_BITMAP_AT
+        buf[bitmap:bitmap + _IO_BITMAP_SIZE] = b"\xff" * _IO_BITMAP_SIZE
+        buf[bitmap + programs.PORT_CALL // 8] = 0xFF & ~(1 << programs.PORT_CALL % 8)
     buf[base + _TSS_LIMIT] = 0xFF
-    tss = SYSTEM_GPA + base + _TSS_AT
+    tss = start + base + _TSS_AT
     descriptor = struct.pack("<HHBBBBII", _TSS_LIMIT, tss & 0xFFFF, tss >> 16 & 0xFF,
                              0x8B,     # present, 64-bit TSS, busy (it is loaded already)
                              0, tss >> 24 & 0xFF, tss >> 32, 0)
-    table = _GDT + descriptor
+    table = gdt + descriptor
     buf[base + _GDT_AT:base + _GDT_AT + len(table)] = table
 
 

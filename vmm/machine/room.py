@@ -51,8 +51,7 @@ def shared_memory(spec: MachineSpec) -> int:
         total += bitmap_bytes(slot.pages) * (spec.reaper.reapers + 1 + (2 if replay and verify else 0))
         if spec.asked_tracking in BITMAPS:
             total += 8 * word_count(slot.pages) * spec.vcpus
-    if not spec.can.kernel_ring:
-        total += 16 * spec.ring_entries * spec.vcpus
+    total += 16 * spec.ring_entries * sum(not spec.has_kernel_ring(index) for index in range(spec.vcpus))
     return total
 
 

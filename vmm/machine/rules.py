@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from ipc.layout import MAX_SLOTS, MAX_VCPUS, RING_MAX, RING_MIN
-from ipc.messages import ReplaySpec
+from ipc.messages import ProgramSpec, ReplaySpec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
@@ -43,6 +43,7 @@ EXPONENT_MAX = 10.0
 PHASES_MAX = 1000
 RATE_MAX = 1e12                         # writes per second
 SPEED_MAX = 1e6                         # of a replayed trace, against its own times
+CONSOLES = ("lines", "streams", "terminal")     # of a program (ipc/messages.py)
 _PATTERNS = ("sequential", "strided", "random", "zipf")
 _INJECTIONS = ("none", "lost", "extra")
 _EVENT_PATTERNS_MAX = 64
@@ -98,6 +99,8 @@ def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bo
     """What a specification from elsewhere (an offer, a manifest) is here: under this name, on this accelerator,
     with the image at this path. Nothing of its own is used as a path or written to: where it traced to, and what
     it replayed, is the other host's business. Raises RuleError for what no machine may be."""
+    if spec.program is not None:
+        raise RuleError("guest.program", "cannot be moved or restored yet")
     found = msgspec.structs.replace(spec, name=name, image=image, accel=accel, linger=linger, trace=[],
                                     trace_file="", replay_trace="")
     check_machine(found)
@@ -169,7 +172,9 @@ def _check_slot(whole: str, prefix: str, slot: RamSlot, taken: Iterable[tuple[st
 
 
 def _check_guest(spec: MachineSpec, guests: bool) -> None:
-    if guests:
+    if spec.program is not None:
+        _check_program(spec, spec.program)
+    elif guests:
         _check_path("guest.image", spec.image)
     elif spec.image:
         raise RuleError("guest.image", f"{spec.accel} runs no guest")
@@ -182,6 +187,34 @@ def _check_guest(spec: MachineSpec, guests: bool) -> None:
     length = len(spec.cmdline.encode(errors="replace"))
     if length > boot.CMDLINE_MAX or not spec.cmdline.isprintable():
         raise RuleError("cmdline", f"must be at most {boot.CMDLINE_MAX} bytes of printable text")
+
+
+def _check_program(spec: MachineSpec, program: ProgramSpec) -> None:
+    if spec.can.programs:
+        raise RuleError("accel", f"{spec.accel} {spec.can.programs}")
+    if spec.image or spec.load_address is not None or spec.params or spec.privilege != "user":
+        raise RuleError("guest.program", "is instead of an image, with its address, parameters and privilege")
+    if spec.vcpus < 2:
+        raise RuleError("guest.threads", "must be at least 1")
+    if len(spec.slots) != 1:
+        raise RuleError("memory", "must be one slot for a program")
+    if not program.args:
+        raise RuleError("guest.program", "has no name")
+    for key, paths in (("guest.root", [program.root] if program.root else []),
+                       ("guest.files", [*program.files, *program.files.values()]),
+                       ("guest.directory", [program.directory])):
+        for path in paths:
+            _check_path(key, path)
+    for key, texts in (("guest.program", [program.path]), ("guest.args", program.args), ("guest.env", program.env)):
+        for text in texts:
+            if "\0" in text:
+                raise RuleError(key, "has a NUL character")
+    for text in program.env:
+        if "=" not in text[1:]:
+            raise RuleError("guest.env", f"{text[:40]!a} is not NAME=value")
+    if program.seed is not None:
+        _number("guest.seed", program.seed, 0, (1 << 63) - 1)
+    _one_of("guest.console", program.console, CONSOLES)
 
 
 def _check_times(spec: MachineSpec) -> None:

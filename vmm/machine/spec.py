@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ipc.messages import ReplaySpec
+from ipc.messages import ProgramSpec, ReplaySpec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 from workers.accel.base import Capabilities
@@ -60,7 +60,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     privilege: str              # "user" | "kernel"
     ring_entries: int           # of a ring, when there are rings; 0: there never are
     slots: list[RamSlot]
-    image: str                  # absolute path; "" with replay
+    image: str                  # absolute path; "" with replay or a program
     load_address: int | None    # flat binaries only
     params: list[int]
     cmdline: str
@@ -75,6 +75,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     tracking: str = ""          # one of trackings.CHOICES; empty: ring, or bitmap where there is no ring
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
     replay_trace: str = ""      # absolute path of the trace that it is to be taken from
+    program: ProgramSpec | None = None  # a Linux program instead of an image: all vCPUs but the last, which is
+                                        # its system, are for its threads
     nice: int = 0               # of the vCPU processes, 0 to 19
     linger: bool                # stay after the end until a client releases the machine
 
@@ -82,6 +84,19 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def can(self) -> Capabilities:
         """What its accelerator can. Raises AccelError where this program has none called so."""
         return registry.capabilities(self.accel)
+
+    @property
+    def threads(self) -> int:
+        """vCPUs for the threads of a program; 0 without a program."""
+        return 0 if self.program is None else self.vcpus - 1
+
+    def is_system(self, vcpu: int) -> bool:
+        """It has no CPU, but serves the system calls of the others."""
+        return self.program is not None and vcpu == self.threads
+
+    def has_kernel_ring(self, vcpu: int) -> bool:
+        """The kernel makes the dirty ring of this vCPU; else it is a segment."""
+        return self.can.kernel_ring and not self.is_system(vcpu)
 
     @property
     def quotas(self) -> list[int]:

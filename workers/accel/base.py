@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..ports import PortBus, PortEvent
     from ..state import VcpuSaved
 
-__all__ = ["AccelError", "Accelerator", "Available", "Backend", "Capabilities", "Exit", "ExitKind"]
+__all__ = ["AccelError", "Accelerator", "Available", "Backend", "Capabilities", "Exit", "ExitKind",
+           "ProgramAccelerator", "ProgramServer"]
 
 
 class AccelError(Exception):
@@ -41,6 +42,7 @@ class Capabilities:
     space: int                      # address space of a worker beside the guest's memory, MiB
     base_memory: int                # private memory of keeper, coordinator and what forks the workers, MiB
     worker_memory: int              # and of each worker
+    programs: str = ""              # why it cannot run Linux programs; empty: it can
 
     @property
     def guests(self) -> bool:
@@ -73,6 +75,10 @@ class Backend(Protocol):
         """Import the accelerator itself. Raises ImportError."""
         ...
 
+    def load_program(self) -> type[ProgramAccelerator]:
+        """The one for a thread of a Linux program. Raises ImportError, and AccelError where it has none."""
+        ...
+
 
 class ExitKind(Enum):
     """Why ``Accelerator.run`` has come back."""
@@ -92,6 +98,7 @@ class Exit:
     reason: ExitReason = ExitReason.NONE
     detail: str = ""
     registers: dict[str, int] | None = None
+    code: int = 0                   # with reason CODE
 
 
 class Accelerator(Protocol):
@@ -166,3 +173,48 @@ class Accelerator(Protocol):
 
     def close(self) -> None:
         """Idempotent."""
+
+
+class ProgramServer(Protocol):
+    """What serves a thread of a Linux program, out of the guest. Each method is called by ``run``, which goes on with
+    the registers as they are then; with an Exit it returns that."""
+
+    def begin(self) -> Exit | None:
+        """``run`` begins."""
+        ...
+
+    def call(self) -> Exit | None:
+        """A system call."""
+        ...
+
+    def fault(self, vector: int, error: int, address: int) -> Exit | None:
+        """An exception: RIP is that of the instruction (or of the next one, where the vector says so)."""
+        ...
+
+    def interrupted(self) -> Exit | None:
+        """A kick, or a signal."""
+        ...
+
+
+class ProgramAccelerator(Accelerator, Protocol):
+    """For a thread of a Linux program. ``server`` is there before ``run``."""
+
+    server: ProgramServer
+    #: Those of the program, 18 words as ipc.programs.REGISTERS has them: as it goes on.
+    registers_now: memoryview
+
+    def set_registers(self, words: memoryview) -> None: ...
+
+    def set_fs_base(self, address: int) -> None: ...
+
+    @property
+    def fs_base(self) -> int: ...
+
+    def set_root(self, address: int) -> None:
+        """Of its page tables (GPA)."""
+
+    def get_xsave(self, area: memoryview) -> None:
+        """Into 4096 bytes."""
+
+    def set_xsave(self, area: memoryview) -> None:
+        """Raises OSError for one that is not valid."""

@@ -8,9 +8,9 @@ import pkgutil
 from pathlib import Path
 from typing import cast
 
-from .base import Accelerator, AccelError, Available, Backend, Capabilities
+from .base import Accelerator, AccelError, Available, Backend, Capabilities, ProgramAccelerator
 
-__all__ = ["available", "capabilities", "load", "names"]
+__all__ = ["available", "capabilities", "load", "load_program", "names"]
 
 
 def names(section: str | None = None) -> tuple[str, ...]:
@@ -36,6 +36,17 @@ def load(name: str) -> type[Accelerator]:
     backend = _backend(name)
     try:
         return backend.load()
+    except ImportError as exc:
+        raise AccelError(f"the {name} accelerator cannot be loaded: {exc}") from None
+
+
+def load_program(name: str) -> type[ProgramAccelerator]:
+    """The one for a thread of a Linux program. Raises AccelError."""
+    backend = _backend(name)
+    if backend.CAPABILITIES.programs:
+        raise AccelError(f"the {name} accelerator {backend.CAPABILITIES.programs}")
+    try:
+        return backend.load_program()
     except ImportError as exc:
         raise AccelError(f"the {name} accelerator cannot be loaded: {exc}") from None
 

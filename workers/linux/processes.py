@@ -122,6 +122,7 @@ class Thread:
     robust: tuple[int, int] = (0, 0)
     fs_base: int | None = None
     deadline: int | None = None     # CLOCK_MONOTONIC in nanoseconds, of the call that it is blocked in
+    done: int = 0                   # bytes that this call has moved already
     ended: bool = False
 
 

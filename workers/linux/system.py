@@ -10,13 +10,16 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from .calls import SERVED
+from .channels import ConsoleStream, Terminal
 from .contents import Regular
+from .directories import Directory
 from .frames import Frames, NoFrames
 from .inodes import Node
+from .openfiles import OpenFile
 from .processes import FileTable, Process, Thread
 from .program import Executable, Started, start
 from .space import Memory, SegmentationFault, Space
@@ -26,12 +29,16 @@ from .vfs import FileSystem
 __all__ = ["Console", "System"]
 
 _FIRST_PID = 1
+_PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DEVICES = {b"null": Node.NULL, b"zero": Node.ZERO, b"full": Node.FULL, b"random": Node.RANDOM[0],
             b"urandom": Node.RANDOM[1], b"tty": Node.TERMINALS[0], b"console": Node.TERMINALS[1]}
 
 
 class Console(Protocol):
-    """The terminal of the first process."""
+    """What the first process has open as its standard input, output and error."""
+
+    #: A terminal, or else three streams.
+    terminal: bool
 
     def read(self, count: int) -> bytes | None:
         """Empty at its end; None: nothing has come yet."""
@@ -39,10 +46,14 @@ class Console(Protocol):
     def ready(self) -> bool:
         """Something can be read, or its end has come."""
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: bytes, *, error: bool) -> int:
+        """How many bytes were taken. ``error``: of standard error."""
+
+    def writable(self) -> bool:
+        """There is room."""
 
     def ioctl(self, thread: Thread, request: int, argument: int) -> int:
-        """Raises OSError."""
+        """Of a terminal. Raises OSError."""
 
 
 class System:
@@ -60,6 +71,10 @@ class System:
         self._next_pid = _FIRST_PID
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
+        #: What has changed since somebody looked: calls that are blocked on it can be made again.
+        self.notified: set[Hashable] = set()
+        #: How the first process has ended, as wait(2) gives it.
+        self.code: int | None = None
         self._make_devices()
 
     def _make_devices(self) -> None:
@@ -86,22 +101,41 @@ class System:
             raise OSError(errno.ESRCH, "") from None
 
     def spawn(self, path: bytes, arguments: Sequence[bytes],
-              environment: Sequence[bytes]) -> tuple[Thread, Started]:
-        """The first process, its terminal open three times. Raises OSError, NoFrames, NoTables."""
+              environment: Sequence[bytes], directory: bytes = b"/") -> tuple[Thread, Started]:
+        """The first process, its console open three times. A path without a slash is looked for as a shell does.
+        Raises OSError, NoFrames, NoTables."""
         space = Space(self._memory, self.frames, self._tables, self.memory_pages)
         pid = self._next_pid
         self._next_pid += 1
         root = self.files.root
-        root.keep()
-        process = Process(pid, 0, space, FileTable(), root, group=pid, session=pid)
+        at = self.files.find(root, directory)
+        if not isinstance(at, Directory):
+            raise OSError(errno.ENOTDIR, "")
+        at.keep()
+        process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
+        path = self._searched(path, environment)
         started = start(space, self._executable, path, arguments, environment, random=self.files.store.random(16))
-        for _ in range(3):
-            process.files.add(self.files.open(root, b"/dev/console", os.O_RDWR))
+        for flags, error in ((os.O_RDONLY, False), (os.O_WRONLY, False), (os.O_WRONLY, True)):
+            process.files.add(self.opened(self.files.open(root, b"/dev/console", os.O_RDWR)) if self.console.terminal
+                              else ConsoleStream(self.files.store, flags, error=error))
         process.path, process.name = started.path, os.path.basename(path)[:15]
         thread = Thread(pid, process, process.name)
         process.threads.append(thread)
         self.processes[pid] = process
         return thread, started
+
+    def _searched(self, name: bytes, environment: Sequence[bytes]) -> bytes:
+        if b"/" in name:
+            return name
+        path = next((each[5:] for each in environment if each.startswith(b"PATH=")), _PATH)
+        for directory in path.split(b":"):
+            found = (directory or b".") + b"/" + name
+            try:
+                self._executable(found)
+            except OSError:
+                continue
+            return found
+        raise OSError(errno.ENOENT, "")
 
     def _executable(self, path: bytes) -> Executable:
         inode = self.files.find(self.files.root, path)
@@ -119,12 +153,27 @@ class System:
     def end_process(self, process: Process, code: int) -> None:
         """``code`` as wait(2) gives it."""
         process.code = code
+        if process.pid == _FIRST_PID:
+            self.code = code
+        for number in process.files:
+            self.notify(process.files.get(number, path_only=True).inode)
         for thread in process.threads:
             thread.ended = True
         process.threads.clear()
         process.files.close_all()
         process.directory.let_go()
         process.space.close()
+
+    def opened(self, file: OpenFile) -> OpenFile:
+        """A file that was just opened, as what it leads to."""
+        inode = file.inode
+        if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
+            return Terminal(inode, file.flags, file.number)
+        return file
+
+    def notify(self, source: Hashable) -> None:
+        """Something about it has changed."""
+        self.notified.add(source)
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -142,5 +191,5 @@ class System:
             result = -errno.EFAULT
         except (NoFrames, NoTables):
             result = -errno.ENOMEM
-        thread.deadline = None
+        thread.deadline, thread.done = None, 0
         return result

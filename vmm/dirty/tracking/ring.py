@@ -25,12 +25,12 @@ class Ring:
 
     def need(self, parts: Parts, *, fresh: bool) -> None:
         """A segment for each ring, where the kernel makes none."""
-        if parts.spec.can.kernel_ring:
-            return
-        for index in range(len(parts.rings), parts.spec.vcpus):
+        for index in range(parts.spec.vcpus):
+            if index in parts.rings or parts.spec.has_kernel_ring(index):
+                continue
             name = segment_name(parts.spec.name, f"ring{index}")
             segment, _ = Segment.adopt(name, parts.spec.ring_entries * ctypes.sizeof(DirtyGfn))
-            parts.rings.append(parts.stack.enter_context(segment))
+            parts.rings[index] = parts.stack.enter_context(segment)
 
     def gather(self, reaper: Reaper) -> int:
         return reaper.reap()
@@ -39,9 +39,9 @@ class Ring:
         return reaper.drain_rings()
 
     def switch_in(self, parts: Parts, vcpus: VcpuPool) -> None:
-        if not parts.spec.can.kernel_ring:
-            for vcpu in vcpus.all:
+        for vcpu in vcpus.all:
+            if vcpu.index in parts.rings:
                 vcpu.ring.map_segment(parts.rings[vcpu.index])
 
     def segments(self, parts: Parts, vcpu: VcpuHandle) -> tuple[str, dict[int, str]]:
-        return parts.rings[vcpu.index].name if parts.rings else "", {}
+        return parts.rings[vcpu.index].name if vcpu.index in parts.rings else "", {}

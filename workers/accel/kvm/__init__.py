@@ -3,15 +3,16 @@
     api.py      KVM's numbers and structures
     host.py     what KVM offers on this host
     vm.py       the accelerator: a VM of one vCPU
+    program.py  the same for a thread of a Linux program
     tables.py   page tables of its own, by which reads are not logged
     state.py    the architectural state, in and out
 """
 
 from __future__ import annotations
 
-from ..base import Accelerator, Available, Capabilities
+from ..base import Accelerator, Available, Capabilities, ProgramAccelerator
 
-__all__ = ["CAPABILITIES", "load", "probe"]
+__all__ = ["CAPABILITIES", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="guest", kernel_ring=True, interruptible_fault=True,
                             trackings=("ring", "bitmap", "uffd", "none"), preference=2,
@@ -32,3 +33,9 @@ def load() -> type[Accelerator]:
     from .vm import KvmAccelerator
 
     return KvmAccelerator
+
+
+def load_program() -> type[ProgramAccelerator]:
+    from .program import KvmProgram
+
+    return KvmProgram

@@ -182,7 +182,9 @@ class Run(ctypes.Structure):
     _anonymous_ = ("exit",)
     _fields_ = [("request_interrupt_window", c_uint8), ("immediate_exit", c_uint8), ("padding1", c_uint8 * 6),
                 ("exit_reason", c_uint32), ("ready_for_interrupt_injection", c_uint8), ("if_flag", c_uint8),
-                ("flags", c_uint16), ("cr8", c_uint64), ("apic_base", c_uint64), ("exit", _RunExit)]
+                ("flags", c_uint16), ("cr8", c_uint64), ("apic_base", c_uint64), ("exit", _RunExit),
+                # KVM_CAP_SYNC_REGS: registers that come with an exit, and that an entry is to take over
+                ("valid_regs", c_uint64), ("dirty_regs", c_uint64), ("regs", Regs), ("sregs", Sregs)]
 
 
 # --- ioctl numbers: _IOC(direction, 0xAE, number, size) of uapi/asm-generic/ioctl.h ------------------------
@@ -235,8 +237,11 @@ _NAMES = {value: f"KVM_{name}" for name, value in list(globals().items())
 API_VERSION = 12
 
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168     # [7.18]
+CAP_SYNC_REGS = 74                      # [6.74]
 CAP_DIRTY_LOG_RING = 192                # [8.29]
 CAP_DIRTY_LOG_RING_ACQ_REL = 223        # [8.29]
+
+SYNC_REGS, SYNC_SREGS = 1, 2
 
 MEM_LOG_DIRTY_PAGES = 1                 # flags of a memory region
 DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
@@ -262,6 +267,7 @@ for _kind, _size in ((UserspaceMemoryRegion, 32), (EnableCap, 104), (DirtyLog, 1
                      (MsrEntry, 16), (CpuidEntry, 40), (VcpuEvents, 64), (RunIo, 16), (RunMmio, 24)):
     assert ctypes.sizeof(_kind) == _size, _kind
 assert (Run.immediate_exit.offset, Run.exit_reason.offset, Run.exit.offset) == (1, 8, 32)
+assert (Run.valid_regs.offset, Run.dirty_regs.offset, Run.regs.offset, Run.sregs.offset) == (288, 296, 304, 448)
 
 
 def ioctl(fd: int, number: int, argument: ctypes.Structure | int = 0) -> int:

@@ -43,13 +43,17 @@ class KvmAccelerator:
         self._slots: dict[int, SlotSpec] = {s.spec.id: s.spec for s in memory.slots.values()}
         self._manual_protect = False
         self._open = contextlib.ExitStack()
-        self._tables = PageTables(spec.system_slot, spec.boot["cr3"])
+        self._tables = self._make_tables()
         try:
             self._make_vm()
             self._load_boot(spec.boot)
         except BaseException:
             self.close()
             raise
+
+    def _make_tables(self) -> PageTables | None:
+        """Of this vCPU alone. Raises SegmentError and OSError."""
+        return PageTables(self._spec.system_slot, self._spec.boot["cr3"])
 
     def _make_vm(self) -> None:
         """VM, slots, vCPU; the ring before the vCPU. Replaces what was there, once all of it is made."""
@@ -59,7 +63,8 @@ class KvmAccelerator:
                 self._kvm = _owned(stack, os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
                 self._vm = _owned(stack, api.ioctl(self._kvm, api.CREATE_VM))
                 self._enable_dirty_log()
-                self._tables.forget_writes()
+                if self._tables is not None:
+                    self._tables.forget_writes()
                 for slot in self._slots.values():
                     self._put_slot(slot, slot.size)
                 self._put_tables()
@@ -69,12 +74,16 @@ class KvmAccelerator:
                 mapping = mmap.mmap(self.vcpu_fd, self.kvm_run_size)
             except OSError as exc:
                 raise AccelError(f"vCPU {spec.index}: KVM cannot create it: {exc.strerror}{_advice(exc)}") from None
-            self._run = api.Run.from_buffer(mapping)
             stack.callback(mapping.close)
+            self._use_run(mapping)
             self._ring: Any = None      # mapped by ``pushed``, when it is first wanted
             self._reset_sum = self._pushed = 0
             self._open.close()
             self._open = stack.pop_all()
+
+    def _use_run(self, mapping: mmap.mmap) -> None:
+        """The vCPU has this kvm_run from now on."""
+        self._run = api.Run.from_buffer(mapping)
 
     def _enable_dirty_log(self) -> None:
         entries = self._spec.ring_entries
@@ -304,16 +313,17 @@ class KvmAccelerator:
     def _put_slot(self, slot: SlotSpec, size: int) -> None:
         """[4.35]; size 0 removes it. Raises OSError."""
         address = self._memory.slots[slot.id].host_address
-        if slot.id == self._spec.system_slot.id:    # where its page tables begin, this vCPU has its own
+        if self._tables is not None and slot.id == self._spec.system_slot.id:
+            # Where its page tables begin, this vCPU has its own.
             self._put(Region(slot.id, slot.gpa, self._spec.boot["cr3"] - slot.gpa, address))
             return
-        if size and self._tables.cover(slot):
+        if size and self._tables is not None and self._tables.cover(slot):
             self._put_tables()
         self._put(Region(slot.id, slot.gpa, size, address),
                   logged=slot.log and self._spec.mode in (Tracking.RING, Tracking.BITMAP))
 
     def _put_tables(self) -> None:
-        for region in self._tables.regions:
+        for region in self._tables.regions if self._tables is not None else ():
             self._put(region)
 
     def _put(self, region: Region, *, logged: bool = False) -> None:
@@ -330,7 +340,8 @@ class KvmAccelerator:
 
     def remove_memslot(self, slot_id: int) -> None:
         self._put_slot(self._slots.pop(slot_id), 0)
-        self._tables.forget_writes()
+        if self._tables is not None:
+            self._tables.forget_writes()
 
     def get_dirty_log(self, slot_id: int) -> int:
         slot = self._memory.slots[slot_id]
@@ -361,7 +372,8 @@ class KvmAccelerator:
         self._run = api.Run()   # a mapping can only be closed without a view of it
         self._ring = None
         self._open.close()
-        self._tables.close()
+        if self._tables is not None:
+            self._tables.close()
 
 
 def _owned(stack: contextlib.ExitStack, fd: int) -> int:

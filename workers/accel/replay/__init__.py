@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from ipc.layout import MAX_VCPUS
 
-from ..base import Accelerator, Available, Capabilities
+from ..base import Accelerator, AccelError, Available, Capabilities, ProgramAccelerator
 
-__all__ = ["CAPABILITIES", "load", "probe"]
+__all__ = ["CAPABILITIES", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="replay", kernel_ring=False, interruptible_fault=True, trackings=("ring",),
-                            preference=0, space=480, base_memory=90, worker_memory=10)
+                            preference=0, space=480, base_memory=90, worker_memory=10,
+                            programs="runs no guest")
 
 
 def probe() -> Available:
@@ -26,3 +27,7 @@ def load() -> type[Accelerator]:
     from .producer import ReplayAccelerator
 
     return ReplayAccelerator
+
+
+def load_program() -> type[ProgramAccelerator]:
+    raise AccelError(CAPABILITIES.programs)

@@ -14,13 +14,14 @@
 
 from __future__ import annotations
 
-from ..base import Accelerator, Available, Capabilities
+from ..base import Accelerator, AccelError, Available, Capabilities, ProgramAccelerator
 
-__all__ = ["CAPABILITIES", "load", "probe"]
+__all__ = ["CAPABILITIES", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="guest", kernel_ring=False, interruptible_fault=False,
                             trackings=("ring", "bitmap", "uffd", "none"), preference=1,
-                            space=1500, base_memory=100, worker_memory=10)
+                            space=1500, base_memory=100, worker_memory=10,
+                            programs="cannot run Linux programs yet (accel: kvm can)")
 
 
 def probe() -> Available:
@@ -36,3 +37,7 @@ def load() -> type[Accelerator]:
     from .cpu import UnicornAccelerator
 
     return UnicornAccelerator
+
+
+def load_program() -> type[ProgramAccelerator]:
+    raise AccelError(CAPABILITIES.programs)

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..channels import Channel
 from ..contents import Regular
 from ..directories import Directory
 from ..inodes import Inode, Node, Stat
@@ -27,6 +28,7 @@ _AT_SYMLINK_NOFOLLOW, _AT_REMOVEDIR, _AT_SYMLINK_FOLLOW, _AT_EMPTY_PATH = 0x100,
 _COUNT_MAX = 0x7FFF_F000                # of bytes that one call moves (MAX_RW_COUNT)
 _VECTORS_MAX = 1024                     # UIO_MAXIOV
 _PART = 1 << 20                         # bytes that are moved at a time
+_PIECE = 1 << 16                        # the same, to a channel
 _SECOND = 10**9
 _STAT = struct.Struct("<QQQIIIIQqqqqqqqqq24x")
 _STATX = struct.Struct("<IIQIIIHHQQQQ" + "qIi" * 4 + "IIII")
@@ -66,7 +68,7 @@ def _place(system: System, thread: Thread, fd: int, path: int) -> tuple[Inode, b
 @served("openat")
 def openat(system: System, thread: Thread, fd: int, path: int, flags: int, mode: int, *_: int) -> int:
     at, text = _place(system, thread, fd, path)
-    file = system.files.open(at, text, flags & 0xFFFF_FFFF, mode & 0o7777 & ~thread.process.mask)
+    file = system.opened(system.files.open(at, text, flags & 0xFFFF_FFFF, mode & 0o7777 & ~thread.process.mask))
     return thread.process.files.add(file, close_on_exec=bool(flags & os.O_CLOEXEC))
 
 
@@ -82,7 +84,10 @@ def creat(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
 
 @served("close")
 def close(system: System, thread: Thread, fd: int, *_: int) -> int:
-    thread.process.files.close(signed32(fd))
+    files = thread.process.files
+    inode = files.get(signed32(fd), path_only=True).inode
+    files.close(signed32(fd))
+    system.notify(inode)        # whoever waits for a lock
     return 0
 
 
@@ -134,34 +139,47 @@ def dup3(system: System, thread: Thread, fd: int, new: int, flags: int, *_: int)
 # --- reading and writing -----------------------------------------------------------------------------------------
 
 
-def _terminal(file: OpenFile) -> bool:
-    return isinstance(file.inode, Node) and file.inode.rdev in Node.TERMINALS and stat.S_ISCHR(file.inode.mode)
-
-
 def _read(system: System, thread: Thread, file: OpenFile, count: int, offset: int | None) -> bytes:
-    if not _terminal(file):
+    if not isinstance(file, Channel):
         return file.read(count) if offset is None else file.pread(count, offset)
     if not file.readable:
         raise OSError(errno.EBADF, "")
     if offset is not None:
         raise OSError(errno.ESPIPE, "")
-    found = system.console.read(count)
-    if found is None:
+    if not count:
+        return b""
+    try:
+        return file.take(system, thread, count)
+    except Blocked:
         if file.flags & os.O_NONBLOCK:
-            raise OSError(errno.EAGAIN, "")
-        raise Blocked
-    return found
+            raise OSError(errno.EAGAIN, "") from None
+        raise
 
 
-def _write(system: System, thread: Thread, file: OpenFile, data: bytes, offset: int | None) -> int:
-    if not _terminal(file):
-        return file.write(data) if offset is None else file.pwrite(data, offset)
-    if not file.writable:
-        raise OSError(errno.EBADF, "")
+def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int, int]], offset: int | None) -> int:
+    """All of it, where the descriptor blocks: what has been written of a call that waits for room is kept in the
+    thread, and not written again."""
     if offset is not None:
         raise OSError(errno.ESPIPE, "")
-    system.console.write(data)
-    return len(data)
+    before = 0
+    for address, size in _parts(buffers):
+        while before <= thread.done < before + size:
+            at = thread.done - before
+            data = thread.process.space.read(address + at, min(size - at, _PIECE))
+            try:
+                thread.done += file.put(system, thread, data)
+            except Blocked:
+                if not file.flags & os.O_NONBLOCK:
+                    raise
+                if not thread.done:
+                    raise OSError(errno.EAGAIN, "") from None
+                return thread.done
+            except OSError:
+                if not thread.done:
+                    raise
+                return thread.done
+        before += size
+    return thread.done
 
 
 def _into(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]], offset: int | None) -> int:
@@ -189,12 +207,14 @@ def _from(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]
     file = thread.process.files.get(signed32(fd))
     if not file.writable:
         raise OSError(errno.EBADF, "")
+    if isinstance(file, Channel):
+        return _put(system, thread, file, buffers, offset)
     done = 0
     for address, size in _parts(buffers):
         data = thread.process.space.read(address, size)
         try:
-            written = _write(system, thread, file, data, None if offset is None else offset + done)
-        except (OSError, Blocked):
+            written = file.write(data) if offset is None else file.pwrite(data, offset + done)
+        except OSError:
             if done:
                 break
             raise
@@ -274,25 +294,30 @@ def sendfile(system: System, thread: Thread, out: int, source: int, offset: int,
     target, file = files.get(signed32(out)), files.get(signed32(source))
     if not isinstance(file.inode, Regular):
         raise OSError(errno.EINVAL, "")
-    at = None
+    at = file.position
     if offset:
         at, = struct.unpack("<q", thread.process.space.read(offset, 8))
-    done = 0
-    while done < min(count, _COUNT_MAX):
-        part = min(_PART, min(count, _COUNT_MAX) - done)
-        data = file.read(part) if at is None else file.pread(part, at + done)
-        if not data:
-            break
-        done += _write(system, thread, target, data, None)
-    if at is not None:
+    done, count = 0, min(count, _COUNT_MAX)
+    while done < count and (data := file.pread(min(_PIECE, count - done), at + done)):
+        try:
+            done += target.put(system, thread, data) if isinstance(target, Channel) else target.write(data)
+        except Blocked:
+            if done:
+                break
+            if target.flags & os.O_NONBLOCK:
+                raise OSError(errno.EAGAIN, "") from None
+            raise
+    if offset:
         thread.process.space.write(offset, struct.pack("<q", at + done))
+    else:
+        file.position = at + done
     return done
 
 
 @served("lseek")
 def lseek(system: System, thread: Thread, fd: int, offset: int, whence: int, *_: int) -> int:
     file = thread.process.files.get(signed32(fd))
-    if _terminal(file):
+    if isinstance(file, Channel):
         raise OSError(errno.ESPIPE, "")
     return file.seek(signed(offset), signed32(whence))
 
@@ -628,11 +653,11 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
         file.set_flags(argument & 0xFFFF_FFFF)
         return 0
     if command in (_F["GETLK"], _F["SETLK"], _F["SETLKW"]):
-        return _record_lock(thread, file, command, argument)
+        return _record_lock(system, thread, file, command, argument)
     raise OSError(errno.EINVAL, "")
 
 
-def _record_lock(thread: Thread, file: OpenFile, command: int, address: int) -> int:
+def _record_lock(system: System, thread: Thread, file: OpenFile, command: int, address: int) -> int:
     space, owner = thread.process.space, thread.process.pid
     kind, whence, start, length, _ = _FLOCK.unpack(space.read(address, _FLOCK.size))
     if command == _F["GETLK"]:
@@ -647,27 +672,30 @@ def _record_lock(thread: Thread, file: OpenFile, command: int, address: int) -> 
         file.lock(owner, kind, whence, start, length)
     except OSError as error:
         if command == _F["SETLKW"] and error.errno == errno.EAGAIN:
-            raise Blocked from None
+            raise Blocked(on=(file.inode,)) from None
         raise
+    system.notify(file.inode)
     return 0
 
 
 @served("flock")
 def flock(system: System, thread: Thread, fd: int, operation: int, *_: int) -> int:
+    file = thread.process.files.get(signed32(fd))
     try:
-        thread.process.files.get(signed32(fd)).flock(signed32(operation))
+        file.flock(signed32(operation))
     except OSError as error:
         if error.errno == errno.EAGAIN and not operation & 4:       # LOCK_NB
-            raise Blocked from None
+            raise Blocked(on=(file.inode,)) from None
         raise
+    system.notify(file.inode)
     return 0
 
 
 @served("ioctl")
 def ioctl(system: System, thread: Thread, fd: int, request: int, argument: int, *_: int) -> int:
     file = thread.process.files.get(signed32(fd))
-    if not _terminal(file):
+    if not isinstance(file, Channel):
         raise OSError(errno.ENOTTY, "")
-    return system.console.ioctl(thread, request & 0xFFFF_FFFF, argument)
+    return file.control(system, thread, request & 0xFFFF_FFFF, argument)
 
 

@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..abi import number_of
+from ..blocked import Blocked, Ended
 
 __all__ = ["SERVED", "Blocked", "Call", "Ended", "served", "signed", "signed32"]
 
 
 #: Of the system, the thread, and six arguments as the registers have them.
 Call = Callable[..., int]
-
-
-class Blocked(Exception):
-    """It cannot be served now: the thread makes it again, at the latest at ``deadline`` (CLOCK_MONOTONIC, in
-    nanoseconds; None: when something has changed)."""
-
-    def __init__(self, deadline: int | None = None) -> None:
-        super().__init__()
-        self.deadline = deadline
-
-
-class Ended(Exception):
-    """The thread does not come back from this call."""
 
 
 #: {number: function}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
-from ..inodes import Node
+from ..channels import ERR, HUP, IN, OUT, PRI, RDNORM, WRNORM, Channel
 from .registry import Blocked, served, signed32
 
 if TYPE_CHECKING:
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from ..processes import Thread
     from ..system import System
 
-_IN, _PRI, _OUT, _ERR, _HUP, _NVAL = 1, 2, 4, 8, 16, 32      # uapi/asm-generic/poll.h
-_RDNORM, _WRNORM = 0x40, 0x100
+_NVAL = 32                      # uapi/asm-generic/poll.h
 _SECOND, _MILLISECOND, _MICROSECOND = 10**9, 10**6, 10**3
 _SETS_MAX = 1024        # descriptors in an fd_set
 _POLL = struct.Struct("<ihh")
@@ -25,23 +23,20 @@ _POLL = struct.Struct("<ihh")
 
 def ready(system: System, file: OpenFile) -> int:
     """What can be done without waiting, as poll(2) says it."""
-    inode = file.inode
-    if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS:
-        return (_IN | _RDNORM if system.console.ready() else 0) | _OUT | _WRNORM
-    return _IN | _RDNORM | _OUT | _WRNORM
+    return file.ready(system) if isinstance(file, Channel) else IN | RDNORM | OUT | WRNORM
 
 
-def wait(system: System, thread: Thread, timeout: int | None, found: int) -> int:
-    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked.
-    The end is kept in the thread, and holds for the call that is made again."""
+def wait(system: System, thread: Thread, timeout: int | None, found: int, on: set[Hashable]) -> int:
+    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked,
+    ``on`` what they depend on. The end is kept in the thread, and holds for the call that is made again."""
     if found or timeout == 0:
         return found
     if timeout is None:
-        raise Blocked
+        raise Blocked(on=tuple(on))
     if thread.deadline is None:
         thread.deadline = system.monotonic() + timeout
     if system.monotonic() < thread.deadline:
-        raise Blocked(thread.deadline)
+        raise Blocked(thread.deadline, tuple(on))
     return 0
 
 
@@ -73,19 +68,22 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
     files, space = thread.process.files, thread.process.space
     if count > files.limit:
         raise OSError(errno.EINVAL, "")
-    found = 0
+    found, on = 0, set[Hashable]()
     data = bytearray(space.read(address, _POLL.size * count))
     for at in range(0, len(data), _POLL.size):
         number, wanted, _ = _POLL.unpack_from(data, at)
         given = 0
         if number >= 0:
             try:
-                given = ready(system, files.get(number)) & (wanted | _ERR | _HUP)
+                file = files.get(number)
+                if isinstance(file, Channel):
+                    on.add(file.source)
+                given = ready(system, file) & (wanted | ERR | HUP)
             except OSError:
                 given = _NVAL
         _POLL.pack_into(data, at, number, wanted, given)
         found += bool(given)
-    result = wait(system, thread, timeout, found)
+    result = wait(system, thread, timeout, found, on)
     space.write(address, bytes(data))
     return result
 
@@ -111,18 +109,23 @@ def _select(system: System, thread: Thread, count: int, sets: Iterable[int], tim
     if count < 0:
         raise OSError(errno.EINVAL, "")
     size = (min(count, _SETS_MAX) + 63) // 64 * 8
-    found, answers = 0, []
-    for address, event in zip(sets, (_IN, _OUT, _PRI), strict=True):
+    found, answers, on = 0, [], set[Hashable]()
+    for address, event in zip(sets, (IN | HUP | ERR, OUT | ERR, PRI), strict=True):
         if not address:
             continue
         wanted = int.from_bytes(space.read(address, size), "little") & (1 << count) - 1
         given = 0
         for number in range(count):
-            if wanted >> number & 1 and ready(system, files.get(number)) & event:
+            if not wanted >> number & 1:
+                continue
+            file = files.get(number)
+            if isinstance(file, Channel):
+                on.add(file.source)
+            if ready(system, file) & event:
                 given |= 1 << number
         found += given.bit_count()
         answers.append((address, given))
-    result = wait(system, thread, timeout, found)
+    result = wait(system, thread, timeout, found, on)
     for address, given in answers:
         space.write(address, given.to_bytes(size, "little"))
     return result

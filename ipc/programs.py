@@ -1,0 +1,246 @@
+"""Where Linux programs and their system meet: the system slot of such a machine, and the mailboxes in it.
+
+The system slot (GPA ``SYSTEM_GPA``; a program has it at ``SYSTEM_ADDRESS``, of which only the two entry pages are its
+own to execute)::
+
+    page 0          IDT, exception stubs (as in any machine, vmm/machine/boot.py)
+    page 1          where ``syscall`` enters (LSTAR), at CPL 3 on some hosts
+    page 2          the vsyscall page
+    page 3          the bell: whether the system sleeps
+    page 4 + 3 i    vCPU i of the threads: TSS, GDT, I/O permission bitmap, exception stack
+    page 4 + 3 n    two pages of each: its mailbox; the second page is for an XSAVE area
+    page 4 + 5 n    page tables, to the end
+
+A mailbox is written by one side at a time. The worker stores what it asks and then ``ASKED``; the system stores its
+answer and then ``ANSWERED``; x86 keeps the order of stores, and of loads. Each side tells the other that it sleeps
+before it looks for the last time, and that needs more: a load must not be made before an earlier store, hence `fence`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from enum import IntEnum, IntFlag
+
+from .linux import futex
+from .shm import PAGE_SIZE
+
+__all__ = ["BELL_PAGE", "ENTRY_PAGE", "IDT_PAGE", "PORT_CALL", "REGISTERS", "STALE_MAX", "SYSTEM_ADDRESS",
+           "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind", "Mailbox",
+           "mailbox_page", "system_pages", "tables_page"]
+
+SYSTEM_ADDRESS = 0xFFFF_FFFF_8000_0000
+VSYSCALL_ADDRESS = 0xFFFF_FFFF_FF60_0000    # arch/x86/include/uapi/asm/vsyscall.h
+
+#: Written to by the stub behind ``syscall``; exceptions have their own (workers/ports.py).
+PORT_CALL = 0xF1
+
+IDT_PAGE, ENTRY_PAGE, VSYSCALL_PAGE, BELL_PAGE, VCPU_PAGE = range(5)
+VCPU_PAGES = 3
+_MAILBOX_PAGES = 2
+_TABLES_MIN = 1024              # pages; and one for 256 of memory
+
+#: In the order of struct kvm_regs.
+REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+             "r15", "rip", "rflags")
+
+
+def mailbox_page(threads: int, index: int) -> int:
+    return VCPU_PAGE + threads * VCPU_PAGES + index * _MAILBOX_PAGES
+
+
+def tables_page(threads: int) -> int:
+    return mailbox_page(threads, threads)
+
+
+def system_pages(threads: int, memory_pages: int) -> int:
+    """Of the whole slot."""
+    return tables_page(threads) + _TABLES_MIN + memory_pages // 256
+
+
+class Kind(IntEnum):
+    """What a worker asks for."""
+
+    READY = 1           # it has no thread: for one
+    CALL = 2            # a system call: the registers are those behind ``syscall``
+    FAULT = 3           # an exception: ``vector``, ``error``, ``address``; the registers are those at the fault
+    INTERRUPTED = 4     # it was asked out of the program
+    XSAVE = 5           # here is its XSAVE area, which was asked for
+
+
+class Answer(IntFlag):
+    """What it is to do, in this order."""
+
+    STALE = 1           # drop its mapping of ``stale`` frames
+    ROOT = 2            # use the page tables at ``root``
+    FS = 4              # FS base
+    REGISTERS = 8       # all of them; without it, ``result`` is that of the call, and a fault is tried again
+    SET_XSAVE = 16      # from the mailbox
+    GET_XSAVE = 32      # put it into the mailbox and ask again (Kind.XSAVE): the program does not go on
+    IDLE = 64           # its thread has ended
+    END = 128           # the vCPU ends, with ``result``
+
+
+_FREE, _ASKED, _ANSWERED, _HELD = range(4)
+
+# Words of 64 bits of a mailbox.
+_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT = range(2, 13)
+_REGISTERS = 16
+_RUNS = 64
+#: Runs of stale frames that there is room for; where there are more, all memory is stale.
+STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 2
+
+_SPIN = 60              # looks before it sleeps
+
+_lock = threading.Lock()
+
+
+def fence() -> None:
+    """No load behind this is made before a store in front of it: a lock is taken with a locked instruction."""
+    _lock.acquire()
+    _lock.release()
+
+
+class Bell:
+    """What a worker rings when it has asked. ``fd``: a FIFO that both have open; it is written to when the system
+    sleeps only."""
+
+    def __init__(self, system: mmap.mmap) -> None:
+        at = BELL_PAGE * PAGE_SIZE
+        self._words = memoryview(system)[at:at + 8].cast("Q")
+
+    @property
+    def asleep(self) -> bool:
+        return bool(self._words[0])
+
+    def set_asleep(self, asleep: bool) -> None:
+        self._words[0] = asleep
+        fence()
+
+    def close(self) -> None:
+        self._words.release()
+
+
+class Mailbox:
+    """Of thread vCPU ``index`` in the system slot mapped as ``system``."""
+
+    def __init__(self, system: mmap.mmap, address: int, threads: int, index: int) -> None:
+        at = mailbox_page(threads, index) * PAGE_SIZE
+        view = memoryview(system)
+        self.words = view[at:at + PAGE_SIZE].cast("Q")
+        self._states = view[at:at + 16].cast("I")
+        #: Of the thread's program, 18 words (`REGISTERS`).
+        self.registers = self.words[_REGISTERS:_REGISTERS + len(REGISTERS)]
+        self.xsave = view[at + PAGE_SIZE:at + 2 * PAGE_SIZE]
+        self._state_address = address + at
+        self.attention_address = address + at + 8
+
+    def close(self) -> None:
+        for view in (self.registers, self._states, self.words, self.xsave):
+            view.release()
+
+    # --- what is asked -----------------------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> bool:
+        return self._states[0] == _ASKED
+
+    @property
+    def kind(self) -> int:
+        return self.words[_KIND]
+
+    @property
+    def fault(self) -> tuple[int, int, int]:
+        """(vector, error, address)"""
+        return self.words[_VECTOR], self.words[_ERROR], self.words[_ADDRESS]
+
+    def ask(self, kind: int, vector: int = 0, error: int = 0, address: int = 0) -> None:
+        """The registers are in their place."""
+        words = self.words
+        words[_KIND] = kind
+        if kind == Kind.FAULT:
+            words[_VECTOR], words[_ERROR], words[_ADDRESS] = vector, error, address
+        self._states[0] = _ASKED
+        fence()
+
+    def spin(self) -> bool:
+        """Answered, within a moment."""
+        states = self._states
+        return any(states[0] == _ANSWERED for _ in range(_SPIN))
+
+    def wait(self, seconds: float) -> bool:
+        """Answered; False where a signal came, or the time is over."""
+        if self._states[0] == _ANSWERED:
+            return True
+        self._states[1] = 1
+        state = self._states[0]
+        if state != _ANSWERED:
+            futex.wait(self._state_address, state, seconds)
+        self._states[1] = 0
+        return self._states[0] == _ANSWERED
+
+    def hold(self) -> None:
+        """It is answered later: until then it is not ``asked``."""
+        self._states[0] = _HELD
+
+    # --- what is answered --------------------------------------------------------------------------------------------
+
+    def answer(self, answer: int, result: int = 0) -> None:
+        """All else is in its place. The worker goes on."""
+        words = self.words
+        words[_ANSWER] = answer
+        words[_RESULT] = result & 0xFFFF_FFFF_FFFF_FFFF
+        self._states[0] = _ANSWERED
+        fence()
+        if self._states[1]:
+            futex.wake(self._state_address, 1)
+
+    def take(self) -> tuple[int, int]:
+        """(answer, result), as 64 bits each."""
+        self._states[0] = _FREE
+        return self.words[_ANSWER], self.words[_RESULT]
+
+    root = property(lambda self: self.words[_ROOT], lambda self, value: self.words.__setitem__(_ROOT, value))
+    fs_base = property(lambda self: self.words[_FS], lambda self, value: self.words.__setitem__(_FS, value))
+    tid = property(lambda self: self.words[_TID], lambda self, value: self.words.__setitem__(_TID, value))
+
+    # --- stale frames ------------------------------------------------------------------------------------------------
+
+    def put_stale(self, runs: list[tuple[int, int]]) -> None:
+        """Of frames (first, count), at most `STALE_MAX`."""
+        words = self.words
+        words[_STALE] = len(runs)
+        for at, (first, count) in enumerate(runs):
+            words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1] = first, count
+
+    def stale(self) -> list[tuple[int, int]]:
+        words = self.words
+        return [(words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1]) for at in range(words[_STALE])]
+
+    # --- attention: while the program runs ---------------------------------------------------------------------------
+
+    @property
+    def attention(self) -> int:
+        """Raised by the system for each time that it wants the worker's attention, a u32."""
+        return self._states[2]
+
+    @property
+    def interrupt_wanted(self) -> bool:
+        """What for: to take the program out of the guest, else to drop its mapping of the stale frames."""
+        return bool(self.words[_INTERRUPT])
+
+    def want_attention(self, *, interrupt: bool) -> int:
+        self.words[_INTERRUPT] = interrupt
+        self._states[2] = wanted = (self._states[2] + 1) & 0xFFFF_FFFF
+        futex.wake(self.attention_address, 1)
+        return wanted
+
+    @property
+    def attended(self) -> int:
+        """The last attention that was given."""
+        return self._states[3]
+
+    def attend(self, number: int) -> None:
+        self._states[3] = number
+
+

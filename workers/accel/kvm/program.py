@@ -1,0 +1,200 @@
+"""A KVM vCPU that runs a thread of a Linux program: system calls and exceptions leave it here, and are served by
+whoever is its ``server``, while `run` goes on.
+
+``syscall`` enters a stub (LSTAR) that writes to a port, an exception one that leaves its frame and writes to another
+(vmm/machine/boot.py). Registers come with the exit and go with the entry, in kvm_run (KVM_CAP_SYNC_REGS), which costs
+no ioctl. On processors with virtualisation both stubs run at CPL 0; on a KVM that has page tables alone (nested)
+``syscall`` does not change the level, so its stub must be the program's to execute. Which of the two it is, the
+segment at the exit says.
+
+Its page tables are those of the program's system (workers/linux/tables.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from ipc.layout import VcpuControl
+from ipc.messages import ExitReason, WorkerSpec
+from ipc.programs import PORT_CALL, REGISTERS, SYSTEM_ADDRESS
+
+from ... import msr
+from ...faults import FRAME_NAMES, PAGE_FAULT
+from ...memory import GuestMemory
+from ...ports import PORT_FAULT, PortBus
+from ..base import AccelError, Exit, ExitKind, ProgramServer
+from . import api
+from . import state as kvm_state
+from .vm import KvmAccelerator
+
+__all__ = ["KvmProgram"]
+
+_RIP, _RFLAGS, _RSP, _RAX, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rsp", "rax", "rcx", "r11"))
+_FRAME = struct.Struct(f"<{len(FRAME_NAMES)}Q")
+
+#: Flags that a program may have: all that popf can set at CPL 3, and ID.
+_FLAGS = 0x24_0DD5
+_FLAGS_ALWAYS = 0x202
+
+_CR4_OPTIONAL = 1 << 18 | 1 << 16       # OSXSAVE, FSGSBASE: where the processor has them
+_XSAVE_LEAF = 0xD                       # CPUID: EDX:EAX of its first subleaf is what XCR0 can have
+_XCR0_MAX = 0xE7                        # x87, SSE, AVX, AVX-512
+
+_SEGMENT = ctypes.sizeof(api.Segment)
+_CS, _FS, _SS = api.Sregs.cs.offset, api.Sregs.fs.offset, api.Sregs.ss.offset
+_DPL = api.Segment.dpl.offset
+_CR2, _CR3 = api.Sregs.cr2.offset // 8, api.Sregs.cr3.offset // 8
+
+
+class KvmProgram(KvmAccelerator):
+    """``server``: before ``run``. What it may use has no underscore; a change holds from the next entry on."""
+
+    server: ProgramServer
+
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
+        self._views: list[memoryview] = []
+        super().__init__(spec, memory, control, ports)
+        self._system = memory.slots[spec.system_slot.id].segment.buf
+
+    def _make_tables(self) -> None:
+        """The system has them."""
+        return None
+
+    def _use_run(self, mapping: mmap.mmap) -> None:
+        super()._use_run(mapping)
+        self._release_views()
+        # Not through ctypes: this is the way of every system call.
+        start = api.Run.regs.offset
+        whole = memoryview(mapping)
+        self._views = [
+            whole,
+            registers := whole[start:start + ctypes.sizeof(api.Regs)].cast("Q"),
+            sregs := whole[api.Run.sregs.offset:api.Run.sregs.offset + ctypes.sizeof(api.Sregs)],
+            control := sregs.cast("Q"),
+            sync := whole[api.Run.valid_regs.offset:start].cast("Q"),
+            reason := whole[api.Run.exit_reason.offset:api.Run.exit_reason.offset + 4].cast("I"),
+            port := whole[api.Run.exit.offset:api.Run.exit.offset + 8].cast("H"),
+        ]
+        #: 18 words, as ipc.programs.REGISTERS has them: those of the program, as it goes on.
+        self.registers_now = registers
+        self._sregs, self._control_registers, self._sync, self._reason, self._port_words = (
+            sregs, control, sync, reason, port)
+        self._sync[0] = api.SYNC_REGS | api.SYNC_SREGS
+
+    def _load_boot(self, boot: Mapping[str, int]) -> None:
+        if api.ioctl(self._kvm, api.CHECK_EXTENSION, api.CAP_SYNC_REGS) & 3 != 3:
+            raise AccelError("this kernel's KVM cannot run programs: it has no KVM_CAP_SYNC_REGS for registers and "
+                             "segments")
+        self._set_xcr0()
+        try:
+            super()._load_boot(boot)
+        except AccelError:
+            super()._load_boot({**boot, "cr4": boot["cr4"] & ~_CR4_OPTIONAL})
+        for number, name in ((msr.STAR, "star"), (msr.SYSCALL_MASK, "fmask")):
+            kvm_state.set_msr(self.vcpu_fd, number, boot[name])
+        sregs = api.Sregs()
+        api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
+        self._sregs[:] = bytes(sregs)
+        self._user_code, self._user_stack = bytes(sregs.cs), bytes(sregs.ss)
+
+    def _set_xcr0(self) -> None:
+        """As much as there is, so that a program finds the vector registers that CPUID promises. Where KVM says
+        nothing of XSAVE it is the host's, whatever is set."""
+        cpuid = api.Cpuid(nent=256)
+        api.ioctl(self._kvm, api.GET_SUPPORTED_CPUID, cpuid)
+        for entry in cpuid.entries[:cpuid.nent]:
+            if entry.function == _XSAVE_LEAF and entry.index == 0 and entry.eax:
+                xcrs = api.Xcrs(nr_xcrs=1)
+                xcrs.xcrs[0].value = entry.eax & _XCR0_MAX
+                api.ioctl(self.vcpu_fd, api.SET_XCRS, xcrs)
+
+    # --- the program --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        reason, port, registers, sync = self._reason, self._port_words, self.registers_now, self._sync
+        fd, server = self.vcpu_fd, self.server
+        left = server.begin()
+        while left is None:
+            if api.run(fd):
+                left = server.interrupted()
+            elif reason[0] != api.EXIT_IO:
+                return self._left(reason[0])
+            elif port[1] == PORT_CALL:
+                registers[_RIP] = registers[_RCX]
+                registers[_RFLAGS] = registers[_R11] & _FLAGS | _FLAGS_ALWAYS
+                sync[1] |= api.SYNC_REGS
+                if self._sregs[_CS + _DPL] != 3:
+                    self._back_to_user()
+                left = server.call()
+            elif port[1] == PORT_FAULT:
+                left = server.fault(*self._fault())
+            else:
+                return self._end(ExitReason.UNKNOWN_PORT, f"port {port[1]:#x}")
+        return left
+
+    def _left(self, reason: int) -> Exit:
+        return Exit(ExitKind.RING_FULL) if reason == api.EXIT_DIRTY_RING_FULL else self._ended(reason)
+
+    def _fault(self) -> tuple[int, int, int]:
+        """(vector, error code, address); the program goes on where the exception was."""
+        registers = self.registers_now
+        vector, error, rip, _, flags, rsp, _ = _FRAME.unpack_from(self._system, registers[_RSP] - SYSTEM_ADDRESS)
+        address = self._control_registers[_CR2] if vector == PAGE_FAULT else rip
+        registers[_RIP], registers[_RSP] = rip, rsp
+        registers[_RFLAGS] = flags & _FLAGS | _FLAGS_ALWAYS
+        self._back_to_user()
+        self._sync[1] |= api.SYNC_REGS
+        return vector, error, address
+
+    def _back_to_user(self) -> None:
+        self._sregs[_CS:_CS + _SEGMENT] = self._user_code
+        self._sregs[_SS:_SS + _SEGMENT] = self._user_stack
+        self._sync[1] |= api.SYNC_SREGS
+
+    # --- what its server changes --------------------------------------------------------------------------------------
+
+    def set_registers(self, words: memoryview) -> None:
+        """All of them, 18 words."""
+        self.registers_now[:] = words
+        self._back_to_user()
+        self._sync[1] |= api.SYNC_REGS
+
+    def set_fs_base(self, address: int) -> None:
+        self._sregs[_FS:_FS + 8] = address.to_bytes(8, "little")
+        self._sync[1] |= api.SYNC_SREGS
+
+    @property
+    def fs_base(self) -> int:
+        return int.from_bytes(self._sregs[_FS:_FS + 8], "little")
+
+    def set_root(self, address: int) -> None:
+        self._control_registers[_CR3] = address
+        self._sync[1] |= api.SYNC_SREGS
+
+    def get_xsave(self, area: memoryview) -> None:
+        """Into 4096 bytes. Raises OSError."""
+        xsave = api.Xsave()
+        api.ioctl(self.vcpu_fd, api.GET_XSAVE, xsave)
+        area[:] = bytes(xsave)
+
+    def set_xsave(self, area: memoryview) -> None:
+        """Raises OSError for one that is not valid."""
+        api.ioctl(self.vcpu_fd, api.SET_XSAVE, api.Xsave.from_buffer_copy(area))
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def set_state(self, state: Any) -> None:
+        raise AccelError("the state of a program cannot be restored yet")
+
+    def _release_views(self) -> None:
+        for view in reversed(self._views):
+            view.release()
+        self._views.clear()
+
+    def close(self) -> None:
+        self._release_views()
+        super().close()

@@ -1,0 +1,97 @@
+"""Open files that lead to somebody rather than to contents: the console's streams and its terminal, ends of pipes,
+sockets. What cannot be done now is `Blocked`, on what it waits for; a descriptor that does not block makes EAGAIN of
+that (calls/files.py)."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import TYPE_CHECKING
+
+from .blocked import Blocked
+from .inodes import Node, Store
+from .openfiles import OpenFile
+
+if TYPE_CHECKING:
+    from .processes import Thread
+    from .system import System
+
+__all__ = ["ERR", "HUP", "IN", "OUT", "PRI", "RDHUP", "RDNORM", "WRNORM", "Channel", "ConsoleStream", "Terminal"]
+
+IN, PRI, OUT, ERR, HUP, RDNORM, WRNORM, RDHUP = 1, 2, 4, 8, 16, 0x40, 0x100, 0x2000     # uapi/asm-generic/poll.h
+
+
+class Channel(OpenFile):
+    """``source``: what is notified when anything about it changes (``System.notify``)."""
+
+    __slots__ = ()
+
+    @property
+    def source(self) -> object:
+        return self.inode
+
+    def take(self, system: System, thread: Thread, count: int) -> bytes:
+        """read(2), of one that is readable. Raises OSError and Blocked."""
+        raise OSError(errno.EINVAL, "")
+
+    def put(self, system: System, thread: Thread, data: bytes) -> int:
+        """write(2), of one that is writable. Raises OSError and Blocked."""
+        raise OSError(errno.EINVAL, "")
+
+    def ready(self, system: System) -> int:
+        """As poll(2) says it."""
+        return IN | RDNORM | OUT | WRNORM
+
+    def control(self, system: System, thread: Thread, request: int, argument: int) -> int:
+        """ioctl(2). Raises OSError."""
+        raise OSError(errno.ENOTTY, "")
+
+
+class Terminal(Channel):
+    """/dev/console, /dev/tty."""
+
+    __slots__ = ()
+
+    @property
+    def source(self) -> object:
+        return Terminal
+
+    def take(self, system: System, thread: Thread, count: int) -> bytes:
+        found = system.console.read(count)
+        if found is None:
+            raise Blocked(on=(Terminal,))
+        return found
+
+    def put(self, system: System, thread: Thread, data: bytes) -> int:
+        written = system.console.write(data, error=False)
+        if data and not written:
+            raise Blocked(on=(Terminal,))
+        return written
+
+    def ready(self, system: System) -> int:
+        found = IN | RDNORM if system.console.ready() else 0
+        return found | OUT | WRNORM if system.console.writable() else found
+
+    def control(self, system: System, thread: Thread, request: int, argument: int) -> int:
+        return system.console.ioctl(thread, request, argument)
+
+
+class ConsoleStream(Terminal):
+    """Standard input, output or error where the console is no terminal: to the program, a pipe."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, store: Store, flags: int, *, error: bool = False) -> None:
+        inode = Node(store, stat.S_IFIFO | 0o600)
+        inode.nlink = 0
+        super().__init__(inode, flags)
+        self._error = error
+
+    def put(self, system: System, thread: Thread, data: bytes) -> int:
+        written = system.console.write(data, error=self._error)
+        if data and not written:
+            raise Blocked(on=(Terminal,))
+        return written
+
+    def control(self, system: System, thread: Thread, request: int, argument: int) -> int:
+        raise OSError(errno.ENOTTY, "")

@@ -1,0 +1,68 @@
+"""The machine's memory as its system sees it: frames of shared segments, and the log of what is written to them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+from ipc.linux.libc import LIBC, check
+from ipc.shm import PAGE_SIZE
+
+from ..memory import Slot
+from .frames import Run
+from .log import WriteLog
+
+__all__ = ["Ram"]
+
+_REMOVE, _POPULATE_WRITE = 9, 23        # uapi/asm-generic/mman-common.h
+_PART = 256                             # frames that are cleared together
+
+
+class Ram:
+    """A ``Memory`` (space.py). ``close`` it before its slots."""
+
+    def __init__(self, slots: Iterable[Slot], log: WriteLog) -> None:
+        self._log = log
+        self._slots = [(slot.spec.gpa // PAGE_SIZE, (slot.spec.gpa + slot.spec.size) // PAGE_SIZE, slot.host_address,
+                        memoryview(slot.segment.buf)) for slot in slots]
+
+    def close(self) -> None:
+        for *_, view in self._slots:
+            view.release()
+
+    def _at(self, frame: int) -> tuple[memoryview, int]:
+        for first, end, _, view in self._slots:
+            if first <= frame < end:
+                return view, (frame - first) * PAGE_SIZE
+        raise KeyError(frame)
+
+    def read(self, frame: int, offset: int, count: int) -> bytes:
+        view, at = self._at(frame)
+        return bytes(view[at + offset:at + offset + count])
+
+    def write(self, frame: int, offset: int, data: bytes | memoryview) -> None:
+        view, at = self._at(frame)
+        self._log.need()
+        view[at + offset:at + offset + len(data)] = data
+        self._log.wrote(frame)
+
+    def copy(self, source: int, target: int) -> None:
+        view, at = self._at(source)
+        self.write(target, 0, view[at:at + PAGE_SIZE])
+
+    def clear(self, runs: list[Run]) -> None:
+        """A hole is punched, which takes every process' mapping along; and filled again at once, so that the memory
+        stays reserved. Raises OSError where the host has none."""
+        for first, count in runs:
+            for start in range(first, first + count, _PART):
+                self._clear(start, min(_PART, first + count - start))
+
+    def _clear(self, first: int, count: int) -> None:
+        self._log.need(count)
+        for begin, end, address, _ in self._slots:
+            if begin <= first < end:
+                place, size = ctypes.c_void_p(address + (first - begin) * PAGE_SIZE), ctypes.c_size_t(count * PAGE_SIZE)
+                check(LIBC.madvise(place, size, _REMOVE))
+                check(LIBC.madvise(place, size, _POPULATE_WRITE))
+        for frame in range(first, first + count):
+            self._log.wrote(frame)

@@ -1,0 +1,185 @@
+"""A thread of a Linux program, on its vCPU: what it asks for goes through a mailbox to the system (workers/linux),
+which is another process; some calls are served here, because they need nothing of it.
+
+A wait for the answer can be left at any time, and taken up again: `begin` does. While the program runs the system can
+still have something of this process (``attention``, served by a thread of its own): that it drops translations, or
+takes the program out of the guest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuState
+from ipc.linux import futex
+from ipc.linux.libc import LIBC, check
+from ipc.messages import ExitReason, WorkerSpec
+from ipc.programs import REGISTERS, Answer, Bell, Kind, Mailbox
+from ipc.shm import PAGE_SIZE
+
+from .accel.base import Exit, ExitKind, ProgramAccelerator
+from .memory import GuestMemory
+
+__all__ = ["ProgramThread", "bell_path"]
+
+_RAX = REGISTERS.index("rax")
+_STEP = 0.2             # seconds after which a wait looks around, should a kick have come just before it
+_ATTENTION_STEP = 1.0
+_DONTNEED = 4           # MADV_DONTNEED
+_SCHED_YIELD, _GETTID = 24, 186
+
+_KICKED = Exit(ExitKind.KICKED)
+
+
+def bell_path(spec: WorkerSpec) -> Path:
+    """The FIFO by which a system that sleeps is woken."""
+    return Path(spec.fd_socket).parent / "bell"
+
+
+class ProgramThread:
+    """A ProgramServer (workers/accel/base.py). ``close`` it when ``serve_attention`` has ended."""
+
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, accel: ProgramAccelerator) -> None:
+        """Raises OSError."""
+        slot = memory.slots[spec.system_slot.id]
+        self._control, self._accel = control, accel
+        self._slots = [each for each in memory.slots.values() if each is not slot]
+        self._box = Mailbox(slot.segment.buf, slot.host_address, spec.threads, spec.index)
+        self._bell = Bell(slot.segment.buf)
+        self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._started = self._waiting = self._interrupted = False
+        self._kind = Kind.READY
+        self._local: dict[int, Callable[[], int]] = {_SCHED_YIELD: _sched_yield, _GETTID: lambda: self._box.tid}
+        #: Nanoseconds that ``run`` has spent waiting, in all.
+        self.away_ns = 0
+
+    def close(self) -> None:
+        os.close(self._bell_fd)
+        self._box.close()
+        self._bell.close()
+
+    # --- from the program ---------------------------------------------------------------------------------------------
+
+    def begin(self) -> Exit | None:
+        """Before the program is entered."""
+        if self._waiting:
+            return self._wait()
+        if not self._started:
+            self._started = True
+            return self._ask(Kind.READY)
+        return None
+
+    def call(self) -> Exit | None:
+        registers = self._accel.registers_now
+        local = self._local.get(registers[_RAX])
+        if local is not None:
+            registers[_RAX] = local()
+            return None
+        return self._ask(Kind.CALL)
+
+    def fault(self, vector: int, error: int, address: int) -> Exit | None:
+        return self._ask(Kind.FAULT, vector, error, address)
+
+    def interrupted(self) -> Exit | None:
+        if self._interrupted:
+            self._interrupted = False
+            return self._ask(Kind.INTERRUPTED)
+        return _KICKED
+
+    def _ask(self, kind: Kind, vector: int = 0, error: int = 0, address: int = 0) -> Exit | None:
+        box = self._box
+        box.registers[:] = self._accel.registers_now
+        box.fs_base = self._accel.fs_base
+        self._kind = kind
+        box.ask(kind, vector, error, address)
+        if self._bell.asleep:
+            try:
+                os.write(self._bell_fd, b"\0")
+            except BlockingIOError:
+                pass        # it is full: the system will wake up
+        self._waiting = True
+        return self._wait()
+
+    def _wait(self) -> Exit | None:
+        if not self._box.spin():
+            began = time.perf_counter_ns()
+            self._control.state = VcpuState.WAITING
+            answered = self._box.wait(_STEP)
+            self.away_ns += time.perf_counter_ns() - began
+            if not answered:
+                return _KICKED
+            self._control.state = VcpuState.RUNNING
+        self._waiting = False
+        return self._take()
+
+    def _take(self) -> Exit | None:
+        box, accel = self._box, self._accel
+        answer, result = box.take()
+        if answer & Answer.STALE:
+            self._drop(box.stale())
+        if answer & Answer.ROOT:
+            accel.set_root(box.root)
+        if answer & Answer.FS:
+            accel.set_fs_base(box.fs_base)
+        if answer & Answer.SET_XSAVE:
+            accel.set_xsave(box.xsave)
+        if answer & Answer.REGISTERS:
+            accel.set_registers(box.registers)
+        elif self._kind is Kind.CALL:
+            accel.registers_now[_RAX] = result
+        if answer & Answer.GET_XSAVE:
+            accel.get_xsave(box.xsave)
+            return self._ask(Kind.XSAVE)
+        if answer & Answer.IDLE:
+            return self._ask(Kind.READY)
+        if answer & Answer.END:
+            return Exit(ExitKind.END, reason=ExitReason.CODE, code=result)
+        return None
+
+    def _drop(self, runs: list[tuple[int, int]]) -> None:
+        """This process' mapping of these frames, and with it the translations of its VM. No runs: of all."""
+        if not runs:
+            for slot in self._slots:
+                _unneeded(slot.host_address, slot.spec.size)
+        for first, count in runs:
+            gpa = first * PAGE_SIZE
+            for slot in self._slots:
+                if slot.spec.gpa <= gpa < slot.spec.gpa + slot.spec.size:
+                    _unneeded(slot.host_address + gpa - slot.spec.gpa, count * PAGE_SIZE)
+
+    # --- from the system, while the program runs ----------------------------------------------------------------------
+
+    def serve_attention(self, ended: Callable[[], bool]) -> None:
+        """In a thread of its own, until ``ended`` (it looks once a second)."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
+        main, box = threading.main_thread().ident, self._box
+        assert main is not None
+        seen = box.attended
+        while not ended():
+            wanted = box.attention
+            if wanted == seen:
+                futex.wait(box.attention_address, wanted, _ATTENTION_STEP)
+                continue
+            seen = wanted
+            if box.interrupt_wanted:
+                self._interrupted = True
+                self._accel.interrupt()
+                signal.pthread_kill(main, KICK_SIGNAL)
+            else:
+                self._drop(box.stale())
+            box.attend(wanted)
+
+
+def _sched_yield() -> int:
+    os.sched_yield()
+    return 0
+
+
+def _unneeded(address: int, size: int) -> None:
+    check(LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED))
