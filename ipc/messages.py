@@ -39,6 +39,7 @@ __all__ = [
     "KickAck",
     "MessageError",
     "Notification",
+    "ProgramCalls",
     "ProgramSpec",
     "RebuildRing",
     "RemoveMemslot",
@@ -321,7 +322,15 @@ class Exited(Notification, frozen=True, tag="exited"):
     registers: dict[str, int] | None = None
 
 
-AnyNotification = Hello | RingFull | KickAck | Console | Exited
+class ProgramCalls(Notification, frozen=True, tag="program-calls"):
+    """From the system of Linux programs: calls that it has served so far, and those that it does not know, by name,
+    with how often each was made."""
+
+    served: Annotated[int, msgspec.Meta(ge=0)]
+    missing: dict[Annotated[str, msgspec.Meta(max_length=40)], Annotated[int, msgspec.Meta(ge=0)]]
+
+
+AnyNotification = Hello | RingFull | KickAck | Console | Exited | ProgramCalls
 AnyReply = Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -52,7 +52,7 @@ class VcpuThread:
         self.control = control
         self.memory = memory
         self.ports = ports
-        self._say = say
+        self.say = say
         self._wake, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         #: The process is to end.
         self.shutdown = False
@@ -194,7 +194,7 @@ class VcpuThread:
             if control.request & VcpuRequest.PAUSE and control.state == VcpuState.RUNNING:
                 control.state = VcpuState.PAUSED    # before whoever asked for it goes on, and looks
             control.kick_ack = kick
-            self._say(KickAck(self.index, kick))
+            self.say(KickAck(self.index, kick))
         if self._job is not None:
             self._do_job()
         return control.request != 0 or self.shutdown
@@ -255,7 +255,7 @@ class VcpuThread:
         control.ring_full_exits += 1
         control.state = VcpuState.RING_FULL
         self.ring_full = True
-        self._say(RingFull(self.index))
+        self.say(RingFull(self.index))
         while self.ring_full and not self._attend():
             self.sleep()
         control.stalled_ns += time.perf_counter_ns() - began
@@ -294,7 +294,7 @@ class VcpuThread:
         if ended is not None and control.state != VcpuState.EXITED:
             control.exit_reason, control.exit_code = ended.reason, ended.code
             control.state = VcpuState.EXITED
-            self._say(ended)
+            self.say(ended)
 
 
 def _on_kick(signum: int, frame: FrameType | None) -> None:

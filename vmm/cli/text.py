@@ -50,6 +50,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     if report["coordinator"]["restarts"]:
         console.print(f"coordinator replaced {report['coordinator']['restarts']} times")
     _print_verification(report["verification"], console)
+    program = report.get("program")
+    if program is not None:
+        console.print(f"program      {' '.join(program['args'])[:60]}: {program['calls']:,} calls and faults served",
+                      markup=False)
+        for name, count in program["missing_calls"].items():
+            console.print(f"    not served: {name} ({count}, see docs/linux.md)", markup=False)
     if report["cause"]:
         console.print(f"ended at {report['ended_at']}: {report['cause']}", markup=False)
 

@@ -97,8 +97,9 @@ class Machine:
 
     @classmethod
     def launch(cls, config: Any, *, name: str | None = None, trace: list[str] | None = None,
-               trace_file: str = "", detach: bool = False, start: bool = True) -> Machine:
-        """Start a machine from a MachineConfig (vmm/client/config.py) or a MachineSpec.
+               trace_file: str = "", detach: bool = False, start: bool = True, console: str = "lines") -> Machine:
+        """Start a machine from a MachineConfig (vmm/client/config.py) or a MachineSpec. ``console``: of a Linux
+        program (ipc/messages.py); who does not want its lines follows it himself (vmm/client/console.py).
 
         The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
         ``start=False`` leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with
@@ -114,7 +115,7 @@ class Machine:
         else:
             from .plan import plan
 
-            spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach)
+            spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach, console=console)
         machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
         try:
             if start:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ipc.messages import ProgramCalls
+
 from ..dirty.parts import Parts
 from ..dirty.reaper import Reaper
 from ..dirty.verify import AnyVerifier
@@ -55,6 +57,8 @@ class Core:
         self.restarts = 0
         #: Of this coordinator's loop.
         self.turns = 0
+        #: Of a machine that runs Linux programs: what its system has served.
+        self.program_calls: ProgramCalls | None = None
         #: Pages of RAM are missing still (post-copy).
         self.pages_missing = False
 

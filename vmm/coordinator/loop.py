@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from ipc.messages import AnyNotification, Console, Exited, ExitReason, RingFull
+from ipc.messages import AnyNotification, Console, Exited, ExitReason, ProgramCalls, RingFull
 from ipc.shm import SegmentError
 from ipc.steps import step
 from workers.zygote import Zygote
@@ -240,6 +240,9 @@ class Coordinator:
                 self.core.reaper.full.add(message.vcpu)
         elif isinstance(message, Console):
             self._consoles.write(message.vcpu, message.data)
+        elif isinstance(message, ProgramCalls):
+            if self.spec.is_system(message.vcpu):
+                self.core.program_calls = message
         elif isinstance(message, Exited):
             self._consoles.write(message.vcpu, b"", final=True)
             self.core.vcpus.all[message.vcpu].exited = message

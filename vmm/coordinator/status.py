@@ -12,6 +12,7 @@ from ipc.messages import ExitReason
 
 from ..machine.report import (
     CoordinatorReport,
+    ProgramReport,
     ReaperReport,
     Report,
     SlotReport,
@@ -51,7 +52,7 @@ def machine_report(machine: Families) -> Report:
                           logged=s.logged, born=s.spec.born) for i, s in log.slots.items()],
         clients=log.clients, holders=machine.holders(),
         handed_over=pauses.handed_over.to if pauses.handed_over else "", incoming=core.pages_missing,
-        verification=verification)
+        verification=verification, program=_program_report(core))
 
 
 def machine_slots(core: Core) -> dict[str, Any]:
@@ -59,6 +60,17 @@ def machine_slots(core: Core) -> dict[str, Any]:
     return {"slots": {str(i): {"gpa": s.spec.gpa, "size": s.spec.size, "born": s.spec.born, "logged": s.logged,
                                "ram": s.ram.name} for i, s in core.parts.log.slots.items()},
             "accelerator": core.spec.accel, "incoming": core.pages_missing}
+
+
+def _program_report(core: Core) -> ProgramReport | None:
+    spec, calls = core.spec, core.program_calls
+    if spec.program is None:
+        return None
+    block = core.vcpus.all[spec.threads].control
+    return ProgramReport(
+        args=spec.program.args,
+        exit_status=block.exit_code if ExitReason(block.exit_reason) == ExitReason.CODE else None,
+        calls=calls.served if calls else 0, missing_calls=calls.missing if calls else {})
 
 
 def _vcpu_report(core: Core, vcpu: VcpuHandle) -> VcpuReport:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["VERSION", "CoordinatorReport", "Holder", "ReaperReport", "Report", "SlotReport", "VcpuReport",
+__all__ = ["VERSION", "CoordinatorReport", "Holder", "ProgramReport", "ReaperReport", "Report", "SlotReport", "VcpuReport",
            "VerificationReport", "report_schema"]
 
 VERSION = 1
@@ -48,6 +48,15 @@ class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
     stalled_s: float
     dirty_limit_pages_per_s: int    # 0: none
     throttled_s: float
+
+
+class ProgramReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The Linux program of a machine."""
+
+    args: list[str]
+    exit_status: int | None     # as a shell has it; None: it has not ended, or not by itself
+    calls: int                  # system calls and faults that its system has served
+    missing_calls: dict[str, int]   # that it does not know (ENOSYS): {name: how often}
 
 
 class ReaperReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +131,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     handed_over: str            # address of the migration target that has it by now; empty: nobody has
     incoming: bool              # post-copy: some of its memory has not arrived yet
     verification: VerificationReport | None
+    program: ProgramReport | None = None
 
 
 def report_schema() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ipc.layout import VcpuControl
-from ipc.messages import ExitReason, SlotSpec, WorkerSpec
+from ipc.messages import ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
 
     ENTRY_PAGE,
@@ -87,6 +87,9 @@ class Host(Protocol):
     @property
     def is_to_end(self) -> bool: ...
 
+    def say(self, message: Notification) -> None:
+        """To the coordinator."""
+
 class _Stopped(Exception):
     """The vCPU is to end in the middle of a call."""
 
@@ -116,7 +119,7 @@ class SystemAccelerator:
         self._ended: set[int] = set()
         self._to_start: deque[Callable[[int], None]] = deque()
         self._blocked: dict[int, Blocked] = {}
-        self._served = 0
+        self._served = self._said_missing = 0
         self._end_by = 0.0
         seed = spec.program.seed
         self._random: Callable[[int], bytes] = os.urandom if seed is None else random.Random(seed).randbytes
@@ -205,7 +208,10 @@ class SystemAccelerator:
                 return Exit(ExitKind.RING_FULL)
             if self._serve_all():
                 continue
+            if len(self.system.missing) > self._said_missing:
+                self._say_calls()       # that there is one more; how often they were made, at the end
             if self.system.code is not None and self._end_all():
+                self._say_calls()
                 return Exit(ExitKind.END, reason=ExitReason.CODE, code=_exit_status(self.system.code))
             self._sleep()
         return Exit(ExitKind.KICKED)
@@ -398,9 +404,13 @@ class SystemAccelerator:
     # --- for the worker -----------------------------------------------------------------------------------------------
 
     def registers(self) -> dict[str, int]:
-        """It has none: calls served, and those that are missing, as {name: how often}."""
-        return {"calls": self._served, **{CALLS.get(number, f"call {number}"): count
-                                          for number, count in self.system.missing.items()}}
+        """It has none."""
+        return {}
+
+    def _say_calls(self) -> None:
+        self._said_missing = len(self.system.missing)
+        self._host.say(ProgramCalls(self._spec.index, self._served, {
+            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()}))
 
     def hypercall_args(self) -> tuple[int, int, int]:
         raise AccelError("a system does not make hypercalls")
