@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..channels import Channel
 from ..contents import Regular
 from ..directories import Directory
-from ..inodes import Inode, Node, Stat
+from ..inodes import Inode, Stat
 from ..locks import Lock
 from ..openfiles import OpenFile
 from ..paths import LONGEST_PATH
