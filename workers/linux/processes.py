@@ -123,6 +123,7 @@ class Thread:
     fs_base: int | None = None
     deadline: int | None = None     # CLOCK_MONOTONIC in nanoseconds, of the call that it is blocked in
     done: int = 0                   # bytes that this call has moved already
+    opening: OpenFile | None = None     # a fifo that it waits for the other end of
     ended: bool = False
 
 

@@ -20,6 +20,7 @@ from .directories import Directory
 from .frames import Frames, NoFrames
 from .inodes import Node
 from .openfiles import OpenFile
+from .pipes import Pipe, open_fifo
 from .processes import FileTable, Process, Thread
 from .program import Executable, Started, start
 from .space import Memory, SegmentationFault, Space
@@ -73,6 +74,8 @@ class System:
         self.missing: Counter[int] = Counter()
         #: What has changed since somebody looked: calls that are blocked on it can be made again.
         self.notified: set[Hashable] = set()
+        #: What is in fifos that somebody has open, by inode.
+        self.fifos: dict[int, Pipe] = {}
         #: How the first process has ended, as wait(2) gives it.
         self.code: int | None = None
         self._make_devices()
@@ -164,16 +167,22 @@ class System:
         process.directory.let_go()
         process.space.close()
 
-    def opened(self, file: OpenFile) -> OpenFile:
-        """A file that was just opened, as what it leads to."""
+    def opened(self, file: OpenFile, thread: Thread | None = None) -> OpenFile:
+        """A file that was just opened, as what it leads to. Raises OSError, and Blocked: then it is the thread's
+        (``Thread.opening``), and this is asked again with it."""
         inode = file.inode
+        if thread is not None and inode.kind == stat.S_IFIFO and not file.path_only:
+            return open_fifo(self, thread, file)
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
             return Terminal(inode, file.flags, file.number)
         return file
 
-    def notify(self, source: Hashable) -> None:
-        """Something about it has changed."""
+    def notify(self, source: Hashable, events: int = 0) -> None:
+        """Something about it has changed. ``events``: what can have become possible, as poll(2) says it (0: all)."""
         self.notified.add(source)
+
+    def raise_signal(self, thread: Thread, number: int) -> None:
+        """To a thread, for what it has just done (SIGPIPE). Nothing comes of it yet."""
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -191,5 +200,13 @@ class System:
             result = -errno.EFAULT
         except (NoFrames, NoTables):
             result = -errno.ENOMEM
-        thread.deadline, thread.done = None, 0
+        self.give_up(thread)
         return result
+
+    @staticmethod
+    def give_up(thread: Thread) -> None:
+        """What a call that was blocked has begun is over: it is not made again."""
+        thread.deadline, thread.done = None, 0
+        opening, thread.opening = thread.opening, None
+        if opening is not None:
+            opening.let_go()

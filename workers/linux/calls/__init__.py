@@ -6,6 +6,7 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     identity.py     who and where a process is, limits, names
     clocks.py       time
     life.py         threads and processes that end
+    pipes.py        pipes
     waiting.py      poll and select
 
 A call is served by all of them that are imported here: ``SERVED``.
@@ -13,7 +14,7 @@ A call is served by all of them that are imported here: ``SERVED``.
 
 from __future__ import annotations
 
-from . import clocks, files, identity, life, memory, waiting
+from . import clocks, files, identity, life, memory, pipes, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory", "waiting"]
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory", "pipes", "waiting"]
