@@ -292,6 +292,7 @@ class Dispatcher:
         """The thread has ended, and with it perhaps everything."""
         thread, self._threads[index] = self._threads[index], None
         if thread is not None:
+            self._system.give_up(thread)
             self._indices.pop(thread, None)
         self._blocked.pop(index, None)
         self._parked.discard(index)
@@ -382,7 +383,8 @@ class Dispatcher:
         else:
             registers[_RAX] = -errno.EINTR & 0xFFFF_FFFF_FFFF_FFFF
             system.write_time_left(thread, number, [registers[at] for at in _ARGUMENTS])
-        thread.done, thread.deadline, thread.awaited = 0, None, 0
+        thread.awaited = 0
+        system.give_up(thread)
         self._go_on(index, thread, Answer.REGISTERS)
 
     @staticmethod

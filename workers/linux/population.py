@@ -56,8 +56,8 @@ class Population:
         #: How the first process has ended, as wait(2) gives it.
         self.code: int | None = None
 
-    def notify(self, source: Hashable) -> None:
-        """Something about it has changed."""
+    def notify(self, source: Hashable, events: int = 0) -> None:
+        """Something about it has changed. ``events``: what can have become possible, as poll(2) says it (0: all)."""
         self.notified.add(source)
 
     def process(self, pid: int) -> Process:

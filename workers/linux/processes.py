@@ -146,6 +146,7 @@ class Thread:
     jumps: bool = False
     new_space: bool = False
     xsave: bytes | None = None
+    opening: OpenFile | None = None     # a fifo that it waits for the other end of
     ended: bool = False
 
 

@@ -23,6 +23,7 @@ from .directories import Directory
 from .frames import Frames, NoFrames
 from .inodes import Inode, Node
 from .openfiles import OpenFile
+from .pipes import Pipe, open_fifo
 from .population import SI_KERNEL, Population
 from .processes import FileTable, Process, Thread
 from .program import Executable, Started, start
@@ -75,6 +76,8 @@ class System(Population):
         self.threads_max, self.host = threads_max, host
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
+        #: What is in fifos that somebody has open, by inode.
+        self.fifos: dict[int, Pipe] = {}
         self._make_devices()
 
     def _make_devices(self) -> None:
@@ -145,9 +148,12 @@ class System(Population):
             raise OSError(errno.EACCES, "")
         return inode
 
-    def opened(self, file: OpenFile) -> OpenFile:
-        """A file that was just opened, as what it leads to."""
+    def opened(self, file: OpenFile, thread: Thread | None = None) -> OpenFile:
+        """A file that was just opened, as what it leads to. Raises OSError, and Blocked: then it is the thread's
+        (``Thread.opening``), and this is asked again with it."""
         inode = file.inode
+        if thread is not None and inode.kind == stat.S_IFIFO and not file.path_only:
+            return open_fifo(self, thread, file)
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
             return Terminal(inode, file.flags, file.number)
         return file
@@ -168,8 +174,16 @@ class System(Population):
             result = -errno.EFAULT
         except (NoFrames, NoTables):
             result = -errno.ENOMEM
-        thread.deadline, thread.done = None, 0
+        self.give_up(thread)
         return result
+
+    @staticmethod
+    def give_up(thread: Thread) -> None:
+        """What a call that was blocked has begun is over: it is not made again."""
+        thread.deadline, thread.done = None, 0
+        opening, thread.opening = thread.opening, None
+        if opening is not None:
+            opening.let_go()
 
     def write_time_left(self, thread: Thread, number: int, arguments: Sequence[int]) -> None:
         """Of a sleep that a signal has interrupted: where it is asked for."""

@@ -8,6 +8,7 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     life.py         threads and processes that begin and end
     signalling.py   signals
     futexes.py      futexes, where the worker cannot serve them alone
+    pipes.py        pipes
     waiting.py      poll and select
 
 A call is served by all of them that are imported here: ``SERVED``.
@@ -15,8 +16,8 @@ A call is served by all of them that are imported here: ``SERVED``.
 
 from __future__ import annotations
 
-from . import clocks, files, futexes, identity, life, memory, signalling, waiting
+from . import clocks, files, futexes, identity, life, memory, pipes, signalling, waiting
 from .registry import SERVED, Blocked, Ended
 
 __all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "futexes", "identity", "life", "memory",
-           "signalling", "waiting"]
+           "pipes", "signalling", "waiting"]
