@@ -118,7 +118,7 @@ class Dispatcher:
     # --- Launcher ---------------------------------------------------------------------------------------------------
 
     def free_vcpus(self) -> int:
-        return len(self._idle) - len(self._to_start)
+        return sum(each is None for each in self._threads) - len(self._to_start)
 
     def launch(self, thread: Thread, registers: Sequence[int], fs_base: int) -> None:
         self._to_start.append((thread, list(registers), fs_base))

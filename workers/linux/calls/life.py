@@ -88,6 +88,12 @@ def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: in
     return made.tid
 
 
+@served("clone3", "rseq")
+def without(system: System, thread: Thread, *_: int) -> int:
+    """Every C library does without them."""
+    raise OSError(errno.ENOSYS, "")
+
+
 @served("fork")
 def fork(system: System, thread: Thread, *_: int) -> int:
     return clone(system, thread, signals.CHLD, 0, 0, 0, 0)
