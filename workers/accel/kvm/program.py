@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import struct
 from collections.abc import Mapping
+
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, WorkerSpec
 from ipc.programs import PORT_CALL, REGISTERS, SYSTEM_ADDRESS
