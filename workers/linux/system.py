@@ -17,6 +17,7 @@ from .calls import SERVED
 from .channels import ConsoleStream, Terminal
 from .contents import Regular
 from .directories import Directory
+from .epoll import Interest
 from .frames import Frames, NoFrames
 from .inodes import Node
 from .openfiles import OpenFile
@@ -76,6 +77,8 @@ class System:
         self.notified: set[Hashable] = set()
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
+        #: What epoll instances look at, by source.
+        self.interests: dict[Hashable, list[Interest]] = {}
         #: How the first process has ended, as wait(2) gives it.
         self.code: int | None = None
         self._make_devices()
@@ -180,6 +183,8 @@ class System:
     def notify(self, source: Hashable, events: int = 0) -> None:
         """Something about it has changed. ``events``: what can have become possible, as poll(2) says it (0: all)."""
         self.notified.add(source)
+        for each in tuple(self.interests.get(source, ())):
+            each.happened(self, events)
 
     def raise_signal(self, thread: Thread, number: int) -> None:
         """To a thread, for what it has just done (SIGPIPE). Nothing comes of it yet."""

@@ -197,8 +197,8 @@ class Twice:
         return found
 
     def pair(self, name: str, *arguments: Any) -> tuple[Fd, Fd]:
-        """A call that writes two descriptors."""
-        ours, theirs = self.both(name, *arguments, Out(8))
+        """A call that writes two descriptors: ``Out(8)`` is among its arguments."""
+        ours, theirs = self.both(name, *arguments)
         assert not isinstance(ours, str), ours
         assert not isinstance(theirs, str), theirs
         (one, two), (other, another) = struct.unpack("<ii", ours[1][0]), struct.unpack("<ii", theirs[1][0])

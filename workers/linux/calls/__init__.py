@@ -8,13 +8,14 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     life.py         threads and processes that end
     pipes.py        pipes
     waiting.py      poll and select
+    events.py       eventfd, timerfd, epoll
 
 A call is served by all of them that are imported here: ``SERVED``.
 """
 
 from __future__ import annotations
 
-from . import clocks, files, identity, life, memory, pipes, waiting
+from . import clocks, events, files, identity, life, memory, pipes, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory", "pipes", "waiting"]
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "identity", "life", "memory", "pipes", "waiting"]

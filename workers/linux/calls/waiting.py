@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..channels import ERR, HUP, IN, OUT, PRI, RDNORM, WRNORM, Channel
@@ -26,21 +26,21 @@ def ready(system: System, file: OpenFile) -> int:
     return file.ready(system) if isinstance(file, Channel) else IN | RDNORM | OUT | WRNORM
 
 
-def wait(system: System, thread: Thread, timeout: int | None, found: int, on: set[Hashable]) -> int:
-    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked,
-    ``on`` what they depend on. The end is kept in the thread, and holds for the call that is made again."""
+def wait(system: System, thread: Thread, timeout: int | None, found: int, on: Iterable[Channel]) -> int:
+    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked
+    ``on`` all of them. The end is kept in the thread, and holds for the call that is made again."""
     if found or timeout == 0:
         return found
-    if timeout is None:
-        raise Blocked(on=tuple(on))
-    if thread.deadline is None:
+    if timeout is not None and thread.deadline is None:
         thread.deadline = system.monotonic() + timeout
-    if system.monotonic() < thread.deadline:
-        raise Blocked(thread.deadline, tuple(on))
-    return 0
+    if thread.deadline is not None and system.monotonic() >= thread.deadline:
+        return 0
+    times = [each.due(system) for each in on if each.timed]
+    times.append(thread.deadline)
+    raise Blocked(min((each for each in times if each is not None), default=None), tuple(each.source for each in on))
 
 
-def _timespec(thread: Thread, address: int, unit: int) -> int | None:
+def timespec(thread: Thread, address: int, unit: int) -> int | None:
     """A struct timespec, or with ``unit`` a thousand a struct timeval. Raises OSError."""
     if not address:
         return None
@@ -61,14 +61,14 @@ def poll(system: System, thread: Thread, address: int, count: int, timeout: int,
 
 @served("ppoll")
 def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, *_: int) -> int:
-    return _poll(system, thread, address, count, _timespec(thread, timeout, 1))
+    return _poll(system, thread, address, count, timespec(thread, timeout, 1))
 
 
 def _poll(system: System, thread: Thread, address: int, count: int, timeout: int | None) -> int:
     files, space = thread.process.files, thread.process.space
     if count > files.limit:
         raise OSError(errno.EINVAL, "")
-    found, on = 0, set[Hashable]()
+    found, on = 0, set[Channel]()
     data = bytearray(space.read(address, _POLL.size * count))
     for at in range(0, len(data), _POLL.size):
         number, wanted, _ = _POLL.unpack_from(data, at)
@@ -77,7 +77,7 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
             try:
                 file = files.get(number)
                 if isinstance(file, Channel):
-                    on.add(file.source)
+                    on.add(file)
                 given = ready(system, file) & (wanted | ERR | HUP)
             except OSError:
                 given = _NVAL
@@ -94,13 +94,13 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
 @served("select")
 def select(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
            *_: int) -> int:
-    return _select(system, thread, count, (reads, writes, others), _timespec(thread, timeout, _MICROSECOND))
+    return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, _MICROSECOND))
 
 
 @served("pselect6")
 def pselect6(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
              *_: int) -> int:
-    return _select(system, thread, count, (reads, writes, others), _timespec(thread, timeout, 1))
+    return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, 1))
 
 
 def _select(system: System, thread: Thread, count: int, sets: Iterable[int], timeout: int | None) -> int:
@@ -109,7 +109,7 @@ def _select(system: System, thread: Thread, count: int, sets: Iterable[int], tim
     if count < 0:
         raise OSError(errno.EINVAL, "")
     size = (min(count, _SETS_MAX) + 63) // 64 * 8
-    found, answers, on = 0, [], set[Hashable]()
+    found, answers, on = 0, [], set[Channel]()
     for address, event in zip(sets, (IN | HUP | ERR, OUT | ERR, PRI), strict=True):
         if not address:
             continue
@@ -120,7 +120,7 @@ def _select(system: System, thread: Thread, count: int, sets: Iterable[int], tim
                 continue
             file = files.get(number)
             if isinstance(file, Channel):
-                on.add(file.source)
+                on.add(file)
             if ready(system, file) & event:
                 given |= 1 << number
         found += given.bit_count()
