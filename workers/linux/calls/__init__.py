@@ -5,7 +5,9 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     files.py        files, directories, descriptors
     identity.py     who and where a process is, limits, names
     clocks.py       time
-    life.py         threads and processes that end
+    life.py         threads and processes that begin and end
+    signalling.py   signals
+    futexes.py      futexes, where the worker cannot serve them alone
     pipes.py        pipes
     waiting.py      poll and select
     events.py       eventfd, timerfd, epoll
@@ -15,7 +17,8 @@ A call is served by all of them that are imported here: ``SERVED``.
 
 from __future__ import annotations
 
-from . import clocks, events, files, identity, life, memory, pipes, waiting
+from . import clocks, events, files, futexes, identity, life, memory, pipes, signalling, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "identity", "life", "memory", "pipes", "waiting"]
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "life", "memory",
+           "pipes", "signalling", "waiting"]

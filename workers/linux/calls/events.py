@@ -1,5 +1,4 @@
-"""Counters, timers, and waiting for many files: eventfd(2), timerfd_create(2), epoll(7). A signal mask that epoll_wait
-is given is not looked at."""
+"""Counters, timers, and waiting for many files: eventfd(2), timerfd_create(2), epoll(7)."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from ..channels import Channel, nameless
 from ..epoll import EXCLUSIVE, Epoll
 from ..events import EventFile, TimerFile
 from .registry import served, signed32
-from .waiting import timespec, wait
+from .waiting import check_mask, timespec, wait
 
 if TYPE_CHECKING:
     from ..openfiles import OpenFile
@@ -150,23 +149,36 @@ def epoll_ctl(system: System, thread: Thread, at: int, operation: int, fd: int, 
     return 0
 
 
-@served("epoll_wait", "epoll_pwait")
+def _milliseconds(timeout: int) -> int | None:
+    found = signed32(timeout)
+    return None if found < 0 else found * _MILLISECOND
+
+
+@served("epoll_wait")
 def epoll_wait(system: System, thread: Thread, at: int, address: int, most: int, timeout: int, *_: int) -> int:
-    milliseconds = signed32(timeout)
-    return _wait(system, thread, at, address, most, None if milliseconds < 0 else milliseconds * _MILLISECOND)
+    return _wait(system, thread, at, address, most, _milliseconds(timeout), 0, 8)
+
+
+@served("epoll_pwait")
+def epoll_pwait(system: System, thread: Thread, at: int, address: int, most: int, timeout: int, mask: int,
+                size: int) -> int:
+    return _wait(system, thread, at, address, most, _milliseconds(timeout), mask, size)
 
 
 @served("epoll_pwait2")
-def epoll_pwait2(system: System, thread: Thread, at: int, address: int, most: int, timeout: int, *_: int) -> int:
-    return _wait(system, thread, at, address, most, timespec(thread, timeout, 1))
+def epoll_pwait2(system: System, thread: Thread, at: int, address: int, most: int, timeout: int, mask: int,
+                 size: int) -> int:
+    return _wait(system, thread, at, address, most, timespec(thread, timeout, 1), mask, size)
 
 
-def _wait(system: System, thread: Thread, at: int, address: int, most: int, timeout: int | None) -> int:
+def _wait(system: System, thread: Thread, at: int, address: int, most: int, timeout: int | None, mask: int,
+          size: int) -> int:
+    check_mask(mask, size)
     most = signed32(most)
     if not 0 < most <= _EVENTS_MAX:
         raise OSError(errno.EINVAL, "")
     epoll = _epoll(thread.process.files.get(signed32(at)))
     found = epoll.collect(system, most)
-    result = wait(system, thread, timeout, len(found), (epoll,))
+    result = wait(system, thread, timeout, len(found), (epoll,), mask)
     thread.process.space.write(address, b"".join(_EVENT.pack(*each) for each in found))
     return result

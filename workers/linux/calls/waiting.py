@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..channels import ERR, HUP, IN, OUT, PRI, RDNORM, WRNORM, Channel
 from .registry import Blocked, served, signed32
+from .signalling import mask_for_call
 
 if TYPE_CHECKING:
     from ..openfiles import OpenFile
@@ -26,18 +27,26 @@ def ready(system: System, file: OpenFile) -> int:
     return file.ready(system) if isinstance(file, Channel) else IN | RDNORM | OUT | WRNORM
 
 
-def wait(system: System, thread: Thread, timeout: int | None, found: int, on: Iterable[Channel]) -> int:
+def wait(system: System, thread: Thread, timeout: int | None, found: int, on: Iterable[Channel], mask: int = 0) -> int:
     """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked
-    ``on`` all of them. The end is kept in the thread, and holds for the call that is made again."""
+    ``on`` all of them, with a signal ``mask`` of its own where that has an address. The end is kept in the thread, and
+    holds for the call that is made again."""
     if found or timeout == 0:
         return found
     if timeout is not None and thread.deadline is None:
         thread.deadline = system.monotonic() + timeout
     if thread.deadline is not None and system.monotonic() >= thread.deadline:
         return 0
+    mask_for_call(system, thread, mask)
     times = [each.due(system) for each in on if each.timed]
     times.append(thread.deadline)
     raise Blocked(min((each for each in times if each is not None), default=None), tuple(each.source for each in on))
+
+
+def check_mask(address: int, size: int) -> None:
+    """Of a signal mask. Raises OSError."""
+    if address and size != 8:
+        raise OSError(errno.EINVAL, "")
 
 
 def timespec(thread: Thread, address: int, unit: int) -> int | None:
@@ -60,11 +69,12 @@ def poll(system: System, thread: Thread, address: int, count: int, timeout: int,
 
 
 @served("ppoll")
-def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, *_: int) -> int:
-    return _poll(system, thread, address, count, timespec(thread, timeout, 1))
+def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, mask: int, size: int, *_: int) -> int:
+    check_mask(mask, size)
+    return _poll(system, thread, address, count, timespec(thread, timeout, 1), mask)
 
 
-def _poll(system: System, thread: Thread, address: int, count: int, timeout: int | None) -> int:
+def _poll(system: System, thread: Thread, address: int, count: int, timeout: int | None, mask: int = 0) -> int:
     files, space = thread.process.files, thread.process.space
     if count > files.limit:
         raise OSError(errno.EINVAL, "")
@@ -83,7 +93,7 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
                 given = _NVAL
         _POLL.pack_into(data, at, number, wanted, given)
         found += bool(given)
-    result = wait(system, thread, timeout, found, on)
+    result = wait(system, thread, timeout, found, on, mask)
     space.write(address, bytes(data))
     return result
 
@@ -99,11 +109,14 @@ def select(system: System, thread: Thread, count: int, reads: int, writes: int, 
 
 @served("pselect6")
 def pselect6(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
-             *_: int) -> int:
-    return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, 1))
+             mask: int) -> int:
+    address, size = struct.unpack("<QQ", thread.process.space.read(mask, 16)) if mask else (0, 8)
+    check_mask(address, size)
+    return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, 1), address)
 
 
-def _select(system: System, thread: Thread, count: int, sets: Iterable[int], timeout: int | None) -> int:
+def _select(system: System, thread: Thread, count: int, sets: Iterable[int], timeout: int | None,
+            mask: int = 0) -> int:
     files, space = thread.process.files, thread.process.space
     count = signed32(count)
     if count < 0:
@@ -125,7 +138,7 @@ def _select(system: System, thread: Thread, count: int, sets: Iterable[int], tim
                 given |= 1 << number
         found += given.bit_count()
         answers.append((address, given))
-    result = wait(system, thread, timeout, found, on)
+    result = wait(system, thread, timeout, found, on, mask)
     for address, given in answers:
         space.write(address, given.to_bytes(size, "little"))
     return result
