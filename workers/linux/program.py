@@ -87,20 +87,22 @@ class _Image:
 
 
 def start(space: Space, opened: Callable[[bytes], Executable], path: bytes, arguments: Sequence[bytes],
-          environment: Sequence[bytes], *, random: bytes, features: int = 0, vdso: int = 0) -> Started:
+          environment: Sequence[bytes], *, random: bytes, features: int = 0,
+          vdso: Callable[[Space], int] | None = None) -> Started:
     """Map the program into an empty space. ``opened`` gives the file of a path, or raises OSError. ``random``: 16
-    bytes; ``features``: CPUID 1, EDX. Raises OSError (ENOEXEC, ENOENT, E2BIG, ENOMEM, ...), SegmentationFault,
-    NoFrames, NoTables."""
+    bytes; ``features``: CPUID 1, EDX; ``vdso`` maps one, and gives its address. Raises OSError (ENOEXEC, ENOENT, E2BIG,
+    ENOMEM, ...), SegmentationFault, NoFrames, NoTables."""
     arguments = list(arguments)
     file, path, arguments = _program(opened, path, arguments)
     image = _map(space, file, None)
     loader = _map(space, opened(image.interpreter), 0) if image.interpreter else None
+    library = vdso(space) if vdso else 0
     space.set_heap(-(-image.end // PAGE))
     rsp = _stack(space, path, arguments, environment, random, {
         "PHDR": image.headers, "PHENT": 56, "PHNUM": image.count, "PAGESZ": PAGE,
         "BASE": loader.base if loader else 0, "FLAGS": 0, "ENTRY": image.entry, "UID": 0, "EUID": 0, "GID": 0,
         "EGID": 0, "HWCAP": features, "HWCAP2": 0, "CLKTCK": 100, "SECURE": 0, "MINSIGSTKSZ": 3632,
-        **({"SYSINFO_EHDR": vdso} if vdso else {})})
+        **({"SYSINFO_EHDR": library} if library else {})})
     return Started(loader.entry if loader else image.entry, rsp, path)
 
 

@@ -24,6 +24,7 @@ from .processes import FileTable, Process, Thread
 from .program import Executable, Started, start
 from .space import Memory, SegmentationFault, Space
 from .tables import NoTables, Tables
+from .vdso import Vdso
 from .vfs import FileSystem
 
 __all__ = ["Console", "System"]
@@ -61,11 +62,14 @@ class System:
 
     def __init__(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, console: Console, *,
                  realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1,
-                 host: bytes = b"shardvmm") -> None:
+                 host: bytes = b"shardvmm", vdso: Vdso | None = None) -> None:
         self._memory, self.frames, self._tables = memory, frames, tables
         self.memory_pages = frames.free
         self.files, self.console = files, console
         self.realtime, self.monotonic = realtime, monotonic
+        self.vdso = vdso
+        if vdso is not None:        # what a call says, and what a program reads, is one
+            self.realtime, self.monotonic = vdso.realtime, vdso.monotonic
         self.threads_max, self.host = threads_max, host
         self.processes: dict[int, Process] = {}
         self._next_pid = _FIRST_PID
@@ -114,7 +118,8 @@ class System:
         at.keep()
         process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
         path = self._searched(path, environment)
-        started = start(space, self._executable, path, arguments, environment, random=self.files.store.random(16))
+        started = start(space, self._executable, path, arguments, environment, random=self.files.store.random(16),
+                        vdso=self.vdso.map if self.vdso else None)
         for flags, error in ((os.O_RDONLY, False), (os.O_WRONLY, False), (os.O_WRONLY, True)):
             process.files.add(self.opened(self.files.open(root, b"/dev/console", os.O_RDWR)) if self.console.terminal
                               else ConsoleStream(self.files.store, flags, error=error))
