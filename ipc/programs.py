@@ -139,11 +139,16 @@ class Mailbox:
         for view in (self.registers, self._states, self.words, self.xsave):
             view.release()
 
-    # --- what is asked -----------------------------------------------------------------------------------------------
+    # --- what is asked ----------------------------------------------------------------------------------------------
 
     @property
     def asked(self) -> bool:
         return self._states[0] == _ASKED
+
+    @property
+    def waits(self) -> bool:
+        """The worker waits for an answer: it does not enter the guest before that."""
+        return self._states[0] in (_ASKED, _HELD)
 
     @property
     def kind(self) -> int:
@@ -183,7 +188,7 @@ class Mailbox:
         """It is answered later: until then it is not ``asked``."""
         self._states[0] = _HELD
 
-    # --- what is answered --------------------------------------------------------------------------------------------
+    # --- what is answered -------------------------------------------------------------------------------------------
 
     def answer(self, answer: int, result: int = 0) -> None:
         """All else is in its place. The worker goes on."""
@@ -204,7 +209,7 @@ class Mailbox:
     fs_base = property(lambda self: self.words[_FS], lambda self, value: self.words.__setitem__(_FS, value))
     tid = property(lambda self: self.words[_TID], lambda self, value: self.words.__setitem__(_TID, value))
 
-    # --- stale frames ------------------------------------------------------------------------------------------------
+    # --- stale frames -----------------------------------------------------------------------------------------------
 
     def put_stale(self, runs: list[tuple[int, int]]) -> None:
         """Of frames (first, count), at most `STALE_MAX`."""
@@ -217,7 +222,7 @@ class Mailbox:
         words = self.words
         return [(words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1]) for at in range(words[_STALE])]
 
-    # --- attention: while the program runs ---------------------------------------------------------------------------
+    # --- attention: while the program runs --------------------------------------------------------------------------
 
     @property
     def attention(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ExitCode, VmmError
-from .common import Duration 
+from .common import Duration
 from .run import Interrupted, run_or_leave
 
 if TYPE_CHECKING:

@@ -86,7 +86,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         _check_trace_file(trace_file, patterns)
     verify = config.verify
     spec = MachineSpec(
-        name=name or config.name, accel=accel, vcpus=vcpus, program=program, privilege=config.privilege, nice=config.nice,
+        name=name or config.name, accel=accel, vcpus=vcpus, program=program, privilege=config.privilege,
+        nice=config.nice,
         ring_entries=entries, tracking=config.tracking or "", slots=slots,
         image=os.path.abspath(image) if image else "", load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,

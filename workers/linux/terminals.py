@@ -83,7 +83,7 @@ class StreamConsole:
         """The program has. Raises OSError."""
         self._writer.put(Frame.ENDED)
 
-    # --- for the system -----------------------------------------------------------------------------------------------
+    # --- for the system ---------------------------------------------------------------------------------------------
 
     def read(self, count: int) -> bytes | None:
         if not self._input:

@@ -33,7 +33,7 @@ from .vm import KvmAccelerator
 
 __all__ = ["KvmProgram"]
 
-_RIP, _RFLAGS, _RSP, _RAX, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rsp", "rax", "rcx", "r11"))
+_RIP, _RFLAGS, _RSP, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rsp", "rcx", "r11"))
 _FRAME = struct.Struct(f"<{len(FRAME_NAMES)}Q")
 
 #: Flags that a program may have: all that popf can set at CPL 3, and ID.
@@ -112,7 +112,7 @@ class KvmProgram(KvmAccelerator):
                 xcrs.xcrs[0].value = entry.eax & _XCR0_MAX
                 api.ioctl(self.vcpu_fd, api.SET_XCRS, xcrs)
 
-    # --- the program --------------------------------------------------------------------------------------------------
+    # --- the program ------------------------------------------------------------------------------------------------
 
     def run(self) -> Exit:
         reason, port, registers, sync = self._reason, self._port_words, self.registers_now, self._sync
@@ -155,7 +155,7 @@ class KvmProgram(KvmAccelerator):
         self._sregs[_SS:_SS + _SEGMENT] = self._user_stack
         self._sync[1] |= api.SYNC_SREGS
 
-    # --- what its server changes --------------------------------------------------------------------------------------
+    # --- what its server changes ------------------------------------------------------------------------------------
 
     def set_registers(self, words: memoryview) -> None:
         """All of them, 18 words."""
