@@ -15,7 +15,7 @@ from .locks import Locks
 from .sources import NANOSECONDS, Entry, Source
 from .space import PAGE, Memory
 
-__all__ = ["Inode", "Node", "Origin", "Stat", "Store", "Symlink", "origin_of", "read_source"]
+__all__ = ["Cut", "Inode", "Node", "Origin", "Stat", "Store", "Symlink", "origin_of", "read_source"]
 
 #: Where something was imported from: the name of a source, the path there.
 Origin = tuple[str, bytes]
@@ -43,6 +43,17 @@ class Stat:
     btime: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Pages that a file has lost, and the frames that they had. ``frames`` None: a mapping loses also what it has in
+    their place, copies that a program has made by writing."""
+
+    inode: Inode
+    first: int
+    end: int
+    frames: frozenset[int] | None
+
+
 @dataclass(eq=False)
 class Store:
     """What the inodes of a file system share. ``clock``: nanoseconds since 1970. ``random``: so many random bytes."""
@@ -59,8 +70,8 @@ class Store:
     imported: dict[tuple[str, bytes], int] = field(default_factory=dict)
     next_inode: int = 1
     next_file: int = 1
-    #: Pages (file, first, end) that mapped files have lost: whoever maps them must unmap those pages.
-    cut: list[tuple[Inode, int, int]] = field(default_factory=list)
+    #: What mapped files have lost: whoever maps them must unmap those pages.
+    cut: list[Cut] = field(default_factory=list)
 
     def source(self, name: str) -> Source:
         """Raises OSError where it is not there (any more)."""

@@ -15,7 +15,7 @@ import errno
 import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,6 +66,12 @@ class Backing(Protocol):
 
     def frame(self, page: int) -> int: ...
 
+    def keep_mapped(self) -> None:
+        """One address space more has it mapped."""
+
+    def let_go_mapped(self) -> None:
+        """One less."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
@@ -113,6 +119,7 @@ class Space:
         #: Frames of which every worker must drop its mapping.
         self.stale: list[int] = []
         self.promised = 0
+        self._backed: dict[Backing, int] = {}       # how many pages are mapped of it
         self._heap = self._heap_end = 0         # pages; bytes
         #: Processes that have it: a child that was made by vfork(2) has its parent's.
         self.users = 1
@@ -294,6 +301,8 @@ class Space:
         other = Space(self._memory, self._frames, self._tables, self._limit)
         try:
             other._mappings, other.promised = list(self._mappings), self.promised
+            for mapping in self._mappings:
+                other._back(mapping)
             other._heap, other._heap_end = self._heap, self._heap_end
             for mapping in self._mappings:
                 self._fork_pages(other, mapping)
@@ -318,6 +327,16 @@ class Space:
                     self.stale.append(frame)
             other._tables.put(place, entries)
             self._tables.put(word, entries)
+
+    def lose(self, backing: Backing, first: int, end: int, frames: Collection[int] | None) -> None:
+        """Of these pages of a file, those that have one of the frames, or all that have any: they are looked for in the
+        file again when they are touched."""
+        if backing not in self._backed:
+            return
+        for each in self._mappings:
+            low, high = each.start + first - each.offset, each.start + end - each.offset
+            if each.backing is backing and low < each.end and each.start < high:
+                self._drop_pages(max(low, each.start), min(high, each.end), frames)
 
     def close(self) -> None:
         """Nothing is mapped, and there are no tables: no vCPU uses it any more."""
@@ -447,6 +466,7 @@ class Space:
         return [each for each in pieces if start <= each.start and each.end <= end]
 
     def _insert(self, mapping: Mapping) -> None:
+        self._back(mapping)
         self._mappings.insert(bisect_right(self._mappings, mapping.start, key=_start), mapping)
         self._join(mapping.start, mapping.end)
 
@@ -518,26 +538,46 @@ class Space:
             _, word, _ = next(self._tables.chunks(self.root, page - start + target, 1, make=True))
             self._tables.set(word, entry)
             self.stale.append((entry & FRAME) >> 12)
-        for each in self._cut(start, start + count):
-            self._mappings.remove(each)
-            self.promised -= _promised(each)
         self._insert(new)
+        for each in self._cut(start, start + count):
+            self._remove(each)
         return target * PAGE
 
     def _unmap(self, start: int, end: int) -> None:
         for each in self._cut(start, end):
-            self._mappings.remove(each)
-            self.promised -= _promised(each)
             self._drop_pages(each.start, each.end)
+            self._remove(each)
 
-    def _drop_pages(self, start: int, end: int) -> None:
+    def _remove(self, mapping: Mapping) -> None:
+        self._mappings.remove(mapping)
+        self.promised -= _promised(mapping)
+        backing = mapping.backing
+        if backing is not None:
+            self._backed[backing] -= mapping.end - mapping.start
+            if not self._backed[backing]:
+                del self._backed[backing]
+                backing.let_go_mapped()
+
+    def _back(self, mapping: Mapping) -> None:
+        """It is one of those that keep what they are backed by."""
+        backing = mapping.backing
+        if backing is not None:
+            if backing not in self._backed:
+                backing.keep_mapped()
+                self._backed[backing] = 0
+            self._backed[backing] += mapping.end - mapping.start
+
+    def _drop_pages(self, start: int, end: int, frames: Collection[int] | None = None) -> None:
         dropped = []
         for _, word, number in self._tables.chunks(self.root, start, end - start):
             entries = self._tables.entries(word, number)
-            found = [(entry & FRAME) >> 12 for entry in entries if entry]
+            found = [at for at, entry in enumerate(entries)
+                     if entry and (frames is None or (entry & FRAME) >> 12 in frames)]
+            for at in found:
+                dropped.append((entries[at] & FRAME) >> 12)
+                entries[at] = 0
             if found:
-                self._tables.put(word, array("Q", bytes(8 * number)))
-                dropped += found
+                self._tables.put(word, entries)
         self.stale += [frame for frame in dropped if self._frames.uses(frame) > 1]
         self._release(dropped)
 

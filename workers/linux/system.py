@@ -180,7 +180,20 @@ class System(Population):
         except (NoFrames, NoTables):
             result = -errno.ENOMEM
         self.give_up(thread)
+        if self.files.store.cut:
+            self._lose_cut(thread.process.space)
         return result
+
+    def _lose_cut(self, space: Space) -> None:
+        """What mapped files have lost, no address space has any more."""
+        spaces = {id(each.space): each.space for each in self.processes.values() if each.code is None}
+        for cut in self.files.take_cut():
+            assert isinstance(cut.inode, Regular)
+            for each in spaces.values():
+                each.lose(cut.inode, cut.first, cut.end, cut.frames)
+        for each in spaces.values():
+            if each is not space and each.stale:
+                self.launcher.forget_space(each)
 
     @staticmethod
     def give_up(thread: Thread) -> None:
@@ -213,7 +226,9 @@ class System(Population):
         return min((each.alarm[0] for each in self.processes.values() if each.alarm[0]), default=None)
 
     def expire(self) -> None:
-        """Signal those that are."""
+        """Signal those that are. Clocks go on too."""
+        if self.vdso is not None:
+            self.vdso.update()
         if not any(each.alarm[0] for each in self.processes.values()):
             return
         now = self.monotonic()

@@ -24,7 +24,7 @@ from typing import Any
 from .contents import LARGEST, Regular
 from .directories import Directory, new_inode
 from .frames import Frames
-from .inodes import Inode, Node, Store, Symlink
+from .inodes import Cut, Inode, Node, Store, Symlink
 from .openfiles import OpenFile
 from .paths import LONGEST_PATH, Links, Paths, Place
 from .sources import NANOSECONDS, Source
@@ -369,8 +369,8 @@ class FileSystem:
         return StatFs(_TMPFS, PAGE, self._blocks, free, free, self._blocks,
                       max(0, self._blocks - len(self.store.inodes)), 255)
 
-    def take_cut(self) -> list[tuple[Inode, int, int]]:
-        """Pages (file, first, end) that mapped files have lost, whose mappings must lose them too; and forget them."""
+    def take_cut(self) -> list[Cut]:
+        """What mapped files have lost, whose mappings must lose it too; and forget it."""
         cut, self.store.cut = self.store.cut, []
         return cut
 
@@ -395,7 +395,8 @@ class FileSystem:
                 "next_inode": store.next_inode, "next_file": store.next_file,
                 "imported": [[name, identity, number] for (name, identity), number in store.imported.items()
                              if number in store.inodes],
-                "cut": [[inode.number, first, end] for inode, first, end in store.cut if inode.number in store.inodes],
+                "cut": [[each.inode.number, each.first, each.end, None if each.frames is None else sorted(each.frames)]
+                        for each in store.cut if each.inode.number in store.inodes],
                 "inodes": [inode.save() for inode in store.inodes.values()]}
 
     @classmethod
@@ -416,7 +417,8 @@ class FileSystem:
         found.root, found._paths = root, Paths(root)
         store.next_inode, store.next_file = saved["next_inode"], saved["next_file"]
         store.imported = {(name, identity): number for name, identity, number in saved["imported"]}
-        store.cut = [(store.inodes[number], first, end) for number, first, end in saved["cut"]]
+        store.cut = [Cut(store.inodes[number], first, end, None if frames is None else frozenset(frames))
+                     for number, first, end, frames in saved["cut"]]
         return found
 
 

@@ -71,6 +71,12 @@ class Vdso:
     def frame(self, page: int) -> int:
         return self.frames[page]
 
+    def keep_mapped(self) -> None:
+        """It is always there."""
+
+    def let_go_mapped(self) -> None:
+        """The same."""
+
     def map(self, space: Space) -> int:
         """Where there is room; the address of the image. Raises OSError."""
         if self._rate is not None and self._line is None:
