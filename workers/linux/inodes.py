@@ -83,10 +83,11 @@ class Store:
 
 class Inode:
     """``mode`` has the type too. ``uses``: open files, working directories, mappings, and removed directories in it;
-    it lives while it has links or uses."""
+    it lives while it has links or uses. ``place``: the directory and the name that it was given last, where it may not
+    be any more."""
 
-    __slots__ = ("atime", "btime", "ctime", "gid", "linkable", "locks", "mode", "mtime", "nlink", "number", "rdev",
-                 "store", "uid", "uses")
+    __slots__ = ("atime", "btime", "ctime", "gid", "linkable", "locks", "mode", "mtime", "nlink", "number", "place",
+                 "rdev", "store", "uid", "uses")
 
     def __init__(self, store: Store, mode: int, uid: int = 0, gid: int = 0, rdev: int = 0, *, number: int = 0) -> None:
         """``number``: 0 for a new one."""
@@ -100,6 +101,7 @@ class Inode:
         self.uses = 0
         self.linkable = False           # although it has no links (O_TMPFILE)
         self.locks = Locks()
+        self.place: tuple[Inode, bytes] | None = None
         self.atime = self.mtime = self.ctime = self.btime = store.clock()
 
     # --- what it is ------------------------------------------------------------------------------------------------
@@ -211,6 +213,10 @@ class Symlink(Inode):
             self._size = len(self._target)
             self._origin = None
         return self._target
+
+    def leads(self) -> Inode | None:
+        """What it leads to, where its target does not say that (made.py). Raises OSError."""
+        return None
 
     def save(self) -> dict[str, Any]:
         return super().save() | {"target": self._target, "size": self._size,
