@@ -9,7 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from .blocked import Blocked
-from .inodes import Node, Store
+from .inodes import Inode, Node, Store
 from .openfiles import OpenFile
 
 if TYPE_CHECKING:
@@ -94,11 +94,18 @@ class ConsoleStream(Terminal):
 
     __slots__ = ("_error",)
 
-    def __init__(self, store: Store, flags: int, *, error: bool = False) -> None:
-        inode = Node(store, stat.S_IFIFO | 0o600)
-        inode.nlink = 0
-        super().__init__(inode, flags)
+    def __init__(self, store: Store, flags: int, *, error: bool = False, inode: Inode | None = None,
+                 number: int = 0) -> None:
+        """``inode``, ``number``: of one that is open, opened once more."""
+        if inode is None:
+            inode = Node(store, stat.S_IFIFO | 0o600)
+            inode.nlink = 0
+        super().__init__(inode, flags, number)
         self._error = error
+
+    def again(self, file: OpenFile) -> ConsoleStream:
+        """As it was opened by a link of /proc."""
+        return ConsoleStream(self.inode.store, file.flags, error=self._error, inode=self.inode, number=file.number)
 
     def put(self, system: System, thread: Thread, data: bytes) -> int:
         written = system.console.write(data, error=self._error)

@@ -22,7 +22,7 @@ from typing import Protocol
 from .frames import Frames, NoFrames, Run, runs_of
 from .tables import ACCESSED, COPY, FRAME, HELD, NO_EXECUTE, PRESENT, USER, WRITE, Tables
 
-__all__ = ["Backing", "Mapping", "Memory", "SegmentationFault", "Space"]
+__all__ = ["Backing", "Beginning", "Mapping", "Memory", "SegmentationFault", "Space"]
 
 PAGE = 4096
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4              # uapi/asm-generic/mman-common.h
@@ -74,6 +74,18 @@ class Backing(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Beginning:
+    """What execve(2) has put there: the program, its auxiliary vector; (first, end) of its arguments and environment,
+    and the stack pointer, as addresses."""
+
+    file: Backing
+    auxiliary: bytes
+    arguments: tuple[int, int]
+    environment: tuple[int, int]
+    stack: int
+
+
+@dataclass(frozen=True, slots=True)
 class Mapping:
     """Pages ``start`` to ``end``. ``offset``: the page of ``backing`` that is the first one's; without a backing the
     pages are zero at first. ``shared``: writes go to the backing. ``name``: for people (heap, stack)."""
@@ -121,6 +133,7 @@ class Space:
         self.promised = 0
         self._backed: dict[Backing, int] = {}       # how many pages are mapped of it
         self._heap = self._heap_end = 0         # pages; bytes
+        self.beginning: Beginning | None = None
         #: Processes that have it: a child that was made by vfork(2) has its parent's.
         self.users = 1
         #: vCPUs that may have translations of it.
@@ -138,8 +151,13 @@ class Space:
 
     def resident(self, mapping: Mapping) -> int:
         """Pages of it that have a frame."""
-        return sum(1 for _, word, number in self._tables.chunks(self.root, mapping.start, mapping.end - mapping.start)
-                   for entry in self._tables.entries(word, number) if entry)
+        return sum(number - self._tables.entries(word, number).count(0) for _, word, number in self._tables.chunks(
+            self.root, mapping.start, mapping.end - mapping.start))
+
+    @property
+    def heap(self) -> int:
+        """The page at which it begins."""
+        return self._heap
 
     # --- system calls ----------------------------------------------------------------------------------------------
 
@@ -304,6 +322,7 @@ class Space:
             for mapping in self._mappings:
                 other._back(mapping)
             other._heap, other._heap_end = self._heap, self._heap_end
+            other.beginning = self.beginning
             for mapping in self._mappings:
                 self._fork_pages(other, mapping)
         except BaseException:

@@ -23,9 +23,10 @@ from .directories import Directory
 from .frames import Frames, NoFrames
 from .inodes import Inode, Node
 from .openfiles import OpenFile
-from .pipes import Pipe, open_fifo
+from .pipes import Pipe, PipeEnd, open_fifo
 from .population import SI_KERNEL, Population
 from .processes import FileTable, Process, Thread
+from .procfs import mount
 from .program import Executable, Started, start
 from .signals import SignalInfo
 from .space import Memory, SegmentationFault, Space
@@ -39,6 +40,9 @@ _PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NANOSLEEP, _CLOCK_NANOSLEEP = number_of("nanosleep"), number_of("clock_nanosleep")
 _DEVICES = {b"null": Node.NULL, b"zero": Node.ZERO, b"full": Node.FULL, b"random": Node.RANDOM[0],
             b"urandom": Node.RANDOM[1], b"tty": Node.TERMINALS[0], b"console": Node.TERMINALS[1]}
+
+_LINKS = {b"fd": b"/proc/self/fd", b"stdin": b"/proc/self/fd/0", b"stdout": b"/proc/self/fd/1",
+          b"stderr": b"/proc/self/fd/2"}
 
 
 class Console(Protocol):
@@ -82,19 +86,30 @@ class System(Population):
         self.missing: Counter[int] = Counter()
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
+        #: Whose call is served now, or was the last.
+        self.caller: Thread | None = None
         self._make_devices()
 
     def _make_devices(self) -> None:
-        """/dev, where it is not there."""
+        """/dev, where it is not there; an imported one is another machine's. And what is made when somebody looks."""
         root = self.files.root
-        for path in (b"/dev", b"/tmp", b"/proc"):
+        for path in (b"/dev", b"/tmp", b"/proc", b"/sys"):
             try:
                 self.files.mkdir(root, path, 0o755)
             except FileExistsError:
                 continue
+        devices = root.find(b"dev")
+        if isinstance(devices, Directory):
+            devices.forget_source()
+        mount(self)
         for name, device in _DEVICES.items():
             try:
                 self.files.mknod(root, b"/dev/" + name, stat.S_IFCHR | 0o666, device)
+            except FileExistsError:
+                continue
+        for name, target in _LINKS.items():
+            try:
+                self.files.symlink(target, root, b"/dev/" + name)
             except FileExistsError:
                 continue
 
@@ -158,15 +173,28 @@ class System(Population):
         (``Thread.opening``), and this is asked again with it."""
         inode = file.inode
         if thread is not None and inode.kind == stat.S_IFIFO and not file.path_only:
-            return open_fifo(self, thread, file)
+            return self._once_more(file) or open_fifo(self, thread, file)
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
             return Terminal(inode, file.flags, file.number)
         return file
+
+    def _once_more(self, file: OpenFile) -> OpenFile | None:
+        """One without a name, which somebody has open: found by a link of /proc."""
+        if file.inode.place is None:
+            for process in self.processes.values():
+                for number in process.files:
+                    there = process.files.get(number, path_only=True)
+                    if there.inode is file.inode and isinstance(there, ConsoleStream):
+                        return there.again(file)
+                    if there.inode is file.inode and isinstance(there, PipeEnd):
+                        return PipeEnd(there.pipe, file.inode, file.flags, file.number)
+        return None
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
     def call(self, thread: Thread, number: int, arguments: Sequence[int]) -> int:
         """The result, negative for an error. Raises Blocked, and Ended where the thread does not come back."""
+        self.caller = thread
         function = SERVED.get(number)
         if function is None:
             self.missing[number] += 1
