@@ -119,9 +119,17 @@ class ConsoleStream(Terminal):
 
     __slots__ = ("_error",)
 
-    def __init__(self, store: Store, flags: int, *, error: bool = False) -> None:
-        super().__init__(nameless(store, stat.S_IFIFO | 0o600), flags)
+    def __init__(self, store: Store, flags: int, *, error: bool = False, inode: Inode | None = None,
+                 number: int = 0) -> None:
+        """``inode``, ``number``: of one that is open, opened once more."""
+        if inode is None:
+            inode = nameless(store, stat.S_IFIFO | 0o600)
+        super().__init__(inode, flags, number)
         self._error = error
+
+    def again(self, file: OpenFile) -> ConsoleStream:
+        """As it was opened by a link of /proc."""
+        return ConsoleStream(self.inode.store, file.flags, error=self._error, inode=self.inode, number=file.number)
 
     def put(self, system: System, thread: Thread, data: bytes) -> int:
         written = system.console.write(data, error=self._error)

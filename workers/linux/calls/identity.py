@@ -116,7 +116,7 @@ def prlimit64(system: System, thread: Thread, pid: int, which: int, new: int, ol
     if wanted and wanted[0] > wanted[1]:
         raise OSError(errno.EINVAL, "")
     if old:
-        thread.process.space.write(old, struct.pack("<QQ", *process.limits.get(which, _usual(which))))
+        thread.process.space.write(old, struct.pack("<QQ", *process.limits.get(which, usual_limit(which))))
     if wanted:
         process.limits[which] = wanted
         if which == _NOFILE:
@@ -134,7 +134,8 @@ def setrlimit(system: System, thread: Thread, which: int, address: int, *_: int)
     return prlimit64(system, thread, 0, which, address, 0)
 
 
-def _usual(which: int) -> tuple[int, int]:
+def usual_limit(which: int) -> tuple[int, int]:
+    """RLIMIT_*: soft, hard."""
     return {_STACK: (STACK_LIMIT, _UNLIMITED), _NOFILE: (1024, 1 << 20)}.get(which, (_UNLIMITED, _UNLIMITED))
 
 

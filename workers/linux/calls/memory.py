@@ -86,7 +86,7 @@ def nothing(system: System, thread: Thread, *_: int) -> int:
 
 @served("memfd_create")
 def memfd_create(system: System, thread: Thread, name: int, flags: int, *_: int) -> int:
-    thread.process.space.text(name, 250)
-    files = system.files
+    text, files = thread.process.space.text(name, 250), system.files
     file = files.open(files.root, b"/", os.O_TMPFILE | os.O_RDWR, 0o777)
+    file.inode.place = files.root, b"memfd:" + text
     return thread.process.files.add(file, close_on_exec=bool(flags & 1))
