@@ -61,6 +61,10 @@ class Channel(OpenFile):
     def closed(self) -> None:
         """No descriptor is left."""
 
+    def patience(self, *, writing: bool) -> int:
+        """How long a call waits that would block, in nanoseconds. 0: for ever."""
+        return 0
+
     def due(self, system: System) -> int | None:
         """When that is, if nothing else comes before (``System.monotonic``)."""
         return None

@@ -23,6 +23,7 @@ from .directories import Directory
 from .epoll import Interest
 from .frames import Frames, NoFrames
 from .inodes import Inode, Node
+from .network import Network
 from .openfiles import OpenFile
 from .pipes import Pipe, PipeEnd, open_fifo
 from .population import SI_KERNEL, Population
@@ -87,6 +88,7 @@ class System(Population):
         self.missing: Counter[int] = Counter()
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
+        self.network = Network(files.store, self.notify)
         #: What epoll instances look at, by source.
         self.interests: dict[Hashable, list[Interest]] = {}
         #: Whose call is served now, or was the last.

@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import socket
 import struct
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from host import call
 from system import FIRST, Ram
 
@@ -30,6 +34,7 @@ from workers.linux.vfs import FileSystem
 __all__ = ["Fd", "Guest", "Out", "Twice", "packed"]
 
 _SCRATCH = 200      # pages
+UNSHARE, CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 272, 0x4000_0000, 0x8914, 1
 
 
 @dataclass(frozen=True)
@@ -161,14 +166,34 @@ def _on_host(name: str, arguments: Sequence[int | bytes | Out]) -> tuple[int, li
     return call(number_of(name), *values), [each.raw for each in outs]
 
 
+def _leave_network() -> None:
+    """Of this thread; in the new one there is the loopback device."""
+    try:
+        call(UNSHARE, CLONE_NEWNET)
+    except OSError:
+        pytest.skip("no network namespaces")
+    with socket.socket() as found:
+        fcntl.ioctl(found, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+
+
 @dataclass
 class Twice:
-    """Close it after use."""
+    """Close it after use. ``apart``: the host's calls are made in a network of their own."""
 
+    apart: bool = False
     guest: Guest = field(default_factory=Guest)
     open: list[Fd] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1)
+        if self.apart:
+            self.thread.submit(_leave_network).result()
+
+    def on_host(self, name: str, *arguments: int | bytes | Out) -> tuple[int, list[bytes]]:
+        return self.thread.submit(_on_host, name, arguments).result()
+
     def close(self) -> None:
+        self.thread.shutdown()
         for each in self.open:
             with contextlib.suppress(OSError):
                 os.close(each.theirs)
@@ -185,7 +210,7 @@ class Twice:
     def both(self, name: str, *arguments: Any) -> tuple[Any, Any]:
         """What it gives here, what it gives there: (result, outs), or the errno's name."""
         found = []
-        for side, made in (("ours", self.guest.call), ("theirs", lambda name, *each: _on_host(name, each))):
+        for side, made in (("ours", self.guest.call), ("theirs", self.on_host)):
             given = [getattr(each, side) if isinstance(each, Fd) else each for each in arguments]
             try:
                 found.append(made(name, *given))
@@ -223,7 +248,7 @@ class Twice:
     def poll(self, *fds: Fd, events: int = 0x7FFF & ~0x20) -> list[int]:
         """What can be done with each, as both say."""
         found = []
-        for side, made in (("ours", self.guest.call), ("theirs", lambda name, *each: _on_host(name, each))):
+        for side, made in (("ours", self.guest.call), ("theirs", self.on_host)):
             before = packed([getattr(each, side) for each in fds], events)
             found.append([bits for _, _, bits in struct.iter_unpack(
                 "<iHH", made("poll", Out(len(before), before), len(fds), 0)[1][0])])

@@ -11,14 +11,15 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     pipes.py        pipes
     waiting.py      poll and select
     events.py       eventfd, timerfd, epoll
+    sockets.py      sockets
 
 A call is served by all of them that are imported here: ``SERVED``.
 """
 
 from __future__ import annotations
 
-from . import clocks, events, files, futexes, identity, life, memory, pipes, signalling, waiting
+from . import clocks, events, files, futexes, identity, life, memory, pipes, signalling, sockets, waiting
 from .registry import SERVED, Blocked, Ended
 
 __all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "life", "memory",
-           "pipes", "signalling", "waiting"]
+           "pipes", "signalling", "sockets", "waiting"]

@@ -6,7 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..channels import Channel
 from ..contents import Regular
@@ -156,10 +156,8 @@ def _take(system: System, thread: Thread, file: Channel, buffers: list[tuple[int
         return 0
     try:
         data = file.take(system, thread, count)
-    except Blocked:
-        if file.flags & os.O_NONBLOCK:
-            raise OSError(errno.EAGAIN, "") from None
-        raise
+    except Blocked as blocked:
+        block(system, thread, file, blocked, writing=False)
     scatter(thread, buffers, data)
     return len(data)
 
@@ -175,12 +173,13 @@ def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int,
         data = gather(thread, buffers, thread.done, size)
         try:
             thread.done += file.put(system, thread, data)
-        except Blocked:
-            if not file.flags & os.O_NONBLOCK:
-                raise
-            if not thread.done:
-                raise OSError(errno.EAGAIN, "") from None
-            return thread.done
+        except Blocked as blocked:
+            try:
+                block(system, thread, file, blocked, writing=True)
+            except OSError:
+                if not thread.done:
+                    raise
+                return thread.done
         except OSError:
             if not thread.done:
                 raise
@@ -189,14 +188,29 @@ def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int,
             return thread.done
 
 
-def scatter(thread: Thread, buffers: list[tuple[int, int]], data: bytes) -> None:
-    """Into buffers (address, size), as far as it goes."""
-    at = 0
+def block(system: System, thread: Thread, file: OpenFile, blocked: Blocked, *, writing: bool,
+          now: bool = False) -> NoReturn:
+    """What becomes of it, as the descriptor has been told; ``now``: it does not wait. Raises OSError (EAGAIN), and
+    Blocked."""
+    if now or file.flags & os.O_NONBLOCK:
+        raise OSError(errno.EAGAIN, "") from None
+    patience = file.patience(writing=writing) if isinstance(file, Channel) else 0
+    if not patience:
+        raise blocked
+    if thread.deadline is None:
+        thread.deadline = system.monotonic() + patience
+    if system.monotonic() >= thread.deadline:
+        raise OSError(errno.EAGAIN, "") from None
+    raise Blocked(thread.deadline, blocked.on) from None
+
+
+def scatter(thread: Thread, buffers: list[tuple[int, int]], data: bytes, at: int = 0) -> None:
+    """Into buffers (address, size), from byte ``at`` of them on, as far as it goes."""
     for address, size in buffers:
-        part = data[at:at + size]
-        if part:
-            thread.process.space.write(address, part)
-        at += size
+        if at < size and data:
+            thread.process.space.write(address + at, data[:size - at])
+            data = data[size - at:]
+        at = max(0, at - size)
 
 
 def gather(thread: Thread, buffers: list[tuple[int, int]], at: int, count: int) -> bytes:
@@ -271,7 +285,7 @@ def _parts(buffers: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
                 break
 
 
-def _vectors(thread: Thread, address: int, count: int) -> list[tuple[int, int]]:
+def vectors(thread: Thread, address: int, count: int) -> list[tuple[int, int]]:
     count = signed32(count)
     if not 0 <= count <= _VECTORS_MAX:
         raise OSError(errno.EINVAL, "")
@@ -288,7 +302,7 @@ def read(system: System, thread: Thread, fd: int, address: int, count: int, *_: 
 
 @served("readv")
 def readv(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
-    return _into(system, thread, fd, _vectors(thread, address, count), None)
+    return _into(system, thread, fd, vectors(thread, address, count), None)
 
 
 @served("pread64")
@@ -298,7 +312,7 @@ def pread64(system: System, thread: Thread, fd: int, address: int, count: int, o
 
 @served("preadv")
 def preadv(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
-    return _into(system, thread, fd, _vectors(thread, address, count), signed(offset))
+    return _into(system, thread, fd, vectors(thread, address, count), signed(offset))
 
 
 @served("write")
@@ -308,7 +322,7 @@ def write(system: System, thread: Thread, fd: int, address: int, count: int, *_:
 
 @served("writev")
 def writev(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
-    return _from(system, thread, fd, _vectors(thread, address, count), None)
+    return _from(system, thread, fd, vectors(thread, address, count), None)
 
 
 @served("pwrite64")
@@ -318,7 +332,7 @@ def pwrite64(system: System, thread: Thread, fd: int, address: int, count: int, 
 
 @served("pwritev")
 def pwritev(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
-    return _from(system, thread, fd, _vectors(thread, address, count), signed(offset))
+    return _from(system, thread, fd, vectors(thread, address, count), signed(offset))
 
 
 @served("sendfile")
