@@ -135,6 +135,7 @@ class ProgramThread:
         box.fs_base = self._accel.fs_base
         self._kind = kind
         box.ask(kind, vector, error, address)
+        self._bell.raise_flag()
         if self._bell.asleep:
             try:
                 os.write(self._bell_fd, b"\0")

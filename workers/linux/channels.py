@@ -13,23 +13,39 @@ from .inodes import Inode, Node, Store
 from .openfiles import OpenFile
 
 if TYPE_CHECKING:
+    from .epoll import Interest
     from .processes import Thread
     from .system import System
 
-__all__ = ["ERR", "HUP", "IN", "OUT", "PRI", "RDHUP", "RDNORM", "WRNORM", "Channel", "ConsoleStream", "Terminal"]
+__all__ = ["ERR", "HUP", "IN", "OUT", "PRI", "RDHUP", "RDNORM", "WRNORM", "Channel", "ConsoleStream", "Terminal",
+           "nameless"]
 
 IN, PRI, OUT, ERR, HUP, RDNORM, WRNORM, RDHUP = 1, 2, 4, 8, 16, 0x40, 0x100, 0x2000     # uapi/asm-generic/poll.h
 
 
-class Channel(OpenFile):
-    """``source``: what is notified when anything about it changes (``System.notify``)."""
+def nameless(store: Store, mode: int) -> Node:
+    """An inode that goes with the last open file of it."""
+    found = Node(store, mode)
+    found.nlink = 0
+    return found
 
-    __slots__ = ()
+
+class Channel(OpenFile):
+    """``source``: what is notified when anything about it changes (``System.notify``), the same as long as it lives.
+    ``interests``: epoll instances that look at it."""
+
+    __slots__ = ("interests",)
 
     #: A write(2) is one ``put`` with all that there is, and whatever that takes is its result.
     whole = False
     #: How many bytes a read(2) must have room for. With none, it gives none.
     least = 0
+    #: Time alone changes it: ``due`` and ``tick`` are asked.
+    timed = False
+
+    def __init__(self, inode: Inode, flags: int, number: int = 0) -> None:
+        super().__init__(inode, flags, number)
+        self.interests: list[Interest] = []
 
     @property
     def source(self) -> object:
@@ -38,10 +54,19 @@ class Channel(OpenFile):
     def let_go(self) -> None:
         super().let_go()
         if not self.uses:
+            for each in tuple(self.interests):
+                each.remove()
             self.closed()
 
     def closed(self) -> None:
         """No descriptor is left."""
+
+    def due(self, system: System) -> int | None:
+        """When that is, if nothing else comes before (``System.monotonic``)."""
+        return None
+
+    def tick(self, system: System) -> None:
+        """It may be now: then ``System.notify``, once."""
 
     def take(self, system: System, thread: Thread, count: int) -> bytes:
         """read(2), of one that is readable. Raises OSError and Blocked."""
@@ -98,8 +123,7 @@ class ConsoleStream(Terminal):
                  number: int = 0) -> None:
         """``inode``, ``number``: of one that is open, opened once more."""
         if inode is None:
-            inode = Node(store, stat.S_IFIFO | 0o600)
-            inode.nlink = 0
+            inode = nameless(store, stat.S_IFIFO | 0o600)
         super().__init__(inode, flags, number)
         self._error = error
 

@@ -172,6 +172,8 @@ class PipeEnd(Channel):
             raise OSError(errno.EPIPE, "")
         done = self.pipe.write(data, packets=bool(self.flags & os.O_DIRECT))
         if not done:
+            if self.flags & os.O_NONBLOCK:
+                self.pipe.notify(self.pipe, IN | RDNORM)        # in Linux too: for EPOLLET an event
             raise Blocked(on=(self.pipe,))
         return done
 

@@ -49,7 +49,7 @@ from .vfs import FileSystem
 
 __all__ = ["Host", "SystemAccelerator"]
 
-_SPIN = 40              # looks at all mailboxes before it sleeps
+_SPIN_FROM = 0.001      # seconds until something is due, below which it does not look for long
 _CONSOLE_EVERY = 32     # calls between two looks at the console
 _FOREVER = 3600.0       # seconds
 _END_TIMEOUT = 10.0     # seconds in which all threads have left the guest at the end
@@ -63,6 +63,9 @@ class Host(Protocol):
 
     def wait_for_reset(self) -> None:
         """The ring is full: until it has been reset, or somebody wants something, which is attended to."""
+
+    def stay_paused(self) -> None:
+        """As long as it is to be."""
 
     @property
     def is_to_end(self) -> bool: ...
@@ -174,6 +177,7 @@ class SystemAccelerator:
 
     def _serve_all(self) -> bool:
         """Every mailbox once, and what is due; whether there was anything."""
+        self._bell.lower_flag()
         found = self._dispatcher.serve_asked(lambda: bool(self._control.immediate_exit) or self._log.full)
         if self._stream is not None and self._dispatcher.served % _CONSOLE_EVERY == 0:
             self._pump()
@@ -182,9 +186,8 @@ class SystemAccelerator:
 
     def _sleep(self) -> None:
         dispatcher = self._dispatcher
-        for _ in range(_SPIN):
-            if dispatcher.is_asked:
-                return
+        if self._patience() > _SPIN_FROM and self._bell.spin():
+            return
         self._bell.set_asleep(True)
         try:
             if dispatcher.is_asked:
@@ -242,6 +245,7 @@ class SystemAccelerator:
         if self._host.is_to_end:
             raise _Stopped
         self._host.wait_for_reset()
+        self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
     # --- for the worker ---------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4              # uapi/asm-generic/mman-
 LOWEST = 0x10                                           # page; vm.mmap_min_addr
 HIGHEST = 0x7FFF_FFFF_F                                 # the first page that is no program's
 TOP = 0x7FFF_F7FF_F                                     # the page below which mappings are placed
+STACK_MOST = 2048                                       # pages of a stack (RLIMIT_STACK, as usual)
 STACK_GAP = 256                                         # pages between a stack and what is below it
 
 #: Pages that get a frame with the one that was touched.
@@ -529,6 +530,8 @@ class Space:
         if at == len(self._mappings) or not self._mappings[at].grows or page < LOWEST:
             return None
         stack = self._mappings[at]
+        if stack.end - page > STACK_MOST:
+            return None
         below = self._mappings[at - 1] if at else None
         if below is not None and page - below.end < STACK_GAP and below.prot:
             return None

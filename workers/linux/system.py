@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from . import signals
@@ -20,6 +20,7 @@ from .calls import SERVED
 from .channels import ConsoleStream, Terminal
 from .contents import Regular
 from .directories import Directory
+from .epoll import Interest
 from .frames import Frames, NoFrames
 from .inodes import Inode, Node
 from .openfiles import OpenFile
@@ -86,6 +87,8 @@ class System(Population):
         self.missing: Counter[int] = Counter()
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
+        #: What epoll instances look at, by source.
+        self.interests: dict[Hashable, list[Interest]] = {}
         #: Whose call is served now, or was the last.
         self.caller: Thread | None = None
         self._make_devices()
@@ -177,6 +180,11 @@ class System(Population):
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
             return Terminal(inode, file.flags, file.number)
         return file
+
+    def notify(self, source: Hashable, events: int = 0) -> None:
+        super().notify(source, events)
+        for each in tuple(self.interests.get(source, ())):
+            each.happened(self, events)
 
     def _once_more(self, file: OpenFile) -> OpenFile | None:
         """One without a name, which somebody has open: found by a link of /proc."""

@@ -69,6 +69,22 @@ class Console:
         raise OSError(errno.ENOTTY, "")
 
 
+class Launcher:
+    """There are no vCPUs."""
+
+    def free_vcpus(self) -> int:
+        return 0
+
+    def launch(self, *arguments: Any) -> None: ...
+
+    def look_at(self, thread: Thread) -> None: ...
+
+    def forget_space(self, space: Space) -> None: ...
+
+    def host_address(self, frame: int, offset: int) -> int:
+        raise AssertionError
+
+
 class Guest:
     """A system with a process, of one thread to begin with, that makes calls. ``now``: of its clocks; None: the
     host's."""
@@ -80,7 +96,7 @@ class Guest:
         files = FileSystem(self.ram, self.pool, clock=time.time_ns, random=os.urandom, blocks=4096)
         self.system = System(self.ram, self.pool, self.tables, files, Console(), realtime=self.clock,
                              monotonic=self.clock)
-        self.signals: list[int] = []
+        self.system.launcher = Launcher()
         self.thread = self.process(1).threads[0]
 
     def clock(self) -> int:
@@ -197,8 +213,8 @@ class Twice:
         return found
 
     def pair(self, name: str, *arguments: Any) -> tuple[Fd, Fd]:
-        """A call that writes two descriptors."""
-        ours, theirs = self.both(name, *arguments, Out(8))
+        """A call that writes two descriptors: ``Out(8)`` is among its arguments."""
+        ours, theirs = self.both(name, *arguments)
         assert not isinstance(ours, str), ours
         assert not isinstance(theirs, str), theirs
         (one, two), (other, another) = struct.unpack("<ii", ours[1][0]), struct.unpack("<ii", theirs[1][0])

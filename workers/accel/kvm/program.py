@@ -16,7 +16,6 @@ import ctypes
 import mmap
 import struct
 from collections.abc import Mapping
-from typing import Any
 
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, WorkerSpec
@@ -26,6 +25,7 @@ from ... import msr
 from ...faults import FRAME_NAMES, PAGE_FAULT
 from ...memory import GuestMemory
 from ...ports import PORT_FAULT, PortBus
+from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind, ProgramServer
 from . import api
 from . import state as kvm_state
@@ -187,8 +187,29 @@ class KvmProgram(KvmAccelerator):
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def set_state(self, state: Any) -> None:
-        raise AccelError("the state of a program cannot be restored yet")
+    def registers(self) -> dict[str, int]:
+        self._apply()
+        return super().registers()
+
+    def get_state(self) -> VcpuSaved:
+        self._apply()
+        return super().get_state()
+
+    def set_state(self, state: VcpuSaved) -> None:
+        super().set_state(state)
+        regs, sregs = self._regs(), api.Sregs()
+        api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
+        self.registers_now[:] = memoryview(bytes(regs)).cast("Q")
+        self._sregs[:] = bytes(sregs)
+        self._sync[1] = 0
+
+    def _apply(self) -> None:
+        """What was to go with the next entry is the vCPU's now."""
+        if self._sync[1] & api.SYNC_SREGS:
+            api.ioctl(self.vcpu_fd, api.SET_SREGS, api.Sregs.from_buffer_copy(self._sregs))
+        if self._sync[1] & api.SYNC_REGS:
+            api.ioctl(self.vcpu_fd, api.SET_REGS, api.Regs.from_buffer_copy(self.registers_now))
+        self._sync[1] = 0
 
     def _release_views(self) -> None:
         for view in reversed(self._views):

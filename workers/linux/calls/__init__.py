@@ -10,14 +10,15 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     futexes.py      futexes, where the worker cannot serve them alone
     pipes.py        pipes
     waiting.py      poll and select
+    events.py       eventfd, timerfd, epoll
 
 A call is served by all of them that are imported here: ``SERVED``.
 """
 
 from __future__ import annotations
 
-from . import clocks, files, futexes, identity, life, memory, pipes, signalling, waiting
+from . import clocks, events, files, futexes, identity, life, memory, pipes, signalling, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "futexes", "identity", "life", "memory",
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "life", "memory",
            "pipes", "signalling", "waiting"]
