@@ -490,6 +490,13 @@ def test_links_of_what_has_no_name() -> None:
         b"/memfd:some (deleted)")
 
 
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("epoll_create1", (0,)), ("eventfd2", (0, 0)), ("timerfd_create", (1, 0))])
+def test_links_of_what_is_no_file(twice: Twice, name: str, arguments: tuple[int, ...]) -> None:
+    ours, theirs = shown(twice, twice.made(name, *arguments))
+    assert ours == theirs
+
+
 def test_an_unnamed_file_gets_a_name(twice: Twice, tmp_path: Path) -> None:
     """linkat(2), as it is described there: by the link of /proc."""
     guest = twice.guest
