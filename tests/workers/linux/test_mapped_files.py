@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twice import Guest
 
@@ -167,7 +167,10 @@ def test_cut_as_the_host_does(found: list[tuple]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from([SHARED, PRIVATE]), st.lists(st.one_of(
     st.tuples(st.just("write"), st.integers(0, FILE_PAGES - 1), st.integers(1, 2**32 - 1)),
-    st.tuples(st.just("punch"), sizes, st.integers(1, 3 * PAGE)), st.tuples(st.just("cut"), sizes)), max_size=12))
+    st.tuples(st.just("punch"), sizes, st.sampled_from([1, 100, PAGE, 2 * PAGE, 3 * PAGE])),
+    st.tuples(st.just("cut"), sizes)), max_size=12))
+@example(PRIVATE, [("write", 2, 1), ("punch", 2 * PAGE, PAGE)])
+@example(PRIVATE, [("write", 2, 1), ("cut", PAGE + 1), ("cut", 3 * PAGE)])
 def test_punched_as_the_host_does(kind: int, found: list[tuple]) -> None:
     """What a program has written to a private mapping stays. (What it may write to there, and has not, is its own here
     as soon as it has been looked at: so nobody looks before.)"""
