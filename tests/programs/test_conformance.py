@@ -24,5 +24,6 @@ def test_as_natively(root: Path, tmp_path: Path, name: str) -> None:
     native, ran = natively(root, program), inside(root, tmp_path, program)
     assert ran.output.decode() == native.output.decode()
     assert ran.code == native.code
-    assert ran.verification["ok"] and not ran.verification["lost_pages"]
+    assert ran.verification["ok"]
+    assert not ran.verification["lost_pages"]
     assert ran.report["program"]["missing_calls"] == {}

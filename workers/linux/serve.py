@@ -45,6 +45,7 @@ from .setup import fill
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
 from .terminals import LineConsole, StreamConsole
+from .vdso import Vdso, counter
 from .vfs import FileSystem
 
 __all__ = ["Host", "SystemAccelerator"]
@@ -79,7 +80,9 @@ class _Stopped(Exception):
 class SystemAccelerator:
     """See workers/accel/base.py for the contract."""
 
-    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host) -> None:
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host, *,
+                 host_tsc: bool) -> None:
+        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call."""
         assert spec.program is not None
         self.vcpu_fd, self.kvm_run_size = -1, 0
         self._spec, self._program, self._control, self._host = spec, spec.program, control, host
@@ -112,7 +115,8 @@ class SystemAccelerator:
         try:
             fill(files, spec.program)
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
-                                 monotonic=time.monotonic_ns, threads_max=spec.threads)
+                                 monotonic=time.monotonic_ns, threads_max=spec.threads,
+                                 vdso=self._vdso(frames, host_tsc))
             self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
             self.system.launcher = self._dispatcher
             self._spawn()
@@ -134,6 +138,10 @@ class SystemAccelerator:
             (_, word, _), = self._tables.chunks(root, page & (1 << 36) - 1, 1, make=True)
             self._tables.set(word, value)
         self._tables.have_in_common(root, SYSTEM_ADDRESS // PAGE_SIZE & (1 << 36) - 1)
+
+    def _vdso(self, frames: Frames, host_tsc: bool) -> Vdso:
+        return Vdso(self._ram, frames, monotonic=time.monotonic_ns, realtime=time.time_ns,
+                    tsc=counter() if host_tsc else None)
 
     def _spawn(self) -> None:
         program = self._program
