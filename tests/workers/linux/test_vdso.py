@@ -326,7 +326,7 @@ class Wild:
         return time.monotonic_ns() + self.off
 
     def change(self) -> None:
-        self.off += self.random.choice((-1, 1)) * self.random.choice((0, 30, 1000, 50_000, 1_000_000))
+        self.off += self.random.choice((-1, 1)) * self.random.choice((0, 30, 1000, 50_000, 20_000_000))
 
 
 @pytest.mark.usefixtures("often")

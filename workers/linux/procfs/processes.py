@@ -106,16 +106,17 @@ def _program(process: Process) -> Inode:
 def _descriptor(system: System, process: Process, number: int) -> Entry:
     """/proc/<pid>/fd/<number>."""
     file = process.files.get(number, path_only=True)
-    mode = (0o500 if file.readable or file.path_only else 0) | (0o300 if file.writable else 0)
+    mode = (0o500 if file.readable else 0) | (0o300 if file.writable else 0)
     return link(lambda: _shown(system, file), lambda: file.inode, mode=mode)
 
 
 def _shown(system: System, file: OpenFile) -> bytes:
     inode = file.inode
-    if inode.place is not None or inode is system.files.root or file.label == b"":
+    if inode.place is None:
         kind = {modes.S_IFIFO: b"pipe", modes.S_IFSOCK: b"socket"}.get(inode.kind)
-        return b"%s:[%d]" % (kind, inode.number) if kind and inode.place is None else system.files.name_of(inode)
-    return file.label
+        if file.label or kind:
+            return file.label or b"%s:[%d]" % (kind, inode.number)
+    return system.files.name_of(inode)
 
 
 def _fdinfo(process: Process, number: int) -> bytes:
