@@ -13,7 +13,8 @@ __all__ = ["NEWLINE", "RETURN", "TAB", "Screen", "is_control"]
 
 _BACKSPACE, TAB, NEWLINE, RETURN = b"\b\t\n\r"
 
-_HELD = 4096            # pieces of echo that wait while it is stopped
+_ECHO_MAX = 4096        # pieces of echo that wait while it is stopped
+_ECHO_BLOCK = 256       # pieces that are shown in the middle of what is typed at once
 _TAB_COLUMNS = 8
 _ESCAPED = 0xFF         # is echoed as it is, whatever the settings
 #: More than newlines is to be changed.
@@ -25,13 +26,14 @@ def is_control(byte: int) -> bool:
 
 
 class Screen:
-    """``shown``: for others to take away. ``stopped``: nothing can be written, and echo waits."""
+    """``shown``: for others to take away. ``stopped``: nothing can be written, and echo waits; so it does until
+    `settle`, which shows it, or `clear`."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.shown = bytearray()
         self.stopped = self._by_call = False
-        self._held: deque[tuple[Callable[..., None], tuple[int, ...]]] = deque(maxlen=_HELD)
+        self._echo: deque[tuple[Callable[..., None], tuple[int, ...]]] = deque(maxlen=_ECHO_MAX)
         self._column = self._first_column = 0   # of the cursor, and of the first byte of the line that is typed
 
     # --- stopping it --------------------------------------------------------------------------------------------------
@@ -45,13 +47,11 @@ class Screen:
         if self._by_call and not by_call:
             return
         self.stopped = self._by_call = False
-        for do, arguments in self._held:
-            do(*arguments)
-        self._held.clear()
+        self.settle()
 
     def clear(self) -> None:
         """What nobody has seen yet is forgotten."""
-        self._held.clear()
+        self._echo.clear()
         self.shown.clear()
 
     # --- what programs write ------------------------------------------------------------------------------------------
@@ -108,33 +108,38 @@ class Screen:
 
     def begin_line(self) -> None:
         """A line that is typed begins at the cursor."""
-        self._now_or_later(self._begin_line)
+        self._later(self._begin_line)
 
     def echo(self, byte: int) -> None:
         """What is typed: a control character so that it is seen."""
         if self.settings.lflag & termios.ECHOCTL and is_control(byte) and byte != TAB:
-            self._now_or_later(self._show_control, byte)
+            self._later(self._show_control, byte)
         else:
             self.echo_raw(byte)
 
     def echo_raw(self, *data: int) -> None:
         for byte in data:
-            self._now_or_later(self._show, byte)
+            self._later(self._show, byte)
 
     def echo_before_tab(self, columns: int, *, of_line: bool) -> None:
         """Back to where the cursor was in front of a tab, so many columns behind the one before it, or (``of_line``)
         behind the beginning of the line."""
-        self._now_or_later(self._show_before_tab, columns % _TAB_COLUMNS, of_line)
+        self._later(self._show_before_tab, columns % _TAB_COLUMNS, of_line)
 
     def back(self) -> None:
         """The cursor has moved."""
-        self._now_or_later(self._move_back)
+        self._later(self._move_back)
 
-    def _now_or_later(self, do: Callable[..., None], *arguments: int) -> None:
-        if self.stopped:
-            self._held.append((do, arguments))
-        else:
+    def settle(self) -> None:
+        """What was typed at once has been looked at."""
+        while self._echo and not self.stopped:
+            do, arguments = self._echo.popleft()
             do(*arguments)
+
+    def _later(self, do: Callable[..., None], *arguments: int) -> None:
+        self._echo.append((do, arguments))
+        if len(self._echo) >= _ECHO_BLOCK:
+            self.settle()
 
     def _begin_line(self) -> None:
         self._first_column = self._column

@@ -135,6 +135,7 @@ class Tty:
             for byte in data[at:at + room]:
                 self._type(byte)
             at += room
+        self.screen.settle()
         self._moment = now
         return min(at, len(data))
 
