@@ -7,22 +7,27 @@ import os
 import re
 import signal
 import sys
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ExitCode, VmmError
-from .common import Duration 
+from .common import Duration
 from .run import Interrupted, run_or_leave
 
 if TYPE_CHECKING:
     from ..client.config import MachineConfig
+    from ..client.console import ConsoleFollower
     from ..client.machine import Machine
 
 __all__ = ["run_program"]
 
 _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
+#: Signals that become the program's.
+_PASSED_ON = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_AT_ONCE_S = 1.0
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -39,39 +44,55 @@ _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 @click.option("--verify", is_flag=True, help="Check the dirty log against the memory while it runs.")
 @click.option("--timeout", type=Duration(), help="End it after this time.")
 @click.option("--name", help="Name of the machine (default: that of the program, and a number).")
+@click.option("--terminal/--no-terminal", "terminal", default=None,
+              help="Give it a terminal, as is done when standard input and output are one; or else three streams. "
+                   "Ctrl-] and then q ends the machine.")
 @click.option("--detach", is_flag=True, help="Leave it running in the background; what it writes is in vmm logs.")
 @click.option("--report", "shown", is_flag=True, help="Show the machine's report at the end, on standard error.")
 @click.option("--report-json", type=click.Path(dir_okay=False), help="Write the machine's report to this file.")
 @click.argument("program")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run_program(program: str, args: tuple[str, ...], name: str | None, detach: bool, shown: bool,
-                report_json: str | None, **options: Any) -> int:
+def run_program(program: str, args: tuple[str, ...], name: str | None, terminal: bool | None, detach: bool,
+                shown: bool, report_json: str | None, **options: Any) -> int:
     """Run an unmodified Linux program in a machine. Each of its threads is a vCPU process with a dirty ring of its own.
-    Input and output are those of this command, and so is the exit status. Without --root and --file the program itself
+    Input and output are those of this command, and so are signals and the exit status; a second Ctrl-C within a
+    second ends the machine. Without --root and --file the program itself
     is all that there is in the machine (see docs/linux.md)."""
     from ..client.machine import Machine
 
-    config = _config(program, args, name or _name(program), options)
+    terminal = not detach and _is_terminal(terminal)
+    config = _config(program, args, name or _name(program), options, terminal)
     if detach:
         return run_or_leave(Machine.launch(config, detach=True), True, False)
-    with Machine.launch(config, start=False, console="streams") as machine:
+    with Machine.launch(config, start=False, console="terminal" if terminal else "streams") as machine:
         for warning in machine.warnings:
             click.echo(f"vmm: warning: {warning}", err=True)
-        report = _follow(machine)
+        report = _follow(machine, terminal)
     _show(report, shown, report_json)
     program_report = report.get("program") or {}
     status = program_report.get("exit_status")
     return int(report["exit_code"] if status is None or report["exit_code"] > ExitCode.GUEST_FAILED else status)
 
 
-def _config(program: str, args: tuple[str, ...], name: str, options: dict[str, Any]) -> MachineConfig:
+def _is_terminal(wanted: bool | None) -> bool:
+    """Raises VmmError when it is wanted, and cannot be."""
+    from ..client.terminal import in_foreground
+
+    there = all(each is not None and not each.closed and each.isatty() for each in (sys.stdin, sys.stdout))
+    if wanted and not there:
+        raise VmmError("--terminal: standard input and output are not a terminal")
+    return wanted is not False and there and in_foreground(sys.stdin.fileno())
+
+
+def _config(program: str, args: tuple[str, ...], name: str, options: dict[str, Any],
+            terminal: bool) -> MachineConfig:
     """Raises VmmError."""
     from pydantic import ValidationError
 
     from ..client.config import MachineConfig
 
     guest: dict[str, Any] = {"program": program, "args": list(args), "directory": options["directory"],
-                             "env": _pairs("--env", options["environment"]),
+                             "env": _environment(terminal) | _pairs("--env", options["environment"]),
                              "files": _pairs("--file", options["files"])}
     guest |= {key: options[key] for key in ("root", "threads", "seed") if options[key] is not None}
     document: dict[str, Any] = {"name": name, "memory": [{"size": options["memory"]}], "guest": guest,
@@ -86,6 +107,10 @@ def _config(program: str, args: tuple[str, ...], name: str, options: dict[str, A
     except ValidationError as exc:
         error = exc.errors()[0]
         raise VmmError(f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}") from None
+
+
+def _environment(terminal: bool) -> dict[str, str]:
+    return {"TERM": os.environ.get("TERM", "linux")} if terminal else {}
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
@@ -103,29 +128,67 @@ def _name(program: str) -> str:
     return f"{base or 'program'}-{os.getpid()}"
 
 
-def _follow(machine: Machine) -> dict[str, Any]:
-    """Its report, once it has ended. A signal stops it."""
+def _follow(machine: Machine, terminal: bool) -> dict[str, Any]:
+    """Its report, once it has ended."""
     from ..client.console import ConsoleFollower
     from ..machine.runtime import machine_dir
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
+    output, error = (None if each is None else each.buffer for each in (sys.stdout, sys.stderr))
+    with ConsoleFollower(machine_dir(machine.name), _source(), output, error, lambda: _is_over(machine)) as console, \
+            _Signals(console):
+        try:
+            with console.be_terminal() if terminal else contextlib.nullcontext():
+                machine.start()
+                if not console.follow():
+                    machine.stop()
+            return machine.wait(60.0)
+        except (Interrupted, BrokenPipeError) as exc:
+            with contextlib.suppress(VmmError):
+                machine.stop()
+                machine.wait(60.0)
+            if isinstance(exc, BrokenPipeError):        # whoever read what it says has gone
+                raise Interrupted(signal.SIGPIPE) from None
+            raise
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupt)
-    source = -1 if sys.stdin is None or sys.stdin.closed else sys.stdin.fileno()
-    try:
-        with ConsoleFollower(machine_dir(machine.name)) as console:
-            machine.start()
-            console.follow(source, sys.stdout.buffer, sys.stderr.buffer, lambda: _is_over(machine))
-    except Interrupted as exc:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)       # one is enough
-        with contextlib.suppress(VmmError):
-            machine.stop()
-            machine.wait(60.0)
-        raise exc from None
-    return machine.wait(60.0)
+
+def _source() -> int:
+    """Standard input. A job in the background has none: it would be stopped when it reads from its terminal."""
+    from ..client.terminal import in_foreground
+
+    if sys.stdin is None or sys.stdin.closed or (sys.stdin.isatty() and not in_foreground(sys.stdin.fileno())):
+        return -1
+    return sys.stdin.fileno()
+
+
+class _Signals:
+    """Within the ``with`` signals are the program's. A second one from the keyboard, at once, ends the machine."""
+
+    def __init__(self, console: ConsoleFollower) -> None:
+        self._console = console
+        self._last = 0.0
+
+    def __enter__(self) -> None:
+        for number in _PASSED_ON:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGWINCH, lambda number, frame: self._console.resized())
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if now - self._last < _AT_ONCE_S:
+                self._end()
+                raise Interrupted(number)
+            self._last = now
+        self._console.signal(number)
+
+    def _end(self) -> None:
+        for number in _PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)       # one is enough
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+        signal.signal(signal.SIGWINCH, signal.SIG_DFL)
 
 
 def _is_over(machine: Machine) -> bool:

@@ -53,7 +53,7 @@ from .setup import fill
 from .space import SegmentationFault, Space
 from .system import Console, System
 from .tables import ACCESSED, NO_EXECUTE, PRESENT, USER, WRITE, NoTables, Tables
-from .terminals import LineConsole, StreamConsole
+from .terminals import LineConsole, StreamConsole, TerminalConsole
 from .vfs import FileSystem
 
 __all__ = ["Host", "SystemAccelerator"]
@@ -109,10 +109,12 @@ class SystemAccelerator:
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._bell_fd, select.POLLIN)
-        self._stream: StreamConsole | None = None
+        self._stream: StreamConsole | TerminalConsole | None = None
         console: Console = LineConsole(ports.say)
-        if spec.program.console != "lines":
-            console = self._stream = StreamConsole(directory)
+        if spec.program.console == "terminal":
+            console = self._stream = TerminalConsole(directory, self._send_signal, time.monotonic_ns)
+        elif spec.program.console == "streams":
+            console = self._stream = StreamConsole(directory, self._send_signal)
         self._boxes = [Mailbox(system.segment.buf, system.host_address, spec.threads, i) for i in range(spec.threads)]
         self._threads: list[Thread | None] = [None] * spec.threads
         self._idle: set[int] = set()
@@ -281,13 +283,20 @@ class SystemAccelerator:
         stream = self._stream
         if stream is None:
             return
-        self._poll.register(stream.input_fd, select.POLLIN if stream.wants_input else 0)
+        self._poll.register(stream.input_fd, select.POLLIN)
         self._poll.register(stream.output_fd, select.POLLOUT if stream.pending else 0)
 
     def _pump(self) -> None:
         assert self._stream is not None
         if self._stream.pump():
             self.system.notify(Terminal)
+
+    def _send_signal(self, group: int, number: int) -> None:
+        """``group``: 0 for the first process alone."""
+        if group:
+            self.system.signal_group(group, number)
+        else:
+            self.system.signal_first(number)
 
     # --- calls --------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from .processes import FileTable, Process, Thread
 from .program import Executable, Started, start
 from .space import Memory, SegmentationFault, Space
 from .tables import NoTables, Tables
+from .terminal import Tty
 from .vfs import FileSystem
 
 __all__ = ["Console", "System"]
@@ -37,8 +38,12 @@ _DEVICES = {b"null": Node.NULL, b"zero": Node.ZERO, b"full": Node.FULL, b"random
 class Console(Protocol):
     """What the first process has open as its standard input, output and error."""
 
-    #: A terminal, or else three streams.
+    #: A terminal (``tty``), or else three streams.
     terminal: bool
+
+    @property
+    def tty(self) -> Tty | None:
+        """What it is to programs."""
 
     def read(self, count: int) -> bytes | None:
         """Empty at its end; None: nothing has come yet."""
@@ -52,7 +57,10 @@ class Console(Protocol):
     def writable(self) -> bool:
         """There is room."""
 
-    def ioctl(self, thread: Thread, request: int, argument: int) -> int:
+    def settle(self) -> bool:
+        """After something has been done with its ``tty``; whether somebody may have waited for what followed."""
+
+    def ioctl(self, system: System, thread: Thread, request: int, argument: int) -> int:
         """Of a terminal. Raises OSError."""
 
 
@@ -164,10 +172,28 @@ class System:
         process.directory.let_go()
         process.space.close()
 
+    def signal_group(self, group: int, number: int) -> None:
+        """All processes of a group."""
+        for process in list(self.processes.values()):
+            if process.group == group:
+                self._end_by(process, number)
+
+    def signal_first(self, number: int) -> None:
+        """The first process."""
+        self._end_by(self.processes[_FIRST_PID], number)
+
+    def _end_by(self, process: Process, number: int) -> None:
+        """As if nobody handled signals."""
+        if process.code is None and number not in (17, 18, 19, 20, 21, 22, 23, 28):
+            self.end_process(process, number)
+
     def opened(self, file: OpenFile) -> OpenFile:
         """A file that was just opened, as what it leads to."""
         inode = file.inode
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
+            if inode.rdev == Node.TERMINALS[0] and not self.console.terminal:
+                file.let_go()
+                raise OSError(errno.ENXIO, "")
             return Terminal(inode, file.flags, file.number)
         return file
 
