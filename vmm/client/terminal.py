@@ -60,11 +60,11 @@ class Escape:
 
 
 def in_foreground(fd: int) -> bool:
-    """It is a terminal which this process may read from."""
+    """This process may read from the terminal, as nobody there stops it for that."""
     try:
         return os.tcgetpgrp(fd) == os.getpgrp()
-    except OSError:
-        return False
+    except OSError:     # it is not the one that controls it
+        return True
 
 
 def size_of(fd: int) -> tuple[int, int]:
