@@ -21,6 +21,7 @@ from __future__ import annotations
 import mmap
 import threading
 from enum import IntEnum, IntFlag
+from itertools import repeat
 
 from .linux import futex
 from .shm import PAGE_SIZE
@@ -90,7 +91,8 @@ _RUNS = 64
 #: Runs of stale frames that there is room for; where there are more, all memory is stale.
 STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 2
 
-_SPIN = 60              # looks before it sleeps
+#: Looks before somebody sleeps, at 40 ns each: as many as that pays, within these.
+_SPIN_MIN, _SPIN_MAX = 20, 4000
 
 _lock = threading.Lock()
 
@@ -101,21 +103,52 @@ def fence() -> None:
     _lock.release()
 
 
+class Spin:
+    """Looking for a while before sleeping, which costs two switches of processes: longer where it was worth it, hardly
+    at all where it was not (because the other side takes long, or has no processor to run on)."""
+
+    def __init__(self) -> None:
+        self._looks = _SPIN_MAX
+
+    def until(self, word: memoryview, value: int) -> bool:
+        """The word (of 32 bits, the first of the view) has this value."""
+        for _ in repeat(None, self._looks):
+            if word[0] == value:
+                self._looks = min(2 * self._looks, _SPIN_MAX)
+                return True
+        self._looks = max(self._looks // 2, _SPIN_MIN)
+        return False
+
+
 class Bell:
     """What a worker rings when it has asked. ``fd``: a FIFO that both have open; it is written to when the system
     sleeps only."""
 
     def __init__(self, system: mmap.mmap) -> None:
         at = BELL_PAGE * PAGE_SIZE
-        self._words = memoryview(system)[at:at + 8].cast("Q")
+        self._words = memoryview(system)[at:at + 8].cast("I")
+        self._spin = Spin()
 
     @property
     def asleep(self) -> bool:
-        return bool(self._words[0])
+        return bool(self._words[1])
 
     def set_asleep(self, asleep: bool) -> None:
-        self._words[0] = asleep
+        self._words[1] = asleep
         fence()
+
+    def raise_flag(self) -> None:
+        """A worker has asked."""
+        self._words[0] = 1
+
+    def lower_flag(self) -> None:
+        """The system is about to look at all mailboxes."""
+        self._words[0] = 0
+        fence()
+
+    def spin(self) -> bool:
+        """Somebody has asked since, within a moment."""
+        return self._spin.until(self._words, 1)
 
     def close(self) -> None:
         self._words.release()
@@ -133,17 +166,23 @@ class Mailbox:
         self.registers = self.words[_REGISTERS:_REGISTERS + len(REGISTERS)]
         self.xsave = view[at + PAGE_SIZE:at + 2 * PAGE_SIZE]
         self._state_address = address + at
+        self._spin = Spin()
         self.attention_address = address + at + 8
 
     def close(self) -> None:
         for view in (self.registers, self._states, self.words, self.xsave):
             view.release()
 
-    # --- what is asked -----------------------------------------------------------------------------------------------
+    # --- what is asked ----------------------------------------------------------------------------------------------
 
     @property
     def asked(self) -> bool:
         return self._states[0] == _ASKED
+
+    @property
+    def waits(self) -> bool:
+        """The worker waits for an answer: it does not enter the guest before that."""
+        return self._states[0] in (_ASKED, _HELD)
 
     @property
     def kind(self) -> int:
@@ -165,8 +204,7 @@ class Mailbox:
 
     def spin(self) -> bool:
         """Answered, within a moment."""
-        states = self._states
-        return any(states[0] == _ANSWERED for _ in range(_SPIN))
+        return self._spin.until(self._states, _ANSWERED)
 
     def wait(self, seconds: float) -> bool:
         """Answered; False where a signal came, or the time is over."""
@@ -183,7 +221,7 @@ class Mailbox:
         """It is answered later: until then it is not ``asked``."""
         self._states[0] = _HELD
 
-    # --- what is answered --------------------------------------------------------------------------------------------
+    # --- what is answered -------------------------------------------------------------------------------------------
 
     def answer(self, answer: int, result: int = 0) -> None:
         """All else is in its place. The worker goes on."""
@@ -204,7 +242,7 @@ class Mailbox:
     fs_base = property(lambda self: self.words[_FS], lambda self, value: self.words.__setitem__(_FS, value))
     tid = property(lambda self: self.words[_TID], lambda self, value: self.words.__setitem__(_TID, value))
 
-    # --- stale frames ------------------------------------------------------------------------------------------------
+    # --- stale frames -----------------------------------------------------------------------------------------------
 
     def put_stale(self, runs: list[tuple[int, int]]) -> None:
         """Of frames (first, count), at most `STALE_MAX`."""
@@ -217,7 +255,7 @@ class Mailbox:
         words = self.words
         return [(words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1]) for at in range(words[_STALE])]
 
-    # --- attention: while the program runs ---------------------------------------------------------------------------
+    # --- attention: while the program runs --------------------------------------------------------------------------
 
     @property
     def attention(self) -> int:

@@ -46,8 +46,8 @@ _SIGNALS = "pause restart_syscall rt_sigaction rt_sigpending rt_sigprocmask rt_s
 _TIME = ("alarm clock_getres clock_gettime clock_nanosleep getitimer gettimeofday nanosleep setitimer time times "
          "timerfd_create timerfd_gettime timerfd_settime")
 _FILES = ("access close close_range dup dup2 dup3 faccessat faccessat2 fcntl flock fstat fstatfs ftruncate getcwd "
-          "getdents64 lseek lstat newfstatat open openat openat2 pipe pipe2 pread64 preadv pwrite64 pwritev read readlink "
-          "readlinkat readv rmdir stat statfs statx umask unlink unlinkat write writev")
+          "getdents64 lseek lstat newfstatat open openat openat2 pipe pipe2 pread64 preadv pwrite64 pwritev read "
+          "readlink readlinkat readv rmdir stat statfs statx umask unlink unlinkat write writev")
 _WAITING = ("epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd2 poll ppoll pselect6 select")
 _SOCKETS = "connect getpeername getsockname getsockopt recvfrom recvmsg sendmsg sendto setsockopt shutdown"
 _WHO = "getegid geteuid getgid getpid getppid getrandom getrusage getuid sysinfo uname"

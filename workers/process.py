@@ -90,7 +90,7 @@ class Worker:
         if spec.program is None:
             return load(spec.accel)(spec, memory, control, ports)
         if spec.is_system:
-            from .linux.serve import SystemAccelerator      # a worker with a CPU has no use for it
+            from .linux.serve import SystemAccelerator  # a worker with a CPU has no use for it
 
             return SystemAccelerator(spec, memory, control, ports, self.vcpu)
         accel = load_program(spec.accel)(spec, memory, control, ports)

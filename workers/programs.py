@@ -9,6 +9,7 @@ takes the program out of the guest.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import threading
@@ -24,13 +25,16 @@ from ipc.programs import REGISTERS, Answer, Bell, Kind, Mailbox
 from ipc.shm import PAGE_SIZE
 
 from .accel.base import Exit, ExitKind, ProgramAccelerator
+from .futexes import FUTEX, FutexCall, Futexes
 from .memory import GuestMemory
 
 __all__ = ["ProgramThread", "bell_path"]
 
 _RAX = REGISTERS.index("rax")
+_ARGUMENTS = tuple(REGISTERS.index(name) for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
 _STEP = 0.2             # seconds after which a wait looks around, should a kick have come just before it
 _ATTENTION_STEP = 1.0
+_REPEAT = 0.005
 _DONTNEED = 4           # MADV_DONTNEED
 _SCHED_YIELD, _GETTID = 24, 186
 
@@ -55,6 +59,8 @@ class ProgramThread:
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._started = self._waiting = self._interrupted = False
         self._kind = Kind.READY
+        self._futexes = Futexes(self._slots, spec.system_slot, memoryview(slot.segment.buf))
+        self._futex: FutexCall | None = None
         self._local: dict[int, Callable[[], int]] = {_SCHED_YIELD: _sched_yield, _GETTID: lambda: self._box.tid}
         #: Nanoseconds that ``run`` has spent waiting, in all.
         self.away_ns = 0
@@ -64,10 +70,12 @@ class ProgramThread:
         self._box.close()
         self._bell.close()
 
-    # --- from the program ---------------------------------------------------------------------------------------------
+    # --- from the program -------------------------------------------------------------------------------------------
 
     def begin(self) -> Exit | None:
         """Before the program is entered."""
+        if self._futex is not None:
+            return self._wait_futex()
         if self._waiting:
             return self._wait()
         if not self._started:
@@ -77,11 +85,40 @@ class ProgramThread:
 
     def call(self) -> Exit | None:
         registers = self._accel.registers_now
-        local = self._local.get(registers[_RAX])
+        number = registers[_RAX]
+        if number == FUTEX:
+            return self._call_futex(registers)
+        local = self._local.get(number)
         if local is not None:
             registers[_RAX] = local()
             return None
         return self._ask(Kind.CALL)
+
+    def _call_futex(self, registers: memoryview) -> Exit | None:
+        result = self._futexes.call(*(registers[at] for at in _ARGUMENTS))
+        if isinstance(result, FutexCall):
+            self._futex = result
+            return self._wait_futex()
+        if result is None:
+            return self._ask(Kind.CALL)
+        registers[_RAX] = result & 0xFFFF_FFFF_FFFF_FFFF
+        return None
+
+    def _wait_futex(self) -> Exit | None:
+        assert self._futex is not None
+        self._control.state = VcpuState.WAITING
+        began = time.perf_counter_ns()
+        result = self._futexes.wait(self._futex)
+        self.away_ns += time.perf_counter_ns() - began
+        if result == -errno.EINTR and not self._interrupted:
+            return _KICKED      # it goes on waiting
+        self._control.state = VcpuState.RUNNING
+        self._futex = None
+        if result is None or result == -errno.EINTR:
+            self._interrupted = False
+            return self._ask(Kind.CALL)     # the system knows what becomes of it
+        self._accel.registers_now[_RAX] = result & 0xFFFF_FFFF_FFFF_FFFF
+        return None
 
     def fault(self, vector: int, error: int, address: int) -> Exit | None:
         return self._ask(Kind.FAULT, vector, error, address)
@@ -98,6 +135,7 @@ class ProgramThread:
         box.fs_base = self._accel.fs_base
         self._kind = kind
         box.ask(kind, vector, error, address)
+        self._bell.raise_flag()
         if self._bell.asleep:
             try:
                 os.write(self._bell_fd, b"\0")
@@ -125,6 +163,7 @@ class ProgramThread:
             self._drop(box.stale())
         if answer & Answer.ROOT:
             accel.set_root(box.root)
+            self._futexes.root = box.root
         if answer & Answer.FS:
             accel.set_fs_base(box.fs_base)
         if answer & Answer.SET_XSAVE:
@@ -153,7 +192,7 @@ class ProgramThread:
                 if slot.spec.gpa <= gpa < slot.spec.gpa + slot.spec.size:
                     _unneeded(slot.host_address + gpa - slot.spec.gpa, count * PAGE_SIZE)
 
-    # --- from the system, while the program runs ----------------------------------------------------------------------
+    # --- from the system, while the program runs --------------------------------------------------------------------
 
     def serve_attention(self, ended: Callable[[], bool]) -> None:
         """In a thread of its own, until ``ended`` (it looks once a second)."""
@@ -167,13 +206,16 @@ class ProgramThread:
                 futex.wait(box.attention_address, wanted, _ATTENTION_STEP)
                 continue
             seen = wanted
-            if box.interrupt_wanted:
-                self._interrupted = True
-                self._accel.interrupt()
-                signal.pthread_kill(main, KICK_SIGNAL)
-            else:
+            if not box.interrupt_wanted:
                 self._drop(box.stale())
+                box.attend(wanted)
+                continue
+            self._interrupted = True
             box.attend(wanted)
+            while self._interrupted and not ended():
+                self._accel.interrupt()
+                signal.pthread_kill(main, KICK_SIGNAL)      # again, should it have come just before a wait
+                time.sleep(_REPEAT)
 
 
 def _sched_yield() -> int:

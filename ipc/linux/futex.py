@@ -8,7 +8,7 @@ import os
 
 from .libc import LIBC, SYS_FUTEX, check
 
-__all__ = ["wait", "wake"]
+__all__ = ["operate", "read", "wait", "wake"]
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
@@ -43,3 +43,17 @@ def wait(address: int, expected: int, seconds: float | None = None) -> bool:
 def wake(address: int, count: int) -> int:
     """Wake at most ``count`` waiters; how many were."""
     return check(_futex(SYS_FUTEX, address, _FUTEX_WAKE, min(count, 0x7FFF_FFFF), None, None, 0))
+
+
+def operate(address: int, operation: int, value: int, number: int = 0, second: int = 0, third: int = 0, *,
+            deadline: int | None = None) -> int:
+    """futex(2) as it is: the result, or -errno. ``number`` is in the place of a timeout; ``deadline`` (nanoseconds, of
+    the clock that the operation says) is one."""
+    limit = number or None if deadline is None else ctypes.byref(_Timespec(*divmod(deadline, 10**9)))
+    result = int(_futex(SYS_FUTEX, address, operation, value & 0xFFFF_FFFF, limit, second or None, third))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+def read(address: int, count: int) -> bytes:
+    """Memory of this process, which is mapped."""
+    return ctypes.string_at(address, count)

@@ -164,7 +164,7 @@ def memory() -> None:
 @json_option
 def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, as_json: bool) -> None:
     """Add memory slot SLOT of SIZE at guest physical address GPA (bytes, 0x…, KiB, MiB, GiB)."""
-    from ..client.config import parse_size
+    from ..client.units import parse_size
 
     try:
         address, length = parse_size(_number(gpa)), parse_size(_number(size))

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ExitCode, VmmError
-from .common import Duration
+from .common import Duration, Size
 from .run import Interrupted, run_or_leave
 
 if TYPE_CHECKING:
-    from ..client.config import MachineConfig
     from ..client.console import ConsoleFollower
     from ..client.machine import Machine
+    from ..machine.spec import MachineSpec
 
 __all__ = ["run_program"]
 
@@ -37,8 +37,8 @@ _AT_ONCE_S = 1.0
               help="Give the program this file or directory of the host, copied when it is used.")
 @click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="Set a variable of its environment.")
 @click.option("--directory", default="/", show_default=True, help="Directory in which it starts.")
-@click.option("--threads", type=int, help="Threads that it may have at once (default: 4).")
-@click.option("--memory", default="256MiB", show_default=True, metavar="SIZE", help="Memory of the machine.")
+@click.option("--threads", type=int, help="Threads that it and its children may have at once (default: 8).")
+@click.option("--memory", type=Size(), default="256MiB", show_default=True, help="Memory of the machine.")
 @click.option("--seed", type=int, help="Make its random numbers the same in each run.")
 @click.option("--ring", type=int, default=4096, show_default=True, help="Entries of each dirty ring.")
 @click.option("--verify", is_flag=True, help="Check the dirty log against the memory while it runs.")
@@ -52,22 +52,22 @@ _AT_ONCE_S = 1.0
 @click.option("--report-json", type=click.Path(dir_okay=False), help="Write the machine's report to this file.")
 @click.argument("program")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run_program(program: str, args: tuple[str, ...], name: str | None, terminal: bool | None, detach: bool,
-                shown: bool, report_json: str | None, **options: Any) -> int:
+def run_program(program: str, args: tuple[str, ...], name: str | None, terminal: bool | None, shown: bool,
+                report_json: str | None, **options: Any) -> int:
     """Run an unmodified Linux program in a machine. Each of its threads is a vCPU process with a dirty ring of its own.
     Input and output are those of this command, and so are signals and the exit status; a second Ctrl-C within a
     second ends the machine. Without --root and --file the program itself
     is all that there is in the machine (see docs/linux.md)."""
     from ..client.machine import Machine
 
-    terminal = not detach and _is_terminal(terminal)
-    config = _config(program, args, name or _name(program), options, terminal)
-    if detach:
-        return run_or_leave(Machine.launch(config, detach=True), True, False)
-    with Machine.launch(config, start=False, console="terminal" if terminal else "streams") as machine:
+    console = "lines" if options["detach"] else "terminal" if _is_terminal(terminal) else "streams"
+    spec = _machine(program, args, name or _name(program), options, console)
+    if options["detach"]:
+        return run_or_leave(Machine.launch(spec, detach=True), True, False)
+    with Machine.launch(spec, start=False) as machine:
         for warning in machine.warnings:
             click.echo(f"vmm: warning: {warning}", err=True)
-        report = _follow(machine, terminal)
+        report = _follow(machine, console == "terminal")
     _show(report, shown, report_json)
     program_report = report.get("program") or {}
     status = program_report.get("exit_status")
@@ -84,33 +84,21 @@ def _is_terminal(wanted: bool | None) -> bool:
     return wanted is not False and there and in_foreground(sys.stdin.fileno())
 
 
-def _config(program: str, args: tuple[str, ...], name: str, options: dict[str, Any],
-            terminal: bool) -> MachineConfig:
+def _machine(program: str, args: tuple[str, ...], name: str, options: dict[str, Any], console: str) -> MachineSpec:
     """Raises VmmError."""
-    from pydantic import ValidationError
+    from ..client.programs import THREADS, program_machine, program_spec
 
-    from ..client.config import MachineConfig
-
-    guest: dict[str, Any] = {"program": program, "args": list(args), "directory": options["directory"],
-                             "env": _environment(terminal) | _pairs("--env", options["environment"]),
-                             "files": _pairs("--file", options["files"])}
-    guest |= {key: options[key] for key in ("root", "threads", "seed") if options[key] is not None}
-    document: dict[str, Any] = {"name": name, "memory": [{"size": options["memory"]}], "guest": guest,
-                                "dirty_ring_size": options["ring"], "verify": options["verify"]}
-    if options["timeout"] is not None:
-        document["timeout"] = options["timeout"]
     for text in (program, *args, *options["environment"]):
-        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        if any("\ud800" <= c <= "\udfff" for c in text):
             raise VmmError(f"{text!a}: is not UTF-8 text")
-    try:
-        return MachineConfig.model_validate(document)
-    except ValidationError as exc:
-        error = exc.errors()[0]
-        raise VmmError(f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}") from None
-
-
-def _environment(terminal: bool) -> dict[str, str]:
-    return {"TERM": os.environ.get("TERM", "linux")} if terminal else {}
+    environment = {"TERM": os.environ.get("TERM", "linux")} if console == "terminal" else {}
+    environment |= _pairs("--env", options["environment"])
+    asked = program_spec(program, args, root=options["root"] or "", env=environment,
+                         files=_pairs("--file", options["files"]), directory=options["directory"],
+                         seed=options["seed"], console=console)
+    return program_machine(name, asked, memory=options["memory"], threads=options["threads"] or THREADS,
+                           ring_entries=options["ring"], verify=options["verify"], timeout=options["timeout"],
+                           linger=not options["detach"])
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:

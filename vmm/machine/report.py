@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["VERSION", "CoordinatorReport", "Holder", "ProgramReport", "ReaperReport", "Report", "SlotReport", "VcpuReport",
-           "VerificationReport", "report_schema"]
+__all__ = ["VERSION", "CoordinatorReport", "Holder", "ProgramReport", "ReaperReport", "Report", "SlotReport",
+           "VcpuReport", "VerificationReport", "report_schema"]
 
 VERSION = 1
 

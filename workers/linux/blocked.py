@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-__all__ = ["Blocked", "Ended"]
+__all__ = ["Again", "Blocked", "Ended"]
 
 
 class Blocked(Exception):
     """It cannot be served now: the thread makes it again when one of ``on`` has been notified (``System.notify``), at
-    the latest at ``deadline`` (CLOCK_MONOTONIC, in nanoseconds; None: no matter how long that takes)."""
+    the latest at ``deadline`` (CLOCK_MONOTONIC, in nanoseconds; None: no matter how long that takes). ``again``: it
+    waits for the signal that it has to take, and if that does not end it, it is made `Again`."""
 
-    def __init__(self, deadline: int | None = None, on: tuple[Hashable, ...] = ()) -> None:
+    def __init__(self, deadline: int | None = None, on: tuple[Hashable, ...] = (), *, again: bool = False) -> None:
         super().__init__()
-        self.deadline, self.on = deadline, on
+        self.deadline, self.on, self.again = deadline, on, again
+
+
+class Again(Exception):
+    """The thread makes the call once more, at once: its worker can serve it now."""
 
 
 class Ended(Exception):

@@ -27,9 +27,22 @@ class Channel(OpenFile):
 
     __slots__ = ()
 
+    #: A write(2) is one ``put`` with all that there is, and whatever that takes is its result.
+    whole = False
+    #: How many bytes a read(2) must have room for. With none, it gives none.
+    least = 0
+
     @property
     def source(self) -> object:
         return self.inode
+
+    def let_go(self) -> None:
+        super().let_go()
+        if not self.uses:
+            self.closed()
+
+    def closed(self) -> None:
+        """No descriptor is left."""
 
     def take(self, system: System, thread: Thread, count: int) -> bytes:
         """read(2), of one that is readable. Raises OSError and Blocked."""

@@ -24,11 +24,12 @@ _KEPT_FREE = 64         # entries; a call that writes more waits in between
 
 
 class WriteLog:
-    """``make_room`` is called in the middle of a call, and returns when entries have been freed (or raises, and the call
-    is given up). Nothing is logged before ``active`` is set. Methods are the vCPU thread's, but for ``reset``, ``get``
-    and ``clear``."""
+    """``make_room`` is called in the middle of a call, and returns when entries have been freed (or raises, and the
+    call is given up). Nothing is logged before ``active`` is set. Methods are the vCPU thread's, but for ``reset``,
+    ``get`` and ``clear``."""
 
-    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, make_room: Callable[[], None]) -> None:
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl,
+                 make_room: Callable[[], None]) -> None:
         """Raises SegmentError."""
         self._memory, self._control, self._make_room = memory, control, make_room
         self.active = False
@@ -68,7 +69,7 @@ class WriteLog:
             self._segment.close()
             self._segment = None
 
-    # --- slots --------------------------------------------------------------------------------------------------------
+    # --- slots ------------------------------------------------------------------------------------------------------
 
     def set_slot(self, slot: SlotSpec) -> None:
         self._specs[slot.id] = slot
@@ -84,7 +85,7 @@ class WriteLog:
                        for slot in self._specs.values()
                        if slot.log and self._mode in (Tracking.RING, Tracking.BITMAP)]
 
-    # --- the system writes ----------------------------------------------------------------------------------------------
+    # --- the system writes ------------------------------------------------------------------------------------------
 
     @property
     def full(self) -> bool:
@@ -119,7 +120,7 @@ class WriteLog:
         self.pushed += 1
         self._control.pushed_total = self.pushed
 
-    # --- the ring is reset, the bitmap read -----------------------------------------------------------------------------
+    # --- the ring is reset, the bitmap read -------------------------------------------------------------------------
 
     def reset(self, expected: int) -> int:
         """Free what was harvested; how many. By the reset thread."""

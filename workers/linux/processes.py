@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .directories import Directory
 from .openfiles import OpenFile
+from .signals import CHLD, Action, SignalInfo
 from .space import Space
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Descriptor", "FileTable", "Process", "Thread"]
 
 _FILES_MAX = 1024       # RLIMIT_NOFILE, as usual
+_DEFAULT = Action()
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class FileTable:
 
 @dataclass(eq=False)
 class Process:
-    """``code``: as wait(2) gives it, once it has ended."""
+    """``code``: as wait(2) gives it, once it has ended; it is there until its parent has asked for that."""
 
     pid: int
     parent: int
@@ -104,9 +106,19 @@ class Process:
     group: int = 0
     session: int = 0
     threads: list[Thread] = field(default_factory=list)
+    arguments: list[bytes] = field(default_factory=list)
+    environment: list[bytes] = field(default_factory=list)
     limits: dict[int, tuple[int, int]] = field(default_factory=dict)
-    actions: dict[int, bytes] = field(default_factory=dict)     # struct sigaction, by signal
+    actions: dict[int, Action] = field(default_factory=dict)    # by signal; default where there is none
+    pending: list[SignalInfo] = field(default_factory=list)     # of the whole process, in the order of their coming
     code: int | None = None
+    stopped: int = 0                # the signal that has stopped it; 0: it runs
+    told: int = 0                   # a stop (the signal) or continuation (-1) that its parent has not asked for yet
+    exit_signal: int = CHLD         # that its parent gets
+    alarm: tuple[int, int] = (0, 0)     # ITIMER_REAL: when (CLOCK_MONOTONIC, nanoseconds; 0: never), and how often
+
+    def action(self, number: int) -> Action:
+        return self.actions.get(number, _DEFAULT)
 
 
 @dataclass(eq=False)
@@ -117,12 +129,24 @@ class Thread:
     process: Process
     name: bytes = b""
     blocked: int = 0                # signals, a bit each
+    saved_mask: int | None = None   # what is blocked again once a handler has been called (sigsuspend, ppoll ...)
+    pending: list[SignalInfo] = field(default_factory=list)
+    awaited: int = 0                # signals that sigtimedwait(2) waits for
     alternate: bytes = b""          # struct stack_t
     clear_tid: int = 0              # address
     robust: tuple[int, int] = (0, 0)
     fs_base: int | None = None
     deadline: int | None = None     # CLOCK_MONOTONIC in nanoseconds, of the call that it is blocked in
     done: int = 0                   # bytes that this call has moved already
+    vfork: Process | None = None    # the child that it waits for, until that has another program or has ended
+    #: Registers as its vCPU will have them, while a call is served (ipc.programs.REGISTERS), and FS base.
+    registers: memoryview | list[int] = field(default_factory=list)
+    fs_now: int = 0
+    #: It goes on with ``registers``, not with a result; in another address space; with this XSAVE area.
+    jumps: bool = False
+    new_space: bool = False
+    xsave: bytes | None = None
+    opening: OpenFile | None = None     # a fifo that it waits for the other end of
     ended: bool = False
 
 

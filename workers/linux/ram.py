@@ -36,6 +36,13 @@ class Ram:
                 return view, (frame - first) * PAGE_SIZE
         raise KeyError(frame)
 
+    def host_address(self, frame: int, offset: int) -> int:
+        """Of a place in this process. Raises KeyError outside RAM."""
+        for first, end, address, _ in self._slots:
+            if first <= frame < end:
+                return address + (frame - first) * PAGE_SIZE + offset
+        raise KeyError(frame)
+
     def read(self, frame: int, offset: int, count: int) -> bytes:
         view, at = self._at(frame)
         return bytes(view[at + offset:at + offset + count])

@@ -10,26 +10,20 @@ import os
 import random
 import select
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
-
     ENTRY_PAGE,
     IDT_PAGE,
-    REGISTERS,
-    STALE_MAX,
     SYSTEM_ADDRESS,
     VCPU_PAGE,
     VSYSCALL_ADDRESS,
     VSYSCALL_PAGE,
-    Answer,
     Bell,
-    Kind,
     Mailbox,
     mailbox_page,
     tables_page,
@@ -42,38 +36,26 @@ from ..ports import PortBus
 from ..programs import bell_path
 from ..state import VcpuSaved
 from .abi import CALLS
-from .blocked import Blocked, Ended
 from .channels import Terminal
-from .frames import Frames, NoFrames, Run
+from .dispatch import Dispatcher
+from .frames import Frames, NoFrames
 from .log import WriteLog
-from .processes import Thread
-from .program import Started
+from .population import FIRST_PID
 from .ram import Ram
 from .setup import fill
-from .space import SegmentationFault, Space
+from .signals import SignalInfo
 from .system import Console, System
-from .tables import ACCESSED, NO_EXECUTE, PRESENT, USER, WRITE, NoTables, Tables
+from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
 from .terminals import LineConsole, StreamConsole, TerminalConsole
 from .vfs import FileSystem
 
 __all__ = ["Host", "SystemAccelerator"]
 
-_R = {name: at for at, name in enumerate(REGISTERS)}
-_NUMBER = _R["rax"]
-_ARGUMENTS = tuple(_R[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
-_RIP, _RSP, _RFLAGS = _R["rip"], _R["rsp"], _R["rflags"]
-_FLAGS = 0x202
-
-_PAGE_FAULT = 14
-#: Signals of exceptions (arch/x86/kernel/traps.c): of all others, SIGSEGV.
-_SIGNALS = {0: 8, 1: 5, 3: 5, 4: 11, 6: 4, 12: 7, 16: 8, 17: 7, 19: 8}
-_SIGSEGV, _SIGBUS, _SIGKILL = 11, 7, 9
-
-_SPIN = 40              # looks at all mailboxes before it sleeps
+_SPIN_FROM = 0.001      # seconds until something is due, below which it does not look for long
 _CONSOLE_EVERY = 32     # calls between two looks at the console
 _FOREVER = 3600.0       # seconds
 _END_TIMEOUT = 10.0     # seconds in which all threads have left the guest at the end
-_ATTENTION_TIMEOUT = 5.0
+_LOOK_AT_END = 0.02     # seconds between two looks whether all have
 
 class Host(Protocol):
     """The vCPU thread that runs it (workers/vcpu.py)."""
@@ -83,6 +65,9 @@ class Host(Protocol):
 
     def wait_for_reset(self) -> None:
         """The ring is full: until it has been reset, or somebody wants something, which is attended to."""
+
+    def stay_paused(self) -> None:
+        """As long as it is to be."""
 
     @property
     def is_to_end(self) -> bool: ...
@@ -116,12 +101,7 @@ class SystemAccelerator:
         elif spec.program.console == "streams":
             console = self._stream = StreamConsole(directory, self._send_signal)
         self._boxes = [Mailbox(system.segment.buf, system.host_address, spec.threads, i) for i in range(spec.threads)]
-        self._threads: list[Thread | None] = [None] * spec.threads
-        self._idle: set[int] = set()
-        self._ended: set[int] = set()
-        self._to_start: deque[Callable[[int], None]] = deque()
-        self._blocked: dict[int, Blocked] = {}
-        self._served = self._said_missing = 0
+        self._said_missing = 0
         self._end_by = 0.0
         seed = spec.program.seed
         self._random: Callable[[int], bytes] = os.urandom if seed is None else random.Random(seed).randbytes
@@ -130,21 +110,23 @@ class SystemAccelerator:
         page = tables_page(spec.threads)
         words = memoryview(system.segment.buf)[page * PAGE_SIZE:].cast("Q")
         self._tables = Tables(words, spec.system_slot.gpa + page * PAGE_SIZE)
-        self._common = self._map_system()
+        self._map_system()
         files = FileSystem(self._ram, frames, clock=time.time_ns, random=self._random,
                            blocks=spec.slots[0].size // PAGE_SIZE)
         try:
             fill(files, spec.program)
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
                                  monotonic=time.monotonic_ns, threads_max=spec.threads)
+            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
+            self.system.launcher = self._dispatcher
             self._spawn()
         except (NoFrames, NoTables):
             raise AccelError("memory: is too small for the program") from None
 
-    # --- set-up -------------------------------------------------------------------------------------------------------
+    # --- set-up -----------------------------------------------------------------------------------------------------
 
-    def _map_system(self) -> int:
-        """Page tables with what every program has above its own addresses. The mailboxes are nowhere."""
+    def _map_system(self) -> None:
+        """What every program has above its own addresses. The mailboxes are nowhere."""
         root, gpa, threads = self._tables.new_root(), self._spec.system_slot.gpa, self._spec.threads
         supervisor = PRESENT | WRITE | ACCESSED
         entry = PRESENT | USER | ACCESSED
@@ -155,7 +137,7 @@ class SystemAccelerator:
         for page, value in pages.items():
             (_, word, _), = self._tables.chunks(root, page & (1 << 36) - 1, 1, make=True)
             self._tables.set(word, value)
-        return root
+        self._tables.have_in_common(root, SYSTEM_ADDRESS // PAGE_SIZE & (1 << 36) - 1)
 
     def _spawn(self) -> None:
         program = self._program
@@ -165,30 +147,9 @@ class SystemAccelerator:
                 [os.fsencode(each) for each in program.env], os.fsencode(program.directory))
         except OSError as exc:
             raise AccelError(f"guest.program: {program.path}: {os.strerror(exc.errno or 0)}") from None
-        self._share_system(thread.process.space)
-        self._start(thread, started)
+        self._dispatcher.start(thread, started)
 
-    def _share_system(self, space: Space) -> None:
-        self._tables.have_in_common(self._common, space.root, SYSTEM_ADDRESS // PAGE_SIZE)
-
-    def _start(self, thread: Thread, started: Started) -> None:
-        """On the next vCPU that has no thread."""
-        def start(index: int) -> None:
-            registers = self._boxes[index].registers
-            registers[:] = memoryview(bytes(8 * len(REGISTERS))).cast("Q")
-            registers[_RIP], registers[_RSP], registers[_RFLAGS] = started.rip, started.rsp, _FLAGS
-            self._begin(index, thread, 0)
-
-        self._to_start.append(start)
-
-    def _begin(self, index: int, thread: Thread, fs_base: int) -> None:
-        """Its registers are in the mailbox."""
-        box = self._boxes[index]
-        self._threads[index] = thread
-        box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
-        self._answer(index, Answer.ROOT | Answer.FS | Answer.REGISTERS)
-
-    # --- the vCPU -----------------------------------------------------------------------------------------------------
+    # --- the vCPU ---------------------------------------------------------------------------------------------------
 
     def clear_immediate_exit(self) -> None:
         self._control.immediate_exit = 0
@@ -220,48 +181,23 @@ class SystemAccelerator:
 
     def _serve_all(self) -> bool:
         """Every mailbox once, and what is due; whether there was anything."""
-        found = False
-        for index, box in enumerate(self._boxes):
-            if box.asked:
-                found = True
-                self._serve_one(index, box)
-                if self._control.immediate_exit or self._log.full:
-                    return True
-        while self._to_start and self._idle:
-            index = min(self._idle)
-            self._idle.discard(index)
-            self._to_start.popleft()(index)
-            found = True
-        if self._stream is not None and self._served % _CONSOLE_EVERY == 0:
+        self._bell.lower_flag()
+        found = self._dispatcher.serve_asked(lambda: bool(self._control.immediate_exit) or self._log.full)
+        if self._stream is not None and self._dispatcher.served % _CONSOLE_EVERY == 0:
             self._pump()
-        return self._serve_blocked() or found
-
-    def _serve_blocked(self) -> bool:
-        """Calls whose time has come, or that wait for something which has changed."""
-        if not self._blocked:
-            self.system.notified.clear()
-            return False
-        notified, self.system.notified = self.system.notified, set()
-        now = self.system.monotonic()
-        due = [index for index, blocked in self._blocked.items()
-               if (blocked.deadline is not None and blocked.deadline <= now) or not notified.isdisjoint(blocked.on)]
-        for index in due:
-            del self._blocked[index]
-            self._serve_one(index, self._boxes[index])
-        return bool(due)
+        self.system.expire()
+        return self._dispatcher.serve_others() or found
 
     def _sleep(self) -> None:
-        for _ in range(_SPIN):
-            if self._is_asked():
-                return
+        dispatcher = self._dispatcher
+        if self._patience() > _SPIN_FROM and self._bell.spin():
+            return
         self._bell.set_asleep(True)
         try:
-            if self._is_asked():
+            if dispatcher.is_asked:
                 return
-            deadlines = [each.deadline for each in self._blocked.values() if each.deadline is not None]
-            seconds = min(deadlines, default=0) - self.system.monotonic()
             self._watch_console()
-            self._host.wait_for(self._poll, max(0.0, seconds / 1e9) if deadlines else self._patience())
+            self._host.wait_for(self._poll, self._patience())
         finally:
             self._bell.set_asleep(False)
         try:
@@ -271,13 +207,16 @@ class SystemAccelerator:
         if self._stream is not None:
             self._pump()
 
-    def _is_asked(self) -> bool:
-        return any(box.asked for box in self._boxes)
-
     def _patience(self) -> float:
-        return _FOREVER if self.system.code is None else 0.1
+        """Seconds until something is due."""
+        if self.system.code is not None:
+            return _LOOK_AT_END
+        deadlines = [at for at in (self._dispatcher.deadline, self.system.next_timer()) if at is not None]
+        if not deadlines:
+            return _FOREVER
+        return max(0.0, (min(deadlines) - self.system.monotonic()) / 1e9)
 
-    # --- the console --------------------------------------------------------------------------------------------------
+    # --- the console ------------------------------------------------------------------------------------------------
 
     def _watch_console(self) -> None:
         stream = self._stream
@@ -293,98 +232,13 @@ class SystemAccelerator:
 
     def _send_signal(self, group: int, number: int) -> None:
         """``group``: 0 for the first process alone."""
+        first = self.system.processes.get(FIRST_PID)
         if group:
             self.system.signal_group(group, number)
-        else:
-            self.system.signal_first(number)
+        elif first is not None:
+            self.system.signal_process(first, SignalInfo(number))
 
-    # --- calls --------------------------------------------------------------------------------------------------------
-
-    def _serve_one(self, index: int, box: Mailbox) -> None:
-        self._served += 1
-        kind, thread = box.kind, self._threads[index]
-        if kind == Kind.READY:
-            self._threads[index] = None
-            self._idle.add(index)
-            box.hold()
-            return
-        if self.system.code is not None or thread is None or thread.ended:
-            self._let_go(index)
-        elif kind == Kind.CALL:
-            self._call(index, box, thread)
-        elif kind == Kind.FAULT:
-            self._fault(index, box, thread)
-        else:
-            self._answer(index, 0)
-
-    def _call(self, index: int, box: Mailbox, thread: Thread) -> None:
-        registers = box.registers
-        try:
-            result = self.system.call(thread, registers[_NUMBER], [registers[at] for at in _ARGUMENTS])
-        except Blocked as blocked:
-            self._blocked[index] = blocked
-            box.hold()
-            return
-        except Ended:
-            self._let_go(index)
-            return
-        answer = 0
-        if thread.fs_base is not None:
-            box.fs_base, thread.fs_base = thread.fs_base, None
-            answer = Answer.FS
-        self._answer(index, answer, result)
-
-    def _fault(self, index: int, box: Mailbox, thread: Thread) -> None:
-        vector, error, address = box.fault
-        try:
-            if vector != _PAGE_FAULT:
-                self.system.end_process(thread.process, _SIGNALS.get(vector, _SIGSEGV))
-            else:
-                thread.process.space.fault(address, error)
-        except SegmentationFault as fault:
-            self.system.end_process(thread.process, _SIGBUS if fault.bus else _SIGSEGV)
-        except (NoFrames, NoTables):
-            self.system.end_process(thread.process, _SIGKILL)
-        if thread.ended:
-            self._let_go(index)
-        else:
-            self._answer(index, 0)
-
-    def _let_go(self, index: int) -> None:
-        """The thread has ended, and with it perhaps everything."""
-        self._threads[index] = None
-        if self.system.code is not None:
-            self._ended.add(index)
-            self._boxes[index].answer(Answer.END)
-        else:
-            self._boxes[index].answer(Answer.IDLE)
-
-    def _answer(self, index: int, answer: int, result: int = 0) -> None:
-        thread, box = self._threads[index], self._boxes[index]
-        assert thread is not None
-        stale = thread.process.space.take_stale()
-        if stale:
-            if len(stale) > STALE_MAX:
-                stale = []
-            self._tell_others(index, thread.process.space, stale)
-            box.put_stale(stale)
-            answer |= Answer.STALE
-        box.answer(answer, result)
-
-    def _tell_others(self, index: int, space: Space, stale: list[Run]) -> None:
-        """Whoever else is in this address space drops these frames now, in the guest or not."""
-        waiting = []
-        for other, thread in enumerate(self._threads):
-            if other != index and thread is not None and thread.process.space is space:
-                box = self._boxes[other]
-                box.put_stale(stale)
-                waiting.append((box, box.want_attention(interrupt=False)))
-        deadline = time.monotonic() + _ATTENTION_TIMEOUT
-        for box, number in waiting:
-            while box.attended != number and time.monotonic() < deadline:
-                os.sched_yield()
-
-    # --- the end ------------------------------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------------------------
 
     def _end_all(self) -> bool:
         """Have every thread leave the guest; whether all have, and everything has been shown."""
@@ -393,24 +247,19 @@ class SystemAccelerator:
             self._end_by = now + _END_TIMEOUT
             if self._stream is not None:
                 self._stream.say_ended()
-            for index, box in enumerate(self._boxes):
-                if index in self._blocked or index in self._idle:
-                    self._let_go(index)
-                elif index not in self._ended:
-                    box.want_attention(interrupt=True)
-            self._blocked.clear()
-            self._idle.clear()
+        self._dispatcher.end_all()
         if self._stream is not None:
             self._pump()
         shown = self._stream is None or not self._stream.pending
-        return (len(self._ended) == len(self._boxes) and shown) or now > self._end_by
+        return (self._dispatcher.all_ended and shown) or now > self._end_by
 
     def _make_room(self) -> None:
         if self._host.is_to_end:
             raise _Stopped
         self._host.wait_for_reset()
+        self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
-    # --- for the worker -----------------------------------------------------------------------------------------------
+    # --- for the worker ---------------------------------------------------------------------------------------------
 
     def registers(self) -> dict[str, int]:
         """It has none."""
@@ -418,7 +267,7 @@ class SystemAccelerator:
 
     def _say_calls(self) -> None:
         self._said_missing = len(self.system.missing)
-        self._host.say(ProgramCalls(self._spec.index, self._served, {
+        self._host.say(ProgramCalls(self._spec.index, self._dispatcher.served, {
             CALLS.get(number, str(number)): count for number, count in self.system.missing.items()}))
 
     def hypercall_args(self) -> tuple[int, int, int]:

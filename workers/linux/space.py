@@ -114,6 +114,10 @@ class Space:
         self.stale: list[int] = []
         self.promised = 0
         self._heap = self._heap_end = 0         # pages; bytes
+        #: Processes that have it: a child that was made by vfork(2) has its parent's.
+        self.users = 1
+        #: vCPUs that may have translations of it.
+        self.visitors: set[int] = set()
 
     # --- what there is ---------------------------------------------------------------------------------------------
 
@@ -276,9 +280,44 @@ class Space:
                 return text
         raise OSError(errno.ENAMETOOLONG, "")
 
+    def own(self, address: int) -> None:
+        """The page can be written to, in a frame that it keeps. Raises as ``write``."""
+        self._touch(address, PROT_WRITE, 1)
+
     def place_of(self, address: int) -> tuple[int, int]:
         """(frame, offset) behind an address that can be read. Raises as ``read``."""
         return self._touch(address, PROT_READ, 1), address % PAGE
+
+    def fork(self) -> Space:
+        """The same for another process. Pages that are its own are shared until one of the two writes to them. Raises
+        NoFrames and NoTables, with nothing of it left."""
+        other = Space(self._memory, self._frames, self._tables, self._limit)
+        try:
+            other._mappings, other.promised = list(self._mappings), self.promised
+            other._heap, other._heap_end = self._heap, self._heap_end
+            for mapping in self._mappings:
+                self._fork_pages(other, mapping)
+        except BaseException:
+            other.close()
+            raise
+        return other
+
+    def _fork_pages(self, other: Space, mapping: Mapping) -> None:
+        for page, word, number in self._tables.chunks(self.root, mapping.start, mapping.end - mapping.start):
+            entries = self._tables.entries(word, number)
+            if not any(entries):
+                continue
+            (_, place, _), = other._tables.chunks(other.root, page, number, make=True)      # before a use is counted
+            for index, entry in enumerate(entries):
+                if not entry:
+                    continue
+                frame = (entry & FRAME) >> 12
+                self._frames.share(frame)
+                if entry & WRITE and not mapping.shared:
+                    entries[index] = entry & ~WRITE | COPY
+                    self.stale.append(frame)
+            other._tables.put(place, entries)
+            self._tables.put(word, entries)
 
     def close(self) -> None:
         """Nothing is mapped, and there are no tables: no vCPU uses it any more."""

@@ -9,19 +9,25 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from . import signals
+from .abi import number_of
 from .calls import SERVED
 from .channels import ConsoleStream, Terminal
 from .contents import Regular
 from .directories import Directory
 from .frames import Frames, NoFrames
-from .inodes import Node
+from .inodes import Inode, Node
 from .openfiles import OpenFile
+from .pipes import Pipe, open_fifo
+from .population import SI_KERNEL, Population
 from .processes import FileTable, Process, Thread
 from .program import Executable, Started, start
+from .signals import SignalInfo
 from .space import Memory, SegmentationFault, Space
 from .tables import NoTables, Tables
 from .terminal import Tty
@@ -29,8 +35,8 @@ from .vfs import FileSystem
 
 __all__ = ["Console", "System"]
 
-_FIRST_PID = 1
 _PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_NANOSLEEP, _CLOCK_NANOSLEEP = number_of("nanosleep"), number_of("clock_nanosleep")
 _DEVICES = {b"null": Node.NULL, b"zero": Node.ZERO, b"full": Node.FULL, b"random": Node.RANDOM[0],
             b"urandom": Node.RANDOM[1], b"tty": Node.TERMINALS[0], b"console": Node.TERMINALS[1]}
 
@@ -64,25 +70,22 @@ class Console(Protocol):
         """Of a terminal. Raises OSError."""
 
 
-class System:
+class System(Population):
     """``realtime`` and ``monotonic``: nanoseconds. ``threads_max``: how many threads there can be at once."""
 
     def __init__(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, console: Console, *,
                  realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1,
                  host: bytes = b"shardvmm") -> None:
+        super().__init__()
         self._memory, self.frames, self._tables = memory, frames, tables
         self.memory_pages = frames.free
         self.files, self.console = files, console
         self.realtime, self.monotonic = realtime, monotonic
         self.threads_max, self.host = threads_max, host
-        self.processes: dict[int, Process] = {}
-        self._next_pid = _FIRST_PID
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
-        #: What has changed since somebody looked: calls that are blocked on it can be made again.
-        self.notified: set[Hashable] = set()
-        #: How the first process has ended, as wait(2) gives it.
-        self.code: int | None = None
+        #: What is in fifos that somebody has open, by inode.
+        self.fifos: dict[int, Pipe] = {}
         self._make_devices()
 
     def _make_devices(self) -> None:
@@ -101,20 +104,12 @@ class System:
 
     # --- processes -------------------------------------------------------------------------------------------------
 
-    def process(self, pid: int) -> Process:
-        """Raises OSError (ESRCH)."""
-        try:
-            return self.processes[pid]
-        except KeyError:
-            raise OSError(errno.ESRCH, "") from None
-
     def spawn(self, path: bytes, arguments: Sequence[bytes],
               environment: Sequence[bytes], directory: bytes = b"/") -> tuple[Thread, Started]:
         """The first process, its console open three times. A path without a slash is looked for as a shell does.
         Raises OSError, NoFrames, NoTables."""
-        space = Space(self._memory, self.frames, self._tables, self.memory_pages)
-        pid = self._next_pid
-        self._next_pid += 1
+        space = self.new_space()
+        pid = self.new_id()
         root = self.files.root
         at = self.files.find(root, directory)
         if not isinstance(at, Directory):
@@ -122,15 +117,24 @@ class System:
         at.keep()
         process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
         path = self._searched(path, environment)
-        started = start(space, self._executable, path, arguments, environment, random=self.files.store.random(16))
+        started = start(space, self.executable, path, arguments, environment, random=self.files.store.random(16))
         for flags, error in ((os.O_RDONLY, False), (os.O_WRONLY, False), (os.O_WRONLY, True)):
             process.files.add(self.opened(self.files.open(root, b"/dev/console", os.O_RDWR)) if self.console.terminal
                               else ConsoleStream(self.files.store, flags, error=error))
-        process.path, process.name = started.path, os.path.basename(path)[:15]
-        thread = Thread(pid, process, process.name)
-        process.threads.append(thread)
         self.processes[pid] = process
-        return thread, started
+        self.name_program(process, started, path, arguments, environment)
+        return self.new_thread(process, process.name, pid), started
+
+    def new_space(self) -> Space:
+        """Raises NoTables."""
+        return Space(self._memory, self.frames, self._tables, self.memory_pages)
+
+    @staticmethod
+    def name_program(process: Process, started: Started, path: bytes, arguments: Sequence[bytes],
+                     environment: Sequence[bytes]) -> None:
+        """What is known about the program that it has now."""
+        process.path, process.name = started.path, os.path.basename(path)[:15]
+        process.arguments, process.environment = list(arguments), list(environment)
 
     def _searched(self, name: bytes, environment: Sequence[bytes]) -> bytes:
         if b"/" in name:
@@ -139,67 +143,36 @@ class System:
         for directory in path.split(b":"):
             found = (directory or b".") + b"/" + name
             try:
-                self._executable(found)
+                self.executable(found)
             except OSError:
                 continue
             return found
         raise OSError(errno.ENOENT, "")
 
-    def _executable(self, path: bytes) -> Executable:
-        inode = self.files.find(self.files.root, path)
+    def executable(self, path: bytes, at: Inode | None = None) -> Executable:
+        """``at``: where a relative path begins. Raises OSError."""
+        inode = self.files.find(at or self.files.root, path)
         if not isinstance(inode, Regular) or not inode.mode & 0o111:
             raise OSError(errno.EACCES, "")
         return inode
 
-    def end_thread(self, thread: Thread, code: int) -> None:
-        """exit(2)."""
-        thread.ended = True
-        thread.process.threads.remove(thread)
-        if not thread.process.threads:
-            self.end_process(thread.process, code << 8)
-
-    def end_process(self, process: Process, code: int) -> None:
-        """``code`` as wait(2) gives it."""
-        process.code = code
-        if process.pid == _FIRST_PID:
-            self.code = code
-        for number in process.files:
-            self.notify(process.files.get(number, path_only=True).inode)
-        for thread in process.threads:
-            thread.ended = True
-        process.threads.clear()
-        process.files.close_all()
-        process.directory.let_go()
-        process.space.close()
-
-    def signal_group(self, group: int, number: int) -> None:
-        """All processes of a group."""
-        for process in list(self.processes.values()):
-            if process.group == group:
-                self._end_by(process, number)
-
-    def signal_first(self, number: int) -> None:
-        """The first process."""
-        self._end_by(self.processes[_FIRST_PID], number)
-
-    def _end_by(self, process: Process, number: int) -> None:
-        """As if nobody handled signals."""
-        if process.code is None and number not in (17, 18, 19, 20, 21, 22, 23, 28):
-            self.end_process(process, number)
-
-    def opened(self, file: OpenFile) -> OpenFile:
-        """A file that was just opened, as what it leads to."""
+    def opened(self, file: OpenFile, thread: Thread | None = None) -> OpenFile:
+        """A file that was just opened, as what it leads to. Raises OSError, and Blocked: then it is the thread's
+        (``Thread.opening``), and this is asked again with it."""
         inode = file.inode
+        if thread is not None and inode.kind == stat.S_IFIFO and not file.path_only:
+            return open_fifo(self, thread, file)
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
-            if inode.rdev == Node.TERMINALS[0] and not self.console.terminal:
+            if inode.rdev == Node.TERMINALS[0] and not self._is_controlled(thread):
                 file.let_go()
                 raise OSError(errno.ENXIO, "")
             return Terminal(inode, file.flags, file.number)
         return file
 
-    def notify(self, source: Hashable) -> None:
-        """Something about it has changed."""
-        self.notified.add(source)
+    def _is_controlled(self, thread: Thread | None) -> bool:
+        """By the terminal."""
+        tty = self.console.tty if self.console.terminal else None
+        return tty is not None and (thread is None or thread.process.session == tty.session)
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -217,5 +190,46 @@ class System:
             result = -errno.EFAULT
         except (NoFrames, NoTables):
             result = -errno.ENOMEM
-        thread.deadline, thread.done = None, 0
+        self.give_up(thread)
         return result
+
+    @staticmethod
+    def give_up(thread: Thread) -> None:
+        """What a call that was blocked has begun is over: it is not made again."""
+        thread.deadline, thread.done = None, 0
+        opening, thread.opening = thread.opening, None
+        if opening is not None:
+            opening.let_go()
+
+    def write_time_left(self, thread: Thread, number: int, arguments: Sequence[int]) -> None:
+        """Of a sleep that a signal has interrupted: where it is asked for."""
+        if thread.deadline is None:
+            return
+        left = max(0, thread.deadline - self.monotonic())
+        address = 0
+        if number == _NANOSLEEP:
+            address = arguments[1]
+        elif number == _CLOCK_NANOSLEEP and not arguments[1] & 1:
+            address = arguments[3]
+        if address:
+            try:
+                thread.process.space.write(address, struct.pack("<qq", *divmod(left, 10**9)))
+            except SegmentationFault:
+                pass
+
+    # --- timers ----------------------------------------------------------------------------------------------------
+
+    def next_timer(self) -> int | None:
+        """When (monotonic) the next timer of a process is over."""
+        return min((each.alarm[0] for each in self.processes.values() if each.alarm[0]), default=None)
+
+    def expire(self) -> None:
+        """Signal those that are."""
+        if not any(each.alarm[0] for each in self.processes.values()):
+            return
+        now = self.monotonic()
+        for process in list(self.processes.values()):
+            at, interval = process.alarm
+            if at and at <= now:
+                process.alarm = (now + interval if interval else 0, interval)
+                self.signal_process(process, SignalInfo(signals.ALRM, SI_KERNEL))

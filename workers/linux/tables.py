@@ -37,7 +37,7 @@ class Tables:
         self._entries = entries
         self._address = address
         self._free = list(range(len(entries) // _ENTRIES))[::-1]
-        self._common: set[int] = set()      # entries of a root whose tables are another root's
+        self._common: dict[int, int] = {}   # {index: entry} of a root, whose tables are another root's
 
     @property
     def free(self) -> int:
@@ -46,7 +46,10 @@ class Tables:
 
     def new_root(self) -> int:
         """An empty address space; the address (GPA) of its first table, for CR3. Raises NoTables."""
-        return self._new()
+        root = self._new()
+        for index, entry in self._common.items():
+            self._entries[self._word(root) + index] = entry
+        return root
 
     def drop_root(self, root: int) -> None:
         """All tables of it but the common ones. No vCPU uses it any more."""
@@ -55,11 +58,10 @@ class Tables:
             self._entries[word + index] = 0
         self._drop(root, 4)
 
-    def have_in_common(self, source: int, target: int, page: int) -> None:
-        """Root ``target`` gets the tables of ``source`` for the 512 GiB around a page: what every program has there."""
+    def have_in_common(self, source: int, page: int) -> None:
+        """Roots that are made from now on have the tables of ``source`` for the 512 GiB around a page."""
         index = page >> 27 & 511
-        self._common.add(index)
-        self._entries[self._word(target) + index] = self._entries[self._word(source) + index]
+        self._common[index] = self._entries[self._word(source) + index]
 
     def chunks(self, root: int, page: int, count: int, *, make: bool = False) -> Iterator[tuple[int, int, int]]:
         """(page, word, number): the entries of consecutive pages are ``entries[word:word + number]``, table by table.

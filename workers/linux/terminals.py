@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ipc.consoles import COUNT, SIZE, Frame, FrameReader, FrameWriter, open_input, open_output
 
 from .controls import control
+from .population import FIRST_PID
 from .settings import IUTF8, Settings
 from .terminal import Tty
 
@@ -23,7 +24,6 @@ __all__ = ["FramedConsole", "LineConsole", "Send", "StreamConsole", "TerminalCon
 
 _ROOM = 1 << 16         # bytes that wait to be shown, or to be read
 _TYPED = 1 << 12        # the same, that were typed
-_FIRST = 1              # the first process, its group and its session
 
 #: Send a signal (the second argument) to a process group; 0: to the first process.
 Send = Callable[[int, int], None]
@@ -105,7 +105,7 @@ class FramedConsole:
             self._ended = True
         elif kind == Frame.SIGNAL and data:
             # What a keyboard would send goes to all who are at it.
-            self._send(_FIRST if data[0] in (signal.SIGINT, signal.SIGQUIT) else 0, data[0])
+            self._send(FIRST_PID if data[0] in (signal.SIGINT, signal.SIGQUIT) else 0, data[0])
 
     def _ask(self) -> None:
         """For as much as there is room for, unless that is little."""
@@ -163,7 +163,7 @@ class TerminalConsole(FramedConsole):
     def __init__(self, directory: Path, send: Send, clock: Callable[[], int]) -> None:
         super().__init__(directory, send, _TYPED)
         usual = Settings()
-        self.tty = Tty(Settings(iflag=usual.iflag | IUTF8), session=_FIRST, group=_FIRST)
+        self.tty = Tty(Settings(iflag=usual.iflag | IUTF8), session=FIRST_PID, group=FIRST_PID)
         self._clock = clock
         self._ask()
 

@@ -16,7 +16,6 @@ import ctypes
 import mmap
 import struct
 from collections.abc import Mapping
-from typing import Any
 
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, WorkerSpec
@@ -26,6 +25,7 @@ from ... import msr
 from ...faults import FRAME_NAMES, PAGE_FAULT
 from ...memory import GuestMemory
 from ...ports import PORT_FAULT, PortBus
+from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind, ProgramServer
 from . import api
 from . import state as kvm_state
@@ -33,7 +33,7 @@ from .vm import KvmAccelerator
 
 __all__ = ["KvmProgram"]
 
-_RIP, _RFLAGS, _RSP, _RAX, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rsp", "rax", "rcx", "r11"))
+_RIP, _RFLAGS, _RSP, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rsp", "rcx", "r11"))
 _FRAME = struct.Struct(f"<{len(FRAME_NAMES)}Q")
 
 #: Flags that a program may have: all that popf can set at CPL 3, and ID.
@@ -112,7 +112,7 @@ class KvmProgram(KvmAccelerator):
                 xcrs.xcrs[0].value = entry.eax & _XCR0_MAX
                 api.ioctl(self.vcpu_fd, api.SET_XCRS, xcrs)
 
-    # --- the program --------------------------------------------------------------------------------------------------
+    # --- the program ------------------------------------------------------------------------------------------------
 
     def run(self) -> Exit:
         reason, port, registers, sync = self._reason, self._port_words, self.registers_now, self._sync
@@ -155,7 +155,7 @@ class KvmProgram(KvmAccelerator):
         self._sregs[_SS:_SS + _SEGMENT] = self._user_stack
         self._sync[1] |= api.SYNC_SREGS
 
-    # --- what its server changes --------------------------------------------------------------------------------------
+    # --- what its server changes ------------------------------------------------------------------------------------
 
     def set_registers(self, words: memoryview) -> None:
         """All of them, 18 words."""
@@ -187,8 +187,29 @@ class KvmProgram(KvmAccelerator):
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def set_state(self, state: Any) -> None:
-        raise AccelError("the state of a program cannot be restored yet")
+    def registers(self) -> dict[str, int]:
+        self._apply()
+        return super().registers()
+
+    def get_state(self) -> VcpuSaved:
+        self._apply()
+        return super().get_state()
+
+    def set_state(self, state: VcpuSaved) -> None:
+        super().set_state(state)
+        regs, sregs = self._regs(), api.Sregs()
+        api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
+        self.registers_now[:] = memoryview(bytes(regs)).cast("Q")
+        self._sregs[:] = bytes(sregs)
+        self._sync[1] = 0
+
+    def _apply(self) -> None:
+        """What was to go with the next entry is the vCPU's now."""
+        if self._sync[1] & api.SYNC_SREGS:
+            api.ioctl(self.vcpu_fd, api.SET_SREGS, api.Sregs.from_buffer_copy(self._sregs))
+        if self._sync[1] & api.SYNC_REGS:
+            api.ioctl(self.vcpu_fd, api.SET_REGS, api.Regs.from_buffer_copy(self.registers_now))
+        self._sync[1] = 0
 
     def _release_views(self) -> None:
         for view in reversed(self._views):

@@ -5,7 +5,10 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     files.py        files, directories, descriptors
     identity.py     who and where a process is, limits, names
     clocks.py       time
-    life.py         threads and processes that end
+    life.py         threads and processes that begin and end
+    signalling.py   signals
+    futexes.py      futexes, where the worker cannot serve them alone
+    pipes.py        pipes
     waiting.py      poll and select
 
 A call is served by all of them that are imported here: ``SERVED``.
@@ -13,7 +16,8 @@ A call is served by all of them that are imported here: ``SERVED``.
 
 from __future__ import annotations
 
-from . import clocks, files, identity, life, memory, waiting
+from . import clocks, files, futexes, identity, life, memory, pipes, signalling, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "identity", "life", "memory", "waiting"]
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "futexes", "identity", "life", "memory",
+           "pipes", "signalling", "waiting"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING
 from ..channels import Channel
 from ..contents import Regular
 from ..directories import Directory
-from ..inodes import Inode, Node, Stat
+from ..inodes import Inode, Stat
 from ..locks import Lock
 from ..openfiles import OpenFile
 from ..paths import LONGEST_PATH
+from ..pipes import PipeEnd
+from ..space import PAGE
 from ..vfs import UTIME_NOW
 from .registry import Blocked, served, signed, signed32
 
@@ -67,8 +68,11 @@ def _place(system: System, thread: Thread, fd: int, path: int) -> tuple[Inode, b
 
 @served("openat")
 def openat(system: System, thread: Thread, fd: int, path: int, flags: int, mode: int, *_: int) -> int:
-    at, text = _place(system, thread, fd, path)
-    file = system.opened(system.files.open(at, text, flags & 0xFFFF_FFFF, mode & 0o7777 & ~thread.process.mask))
+    file, thread.opening = thread.opening, None
+    if file is None:
+        at, text = _place(system, thread, fd, path)
+        file = system.files.open(at, text, flags & 0xFFFF_FFFF, mode & 0o7777 & ~thread.process.mask)
+    file = system.opened(file, thread)
     return thread.process.files.add(file, close_on_exec=bool(flags & os.O_CLOEXEC))
 
 
@@ -139,57 +143,84 @@ def dup3(system: System, thread: Thread, fd: int, new: int, flags: int, *_: int)
 # --- reading and writing -----------------------------------------------------------------------------------------
 
 
-def _read(system: System, thread: Thread, file: OpenFile, count: int, offset: int | None) -> bytes:
-    if not isinstance(file, Channel):
-        return file.read(count) if offset is None else file.pread(count, offset)
-    if not file.readable:
-        raise OSError(errno.EBADF, "")
+def _take(system: System, thread: Thread, file: Channel, buffers: list[tuple[int, int]], offset: int | None) -> int:
+    """What there is, once, into all buffers."""
     if offset is not None:
         raise OSError(errno.ESPIPE, "")
+    if not file.readable:
+        raise OSError(errno.EBADF, "")
+    count = min(sum(size for _, size in buffers), _PART)
+    if count < file.least:
+        raise OSError(errno.EINVAL, "")
     if not count:
-        return b""
+        return 0
     try:
-        return file.take(system, thread, count)
+        data = file.take(system, thread, count)
     except Blocked:
         if file.flags & os.O_NONBLOCK:
             raise OSError(errno.EAGAIN, "") from None
         raise
+    scatter(thread, buffers, data)
+    return len(data)
 
 
-def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int, int]], offset: int | None) -> int:
+def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int, int]]) -> int:
     """All of it, where the descriptor blocks: what has been written of a call that waits for room is kept in the
     thread, and not written again."""
-    if offset is not None:
-        raise OSError(errno.ESPIPE, "")
-    before = 0
-    for address, size in _parts(buffers):
-        while before <= thread.done < before + size:
-            at = thread.done - before
-            data = thread.process.space.read(address + at, min(size - at, _PIECE))
-            try:
-                thread.done += file.put(system, thread, data)
-            except Blocked:
-                if not file.flags & os.O_NONBLOCK:
-                    raise
-                if not thread.done:
-                    raise OSError(errno.EAGAIN, "") from None
-                return thread.done
-            except OSError:
-                if not thread.done:
-                    raise
-                return thread.done
-        before += size
-    return thread.done
+    total = min(sum(size for _, size in buffers), _COUNT_MAX)
+    while True:
+        left = total - thread.done
+        # With the part that is not whole pages, which a pipe looks at first.
+        size = min(left, _PART if file.whole else _PIECE + left % PAGE)
+        data = gather(thread, buffers, thread.done, size)
+        try:
+            thread.done += file.put(system, thread, data)
+        except Blocked:
+            if not file.flags & os.O_NONBLOCK:
+                raise
+            if not thread.done:
+                raise OSError(errno.EAGAIN, "") from None
+            return thread.done
+        except OSError:
+            if not thread.done:
+                raise
+            return thread.done
+        if file.whole or thread.done >= total:
+            return thread.done
+
+
+def scatter(thread: Thread, buffers: list[tuple[int, int]], data: bytes) -> None:
+    """Into buffers (address, size), as far as it goes."""
+    at = 0
+    for address, size in buffers:
+        part = data[at:at + size]
+        if part:
+            thread.process.space.write(address, part)
+        at += size
+
+
+def gather(thread: Thread, buffers: list[tuple[int, int]], at: int, count: int) -> bytes:
+    """Of what is in buffers (address, size), ``count`` bytes from ``at`` on."""
+    parts = []
+    for address, size in buffers:
+        if at < size and count:
+            part = min(size - at, count)
+            parts.append(thread.process.space.read(address + at, part))
+            count -= part
+        at = max(0, at - size)
+    return b"".join(parts)
 
 
 def _into(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]], offset: int | None) -> int:
     """What a file gives, into buffers (address, size)."""
     file = thread.process.files.get(signed32(fd))
+    if isinstance(file, Channel):
+        return _take(system, thread, file, buffers, offset)
     done = 0
     for address, size in _parts(buffers):
         try:
-            data = _read(system, thread, file, size, None if offset is None else offset + done)
-        except (OSError, Blocked):
+            data = file.read(size) if offset is None else file.pread(size, offset + done)
+        except OSError:
             if done:
                 break
             raise
@@ -199,16 +230,18 @@ def _into(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]
             break
     else:
         if not buffers:
-            _read(system, thread, file, 0, offset)
+            file.read(0)
     return done
 
 
 def _from(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]], offset: int | None) -> int:
     file = thread.process.files.get(signed32(fd))
+    if isinstance(file, Channel) and offset is not None:
+        raise OSError(errno.ESPIPE, "")
     if not file.writable:
         raise OSError(errno.EBADF, "")
     if isinstance(file, Channel):
-        return _put(system, thread, file, buffers, offset)
+        return _put(system, thread, file, buffers)
     done = 0
     for address, size in _parts(buffers):
         data = thread.process.space.read(address, size)
@@ -628,7 +661,7 @@ def umask(system: System, thread: Thread, mask: int, *_: int) -> int:
 # --- descriptors and locks ---------------------------------------------------------------------------------------
 
 _F = {"DUPFD": 0, "GETFD": 1, "SETFD": 2, "GETFL": 3, "SETFL": 4, "GETLK": 5, "SETLK": 6, "SETLKW": 7,
-      "DUPFD_CLOEXEC": 1030}
+      "DUPFD_CLOEXEC": 1030, "SETPIPE_SZ": 1031, "GETPIPE_SZ": 1032}
 _FLOCK = struct.Struct("<hh4xqqi4x")
 _UNLOCK = 2
 
@@ -654,6 +687,10 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
         return 0
     if command in (_F["GETLK"], _F["SETLK"], _F["SETLKW"]):
         return _record_lock(system, thread, file, command, argument)
+    if command in (_F["SETPIPE_SZ"], _F["GETPIPE_SZ"]):
+        if not isinstance(file, PipeEnd):
+            raise OSError(errno.EBADF, "")
+        return file.pipe.resize(argument & 0xFFFF_FFFF) if command == _F["SETPIPE_SZ"] else file.pipe.size
     raise OSError(errno.EINVAL, "")
 
 
@@ -691,11 +728,22 @@ def flock(system: System, thread: Thread, fd: int, operation: int, *_: int) -> i
     return 0
 
 
+_FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX = 0x541B, 0x5421, 0x5450, 0x5451      # uapi/asm-generic/ioctls.h
+
+
 @served("ioctl")
 def ioctl(system: System, thread: Thread, fd: int, request: int, argument: int, *_: int) -> int:
-    file = thread.process.files.get(signed32(fd))
-    if not isinstance(file, Channel):
-        raise OSError(errno.ENOTTY, "")
-    return file.control(system, thread, request & 0xFFFF_FFFF, argument)
-
-
+    files, space, request = thread.process.files, thread.process.space, request & 0xFFFF_FFFF
+    file = files.get(signed32(fd))
+    if request in (_FIOCLEX, _FIONCLEX):
+        files.descriptor(signed32(fd)).close_on_exec = request == _FIOCLEX
+        return 0
+    if request == _FIONBIO:
+        file.set_flags(file.flags & ~os.O_NONBLOCK | (os.O_NONBLOCK if any(space.read(argument, 4)) else 0))
+        return 0
+    if isinstance(file, Channel):
+        return file.control(system, thread, request, argument)
+    if request == _FIONREAD and isinstance(file.inode, Regular):
+        space.write(argument, struct.pack("<I", file.inode.size - file.position & 0xFFFF_FFFF))
+        return 0
+    raise OSError(errno.ENOTTY, "")

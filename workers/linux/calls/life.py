@@ -1,4 +1,4 @@
-"""Threads and processes that end; signals, as far as they are written down."""
+"""Threads and processes that begin and end, and waiting for them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,30 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from .registry import Ended, served, signed32
+from ipc.programs import REGISTERS
+
+from .. import signals
+from ..blocked import Blocked, Ended
+from ..program import start
+from ..space import SegmentationFault
+from .registry import served, signed32
 
 if TYPE_CHECKING:
-    from ..processes import Thread
+    from ..inodes import Inode
+    from ..processes import Process, Thread
     from ..system import System
 
-_SIGNALS = 64
-_KILL, _STOP = 9, 19
-_BLOCK, _UNBLOCK, _SETMASK = 0, 1, 2
-_ACTION_SIZE, _STACK_SIZE = 32, 24
+# uapi/linux/sched.h
+_VM, _VFORK, _PARENT_SETTID, _THREAD, _SETTLS = 0x100, 0x4000, 0x10_0000, 0x1_0000, 0x8_0000
+_CHILD_CLEARTID, _CHILD_SETTID, _FILES = 0x20_0000, 0x100_0000, 0x400
+_NAMESPACES = 0x7E02_0000 | 0x80
+# uapi/linux/wait.h
+_NOHANG, _UNTRACED, _EXITED, _CONTINUED, _NOWAIT = 1, 2, 4, 8, 0x100_0000
+_P_ALL, _P_PID, _P_PGID = 0, 1, 2
+_STOPPED_CODE, _CONTINUED_CODE = 0x7F, 0xFFFF
+_TEXT_MAX = 128 << 10       # MAX_ARG_STRLEN
+_WORDS_MAX = 256 << 10
+_RAX, _RSP, _RIP, _RFLAGS = (REGISTERS.index(name) for name in ("rax", "rsp", "rip", "rflags"))
 
 
 @served("exit")
@@ -30,42 +44,233 @@ def exit_group(system: System, thread: Thread, code: int, *_: int) -> int:
     raise Ended
 
 
-@served("rt_sigaction")
-def rt_sigaction(system: System, thread: Thread, number: int, new: int, old: int, size: int, *_: int) -> int:
-    number = signed32(number)
-    if size != 8 or not 1 <= number <= _SIGNALS or (new and number in (_KILL, _STOP)):
+# --- threads and children -------------------------------------------------------------------------------------------
+
+
+@served("clone")
+def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: int, child_tid: int, tls: int,
+          *_: int) -> int:
+    """As far as pthread_create, fork, vfork and posix_spawn go."""
+    if thread.vfork is not None:
+        raise Blocked(on=(thread.vfork,))
+    if thread.done:         # vfork: the child has gone its way
+        return thread.done
+    if flags & _NAMESPACES or (flags & _THREAD and not flags & _VM):
         raise OSError(errno.EINVAL, "")
-    space, actions = thread.process.space, thread.process.actions
-    wanted = space.read(new, _ACTION_SIZE) if new else None
-    if old:
-        space.write(old, actions.get(number, bytes(_ACTION_SIZE)))
-    if wanted is not None:
-        actions[number] = wanted
+    if not system.launcher.free_vcpus():
+        raise OSError(errno.EAGAIN, "")
+    if flags & _THREAD:
+        made = system.new_thread(thread.process, thread.name)
+        made.blocked = thread.blocked
+    else:
+        files = thread.process.files
+        made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF,
+                           files=files if flags & _FILES else files.copy())
+    space = thread.process.space
+    if flags & _PARENT_SETTID:
+        space.write(parent_tid, struct.pack("<I", made.tid))
+    if flags & _CHILD_SETTID:
+        made.process.space.write(child_tid, struct.pack("<I", made.tid))
+    if flags & _CHILD_CLEARTID:
+        made.clear_tid = child_tid
+    registers = list(thread.registers)
+    registers[_RAX] = 0
+    if stack:
+        registers[_RSP] = stack
+    system.launcher.launch(made, registers, tls if flags & _SETTLS else thread.fs_now)
+    if not flags & _THREAD and len(thread.process.threads) > 1:
+        for other in thread.process.threads:        # a futex that they wait on may be in another frame soon
+            if other is not thread:
+                system.launcher.look_at(other)
+    if flags & _VFORK:
+        thread.done, thread.vfork = made.tid, made.process
+        raise Blocked(on=(made.process,))
+    return made.tid
+
+
+@served("clone3", "rseq")
+def without(system: System, thread: Thread, *_: int) -> int:
+    """Every C library does without them."""
+    raise OSError(errno.ENOSYS, "")
+
+
+@served("fork")
+def fork(system: System, thread: Thread, *_: int) -> int:
+    return clone(system, thread, signals.CHLD, 0, 0, 0, 0)
+
+
+@served("vfork")
+def vfork(system: System, thread: Thread, *_: int) -> int:
+    return clone(system, thread, _VM | _VFORK | signals.CHLD, 0, 0, 0, 0)
+
+
+# --- another program ------------------------------------------------------------------------------------------------
+
+
+@served("execve")
+def execve(system: System, thread: Thread, path: int, arguments: int, environment: int, *_: int) -> int:
+    return _exec(system, thread, thread.process.directory, thread.process.space.text(path), arguments, environment)
+
+
+@served("execveat")
+def execveat(system: System, thread: Thread, fd: int, path: int, arguments: int, environment: int, flags: int,
+             *_: int) -> int:
+    text, number = thread.process.space.text(path), signed32(fd)
+    at: Inode = thread.process.directory
+    if number != -100 and not text.startswith(b"/"):
+        at = thread.process.files.get(number, path_only=True).inode
+    if not text and flags & 0x1000:
+        raise OSError(errno.ENOSYS, "")
+    return _exec(system, thread, at, text, arguments, environment)
+
+
+def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int, environment: int) -> int:
+    """The thread is the only one of its process afterwards, and the first."""
+    process = thread.process
+    argv, envp = _texts(thread, arguments), _texts(thread, environment)
+    space = system.new_space()
+    try:
+        started = start(space, lambda name: system.executable(name, at), path, argv or [b""], envp,
+                        random=system.files.store.random(16))
+    except SegmentationFault:
+        space.close()
+        raise OSError(errno.ENOMEM, "") from None
+    except BaseException:
+        space.close()
+        raise
+    for other in list(process.threads):
+        if other is not thread:
+            system.end_thread(other, 0)
+            system.launcher.look_at(other)
+    if thread.tid != process.pid:
+        system.threads.pop(thread.tid)
+        system.threads[process.pid] = thread
+        thread.tid = process.pid
+    system.leave_space(process)
+    process.space = space
+    system.release_vfork(process)
+    process.files.close_all(on_exec=True)
+    process.actions = {number: action for number, action in process.actions.items() if action.ignores}
+    thread.alternate, thread.clear_tid, thread.robust = b"", 0, (0, 0)
+    system.name_program(process, started, path, argv, envp)
+    thread.name = process.name
+    for place, value in enumerate(_fresh(started.rip, started.rsp)):
+        thread.registers[place] = value
+    thread.jumps = thread.new_space = True
+    thread.xsave = signals.INIT_XSAVE
     return 0
 
 
-@served("rt_sigprocmask")
-def rt_sigprocmask(system: System, thread: Thread, how: int, new: int, old: int, size: int, *_: int) -> int:
-    if size != 8:
+def _texts(thread: Thread, address: int) -> list[bytes]:
+    """A vector of strings, up to its null pointer."""
+    found: list[bytes] = []
+    while address:
+        word, = struct.unpack("<Q", thread.process.space.read(address, 8))
+        if not word:
+            break
+        if len(found) >= _WORDS_MAX:
+            raise OSError(errno.E2BIG, "")
+        try:
+            found.append(thread.process.space.text(word, _TEXT_MAX))
+        except OSError:
+            raise OSError(errno.E2BIG, "") from None
+        address += 8
+    return found
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------
+
+
+@served("wait4")
+def wait4(system: System, thread: Thread, pid: int, status: int, options: int, usage: int, *_: int) -> int:
+    options &= 0xFFFF_FFFF
+    if options & ~(_NOHANG | _UNTRACED | _CONTINUED | 0xE000_0000):
         raise OSError(errno.EINVAL, "")
-    before = thread.blocked
-    if new:
-        wanted, = struct.unpack("<Q", thread.process.space.read(new, 8))
-        how = signed32(how)
-        if how not in (_BLOCK, _UNBLOCK, _SETMASK):
-            raise OSError(errno.EINVAL, "")
-        now = before | wanted if how == _BLOCK else before & ~wanted if how == _UNBLOCK else wanted
-        thread.blocked = now & ~(1 << _KILL - 1 | 1 << _STOP - 1)
-    if old:
-        thread.process.space.write(old, struct.pack("<Q", before))
+    number = signed32(pid)
+    group = 0 if number > 0 or number == -1 else -number or thread.process.group
+    found = _changed(system, thread, number if number > 0 else 0, group, options | _EXITED)
+    if found is None:
+        return 0
+    code = found.code
+    if code is None:
+        code = _CONTINUED_CODE if found.told < 0 else found.told << 8 | _STOPPED_CODE
+    if status:
+        thread.process.space.write(status, struct.pack("<I", code))
+    if usage:
+        thread.process.space.write(usage, bytes(144))
+    _taken(system, found)
+    return found.pid
+
+
+@served("waitid")
+def waitid(system: System, thread: Thread, kind: int, number: int, address: int, options: int, usage: int,
+           *_: int) -> int:
+    kind, options = signed32(kind), options & 0xFFFF_FFFF
+    if kind not in (_P_ALL, _P_PID, _P_PGID) or not options & (_EXITED | _UNTRACED | _CONTINUED):
+        raise OSError(errno.EINVAL, "")
+    wanted = signed32(number)
+    group = (wanted or thread.process.group) if kind == _P_PGID else 0
+    found = _changed(system, thread, wanted if kind == _P_PID else 0, group, options)
+    info = bytes(128) if found is None else system.child_info(found).pack()
+    if address:
+        thread.process.space.write(address, info)
+    if usage:
+        thread.process.space.write(usage, bytes(144))
+    if found is not None and not options & _NOWAIT:
+        _taken(system, found)
     return 0
 
 
-@served("sigaltstack")
-def sigaltstack(system: System, thread: Thread, new: int, old: int, *_: int) -> int:
-    wanted = thread.process.space.read(new, _STACK_SIZE) if new else None
-    if old:
-        thread.process.space.write(old, thread.alternate or struct.pack("<Qi4xQ", 0, 2, 0))     # SS_DISABLE
-    if wanted is not None:
-        thread.alternate = wanted
+def _changed(system: System, thread: Thread, pid: int, group: int, options: int) -> Process | None:
+    """A child about which there is something to tell; None with WNOHANG. Raises OSError and Blocked."""
+    candidates = [each for each in system.children(thread.process)
+                  if (not pid or each.pid == pid) and (not group or each.group == group)]
+    for each in candidates:
+        if each.code is not None and options & _EXITED:
+            return each
+        if each.code is None and ((each.told > 0 and options & _UNTRACED) or (each.told < 0 and options & _CONTINUED)):
+            return each
+    if not candidates:
+        raise OSError(errno.ECHILD, "")
+    if options & _NOHANG:
+        return None
+    raise Blocked(on=(("children", thread.process.pid),))
+
+
+def _taken(system: System, process: Process) -> None:
+    if process.code is not None:
+        system.reap(process)
+    else:
+        process.told = 0
+
+
+# --- groups and sessions --------------------------------------------------------------------------------------------
+
+
+@served("setpgid")
+def setpgid(system: System, thread: Thread, pid: int, group: int, *_: int) -> int:
+    process = system.process(signed32(pid) or thread.process.pid)
+    if process is not thread.process and process.parent != thread.process.pid:
+        raise OSError(errno.ESRCH, "")
+    if signed32(group) < 0:
+        raise OSError(errno.EINVAL, "")
+    if process.pid == process.session or process.session != thread.process.session:
+        raise OSError(errno.EPERM, "")
+    process.group = signed32(group) or process.pid
     return 0
+
+
+@served("setsid")
+def setsid(system: System, thread: Thread, *_: int) -> int:
+    process = thread.process
+    if process.group == process.pid:
+        raise OSError(errno.EPERM, "")
+    process.session = process.group = process.pid
+    return process.pid
+
+
+def _fresh(rip: int, rsp: int) -> list[int]:
+    """Registers at a program's first instruction."""
+    found = [0] * len(REGISTERS)
+    found[_RIP], found[_RSP], found[_RFLAGS] = rip, rsp, 0x202
+    return found

@@ -1,0 +1,46 @@
+"""Pipes. Fifos are opened as files are."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from typing import TYPE_CHECKING
+
+from ..inodes import Node
+from ..pipes import Pipe, PipeEnd
+from .registry import served
+
+if TYPE_CHECKING:
+    from ..processes import Thread
+    from ..system import System
+
+
+@served("pipe")
+def pipe(system: System, thread: Thread, address: int, *_: int) -> int:
+    return pipe2(system, thread, address, 0)
+
+
+@served("pipe2")
+def pipe2(system: System, thread: Thread, address: int, flags: int, *_: int) -> int:
+    if flags & 0xFFFF_FFFF & ~(os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT):
+        raise OSError(errno.EINVAL, "")
+    files, store = thread.process.files, system.files.store
+    made = Pipe(system.notify)
+    inode = Node(store, stat.S_IFIFO | 0o600)
+    inode.nlink = 0
+    numbers: list[int] = []
+    ends = [PipeEnd(made, inode, os.O_RDONLY | flags & os.O_NONBLOCK),
+            PipeEnd(made, inode, os.O_WRONLY | flags & (os.O_NONBLOCK | os.O_DIRECT))]
+    try:
+        while ends:
+            numbers.append(files.add(ends.pop(0), close_on_exec=bool(flags & os.O_CLOEXEC)))
+        thread.process.space.write(address, struct.pack("<ii", *numbers))
+    except Exception:
+        for end in ends:
+            end.let_go()
+        for number in numbers:
+            files.close(number)
+        raise
+    return 0

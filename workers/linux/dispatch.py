@@ -1,0 +1,432 @@
+"""Which thread is on which vCPU, what each of them waits for, and how it goes on: between the mailboxes and the system.
+
+A vCPU is idle, or runs a thread; then its worker is in the guest, or waits in its mailbox. What waits there is blocked
+(its call is made again when something has changed), parked (its process is stopped), or about to be served.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from ipc.programs import REGISTERS, STALE_MAX, Answer, Kind, Mailbox
+
+from . import signals
+from .abi import number_of
+from .blocked import Again, Blocked, Ended
+from .frames import NoFrames, Run
+from .processes import Thread
+from .program import Started
+from .ram import Ram
+from .signals import INIT_XSAVE, Action, SignalInfo, bit, build_frame
+from .space import SegmentationFault, Space
+from .system import System
+from .tables import NoTables
+
+__all__ = ["Dispatcher"]
+
+_R = {name: at for at, name in enumerate(REGISTERS)}
+_RAX, _RIP, _RSP, _RFLAGS = _R["rax"], _R["rip"], _R["rsp"], _R["rflags"]
+_ARGUMENTS = tuple(_R[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
+_FLAGS = 0x202
+_SYSCALL_SIZE = 2       # bytes of the instruction
+
+_PAGE_FAULT = 14
+#: Signals of exceptions, with their si_code (arch/x86/kernel/traps.c); of all others, SIGSEGV from the kernel.
+_SIGNALS = {0: (signals.FPE, 1), 1: (signals.TRAP, 1), 3: (signals.TRAP, 0x80), 6: (signals.ILL, 2),
+            12: (signals.BUS, 0x80), 16: (signals.FPE, 0), 17: (signals.BUS, 1), 19: (signals.FPE, 0)}
+_SEGV_MAPERR, _SEGV_ACCERR, _BUS_ADRERR, _SI_KERNEL = 1, 2, 2, 0x80
+
+#: Calls that are not made again after a handler, whatever it asked for (signal(7)).
+_NEVER_AGAIN = frozenset(map(number_of, (
+    "poll", "ppoll", "select", "pselect6", "epoll_wait", "epoll_pwait", "epoll_pwait2", "nanosleep", "clock_nanosleep",
+    "pause", "rt_sigsuspend", "rt_sigtimedwait")))
+
+_ATTENTION_TIMEOUT = 5.0    # seconds
+
+
+class Dispatcher:
+    """A ``Launcher`` (population.py)."""
+
+    def __init__(self, system: System, boxes: Sequence[Mailbox], ram: Ram) -> None:
+        self._system, self._boxes, self._ram = system, boxes, ram
+        self._threads: list[Thread | None] = [None] * len(boxes)
+        self._indices: dict[Thread, int] = {}
+        self._idle: set[int] = set()
+        self._ended: set[int] = set()
+        self._blocked: dict[int, Blocked] = {}
+        self._parked: set[int] = set()          # their process is stopped
+        self._looks: set[int] = set()           # to be looked at: a signal, an end
+        self._to_start: deque[tuple[Thread, list[int], int]] = deque()
+        #: Frames of which the worker of a vCPU has to drop its mapping before it goes on.
+        self._stale: dict[int, list[Run]] = {}
+        self._traps: dict[int, tuple[int, int, int]] = {}   # (error, vector, address) of a fault that is a signal
+        self.served = 0
+
+    # --- for the accelerator ----------------------------------------------------------------------------------------
+
+    def serve_asked(self, enough: Callable[[], bool]) -> bool:
+        """Every mailbox in which something is asked, until it is ``enough``; whether there was any."""
+        found = False
+        for index, box in enumerate(self._boxes):
+            if box.asked:
+                found = True
+                self._serve(index, box)
+                if enough():
+                    break
+        return found
+
+    @property
+    def is_asked(self) -> bool:
+        return any(box.asked for box in self._boxes)
+
+    def serve_others(self) -> bool:
+        """Threads that are to begin, to be looked at, or can make their call again; whether there was any."""
+        found = False
+        while self._to_start and self._idle:
+            found = True
+            thread, registers, fs_base = self._to_start.popleft()
+            if not thread.ended:
+                self._begin(min(self._idle), thread, registers, fs_base)
+        while self._looks:
+            found = True
+            self._look(self._looks.pop())
+        return self._serve_blocked() or found
+
+    @property
+    def deadline(self) -> int | None:
+        """When a blocked call is to be made again at the latest."""
+        return min((each.deadline for each in self._blocked.values() if each.deadline is not None), default=None)
+
+    def start(self, thread: Thread, started: Started) -> None:
+        """The first one."""
+        registers = [0] * len(REGISTERS)
+        registers[_RIP], registers[_RSP], registers[_RFLAGS] = started.rip, started.rsp, _FLAGS
+        self.launch(thread, registers, 0)
+
+    def end_all(self) -> None:
+        """Everything has ended: have all vCPUs end."""
+        for index in range(len(self._boxes)):
+            self._look(index)
+
+    @property
+    def all_ended(self) -> bool:
+        return len(self._ended) == len(self._boxes)
+
+    # --- Launcher ---------------------------------------------------------------------------------------------------
+
+    def free_vcpus(self) -> int:
+        return sum(each is None for each in self._threads) - len(self._to_start)
+
+    def launch(self, thread: Thread, registers: Sequence[int], fs_base: int) -> None:
+        self._to_start.append((thread, list(registers), fs_base))
+
+    def look_at(self, thread: Thread) -> None:
+        index = self._indices.get(thread)
+        if index is not None:
+            self._looks.add(index)
+
+    def forget_space(self, space: Space) -> None:
+        self._make_stale(space.visitors, space.take_stale())
+
+    def host_address(self, frame: int, offset: int) -> int:
+        return self._ram.host_address(frame, offset)
+
+    # --- what is asked ----------------------------------------------------------------------------------------------
+
+    def _serve(self, index: int, box: Mailbox) -> None:
+        self.served += 1
+        kind, thread = box.kind, self._threads[index]
+        if kind == Kind.READY:
+            self._idle.add(index)
+            box.hold()
+            if self._system.code is not None:
+                self._look(index)
+            return
+        if thread is None or thread.ended:
+            self._let_go(index)
+            return
+        thread.registers, thread.fs_now = box.registers, box.fs_base
+        if kind == Kind.CALL:
+            self._call(index, box, thread)
+        elif kind == Kind.FAULT:
+            self._fault(index, box, thread)
+        elif kind == Kind.XSAVE:
+            self._signal(index, box, thread)
+        else:
+            self._go_on(index, thread, Answer(0))
+
+    def _call(self, index: int, box: Mailbox, thread: Thread) -> None:
+        registers = box.registers
+        try:
+            result = self._system.call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
+        except Blocked as blocked:
+            self._blocked[index] = blocked
+            box.hold()
+            if self._system.deliverable(thread):
+                self._looks.add(index)
+            return
+        except Again:
+            registers[_RIP] -= _SYSCALL_SIZE
+            self._go_on(index, thread, Answer.REGISTERS)
+            return
+        except Ended:
+            self._let_go(index)
+            return
+        answer = Answer(0)
+        if thread.fs_base is not None:
+            box.fs_base, thread.fs_base = thread.fs_base, None
+            answer = Answer.FS
+        if thread.jumps:
+            answer |= self._jump(index, box, thread)
+        else:
+            registers[_RAX] = result & 0xFFFF_FFFF_FFFF_FFFF
+        self._go_on(index, thread, answer)
+
+    def _jump(self, index: int, box: Mailbox, thread: Thread) -> Answer:
+        """It goes on somewhere else."""
+        answer = Answer.REGISTERS
+        if thread.xsave is not None:
+            box.xsave[:] = thread.xsave
+            answer |= Answer.SET_XSAVE
+        if thread.new_space:
+            box.root, box.fs_base, box.tid = thread.process.space.root, 0, thread.tid
+            thread.process.space.visitors.add(index)
+            answer |= Answer.ROOT | Answer.FS
+        thread.jumps, thread.new_space, thread.xsave = False, False, None
+        return answer
+
+    def _fault(self, index: int, box: Mailbox, thread: Thread) -> None:
+        vector, error, address = box.fault
+        info = None
+        if vector != _PAGE_FAULT:
+            number, code = _SIGNALS.get(vector, (signals.SEGV, _SI_KERNEL))
+            info = SignalInfo(number, code, address=0 if code == _SI_KERNEL else address)
+        else:
+            try:
+                thread.process.space.fault(address, error)
+            except SegmentationFault as fault:
+                number = signals.BUS if fault.bus else signals.SEGV
+                code = _BUS_ADRERR if fault.bus else _SEGV_ACCERR if fault.mapped else _SEGV_MAPERR
+                info = SignalInfo(number, code, address=address)
+            except (NoFrames, NoTables):
+                self._system.end_process(thread.process, signals.KILL)      # as Linux does when it has none left
+        if info is not None:
+            self._traps[index] = error, vector, address
+            self._system.force(thread, info)
+        self._go_on(index, thread, Answer(0))
+
+    # --- how it goes on ---------------------------------------------------------------------------------------------
+
+    def _go_on(self, index: int, thread: Thread, answer: Answer) -> None:
+        """Its registers are in the mailbox as they will be."""
+        system = self._system
+        if thread.ended:
+            self._let_go(index)
+        elif thread.process.stopped:
+            self._park(index)
+        elif not system.deliverable(thread):
+            if thread.saved_mask is not None:
+                thread.blocked, thread.saved_mask = thread.saved_mask, None
+            self._answer(index, answer, self._boxes[index].registers[_RAX])
+        elif self._has_handler(thread):
+            self._answer(index, answer | Answer.REGISTERS | Answer.GET_XSAVE)       # for the frame
+        elif system.act(thread, _no_handler):
+            self._answer(index, answer | Answer.REGISTERS)
+        elif thread.ended:
+            self._let_go(index)
+        else:
+            self._park(index)
+
+    def _park(self, index: int) -> None:
+        """Its process is stopped. What it was to go on with stays in the mailbox."""
+        self._parked.add(index)
+        self._boxes[index].hold()
+
+    def _has_handler(self, thread: Thread) -> bool:
+        process = thread.process
+        for pending in (thread.pending, process.pending):
+            for each in pending:
+                action = process.action(each.number)
+                if not thread.blocked & bit(each.number) and not (action.is_default or action.ignores):
+                    return True
+        return False
+
+    def _signal(self, index: int, box: Mailbox, thread: Thread) -> None:
+        """Its XSAVE area is here: a handler can be entered."""
+        trap = self._traps.pop(index, (0, 0, 0))
+        entered = False
+
+        def jump(info: SignalInfo, action: Action) -> None:
+            nonlocal entered
+            mask = thread.blocked if thread.saved_mask is None else thread.saved_mask
+            error, vector, address = trap
+            registers = build_frame(thread.process.space, box.registers, bytes(box.xsave), info, action, mask,
+                                    thread.alternate, error=error, trap=vector, address=address)
+            for at, value in enumerate(registers):
+                box.registers[at] = value
+            thread.saved_mask = None
+            thread.blocked |= action.mask & ~signals.UNBLOCKABLE
+            if not action.flags & signals.NODEFER:
+                thread.blocked |= bit(info.number)
+            entered = True
+
+        try:
+            goes_on = self._system.act(thread, jump)
+        except (SegmentationFault, NoFrames, NoTables):
+            self._system.end_process(thread.process, signals.wait_code(signals.SEGV))      # no room for the frame
+            goes_on = False
+        if thread.ended:
+            self._let_go(index)
+        elif not goes_on:
+            self._park(index)
+        elif entered:
+            box.xsave[:] = INIT_XSAVE
+            self._answer(index, Answer.REGISTERS | Answer.SET_XSAVE)
+        else:
+            self._answer(index, Answer.REGISTERS)
+
+    def _let_go(self, index: int) -> None:
+        """The thread has ended, and with it perhaps everything."""
+        thread, self._threads[index] = self._threads[index], None
+        if thread is not None:
+            self._system.give_up(thread)
+            self._indices.pop(thread, None)
+        self._blocked.pop(index, None)
+        self._parked.discard(index)
+        self._traps.pop(index, None)
+        if self._system.code is not None:
+            self._idle.discard(index)
+            self._ended.add(index)
+            self._boxes[index].answer(Answer.END)
+        else:
+            self._answer(index, Answer.IDLE)
+
+    def _begin(self, index: int, thread: Thread, registers: Sequence[int], fs_base: int) -> None:
+        box = self._boxes[index]
+        self._idle.discard(index)
+        self._threads[index] = thread
+        self._indices[thread] = index
+        thread.process.space.visitors.add(index)
+        for at, value in enumerate(registers):
+            box.registers[at] = value
+        box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
+        box.xsave[:] = INIT_XSAVE
+        self._answer(index, Answer.ROOT | Answer.FS | Answer.REGISTERS | Answer.SET_XSAVE)
+        if self._system.deliverable(thread):
+            self._looks.add(index)
+
+    # --- blocked calls ----------------------------------------------------------------------------------------------
+
+    def _serve_blocked(self) -> bool:
+        """Calls whose time has come, or that wait for something which has changed."""
+        notified, self._system.notified = self._system.notified, set()
+        if not self._blocked:
+            return False
+        now = self._system.monotonic()
+        due = [index for index, blocked in self._blocked.items()
+               if (blocked.deadline is not None and blocked.deadline <= now) or not notified.isdisjoint(blocked.on)]
+        for index in due:
+            thread = self._threads[index]
+            if index in self._blocked and thread is not None and not thread.process.stopped:
+                del self._blocked[index]
+                self._call(index, self._boxes[index], thread)
+        return bool(due)
+
+    def _look(self, index: int) -> None:
+        """At a thread that has a signal to take, or has ended, or whose process goes on."""
+        thread, box = self._threads[index], self._boxes[index]
+        if index in self._ended:
+            return
+        if not box.waits:
+            box.want_attention(interrupt=True)
+        elif thread is None:
+            if self._system.code is not None and index in self._idle:
+                self._let_go(index)
+        elif thread.ended:
+            if not box.asked:
+                self._let_go(index)
+        elif index in self._parked:
+            if not thread.process.stopped:
+                self._parked.discard(index)
+                self._go_on(index, thread, Answer.REGISTERS)
+        elif index in self._blocked:
+            self._interrupt(index, box, thread)
+
+    def _interrupt(self, index: int, box: Mailbox, thread: Thread) -> None:
+        """A blocked call, by a signal that has a handler or ends the process; others do not disturb it."""
+        system = self._system
+        if thread.vfork is not None or thread.process.stopped:
+            return
+        if thread.awaited and any(bit(each.number) & thread.awaited
+                                  for each in (*thread.pending, *thread.process.pending)):
+            system.notify(("signals", thread.tid))
+            return
+        if not self._has_handler(thread):
+            again = self._blocked[index].again
+            if not system.act(thread, _no_handler) and thread.ended:
+                self._let_go(index)
+            elif again:
+                del self._blocked[index]
+                box.registers[_RIP] -= _SYSCALL_SIZE
+                self._go_on(index, thread, Answer.REGISTERS)
+            return
+        del self._blocked[index]
+        registers, number = box.registers, box.registers[_RAX]
+        again = number not in _NEVER_AGAIN and self._restarts(thread)
+        if thread.done:
+            registers[_RAX] = thread.done
+        elif again:
+            registers[_RIP] -= _SYSCALL_SIZE
+        else:
+            registers[_RAX] = -errno.EINTR & 0xFFFF_FFFF_FFFF_FFFF
+            system.write_time_left(thread, number, [registers[at] for at in _ARGUMENTS])
+        thread.awaited = 0
+        system.give_up(thread)
+        self._go_on(index, thread, Answer.REGISTERS)
+
+    @staticmethod
+    def _restarts(thread: Thread) -> bool:
+        """The handler of the signal that comes first wants that."""
+        process = thread.process
+        numbers = [each.number for pending in (thread.pending, process.pending) for each in pending
+                   if not thread.blocked & bit(each.number) and not process.action(each.number).is_default]
+        return bool(numbers) and bool(process.action(min(numbers)).flags & signals.RESTART)
+
+    # --- answers, and translations ----------------------------------------------------------------------------------
+
+    def _answer(self, index: int, answer: Answer, result: int = 0) -> None:
+        thread, box = self._threads[index], self._boxes[index]
+        if thread is not None:
+            space = thread.process.space
+            if space.stale:
+                self._make_stale(space.visitors, space.take_stale())
+        stale = self._stale.pop(index, None)
+        if stale is not None:
+            box.put_stale(stale if len(stale) <= STALE_MAX else [])
+            answer |= Answer.STALE
+        box.answer(answer, result)
+
+    def _make_stale(self, visitors: Iterable[int], runs: list[Run]) -> None:
+        """These vCPUs must not use what they have read of these frames' entries. Those in their mailbox are told with
+        their answer; for the others it is waited here."""
+        if not runs:
+            return
+        waiting = []
+        for index in visitors:
+            box = self._boxes[index]
+            if box.waits:
+                self._stale.setdefault(index, []).extend(runs)
+            else:
+                box.put_stale(runs if len(runs) <= STALE_MAX else [])
+                waiting.append((box, box.want_attention(interrupt=False)))
+        deadline = time.monotonic() + _ATTENTION_TIMEOUT
+        for box, number in waiting:
+            while box.attended != number and time.monotonic() < deadline:
+                time.sleep(0)
+
+
+def _no_handler(info: SignalInfo, action: Action) -> None:
+    raise AssertionError("a handler needs a frame")
