@@ -68,12 +68,12 @@ def main() -> None:
 def _occupy_standard() -> None:
     """A standard stream that is closed leaves its number to something else, which the processes of a machine would not
     inherit under it."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
-        os.set_inheritable(fd, True)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _replace_stdout() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ipc.layout import MAX_VCPUS
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Size
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["run_program"]
 
 _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
+#: {key of a configuration: option of this verb that says the same}
+_OPTIONS = {"guest.root": "--root", "guest.files": "--file", "guest.env": "--env", "guest.directory": "--directory",
+            "guest.seed": "--seed", "memory.0.size": "--memory", "dirty_ring_size": "--ring", "timeout": "--timeout"}
+_KEY = re.compile("|".join(map(re.escape, _OPTIONS)))
+_NOT_THERE = os.strerror(errno.ENOENT)
 #: Signals that become the program's.
 _PASSED_ON = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _AT_ONCE_S = 1.0
@@ -37,7 +46,8 @@ _AT_ONCE_S = 1.0
               help="Give the program this file or directory of the host, copied when it is used.")
 @click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="Set a variable of its environment.")
 @click.option("--directory", default="/", show_default=True, help="Directory in which it starts.")
-@click.option("--threads", type=int, help="Threads that it and its children may have at once (default: 8).")
+@click.option("--threads", type=click.IntRange(1, MAX_VCPUS - 1),
+              help="Threads that it and its children may have at once (default: 8).")
 @click.option("--memory", type=Size(), default="256MiB", show_default=True, help="Memory of the machine.")
 @click.option("--seed", type=int, help="Make its random numbers the same in each run.")
 @click.option("--ring", type=int, default=4096, show_default=True, help="Entries of each dirty ring.")
@@ -61,16 +71,20 @@ def run_program(program: str, args: tuple[str, ...], name: str | None, terminal:
     from ..client.machine import Machine
 
     console = "lines" if options["detach"] else "terminal" if _is_terminal(terminal) else "streams"
-    spec = _machine(program, args, name or _name(program), options, console)
+    with _said_by_option(options):
+        spec = _machine(program, args, name or _name(program), options, console)
+        machine = Machine.launch(spec, detach=options["detach"], start=options["detach"])
     if options["detach"]:
-        return run_or_leave(Machine.launch(spec, detach=True), True, False)
-    with Machine.launch(spec, start=False) as machine:
+        return run_or_leave(machine, True, False)
+    with machine:
         for warning in machine.warnings:
             click.echo(f"vmm: warning: {warning}", err=True)
         report = _follow(machine, console == "terminal")
     _show(report, shown, report_json)
     program_report = report.get("program") or {}
     status = program_report.get("exit_status")
+    if report["exit_code"] > ExitCode.GUEST_FAILED:
+        click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
     return int(report["exit_code"] if status is None or report["exit_code"] > ExitCode.GUEST_FAILED else status)
 
 
@@ -88,17 +102,39 @@ def _machine(program: str, args: tuple[str, ...], name: str, options: dict[str, 
     """Raises VmmError."""
     from ..client.programs import THREADS, program_machine, program_spec
 
+    root = options["root"]
+    if root is not None and not os.path.isdir(root):
+        import tarfile
+
+        if not tarfile.is_tarfile(root):
+            raise VmmError(f"--root {root}: is neither a directory nor a tar file")
     for text in (program, *args, *options["environment"]):
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise VmmError(f"{text!a}: is not UTF-8 text")
     environment = {"TERM": os.environ.get("TERM", "linux")} if console == "terminal" else {}
     environment |= _pairs("--env", options["environment"])
-    asked = program_spec(program, args, root=options["root"] or "", env=environment,
+    asked = program_spec(program, args, root=root or "", env=environment,
                          files=_pairs("--file", options["files"]), directory=options["directory"],
                          seed=options["seed"], console=console)
     return program_machine(name, asked, memory=options["memory"], threads=options["threads"] or THREADS,
                            ring_entries=options["ring"], verify=options["verify"], timeout=options["timeout"],
                            linger=not options["detach"])
+
+
+@contextlib.contextmanager
+def _said_by_option(options: dict[str, Any]) -> Iterator[None]:
+    """Errors name the options of this verb, and not the keys of a configuration."""
+    try:
+        yield
+    except VmmError as exc:
+        text = _KEY.sub(lambda match: _OPTIONS[match[0]], re.sub(r"^vcpu \d+: ", "", str(exc)))
+        if text.startswith("guest.program: "):
+            text = text.removeprefix("guest.program: ")
+            if text.endswith(_NOT_THERE) and options["root"] is None and not options["files"]:
+                text = f"{text}: it needs more files than itself (with --root / it finds those of this host)"
+            elif text.endswith(_NOT_THERE):
+                text = f"{text} (or an interpreter that it needs is not there)"
+        raise VmmError(text, exc.exit_code) from None
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:

@@ -146,7 +146,8 @@ class SystemAccelerator:
                 os.fsencode(program.path), [os.fsencode(each) for each in program.args],
                 [os.fsencode(each) for each in program.env], os.fsencode(program.directory))
         except OSError as exc:
-            raise AccelError(f"guest.program: {program.path}: {os.strerror(exc.errno or 0)}") from None
+            what = f"guest.directory: {program.directory}" if exc.filename else f"guest.program: {program.path}"
+            raise AccelError(f"{what}: {os.strerror(exc.errno or 0)}") from None
         self._dispatcher.start(thread, started)
 
     # --- the vCPU ---------------------------------------------------------------------------------------------------

@@ -107,13 +107,16 @@ class System(Population):
     def spawn(self, path: bytes, arguments: Sequence[bytes],
               environment: Sequence[bytes], directory: bytes = b"/") -> tuple[Thread, Started]:
         """The first process, its console open three times. A path without a slash is looked for as a shell does.
-        Raises OSError, NoFrames, NoTables."""
+        Raises OSError (with a file name: it is the directory), NoFrames, NoTables."""
         space = self.new_space()
         pid = self.new_id()
         root = self.files.root
-        at = self.files.find(root, directory)
+        try:
+            at = self.files.find(root, directory)
+        except OSError as exc:
+            raise OSError(exc.errno, "", directory) from None
         if not isinstance(at, Directory):
-            raise OSError(errno.ENOTDIR, "")
+            raise OSError(errno.ENOTDIR, "", directory)
         at.keep()
         process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
         path = self._searched(path, environment)
