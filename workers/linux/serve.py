@@ -40,11 +40,13 @@ from .channels import Terminal
 from .dispatch import Dispatcher
 from .frames import Frames, NoFrames
 from .log import WriteLog
+from .population import FIRST_PID
 from .ram import Ram
 from .setup import fill
+from .signals import SignalInfo
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
-from .terminals import LineConsole, StreamConsole
+from .terminals import LineConsole, StreamConsole, TerminalConsole
 from .vdso import Vdso, counter
 from .vfs import FileSystem
 
@@ -95,10 +97,12 @@ class SystemAccelerator:
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._bell_fd, select.POLLIN)
-        self._stream: StreamConsole | None = None
+        self._stream: StreamConsole | TerminalConsole | None = None
         console: Console = LineConsole(ports.say)
-        if spec.program.console != "lines":
-            console = self._stream = StreamConsole(directory)
+        if spec.program.console == "terminal":
+            console = self._stream = TerminalConsole(directory, self._send_signal, time.monotonic_ns)
+        elif spec.program.console == "streams":
+            console = self._stream = StreamConsole(directory, self._send_signal)
         self._boxes = [Mailbox(system.segment.buf, system.host_address, spec.threads, i) for i in range(spec.threads)]
         self._said_missing = 0
         self._end_by = 0.0
@@ -150,7 +154,8 @@ class SystemAccelerator:
                 os.fsencode(program.path), [os.fsencode(each) for each in program.args],
                 [os.fsencode(each) for each in program.env], os.fsencode(program.directory))
         except OSError as exc:
-            raise AccelError(f"guest.program: {program.path}: {os.strerror(exc.errno or 0)}") from None
+            what = f"guest.directory: {program.directory}" if exc.filename else f"guest.program: {program.path}"
+            raise AccelError(f"{what}: {os.strerror(exc.errno or 0)}") from None
         self._dispatcher.start(thread, started)
 
     # --- the vCPU ---------------------------------------------------------------------------------------------------
@@ -226,13 +231,21 @@ class SystemAccelerator:
         stream = self._stream
         if stream is None:
             return
-        self._poll.register(stream.input_fd, select.POLLIN if stream.wants_input else 0)
+        self._poll.register(stream.input_fd, select.POLLIN)
         self._poll.register(stream.output_fd, select.POLLOUT if stream.pending else 0)
 
     def _pump(self) -> None:
         assert self._stream is not None
         if self._stream.pump():
             self.system.notify(Terminal)
+
+    def _send_signal(self, group: int, number: int) -> None:
+        """``group``: 0 for the first process alone."""
+        first = self.system.processes.get(FIRST_PID)
+        if group:
+            self.system.signal_group(group, number)
+        elif first is not None:
+            self.system.signal_process(first, SignalInfo(number))
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

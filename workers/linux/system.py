@@ -33,6 +33,7 @@ from .program import Executable, Started, start
 from .signals import SignalInfo
 from .space import Memory, SegmentationFault, Space
 from .tables import NoTables, Tables
+from .terminal import Tty
 from .vdso import Vdso
 from .vfs import FileSystem
 
@@ -50,8 +51,12 @@ _LINKS = {b"fd": b"/proc/self/fd", b"stdin": b"/proc/self/fd/0", b"stdout": b"/p
 class Console(Protocol):
     """What the first process has open as its standard input, output and error."""
 
-    #: A terminal, or else three streams.
+    #: A terminal (``tty``), or else three streams.
     terminal: bool
+
+    @property
+    def tty(self) -> Tty | None:
+        """What it is to programs."""
 
     def read(self, count: int) -> bytes | None:
         """Empty at its end; None: nothing has come yet."""
@@ -65,7 +70,10 @@ class Console(Protocol):
     def writable(self) -> bool:
         """There is room."""
 
-    def ioctl(self, thread: Thread, request: int, argument: int) -> int:
+    def settle(self) -> bool:
+        """After something has been done with its ``tty``; whether somebody may have waited for what followed."""
+
+    def ioctl(self, system: System, thread: Thread, request: int, argument: int) -> int:
         """Of a terminal. Raises OSError."""
 
 
@@ -123,13 +131,16 @@ class System(Population):
     def spawn(self, path: bytes, arguments: Sequence[bytes],
               environment: Sequence[bytes], directory: bytes = b"/") -> tuple[Thread, Started]:
         """The first process, its console open three times. A path without a slash is looked for as a shell does.
-        Raises OSError, NoFrames, NoTables."""
+        Raises OSError (with a file name: it is the directory), NoFrames, NoTables."""
         space = self.new_space()
         pid = self.new_id()
         root = self.files.root
-        at = self.files.find(root, directory)
+        try:
+            at = self.files.find(root, directory)
+        except OSError as exc:
+            raise OSError(exc.errno, "", directory) from None
         if not isinstance(at, Directory):
-            raise OSError(errno.ENOTDIR, "")
+            raise OSError(errno.ENOTDIR, "", directory)
         at.keep()
         process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
         path = self._searched(path, environment)
@@ -180,6 +191,9 @@ class System(Population):
         if thread is not None and inode.kind == stat.S_IFIFO and not file.path_only:
             return self._once_more(file) or open_fifo(self, thread, file)
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
+            if inode.rdev == Node.TERMINALS[0] and not self._is_controlled(thread):
+                file.let_go()
+                raise OSError(errno.ENXIO, "")
             return Terminal(inode, file.flags, file.number)
         return file
 
@@ -199,6 +213,11 @@ class System(Population):
                     if there.inode is file.inode and isinstance(there, PipeEnd):
                         return PipeEnd(there.pipe, file.inode, file.flags, file.number)
         return None
+
+    def _is_controlled(self, thread: Thread | None) -> bool:
+        """By the terminal."""
+        tty = self.console.tty if self.console.terminal else None
+        return tty is not None and (thread is None or thread.process.session == tty.session)
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
