@@ -198,8 +198,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (*MACHINE_VERBS, run_program, make_root, client, compare, dirty_rate, dirty_limit, tracking, working_set, trace_group,
-              snapshot, migrate, receive, keys, stress):
+for _verb in (*MACHINE_VERBS, run_program, make_root, client, compare, dirty_rate, dirty_limit, tracking, working_set,
+              trace_group, snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 
