@@ -130,7 +130,8 @@ class Link(Symlink):
 
 
 class TextFile(OpenFile):
-    """An open `Text`: what is in it is made when it is opened, and again whenever it is read from its beginning."""
+    """An open `Text`: what is in it is made when it is opened, and again whenever it is read from its beginning. What
+    is done with it raises OSError."""
 
     __slots__ = ("_text",)
 

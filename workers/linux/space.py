@@ -325,8 +325,6 @@ class Space:
             other._heap, other._heap_end = self._heap, self._heap_end
             other.beginning = self.beginning
             for mapping in self._mappings:
-                other._back(mapping)
-            for mapping in self._mappings:
                 self._fork_pages(other, mapping)
         except BaseException:
             other.close()
