@@ -257,6 +257,8 @@ class Coordinator:
         self.core.reaper.worker_died(vcpu)
         self.core.tell({"event": "exit", "vcpu": vcpu.index, "reason": reason_text(ExitReason.WORKER_DIED),
                         "code": 0, "detail": f"its worker (process {vcpu.pid}) {vcpu.fate or 'ended'}"})
+        if self.spec.program is not None:       # with a thread, or its system, missing it would wait for ever
+            self.machine.life.stop(ExitReason.STOPPED)
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
         if self.core.reaper.recorder is not None:
