@@ -190,7 +190,8 @@ class UnixSocket(Socket):
                 self.network.notify(sender, self.out(band=True))
         elif self.peer is not None and not self.peer.dead:
             self.peer.shut = RECEIVE | SEND
-            if any(each.data for each in self.queue) or self.error == errno.ECONNRESET:
+            unread = len(self.queue) > 1 or any(each.data for each in self.queue)    # an empty one does not
+            if unread or self.error == errno.ECONNRESET:
                 self.peer.error = errno.ECONNRESET
             self.network.notify(self.peer, 0)
         self.discard_queue()
