@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 
-__all__ = ["Frame", "FrameReader", "FrameWriter", "open_input", "open_output"]
+__all__ = ["COUNT", "SIZE", "Frame", "FrameReader", "FrameWriter", "open_input", "open_output"]
 
 _HEADER = struct.Struct("<BI")
 _READ = 1 << 16
@@ -22,7 +22,7 @@ _MOST = 1 << 16         # bytes of a frame
 class Frame(IntEnum):
     """What a frame is."""
 
-    #: To the program: what was typed, or comes; its end; the size of the terminal (rows, columns).
+    #: To the program: what was typed, or comes; its end; the size of the terminal (`SIZE`).
     INPUT = 1
     INPUT_ENDS = 2
     SIZE = 3
@@ -30,6 +30,16 @@ class Frame(IntEnum):
     OUTPUT = 4
     ERROR = 5
     ENDED = 6
+    #: To the program: a signal (its number, one byte).
+    SIGNAL = 7
+    #: From its system: so many bytes more can come as INPUT (`COUNT`). None comes unasked.
+    WANTED = 8
+
+
+#: Rows and columns.
+SIZE = struct.Struct("<HH")
+#: A number of bytes.
+COUNT = struct.Struct("<I")
 
 
 def open_input(directory: Path) -> int:
@@ -50,19 +60,19 @@ class FrameReader:
         self._data = bytearray()
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
-        """(what it is, bytes) of each that is whole by now. Raises OSError."""
-        while True:
-            try:
-                self._data += os.read(self._fd, _READ)
-            except BlockingIOError:
-                return
-            while len(self._data) >= _HEADER.size:
-                kind, size = _HEADER.unpack_from(self._data)
-                if len(self._data) < _HEADER.size + size:
-                    break
-                data = bytes(self._data[_HEADER.size:_HEADER.size + size])
-                del self._data[:_HEADER.size + size]
-                yield kind, data
+        """(what it is, bytes) of each that is whole after one read: there may be more, which poll(2) tells, so that
+        nobody is kept here by who writes fast. Raises OSError."""
+        try:
+            self._data += os.read(self._fd, _READ)
+        except BlockingIOError:
+            return
+        while len(self._data) >= _HEADER.size:
+            kind, size = _HEADER.unpack_from(self._data)
+            if len(self._data) < _HEADER.size + size:
+                break
+            data = bytes(self._data[_HEADER.size:_HEADER.size + size])
+            del self._data[:_HEADER.size + size]
+            yield kind, data
 
 
 class FrameWriter:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import mmap
 import threading
 from enum import IntEnum, IntFlag
+from itertools import repeat
 
 from .linux import futex
 from .shm import PAGE_SIZE
@@ -84,13 +85,14 @@ class Answer(IntFlag):
 _FREE, _ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
-_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT = range(2, 13)
+_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT, _CPU = range(2, 14)
 _REGISTERS = 16
 _RUNS = 64
 #: Runs of stale frames that there is room for; where there are more, all memory is stale.
 STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 2
 
-_SPIN = 60              # looks before it sleeps
+#: Looks before somebody sleeps, at 40 ns each: as many as that pays, within these.
+_SPIN_MIN, _SPIN_MAX = 20, 4000
 
 _lock = threading.Lock()
 
@@ -101,21 +103,52 @@ def fence() -> None:
     _lock.release()
 
 
+class Spin:
+    """Looking for a while before sleeping, which costs two switches of processes: longer where it was worth it, hardly
+    at all where it was not (because the other side takes long, or has no processor to run on)."""
+
+    def __init__(self) -> None:
+        self._looks = _SPIN_MAX
+
+    def until(self, word: memoryview, value: int) -> bool:
+        """The word (of 32 bits, the first of the view) has this value."""
+        for _ in repeat(None, self._looks):
+            if word[0] == value:
+                self._looks = min(2 * self._looks, _SPIN_MAX)
+                return True
+        self._looks = max(self._looks // 2, _SPIN_MIN)
+        return False
+
+
 class Bell:
     """What a worker rings when it has asked. ``fd``: a FIFO that both have open; it is written to when the system
     sleeps only."""
 
     def __init__(self, system: mmap.mmap) -> None:
         at = BELL_PAGE * PAGE_SIZE
-        self._words = memoryview(system)[at:at + 8].cast("Q")
+        self._words = memoryview(system)[at:at + 8].cast("I")
+        self._spin = Spin()
 
     @property
     def asleep(self) -> bool:
-        return bool(self._words[0])
+        return bool(self._words[1])
 
     def set_asleep(self, asleep: bool) -> None:
-        self._words[0] = asleep
+        self._words[1] = asleep
         fence()
+
+    def raise_flag(self) -> None:
+        """A worker has asked."""
+        self._words[0] = 1
+
+    def lower_flag(self) -> None:
+        """The system is about to look at all mailboxes."""
+        self._words[0] = 0
+        fence()
+
+    def spin(self) -> bool:
+        """Somebody has asked since, within a moment."""
+        return self._spin.until(self._words, 1)
 
     def close(self) -> None:
         self._words.release()
@@ -133,6 +166,7 @@ class Mailbox:
         self.registers = self.words[_REGISTERS:_REGISTERS + len(REGISTERS)]
         self.xsave = view[at + PAGE_SIZE:at + 2 * PAGE_SIZE]
         self._state_address = address + at
+        self._spin = Spin()
         self.attention_address = address + at + 8
 
     def close(self) -> None:
@@ -170,8 +204,7 @@ class Mailbox:
 
     def spin(self) -> bool:
         """Answered, within a moment."""
-        states = self._states
-        return any(states[0] == _ANSWERED for _ in range(_SPIN))
+        return self._spin.until(self._states, _ANSWERED)
 
     def wait(self, seconds: float) -> bool:
         """Answered; False where a signal came, or the time is over."""
@@ -207,6 +240,8 @@ class Mailbox:
 
     root = property(lambda self: self.words[_ROOT], lambda self, value: self.words.__setitem__(_ROOT, value))
     fs_base = property(lambda self: self.words[_FS], lambda self, value: self.words.__setitem__(_FS, value))
+    #: Processor time of the worker's vCPU thread when it asked, nanoseconds.
+    cpu_ns = property(lambda self: self.words[_CPU], lambda self, value: self.words.__setitem__(_CPU, value))
     tid = property(lambda self: self.words[_TID], lambda self, value: self.words.__setitem__(_TID, value))
 
     # --- stale frames -----------------------------------------------------------------------------------------------

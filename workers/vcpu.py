@@ -114,7 +114,7 @@ class VcpuThread:
                     self._end(Exit(ExitKind.END, reason=ExitReason(control.stop_reason),
                                    registers=accel.registers()))
                     break
-                self._stay_paused()
+                self.stay_paused()
                 continue
             if self.restored_exit is not None:
                 was = self.restored_exit
@@ -232,7 +232,7 @@ class VcpuThread:
         if ready:
             os.read(self._wake, 4096)
 
-    def _stay_paused(self) -> None:
+    def stay_paused(self) -> None:
         control = self.control
         while self._attend() and not self.shutdown and not control.request & VcpuRequest.STOP:
             control.state = VcpuState.PAUSED
@@ -280,7 +280,7 @@ class VcpuThread:
     def ends_in_hypercall(self) -> bool:
         """Serve kicks and pauses from within a hypercall; True when the vCPU is to end."""
         if self._attend():
-            self._stay_paused()
+            self.stay_paused()
         return self.shutdown or bool(self.control.request & VcpuRequest.STOP)
 
     def _end(self, leave: Exit, code: int = 0) -> None:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmm.client.config import ConfigError, config_schema, load_config, parse_duration, parse_size
+from vmm.client.config import ConfigError, config_schema, load_config
 from vmm.client.plan import plan
+from vmm.client.units import parse_duration, parse_size
 from vmm.client.yamlfile import FILE_MAX
 from vmm.errors import VmmError
 

@@ -14,7 +14,7 @@ from ..errors import VmmError
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["Duration", "Rate", "json_option", "on_machine", "print_json", "progress_bar"]
+__all__ = ["Duration", "Rate", "Size", "json_option", "on_machine", "print_json", "progress_bar"]
 
 
 def print_json(document: Any) -> None:
@@ -58,7 +58,7 @@ class Duration(click.ParamType):
         self._least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from ..client.config import parse_duration
+        from ..client.units import parse_duration
 
         where = param.opts[0] if param else "duration"
         try:
@@ -76,9 +76,24 @@ class Rate(click.ParamType):
     name = "rate"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from ..client.config import parse_rate
+        from ..client.units import parse_rate
 
         try:
             return parse_rate(value)
         except ValueError as exc:
             raise VmmError(f"{param.human_readable_name if param else 'rate'}: {exc}") from None
+
+
+class Size(click.ParamType):
+    """``64MiB``, ``4099 pages``; a bare number is bytes. Raises VmmError."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ..client.units import parse_size
+
+        text = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+        try:
+            return parse_size(text)
+        except ValueError as exc:
+            raise VmmError(f"{param.opts[0] if param else 'size'}: {exc}") from None

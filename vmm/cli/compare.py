@@ -27,7 +27,7 @@ class Sizes(click.ParamType):
     name = "sizes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        from ..client.config import parse_size
+        from ..client.units import parse_size
 
         try:
             found = [parse_size(int(part) if part.isdigit() else part) for part in str(value).split(",")]

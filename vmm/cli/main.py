@@ -38,6 +38,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Every expected error is one line on standard error and an exit status."""
+    _occupy_standard()
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # else it is ignored: so be it
     if interruptible:
         signal.signal(signal.SIGINT, _leave)
@@ -62,6 +63,17 @@ def main() -> None:
     if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # while the interpreter ends
     sys.exit(code)
+
+
+def _occupy_standard() -> None:
+    """A standard stream that is closed leaves its number to something else, which the processes of a machine would not
+    inherit under it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _replace_stdout() -> None:

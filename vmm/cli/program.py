@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ipc.layout import MAX_VCPUS
+
 from ..errors import ExitCode, VmmError
-from .common import Duration
+from .common import Duration, Size
 from .run import Interrupted, run_or_leave
 
 if TYPE_CHECKING:
-    from ..client.config import MachineConfig
+    from ..client.console import ConsoleFollower
     from ..client.machine import Machine
+    from ..machine.spec import MachineSpec
 
-__all__ = ["run_program"]
+__all__ = ["make_root", "run_program"]
 
 _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
+#: {key of a configuration: option of this verb that says the same}
+_OPTIONS = {"guest.root": "--root", "guest.files": "--file", "guest.env": "--env", "guest.directory": "--directory",
+            "guest.seed": "--seed", "memory.0.size": "--memory", "dirty_ring_size": "--ring", "timeout": "--timeout"}
+_KEY = re.compile("|".join(map(re.escape, _OPTIONS)))
+_NOT_THERE = os.strerror(errno.ENOENT)
+#: Signals that become the program's.
+_PASSED_ON = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_AT_ONCE_S = 1.0
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -32,60 +46,95 @@ _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
               help="Give the program this file or directory of the host, copied when it is used.")
 @click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="Set a variable of its environment.")
 @click.option("--directory", default="/", show_default=True, help="Directory in which it starts.")
-@click.option("--threads", type=int, help="Threads that it may have at once (default: 4).")
-@click.option("--memory", default="256MiB", show_default=True, metavar="SIZE", help="Memory of the machine.")
+@click.option("--threads", type=click.IntRange(1, MAX_VCPUS - 1),
+              help="Threads that it and its children may have at once (default: 8).")
+@click.option("--memory", type=Size(), default="256MiB", show_default=True, help="Memory of the machine.")
 @click.option("--seed", type=int, help="Make its random numbers the same in each run.")
 @click.option("--ring", type=int, default=4096, show_default=True, help="Entries of each dirty ring.")
 @click.option("--verify", is_flag=True, help="Check the dirty log against the memory while it runs.")
 @click.option("--timeout", type=Duration(), help="End it after this time.")
 @click.option("--name", help="Name of the machine (default: that of the program, and a number).")
+@click.option("--terminal/--no-terminal", "terminal", default=None,
+              help="Give it a terminal, as is done when standard input and output are one; or else three streams. "
+                   "Ctrl-] and then q ends the machine.")
 @click.option("--detach", is_flag=True, help="Leave it running in the background; what it writes is in vmm logs.")
 @click.option("--report", "shown", is_flag=True, help="Show the machine's report at the end, on standard error.")
 @click.option("--report-json", type=click.Path(dir_okay=False), help="Write the machine's report to this file.")
 @click.argument("program")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run_program(program: str, args: tuple[str, ...], name: str | None, detach: bool, shown: bool,
+def run_program(program: str, args: tuple[str, ...], name: str | None, terminal: bool | None, shown: bool,
                 report_json: str | None, **options: Any) -> int:
     """Run an unmodified Linux program in a machine. Each of its threads is a vCPU process with a dirty ring of its own.
-    Input and output are those of this command, and so is the exit status. Without --root and --file the program itself
+    Input and output are those of this command, and so are signals and the exit status; a second Ctrl-C within a
+    second ends the machine. Without --root and --file the program itself
     is all that there is in the machine (see docs/linux.md)."""
     from ..client.machine import Machine
 
-    config = _config(program, args, name or _name(program), options)
-    if detach:
-        return run_or_leave(Machine.launch(config, detach=True), True, False)
-    with Machine.launch(config, start=False, console="streams") as machine:
+    console = "lines" if options["detach"] else "terminal" if _is_terminal(terminal) else "streams"
+    with _said_by_option(options):
+        spec = _machine(program, args, name or _name(program), options, console)
+        machine = Machine.launch(spec, detach=options["detach"], start=options["detach"])
+    if options["detach"]:
+        return run_or_leave(machine, True, False)
+    with machine:
         for warning in machine.warnings:
             click.echo(f"vmm: warning: {warning}", err=True)
-        report = _follow(machine)
+        report = _follow(machine, console == "terminal")
     _show(report, shown, report_json)
     program_report = report.get("program") or {}
     status = program_report.get("exit_status")
+    if report["exit_code"] > ExitCode.GUEST_FAILED:
+        click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
     return int(report["exit_code"] if status is None or report["exit_code"] > ExitCode.GUEST_FAILED else status)
 
 
-def _config(program: str, args: tuple[str, ...], name: str, options: dict[str, Any]) -> MachineConfig:
+def _is_terminal(wanted: bool | None) -> bool:
+    """Raises VmmError when it is wanted, and cannot be."""
+    from ..client.terminal import in_foreground
+
+    there = all(each is not None and not each.closed and each.isatty() for each in (sys.stdin, sys.stdout))
+    if wanted and not there:
+        raise VmmError("--terminal: standard input and output are not a terminal")
+    return wanted is not False and there and in_foreground(sys.stdin.fileno())
+
+
+def _machine(program: str, args: tuple[str, ...], name: str, options: dict[str, Any], console: str) -> MachineSpec:
     """Raises VmmError."""
-    from pydantic import ValidationError
+    from ..client.programs import THREADS, program_machine, program_spec
 
-    from ..client.config import MachineConfig
+    root = options["root"]
+    if root is not None and not os.path.isdir(root):
+        import tarfile
 
-    guest: dict[str, Any] = {"program": program, "args": list(args), "directory": options["directory"],
-                             "env": _pairs("--env", options["environment"]),
-                             "files": _pairs("--file", options["files"])}
-    guest |= {key: options[key] for key in ("root", "threads", "seed") if options[key] is not None}
-    document: dict[str, Any] = {"name": name, "memory": [{"size": options["memory"]}], "guest": guest,
-                                "dirty_ring_size": options["ring"], "verify": options["verify"]}
-    if options["timeout"] is not None:
-        document["timeout"] = options["timeout"]
+        if not tarfile.is_tarfile(root):
+            raise VmmError(f"--root {root}: is neither a directory nor a tar file")
     for text in (program, *args, *options["environment"]):
-        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        if any("\ud800" <= c <= "\udfff" for c in text):
             raise VmmError(f"{text!a}: is not UTF-8 text")
+    environment = {"TERM": os.environ.get("TERM", "linux")} if console == "terminal" else {}
+    environment |= _pairs("--env", options["environment"])
+    asked = program_spec(program, args, root=root or "", env=environment,
+                         files=_pairs("--file", options["files"]), directory=options["directory"],
+                         seed=options["seed"], console=console)
+    return program_machine(name, asked, memory=options["memory"], threads=options["threads"] or THREADS,
+                           ring_entries=options["ring"], verify=options["verify"], timeout=options["timeout"],
+                           linger=not options["detach"])
+
+
+@contextlib.contextmanager
+def _said_by_option(options: dict[str, Any]) -> Iterator[None]:
+    """Errors name the options of this verb, and not the keys of a configuration."""
     try:
-        return MachineConfig.model_validate(document)
-    except ValidationError as exc:
-        error = exc.errors()[0]
-        raise VmmError(f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}") from None
+        yield
+    except VmmError as exc:
+        text = _KEY.sub(lambda match: _OPTIONS[match[0]], re.sub(r"^vcpu \d+: ", "", str(exc)))
+        if text.startswith("guest.program: "):
+            text = text.removeprefix("guest.program: ")
+            if text.endswith(_NOT_THERE) and options["root"] is None and not options["files"]:
+                text = f"{text}: it needs more files than itself (with --root / it finds those of this host)"
+            elif text.endswith(_NOT_THERE):
+                text = f"{text} (or an interpreter that it needs is not there)"
+        raise VmmError(text, exc.exit_code) from None
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
@@ -103,29 +152,67 @@ def _name(program: str) -> str:
     return f"{base or 'program'}-{os.getpid()}"
 
 
-def _follow(machine: Machine) -> dict[str, Any]:
-    """Its report, once it has ended. A signal stops it."""
+def _follow(machine: Machine, terminal: bool) -> dict[str, Any]:
+    """Its report, once it has ended."""
     from ..client.console import ConsoleFollower
     from ..machine.runtime import machine_dir
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
+    output, error = (None if each is None else each.buffer for each in (sys.stdout, sys.stderr))
+    with ConsoleFollower(machine_dir(machine.name), _source(), output, error, lambda: _is_over(machine)) as console, \
+            _Signals(console):
+        try:
+            with console.be_terminal() if terminal else contextlib.nullcontext():
+                machine.start()
+                if not console.follow():
+                    machine.stop()
+            return machine.wait(60.0)
+        except (Interrupted, BrokenPipeError) as exc:
+            with contextlib.suppress(VmmError):
+                machine.stop()
+                machine.wait(60.0)
+            if isinstance(exc, BrokenPipeError):        # whoever read what it says has gone
+                raise Interrupted(signal.SIGPIPE) from None
+            raise
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupt)
-    source = -1 if sys.stdin is None or sys.stdin.closed else sys.stdin.fileno()
-    try:
-        with ConsoleFollower(machine_dir(machine.name)) as console:
-            machine.start()
-            console.follow(source, sys.stdout.buffer, sys.stderr.buffer, lambda: _is_over(machine))
-    except Interrupted as exc:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)       # one is enough
-        with contextlib.suppress(VmmError):
-            machine.stop()
-            machine.wait(60.0)
-        raise exc from None
-    return machine.wait(60.0)
+
+def _source() -> int:
+    """Standard input. A job in the background has none: it would be stopped when it reads from its terminal."""
+    from ..client.terminal import in_foreground
+
+    if sys.stdin is None or sys.stdin.closed or (sys.stdin.isatty() and not in_foreground(sys.stdin.fileno())):
+        return -1
+    return sys.stdin.fileno()
+
+
+class _Signals:
+    """Within the ``with`` signals are the program's. A second one from the keyboard, at once, ends the machine."""
+
+    def __init__(self, console: ConsoleFollower) -> None:
+        self._console = console
+        self._last = 0.0
+
+    def __enter__(self) -> None:
+        for number in _PASSED_ON:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGWINCH, lambda number, frame: self._console.resized())
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if now - self._last < _AT_ONCE_S:
+                self._end()
+                raise Interrupted(number)
+            self._last = now
+        self._console.signal(number)
+
+    def _end(self) -> None:
+        for number in _PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)       # one is enough
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+        signal.signal(signal.SIGWINCH, signal.SIG_DFL)
 
 
 def _is_over(machine: Machine) -> bool:
@@ -151,3 +238,17 @@ def _show(report: dict[str, Any], shown: bool, path: str | None) -> None:
         print_report(report, Console(stderr=True))
     for name, count in ((report.get("program") or {}).get("missing_calls") or {}).items():
         click.echo(f"vmm: note: the program made a system call that is not served: {name} ({count} times)", err=True)
+
+
+@click.command("root")
+@click.argument("directory", type=click.Path())
+@click.argument("packages", nargs=-1, required=True)
+def make_root(directory: str, packages: tuple[str, ...]) -> None:
+    """Make DIRECTORY a root for programs (vmm run --root). It gets the files of these Debian packages, and of all that
+    they need; their scripts are not run."""
+    from pathlib import Path
+
+    from ..client import debian
+
+    names = debian.make_root(Path(directory), packages, lambda text: click.echo(text, err=True))
+    click.echo(f"{directory} has {len(names)} packages: vmm run --root {directory} -- PROGRAM")

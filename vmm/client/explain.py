@@ -11,16 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import one_line
 from ..inputs import input_name
+from .units import shown
 from .yamlfile import ConfigError, Lines, key_step, key_text
 
 __all__ = ["explain", "shown"]
 
 _PROBLEMS_SHOWN = 20
-
-
-def shown(value: object) -> str:
-    """A value that was given, in the error about it."""
-    return one_line(repr(value), 60)
 
 
 def explain(exc: ValidationError, path: Path, lines: Lines, set_keys: dict[tuple[str | int, ...], str],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 
 from ipc.messages import ProgramSpec, ReplayPhase, ReplaySpec
 from ipc.shm import PAGE_SIZE
@@ -21,11 +20,9 @@ from ..machine.tracefile import TraceError, TraceReader, check_trace
 from ..machine.trackings import check_tracking
 from ..outputs import open_append
 from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
+from .programs import THREADS, program_accelerator, program_spec
 
 __all__ = ["choose_accelerator", "plan"]
-
-_THREADS = 4        # of a program, where it is not said
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def choose_accelerator(wanted: str, section: str = "guest") -> str:
@@ -45,7 +42,10 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     """Resolve a MachineConfig. ``console``: what a program has (ipc.messages.ProgramSpec). Raises VmmError, naming the
     key, when this host cannot run it."""
     try:
-        accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay")
+        if config.guest is not None and config.guest.program is not None:
+            accel = program_accelerator(config.accel)
+        else:
+            accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay")
     except VmmError as exc:
         raise ConfigError(f"{config.where('accel')}: {exc}") from None
     entries = config.dirty_ring_size
@@ -71,7 +71,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     address, vcpus = None, config.vcpus
     if config.guest is not None and config.guest.program is not None:
         program, exact = _program(config, config.guest, console), False
-        vcpus = (config.guest.threads or _THREADS) + 1
+        vcpus = (config.guest.threads or THREADS) + 1
     elif config.guest is not None:
         image, params, exact = _guest(config, config.guest)
         address = config.guest.address
@@ -126,22 +126,13 @@ def _replay(replay: ReplayConfig) -> ReplaySpec:
 
 
 def _program(config: MachineConfig, guest: GuestConfig, console: str) -> ProgramSpec:
-    """Without a root, the program itself is all there is: it is found on the host then, as a shell would."""
     assert guest.program is not None
-    path = guest.program
-    root = "" if guest.root is None else os.path.abspath(guest.root)
-    files = {inside: os.path.abspath(outside) for inside, outside in guest.files.items()}
-    if not root and not files:
-        found = shutil.which(path)
-        if found is None:
-            raise ConfigError(f"{config.where('guest.program')}: {path}: not found on this host, and there is no "
-                              "root or file to look in (guest.root, guest.files)")
-        path = os.path.abspath(found)
-        files = {path: os.path.realpath(path)}
-    environment = {"PATH": _PATH, "HOME": "/root", **guest.env}
-    return ProgramSpec(path=path, args=[guest.program, *guest.args], root=root, files=files,
-                       env=[f"{name}={value}" for name, value in environment.items()], directory=guest.directory,
-                       seed=guest.seed, console=console)
+    try:
+        return program_spec(guest.program, guest.args, root=str(guest.root or ""), env=guest.env,
+                            files={inside: str(outside) for inside, outside in guest.files.items()},
+                            directory=guest.directory, seed=guest.seed, console=console)
+    except RuleError as exc:
+        raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
 
 
 def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], bool]:

@@ -5,6 +5,7 @@ that (calls/files.py)."""
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ class Channel(OpenFile):
 
 
 class Terminal(Channel):
-    """/dev/console, /dev/tty."""
+    """/dev/console, /dev/tty, whatever is behind them."""
 
     __slots__ = ()
 
@@ -99,12 +100,26 @@ class Terminal(Channel):
         return Terminal
 
     def take(self, system: System, thread: Thread, count: int) -> bytes:
-        found = system.console.read(count)
-        if found is None:
-            raise Blocked(on=(Terminal,))
+        console = system.console
+        if console.tty is None:
+            found = console.read(count)
+            if found is None:
+                raise Blocked(on=(Terminal,))
+            return found
+        now = system.monotonic()
+        until = console.tty.due(count, thread.deadline, now)
+        waits = until is None or until > now
+        found = console.tty.read(count) if not waits or self.flags & os.O_NONBLOCK else b""
+        if waits and not found:
+            thread.deadline = until
+            raise Blocked(until, (Terminal,))
+        if console.settle():
+            system.notify(Terminal)
         return found
 
     def put(self, system: System, thread: Thread, data: bytes) -> int:
+        if system.console.tty is not None and system.console.tty.hung_up:
+            raise OSError(errno.EIO, "")
         written = system.console.write(data, error=False)
         if data and not written:
             raise Blocked(on=(Terminal,))
@@ -112,10 +127,15 @@ class Terminal(Channel):
 
     def ready(self, system: System) -> int:
         found = IN | RDNORM if system.console.ready() else 0
+        if system.console.tty is not None and system.console.tty.hung_up:
+            return found | OUT | WRNORM | ERR | HUP
         return found | OUT | WRNORM if system.console.writable() else found
 
     def control(self, system: System, thread: Thread, request: int, argument: int) -> int:
-        return system.console.ioctl(thread, request, argument)
+        result = system.console.ioctl(system, thread, request, argument)
+        system.console.settle()
+        system.notify(Terminal)
+        return result
 
 
 class ConsoleStream(Terminal):
@@ -123,9 +143,17 @@ class ConsoleStream(Terminal):
 
     __slots__ = ("_error",)
 
-    def __init__(self, store: Store, flags: int, *, error: bool = False) -> None:
-        super().__init__(nameless(store, stat.S_IFIFO | 0o600), flags)
+    def __init__(self, store: Store, flags: int, *, error: bool = False, inode: Inode | None = None,
+                 number: int = 0) -> None:
+        """``inode``, ``number``: of one that is open, opened once more."""
+        if inode is None:
+            inode = nameless(store, stat.S_IFIFO | 0o600)
+        super().__init__(inode, flags, number)
         self._error = error
+
+    def again(self, file: OpenFile) -> ConsoleStream:
+        """As it was opened by a link of /proc."""
+        return ConsoleStream(self.inode.store, file.flags, error=self._error, inode=self.inode, number=file.number)
 
     def put(self, system: System, thread: Thread, data: bytes) -> int:
         written = system.console.write(data, error=self._error)

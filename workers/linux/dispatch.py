@@ -63,6 +63,7 @@ class Dispatcher:
         #: Frames of which the worker of a vCPU has to drop its mapping before it goes on.
         self._stale: dict[int, list[Run]] = {}
         self._traps: dict[int, tuple[int, int, int]] = {}   # (error, vector, address) of a fault that is a signal
+        self._cpu_at_start = [0] * len(boxes)
         self.served = 0
 
     # --- for the accelerator ----------------------------------------------------------------------------------------
@@ -149,6 +150,7 @@ class Dispatcher:
             self._let_go(index)
             return
         thread.registers, thread.fs_now = box.registers, box.fs_base
+        thread.cpu_ns = box.cpu_ns - self._cpu_at_start[index]
         if kind == Kind.CALL:
             self._call(index, box, thread)
         elif kind == Kind.FAULT:
@@ -314,6 +316,7 @@ class Dispatcher:
             box.registers[at] = value
         box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
         box.xsave[:] = INIT_XSAVE
+        self._cpu_at_start[index] = box.cpu_ns
         self._answer(index, Answer.ROOT | Answer.FS | Answer.REGISTERS | Answer.SET_XSAVE)
         if self._system.deliverable(thread):
             self._looks.add(index)

@@ -53,6 +53,7 @@ class Epoll(Channel):
     __slots__ = ("_everywhere", "interests_of", "pending")
 
     timed = True
+    label = b"anon_inode:[eventpoll]"
 
     def __init__(self, inode: Inode, flags: int, number: int = 0, *,
                  everywhere: dict[Hashable, list[Interest]]) -> None:

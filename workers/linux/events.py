@@ -26,6 +26,7 @@ class EventFile(Channel):
 
     whole = True
     least = 8
+    label = b"anon_inode:[eventfd]"
 
     def __init__(self, inode: Inode, flags: int, number: int = 0, *, count: int, one_by_one: bool) -> None:
         super().__init__(inode, flags, number)
@@ -64,6 +65,7 @@ class TimerFile(Channel):
 
     least = 8
     timed = True
+    label = b"anon_inode:[timerfd]"
 
     def __init__(self, inode: Inode, flags: int, number: int = 0, *, realtime: bool) -> None:
         """It does not run."""

@@ -173,6 +173,8 @@ class Population:
         if thread.ended:
             return
         thread.ended = True
+        thread.process.cpu_before += thread.cpu_ns
+        thread.cpu_ns = 0
         self.threads.pop(thread.tid, None)
         try:
             self._give_up_robust(thread)
@@ -243,6 +245,9 @@ class Population:
 
     def reap(self, process: Process) -> None:
         """A zombie that its parent has asked for."""
+        parent = self.processes.get(process.parent)
+        if parent is not None:
+            parent.cpu_children += process.cpu_ns + process.cpu_children
         del self.processes[process.pid]
 
     # --- signals ----------------------------------------------------------------------------------------------------

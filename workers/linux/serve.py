@@ -40,16 +40,19 @@ from .channels import Terminal
 from .dispatch import Dispatcher
 from .frames import Frames, NoFrames
 from .log import WriteLog
+from .population import FIRST_PID
 from .ram import Ram
 from .setup import fill
+from .signals import SignalInfo
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
-from .terminals import LineConsole, StreamConsole
+from .terminals import LineConsole, StreamConsole, TerminalConsole
+from .vdso import Vdso, counter
 from .vfs import FileSystem
 
 __all__ = ["Host", "SystemAccelerator"]
 
-_SPIN = 40              # looks at all mailboxes before it sleeps
+_SPIN_FROM = 0.001      # seconds until something is due, below which it does not look for long
 _CONSOLE_EVERY = 32     # calls between two looks at the console
 _FOREVER = 3600.0       # seconds
 _END_TIMEOUT = 10.0     # seconds in which all threads have left the guest at the end
@@ -64,6 +67,9 @@ class Host(Protocol):
     def wait_for_reset(self) -> None:
         """The ring is full: until it has been reset, or somebody wants something, which is attended to."""
 
+    def stay_paused(self) -> None:
+        """As long as it is to be."""
+
     @property
     def is_to_end(self) -> bool: ...
 
@@ -76,7 +82,9 @@ class _Stopped(Exception):
 class SystemAccelerator:
     """See workers/accel/base.py for the contract."""
 
-    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host) -> None:
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host, *,
+                 host_tsc: bool) -> None:
+        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call."""
         assert spec.program is not None
         self.vcpu_fd, self.kvm_run_size = -1, 0
         self._spec, self._program, self._control, self._host = spec, spec.program, control, host
@@ -89,10 +97,12 @@ class SystemAccelerator:
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._bell_fd, select.POLLIN)
-        self._stream: StreamConsole | None = None
+        self._stream: StreamConsole | TerminalConsole | None = None
         console: Console = LineConsole(ports.say)
-        if spec.program.console != "lines":
-            console = self._stream = StreamConsole(directory)
+        if spec.program.console == "terminal":
+            console = self._stream = TerminalConsole(directory, self._send_signal, time.monotonic_ns)
+        elif spec.program.console == "streams":
+            console = self._stream = StreamConsole(directory, self._send_signal)
         self._boxes = [Mailbox(system.segment.buf, system.host_address, spec.threads, i) for i in range(spec.threads)]
         self._said_missing = 0
         self._end_by = 0.0
@@ -109,7 +119,8 @@ class SystemAccelerator:
         try:
             fill(files, spec.program)
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
-                                 monotonic=time.monotonic_ns, threads_max=spec.threads)
+                                 monotonic=time.monotonic_ns, threads_max=spec.threads,
+                                 vdso=self._vdso(frames, host_tsc))
             self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
             self.system.launcher = self._dispatcher
             self._spawn()
@@ -132,6 +143,10 @@ class SystemAccelerator:
             self._tables.set(word, value)
         self._tables.have_in_common(root, SYSTEM_ADDRESS // PAGE_SIZE & (1 << 36) - 1)
 
+    def _vdso(self, frames: Frames, host_tsc: bool) -> Vdso:
+        return Vdso(self._ram, frames, monotonic=time.monotonic_ns, realtime=time.time_ns,
+                    tsc=counter() if host_tsc else None)
+
     def _spawn(self) -> None:
         program = self._program
         try:
@@ -139,7 +154,8 @@ class SystemAccelerator:
                 os.fsencode(program.path), [os.fsencode(each) for each in program.args],
                 [os.fsencode(each) for each in program.env], os.fsencode(program.directory))
         except OSError as exc:
-            raise AccelError(f"guest.program: {program.path}: {os.strerror(exc.errno or 0)}") from None
+            what = f"guest.directory: {program.directory}" if exc.filename else f"guest.program: {program.path}"
+            raise AccelError(f"{what}: {os.strerror(exc.errno or 0)}") from None
         self._dispatcher.start(thread, started)
 
     # --- the vCPU ---------------------------------------------------------------------------------------------------
@@ -174,6 +190,7 @@ class SystemAccelerator:
 
     def _serve_all(self) -> bool:
         """Every mailbox once, and what is due; whether there was anything."""
+        self._bell.lower_flag()
         found = self._dispatcher.serve_asked(lambda: bool(self._control.immediate_exit) or self._log.full)
         if self._stream is not None and self._dispatcher.served % _CONSOLE_EVERY == 0:
             self._pump()
@@ -182,9 +199,8 @@ class SystemAccelerator:
 
     def _sleep(self) -> None:
         dispatcher = self._dispatcher
-        for _ in range(_SPIN):
-            if dispatcher.is_asked:
-                return
+        if self._patience() > _SPIN_FROM and self._bell.spin():
+            return
         self._bell.set_asleep(True)
         try:
             if dispatcher.is_asked:
@@ -215,13 +231,21 @@ class SystemAccelerator:
         stream = self._stream
         if stream is None:
             return
-        self._poll.register(stream.input_fd, select.POLLIN if stream.wants_input else 0)
+        self._poll.register(stream.input_fd, select.POLLIN)
         self._poll.register(stream.output_fd, select.POLLOUT if stream.pending else 0)
 
     def _pump(self) -> None:
         assert self._stream is not None
         if self._stream.pump():
             self.system.notify(Terminal)
+
+    def _send_signal(self, group: int, number: int) -> None:
+        """``group``: 0 for the first process alone."""
+        first = self.system.processes.get(FIRST_PID)
+        if group:
+            self.system.signal_group(group, number)
+        elif first is not None:
+            self.system.signal_process(first, SignalInfo(number))
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -242,6 +266,7 @@ class SystemAccelerator:
         if self._host.is_to_end:
             raise _Stopped
         self._host.wait_for_reset()
+        self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
     # --- for the worker ---------------------------------------------------------------------------------------------
 

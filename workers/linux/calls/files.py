@@ -466,18 +466,16 @@ def faccessat2(system: System, thread: Thread, fd: int, path: int, mode: int, fl
 
 @served("statfs")
 def statfs(system: System, thread: Thread, path: int, address: int, *_: int) -> int:
-    _found(system, thread, _AT_FDCWD, path)
-    return _statfs(system, thread, address)
+    return _statfs(system, thread, address, _found(system, thread, _AT_FDCWD, path))
 
 
 @served("fstatfs")
 def fstatfs(system: System, thread: Thread, fd: int, address: int, *_: int) -> int:
-    thread.process.files.get(signed32(fd), path_only=True)
-    return _statfs(system, thread, address)
+    return _statfs(system, thread, address, thread.process.files.get(signed32(fd), path_only=True).inode)
 
 
-def _statfs(system: System, thread: Thread, address: int) -> int:
-    found = system.files.statfs()
+def _statfs(system: System, thread: Thread, address: int, inode: Inode) -> int:
+    found = system.files.statfs(inode)
     thread.process.space.write(address, _STATFS.pack(
         found.type, found.bsize, found.blocks, found.bfree, found.bavail, found.files, found.ffree, 0, 0,
         found.namelen, found.bsize, 0x20))

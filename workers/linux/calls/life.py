@@ -131,7 +131,7 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
     space = system.new_space()
     try:
         started = start(space, lambda name: system.executable(name, at), path, argv or [b""], envp,
-                        random=system.files.store.random(16))
+                        random=system.files.store.random(16), vdso=system.vdso.map if system.vdso else None)
     except SegmentationFault:
         space.close()
         raise OSError(errno.ENOMEM, "") from None
