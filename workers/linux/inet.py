@@ -35,7 +35,8 @@ def _local(ip: bytes) -> bool:
 
 
 class InetSocket(Socket):
-    """``ip`` and ``port``: its own (0: none yet). ``remote``: where it is connected to."""
+    """``ip`` and ``port``: its own (0: none yet). ``remote``: where it is connected to. See
+    ``Socket`` for the contract."""
 
     def __init__(self, network: Network, kind: int, protocol: int, flags: int = 0, *, domain: int) -> None:
         super().__init__(network, kind, protocol, flags)
@@ -140,7 +141,7 @@ class InetSocket(Socket):
 
 class TcpSocket(InetSocket):
     """``peer``: the other end, also when that is closed. ``finished``: it has said that nothing more comes. ``gone``:
-    the connection is over. ``dead``: no descriptor is left."""
+    the connection is over. ``dead``: no descriptor is left. See ``Socket`` for the contract."""
 
     def __init__(self, network: Network, kind: int = STREAM, protocol: int = TCP, flags: int = 0, *,
                  domain: int) -> None:
@@ -317,7 +318,7 @@ class TcpSocket(InetSocket):
 
 
 class UdpSocket(InetSocket):
-    """What has no room is lost."""
+    """What has no room is lost. See ``Socket`` for the contract."""
 
     def __init__(self, network: Network, kind: int = DGRAM, protocol: int = UDP, flags: int = 0, *,
                  domain: int) -> None:

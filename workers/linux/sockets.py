@@ -92,7 +92,7 @@ class Received:
 
 class Socket(Channel):
     """``options``: that have been set, by level and name. ``shut``: what of it, by whomever. ``error``: an errno that
-    the next call gives."""
+    the next call gives. See ``Channel`` for the contract."""
 
     domain = 0
 

@@ -39,7 +39,7 @@ _PASSCRED = (1, 16)
 
 class UnixSocket(Socket):
     """``path``: sun_path as it was bound, or empty. ``peer``: of a connection, also when that is closed; of datagrams
-    where they go. ``senders``: sockets whose datagrams go here."""
+    where they go. ``senders``: sockets whose datagrams go here. See ``Socket`` for the contract."""
 
     domain = _FAMILY
 
