@@ -91,11 +91,7 @@ class Channel(OpenFile):
 
 
 class Terminal(Channel):
-<<<<<<< HEAD
-    """/dev/console, /dev/tty, whatever is behind them. See `Channel` for the contract."""
-=======
     """/dev/console, /dev/tty, whatever is behind them. See ``Channel`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     __slots__ = ()
 
@@ -143,13 +139,8 @@ class Terminal(Channel):
 
 
 class ConsoleStream(Terminal):
-<<<<<<< HEAD
-    """Standard input, output or error where the console is no terminal: to the program, a pipe.
-    See `Channel` for the contract."""
-=======
     """Standard input, output or error where the console is no terminal: to the program, a pipe. See
     ``Channel`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     __slots__ = ("_error",)
 

@@ -20,12 +20,7 @@ _MOST = (1 << 64) - 1
 
 
 class EventFile(Channel):
-<<<<<<< HEAD
-    """``one_by_one``: a read takes one away (EFD_SEMAPHORE), not all.
-    See ``Channel`` (channels.py) for the contract."""
-=======
     """``one_by_one``: a read takes one away (EFD_SEMAPHORE), not all. See ``Channel`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     __slots__ = ("count", "one_by_one")
 
@@ -64,13 +59,8 @@ class EventFile(Channel):
 
 
 class TimerFile(Channel):
-<<<<<<< HEAD
-    """``expiry``: the first that nobody has read of (``System.monotonic``); None: it does not run.
-    See ``Channel`` (channels.py) for the contract."""
-=======
     """``expiry``: the first that nobody has read of (``System.monotonic``); None: it does not run. See
     ``Channel`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     __slots__ = ("_noticed", "expiry", "interval", "realtime")
 

@@ -35,13 +35,8 @@ def _local(ip: bytes) -> bool:
 
 
 class InetSocket(Socket):
-<<<<<<< HEAD
-    """``ip`` and ``port``: its own (0: none yet). ``remote``: where it is connected to.
-    See ``Socket`` (sockets.py) for the contract."""
-=======
     """``ip`` and ``port``: its own (0: none yet). ``remote``: where it is connected to. See
     ``Socket`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     def __init__(self, network: Network, kind: int, protocol: int, flags: int = 0, *, domain: int) -> None:
         super().__init__(network, kind, protocol, flags)
@@ -146,11 +141,7 @@ class InetSocket(Socket):
 
 class TcpSocket(InetSocket):
     """``peer``: the other end, also when that is closed. ``finished``: it has said that nothing more comes. ``gone``:
-<<<<<<< HEAD
-    the connection is over. ``dead``: no descriptor is left. See ``Socket`` (sockets.py) for the contract."""
-=======
     the connection is over. ``dead``: no descriptor is left. See ``Socket`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     def __init__(self, network: Network, kind: int = STREAM, protocol: int = TCP, flags: int = 0, *,
                  domain: int) -> None:
@@ -327,11 +318,7 @@ class TcpSocket(InetSocket):
 
 
 class UdpSocket(InetSocket):
-<<<<<<< HEAD
-    """What has no room is lost. See ``Socket`` (sockets.py) for the contract."""
-=======
     """What has no room is lost. See ``Socket`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     def __init__(self, network: Network, kind: int = DGRAM, protocol: int = UDP, flags: int = 0, *,
                  domain: int) -> None:

@@ -119,12 +119,7 @@ class Pipe:
 
 class PipeEnd(Channel):
     """One that is opened for both reading and writing is both ends of a fifo. ``fifos``: where the pipe is entered
-<<<<<<< HEAD
-    while anybody has it open, by inode; of a pipe without a name, nowhere.
-    See ``Channel`` (channels.py) for the contract."""
-=======
     while anybody has it open, by inode; of a pipe without a name, nowhere. See ``Channel`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     __slots__ = ("_fifos", "_seen", "pipe")
 

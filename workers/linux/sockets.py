@@ -92,11 +92,7 @@ class Received:
 
 class Socket(Channel):
     """``options``: that have been set, by level and name. ``shut``: what of it, by whomever. ``error``: an errno that
-<<<<<<< HEAD
-    the next call gives. See ``Channel`` (channels.py) for the contract."""
-=======
     the next call gives. See ``Channel`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     domain = 0
 

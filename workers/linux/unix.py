@@ -39,11 +39,7 @@ _PASSCRED = (1, 16)
 
 class UnixSocket(Socket):
     """``path``: sun_path as it was bound, or empty. ``peer``: of a connection, also when that is closed; of datagrams
-<<<<<<< HEAD
-    where they go. ``senders``: sockets whose datagrams go here. See ``Socket`` (sockets.py) for the contract."""
-=======
     where they go. ``senders``: sockets whose datagrams go here. See ``Socket`` for the contract."""
->>>>>>> efa1f9a26598c96cb85edb66c0b2d34587765ac9
 
     domain = _FAMILY
 
