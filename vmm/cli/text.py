@@ -53,8 +53,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     program = report.get("program")
     if program is not None:
         command = " ".join(" ".join(program["args"]).split())
-        console.print(f"program      {command if len(command) <= 60 else command[:59] + '…'}: {program['calls']:,} calls "
-                      "and faults served", markup=False)
+        command = command if len(command) <= 60 else f"{command[:59]}…"
+        console.print(f"program      {command}: {program['calls']:,} calls and faults served", markup=False)
         for name, count in program["missing_calls"].items():
             console.print(f"    not served: {name} ({count}, see docs/linux.md)", markup=False)
     if report["cause"]:
