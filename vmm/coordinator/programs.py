@@ -20,8 +20,9 @@ def maps(core: Core, bitmaps: dict[int, BitmapPlace]) -> dict[str, Any]:
 
 
 def trace(core: Core, tracer: str, on: bool, after: int) -> dict[str, Any]:
-    """Raises VmmError."""
-    return _ask(core, lambda seq: ProgramTrace(seq, tracer, on, after))
+    """Also of a machine that has ended (``ended``), as long as it is there. Raises VmmError."""
+    found = _ask(core, lambda seq: ProgramTrace(seq, tracer, on, after))
+    return {**found, "ended": core.state == "ended"}
 
 
 def require_program(core: Core) -> None:

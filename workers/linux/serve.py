@@ -281,10 +281,10 @@ class SystemAccelerator:
         return survey(self.system, self._dispatcher.vcpus, dirtied)
 
     def trace(self, client: str, on: bool, after: int) -> dict[str, Any]:
-        """See tracing.py. ``ended``: the first process has."""
+        """See tracing.py."""
         found = self._tracer.ask(client, on, after)
         self._dispatcher.tracer = self._tracer if self._tracer.wanted else None
-        return {**found, "ended": self.system.code is not None}
+        return found
 
     def registers(self) -> dict[str, int]:
         """It has none."""
