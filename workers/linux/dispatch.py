@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ipc.programs import REGISTERS, STALE_MAX, Answer, Kind, Mailbox
 
@@ -24,6 +24,7 @@ from .signals import INIT_XSAVE, Action, SignalInfo, bit, build_frame
 from .space import SegmentationFault, Space
 from .system import System
 from .tables import NoTables
+from .tracing import Tracer
 
 __all__ = ["Dispatcher"]
 
@@ -65,6 +66,8 @@ class Dispatcher:
         self._traps: dict[int, tuple[int, int, int]] = {}   # (error, vector, address) of a fault that is a signal
         self._cpu_at_start = [0] * len(boxes)
         self.served = 0
+        #: While somebody wants to see calls.
+        self.tracer: Tracer | None = None
 
     # --- for the accelerator ----------------------------------------------------------------------------------------
 
@@ -111,6 +114,11 @@ class Dispatcher:
         """Everything has ended: have all vCPUs end."""
         for index in range(len(self._boxes)):
             self._look(index)
+
+    @property
+    def vcpus(self) -> Mapping[Thread, int]:
+        """On which each thread is, of those that are on one."""
+        return self._indices
 
     @property
     def all_ended(self) -> bool:
@@ -161,9 +169,14 @@ class Dispatcher:
             self._go_on(index, thread, Answer(0))
 
     def _call(self, index: int, box: Mailbox, thread: Thread) -> None:
-        registers = box.registers
+        registers, call = box.registers, self._system.call
+        if self.tracer is not None:
+            if self.tracer.wanted:
+                call = self.tracer.call
+            else:
+                self.tracer = None
         try:
-            result = self._system.call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
+            result = call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
         except Blocked as blocked:
             self._blocked[index] = blocked
             box.hold()
@@ -294,6 +307,7 @@ class Dispatcher:
         """The thread has ended, and with it perhaps everything."""
         thread, self._threads[index] = self._threads[index], None
         if thread is not None:
+            self._trace_end(thread, None)
             self._system.give_up(thread)
             self._indices.pop(thread, None)
         self._blocked.pop(index, None)
@@ -373,6 +387,7 @@ class Dispatcher:
                 self._let_go(index)
             elif again:
                 del self._blocked[index]
+                self._trace_end(thread, None, again=True)
                 box.registers[_RIP] -= _SYSCALL_SIZE
                 self._go_on(index, thread, Answer.REGISTERS)
             return
@@ -386,9 +401,15 @@ class Dispatcher:
         else:
             registers[_RAX] = -errno.EINTR & 0xFFFF_FFFF_FFFF_FFFF
             system.write_time_left(thread, number, [registers[at] for at in _ARGUMENTS])
+        self._trace_end(thread, thread.done or -errno.EINTR, again=again and not thread.done)
         thread.awaited = 0
         system.give_up(thread)
         self._go_on(index, thread, Answer.REGISTERS)
+
+    def _trace_end(self, thread: Thread, result: int | None, *, again: bool = False) -> None:
+        """Of a blocked call."""
+        if self.tracer is not None:
+            self.tracer.over(thread, result, again=again)
 
     @staticmethod
     def _restarts(thread: Thread) -> bool:

@@ -12,10 +12,10 @@ import select
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ipc.layout import VcpuControl
-from ipc.messages import ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
+from ipc.messages import BitmapPlace, ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
     ENTRY_PAGE,
     IDT_PAGE,
@@ -44,9 +44,11 @@ from .population import FIRST_PID
 from .ram import Ram
 from .setup import fill
 from .signals import SignalInfo
+from .survey import Dirtied, survey
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
 from .terminals import LineConsole, StreamConsole, TerminalConsole
+from .tracing import Tracer
 from .vdso import Vdso, counter
 from .vfs import FileSystem
 
@@ -123,6 +125,7 @@ class SystemAccelerator:
                                  vdso=self._vdso(frames, host_tsc))
             self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
             self.system.launcher = self._dispatcher
+            self._tracer = Tracer(self.system.call)
             self._spawn()
         except (NoFrames, NoTables):
             raise AccelError("memory: is too small for the program") from None
@@ -269,6 +272,19 @@ class SystemAccelerator:
         self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
     # --- for the worker ---------------------------------------------------------------------------------------------
+
+    def maps(self, bitmaps: dict[int, BitmapPlace]) -> dict[str, Any]:
+        """See survey.py. Raises SegmentError and OSError."""
+        slot = self._spec.slots[0]
+        place = bitmaps.get(slot.id)
+        dirtied = None if place is None else Dirtied.read(place, slot.gpa // PAGE_SIZE, slot.size // PAGE_SIZE)
+        return survey(self.system, self._dispatcher.vcpus, dirtied)
+
+    def trace(self, client: str, on: bool, after: int) -> dict[str, Any]:
+        """See tracing.py."""
+        found = self._tracer.ask(client, on, after)
+        self._dispatcher.tracer = self._tracer if self._tracer.wanted else None
+        return found
 
     def registers(self) -> dict[str, int]:
         """It has none."""

@@ -155,6 +155,12 @@ class Space:
         return sum(number - self._tables.entries(word, number).count(0) for _, word, number in self._tables.chunks(
             self.root, mapping.start, mapping.end - mapping.start))
 
+    def frames_of(self, mapping: Mapping) -> list[int]:
+        """Of its pages that have one."""
+        return [(entry & FRAME) >> 12 for _, word, number in self._tables.chunks(
+            self.root, mapping.start, mapping.end - mapping.start)
+            for entry in self._tables.entries(word, number) if entry]
+
     @property
     def heap(self) -> int:
         """The page at which it begins."""
