@@ -85,7 +85,7 @@ class Answer(IntFlag):
 _FREE, _ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
-_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT = range(2, 13)
+_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT, _CPU = range(2, 14)
 _REGISTERS = 16
 _RUNS = 64
 #: Runs of stale frames that there is room for; where there are more, all memory is stale.
@@ -240,6 +240,8 @@ class Mailbox:
 
     root = property(lambda self: self.words[_ROOT], lambda self, value: self.words.__setitem__(_ROOT, value))
     fs_base = property(lambda self: self.words[_FS], lambda self, value: self.words.__setitem__(_FS, value))
+    #: Processor time of the worker's vCPU thread when it asked, nanoseconds.
+    cpu_ns = property(lambda self: self.words[_CPU], lambda self, value: self.words.__setitem__(_CPU, value))
     tid = property(lambda self: self.words[_TID], lambda self, value: self.words.__setitem__(_TID, value))
 
     # --- stale frames -----------------------------------------------------------------------------------------------

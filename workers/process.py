@@ -92,7 +92,8 @@ class Worker:
         if spec.is_system:
             from .linux.serve import SystemAccelerator  # a worker with a CPU has no use for it
 
-            return SystemAccelerator(spec, memory, control, ports, self.vcpu)
+            return SystemAccelerator(spec, memory, control, ports, self.vcpu,
+                                     host_tsc=load_program(spec.accel).sees_host_tsc())
         accel = load_program(spec.accel)(spec, memory, control, ports)
         self.program = accel.server = ProgramThread(spec, memory, control, accel)
         self.vcpu.away = self.program

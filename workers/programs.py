@@ -133,6 +133,7 @@ class ProgramThread:
         box = self._box
         box.registers[:] = self._accel.registers_now
         box.fs_base = self._accel.fs_base
+        box.cpu_ns = time.thread_time_ns()
         self._kind = kind
         box.ask(kind, vector, error, address)
         self._bell.raise_flag()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..client.machine import Machine
     from ..machine.spec import MachineSpec
 
-__all__ = ["run_program"]
+__all__ = ["make_root", "run_program"]
 
 _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 #: {key of a configuration: option of this verb that says the same}
@@ -238,3 +238,17 @@ def _show(report: dict[str, Any], shown: bool, path: str | None) -> None:
         print_report(report, Console(stderr=True))
     for name, count in ((report.get("program") or {}).get("missing_calls") or {}).items():
         click.echo(f"vmm: note: the program made a system call that is not served: {name} ({count} times)", err=True)
+
+
+@click.command("root")
+@click.argument("directory", type=click.Path())
+@click.argument("packages", nargs=-1, required=True)
+def make_root(directory: str, packages: tuple[str, ...]) -> None:
+    """Make DIRECTORY a root for programs (vmm run --root). It gets the files of these Debian packages, and of all that
+    they need; their scripts are not run."""
+    from pathlib import Path
+
+    from ..client import debian
+
+    names = debian.make_root(Path(directory), packages, lambda text: click.echo(text, err=True))
+    click.echo(f"{directory} has {len(names)} packages: vmm run --root {directory} -- PROGRAM")

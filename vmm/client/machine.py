@@ -387,6 +387,19 @@ class Machine:
         """Flush the rest into the queue, and end the recording. Raises VmmError."""
         self._client.ask(verbs.RecordStop)
 
+    # --- Linux programs ---------------------------------------------------------------------------------
+
+    def program_maps(self, client: str = "") -> dict[str, Any]:
+        """What each process of its programs has mapped (workers/linux/survey.py has the fields). ``client``: count
+        what that client's last sync gave in each mapping. Raises VmmError, also on a machine that runs none."""
+        return self._client.ask(verbs.ProgramMaps, client=client)
+
+    def program_trace(self, tracer: str, after: int = -1, *, on: bool = True) -> dict[str, Any]:
+        """System calls after the first ``after`` (-1: none of those so far), as workers/linux/tracing.py gives them.
+        ``tracer``: a name for who asks; calls are kept until it has not asked for 2 s, or asks with ``on`` unset.
+        Raises VmmError, also on a machine that runs no program."""
+        return self._client.ask(verbs.ProgramTrace, tracer=tracer, after=after, on=on)
+
     # --- memory slots -----------------------------------------------------------------------------------
 
     def memory_add(self, slot: int, gpa: int, size: int, *, log: bool = True) -> None:

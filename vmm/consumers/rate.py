@@ -62,10 +62,10 @@ class DirtyRate:
         return asdict(self)
 
 
-def check_time(seconds: float) -> float:
+def check_time(seconds: float, option: str = "--time") -> float:
     """Raises VmmError outside 50 ms to 60 s."""
     if not _SHORTEST <= seconds <= _LONGEST:
-        raise VmmError(f"--time {seconds:g} s: must be from {_SHORTEST * 1000:.0f} ms to {_LONGEST:.0f} s")
+        raise VmmError(f"{option} {seconds:g} s: must be from {_SHORTEST * 1000:.0f} ms to {_LONGEST:.0f} s")
     return seconds
 
 

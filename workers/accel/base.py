@@ -199,6 +199,11 @@ class ProgramServer(Protocol):
 class ProgramAccelerator(Accelerator, Protocol):
     """For a thread of a Linux program. ``server`` is there before ``run``."""
 
+    @staticmethod
+    def sees_host_tsc() -> bool:
+        """RDTSC in a program gives what it gives on the host."""
+        ...
+
     server: ProgramServer
     #: Those of the program, 18 words as ipc.programs.REGISTERS has them: as it goes on.
     registers_now: memoryview

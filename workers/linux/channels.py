@@ -10,27 +10,43 @@ import stat
 from typing import TYPE_CHECKING
 
 from .blocked import Blocked
-from .inodes import Node, Store
+from .inodes import Inode, Node, Store
 from .openfiles import OpenFile
 
 if TYPE_CHECKING:
+    from .epoll import Interest
     from .processes import Thread
     from .system import System
 
-__all__ = ["ERR", "HUP", "IN", "OUT", "PRI", "RDHUP", "RDNORM", "WRNORM", "Channel", "ConsoleStream", "Terminal"]
+__all__ = ["ERR", "HUP", "IN", "OUT", "PRI", "RDHUP", "RDNORM", "WRNORM", "Channel", "ConsoleStream", "Terminal",
+           "nameless"]
 
 IN, PRI, OUT, ERR, HUP, RDNORM, WRNORM, RDHUP = 1, 2, 4, 8, 16, 0x40, 0x100, 0x2000     # uapi/asm-generic/poll.h
 
 
-class Channel(OpenFile):
-    """``source``: what is notified when anything about it changes (``System.notify``)."""
+def nameless(store: Store, mode: int) -> Node:
+    """An inode that goes with the last open file of it."""
+    found = Node(store, mode)
+    found.nlink = 0
+    return found
 
-    __slots__ = ()
+
+class Channel(OpenFile):
+    """``source``: what is notified when anything about it changes (``System.notify``), the same as long as it lives.
+    ``interests``: epoll instances that look at it."""
+
+    __slots__ = ("interests",)
 
     #: A write(2) is one ``put`` with all that there is, and whatever that takes is its result.
     whole = False
     #: How many bytes a read(2) must have room for. With none, it gives none.
     least = 0
+    #: Time alone changes it: ``due`` and ``tick`` are asked.
+    timed = False
+
+    def __init__(self, inode: Inode, flags: int, number: int = 0) -> None:
+        super().__init__(inode, flags, number)
+        self.interests: list[Interest] = []
 
     @property
     def source(self) -> object:
@@ -39,10 +55,23 @@ class Channel(OpenFile):
     def let_go(self) -> None:
         super().let_go()
         if not self.uses:
+            for each in tuple(self.interests):
+                each.remove()
             self.closed()
 
     def closed(self) -> None:
         """No descriptor is left."""
+
+    def patience(self, *, writing: bool) -> int:
+        """How long a call waits that would block, in nanoseconds. 0: for ever."""
+        return 0
+
+    def due(self, system: System) -> int | None:
+        """When that is, if nothing else comes before (``System.monotonic``)."""
+        return None
+
+    def tick(self, system: System) -> None:
+        """It may be now: then ``System.notify``, once."""
 
     def take(self, system: System, thread: Thread, count: int) -> bytes:
         """read(2), of one that is readable. Raises OSError and Blocked."""
@@ -62,7 +91,7 @@ class Channel(OpenFile):
 
 
 class Terminal(Channel):
-    """/dev/console, /dev/tty, whatever is behind them."""
+    """/dev/console, /dev/tty, whatever is behind them. See ``Channel`` for the contract."""
 
     __slots__ = ()
 
@@ -110,15 +139,22 @@ class Terminal(Channel):
 
 
 class ConsoleStream(Terminal):
-    """Standard input, output or error where the console is no terminal: to the program, a pipe."""
+    """Standard input, output or error where the console is no terminal: to the program, a pipe. See
+    ``Channel`` for the contract."""
 
     __slots__ = ("_error",)
 
-    def __init__(self, store: Store, flags: int, *, error: bool = False) -> None:
-        inode = Node(store, stat.S_IFIFO | 0o600)
-        inode.nlink = 0
-        super().__init__(inode, flags)
+    def __init__(self, store: Store, flags: int, *, error: bool = False, inode: Inode | None = None,
+                 number: int = 0) -> None:
+        """``inode``, ``number``: of one that is open, opened once more."""
+        if inode is None:
+            inode = nameless(store, stat.S_IFIFO | 0o600)
+        super().__init__(inode, flags, number)
         self._error = error
+
+    def again(self, file: OpenFile) -> ConsoleStream:
+        """As it was opened by a link of /proc."""
+        return ConsoleStream(self.inode.store, file.flags, error=self._error, inode=self.inode, number=file.number)
 
     def put(self, system: System, thread: Thread, data: bytes) -> int:
         written = system.console.write(data, error=self._error)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .frames import NoFrames
-from .inodes import Inode, Origin, Store, origin_of, read_source
+from .inodes import Cut, Inode, Origin, Store, origin_of, read_source
 from .sources import Entry
 from .space import PAGE
 
@@ -58,8 +58,8 @@ class _Pages:
 
 
 class Regular(Inode):
-    """A regular file. It can be mapped (``space.Backing``). ``mapped``: how many mappings there are, by whoever maps
-    it; while there are any, pages that it loses are put into ``Store.cut``."""
+    """A regular file. It can be mapped (``space.Backing``). ``mapped``: in how many address spaces it is; while it is
+    in any, pages that it loses are put into ``Store.cut``."""
 
     __slots__ = ("_exposed", "_frames", "_origin", "_reserved", "_size", "_source_size", "_unread", "mapped")
 
@@ -82,7 +82,15 @@ class Regular(Inode):
     def blocks(self) -> int:
         return len(self._frames) + len(self._reserved) + self._unread.count(0, _pages(self._size))
 
-    # --- reading ---------------------------------------------------------------------------------------------------
+    # --- mappings --------------------------------------------------------------------------------------------------
+
+    def keep_mapped(self) -> None:
+        self.mapped += 1
+        self.keep()
+
+    def let_go_mapped(self) -> None:
+        self.mapped -= 1
+        self.let_go()
 
     def frame(self, page: int) -> int:
         """Of a page, which gets one where it has none. Raises NoFrames, and IndexError behind the end and where the
@@ -97,6 +105,8 @@ class Regular(Inode):
                 raise IndexError from None
         self._exposed = True
         return found
+
+    # --- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, offset: int, count: int) -> bytes:
         """Up to the end. Raises OSError where the source fails."""
@@ -194,7 +204,7 @@ class Regular(Inode):
         if size > self._size:
             self._grow(size)
         else:
-            self._drop(_pages(size), _pages(LARGEST))
+            self._drop(_pages(size), _pages(LARGEST), copies=True)
             self._zero(size, min(self._size, _pages(size) * PAGE))
             self._source_size = min(self._source_size, size)
             self._size = size
@@ -262,15 +272,15 @@ class Regular(Inode):
         if frame is not None and offset < end:
             self.store.memory.write(frame, offset % PAGE, bytes(end - offset))
 
-    def _drop(self, first: int, end: int) -> None:
-        """They are holes."""
+    def _drop(self, first: int, end: int, *, copies: bool = False) -> None:
+        """They are holes. ``copies``: who has mapped the file loses those too that it has made by writing."""
         dropped = []
         for frames in (self._frames, self._reserved):
             few = range(first, end) if end - first < len(frames) else list(frames)
             dropped += [frames.pop(page) for page in few if first <= page < end and page in frames]
         self._unread.remove(first, end)
         if self.mapped and first < end:
-            self.store.cut.append((self, first, end))
+            self.store.cut.append(Cut(self, first, end, None if copies else frozenset(dropped)))
         unused = self.store.frames.drop(dropped)
         if unused:
             self.store.memory.clear(unused)

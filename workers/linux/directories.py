@@ -22,9 +22,9 @@ _SIZE_OF_ENTRY = 20         # as tmpfs counts
 
 class Directory(Inode):
     """``parent``: of the root itself. One that was removed has no links, no entries and gets none; its parent remains.
-    An imported one is read at first use."""
+    An imported one is read at first use. ``covered``: what is mounted on names that are there, and is not saved."""
 
-    __slots__ = ("_entries", "_next", "_origin", "parent")
+    __slots__ = ("_entries", "_next", "_origin", "covered", "parent")
 
     def __init__(self, store: Store, mode: int, uid: int = 0, gid: int = 0, rdev: int = 0, *, number: int = 0) -> None:
         super().__init__(store, mode, uid, gid, number=number)
@@ -33,6 +33,7 @@ class Directory(Inode):
         self._entries: dict[bytes, tuple[Inode, int]] = {}      # in the order of their positions
         self._next = _FIRST_POSITION
         self._origin: Origin | None = None
+        self.covered: dict[bytes, Directory] = {}
 
     @property
     def size(self) -> int:
@@ -45,6 +46,8 @@ class Directory(Inode):
             raise OSError(errno.ENOENT, "")
         if len(name) > LONGEST_NAME:
             raise OSError(errno.ENAMETOOLONG, "")
+        if name in self.covered:
+            return self.covered[name]
         found = self._listed().get(name)
         return None if found is None else found[0]
 
@@ -58,10 +61,13 @@ class Directory(Inode):
         yield from dots[position:]
         for name, (inode, at) in self._listed().items():
             if at >= position:
-                yield name, inode, at
+                yield name, self.covered.get(name, inode), at
 
     def name_of(self, inode: Inode) -> bytes | None:
         """Any of its names here. Raises OSError."""
+        for name, each in self.covered.items():
+            if each is inode:
+                return name
         return next((name for name, (each, _) in self._listed().items() if each is inode), None)
 
     def is_beneath(self, other: Inode) -> bool:
@@ -73,9 +79,27 @@ class Directory(Inode):
             here = here.parent
         return True
 
+    def check_enters(self, name: bytes) -> None:
+        """Something can get this name. Raises OSError."""
+
+    def check_leaves(self, name: bytes) -> None:
+        """What has the name can be removed, or get another one. Raises OSError."""
+        if name in self.covered:
+            raise OSError(errno.EBUSY, "")
+
+    def cover(self, name: bytes, directory: Directory) -> None:
+        """It is mounted on a name that there is."""
+        self.covered[name] = directory
+        directory.parent = self
+
+    def forget_source(self) -> None:
+        """One that was imported, and never looked at, is empty."""
+        self._origin = None
+
     def enter(self, name: bytes, inode: Inode) -> None:
         """In place of what has the name, which the caller has seen to; then it keeps the position. Raises OSError."""
         entries = self._listed()
+        inode.place = self, name
         old = entries.get(name)
         if old is None:
             entries[name] = inode, self._next
@@ -150,6 +174,8 @@ class Directory(Inode):
         assert isinstance(parent, Directory)
         self.parent = parent
         self._entries = {name: (self.store.inodes[number], at) for name, number, at in saved["entries"]}
+        for name, (inode, _) in self._entries.items():
+            inode.place = self, name
 
     def load_entry(self, entry: Entry, origin: Origin) -> None:
         super().load_entry(entry, origin)

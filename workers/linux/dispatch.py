@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ipc.programs import REGISTERS, STALE_MAX, Answer, Kind, Mailbox
 
@@ -24,6 +24,7 @@ from .signals import INIT_XSAVE, Action, SignalInfo, bit, build_frame
 from .space import SegmentationFault, Space
 from .system import System
 from .tables import NoTables
+from .tracing import Tracer
 
 __all__ = ["Dispatcher"]
 
@@ -63,7 +64,10 @@ class Dispatcher:
         #: Frames of which the worker of a vCPU has to drop its mapping before it goes on.
         self._stale: dict[int, list[Run]] = {}
         self._traps: dict[int, tuple[int, int, int]] = {}   # (error, vector, address) of a fault that is a signal
+        self._cpu_at_start = [0] * len(boxes)
         self.served = 0
+        #: While somebody wants to see calls.
+        self.tracer: Tracer | None = None
 
     # --- for the accelerator ----------------------------------------------------------------------------------------
 
@@ -112,6 +116,11 @@ class Dispatcher:
             self._look(index)
 
     @property
+    def vcpus(self) -> Mapping[Thread, int]:
+        """On which each thread is, of those that are on one."""
+        return self._indices
+
+    @property
     def all_ended(self) -> bool:
         return len(self._ended) == len(self._boxes)
 
@@ -149,6 +158,7 @@ class Dispatcher:
             self._let_go(index)
             return
         thread.registers, thread.fs_now = box.registers, box.fs_base
+        thread.cpu_ns = box.cpu_ns - self._cpu_at_start[index]
         if kind == Kind.CALL:
             self._call(index, box, thread)
         elif kind == Kind.FAULT:
@@ -159,9 +169,14 @@ class Dispatcher:
             self._go_on(index, thread, Answer(0))
 
     def _call(self, index: int, box: Mailbox, thread: Thread) -> None:
-        registers = box.registers
+        registers, call = box.registers, self._system.call
+        if self.tracer is not None:
+            if self.tracer.wanted:
+                call = self.tracer.call
+            else:
+                self.tracer = None
         try:
-            result = self._system.call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
+            result = call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
         except Blocked as blocked:
             self._blocked[index] = blocked
             box.hold()
@@ -292,6 +307,7 @@ class Dispatcher:
         """The thread has ended, and with it perhaps everything."""
         thread, self._threads[index] = self._threads[index], None
         if thread is not None:
+            self._trace_end(thread, None)
             self._system.give_up(thread)
             self._indices.pop(thread, None)
         self._blocked.pop(index, None)
@@ -314,6 +330,7 @@ class Dispatcher:
             box.registers[at] = value
         box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
         box.xsave[:] = INIT_XSAVE
+        self._cpu_at_start[index] = box.cpu_ns
         self._answer(index, Answer.ROOT | Answer.FS | Answer.REGISTERS | Answer.SET_XSAVE)
         if self._system.deliverable(thread):
             self._looks.add(index)
@@ -370,6 +387,7 @@ class Dispatcher:
                 self._let_go(index)
             elif again:
                 del self._blocked[index]
+                self._trace_end(thread, None, again=True)
                 box.registers[_RIP] -= _SYSCALL_SIZE
                 self._go_on(index, thread, Answer.REGISTERS)
             return
@@ -383,9 +401,15 @@ class Dispatcher:
         else:
             registers[_RAX] = -errno.EINTR & 0xFFFF_FFFF_FFFF_FFFF
             system.write_time_left(thread, number, [registers[at] for at in _ARGUMENTS])
+        self._trace_end(thread, thread.done or -errno.EINTR, again=again and not thread.done)
         thread.awaited = 0
         system.give_up(thread)
         self._go_on(index, thread, Answer.REGISTERS)
+
+    def _trace_end(self, thread: Thread, result: int | None, *, again: bool = False) -> None:
+        """Of a blocked call."""
+        if self.tracer is not None:
+            self.tracer.over(thread, result, again=again)
 
     @staticmethod
     def _restarts(thread: Thread) -> bool:

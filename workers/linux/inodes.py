@@ -15,7 +15,7 @@ from .locks import Locks
 from .sources import NANOSECONDS, Entry, Source
 from .space import PAGE, Memory
 
-__all__ = ["Inode", "Node", "Origin", "Stat", "Store", "Symlink", "origin_of", "read_source"]
+__all__ = ["Cut", "Inode", "Node", "Origin", "Stat", "Store", "Symlink", "origin_of", "read_source"]
 
 #: Where something was imported from: the name of a source, the path there.
 Origin = tuple[str, bytes]
@@ -43,6 +43,17 @@ class Stat:
     btime: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Pages that a file has lost, and the frames that they had. ``frames`` None: a mapping loses also what it has in
+    their place, copies that a program has made by writing."""
+
+    inode: Inode
+    first: int
+    end: int
+    frames: frozenset[int] | None
+
+
 @dataclass(eq=False)
 class Store:
     """What the inodes of a file system share. ``clock``: nanoseconds since 1970. ``random``: so many random bytes."""
@@ -59,8 +70,8 @@ class Store:
     imported: dict[tuple[str, bytes], int] = field(default_factory=dict)
     next_inode: int = 1
     next_file: int = 1
-    #: Pages (file, first, end) that mapped files have lost: whoever maps them must unmap those pages.
-    cut: list[tuple[Inode, int, int]] = field(default_factory=list)
+    #: What mapped files have lost: whoever maps them must unmap those pages.
+    cut: list[Cut] = field(default_factory=list)
 
     def source(self, name: str) -> Source:
         """Raises OSError where it is not there (any more)."""
@@ -72,10 +83,11 @@ class Store:
 
 class Inode:
     """``mode`` has the type too. ``uses``: open files, working directories, mappings, and removed directories in it;
-    it lives while it has links or uses."""
+    it lives while it has links or uses. ``place``: the directory and the name that it was given last, where it may not
+    be any more."""
 
-    __slots__ = ("atime", "btime", "ctime", "gid", "linkable", "locks", "mode", "mtime", "nlink", "number", "rdev",
-                 "store", "uid", "uses")
+    __slots__ = ("atime", "btime", "ctime", "gid", "linkable", "locks", "mode", "mtime", "nlink", "number", "place",
+                 "rdev", "store", "uid", "uses")
 
     def __init__(self, store: Store, mode: int, uid: int = 0, gid: int = 0, rdev: int = 0, *, number: int = 0) -> None:
         """``number``: 0 for a new one."""
@@ -89,6 +101,7 @@ class Inode:
         self.uses = 0
         self.linkable = False           # although it has no links (O_TMPFILE)
         self.locks = Locks()
+        self.place: tuple[Inode, bytes] | None = None
         self.atime = self.mtime = self.ctime = self.btime = store.clock()
 
     # --- what it is ------------------------------------------------------------------------------------------------
@@ -200,6 +213,10 @@ class Symlink(Inode):
             self._size = len(self._target)
             self._origin = None
         return self._target
+
+    def leads(self) -> Inode | None:
+        """What it leads to, where its target does not say that (made.py). Raises OSError."""
+        return None
 
     def save(self) -> dict[str, Any]:
         return super().save() | {"target": self._target, "size": self._size,

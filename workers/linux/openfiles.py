@@ -34,6 +34,9 @@ class OpenFile:
 
     __slots__ = ("flags", "inode", "number", "position", "uses")
 
+    #: What a link of /proc to it says, where its inode has no name.
+    label = b""
+
     def __init__(self, inode: Inode, flags: int, number: int = 0) -> None:
         """``number``: 0 for a new one; then the inode is kept."""
         self.inode, self.flags = inode, flags

@@ -99,7 +99,7 @@ class Paths:
     def _target(self, directory: Directory, link: Symlink, links: Links) -> Inode:
         links.follow()
         link.accessed()
-        return self.find(directory, link.target, True, links)
+        return link.leads() or self.find(directory, link.target, True, links)
 
 
 def _directory(inode: Inode) -> Directory:

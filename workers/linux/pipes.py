@@ -119,7 +119,7 @@ class Pipe:
 
 class PipeEnd(Channel):
     """One that is opened for both reading and writing is both ends of a fifo. ``fifos``: where the pipe is entered
-    while anybody has it open, by inode; of a pipe without a name, nowhere."""
+    while anybody has it open, by inode; of a pipe without a name, nowhere. See ``Channel`` for the contract."""
 
     __slots__ = ("_fifos", "_seen", "pipe")
 
@@ -172,6 +172,8 @@ class PipeEnd(Channel):
             raise OSError(errno.EPIPE, "")
         done = self.pipe.write(data, packets=bool(self.flags & os.O_DIRECT))
         if not done:
+            if self.flags & os.O_NONBLOCK:
+                self.pipe.notify(self.pipe, IN | RDNORM)        # in Linux too: for EPOLLET an event
             raise Blocked(on=(self.pipe,))
         return done
 

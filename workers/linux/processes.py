@@ -30,9 +30,11 @@ class Descriptor:
 
 
 class FileTable:
-    """File descriptors: the lowest free number is given. Raises OSError."""
+    """File descriptors: the lowest free number is given. ``owner``: the process whose record locks (fcntl(2)) go when
+    it closes any descriptor of their file. Raises OSError."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: int = 0) -> None:
+        self.owner = owner
         self._there: dict[int, Descriptor] = {}
         self.limit = _FILES_MAX
 
@@ -74,16 +76,19 @@ class FileTable:
 
     def close(self, number: int) -> None:
         self.descriptor(number)
-        self._there.pop(number).file.let_go()
+        file = self._there.pop(number).file
+        if file.inode.locks:
+            file.inode.locks.unlock(self.owner)
+        file.let_go()
 
     def close_all(self, *, on_exec: bool = False) -> None:
         for number in list(self._there):
             if not on_exec or self._there[number].close_on_exec:
                 self.close(number)
 
-    def copy(self) -> FileTable:
+    def copy(self, owner: int) -> FileTable:
         """For a fork."""
-        copied = FileTable()
+        copied = FileTable(owner)
         copied.limit = self.limit
         for number, each in self._there.items():
             each.file.keep()
@@ -115,7 +120,14 @@ class Process:
     stopped: int = 0                # the signal that has stopped it; 0: it runs
     told: int = 0                   # a stop (the signal) or continuation (-1) that its parent has not asked for yet
     exit_signal: int = CHLD         # that its parent gets
+    cpu_before: int = 0             # processor time of its threads that have ended, nanoseconds
+    cpu_children: int = 0           # and of children that it has waited for
     alarm: tuple[int, int] = (0, 0)     # ITIMER_REAL: when (CLOCK_MONOTONIC, nanoseconds; 0: never), and how often
+
+    @property
+    def cpu_ns(self) -> int:
+        """Processor time of all of its threads."""
+        return self.cpu_before + sum(each.cpu_ns for each in self.threads)
 
     def action(self, number: int) -> Action:
         return self.actions.get(number, _DEFAULT)
@@ -142,6 +154,7 @@ class Thread:
     #: Registers as its vCPU will have them, while a call is served (ipc.programs.REGISTERS), and FS base.
     registers: memoryview | list[int] = field(default_factory=list)
     fs_now: int = 0
+    cpu_ns: int = 0                 # processor time until its last call
     #: It goes on with ``registers``, not with a result; in another address space; with this XSAVE area.
     jumps: bool = False
     new_space: bool = False

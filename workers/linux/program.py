@@ -16,7 +16,7 @@ from typing import Protocol
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from .space import PAGE, PROT_EXEC, PROT_READ, PROT_WRITE, Backing, Space
+from .space import PAGE, PROT_EXEC, PROT_READ, PROT_WRITE, Backing, Beginning, Space
 
 __all__ = ["Executable", "Started", "start"]
 
@@ -87,20 +87,22 @@ class _Image:
 
 
 def start(space: Space, opened: Callable[[bytes], Executable], path: bytes, arguments: Sequence[bytes],
-          environment: Sequence[bytes], *, random: bytes, features: int = 0, vdso: int = 0) -> Started:
+          environment: Sequence[bytes], *, random: bytes, features: int = 0,
+          vdso: Callable[[Space], int] | None = None) -> Started:
     """Map the program into an empty space. ``opened`` gives the file of a path, or raises OSError. ``random``: 16
-    bytes; ``features``: CPUID 1, EDX. Raises OSError (ENOEXEC, ENOENT, E2BIG, ENOMEM, ...), SegmentationFault,
-    NoFrames, NoTables."""
+    bytes; ``features``: CPUID 1, EDX; ``vdso`` maps one, and gives its address. Raises OSError (ENOEXEC, ENOENT, E2BIG,
+    ENOMEM, ...), SegmentationFault, NoFrames, NoTables."""
     arguments = list(arguments)
     file, path, arguments = _program(opened, path, arguments)
     image = _map(space, file, None)
     loader = _map(space, opened(image.interpreter), 0) if image.interpreter else None
+    library = vdso(space) if vdso else 0
     space.set_heap(-(-image.end // PAGE))
-    rsp = _stack(space, path, arguments, environment, random, {
+    rsp = _stack(space, file, path, arguments, environment, random, {
         "PHDR": image.headers, "PHENT": 56, "PHNUM": image.count, "PAGESZ": PAGE,
         "BASE": loader.base if loader else 0, "FLAGS": 0, "ENTRY": image.entry, "UID": 0, "EUID": 0, "GID": 0,
         "EGID": 0, "HWCAP": features, "HWCAP2": 0, "CLKTCK": 100, "SECURE": 0, "MINSIGSTKSZ": 3632,
-        **({"SYSINFO_EHDR": vdso} if vdso else {})})
+        **({"SYSINFO_EHDR": library} if library else {})})
     return Started(loader.entry if loader else image.entry, rsp, path)
 
 
@@ -170,8 +172,8 @@ def _segment(space: Space, file: Executable, segment: object, shift: int) -> Non
         space.map(filled, end - filled, prot, fixed=True)
 
 
-def _stack(space: Space, path: bytes, arguments: Sequence[bytes], environment: Sequence[bytes], random: bytes,
-           auxiliary: dict[str, int]) -> int:
+def _stack(space: Space, file: Executable, path: bytes, arguments: Sequence[bytes], environment: Sequence[bytes],
+           random: bytes, auxiliary: dict[str, int]) -> int:
     """What a program finds on it (x86-64 psABI, 3.4.1); the stack pointer. Raises OSError."""
     if sum(len(text) + 9 for text in (*arguments, *environment, path)) > _ARGUMENTS_MAX:
         raise OSError(errno.E2BIG, "")
@@ -185,12 +187,14 @@ def _stack(space: Space, path: bytes, arguments: Sequence[bytes], environment: S
     name, platform, *strings = [base + len(random) + at for at in places]
     auxiliary |= {"RANDOM": base, "EXECFN": name, "PLATFORM": platform}
     words = [len(arguments), *strings[:len(arguments)], 0, *strings[len(arguments):], 0]
-    for key, value in auxiliary.items():
-        words += [_AT[key], value]
-    words += [_AT["NULL"], 0]
+    vector = [part for key, value in auxiliary.items() for part in (_AT[key], value)] + [_AT["NULL"], 0]
+    words += vector
     rsp = (base - 8 * len(words)) & ~15
     size = max(_STACK_FIRST, STACK_TOP - rsp + (16 << 10))
     space.map(STACK_TOP - size, size, PROT_READ | PROT_WRITE, fixed=True, name="stack", grows=True)
     space.write(rsp, struct.pack(f"<{len(words)}Q", *words))
     space.write(base, random + bytes(texts))
+    first, end = base + len(random) + places[2] if strings else 0, base + len(random) + len(texts)
+    middle = strings[len(arguments)] if environment else end
+    space.beginning = Beginning(file, struct.pack(f"<{len(vector)}Q", *vector), (first, middle), (middle, end), rsp)
     return rsp

@@ -12,10 +12,10 @@ import select
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ipc.layout import VcpuControl
-from ipc.messages import ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
+from ipc.messages import BitmapPlace, ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
     ENTRY_PAGE,
     IDT_PAGE,
@@ -44,9 +44,12 @@ from .population import FIRST_PID
 from .ram import Ram
 from .setup import fill
 from .signals import SignalInfo
+from .survey import Dirtied, survey
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
 from .terminals import LineConsole, StreamConsole, TerminalConsole
+from .tracing import Tracer
+from .vdso import Vdso, counter
 from .vfs import FileSystem
 
 __all__ = ["Host", "SystemAccelerator"]
@@ -81,7 +84,9 @@ class _Stopped(Exception):
 class SystemAccelerator:
     """See workers/accel/base.py for the contract."""
 
-    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host) -> None:
+    def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host, *,
+                 host_tsc: bool) -> None:
+        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call."""
         assert spec.program is not None
         self.vcpu_fd, self.kvm_run_size = -1, 0
         self._spec, self._program, self._control, self._host = spec, spec.program, control, host
@@ -116,9 +121,11 @@ class SystemAccelerator:
         try:
             fill(files, spec.program)
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
-                                 monotonic=time.monotonic_ns, threads_max=spec.threads)
+                                 monotonic=time.monotonic_ns, threads_max=spec.threads,
+                                 vdso=self._vdso(frames, host_tsc))
             self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
             self.system.launcher = self._dispatcher
+            self._tracer = Tracer(self.system.call)
             self._spawn()
         except (NoFrames, NoTables):
             raise AccelError("memory: is too small for the program") from None
@@ -138,6 +145,10 @@ class SystemAccelerator:
             (_, word, _), = self._tables.chunks(root, page & (1 << 36) - 1, 1, make=True)
             self._tables.set(word, value)
         self._tables.have_in_common(root, SYSTEM_ADDRESS // PAGE_SIZE & (1 << 36) - 1)
+
+    def _vdso(self, frames: Frames, host_tsc: bool) -> Vdso:
+        return Vdso(self._ram, frames, monotonic=time.monotonic_ns, realtime=time.time_ns,
+                    tsc=counter() if host_tsc else None)
 
     def _spawn(self) -> None:
         program = self._program
@@ -261,6 +272,19 @@ class SystemAccelerator:
         self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
     # --- for the worker ---------------------------------------------------------------------------------------------
+
+    def maps(self, bitmaps: dict[int, BitmapPlace]) -> dict[str, Any]:
+        """See survey.py. Raises SegmentError and OSError."""
+        slot = self._spec.slots[0]
+        place = bitmaps.get(slot.id)
+        dirtied = None if place is None else Dirtied.read(place, slot.gpa // PAGE_SIZE, slot.size // PAGE_SIZE)
+        return survey(self.system, self._dispatcher.vcpus, dirtied)
+
+    def trace(self, client: str, on: bool, after: int) -> dict[str, Any]:
+        """See tracing.py."""
+        found = self._tracer.ask(client, on, after)
+        self._dispatcher.tracer = self._tracer if self._tracer.wanted else None
+        return found
 
     def registers(self) -> dict[str, int]:
         """It has none."""

@@ -15,20 +15,21 @@ import errno
 import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .frames import Frames, NoFrames, Run, runs_of
 from .tables import ACCESSED, COPY, FRAME, HELD, NO_EXECUTE, PRESENT, USER, WRITE, Tables
 
-__all__ = ["Backing", "Mapping", "Memory", "SegmentationFault", "Space"]
+__all__ = ["Backing", "Beginning", "Mapping", "Memory", "SegmentationFault", "Space"]
 
 PAGE = 4096
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4              # uapi/asm-generic/mman-common.h
 LOWEST = 0x10                                           # page; vm.mmap_min_addr
 HIGHEST = 0x7FFF_FFFF_F                                 # the first page that is no program's
 TOP = 0x7FFF_F7FF_F                                     # the page below which mappings are placed
+STACK_MOST = 2048                                       # pages of a stack (RLIMIT_STACK, as usual)
 STACK_GAP = 256                                         # pages between a stack and what is below it
 
 #: Pages that get a frame with the one that was touched.
@@ -65,6 +66,24 @@ class Backing(Protocol):
     Raises IndexError behind its end, and NoFrames."""
 
     def frame(self, page: int) -> int: ...
+
+    def keep_mapped(self) -> None:
+        """One address space more has it mapped."""
+
+    def let_go_mapped(self) -> None:
+        """One less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What execve(2) has put there: the program, its auxiliary vector; (first, end) of its arguments and environment,
+    and the stack pointer, as addresses."""
+
+    file: Backing
+    auxiliary: bytes
+    arguments: tuple[int, int]
+    environment: tuple[int, int]
+    stack: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +132,9 @@ class Space:
         #: Frames of which every worker must drop its mapping.
         self.stale: list[int] = []
         self.promised = 0
+        self._backed: dict[Backing, int] = {}       # how many pages are mapped of it
         self._heap = self._heap_end = 0         # pages; bytes
+        self.beginning: Beginning | None = None
         #: Processes that have it: a child that was made by vfork(2) has its parent's.
         self.users = 1
         #: vCPUs that may have translations of it.
@@ -131,8 +152,19 @@ class Space:
 
     def resident(self, mapping: Mapping) -> int:
         """Pages of it that have a frame."""
-        return sum(1 for _, word, number in self._tables.chunks(self.root, mapping.start, mapping.end - mapping.start)
-                   for entry in self._tables.entries(word, number) if entry)
+        return sum(number - self._tables.entries(word, number).count(0) for _, word, number in self._tables.chunks(
+            self.root, mapping.start, mapping.end - mapping.start))
+
+    def frames_of(self, mapping: Mapping) -> list[int]:
+        """Of its pages that have one."""
+        return [(entry & FRAME) >> 12 for _, word, number in self._tables.chunks(
+            self.root, mapping.start, mapping.end - mapping.start)
+            for entry in self._tables.entries(word, number) if entry]
+
+    @property
+    def heap(self) -> int:
+        """The page at which it begins."""
+        return self._heap
 
     # --- system calls ----------------------------------------------------------------------------------------------
 
@@ -294,7 +326,10 @@ class Space:
         other = Space(self._memory, self._frames, self._tables, self._limit)
         try:
             other._mappings, other.promised = list(self._mappings), self.promised
+            for mapping in self._mappings:
+                other._back(mapping)
             other._heap, other._heap_end = self._heap, self._heap_end
+            other.beginning = self.beginning
             for mapping in self._mappings:
                 self._fork_pages(other, mapping)
         except BaseException:
@@ -318,6 +353,16 @@ class Space:
                     self.stale.append(frame)
             other._tables.put(place, entries)
             self._tables.put(word, entries)
+
+    def lose(self, backing: Backing, first: int, end: int, frames: Collection[int] | None) -> None:
+        """Of these pages of a file, those that have one of the frames, or all that have any: they are looked for in the
+        file again when they are touched."""
+        if backing not in self._backed:
+            return
+        for each in self._mappings:
+            low, high = each.start + first - each.offset, each.start + end - each.offset
+            if each.backing is backing and low < each.end and each.start < high:
+                self._drop_pages(max(low, each.start), min(high, each.end), frames)
 
     def close(self) -> None:
         """Nothing is mapped, and there are no tables: no vCPU uses it any more."""
@@ -447,6 +492,7 @@ class Space:
         return [each for each in pieces if start <= each.start and each.end <= end]
 
     def _insert(self, mapping: Mapping) -> None:
+        self._back(mapping)
         self._mappings.insert(bisect_right(self._mappings, mapping.start, key=_start), mapping)
         self._join(mapping.start, mapping.end)
 
@@ -490,6 +536,8 @@ class Space:
         if at == len(self._mappings) or not self._mappings[at].grows or page < LOWEST:
             return None
         stack = self._mappings[at]
+        if stack.end - page > STACK_MOST:
+            return None
         below = self._mappings[at - 1] if at else None
         if below is not None and page - below.end < STACK_GAP and below.prot:
             return None
@@ -518,26 +566,46 @@ class Space:
             _, word, _ = next(self._tables.chunks(self.root, page - start + target, 1, make=True))
             self._tables.set(word, entry)
             self.stale.append((entry & FRAME) >> 12)
-        for each in self._cut(start, start + count):
-            self._mappings.remove(each)
-            self.promised -= _promised(each)
         self._insert(new)
+        for each in self._cut(start, start + count):
+            self._remove(each)
         return target * PAGE
 
     def _unmap(self, start: int, end: int) -> None:
         for each in self._cut(start, end):
-            self._mappings.remove(each)
-            self.promised -= _promised(each)
             self._drop_pages(each.start, each.end)
+            self._remove(each)
 
-    def _drop_pages(self, start: int, end: int) -> None:
+    def _remove(self, mapping: Mapping) -> None:
+        self._mappings.remove(mapping)
+        self.promised -= _promised(mapping)
+        backing = mapping.backing
+        if backing is not None:
+            self._backed[backing] -= mapping.end - mapping.start
+            if not self._backed[backing]:
+                del self._backed[backing]
+                backing.let_go_mapped()
+
+    def _back(self, mapping: Mapping) -> None:
+        """It is one of those that keep what they are backed by."""
+        backing = mapping.backing
+        if backing is not None:
+            if backing not in self._backed:
+                backing.keep_mapped()
+                self._backed[backing] = 0
+            self._backed[backing] += mapping.end - mapping.start
+
+    def _drop_pages(self, start: int, end: int, frames: Collection[int] | None = None) -> None:
         dropped = []
         for _, word, number in self._tables.chunks(self.root, start, end - start):
             entries = self._tables.entries(word, number)
-            found = [(entry & FRAME) >> 12 for entry in entries if entry]
+            found = [at for at, entry in enumerate(entries)
+                     if entry and (frames is None or (entry & FRAME) >> 12 in frames)]
+            for at in found:
+                dropped.append((entries[at] & FRAME) >> 12)
+                entries[at] = 0
             if found:
-                self._tables.put(word, array("Q", bytes(8 * number)))
-                dropped += found
+                self._tables.put(word, entries)
         self.stale += [frame for frame in dropped if self._frames.uses(frame) > 1]
         self._release(dropped)
 

@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from . import signals
@@ -20,17 +20,21 @@ from .calls import SERVED
 from .channels import ConsoleStream, Terminal
 from .contents import Regular
 from .directories import Directory
+from .epoll import Interest
 from .frames import Frames, NoFrames
 from .inodes import Inode, Node
+from .network import Network
 from .openfiles import OpenFile
-from .pipes import Pipe, open_fifo
+from .pipes import Pipe, PipeEnd, open_fifo
 from .population import SI_KERNEL, Population
 from .processes import FileTable, Process, Thread
+from .procfs import mount
 from .program import Executable, Started, start
 from .signals import SignalInfo
 from .space import Memory, SegmentationFault, Space
 from .tables import NoTables, Tables
 from .terminal import Tty
+from .vdso import Vdso
 from .vfs import FileSystem
 
 __all__ = ["Console", "System"]
@@ -39,6 +43,9 @@ _PATH = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NANOSLEEP, _CLOCK_NANOSLEEP = number_of("nanosleep"), number_of("clock_nanosleep")
 _DEVICES = {b"null": Node.NULL, b"zero": Node.ZERO, b"full": Node.FULL, b"random": Node.RANDOM[0],
             b"urandom": Node.RANDOM[1], b"tty": Node.TERMINALS[0], b"console": Node.TERMINALS[1]}
+
+_LINKS = {b"fd": b"/proc/self/fd", b"stdin": b"/proc/self/fd/0", b"stdout": b"/proc/self/fd/1",
+          b"stderr": b"/proc/self/fd/2"}
 
 
 class Console(Protocol):
@@ -75,30 +82,47 @@ class System(Population):
 
     def __init__(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, console: Console, *,
                  realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1,
-                 host: bytes = b"shardvmm") -> None:
+                 host: bytes = b"shardvmm", vdso: Vdso | None = None) -> None:
         super().__init__()
         self._memory, self.frames, self._tables = memory, frames, tables
         self.memory_pages = frames.free
         self.files, self.console = files, console
         self.realtime, self.monotonic = realtime, monotonic
+        self.vdso = vdso
+        if vdso is not None:        # what a call says, and what a program reads, is one
+            self.realtime, self.monotonic = vdso.realtime, vdso.monotonic
         self.threads_max, self.host = threads_max, host
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
+        self.network = Network(files.store, self.notify)
+        #: What epoll instances look at, by source.
+        self.interests: dict[Hashable, list[Interest]] = {}
+        #: Whose call is served now, or was the last.
+        self.caller: Thread | None = None
         self._make_devices()
 
     def _make_devices(self) -> None:
-        """/dev, where it is not there."""
+        """/dev, where it is not there; an imported one is another machine's. And what is made when somebody looks."""
         root = self.files.root
-        for path in (b"/dev", b"/tmp", b"/proc"):
+        for path in (b"/dev", b"/tmp", b"/proc", b"/sys"):
             try:
                 self.files.mkdir(root, path, 0o755)
             except FileExistsError:
                 continue
+        devices = root.find(b"dev")
+        if isinstance(devices, Directory):
+            devices.forget_source()
+        mount(self)
         for name, device in _DEVICES.items():
             try:
                 self.files.mknod(root, b"/dev/" + name, stat.S_IFCHR | 0o666, device)
+            except FileExistsError:
+                continue
+        for name, target in _LINKS.items():
+            try:
+                self.files.symlink(target, root, b"/dev/" + name)
             except FileExistsError:
                 continue
 
@@ -118,9 +142,10 @@ class System(Population):
         if not isinstance(at, Directory):
             raise OSError(errno.ENOTDIR, "", directory)
         at.keep()
-        process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
+        process = Process(pid, 0, space, FileTable(pid), at, group=pid, session=pid)
         path = self._searched(path, environment)
-        started = start(space, self.executable, path, arguments, environment, random=self.files.store.random(16))
+        started = start(space, self.executable, path, arguments, environment, random=self.files.store.random(16),
+                        vdso=self.vdso.map if self.vdso else None)
         for flags, error in ((os.O_RDONLY, False), (os.O_WRONLY, False), (os.O_WRONLY, True)):
             process.files.add(self.opened(self.files.open(root, b"/dev/console", os.O_RDWR)) if self.console.terminal
                               else ConsoleStream(self.files.store, flags, error=error))
@@ -164,13 +189,30 @@ class System(Population):
         (``Thread.opening``), and this is asked again with it."""
         inode = file.inode
         if thread is not None and inode.kind == stat.S_IFIFO and not file.path_only:
-            return open_fifo(self, thread, file)
+            return self._once_more(file) or open_fifo(self, thread, file)
         if isinstance(inode, Node) and stat.S_ISCHR(inode.mode) and inode.rdev in Node.TERMINALS and not file.path_only:
             if inode.rdev == Node.TERMINALS[0] and not self._is_controlled(thread):
                 file.let_go()
                 raise OSError(errno.ENXIO, "")
             return Terminal(inode, file.flags, file.number)
         return file
+
+    def notify(self, source: Hashable, events: int = 0) -> None:
+        super().notify(source, events)
+        for each in tuple(self.interests.get(source, ())):
+            each.happened(self, events)
+
+    def _once_more(self, file: OpenFile) -> OpenFile | None:
+        """One without a name, which somebody has open: found by a link of /proc."""
+        if file.inode.place is None:
+            for process in self.processes.values():
+                for number in process.files:
+                    there = process.files.get(number, path_only=True)
+                    if there.inode is file.inode and isinstance(there, ConsoleStream):
+                        return there.again(file)
+                    if there.inode is file.inode and isinstance(there, PipeEnd):
+                        return PipeEnd(there.pipe, file.inode, file.flags, file.number)
+        return None
 
     def _is_controlled(self, thread: Thread | None) -> bool:
         """By the terminal."""
@@ -181,6 +223,7 @@ class System(Population):
 
     def call(self, thread: Thread, number: int, arguments: Sequence[int]) -> int:
         """The result, negative for an error. Raises Blocked, and Ended where the thread does not come back."""
+        self.caller = thread
         function = SERVED.get(number)
         if function is None:
             self.missing[number] += 1
@@ -194,7 +237,20 @@ class System(Population):
         except (NoFrames, NoTables):
             result = -errno.ENOMEM
         self.give_up(thread)
+        if self.files.store.cut:
+            self._lose_cut(thread.process.space)
         return result
+
+    def _lose_cut(self, space: Space) -> None:
+        """What mapped files have lost, no address space has any more."""
+        spaces = {id(each.space): each.space for each in self.processes.values() if each.code is None}
+        for cut in self.files.take_cut():
+            assert isinstance(cut.inode, Regular)
+            for each in spaces.values():
+                each.lose(cut.inode, cut.first, cut.end, cut.frames)
+        for each in spaces.values():
+            if each is not space and each.stale:
+                self.launcher.forget_space(each)
 
     @staticmethod
     def give_up(thread: Thread) -> None:
@@ -227,7 +283,9 @@ class System(Population):
         return min((each.alarm[0] for each in self.processes.values() if each.alarm[0]), default=None)
 
     def expire(self) -> None:
-        """Signal those that are."""
+        """Signal those that are. Clocks go on too."""
+        if self.vdso is not None:
+            self.vdso.update()
         if not any(each.alarm[0] for each in self.processes.values()):
             return
         now = self.monotonic()

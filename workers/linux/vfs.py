@@ -5,6 +5,7 @@
       OpenFile (openfiles.py)     reading and writing, positions, locks (locks.py)
       Directory (directories.py)  names of one directory
       Regular (contents.py)       contents, in frames of the machine's memory
+      MadeDirectory (made.py)     what is made when somebody looks
       Source (sources.py)         a tree of the host that was imported: read at first use, never written to
 
 Calls are given a directory to begin at (*at) and a path; they raise OSError with the errno that Linux has. What is done
@@ -24,7 +25,8 @@ from typing import Any
 from .contents import LARGEST, Regular
 from .directories import Directory, new_inode
 from .frames import Frames
-from .inodes import Inode, Node, Store, Symlink
+from .inodes import Cut, Inode, Node, Store, Symlink
+from .made import Link, MadeDirectory, Text, TextFile, is_made
 from .openfiles import OpenFile
 from .paths import LONGEST_PATH, Links, Paths, Place
 from .sources import NANOSECONDS, Source
@@ -38,7 +40,7 @@ UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2        # linux/stat.h
 O_LARGEFILE = 0o100000                                      # asm-generic/fcntl.h; always set on 64 bits
 _O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 
-_TMPFS = 0x01021994                                         # uapi/linux/magic.h
+_TMPFS, _PROC = 0x01021994, 0x9FA0                          # uapi/linux/magic.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,24 @@ class FileSystem:
         """getcwd(2)."""
         return self._paths.path_of(directory)
 
+    def name_of(self, inode: Inode) -> bytes:
+        """The path of a file as /proc shows it. Raises OSError where a source fails."""
+        path, there = self._named(inode)
+        return (path or b"/") if there else path + b" (deleted)"
+
+    def _named(self, inode: Inode) -> tuple[bytes, bool]:
+        """And whether it is there."""
+        if inode is self.root:
+            return b"", True
+        if isinstance(inode, (MadeDirectory, Text, Link)):
+            return inode.path, True
+        if inode.place is None:
+            return b"/#%d" % inode.number, False
+        directory, name = inode.place
+        path, there = self._named(directory)
+        there = there and isinstance(directory, Directory) and directory.find(name) is inode
+        return path + b"/" + name, there
+
     # --- opening ---------------------------------------------------------------------------------------------------
 
     def open(self, at: Inode, path: bytes, flags: int, mode: int = 0) -> OpenFile:
@@ -107,7 +127,10 @@ class FileSystem:
             raise OSError(errno.ENOTDIR, "")
         if isinstance(inode, Node):
             inode.check_opens()
-        found = OpenFile(inode, flags & ~(os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_TRUNC | os.O_CLOEXEC))
+        flags &= ~(os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_CLOEXEC)
+        if isinstance(inode, Text):
+            return TextFile(inode, flags & ~os.O_TRUNC)
+        found = OpenFile(inode, flags & ~os.O_TRUNC)
         if isinstance(inode, Regular) and flags & os.O_TRUNC and not created:
             inode.resize(0)
             inode.modified()
@@ -133,10 +156,15 @@ class FileSystem:
                 break
             links.follow()
             inode.accessed()
+            led = inode.leads()
+            if led is not None:
+                inode = led
+                break
             at, path = place.directory, inode.target
         if inode is None:
             if not create:
                 raise OSError(errno.ENOENT, "")
+            place.directory.check_enters(place.name)
             return self._create(place, stat.S_IFREG | mode & 0o7777), True
         if create and exclusive:
             raise OSError(errno.EEXIST, "")
@@ -150,8 +178,11 @@ class FileSystem:
         directory = self.find(at, path, follow=not flags & os.O_NOFOLLOW)
         if not isinstance(directory, Directory):
             raise OSError(errno.ENOTDIR, "")
+        if is_made(directory):
+            raise OSError(errno.EOPNOTSUPP, "")
         inode = self._new(directory, stat.S_IFREG | mode & 0o7777)
         inode.nlink, inode.linkable = 0, not flags & os.O_EXCL
+        inode.place = directory, b"#%d" % inode.number
         return OpenFile(inode, flags & ~(os.O_EXCL | os.O_NOCTTY | os.O_TRUNC | os.O_CLOEXEC))
 
     # --- making ----------------------------------------------------------------------------------------------------
@@ -185,6 +216,8 @@ class FileSystem:
         """linkat(2); ``follow`` and ``empty`` are about ``old``."""
         inode = self.find(old_at, old, follow=follow, empty=empty)
         place = self._free_place(at, path)
+        if is_made(inode):
+            raise OSError(errno.EXDEV, "")
         if isinstance(inode, Directory):
             raise OSError(errno.EPERM, "")
         if not inode.nlink and not inode.linkable:
@@ -200,6 +233,7 @@ class FileSystem:
             raise OSError(errno.EEXIST, "")
         if place.slash and not directory:
             raise OSError(errno.ENOENT, "")
+        place.directory.check_enters(place.name)
         return place
 
     def _create(self, place: Place, mode: int, device: int = 0) -> Inode:
@@ -228,6 +262,7 @@ class FileSystem:
             raise OSError(errno.EISDIR, "")
         if place.slash:
             raise OSError(errno.ENOTDIR, "")
+        place.directory.check_leaves(place.name)
         self._remove(place)
 
     def rmdir(self, at: Inode, path: bytes) -> None:
@@ -238,6 +273,7 @@ class FileSystem:
         inode = self._paths.step(place.directory, place.name)
         if not isinstance(inode, Directory):
             raise OSError(errno.ENOTDIR, "")
+        place.directory.check_leaves(place.name)
         if not inode.empty():
             raise OSError(errno.ENOTEMPTY, "")
         self._remove(place)
@@ -252,8 +288,13 @@ class FileSystem:
             raise OSError(errno.EBUSY, "")
         if not place.is_entry:
             raise OSError(errno.EEXIST if flags == RENAME_NOREPLACE else errno.EBUSY, "")
+        if is_made(source_place.directory) != is_made(place.directory):
+            raise OSError(errno.EXDEV, "")
+        place.directory.check_enters(place.name)
         source = self._paths.step(source_place.directory, source_place.name)
         target = place.directory.find(place.name)
+        for each in (source_place, place):
+            each.directory.check_leaves(each.name)
         self._check_rename(source_place, source, place, target, flags)
         if source is target:
             return
@@ -363,14 +404,16 @@ class FileSystem:
             inode.resize(size)
             inode.modified()
 
-    def statfs(self) -> StatFs:
-        """statfs(2)."""
+    def statfs(self, inode: Inode | None = None) -> StatFs:
+        """statfs(2), of where a file is."""
+        if inode is not None and is_made(inode):
+            return StatFs(_PROC, PAGE, 0, 0, 0, 0, 0, 255)
         free = self.store.frames.free
         return StatFs(_TMPFS, PAGE, self._blocks, free, free, self._blocks,
                       max(0, self._blocks - len(self.store.inodes)), 255)
 
-    def take_cut(self) -> list[tuple[Inode, int, int]]:
-        """Pages (file, first, end) that mapped files have lost, whose mappings must lose them too; and forget them."""
+    def take_cut(self) -> list[Cut]:
+        """What mapped files have lost, whose mappings must lose it too; and forget it."""
         cut, self.store.cut = self.store.cut, []
         return cut
 
@@ -395,7 +438,8 @@ class FileSystem:
                 "next_inode": store.next_inode, "next_file": store.next_file,
                 "imported": [[name, identity, number] for (name, identity), number in store.imported.items()
                              if number in store.inodes],
-                "cut": [[inode.number, first, end] for inode, first, end in store.cut if inode.number in store.inodes],
+                "cut": [[each.inode.number, each.first, each.end, None if each.frames is None else sorted(each.frames)]
+                        for each in store.cut if each.inode.number in store.inodes],
                 "inodes": [inode.save() for inode in store.inodes.values()]}
 
     @classmethod
@@ -416,7 +460,8 @@ class FileSystem:
         found.root, found._paths = root, Paths(root)
         store.next_inode, store.next_file = saved["next_inode"], saved["next_file"]
         store.imported = {(name, identity): number for name, identity, number in saved["imported"]}
-        store.cut = [(store.inodes[number], first, end) for number, first, end in saved["cut"]]
+        store.cut = [Cut(store.inodes[number], first, end, None if frames is None else frozenset(frames))
+                     for number, first, end, frames in saved["cut"]]
         return found
 
 

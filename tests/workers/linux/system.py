@@ -48,6 +48,7 @@ class File:
 
     frames: list[int]
     contents: bytes
+    mapped: int = 0
 
     @property
     def size(self) -> int:
@@ -57,6 +58,12 @@ class File:
         if page >= len(self.frames):
             raise IndexError
         return self.frames[page]
+
+    def keep_mapped(self) -> None:
+        self.mapped += 1
+
+    def let_go_mapped(self) -> None:
+        self.mapped -= 1
 
     def read(self, offset: int, count: int) -> bytes:
         return self.contents[offset:offset + count]

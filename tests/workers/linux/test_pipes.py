@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import stat
 import struct
 from collections.abc import Iterator
@@ -34,9 +35,7 @@ def guest() -> Guest:
 
 
 def piped(twice: Twice, flags: int = os.O_NONBLOCK) -> tuple[Fd, Fd]:
-    ours, theirs = twice.both("pipe2", Out(8), flags)
-    (a, b), (c, d) = struct.unpack("<ii", ours[1][0]), struct.unpack("<ii", theirs[1][0])
-    return twice.keep(a, c), twice.keep(b, d)
+    return twice.pair("pipe2", Out(8), flags)
 
 
 def gathered(name: str, guest: Guest, fd: int, parts: list[bytes]) -> int:
@@ -147,12 +146,10 @@ def test_who_waits_is_woken(guest: Guest) -> None:
         guest.call("write", writer, b"x" * 20000, 20000)
     guest.call("close", reader)
     assert guest.take_notified() & set(blocked.value.on)
-    signals = []
-    guest.system.raise_signal = lambda thread, number: signals.append(number)     # type: ignore[method-assign]
     guest.system.give_up(guest.thread)
     with pytest.raises(BrokenPipeError):
         guest.call("write", writer, b"x", 1)
-    assert signals == [13]
+    assert [each.number for each in guest.thread.pending] == [signal.SIGPIPE]
 
 
 def test_its_end_comes_when_the_last_writer_goes(guest: Guest) -> None:
@@ -170,11 +167,11 @@ def test_its_end_comes_when_the_last_writer_goes(guest: Guest) -> None:
 
 
 @pytest.fixture
-def fifo(twice: Twice, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[bytes, bytes]]:
+def fifo(twice: Twice, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
     path = os.fsencode(tmp_path_factory.mktemp("fifo") / "f")
     os.mkfifo(path)
     assert twice.guest.call("mknod", b"/f", stat.S_IFIFO | 0o600, 0)[0] == 0
-    yield b"/f", path
+    return b"/f", path
 
 
 def opened(twice: Twice, paths: tuple[bytes, bytes], flags: int) -> Fd | str:

@@ -484,14 +484,13 @@ def test_mappings_are_told_what_a_file_has_lost() -> None:
     file.write(b"1" * 6 * PAGE)
     file.resize(5 * PAGE)
     assert fs.take_cut() == []
-    inode.keep()
-    inode.mapped += 1
+    inode.keep_mapped()
     frames = [inode.frame(page) for page in range(5)]
     for frame in frames:
         ours.frames.share(frame)
     file.allocate(3, PAGE, PAGE)
     file.resize(3 * PAGE + 1)
-    assert [(found, first) for found, first, _ in fs.take_cut()] == [(inode, 1), (inode, 4)]
+    assert [(each.inode, each.first) for each in fs.take_cut()] == [(inode, 1), (inode, 4)]
     assert fs.take_cut() == []
     assert [ours.frames.uses(frame) for frame in frames] == [2, 1, 2, 2, 1]
     assert ours.ram.of(frames[1]) == b"1" * PAGE            # the mapping's, until that lets go
@@ -533,8 +532,6 @@ def test_a_program_maps_a_file() -> None:
     inode = file.inode
     assert isinstance(inode, Regular)
     file.resize(2 * PAGE + 5)
-    inode.keep()
-    inode.mapped += 1
     shared = space.map(0, 4 * PAGE, 3, shared=True, backing=inode)
     private = space.map(0, PAGE, 3, backing=inode, offset=2)
     space.write(shared + PAGE, b"from the program")
@@ -547,14 +544,13 @@ def test_a_program_maps_a_file() -> None:
         space.read(shared + 3 * PAGE, 1)
     assert fault.value.bus
     file.resize(PAGE)
-    for found, first, end in ours.fs.take_cut():
-        assert found is inode
-        space.advise_unneeded(shared + first * PAGE, (min(end, 4) - first) * PAGE)
+    for cut in ours.fs.take_cut():
+        assert cut.inode is inode
+        space.lose(inode, cut.first, cut.end, cut.frames)
     with pytest.raises(SegmentationFault):
         space.read(shared + PAGE, 1)
     file.resize(2 * PAGE)
     assert space.read(shared + PAGE, 5) == bytes(5)
     space.close()
-    inode.mapped -= 1
-    inode.let_go()
+    assert not inode.mapped
     ours.check()

@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import socket
 import struct
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from host import call
 from system import FIRST, Ram
 
@@ -30,6 +34,7 @@ from workers.linux.vfs import FileSystem
 __all__ = ["Fd", "Guest", "Out", "Twice", "packed"]
 
 _SCRATCH = 200      # pages
+UNSHARE, CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 272, 0x4000_0000, 0x8914, 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,22 @@ class Console:
         raise OSError(errno.ENOTTY, "")
 
 
+class Launcher:
+    """There are no vCPUs."""
+
+    def free_vcpus(self) -> int:
+        return 0
+
+    def launch(self, *arguments: Any) -> None: ...
+
+    def look_at(self, thread: Thread) -> None: ...
+
+    def forget_space(self, space: Space) -> None: ...
+
+    def host_address(self, frame: int, offset: int) -> int:
+        raise AssertionError
+
+
 class Guest:
     """A system with a process, of one thread to begin with, that makes calls. ``now``: of its clocks; None: the
     host's."""
@@ -80,7 +101,7 @@ class Guest:
         files = FileSystem(self.ram, self.pool, clock=time.time_ns, random=os.urandom, blocks=4096)
         self.system = System(self.ram, self.pool, self.tables, files, Console(), realtime=self.clock,
                              monotonic=self.clock)
-        self.signals: list[int] = []
+        self.system.launcher = Launcher()
         self.thread = self.process(1).threads[0]
 
     def clock(self) -> int:
@@ -90,7 +111,7 @@ class Guest:
         """Another one."""
         space = Space(self.ram, self.pool, self.tables, 1 << 30)
         self.system.files.root.keep()
-        found = Process(pid, 0, space, FileTable(), self.system.files.root, mask=0)
+        found = Process(pid, 0, space, FileTable(pid), self.system.files.root, mask=0)
         self.system.processes[pid] = found
         self.another(found, pid)
         self.scratch = space.map(0, _SCRATCH * PAGE, 3)
@@ -106,7 +127,7 @@ class Guest:
         """A process with the same files open."""
         parent = self.thread.process
         found = self.process(pid)
-        found.files = parent.files.copy()
+        found.files = parent.files.copy(found.pid)
         return found.threads[0]
 
     def call(self, name: str, *arguments: int | bytes | Out, thread: Thread | None = None) -> tuple[int, list[bytes]]:
@@ -145,14 +166,34 @@ def _on_host(name: str, arguments: Sequence[int | bytes | Out]) -> tuple[int, li
     return call(number_of(name), *values), [each.raw for each in outs]
 
 
+def _leave_network() -> None:
+    """Of this thread; in the new one there is the loopback device."""
+    try:
+        call(UNSHARE, CLONE_NEWNET)
+    except OSError:
+        pytest.skip("no network namespaces")
+    with socket.socket() as found:
+        fcntl.ioctl(found, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+
+
 @dataclass
 class Twice:
-    """Close it after use."""
+    """Close it after use. ``apart``: the host's calls are made in a network of their own."""
 
+    apart: bool = False
     guest: Guest = field(default_factory=Guest)
     open: list[Fd] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1)
+        if self.apart:
+            self.thread.submit(_leave_network).result()
+
+    def on_host(self, name: str, *arguments: int | bytes | Out) -> tuple[int, list[bytes]]:
+        return self.thread.submit(_on_host, name, arguments).result()
+
     def close(self) -> None:
+        self.thread.shutdown()
         for each in self.open:
             with contextlib.suppress(OSError):
                 os.close(each.theirs)
@@ -169,7 +210,7 @@ class Twice:
     def both(self, name: str, *arguments: Any) -> tuple[Any, Any]:
         """What it gives here, what it gives there: (result, outs), or the errno's name."""
         found = []
-        for side, made in (("ours", self.guest.call), ("theirs", lambda name, *each: _on_host(name, each))):
+        for side, made in (("ours", self.guest.call), ("theirs", self.on_host)):
             given = [getattr(each, side) if isinstance(each, Fd) else each for each in arguments]
             try:
                 found.append(made(name, *given))
@@ -197,8 +238,8 @@ class Twice:
         return found
 
     def pair(self, name: str, *arguments: Any) -> tuple[Fd, Fd]:
-        """A call that writes two descriptors."""
-        ours, theirs = self.both(name, *arguments, Out(8))
+        """A call that writes two descriptors: ``Out(8)`` is among its arguments."""
+        ours, theirs = self.both(name, *arguments)
         assert not isinstance(ours, str), ours
         assert not isinstance(theirs, str), theirs
         (one, two), (other, another) = struct.unpack("<ii", ours[1][0]), struct.unpack("<ii", theirs[1][0])
@@ -207,7 +248,7 @@ class Twice:
     def poll(self, *fds: Fd, events: int = 0x7FFF & ~0x20) -> list[int]:
         """What can be done with each, as both say."""
         found = []
-        for side, made in (("ours", self.guest.call), ("theirs", lambda name, *each: _on_host(name, each))):
+        for side, made in (("ours", self.guest.call), ("theirs", self.on_host)):
             before = packed([getattr(each, side) for each in fds], events)
             found.append([bits for _, _, bits in struct.iter_unpack(
                 "<iHH", made("poll", Out(len(before), before), len(fds), 0)[1][0])])

@@ -144,6 +144,12 @@ class VcpuEvents(ctypes.Structure):
     ]
 
 
+class DeviceAttr(ctypes.Structure):
+    """[4.80]"""
+
+    _fields_ = [("flags", c_uint32), ("group", c_uint32), ("attr", c_uint64), ("addr", c_uint64)]
+
+
 class MpState(ctypes.Structure):
     """[4.38]"""
 
@@ -226,6 +232,8 @@ GET_XSAVE = _ioc(_READ, 0xA4, Xsave)
 SET_XSAVE = _ioc(_WRITE, 0xA5, Xsave)
 GET_XCRS = _ioc(_READ, 0xA6, Xcrs)
 SET_XCRS = _ioc(_WRITE, 0xA7, Xcrs)
+SET_DEVICE_ATTR = _ioc(_WRITE, 0xE1, DeviceAttr)
+HAS_DEVICE_ATTR = _ioc(_WRITE, 0xE3, DeviceAttr)
 CLEAR_DIRTY_LOG = _ioc(_READ | _WRITE, 0xC0, ClearDirtyLog)
 RESET_DIRTY_RINGS = _ioc(0, 0xC7)
 
@@ -242,6 +250,7 @@ CAP_DIRTY_LOG_RING = 192                # [8.29]
 CAP_DIRTY_LOG_RING_ACQ_REL = 223        # [8.29]
 
 SYNC_REGS, SYNC_SREGS = 1, 2
+VCPU_TSC_CTRL, VCPU_TSC_OFFSET = 0, 0   # Documentation/virt/kvm/devices/vcpu.rst, 4
 
 MEM_LOG_DIRTY_PAGES = 1                 # flags of a memory region
 DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
@@ -264,7 +273,7 @@ INTERNAL_ERRORS = {1: "emulation failure", 2: "simultaneous exceptions", 3: "eve
 # Sizes that the kernel's headers have, on x86-64.
 for _kind, _size in ((UserspaceMemoryRegion, 32), (EnableCap, 104), (DirtyLog, 16), (ClearDirtyLog, 24),
                      (Regs, 144), (Segment, 24), (Sregs, 312), (Xcrs, 392), (Xsave, 4096), (DebugRegs, 128),
-                     (MsrEntry, 16), (CpuidEntry, 40), (VcpuEvents, 64), (RunIo, 16), (RunMmio, 24)):
+                     (MsrEntry, 16), (CpuidEntry, 40), (DeviceAttr, 24), (VcpuEvents, 64), (RunIo, 16), (RunMmio, 24)):
     assert ctypes.sizeof(_kind) == _size, _kind
 assert (Run.immediate_exit.offset, Run.exit_reason.offset, Run.exit.offset) == (1, 8, 32)
 assert (Run.valid_regs.offset, Run.dirty_regs.offset, Run.regs.offset, Run.sregs.offset) == (288, 296, 304, 448)

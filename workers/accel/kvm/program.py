@@ -12,10 +12,13 @@ Its page tables are those of the program's system (workers/linux/tables.py).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
+import os
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, WorkerSpec
@@ -29,6 +32,7 @@ from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind, ProgramServer
 from . import api
 from . import state as kvm_state
+from .host import DEVICE
 from .vm import KvmAccelerator
 
 __all__ = ["KvmProgram"]
@@ -43,6 +47,9 @@ _FLAGS_ALWAYS = 0x202
 _CR4_OPTIONAL = 1 << 18 | 1 << 16       # OSXSAVE, FSGSBASE: where the processor has them
 _XSAVE_LEAF = 0xD                       # CPUID: EDX:EAX of its first subleaf is what XCR0 can have
 _XCR0_MAX = 0xE7                        # x87, SSE, AVX, AVX-512
+
+#: There is a KVM module that does without hardware virtualisation.
+_PAGE_TABLES_ALONE = Path("/sys/module/kvm_pvm")
 
 _SEGMENT = ctypes.sizeof(api.Segment)
 _CS, _FS, _SS = api.Sregs.cs.offset, api.Sregs.fs.offset, api.Sregs.ss.offset
@@ -90,6 +97,7 @@ class KvmProgram(KvmAccelerator):
             raise AccelError("this kernel's KVM cannot run programs: it has no KVM_CAP_SYNC_REGS for registers and "
                              "segments")
         self._set_xcr0()
+        self._set_tsc()
         try:
             super()._load_boot(boot)
         except AccelError:
@@ -100,6 +108,28 @@ class KvmProgram(KvmAccelerator):
         api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
         self._sregs[:] = bytes(sregs)
         self._user_code, self._user_stack = bytes(sregs.cs), bytes(sregs.ss)
+
+    @staticmethod
+    def sees_host_tsc() -> bool:
+        """A KVM on page tables alone leaves RDTSC to the processor; others have an offset that can be set."""
+        if _PAGE_TABLES_ALONE.exists():
+            return True
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, kvm := os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
+                stack.callback(os.close, vm := api.ioctl(kvm, api.CREATE_VM))
+                stack.callback(os.close, vcpu := api.ioctl(vm, api.CREATE_VCPU, 0))
+                api.ioctl(vcpu, api.HAS_DEVICE_ATTR, api.DeviceAttr(group=api.VCPU_TSC_CTRL, attr=api.VCPU_TSC_OFFSET))
+        except OSError:
+            return False
+        return True
+
+    def _set_tsc(self) -> None:
+        """The host's, so that all vCPUs, and the system's clocks, agree."""
+        offset = ctypes.c_uint64(0)
+        with contextlib.suppress(OSError):
+            api.ioctl(self.vcpu_fd, api.SET_DEVICE_ATTR, api.DeviceAttr(
+                group=api.VCPU_TSC_CTRL, attr=api.VCPU_TSC_OFFSET, addr=ctypes.addressof(offset)))
 
     def _set_xcr0(self) -> None:
         """As much as there is, so that a program finds the vector registers that CPUID promises. Where KVM says

@@ -9,15 +9,18 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     signalling.py   signals
     futexes.py      futexes, where the worker cannot serve them alone
     pipes.py        pipes
+    lesser.py       those that have nearly the same answer for everybody
     waiting.py      poll and select
+    events.py       eventfd, timerfd, epoll
+    sockets.py      sockets
 
 A call is served by all of them that are imported here: ``SERVED``.
 """
 
 from __future__ import annotations
 
-from . import clocks, files, futexes, identity, life, memory, pipes, signalling, waiting
+from . import clocks, events, files, futexes, identity, lesser, life, memory, pipes, signalling, sockets, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "files", "futexes", "identity", "life", "memory",
-           "pipes", "signalling", "waiting"]
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "lesser", "life", "memory",
+           "pipes", "signalling", "sockets", "waiting"]

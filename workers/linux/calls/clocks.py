@@ -14,24 +14,32 @@ if TYPE_CHECKING:
 
 _SECOND = 10**9
 _REALTIME, _CLOCKS = (0, 5), range(12)      # and CLOCK_REALTIME_COARSE; all others count from the start of the machine
+_PROCESS, _THREAD = 2, 3                    # CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID
 _TIMER_ABSTIME = 1
 
 
-def _now(system: System, clock: int) -> int:
+def _now(system: System, thread: Thread, clock: int) -> int:
+    if clock < 0:       # of a process or a thread (asm-generic/posix_types.h, posix-timers.h)
+        number = ~(clock >> 3)
+        if clock & 4:
+            return (system.thread(number) if number else thread).cpu_ns
+        return (system.process(number) if number else thread.process).cpu_ns
     if clock not in _CLOCKS:
         raise OSError(errno.EINVAL, "")
+    if clock in (_PROCESS, _THREAD):
+        return thread.process.cpu_ns if clock == _PROCESS else thread.cpu_ns
     return system.realtime() if clock in _REALTIME else system.monotonic()
 
 
 @served("clock_gettime")
 def clock_gettime(system: System, thread: Thread, clock: int, address: int, *_: int) -> int:
-    thread.process.space.write(address, struct.pack("<qq", *divmod(_now(system, signed32(clock)), _SECOND)))
+    thread.process.space.write(address, struct.pack("<qq", *divmod(_now(system, thread, signed32(clock)), _SECOND)))
     return 0
 
 
 @served("clock_getres")
 def clock_getres(system: System, thread: Thread, clock: int, address: int, *_: int) -> int:
-    _now(system, signed32(clock))
+    _now(system, thread, signed32(clock))
     if address:
         thread.process.space.write(address, struct.pack("<qq", 0, 1))
     return 0
@@ -71,7 +79,7 @@ def _sleep(system: System, thread: Thread, clock: int, address: int, *, absolute
         seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
         if not 0 <= rest < _SECOND or seconds < 0:
             raise OSError(errno.EINVAL, "")
-        length = seconds * _SECOND + rest - (_now(system, clock) if absolute else 0)
+        length = seconds * _SECOND + rest - (_now(system, thread, clock) if absolute else 0)
         thread.deadline = system.monotonic() + max(0, length)
     if system.monotonic() < thread.deadline:
         raise Blocked(thread.deadline)

@@ -6,7 +6,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..channels import Channel
 from ..contents import Regular
@@ -51,7 +51,7 @@ def _path(thread: Thread, address: int) -> bytes:
     return thread.process.space.text(address, LONGEST_PATH + 1)
 
 
-def _found(system: System, thread: Thread, fd: int, path: int, flags: int = 0, *, follow: bool = True) -> Inode:
+def located(system: System, thread: Thread, fd: int, path: int, flags: int = 0, *, follow: bool = True) -> Inode:
     text = b"" if flags & _AT_EMPTY_PATH and not path else _path(thread, path)
     at = thread.process.directory if text.startswith(b"/") else _directory(thread, fd)
     return system.files.find(at, text, follow=follow and not flags & _AT_SYMLINK_NOFOLLOW,
@@ -156,10 +156,8 @@ def _take(system: System, thread: Thread, file: Channel, buffers: list[tuple[int
         return 0
     try:
         data = file.take(system, thread, count)
-    except Blocked:
-        if file.flags & os.O_NONBLOCK:
-            raise OSError(errno.EAGAIN, "") from None
-        raise
+    except Blocked as blocked:
+        block(system, thread, file, blocked, writing=False)
     scatter(thread, buffers, data)
     return len(data)
 
@@ -175,12 +173,13 @@ def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int,
         data = gather(thread, buffers, thread.done, size)
         try:
             thread.done += file.put(system, thread, data)
-        except Blocked:
-            if not file.flags & os.O_NONBLOCK:
-                raise
-            if not thread.done:
-                raise OSError(errno.EAGAIN, "") from None
-            return thread.done
+        except Blocked as blocked:
+            try:
+                block(system, thread, file, blocked, writing=True)
+            except OSError:
+                if not thread.done:
+                    raise
+                return thread.done
         except OSError:
             if not thread.done:
                 raise
@@ -189,14 +188,29 @@ def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int,
             return thread.done
 
 
-def scatter(thread: Thread, buffers: list[tuple[int, int]], data: bytes) -> None:
-    """Into buffers (address, size), as far as it goes."""
-    at = 0
+def block(system: System, thread: Thread, file: OpenFile, blocked: Blocked, *, writing: bool,
+          now: bool = False) -> NoReturn:
+    """What becomes of it, as the descriptor has been told; ``now``: it does not wait. Raises OSError (EAGAIN), and
+    Blocked."""
+    if now or file.flags & os.O_NONBLOCK:
+        raise OSError(errno.EAGAIN, "") from None
+    patience = file.patience(writing=writing) if isinstance(file, Channel) else 0
+    if not patience:
+        raise blocked
+    if thread.deadline is None:
+        thread.deadline = system.monotonic() + patience
+    if system.monotonic() >= thread.deadline:
+        raise OSError(errno.EAGAIN, "") from None
+    raise Blocked(thread.deadline, blocked.on) from None
+
+
+def scatter(thread: Thread, buffers: list[tuple[int, int]], data: bytes, at: int = 0) -> None:
+    """Into buffers (address, size), from byte ``at`` of them on, as far as it goes."""
     for address, size in buffers:
-        part = data[at:at + size]
-        if part:
-            thread.process.space.write(address, part)
-        at += size
+        if at < size and data:
+            thread.process.space.write(address + at, data[:size - at])
+            data = data[size - at:]
+        at = max(0, at - size)
 
 
 def gather(thread: Thread, buffers: list[tuple[int, int]], at: int, count: int) -> bytes:
@@ -271,7 +285,7 @@ def _parts(buffers: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
                 break
 
 
-def _vectors(thread: Thread, address: int, count: int) -> list[tuple[int, int]]:
+def vectors(thread: Thread, address: int, count: int) -> list[tuple[int, int]]:
     count = signed32(count)
     if not 0 <= count <= _VECTORS_MAX:
         raise OSError(errno.EINVAL, "")
@@ -288,7 +302,7 @@ def read(system: System, thread: Thread, fd: int, address: int, count: int, *_: 
 
 @served("readv")
 def readv(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
-    return _into(system, thread, fd, _vectors(thread, address, count), None)
+    return _into(system, thread, fd, vectors(thread, address, count), None)
 
 
 @served("pread64")
@@ -298,7 +312,7 @@ def pread64(system: System, thread: Thread, fd: int, address: int, count: int, o
 
 @served("preadv")
 def preadv(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
-    return _into(system, thread, fd, _vectors(thread, address, count), signed(offset))
+    return _into(system, thread, fd, vectors(thread, address, count), signed(offset))
 
 
 @served("write")
@@ -308,7 +322,7 @@ def write(system: System, thread: Thread, fd: int, address: int, count: int, *_:
 
 @served("writev")
 def writev(system: System, thread: Thread, fd: int, address: int, count: int, *_: int) -> int:
-    return _from(system, thread, fd, _vectors(thread, address, count), None)
+    return _from(system, thread, fd, vectors(thread, address, count), None)
 
 
 @served("pwrite64")
@@ -318,7 +332,7 @@ def pwrite64(system: System, thread: Thread, fd: int, address: int, count: int, 
 
 @served("pwritev")
 def pwritev(system: System, thread: Thread, fd: int, address: int, count: int, offset: int, *_: int) -> int:
-    return _from(system, thread, fd, _vectors(thread, address, count), signed(offset))
+    return _from(system, thread, fd, vectors(thread, address, count), signed(offset))
 
 
 @served("sendfile")
@@ -381,7 +395,7 @@ def ftruncate(system: System, thread: Thread, fd: int, size: int, *_: int) -> in
 
 @served("truncate")
 def truncate(system: System, thread: Thread, path: int, size: int, *_: int) -> int:
-    system.files.truncate(_found(system, thread, _AT_FDCWD, path), signed(size))
+    system.files.truncate(located(system, thread, _AT_FDCWD, path), signed(size))
     return 0
 
 
@@ -419,13 +433,13 @@ def fstat(system: System, thread: Thread, fd: int, address: int, *_: int) -> int
 
 @served("newfstatat")
 def newfstatat(system: System, thread: Thread, fd: int, path: int, address: int, flags: int, *_: int) -> int:
-    thread.process.space.write(address, _packed(_found(system, thread, fd, path, flags).stat()))
+    thread.process.space.write(address, _packed(located(system, thread, fd, path, flags).stat()))
     return 0
 
 
 @served("statx")
 def statx(system: System, thread: Thread, fd: int, path: int, flags: int, mask: int, address: int, *_: int) -> int:
-    found = _found(system, thread, fd, path, flags).stat()
+    found = located(system, thread, fd, path, flags).stat()
     times = [(*divmod(each, _SECOND), 0) for each in (found.atime, found.btime, found.ctime, found.mtime)]
     packed = _STATX.pack(_STATX_BASIC | _STATX_BTIME, found.blksize, 0, found.nlink, found.uid, found.gid, found.mode,
                          0, found.ino, found.size, found.blocks, 0, *[part for each in times for part in each],
@@ -446,24 +460,22 @@ def faccessat(system: System, thread: Thread, fd: int, path: int, mode: int, *_:
 
 @served("faccessat2")
 def faccessat2(system: System, thread: Thread, fd: int, path: int, mode: int, flags: int, *_: int) -> int:
-    system.files.access(_found(system, thread, fd, path, flags), signed32(mode))
+    system.files.access(located(system, thread, fd, path, flags), signed32(mode))
     return 0
 
 
 @served("statfs")
 def statfs(system: System, thread: Thread, path: int, address: int, *_: int) -> int:
-    _found(system, thread, _AT_FDCWD, path)
-    return _statfs(system, thread, address)
+    return _statfs(system, thread, address, located(system, thread, _AT_FDCWD, path))
 
 
 @served("fstatfs")
 def fstatfs(system: System, thread: Thread, fd: int, address: int, *_: int) -> int:
-    thread.process.files.get(signed32(fd), path_only=True)
-    return _statfs(system, thread, address)
+    return _statfs(system, thread, address, thread.process.files.get(signed32(fd), path_only=True).inode)
 
 
-def _statfs(system: System, thread: Thread, address: int) -> int:
-    found = system.files.statfs()
+def _statfs(system: System, thread: Thread, address: int, inode: Inode) -> int:
+    found = system.files.statfs(inode)
     thread.process.space.write(address, _STATFS.pack(
         found.type, found.bsize, found.blocks, found.bfree, found.bavail, found.files, found.ffree, 0, 0,
         found.namelen, found.bsize, 0x20))
@@ -479,7 +491,7 @@ def readlink(system: System, thread: Thread, path: int, address: int, size: int,
 def readlinkat(system: System, thread: Thread, fd: int, path: int, address: int, size: int, *_: int) -> int:
     if signed32(size) <= 0:
         raise OSError(errno.EINVAL, "")
-    target = system.files.readlink(_found(system, thread, fd, path, _AT_EMPTY_PATH, follow=False))[:signed32(size)]
+    target = system.files.readlink(located(system, thread, fd, path, _AT_EMPTY_PATH, follow=False))[:signed32(size)]
     thread.process.space.write(address, target)
     return len(target)
 
@@ -491,7 +503,7 @@ def chmod(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
 
 @served("fchmodat")
 def fchmodat(system: System, thread: Thread, fd: int, path: int, mode: int, *_: int) -> int:
-    system.files.chmod(_found(system, thread, fd, path), mode & 0o7777)
+    system.files.chmod(located(system, thread, fd, path), mode & 0o7777)
     return 0
 
 
@@ -519,13 +531,13 @@ def fchown(system: System, thread: Thread, fd: int, uid: int, gid: int, *_: int)
 
 @served("fchownat")
 def fchownat(system: System, thread: Thread, fd: int, path: int, uid: int, gid: int, flags: int, *_: int) -> int:
-    system.files.chown(_found(system, thread, fd, path, flags), signed32(uid), signed32(gid))
+    system.files.chown(located(system, thread, fd, path, flags), signed32(uid), signed32(gid))
     return 0
 
 
 @served("utimensat")
 def utimensat(system: System, thread: Thread, fd: int, path: int, times: int, flags: int, *_: int) -> int:
-    inode = thread.process.files.get(signed32(fd)).inode if not path else _found(system, thread, fd, path, flags)
+    inode = thread.process.files.get(signed32(fd)).inode if not path else located(system, thread, fd, path, flags)
     wanted = ((0, UTIME_NOW), (0, UTIME_NOW))
     if times:
         a, b, c, d = struct.unpack("<4q", thread.process.space.read(times, 32))
@@ -548,7 +560,7 @@ def getcwd(system: System, thread: Thread, address: int, size: int, *_: int) -> 
 
 @served("chdir")
 def chdir(system: System, thread: Thread, path: int, *_: int) -> int:
-    return _change_directory(thread, _found(system, thread, _AT_FDCWD, path))
+    return _change_directory(thread, located(system, thread, _AT_FDCWD, path))
 
 
 @served("fchdir")
@@ -624,7 +636,7 @@ def renameat(system: System, thread: Thread, old_fd: int, old: int, fd: int, new
 
 
 @served("renameat2")
-def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int) -> int:
+def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int, *_: int) -> int:
     system.files.rename(*_place(system, thread, old_fd, old), *_place(system, thread, fd, new), flags & 0xFFFF_FFFF)
     return 0
 
@@ -695,7 +707,7 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
 
 
 def _record_lock(system: System, thread: Thread, file: OpenFile, command: int, address: int) -> int:
-    space, owner = thread.process.space, thread.process.pid
+    space, owner = thread.process.space, thread.process.files.owner
     kind, whence, start, length, _ = _FLOCK.unpack(space.read(address, _FLOCK.size))
     if command == _F["GETLK"]:
         held: Lock | None = file.conflict(owner, kind, whence, start, length)

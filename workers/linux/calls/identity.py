@@ -19,6 +19,7 @@ _STACK, _NOFILE, _LIMITS = 3, 7, 16                 # RLIMIT_*
 _SET_NAME, _GET_NAME = 15, 16                       # PR_*
 _SET_FS, _GET_FS = 0x1002, 0x1003                   # ARCH_*, asm/prctl.h
 _TICKS = 100
+_SELF, _CHILDREN, _THREAD = 0, -1, 1                # RUSAGE_*
 
 
 @served("getpid")
@@ -116,7 +117,7 @@ def prlimit64(system: System, thread: Thread, pid: int, which: int, new: int, ol
     if wanted and wanted[0] > wanted[1]:
         raise OSError(errno.EINVAL, "")
     if old:
-        thread.process.space.write(old, struct.pack("<QQ", *process.limits.get(which, _usual(which))))
+        thread.process.space.write(old, struct.pack("<QQ", *process.limits.get(which, usual_limit(which))))
     if wanted:
         process.limits[which] = wanted
         if which == _NOFILE:
@@ -134,23 +135,29 @@ def setrlimit(system: System, thread: Thread, which: int, address: int, *_: int)
     return prlimit64(system, thread, 0, which, address, 0)
 
 
-def _usual(which: int) -> tuple[int, int]:
+def usual_limit(which: int) -> tuple[int, int]:
+    """RLIMIT_*: soft, hard."""
     return {_STACK: (STACK_LIMIT, _UNLIMITED), _NOFILE: (1024, 1 << 20)}.get(which, (_UNLIMITED, _UNLIMITED))
 
 
 @served("getrusage")
 def getrusage(system: System, thread: Thread, who: int, address: int, *_: int) -> int:
-    used = system.monotonic() // 1000
-    thread.process.space.write(address, struct.pack("<qq", *divmod(used, 10**6)) + bytes(128))
+    """All of it is time of the program: how much of it a call took is not known here."""
+    who, process = signed32(who), thread.process
+    if who not in (_SELF, _CHILDREN, _THREAD):
+        raise OSError(errno.EINVAL, "")
+    used = process.cpu_ns if who == _SELF else process.cpu_children if who == _CHILDREN else thread.cpu_ns
+    process.space.write(address, struct.pack("<qq", *divmod(used // 1000, 10**6)) + bytes(128))
     return 0
 
 
 @served("times")
 def times(system: System, thread: Thread, address: int, *_: int) -> int:
-    ticks = system.monotonic() * _TICKS // 10**9
+    process = thread.process
     if address:
-        thread.process.space.write(address, struct.pack("<4q", ticks, 0, 0, 0))
-    return ticks
+        own, children = (each * _TICKS // 10**9 for each in (process.cpu_ns, process.cpu_children))
+        process.space.write(address, struct.pack("<4q", own, 0, children, 0))
+    return system.monotonic() * _TICKS // 10**9
 
 
 @served("sched_getaffinity")

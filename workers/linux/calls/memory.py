@@ -42,10 +42,29 @@ def mmap(system: System, thread: Thread, address: int, length: int, prot: int, f
         if not isinstance(file.inode, Regular):
             raise OSError(errno.ENODEV, "")
         backing = file.inode
+    elif shared:
+        return _map_shared(system, thread, address, length, prot, flags)
+    return _map(thread, address, length, prot, flags, shared, backing, offset)
+
+
+def _map(thread: Thread, address: int, length: int, prot: int, flags: int, shared: bool, backing: Regular | None,
+         offset: int) -> int:
     return thread.process.space.map(
         address, length, prot & _PROT, fixed=bool(flags & (MAP_FIXED | MAP_FIXED_NOREPLACE)),
         replace_there=not flags & MAP_FIXED_NOREPLACE, shared=shared, backing=backing, offset=offset // PAGE,
         grows=bool(flags & MAP_GROWSDOWN), reserve=not flags & MAP_NORESERVE)
+
+
+def _map_shared(system: System, thread: Thread, address: int, length: int, prot: int, flags: int) -> int:
+    """Memory that children share: a file without a name, as in Linux."""
+    files = system.files
+    file = files.open(files.root, b"/", os.O_TMPFILE | os.O_RDWR, 0o600)
+    try:
+        assert isinstance(file.inode, Regular)
+        file.resize(-(-length // PAGE) * PAGE)
+        return _map(thread, address, length, prot, flags, True, file.inode, 0)
+    finally:
+        file.let_go()
 
 
 @served("munmap")
@@ -86,7 +105,7 @@ def nothing(system: System, thread: Thread, *_: int) -> int:
 
 @served("memfd_create")
 def memfd_create(system: System, thread: Thread, name: int, flags: int, *_: int) -> int:
-    thread.process.space.text(name, 250)
-    files = system.files
+    text, files = thread.process.space.text(name, 250), system.files
     file = files.open(files.root, b"/", os.O_TMPFILE | os.O_RDWR, 0o777)
+    file.inode.place = files.root, b"memfd:" + text
     return thread.process.files.add(file, close_on_exec=bool(flags & 1))

@@ -8,7 +8,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
-from ..inodes import Node
+from ..channels import nameless
 from ..pipes import Pipe, PipeEnd
 from .registry import served
 
@@ -28,8 +28,7 @@ def pipe2(system: System, thread: Thread, address: int, flags: int, *_: int) -> 
         raise OSError(errno.EINVAL, "")
     files, store = thread.process.files, system.files.store
     made = Pipe(system.notify)
-    inode = Node(store, stat.S_IFIFO | 0o600)
-    inode.nlink = 0
+    inode = nameless(store, stat.S_IFIFO | 0o600)
     numbers: list[int] = []
     ends = [PipeEnd(made, inode, os.O_RDONLY | flags & os.O_NONBLOCK),
             PipeEnd(made, inode, os.O_WRONLY | flags & (os.O_NONBLOCK | os.O_DIRECT))]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..channels import ERR, HUP, IN, OUT, PRI, RDNORM, WRNORM, Channel
 from .registry import Blocked, served, signed32
+from .signalling import mask_for_call
 
 if TYPE_CHECKING:
     from ..openfiles import OpenFile
@@ -26,21 +27,29 @@ def ready(system: System, file: OpenFile) -> int:
     return file.ready(system) if isinstance(file, Channel) else IN | RDNORM | OUT | WRNORM
 
 
-def wait(system: System, thread: Thread, timeout: int | None, found: int, on: set[Hashable]) -> int:
-    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked,
-    ``on`` what they depend on. The end is kept in the thread, and holds for the call that is made again."""
+def wait(system: System, thread: Thread, timeout: int | None, found: int, on: Iterable[Channel], mask: int = 0) -> int:
+    """``found``: descriptors that are ready; none, and the time (nanoseconds; None: for ever) has not passed: blocked
+    ``on`` all of them, with a signal ``mask`` of its own where that has an address. The end is kept in the thread, and
+    holds for the call that is made again."""
     if found or timeout == 0:
         return found
-    if timeout is None:
-        raise Blocked(on=tuple(on))
-    if thread.deadline is None:
+    if timeout is not None and thread.deadline is None:
         thread.deadline = system.monotonic() + timeout
-    if system.monotonic() < thread.deadline:
-        raise Blocked(thread.deadline, tuple(on))
-    return 0
+    if thread.deadline is not None and system.monotonic() >= thread.deadline:
+        return 0
+    mask_for_call(system, thread, mask)
+    times = [each.due(system) for each in on if each.timed]
+    times.append(thread.deadline)
+    raise Blocked(min((each for each in times if each is not None), default=None), tuple(each.source for each in on))
 
 
-def _timespec(thread: Thread, address: int, unit: int) -> int | None:
+def check_mask(address: int, size: int) -> None:
+    """Of a signal mask. Raises OSError."""
+    if address and size != 8:
+        raise OSError(errno.EINVAL, "")
+
+
+def timespec(thread: Thread, address: int, unit: int) -> int | None:
     """A struct timespec, or with ``unit`` a thousand a struct timeval. Raises OSError."""
     if not address:
         return None
@@ -60,15 +69,16 @@ def poll(system: System, thread: Thread, address: int, count: int, timeout: int,
 
 
 @served("ppoll")
-def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, *_: int) -> int:
-    return _poll(system, thread, address, count, _timespec(thread, timeout, 1))
+def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, mask: int, size: int, *_: int) -> int:
+    check_mask(mask, size)
+    return _poll(system, thread, address, count, timespec(thread, timeout, 1), mask)
 
 
-def _poll(system: System, thread: Thread, address: int, count: int, timeout: int | None) -> int:
+def _poll(system: System, thread: Thread, address: int, count: int, timeout: int | None, mask: int = 0) -> int:
     files, space = thread.process.files, thread.process.space
     if count > files.limit:
         raise OSError(errno.EINVAL, "")
-    found, on = 0, set[Hashable]()
+    found, on = 0, set[Channel]()
     data = bytearray(space.read(address, _POLL.size * count))
     for at in range(0, len(data), _POLL.size):
         number, wanted, _ = _POLL.unpack_from(data, at)
@@ -77,13 +87,13 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
             try:
                 file = files.get(number)
                 if isinstance(file, Channel):
-                    on.add(file.source)
+                    on.add(file)
                 given = ready(system, file) & (wanted | ERR | HUP)
             except OSError:
                 given = _NVAL
         _POLL.pack_into(data, at, number, wanted, given)
         found += bool(given)
-    result = wait(system, thread, timeout, found, on)
+    result = wait(system, thread, timeout, found, on, mask)
     space.write(address, bytes(data))
     return result
 
@@ -94,22 +104,25 @@ def _poll(system: System, thread: Thread, address: int, count: int, timeout: int
 @served("select")
 def select(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
            *_: int) -> int:
-    return _select(system, thread, count, (reads, writes, others), _timespec(thread, timeout, _MICROSECOND))
+    return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, _MICROSECOND))
 
 
 @served("pselect6")
 def pselect6(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
-             *_: int) -> int:
-    return _select(system, thread, count, (reads, writes, others), _timespec(thread, timeout, 1))
+             mask: int) -> int:
+    address, size = struct.unpack("<QQ", thread.process.space.read(mask, 16)) if mask else (0, 8)
+    check_mask(address, size)
+    return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, 1), address)
 
 
-def _select(system: System, thread: Thread, count: int, sets: Iterable[int], timeout: int | None) -> int:
+def _select(system: System, thread: Thread, count: int, sets: Iterable[int], timeout: int | None,
+            mask: int = 0) -> int:
     files, space = thread.process.files, thread.process.space
     count = signed32(count)
     if count < 0:
         raise OSError(errno.EINVAL, "")
     size = (min(count, _SETS_MAX) + 63) // 64 * 8
-    found, answers, on = 0, [], set[Hashable]()
+    found, answers, on = 0, [], set[Channel]()
     for address, event in zip(sets, (IN | HUP | ERR, OUT | ERR, PRI), strict=True):
         if not address:
             continue
@@ -120,12 +133,12 @@ def _select(system: System, thread: Thread, count: int, sets: Iterable[int], tim
                 continue
             file = files.get(number)
             if isinstance(file, Channel):
-                on.add(file.source)
+                on.add(file)
             if ready(system, file) & event:
                 given |= 1 << number
         found += given.bit_count()
         answers.append((address, given))
-    result = wait(system, thread, timeout, found, on)
+    result = wait(system, thread, timeout, found, on, mask)
     for address, given in answers:
         space.write(address, given.to_bytes(size, "little"))
     return result
