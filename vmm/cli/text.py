@@ -52,8 +52,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     _print_verification(report["verification"], console)
     program = report.get("program")
     if program is not None:
-        console.print(f"program      {' '.join(program['args'])[:60]}: {program['calls']:,} calls and faults served",
-                      markup=False)
+        command = " ".join(" ".join(program["args"]).split())
+        command = command if len(command) <= 60 else f"{command[:59]}…"
+        console.print(f"program      {command}: {program['calls']:,} calls and faults served", markup=False)
         for name, count in program["missing_calls"].items():
             console.print(f"    not served: {name} ({count}, see docs/linux.md)", markup=False)
     if report["cause"]:

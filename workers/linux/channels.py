@@ -91,7 +91,7 @@ class Channel(OpenFile):
 
 
 class Terminal(Channel):
-    """/dev/console, /dev/tty, whatever is behind them."""
+    """/dev/console, /dev/tty, whatever is behind them. See ``Channel`` for the contract."""
 
     __slots__ = ()
 
@@ -139,7 +139,8 @@ class Terminal(Channel):
 
 
 class ConsoleStream(Terminal):
-    """Standard input, output or error where the console is no terminal: to the program, a pipe."""
+    """Standard input, output or error where the console is no terminal: to the program, a pipe. See
+    ``Channel`` for the contract."""
 
     __slots__ = ("_error",)
 

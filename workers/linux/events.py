@@ -20,7 +20,7 @@ _MOST = (1 << 64) - 1
 
 
 class EventFile(Channel):
-    """``one_by_one``: a read takes one away (EFD_SEMAPHORE), not all."""
+    """``one_by_one``: a read takes one away (EFD_SEMAPHORE), not all. See ``Channel`` for the contract."""
 
     __slots__ = ("count", "one_by_one")
 
@@ -59,7 +59,8 @@ class EventFile(Channel):
 
 
 class TimerFile(Channel):
-    """``expiry``: the first that nobody has read of (``System.monotonic``); None: it does not run."""
+    """``expiry``: the first that nobody has read of (``System.monotonic``); None: it does not run. See
+    ``Channel`` for the contract."""
 
     __slots__ = ("_noticed", "expiry", "interval", "realtime")
 

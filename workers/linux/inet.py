@@ -35,7 +35,8 @@ def _local(ip: bytes) -> bool:
 
 
 class InetSocket(Socket):
-    """``ip`` and ``port``: its own (0: none yet). ``remote``: where it is connected to."""
+    """``ip`` and ``port``: its own (0: none yet). ``remote``: where it is connected to. See
+    ``Socket`` for the contract."""
 
     def __init__(self, network: Network, kind: int, protocol: int, flags: int = 0, *, domain: int) -> None:
         super().__init__(network, kind, protocol, flags)
@@ -140,14 +141,14 @@ class InetSocket(Socket):
 
 class TcpSocket(InetSocket):
     """``peer``: the other end, also when that is closed. ``finished``: it has said that nothing more comes. ``gone``:
-    the connection is over (or the socket closed)."""
+    the connection is over. ``dead``: no descriptor is left. See ``Socket`` for the contract."""
 
     def __init__(self, network: Network, kind: int = STREAM, protocol: int = TCP, flags: int = 0, *,
                  domain: int) -> None:
         super().__init__(network, kind, protocol, flags, domain=domain)
         self.receive_room, self.send_room = _TCP_ROOM, _TCP_SEND_ROOM
         self.peer: TcpSocket | None = None
-        self.finished = self.gone = False
+        self.finished = self.gone = self.dead = False
 
     def is_open(self, sender: InetSocket) -> bool:
         return self.backlog is not None
@@ -212,7 +213,7 @@ class TcpSocket(InetSocket):
 
     def reset(self) -> None:
         """The other end has broken it off."""
-        if self.gone:
+        if self.gone or self.dead:
             return
         self.error = errno.EPIPE if self.finished else errno.ECONNRESET
         self.shut, self.gone, self.remote = RECEIVE | SEND, True, None
@@ -224,6 +225,9 @@ class TcpSocket(InetSocket):
             return
         self.finished = True
         self.shut |= RECEIVE
+        if self.peer is not None and self.peer.finished:
+            for each in (self, self.peer):
+                each.gone, each.remote = True, None
         self.network.notify(self, 0)
 
     def shutdown(self, what: int) -> None:
@@ -245,9 +249,10 @@ class TcpSocket(InetSocket):
         if self.peer is not None and not self.gone:
             if self.queue or self.linger == (1, 0):
                 self.peer.reset()
+                self.gone = True
             else:
                 self.peer.finish()
-        self.gone = True
+        self.dead = True
         super().closed()
 
     # --- data ------------------------------------------------------------------------------------------------------
@@ -260,8 +265,9 @@ class TcpSocket(InetSocket):
             raise Broken
         if not message.data:
             return 0
-        if self.peer.gone:
-            self.reset()            # it knows that only now
+        if self.peer.gone or self.peer.dead or (self.finished and self.peer.shut & RECEIVE):
+            self.peer.reset()       # they know that only now
+            self.reset()
             return len(message.data)
         room = self._room()
         if room <= 0:
@@ -274,7 +280,8 @@ class TcpSocket(InetSocket):
         assert self.peer is not None
         return self.send_room + self.peer.receive_room - self.peer.held
 
-    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False) -> Received:
+    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False,
+                wait: bool = True) -> Received:
         if self.peer is None and not self.shut & RECEIVE:
             raise OSError(errno.ENOTCONN, "")
         if not self.queue:
@@ -293,7 +300,7 @@ class TcpSocket(InetSocket):
 
     def has_room(self) -> bool:
         """By a third, not by a byte: so a sender is not told of each."""
-        return self.peer is None or self.peer.gone or self._room() * 3 >= self.send_room + self.peer.receive_room
+        return self.peer is None or self.peer.dead or self._room() * 3 >= self.send_room + self.peer.receive_room
 
     def ready(self, system: System) -> int:
         if self.backlog is not None:
@@ -311,7 +318,7 @@ class TcpSocket(InetSocket):
 
 
 class UdpSocket(InetSocket):
-    """What has no room is lost."""
+    """What has no room is lost. See ``Socket`` for the contract."""
 
     def __init__(self, network: Network, kind: int = DGRAM, protocol: int = UDP, flags: int = 0, *,
                  domain: int) -> None:
@@ -342,6 +349,8 @@ class UdpSocket(InetSocket):
             raise OSError(errno.ENOTCONN, "")
 
     def send(self, system: System, thread: Thread, message: Message) -> int:
+        if not self.port:
+            self._take_port(self.ip)
         if len(message.data) > _LONGEST:
             raise OSError(errno.EMSGSIZE, "")
         if message.to is not None:
@@ -353,8 +362,6 @@ class UdpSocket(InetSocket):
         else:
             raise OSError(errno.EDESTADDRREQ, "")
         ip = self._reachable(ip)
-        if not self.port:
-            self._take_port(self.ip)
         self.raise_error()
         if self.shut & SEND:
             raise OSError(errno.EPIPE, "")
@@ -372,10 +379,11 @@ class UdpSocket(InetSocket):
         if to.held + packet.cost <= to.receive_room:
             to.arrive(packet)
 
-    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False) -> Received:
+    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False,
+                wait: bool = True) -> Received:
         self.raise_error()
         if not self.queue:
-            if self.shut & RECEIVE:
+            if self.shut & RECEIVE and wait:
                 return Received(b"", 0)
             self.wait_for(self)
         return self.take_message(count, peek=peek)

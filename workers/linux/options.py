@@ -81,6 +81,8 @@ def set_option(socket: Socket, level: int, name: int, value: bytes) -> None:
     _usual(socket, level, name)
     if (level == _SOCKET and name in _SOCKET_SWITCHES) or (level == _TCP and name in _TCP_SWITCHES):
         number = int(bool(number))
+    if (level, name) == (_IP, 1) and socket.kind == STREAM:
+        number &= ~3                # the bits for congestion are not the program's
     if (level, name) == (_TCP, 4) and not 1 <= number <= 32767:
         raise OSError(errno.EINVAL, "")
     socket.options[level, name] = number
@@ -128,5 +130,7 @@ def get_option(socket: Socket, level: int, name: int) -> bytes:
             return b"cubic".ljust(16, b"\0")
         if name == 11:              # TCP_INFO: a state, established or closed
             return bytes([1 if socket.backlog is None else 10]).ljust(104, b"\0")
+    if level not in (_SOCKET, _IP) and socket.domain == INET and (level != _TCP or socket.kind != STREAM):
+        raise OSError(errno.EOPNOTSUPP, "")
     usual = _usual(socket, level, name)
     return struct.pack("<i", socket.options.get((level, name), usual))

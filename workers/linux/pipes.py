@@ -119,7 +119,7 @@ class Pipe:
 
 class PipeEnd(Channel):
     """One that is opened for both reading and writing is both ends of a fifo. ``fifos``: where the pipe is entered
-    while anybody has it open, by inode; of a pipe without a name, nowhere."""
+    while anybody has it open, by inode; of a pipe without a name, nowhere. See ``Channel`` for the contract."""
 
     __slots__ = ("_fifos", "_seen", "pipe")
 

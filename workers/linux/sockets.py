@@ -92,7 +92,7 @@ class Received:
 
 class Socket(Channel):
     """``options``: that have been set, by level and name. ``shut``: what of it, by whomever. ``error``: an errno that
-    the next call gives."""
+    the next call gives. See ``Channel`` for the contract."""
 
     domain = 0
 
@@ -141,8 +141,9 @@ class Socket(Channel):
         """How many bytes of it are on their way. Raises OSError and Blocked."""
         raise NotImplementedError
 
-    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False) -> Received:
-        """Raises OSError and Blocked."""
+    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False,
+                wait: bool = True) -> Received:
+        """``wait``: it does, if need be. Raises OSError and Blocked."""
         raise NotImplementedError
 
     def shutdown(self, what: int) -> None:
@@ -191,7 +192,7 @@ class Socket(Channel):
         raise Blocked(on=sources)
 
     def take(self, system: System, thread: Thread, count: int) -> bytes:
-        found = self.receive(system, thread, count)
+        found = self.receive(system, thread, count, wait=not self.flags & os.O_NONBLOCK)
         for each in found.rights:
             each.let_go()
         return found.data
@@ -211,7 +212,7 @@ class Socket(Channel):
 
     def control(self, system: System, thread: Thread, request: int, argument: int) -> int:
         if request == _FIONREAD and self.backlog is None:
-            count = sum(len(each.data) for each in self.queue) if self.kind == STREAM else (
+            count = sum(len(each.data) for each in self.queue) if self.kind != DGRAM else (
                 len(self.queue[0].data) if self.queue else 0)
         elif request == _OUTQ and self.backlog is None:
             count = 0

@@ -30,7 +30,8 @@ Send = Callable[[int, int], None]
 
 
 class LineConsole:
-    """What is written goes to the machine's console; there is nothing to read."""
+    """What is written goes to the machine's console; there is nothing to read.
+    See ``Console`` (system.py) for the contract."""
 
     terminal = False
     tty = None
@@ -127,7 +128,7 @@ class FramedConsole:
 
 
 class StreamConsole(FramedConsole):
-    """Three streams."""
+    """Three streams. See ``Console`` (system.py) for the contract."""
 
     def __init__(self, directory: Path, send: Send) -> None:
         super().__init__(directory, send, _ROOM)
@@ -155,7 +156,8 @@ class StreamConsole(FramedConsole):
 
 
 class TerminalConsole(FramedConsole):
-    """A terminal, which the first process controls. ``clock``: that of the system."""
+    """A terminal, which the first process controls. ``clock``: that of the system.
+    See ``Console`` (system.py) for the contract."""
 
     terminal = True
     tty: Tty

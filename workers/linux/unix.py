@@ -39,7 +39,7 @@ _PASSCRED = (1, 16)
 
 class UnixSocket(Socket):
     """``path``: sun_path as it was bound, or empty. ``peer``: of a connection, also when that is closed; of datagrams
-    where they go. ``senders``: sockets whose datagrams go here."""
+    where they go. ``senders``: sockets whose datagrams go here. See ``Socket`` for the contract."""
 
     domain = _FAMILY
 
@@ -75,10 +75,10 @@ class UnixSocket(Socket):
                 self._enter_abstract(self.network.free_name())
             return
         path = _path(address)
-        if self.path:
-            raise OSError(errno.EINVAL, "")
         if not path.startswith(b"\0"):
             self._make_node(system, thread, path)
+        elif self.path:
+            raise OSError(errno.EINVAL, "")
         elif path in self.network.abstract:
             raise OSError(errno.EADDRINUSE, "")
         else:
@@ -94,6 +94,9 @@ class UnixSocket(Socket):
             system.files.mknod(at, path, stat.S_IFSOCK | 0o777 & ~thread.process.mask)
         except FileExistsError:
             raise OSError(errno.EADDRINUSE, "") from None
+        if self.path:               # in Linux too, that comes last
+            system.files.unlink(at, path)
+            raise OSError(errno.EINVAL, "")
         self._node = system.files.find(at, path, follow=False)
         self._node.keep()
         self.network.nodes[self._node.number] = self
@@ -150,9 +153,17 @@ class UnixSocket(Socket):
         self.network.notify(found, IN | RDNORM)
 
     def _forget_peer(self) -> None:
-        if self.peer is not None:
-            self.peer.senders.pop(self, None)
-            self.peer = None
+        """What has come from it and was not read is lost, and if it sends here it hears of that."""
+        peer, self.peer = self.peer, None
+        if peer is None:
+            return
+        peer.senders.pop(self, None)
+        if self.queue and not self.dead:
+            self.discard_queue()
+            self.network.notify(self.room, 0)
+            if not peer.dead and peer.peer is self:
+                peer.error = errno.ECONNRESET
+                self.network.notify(peer, ERR)
 
     def shutdown(self, what: int) -> None:
         self.shut |= what
@@ -179,7 +190,8 @@ class UnixSocket(Socket):
                 self.network.notify(sender, self.out(band=True))
         elif self.peer is not None and not self.peer.dead:
             self.peer.shut = RECEIVE | SEND
-            if self.queue or self.error == errno.ECONNRESET:
+            unread = len(self.queue) > 1 or any(each.data for each in self.queue)    # an empty one does not
+            if unread or self.error == errno.ECONNRESET:
                 self.peer.error = errno.ECONNRESET
             self.network.notify(self.peer, 0)
         self.discard_queue()
@@ -211,19 +223,18 @@ class UnixSocket(Socket):
         return len(data)
 
     def _send_message(self, system: System, thread: Thread, message: Message) -> int:
-        to = self.peer
-        if self.kind == SEQPACKET:
-            self.raise_error()
-            if to is None:
-                raise OSError(errno.ENOTCONN, "")
-        elif message.to is not None:
-            to = self._found(system, thread, message.to)
-        elif to is None:
+        self.raise_error()
+        if self.kind == SEQPACKET and self.peer is None:
             raise OSError(errno.ENOTCONN, "")
         if len(message.data) > self.send_room - 32:
             raise OSError(errno.EMSGSIZE, "")
         if self.shut & SEND:
             raise OSError(errno.EPIPE, "")
+        to = self.peer
+        if message.to is not None and self.kind == DGRAM:
+            to = self._found(system, thread, message.to)
+        if to is None:
+            raise OSError(errno.ENOTCONN, "")
         if to.dead:
             if self.kind == DGRAM and to is self.peer:
                 self._forget_peer()
@@ -249,14 +260,15 @@ class UnixSocket(Socket):
 
     # --- receiving -------------------------------------------------------------------------------------------------
 
-    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False) -> Received:
+    def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False,
+                wait: bool = True) -> Received:
         if self.kind != DGRAM and self.peer is None:
             raise OSError(errno.EINVAL if self.kind == STREAM else errno.ENOTCONN, "")
         if self.kind != STREAM:
             self.raise_error()
         if not self.queue:
             self.raise_error()
-            if self.shut & RECEIVE:
+            if self.shut & RECEIVE and (wait or self.kind != DGRAM):
                 return Received(b"", 0)
             self.wait_for(self)
         found = (self.take_stream if self.kind == STREAM else self.take_message)(count, peek=peek)

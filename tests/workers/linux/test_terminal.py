@@ -242,8 +242,8 @@ RAW = with_flags(off={"lflag": termios.ICANON | termios.ECHO | termios.ISIG, "if
 @pytest.mark.parametrize("typed", [
     b"hello\n", b"hallo\x7f\x7f\x7f\x7fello\n", b"one two  three\x17\x17\n", b"all of it\x15again\n",
     b"a\tb\t\x7f\x7fc\n", b"\x01\x02\x7f\x7f\n", b"end\x04\x04more\n", b"\x16\x03\x16\x7fx\n", b"again\x12s\n",
-    b"caf\xc3\xa9\x7f\x7fx\n", b"a\rb\r", b"\x1aabc\x03def\x1cg\n", b"abc\x13def\x11g\n",
-    b"\xff\xfe\x7f\x00\x7f\x00\n", b"\tx\t\ty\x15z\n"])
+    b"caf\xc3\xa9\x7f\x7fx\n", b"a\rb\r", b"\x1aabc\x03def\x1cg\n", b"abc\x13def\x11g\n", b"\xff\xfe\x7f\x00\x7f\x00\n",
+    b"\tx\t\ty\x15z\n"])
 @pytest.mark.parametrize("utf8", [False, True])
 def test_typed_by_a_person(typed: bytes, utf8: bool) -> None:
     with both(with_flags(on={"iflag": IUTF8 if utf8 else 0})) as pair:

@@ -40,4 +40,5 @@ def load() -> type[Accelerator]:
 
 
 def load_program() -> type[ProgramAccelerator]:
+    """Raises AccelError: there is none."""
     raise AccelError(CAPABILITIES.programs)

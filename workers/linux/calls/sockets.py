@@ -29,8 +29,8 @@ _ADDRESS_MAX = 128                  # struct sockaddr_storage
 _ICMP = (1, 58)
 
 # MSG_*, linux/socket.h
-_OOB, _PEEK, _CTRUNC, _TRUNC, _DONTWAIT, _EOR, _WAITALL, _NOSIGNAL, _ERRQUEUE, _CMSG_CLOEXEC = (
-    1, 2, 8, 0x20, 0x40, 0x80, 0x100, 0x4000, 0x2000, 0x4000_0000)
+_OOB, _PEEK, _CTRUNC, _TRUNC, _DONTWAIT, _WAITALL, _NOSIGNAL, _ERRQUEUE, _CMSG_CLOEXEC = (
+    1, 2, 8, 0x20, 0x40, 0x100, 0x4000, 0x2000, 0x4000_0000)
 _HEADER = struct.Struct("<QI4xQQQQi4x")         # struct msghdr
 _CONTROL = struct.Struct("<Qii")                # struct cmsghdr
 _SOL_SOCKET, _RIGHTS, _CREDENTIALS = 1, 1, 2
@@ -324,12 +324,10 @@ def _receive(system: System, thread: Thread, of: Socket, buffers: Buffers, flags
     if flags & _OOB:
         raise OSError(errno.EINVAL if of.domain != _UNIX else errno.EOPNOTSUPP, "")
     total = min(sum(size for _, size in buffers), _PART)
-    if of.kind == STREAM and not total:
-        return Received(b"", 0)
-    peek = bool(flags & _PEEK)
+    peek, wait = bool(flags & _PEEK), not flags & _DONTWAIT and not of.flags & os.O_NONBLOCK
     while True:
         try:
-            found = of.receive(system, thread, total - thread.done, peek=peek)
+            found = of.receive(system, thread, total - thread.done, peek=peek, wait=wait)
         except Blocked as blocked:
             if thread.done and not flags & _WAITALL:
                 return Received(b"", thread.done)
@@ -380,7 +378,6 @@ def _receive_header(system: System, thread: Thread, of: Socket, header: int, fla
         raise OSError(errno.EMSGSIZE, "")
     found = _receive(system, thread, of, vectors(thread, parts, count), flags)
     given = _TRUNC if of.whole and found.length > len(found.data) else 0
-    given |= _EOR if of.kind == SEQPACKET and found.data else 0
     if flags & _CMSG_CLOEXEC:
         given |= _CMSG_CLOEXEC
     data, cut = _pack_control(thread, of, found, control_size if control else 0, flags)
