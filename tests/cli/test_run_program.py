@@ -259,8 +259,8 @@ def test_a_shell_at_a_terminal(root: Path) -> None:
         terminal.expect(b"lion\r\n")
         terminal.type(b"\x04")
         terminal.expect(b"/ # ")
-        terminal.type(b"busybox echo u$((1))p; busybox sleep 100\r")
-        terminal.expect(b"u1p\r\n")
+        terminal.type(b"busybox sh -c 'echo u$((1))p; exec busybox sleep 100'\r")
+        terminal.expect(b"u1p\r\n")       # it is in the foreground
         terminal.type(b"\x03")
         terminal.expect(b"^C")
         terminal.expect(b"/ # ")

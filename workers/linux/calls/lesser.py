@@ -12,7 +12,7 @@ from ..abi import number_of
 from ..contents import Regular
 from ..space import PAGE
 from ..vfs import UTIME_NOW
-from .files import found, preadv, pwritev, readv, writev
+from .files import located, preadv, pwritev, readv, writev
 from .registry import served, signed, signed32
 
 if TYPE_CHECKING:
