@@ -23,7 +23,8 @@ REQUESTS = [m.SetMemslot(2, SLOT), m.SetMemslots(12, [SLOT]), m.RemoveMemslot(3,
 REPLIES = [m.Done(1, 2**40), m.Done(2, 0, {"xsave": b"\0\1"}), m.Failed(3, "why")]
 NOTIFICATIONS = [m.Hello(0, 99, 1, 12288, 4096), m.Hello(0, 99, 1, error="no"), m.RingFull(1),
                  m.KickAck(2, 2**32 - 1), m.Console(3, b"\xff\n"),
-                 m.Exited(4, m.ExitReason.EXCEPTION, -1, "#UD", {"rip": 2**63}), m.ProgramCalls(5, 9, {"bpf": 2})]
+                 m.ProgramCalls(4, 1000, {"membarrier": 2}),
+                 m.Exited(4, m.ExitReason.EXCEPTION, -1, "#UD", {"rip": 2**63})]
 GROUPS = [(m.decode_request, m.AnyRequest, REQUESTS), (m.decode_reply, m.AnyReply, REPLIES),
           (m.decode_notification, m.AnyNotification, NOTIFICATIONS)]
 SPEC = m.WorkerSpec(machine="t", index=1, vcpu_count=2, accel="kvm", slots=[SLOT], system_slot=SLOT,

@@ -20,9 +20,10 @@ from machines import spec, until
 
 from vmm.client.machine import Machine
 from vmm.consumers.programs import map_rates
+from vmm.consumers.rate import measure
 from vmm.errors import VmmError
 
-_PIECES = {"heap": 40, "stack": 100, "anonymous": 300, "file": 20}
+_PIECES = {"heap": 40, "stack": 100, "anonymous": 300, "file": 20, "same": 50}
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +74,31 @@ def by_name(maps: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {each["name"]: each for each in maps["processes"][0]["threads"]}
 
 
+def begin(machine: Machine, said: list[str]) -> dict[str, int]:
+    """Until all threads of ``dirtier`` have their names, and have written to all of their pages; where those are."""
+    places = {name: int(at, 16) for name, at, _ in map(str.split, said)}
+
+    def begun() -> bool:
+        maps = machine.program_maps()
+        return {"idle", *_PIECES} <= set(by_name(maps)) and all(
+            within(maps, places[name])["resident_pages"] >= pages for name, pages in _PIECES.items())
+
+    until(begun, "all threads are at work")
+    return places
+
+
 @pytest.mark.kvm
 def test_dirtied_pages_are_those_of_their_mapping_and_thread(root: Path) -> None:
-    with running(root, "dirtier", lines=5) as (machine, said):
-        places = {name: int(at, 16) for name, at, _ in map(str.split, said)}
-        until(lambda: {"idle", *_PIECES} <= set(by_name(machine.program_maps())), "all threads have their names")
+    with running(root, "dirtier", lines=6) as (machine, said):
+        places = begin(machine, said)
         before = machine.status()["reaper"]
         maps = map_rates(machine, 1.0)
         after = machine.status()["reaper"]
-        whats = {"heap": "[heap]", "stack": "[stack]", "anonymous": "anonymous", "file": "/tmp/dirtied"}
+        whats = {"heap": "[heap]", "stack": "[stack]", "file": "/tmp/dirtied"}
         for name, pages in _PIECES.items():
             mapping = within(maps, places[name])
-            assert mapping["what"] == whats[name]
+            if name in whats:
+                assert mapping["what"] == whats[name]
             # On the stack there are frames of its functions too, and in the heap the first thread's own variables.
             assert pages <= mapping["dirty_pages"] <= pages + {"stack": 4, "heap": 1}.get(name, 0), name
             assert mapping["pages_per_s"] == pytest.approx(mapping["dirty_pages"] / maps["seconds"])
@@ -111,7 +125,7 @@ def test_dirtied_pages_are_those_of_their_mapping_and_thread(root: Path) -> None
 
 @pytest.mark.kvm
 def test_maps_are_shown_of_a_machine_that_stands_still(root: Path) -> None:
-    with running(root, "dirtier", lines=5) as (machine, _):
+    with running(root, "dirtier", lines=6) as (machine, _):
         machine.pause()
         paused = asked("maps", machine.name)
         assert asked("maps", machine.name) == paused
@@ -124,6 +138,28 @@ def test_maps_are_shown_of_a_machine_that_stands_still(root: Path) -> None:
                    for each in paused["processes"][0]["mappings"])
         with pytest.raises(VmmError, match="no dirty-log client 'nobody'"):
             machine.program_maps("nobody")
+
+
+@pytest.mark.kvm
+def test_pages_that_are_dirtied_with_what_they_held_are_counted(root: Path) -> None:
+    with running(root, "dirtier", "--verify", lines=6) as (machine, said):
+        begin(machine, said)
+        rate = measure(machine, 0.3, unchanged=True)
+        assert rate.unchanged is not None
+        changed = sum(_PIECES.values()) - _PIECES["same"]
+        # Not what has changed; of the threads' own stacks and of the system's pages, there may be some.
+        assert _PIECES["same"] <= rate.unchanged <= rate.pages - changed
+        assert measure(machine, 0.1).unchanged is None
+        shown = vmm("dirty-rate", machine.name, "--unchanged")
+        assert re.search(r"of the dirty pages, \d+ \(\d+\.\d%\) had the content they had before", shown.stdout)
+        assert "--unchanged" in vmm("dirty-rate", machine.name, "--mode", "sampling", "--unchanged").stderr
+        until(lambda: bool(machine.status()["verification"]["rounds"] > 3), "rounds")
+        report = machine.status()
+        found, program = report["verification"], report["program"]
+        assert found["ok"]
+        assert not found["first_findings"]
+        assert _PIECES["same"] <= program["unchanged_dirty_pages"] == found["surplus_pages"] + found["excused_pages"]
+        assert "had the content they had before" in vmm("status", machine.name).stdout
 
 
 @pytest.mark.kvm
