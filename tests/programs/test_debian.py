@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from debian_roots import root_of
 from inside import inside, natively
-
-from roots import root_of
 
 pytestmark = pytest.mark.kvm
 
