@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ipc.programs import REGISTERS, STALE_MAX, Answer, Kind, Mailbox
+from ipc.programs import ASKED, REGISTERS, STALE_MAX, Answer, Kind, Mailbox
 
 from . import signals
 from .abi import number_of
@@ -47,12 +47,18 @@ _NEVER_AGAIN = frozenset(map(number_of, (
 
 _ATTENTION_TIMEOUT = 5.0    # seconds
 
+# As plain numbers: they are put together for each call.
+_STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
+_SET_XSAVE, _GET_XSAVE = int(Answer.SET_XSAVE), int(Answer.GET_XSAVE)
+_IDLE, _END = int(Answer.IDLE), int(Answer.END)
+
 
 class Dispatcher:
     """A ``Launcher`` (population.py)."""
 
     def __init__(self, system: System, boxes: Sequence[Mailbox], ram: Ram) -> None:
         self._system, self._boxes, self._ram = system, boxes, ram
+        self._states = [box.state for box in boxes]
         self._threads: list[Thread | None] = [None] * len(boxes)
         self._indices: dict[Thread, int] = {}
         self._idle: set[int] = set()
@@ -74,17 +80,17 @@ class Dispatcher:
     def serve_asked(self, enough: Callable[[], bool]) -> bool:
         """Every mailbox in which something is asked, until it is ``enough``; whether there was any."""
         found = False
-        for index, box in enumerate(self._boxes):
-            if box.asked:
+        for index, state in enumerate(self._states):
+            if state[0] == ASKED:
                 found = True
-                self._serve(index, box)
+                self._serve(index, self._boxes[index])
                 if enough():
                     break
         return found
 
     @property
     def is_asked(self) -> bool:
-        return any(box.asked for box in self._boxes)
+        return any(state[0] == ASKED for state in self._states)
 
     def serve_others(self) -> bool:
         """Threads that are to begin, to be looked at, or can make their call again; whether there was any."""
@@ -166,7 +172,7 @@ class Dispatcher:
         elif kind == Kind.XSAVE:
             self._signal(index, box, thread)
         else:
-            self._go_on(index, thread, Answer(0))
+            self._go_on(index, thread, 0)
 
     def _call(self, index: int, box: Mailbox, thread: Thread) -> None:
         registers, call = box.registers, self._system.call
@@ -185,31 +191,31 @@ class Dispatcher:
             return
         except Again:
             registers[_RIP] -= _SYSCALL_SIZE
-            self._go_on(index, thread, Answer.REGISTERS)
+            self._go_on(index, thread, _REGISTERS)
             return
         except Ended:
             self._let_go(index)
             return
-        answer = Answer(0)
+        answer = 0
         if thread.fs_base is not None:
             box.fs_base, thread.fs_base = thread.fs_base, None
-            answer = Answer.FS
+            answer = _FS
         if thread.jumps:
             answer |= self._jump(index, box, thread)
         else:
             registers[_RAX] = result & 0xFFFF_FFFF_FFFF_FFFF
         self._go_on(index, thread, answer)
 
-    def _jump(self, index: int, box: Mailbox, thread: Thread) -> Answer:
+    def _jump(self, index: int, box: Mailbox, thread: Thread) -> int:
         """It goes on somewhere else."""
-        answer = Answer.REGISTERS
+        answer = _REGISTERS
         if thread.xsave is not None:
             box.xsave[:] = thread.xsave
-            answer |= Answer.SET_XSAVE
+            answer |= _SET_XSAVE
         if thread.new_space:
             box.root, box.fs_base, box.tid = thread.process.space.root, 0, thread.tid
             thread.process.space.visitors.add(index)
-            answer |= Answer.ROOT | Answer.FS
+            answer |= _ROOT | _FS
         thread.jumps, thread.new_space, thread.xsave = False, False, None
         return answer
 
@@ -231,11 +237,11 @@ class Dispatcher:
         if info is not None:
             self._traps[index] = error, vector, address
             self._system.force(thread, info)
-        self._go_on(index, thread, Answer(0))
+        self._go_on(index, thread, 0)
 
     # --- how it goes on ---------------------------------------------------------------------------------------------
 
-    def _go_on(self, index: int, thread: Thread, answer: Answer) -> None:
+    def _go_on(self, index: int, thread: Thread, answer: int) -> None:
         """Its registers are in the mailbox as they will be."""
         system = self._system
         if thread.ended:
@@ -247,9 +253,9 @@ class Dispatcher:
                 thread.blocked, thread.saved_mask = thread.saved_mask, None
             self._answer(index, answer, self._boxes[index].registers[_RAX])
         elif self._has_handler(thread):
-            self._answer(index, answer | Answer.REGISTERS | Answer.GET_XSAVE)       # for the frame
+            self._answer(index, answer | _REGISTERS | _GET_XSAVE)       # for the frame
         elif system.act(thread, _no_handler):
-            self._answer(index, answer | Answer.REGISTERS)
+            self._answer(index, answer | _REGISTERS)
         elif thread.ended:
             self._let_go(index)
         else:
@@ -299,9 +305,9 @@ class Dispatcher:
             self._park(index)
         elif entered:
             box.xsave[:] = INIT_XSAVE
-            self._answer(index, Answer.REGISTERS | Answer.SET_XSAVE)
+            self._answer(index, _REGISTERS | _SET_XSAVE)
         else:
-            self._answer(index, Answer.REGISTERS)
+            self._answer(index, _REGISTERS)
 
     def _let_go(self, index: int) -> None:
         """The thread has ended, and with it perhaps everything."""
@@ -316,9 +322,9 @@ class Dispatcher:
         if self._system.code is not None:
             self._idle.discard(index)
             self._ended.add(index)
-            self._boxes[index].answer(Answer.END)
+            self._boxes[index].answer(_END)
         else:
-            self._answer(index, Answer.IDLE)
+            self._answer(index, _IDLE)
 
     def _begin(self, index: int, thread: Thread, registers: Sequence[int], fs_base: int) -> None:
         box = self._boxes[index]
@@ -331,7 +337,7 @@ class Dispatcher:
         box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
         box.xsave[:] = INIT_XSAVE
         self._cpu_at_start[index] = box.cpu_ns
-        self._answer(index, Answer.ROOT | Answer.FS | Answer.REGISTERS | Answer.SET_XSAVE)
+        self._answer(index, _ROOT | _FS | _REGISTERS | _SET_XSAVE)
         if self._system.deliverable(thread):
             self._looks.add(index)
 
@@ -368,7 +374,7 @@ class Dispatcher:
         elif index in self._parked:
             if not thread.process.stopped:
                 self._parked.discard(index)
-                self._go_on(index, thread, Answer.REGISTERS)
+                self._go_on(index, thread, _REGISTERS)
         elif index in self._blocked:
             self._interrupt(index, box, thread)
 
@@ -389,7 +395,7 @@ class Dispatcher:
                 del self._blocked[index]
                 self._trace_end(thread, None, again=True)
                 box.registers[_RIP] -= _SYSCALL_SIZE
-                self._go_on(index, thread, Answer.REGISTERS)
+                self._go_on(index, thread, _REGISTERS)
             return
         del self._blocked[index]
         registers, number = box.registers, box.registers[_RAX]
@@ -404,7 +410,7 @@ class Dispatcher:
         self._trace_end(thread, thread.done or -errno.EINTR, again=again and not thread.done)
         thread.awaited = 0
         system.give_up(thread)
-        self._go_on(index, thread, Answer.REGISTERS)
+        self._go_on(index, thread, _REGISTERS)
 
     def _trace_end(self, thread: Thread, result: int | None, *, again: bool = False) -> None:
         """Of a blocked call."""
@@ -421,7 +427,7 @@ class Dispatcher:
 
     # --- answers, and translations ----------------------------------------------------------------------------------
 
-    def _answer(self, index: int, answer: Answer, result: int = 0) -> None:
+    def _answer(self, index: int, answer: int, result: int = 0) -> None:
         thread, box = self._threads[index], self._boxes[index]
         if thread is not None:
             space = thread.process.space
@@ -430,7 +436,7 @@ class Dispatcher:
         stale = self._stale.pop(index, None)
         if stale is not None:
             box.put_stale(stale if len(stale) <= STALE_MAX else [])
-            answer |= Answer.STALE
+            answer |= _STALE
         box.answer(answer, result)
 
     def _make_stale(self, visitors: Iterable[int], runs: list[Run]) -> None:

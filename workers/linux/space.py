@@ -288,6 +288,8 @@ class Space:
 
     def read(self, address: int, count: int) -> bytes:
         """As the program would. Raises SegmentationFault, NoFrames and NoTables."""
+        if 0 < count <= PAGE - address % PAGE:      # as most are
+            return self._memory.read(self._touch(address, PROT_READ, 1), address % PAGE, count)
         parts = []
         for frame, offset, part in self._each(address, count, PROT_READ):
             parts.append(self._memory.read(frame, offset, part))
@@ -296,6 +298,9 @@ class Space:
     def write(self, address: int, data: bytes | memoryview) -> None:
         """As the program would; what comes before a page that it may not write to is written. Raises
         SegmentationFault, NoFrames and NoTables."""
+        if 0 < len(data) <= PAGE - address % PAGE:
+            self._memory.write(self._touch(address, PROT_WRITE, 1), address % PAGE, data)
+            return
         done = 0
         for frame, offset, part in self._each(address, len(data), PROT_WRITE):
             self._memory.write(frame, offset, data[done:done + part])
