@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .frames import Frames, NoFrames, Run, runs_of
+from .frames import Frames, Run, runs_of
 from .tables import ACCESSED, COPY, FRAME, HELD, NO_EXECUTE, PRESENT, USER, WRITE, Tables
 
 __all__ = ["Backing", "Beginning", "Mapping", "Memory", "SegmentationFault", "Space"]
@@ -34,6 +34,8 @@ STACK_GAP = 256                                         # pages between a stack 
 
 #: Pages that get a frame with the one that was touched.
 FAULT_AROUND = 16
+
+_FAULT_AHEAD = 512      # at most, where one follows the other
 
 # Of a page fault's error code (Intel SDM 3A, 4.7).
 _FAULT_PRESENT, _FAULT_WRITE, _FAULT_FETCH = 1, 2, 16
@@ -134,6 +136,7 @@ class Space:
         self.promised = 0
         self._backed: dict[Backing, int] = {}       # how many pages are mapped of it
         self._heap = self._heap_end = 0         # pages; bytes
+        self._ahead = -1, FAULT_AROUND          # the page behind those that got a frame last, and how many they were
         self.beginning: Beginning | None = None
         #: Processes that have it: a child that was made by vfork(2) has its parent's.
         self.users = 1
@@ -406,29 +409,44 @@ class Space:
 
     def _populate(self, mapping: Mapping, page: int, around: int, address: int) -> None:
         """Frames for ``page`` and for those of its neighbours that have none."""
-        first = max(mapping.start, page - page % around)
-        last = min(mapping.end, first + around)
-        if mapping.backing is not None:
-            first, last = page, page + 1
+        if mapping.backing is None:
+            self._populate_own(mapping, page, around)
+            return
+        first, last = page, page + 1
         for at, word, number in self._tables.chunks(self.root, first, last - first, make=True):
             for index, entry in enumerate(self._tables.entries(word, number)):
                 if entry:
                     continue
                 try:
                     new = self._new_entry(mapping, at + index)
-                except NoFrames:
-                    if at + index == page:
-                        raise
-                    continue        # a neighbour
                 except IndexError:
                     raise SegmentationFault(address, bus=True) from None
                 self._tables.set(word + index, new)
 
+    def _populate_own(self, mapping: Mapping, page: int, around: int) -> None:
+        """Memory without a backing: more at a time as long as it is touched in ascending order. Raises NoFrames."""
+        if around > 1:
+            expected, window = self._ahead
+            around = min(2 * window, _FAULT_AHEAD) if page == expected else around
+        first = max(mapping.start, page - page % around)
+        last = min(mapping.end, first + around)
+        if around > 1:
+            self._ahead = last, around
+        if last - first > self._frames.free:
+            first, last = page, page + 1
+        rights = mapping.entry
+        for _, word, number in self._tables.chunks(self.root, first, last - first, make=True):
+            entries = self._tables.entries(word, number)
+            places = [index for index, entry in enumerate(entries) if not entry]
+            frames = (frame << 12 | rights for start, length in self._frames.take(len(places))
+                      for frame in range(start, start + length))
+            for index, entry in zip(places, frames, strict=True):
+                entries[index] = entry
+            self._tables.put(word, entries)
+
     def _new_entry(self, mapping: Mapping, page: int) -> int:
         """Raises NoFrames and IndexError."""
-        if mapping.backing is None:
-            (frame, _), = self._frames.take(1)
-            return frame << 12 | mapping.entry
+        assert mapping.backing is not None
         frame = mapping.backing.frame(mapping.offset + page - mapping.start)
         if not mapping.shared and mapping.prot & PROT_WRITE:
             (own, _), = self._frames.take(1)        # now, and no other frame later
