@@ -192,7 +192,10 @@ class Session:
         deadline = time.monotonic() + WAIT
         while what not in self.shown:
             assert select.select([self._terminal], [], [], deadline - time.monotonic())[0], self.shown
-            self.shown += os.read(self._terminal, 65536)
+            try:
+                self.shown += os.read(self._terminal, 65536)
+            except OSError as exc:      # nobody has the other end
+                raise AssertionError(f"ended: {self.shown!r}") from exc
         self.shown = self.shown.partition(what)[2]
 
     def wait(self) -> int:

@@ -142,7 +142,7 @@ class System(Population):
         if not isinstance(at, Directory):
             raise OSError(errno.ENOTDIR, "", directory)
         at.keep()
-        process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
+        process = Process(pid, 0, space, FileTable(pid), at, group=pid, session=pid)
         path = self._searched(path, environment)
         started = start(space, self.executable, path, arguments, environment, random=self.files.store.random(16),
                         vdso=self.vdso.map if self.vdso else None)

@@ -636,7 +636,7 @@ def renameat(system: System, thread: Thread, old_fd: int, old: int, fd: int, new
 
 
 @served("renameat2")
-def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int) -> int:
+def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int, *_: int) -> int:
     system.files.rename(*_place(system, thread, old_fd, old), *_place(system, thread, fd, new), flags & 0xFFFF_FFFF)
     return 0
 
@@ -707,7 +707,7 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
 
 
 def _record_lock(system: System, thread: Thread, file: OpenFile, command: int, address: int) -> int:
-    space, owner = thread.process.space, thread.process.pid
+    space, owner = thread.process.space, thread.process.files.owner
     kind, whence, start, length, _ = _FLOCK.unpack(space.read(address, _FLOCK.size))
     if command == _F["GETLK"]:
         held: Lock | None = file.conflict(owner, kind, whence, start, length)

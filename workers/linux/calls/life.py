@@ -63,9 +63,7 @@ def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: in
         made = system.new_thread(thread.process, thread.name)
         made.blocked = thread.blocked
     else:
-        files = thread.process.files
-        made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF,
-                           files=files if flags & _FILES else files.copy())
+        made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF, share_files=bool(flags & _FILES))
     space = thread.process.space
     if flags & _PARENT_SETTID:
         space.write(parent_tid, struct.pack("<I", made.tid))
