@@ -168,7 +168,10 @@ class SystemAccelerator:
 
     def interrupt(self) -> None:
         self._control.immediate_exit = 1
-        os.write(self._bell_fd, b"\0")
+        try:
+            os.write(self._bell_fd, b"\0")
+        except BlockingIOError:
+            pass        # it is full: it will wake up
 
     def run(self) -> Exit:
         self._log.active = True
