@@ -123,7 +123,7 @@ class SystemAccelerator:
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
                                  monotonic=time.monotonic_ns, threads_max=spec.threads,
                                  vdso=self._vdso(frames, host_tsc))
-            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
+            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram, self._check)
             self.system.launcher = self._dispatcher
             self._tracer = Tracer(self.system.call)
             self._spawn()
@@ -268,9 +268,13 @@ class SystemAccelerator:
         shown = self._stream is None or not self._stream.pending
         return (self._dispatcher.all_ended and shown) or now > self._end_by
 
-    def _make_room(self) -> None:
+    def _check(self) -> None:
+        """In the middle of a call: whether it can still come to its end."""
         if self._host.is_to_end:
             raise _Stopped
+
+    def _make_room(self) -> None:
+        self._check()
         self._host.wait_for_reset()
         self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
