@@ -300,7 +300,8 @@ class SystemAccelerator:
     def _say_calls(self) -> None:
         self._said_missing = len(self.system.missing)
         self._host.say(ProgramCalls(self._spec.index, self._dispatcher.served, {
-            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()}))
+            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()},
+            self.system.refused))
 
     def hypercall_args(self) -> tuple[int, int, int]:
         raise AccelError("a system does not make hypercalls")
