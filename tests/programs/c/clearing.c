@@ -9,7 +9,8 @@ int main(void)
     for (int i = 1; i < 7; i++) {
         char *memory = mmap(0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         memset(memory, i, size);
-        printf("%d %d\n", memory[size / 2], munmap(memory, size));
+        int found = memory[size / 2];
+        printf("%d %d\n", found, munmap(memory, size));
     }
     return 0;
 }
