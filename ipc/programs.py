@@ -85,7 +85,7 @@ class Answer(IntFlag):
 _FREE, ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
-_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT, _CPU = range(2, 14)
+_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU = range(2, 15)
 _REGISTERS = 16
 _RUNS = 64
 #: Runs of stale frames that there is room for; where there are more, all memory is stale.
@@ -266,12 +266,18 @@ class Mailbox:
         return self.state[2]
 
     @property
-    def interrupt_wanted(self) -> bool:
-        """What for: to take the program out of the guest, else to drop its mapping of the stale frames."""
-        return bool(self.words[_INTERRUPT])
+    def interrupts(self) -> int:
+        """How often the program was to leave the guest, so far."""
+        return self.words[_INTERRUPTS]
+
+    @property
+    def drops(self) -> int:
+        """How often there were frames to drop, so far: those in ``stale``, the last time."""
+        return self.words[_DROPS]
 
     def want_attention(self, *, interrupt: bool) -> int:
-        self.words[_INTERRUPT] = interrupt
+        """For one or the other. Whoever wants frames dropped waits for that: the next ones would take their place."""
+        self.words[_INTERRUPTS if interrupt else _DROPS] += 1
         self.state[2] = wanted = (self.state[2] + 1) & 0xFFFF_FFFF
         futex.wake(self.attention_address, 1)
         return wanted

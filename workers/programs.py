@@ -204,23 +204,22 @@ class ProgramThread:
         signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL})
         main, box = threading.main_thread().ident, self._box
         assert main is not None
-        seen = box.attended
+        seen, interrupts, drops = box.attended, 0, 0
         while not ended():
             wanted = box.attention
-            if wanted == seen:
-                futex.wait(box.attention_address, wanted, _ATTENTION_STEP)
-                continue
-            seen = wanted
-            if not box.interrupt_wanted:
-                self._drop(box.stale())
+            if wanted != seen:
+                seen = wanted
+                if box.drops != drops:
+                    drops = box.drops
+                    self._drop(box.stale())
+                if box.interrupts != interrupts:
+                    interrupts = box.interrupts
+                    self._interrupted = True
                 box.attend(wanted)
-                continue
-            self._interrupted = True
-            box.attend(wanted)
-            while self._interrupted and not ended():
+            if self._interrupted:       # again and again, should it have come just before a wait
                 self._accel.interrupt()
-                signal.pthread_kill(main, KICK_SIGNAL)      # again, should it have come just before a wait
-                time.sleep(_REPEAT)
+                signal.pthread_kill(main, KICK_SIGNAL)
+            futex.wait(box.attention_address, seen, _REPEAT if self._interrupted else _ATTENTION_STEP)
 
 
 def _sched_yield() -> int:
