@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import struct
@@ -92,7 +91,8 @@ def test_bytes_and_ends_in_both_directions(machine: Machine) -> None:
         fd = machine.accept()
         assert machine.read(fd) == b"hello"
         _, (name, _) = machine.guest.call("getpeername", fd, Out(16), Out(4, struct.pack("<i", 16)))
-        assert name[4:8] == socket.inet_aton("127.0.0.1") and int.from_bytes(name[2:4], "big") >= 32768
+        assert name[4:8] == socket.inet_aton("127.0.0.1")
+        assert int.from_bytes(name[2:4], "big") >= 32768
         machine.guest.call("write", fd, b"yes", 3)
         link.put(Kind.END, 1)
         assert machine.turn(link) == [(Kind.DATA, 1, b"yes")]
@@ -124,9 +124,8 @@ def test_a_client_breaks_it_off(machine: Machine) -> None:
         fd = machine.accept()
         link.put(Kind.RESET, 1)
         machine.turn(link)
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(ConnectionResetError):
             machine.read(fd)
-        assert caught.value.errno == errno.ECONNRESET
 
 
 @pytest.mark.parametrize("how", ["gone", "another"])
@@ -142,9 +141,8 @@ def test_connections_go_with_their_forwarder(machine: Machine, how: str) -> None
             machine.turn(link)
     if how == "gone":
         machine.end.pump()
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(ConnectionResetError):
         machine.read(fd)
-    assert caught.value.errno == errno.ECONNRESET
     with forwarder(machine.place) as link:
         machine.open(link, 1)
         frames = machine.turn(link)
