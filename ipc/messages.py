@@ -352,10 +352,11 @@ class Exited(Notification, frozen=True, tag="exited"):
 
 class ProgramCalls(Notification, frozen=True, tag="program-calls"):
     """From the system of Linux programs: calls that it has served so far, and those that it does not know, by name,
-    with how often each was made."""
+    with how often each was made; how often a thread or a process was refused, because no vCPU was free."""
 
     served: Annotated[int, msgspec.Meta(ge=0)]
     missing: dict[Annotated[str, msgspec.Meta(max_length=40)], Annotated[int, msgspec.Meta(ge=0)]]
+    refused: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 AnyNotification = Hello | RingFull | KickAck | Console | Exited | ProgramCalls

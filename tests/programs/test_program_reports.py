@@ -124,6 +124,21 @@ def test_dirtied_pages_are_those_of_their_mapping_and_thread(root: Path) -> None
 
 
 @pytest.mark.kvm
+def test_a_trace_has_the_names_of_the_threads(root: Path, tmp_path: Path) -> None:
+    with running(root, "dirtier", lines=6) as (machine, said):
+        begin(machine, said)
+        threads = by_name(machine.program_maps())
+        assert vmm("trace", "record", machine.name, str(tmp_path / "t"), "--time", "300ms").returncode == 0
+        found = asked("trace", "info", str(tmp_path / "t"))
+        for name, pages in _PIECES.items():
+            vcpu = found["vcpus"][threads[name]["vcpu"]]
+            assert vcpu["thread"] == name
+            assert vcpu["pages"] >= pages
+        assert found["vcpus"][-1]["thread"] == "system"
+        assert "(anonymous): " in vmm("trace", "info", str(tmp_path / "t")).stdout
+
+
+@pytest.mark.kvm
 def test_maps_are_shown_of_a_machine_that_stands_still(root: Path) -> None:
     with running(root, "dirtier", lines=6) as (machine, _):
         machine.pause()

@@ -55,6 +55,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         command = " ".join(" ".join(program["args"]).split())
         command = command if len(command) <= 60 else f"{command[:59]}…"
         console.print(f"program      {command}: {program['calls']:,} calls and faults served", markup=False)
+        if program["refused_threads"]:
+            console.print(f"    threads or processes that there was no vCPU for: {program['refused_threads']}")
         for name, count in program["missing_calls"].items():
             console.print(f"    not served: {name} ({count}, see docs/linux.md)", markup=False)
     if report["cause"]:

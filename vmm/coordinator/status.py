@@ -71,6 +71,7 @@ def _program_report(core: Core) -> ProgramReport | None:
         args=spec.program.args,
         exit_status=block.exit_code if ExitReason(block.exit_reason) == ExitReason.CODE else None,
         calls=calls.served if calls else 0, missing_calls=calls.missing if calls else {},
+        refused_threads=calls.refused if calls else 0,
         unchanged_dirty_pages=core.verifier.result.unchanged_pages if core.verifier is not None else None)
 
 

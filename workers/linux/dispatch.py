@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ipc.programs import ASKED, REGISTERS, STALE_MAX, Answer, Kind, Mailbox
 
+from ..accel.base import AccelError
 from . import signals
 from .abi import number_of
 from .blocked import Again, Blocked, Ended
@@ -45,7 +46,7 @@ _NEVER_AGAIN = frozenset(map(number_of, (
     "poll", "ppoll", "select", "pselect6", "epoll_wait", "epoll_pwait", "epoll_pwait2", "nanosleep", "clock_nanosleep",
     "pause", "rt_sigsuspend", "rt_sigtimedwait")))
 
-_ATTENTION_TIMEOUT = 5.0    # seconds
+_ATTENTION_TIMEOUT = 60.0   # seconds
 
 # As plain numbers: they are put together for each call.
 _STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
@@ -54,10 +55,10 @@ _IDLE, _END = int(Answer.IDLE), int(Answer.END)
 
 
 class Dispatcher:
-    """A ``Launcher`` (population.py)."""
+    """A ``Launcher`` (population.py). ``check`` is called while it waits for a worker, and may raise."""
 
-    def __init__(self, system: System, boxes: Sequence[Mailbox], ram: Ram) -> None:
-        self._system, self._boxes, self._ram = system, boxes, ram
+    def __init__(self, system: System, boxes: Sequence[Mailbox], ram: Ram, check: Callable[[], None]) -> None:
+        self._system, self._boxes, self._ram, self._check = system, boxes, ram, check
         self._states = [box.state for box in boxes]
         self._threads: list[Thread | None] = [None] * len(boxes)
         self._indices: dict[Thread, int] = {}
@@ -148,6 +149,9 @@ class Dispatcher:
 
     def host_address(self, frame: int, offset: int) -> int:
         return self._ram.host_address(frame, offset)
+
+    def wrote(self, frame: int) -> None:
+        self._ram.wrote(frame)
 
     # --- what is asked ----------------------------------------------------------------------------------------------
 
@@ -454,7 +458,10 @@ class Dispatcher:
                 waiting.append((box, box.want_attention(interrupt=False)))
         deadline = time.monotonic() + _ATTENTION_TIMEOUT
         for box, number in waiting:
-            while box.attended != number and time.monotonic() < deadline:
+            while box.attended != number:
+                self._check()
+                if time.monotonic() > deadline:     # going on would leave it with what is another's memory by now
+                    raise AccelError("a vCPU's worker does not drop its translations")
                 time.sleep(0)
 
 

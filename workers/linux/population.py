@@ -41,6 +41,9 @@ class Launcher(Protocol):
     def host_address(self, frame: int, offset: int) -> int:
         """Of guest memory, in this process (for futexes)."""
 
+    def wrote(self, frame: int) -> None:
+        """It was written to by that address."""
+
 
 class Population:
     """``launcher``: before a thread is made."""

@@ -125,7 +125,7 @@ class SystemAccelerator:
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
                                  monotonic=time.monotonic_ns, threads_max=spec.threads,
                                  vdso=self._vdso(frames, host_tsc))
-            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
+            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram, self._check)
             self.system.launcher = self._dispatcher
             self._forwarding = Forwarding(directory, self.system)
             self._tracer = Tracer(self.system.call)
@@ -171,7 +171,10 @@ class SystemAccelerator:
 
     def interrupt(self) -> None:
         self._control.immediate_exit = 1
-        os.write(self._bell_fd, b"\0")
+        try:
+            os.write(self._bell_fd, b"\0")
+        except BlockingIOError:
+            pass        # it is full: it will wake up
 
     def run(self) -> Exit:
         self._log.active = True
@@ -273,9 +276,13 @@ class SystemAccelerator:
         self._pump()
         return (self._dispatcher.all_ended and self._has_shown) or now > self._end_by
 
-    def _make_room(self) -> None:
+    def _check(self) -> None:
+        """In the middle of a call: whether it can still come to its end."""
         if self._host.is_to_end:
             raise _Stopped
+
+    def _make_room(self) -> None:
+        self._check()
         self._host.wait_for_reset()
         self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
@@ -301,7 +308,8 @@ class SystemAccelerator:
     def _say_calls(self) -> None:
         self._said_missing = len(self.system.missing)
         self._host.say(ProgramCalls(self._spec.index, self._dispatcher.served, {
-            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()}))
+            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()},
+            self.system.refused))
 
     def hypercall_args(self) -> tuple[int, int, int]:
         raise AccelError("a system does not make hypercalls")

@@ -94,6 +94,8 @@ class System(Population):
         self.threads_max, self.host = threads_max, host
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
+        #: Threads and processes that there was no vCPU for.
+        self.refused = 0
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
         self.network = Network(files.store, self.notify)

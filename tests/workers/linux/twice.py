@@ -89,6 +89,8 @@ class Launcher:
     def host_address(self, frame: int, offset: int) -> int:
         raise AssertionError
 
+    def wrote(self, frame: int) -> None: ...
+
 
 class Guest:
     """A system with a process, of one thread to begin with, that makes calls. ``now``: of its clocks; None: the

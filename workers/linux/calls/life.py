@@ -58,6 +58,7 @@ def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: in
     if flags & _NAMESPACES or (flags & _THREAD and not flags & _VM):
         raise OSError(errno.EINVAL, "")
     if not system.launcher.free_vcpus():
+        system.refused += 1
         raise OSError(errno.EAGAIN, "")
     if flags & _THREAD:
         made = system.new_thread(thread.process, thread.name)
