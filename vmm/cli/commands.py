@@ -18,6 +18,7 @@ from .clients import client
 from .common import json_option, on_machine, print_json
 from .compare import compare
 from .dirty import dirty_limit, dirty_rate, tracking, working_set
+from .forward import forward, forwarding, note_forward
 from .machines import VERBS as MACHINE_VERBS
 from .migrate import keys, migrate, receive
 from .program import make_root, run_program
@@ -58,15 +59,23 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
            trace_file: str, as_json: bool) -> int:
     """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
     from ..client.config import load_config
+    from ..client.forwarding import HostPorts
     from ..client.machine import Machine
 
     if trace and detach and not trace_file:
         raise VmmError("--trace with --detach needs --trace-file: a detached machine has no terminal to write to")
     machine_config = load_config(config, list(overrides), name=name)
-    machine = Machine.launch(machine_config, trace=list(trace),
-                             trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
-                             start=detach)
-    return run_or_leave(machine, detach, as_json)
+    wanted = [] if machine_config.guest is None else machine_config.guest.forward
+    with HostPorts([] if detach else wanted) as ports:
+        machine = Machine.launch(machine_config, trace=list(trace),
+                                 trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
+                                 start=detach)
+        if not detach:
+            with machine, forwarding(machine.name, ports):
+                return run_or_leave(machine, False, as_json)
+        status = run_or_leave(machine, True, as_json)
+        note_forward(machine.name, wanted)
+        return status
 
 
 # --- running machines ------------------------------------------------------------------------------------
@@ -199,8 +208,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (*MACHINE_VERBS, run_program, make_root, maps, strace, client, compare, dirty_rate, dirty_limit, tracking,
-              working_set, trace_group, snapshot, migrate, receive, keys, stress):
+for _verb in (*MACHINE_VERBS, run_program, make_root, forward, maps, strace, client, compare, dirty_rate, dirty_limit,
+              tracking, working_set, trace_group, snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 

@@ -19,6 +19,7 @@ from ipc.layout import MAX_VCPUS
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Size
+from .forward import forwarding, note_forward
 from .run import Interrupted, run_or_leave
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ __all__ = ["make_root", "run_program"]
 _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 #: {key of a configuration: option of this verb that says the same}
 _OPTIONS = {"guest.root": "--root", "guest.files": "--file", "guest.env": "--env", "guest.directory": "--directory",
-            "guest.seed": "--seed", "memory.0.size": "--memory", "dirty_ring_size": "--ring", "timeout": "--timeout"}
+            "guest.seed": "--seed", "guest.forward": "--forward",
+            "memory.0.size": "--memory", "dirty_ring_size": "--ring", "timeout": "--timeout"}
 _KEY = re.compile("|".join(map(re.escape, _OPTIONS)))
 _NOT_THERE = os.strerror(errno.ENOENT)
 #: Signals that become the program's.
@@ -46,6 +48,8 @@ _AT_ONCE_S = 1.0
               help="Give the program this file or directory of the host, copied when it is used.")
 @click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="Set a variable of its environment.")
 @click.option("--directory", default="/", show_default=True, help="Directory in which it starts.")
+@click.option("--forward", multiple=True, metavar="[ADDRESS:]PORT[:INSIDE]",
+              help="Lead a port of this host (at 127.0.0.1 if no address is given) to one of the program's.")
 @click.option("--threads", type=click.IntRange(1, MAX_VCPUS - 1),
               help="Threads that it and its children may have at once (default: 8).")
 @click.option("--memory", type=Size(), default="256MiB", show_default=True, help="Memory of the machine.")
@@ -68,24 +72,31 @@ def run_program(program: str, args: tuple[str, ...], name: str | None, terminal:
     Input and output are those of this command, and so are signals and the exit status; a second Ctrl-C within a
     second ends the machine. Without --root and --file the program itself
     is all that there is in the machine (see docs/linux.md)."""
+    from ..client.forwarding import HostPorts
     from ..client.machine import Machine
 
     console = "lines" if options["detach"] else "terminal" if _is_terminal(terminal) else "streams"
-    with _said_by_option(options):
-        spec = _machine(program, args, name or _name(program), options, console)
-        machine = Machine.launch(spec, detach=options["detach"], start=options["detach"])
-    if options["detach"]:
-        return run_or_leave(machine, True, False)
-    with machine:
+    with contextlib.ExitStack() as stack:
+        with _said_by_option(options):
+            spec = _machine(program, args, name or _name(program), options, console)
+            ports = stack.enter_context(HostPorts(() if options["detach"] else options["forward"]))
+            machine = Machine.launch(spec, detach=options["detach"], start=options["detach"])
+        if options["detach"]:
+            status = run_or_leave(machine, True, False)
+            note_forward(machine.name, options["forward"])
+            return status
+        stack.enter_context(machine)
         for warning in machine.warnings:
             click.echo(f"vmm: warning: {warning}", err=True)
-        report = _follow(machine, console == "terminal")
+        with forwarding(machine.name, ports):
+            report = _follow(machine, console == "terminal")
     _show(report, shown, report_json)
     program_report = report.get("program") or {}
-    status = program_report.get("exit_status")
+    exit_status = program_report.get("exit_status")
     if report["exit_code"] > ExitCode.GUEST_FAILED:
         click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
-    return int(report["exit_code"] if status is None or report["exit_code"] > ExitCode.GUEST_FAILED else status)
+    return int(report["exit_code"] if exit_status is None or report["exit_code"] > ExitCode.GUEST_FAILED
+               else exit_status)
 
 
 def _is_terminal(wanted: bool | None) -> bool:
@@ -115,7 +126,7 @@ def _machine(program: str, args: tuple[str, ...], name: str, options: dict[str, 
     environment |= _pairs("--env", options["environment"])
     asked = program_spec(program, args, root=root or "", env=environment,
                          files=_pairs("--file", options["files"]), directory=options["directory"],
-                         seed=options["seed"], console=console)
+                         seed=options["seed"], console=console, forward=options["forward"])
     return program_machine(name, asked, memory=options["memory"], threads=options["threads"] or THREADS,
                            ring_entries=options["ring"], verify=options["verify"], timeout=options["timeout"],
                            linger=not options["detach"])

@@ -24,6 +24,7 @@ from workers.accel.registry import capabilities, names
 from ..errors import VmmError, one_line
 from ..inputs import input_name
 from ..machine import rules
+from ..machine.forwards import parse_forward
 from ..machine.names import MACHINE_NAME, check_machine_name
 from ..machine.spec import REAPERS_MAX, RamSlot
 from .explain import explain
@@ -55,6 +56,17 @@ def _file_name(value: object) -> object:
 FileName = Annotated[Path, Field(strict=False), BeforeValidator(_file_name)]
 
 
+def _port(value: object) -> object:
+    if isinstance(value, int):      # YAML takes 443:22 for a number, too
+        raise ValueError('write it in quotation marks, as in "6379" or "8080:80"')
+    if isinstance(value, str):
+        parse_forward(value)
+    return value
+
+
+Port = Annotated[str, BeforeValidator(_port)]
+
+
 class MemoryConfig(_Model):
     """One memory slot; sizes and addresses are multiples of 4096 bytes."""
 
@@ -81,6 +93,7 @@ class GuestConfig(_Model):
     directory: str = "/"                # where it starts
     threads: Annotated[int, Field(ge=1, lt=MAX_VCPUS)] | None = None    # that it may have at once
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None         # of its random numbers
+    forward: list[Port] = Field(default_factory=list)   # ports of the host: [ADDRESS:]PORT[:INSIDE]
 
     @model_validator(mode="after")
     def _check(self) -> GuestConfig:
@@ -98,7 +111,7 @@ class GuestConfig(_Model):
         return self
 
 
-_PROGRAM_KEYS = frozenset({"args", "env", "root", "files", "directory", "threads", "seed"})
+_PROGRAM_KEYS = frozenset({"args", "env", "root", "files", "directory", "threads", "seed", "forward"})
 
 Pattern = Literal["sequential", "strided", "random", "zipf"]
 

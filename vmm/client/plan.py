@@ -130,7 +130,7 @@ def _program(config: MachineConfig, guest: GuestConfig, console: str) -> Program
     try:
         return program_spec(guest.program, guest.args, root=str(guest.root or ""), env=guest.env,
                             files={inside: str(outside) for inside, outside in guest.files.items()},
-                            directory=guest.directory, seed=guest.seed, console=console)
+                            directory=guest.directory, seed=guest.seed, console=console, forward=guest.forward)
     except RuleError as exc:
         raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
 

@@ -39,7 +39,7 @@ def program_accelerator(wanted: str = "auto") -> str:
 
 def program_spec(program: str, args: Sequence[str], *, root: str = "", files: Mapping[str, str] | None = None,
                  env: Mapping[str, str] | None = None, directory: str = "/", seed: int | None = None,
-                 console: str = "lines") -> ProgramSpec:
+                 console: str = "lines", forward: Sequence[str] = ()) -> ProgramSpec:
     """Without a root or a file, the program itself is all there is: it is found on the host then, as a shell would.
     Raises RuleError."""
     path = program
@@ -54,7 +54,7 @@ def program_spec(program: str, args: Sequence[str], *, root: str = "", files: Ma
     environment = {"PATH": PATH, "HOME": "/root", **(env or {})}
     return ProgramSpec(path=path, args=[program, *args], root=os.path.abspath(root) if root else "", files=there,
                        env=[f"{name}={value}" for name, value in environment.items()], directory=directory,
-                       seed=seed, console=console)
+                       seed=seed, console=console, forward=list(forward))
 
 
 def program_machine(name: str, program: ProgramSpec, *, memory: int, threads: int = THREADS, ring_entries: int = 4096,

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ipc import programs, sockets
+from ipc import forwarding, programs, sockets
 from ipc.layout import (
     CONTROL_MAGIC,
     MAX_SLOTS,
@@ -237,7 +237,8 @@ def _boot_registers(parts: Parts, index: int) -> dict[str, int]:
 
 
 def make_pipes(spec: MachineSpec, directory: Path) -> None:
-    """FIFOs between a program's system and others (ipc/programs.py, ipc/consoles.py). Raises OSError."""
+    """FIFOs between a program's system and others (ipc/programs.py, ipc/consoles.py, ipc/forwarding.py). Raises
+    OSError."""
     if spec.program is not None:
-        for name in ("bell", "console-in", "console-out"):
+        for name in ("bell", "console-in", "console-out", *forwarding.PIPES):
             os.mkfifo(directory / name, 0o600)

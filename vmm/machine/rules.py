@@ -22,6 +22,7 @@ from workers.accel import registry
 from ..errors import VmmError
 from . import boot
 from .events import check_patterns
+from .forwards import parse_forward
 from .names import check_machine_name
 from .spec import REAPERS_MAX, MachineSpec, RamSlot
 from .trackings import CHOICES
@@ -44,6 +45,7 @@ PHASES_MAX = 1000
 RATE_MAX = 1e12                         # writes per second
 SPEED_MAX = 1e6                         # of a replayed trace, against its own times
 CONSOLES = ("lines", "streams", "terminal")     # of a program (ipc/messages.py)
+FORWARDS_MAX = 64                       # ports of the host that lead into a machine
 _PATTERNS = ("sequential", "strided", "random", "zipf")
 _INJECTIONS = ("none", "lost", "extra")
 _EVENT_PATTERNS_MAX = 64
@@ -215,6 +217,13 @@ def _check_program(spec: MachineSpec, program: ProgramSpec) -> None:
     if program.seed is not None:
         _number("guest.seed", program.seed, 0, (1 << 63) - 1)
     _one_of("guest.console", program.console, CONSOLES)
+    if len(program.forward) > FORWARDS_MAX:
+        raise RuleError("guest.forward", f"must be at most {FORWARDS_MAX} ports (got {len(program.forward)})")
+    for text in program.forward:
+        try:
+            parse_forward(text)
+        except ValueError as exc:
+            raise RuleError("guest.forward", str(exc)) from None
 
 
 def _check_times(spec: MachineSpec) -> None:

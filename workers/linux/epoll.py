@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .channels import ERR, HUP, IN, RDNORM, Channel
 from .inodes import Inode
@@ -19,11 +19,18 @@ if TYPE_CHECKING:
     from .openfiles import OpenFile
     from .system import System
 
-__all__ = ["EXCLUSIVE", "Epoll", "Interest"]
+__all__ = ["EXCLUSIVE", "Epoll", "Interest", "Watcher"]
 
 EXCLUSIVE, _WAKEUP, _ONESHOT, _EDGE = 1 << 28, 1 << 29, 1 << 30, 1 << 31    # uapi/linux/eventpoll.h
 _HOW = EXCLUSIVE | _WAKEUP | _ONESHOT | _EDGE
 _NESTED_MAX = 4             # EP_MAX_NESTS
+
+
+class Watcher(Protocol):
+    """Is told what happens to a source (``System.interests``)."""
+
+    def happened(self, system: System, events: int) -> None:
+        """``events``: which ones (0: any)."""
 
 
 class Interest:
@@ -56,7 +63,7 @@ class Epoll(Channel):
     label = b"anon_inode:[eventpoll]"
 
     def __init__(self, inode: Inode, flags: int, number: int = 0, *,
-                 everywhere: dict[Hashable, list[Interest]]) -> None:
+                 everywhere: dict[Hashable, list[Watcher]]) -> None:
         super().__init__(inode, flags, number)
         self._everywhere = everywhere
         self.interests_of: dict[tuple[int, OpenFile], Interest] = {}

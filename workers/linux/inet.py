@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from .processes import Thread
     from .system import System
 
-__all__ = ["INET", "INET6", "TCP", "UDP", "InetSocket", "TcpSocket", "UdpSocket"]
+__all__ = ["INET", "INET6", "LOOPBACK", "LOOPBACK4", "TCP", "UDP", "InetSocket", "TcpSocket", "UdpSocket"]
 
 INET, INET6 = 2, 10
 TCP, UDP = 6, 17
 _MAPPED = bytes(10) + b"\xff\xff"               # an IPv4 address as IPv6 has it
 _ANY, _ANY4 = bytes(16), _MAPPED + bytes(4)
-_LOOPBACK, _LOOPBACK4 = bytes(15) + b"\1", _MAPPED + b"\x7f\0\0\1"
+LOOPBACK, LOOPBACK4 = bytes(15) + b"\1", _MAPPED + b"\x7f\0\0\1"
 _REUSEADDR, _REUSEPORT, _V6ONLY = (1, 2), (1, 15), (41, 26)
 _LONGEST = 65507                                # of a datagram, IPv4
 _TCP_ROOM, _TCP_SEND_ROOM = 131072, 16384       # tcp_rmem, tcp_wmem
@@ -31,7 +31,7 @@ Place = tuple[bytes, int]
 
 
 def _local(ip: bytes) -> bool:
-    return ip == _LOOPBACK or ip[:13] == _MAPPED + b"\x7f"
+    return ip == LOOPBACK or ip[:13] == _MAPPED + b"\x7f"
 
 
 class InetSocket(Socket):
@@ -110,7 +110,7 @@ class InetSocket(Socket):
     def _reachable(self, ip: bytes) -> bytes:
         """Where what goes there goes. Raises OSError."""
         if ip in (_ANY, _ANY4):
-            return _LOOPBACK if ip == _ANY else _LOOPBACK4
+            return LOOPBACK if ip == _ANY else LOOPBACK4
         if self.domain == INET6 and ip.startswith(_MAPPED) and self.options.get(_V6ONLY):
             raise OSError(errno.ENETUNREACH, "")
         if not _local(ip):
@@ -121,7 +121,7 @@ class InetSocket(Socket):
         """The address that what goes there comes from."""
         if self.ip not in (_ANY, _ANY4):
             return self.ip
-        return _LOOPBACK4 if ip.startswith(_MAPPED) else _LOOPBACK
+        return LOOPBACK4 if ip.startswith(_MAPPED) else LOOPBACK
 
     def _best(self, ip: bytes, port: int) -> list[InetSocket]:
         """Those that fit an address best."""
@@ -169,10 +169,13 @@ class TcpSocket(InetSocket):
         if len(address) >= 2 and not any(address[:2]):
             self._disconnect()
             return
-        place = self._parsed(address)
+        self.join(*self._parsed(address))
+
+    def join(self, ip: bytes, port: int) -> None:
+        """It is connected there. Raises OSError."""
         if self.peer is not None or self.backlog is not None:
             raise OSError(errno.EISCONN, "")
-        ip, port = self._reachable(place[0]), place[1]
+        ip = self._reachable(ip)
         own = self._source_of(ip)
         if not self.port:
             self._take_port(self.ip)
@@ -258,21 +261,25 @@ class TcpSocket(InetSocket):
     # --- data ------------------------------------------------------------------------------------------------------
 
     def send(self, system: System, thread: Thread, message: Message) -> int:
+        return self.give(message.data)
+
+    def give(self, data: bytes) -> int:
+        """How many bytes are on their way. Raises OSError and Blocked."""
         if self.error or self.shut & SEND or self.peer is None:
             if self.error and self.error != errno.EPIPE:
                 self.raise_error()
             self.error = 0
             raise Broken
-        if not message.data:
+        if not data:
             return 0
         if self.peer.gone or self.peer.dead or (self.finished and self.peer.shut & RECEIVE):
             self.peer.reset()       # they know that only now
             self.reset()
-            return len(message.data)
+            return len(data)
         room = self._room()
         if room <= 0:
             self.wait_for(self)
-        data = message.data[:room]
+        data = data[:room]
         self.peer.arrive(Packet(bytearray(data), b"", merges=True))
         return len(data)
 
@@ -282,6 +289,10 @@ class TcpSocket(InetSocket):
 
     def receive(self, system: System, thread: Thread, count: int, *, peek: bool = False,
                 wait: bool = True) -> Received:
+        return self.fetch(count, peek=peek)
+
+    def fetch(self, count: int, *, peek: bool = False) -> Received:
+        """Raises OSError and Blocked."""
         if self.peer is None and not self.shut & RECEIVE:
             raise OSError(errno.ENOTCONN, "")
         if not self.queue:

@@ -38,6 +38,7 @@ from ..state import VcpuSaved
 from .abi import CALLS
 from .channels import Terminal
 from .dispatch import Dispatcher
+from .forward import Forwarding
 from .frames import Frames, NoFrames
 from .log import WriteLog
 from .population import FIRST_PID
@@ -55,7 +56,7 @@ from .vfs import FileSystem
 __all__ = ["Host", "SystemAccelerator"]
 
 _SPIN_FROM = 0.001      # seconds until something is due, below which it does not look for long
-_CONSOLE_EVERY = 32     # calls between two looks at the console
+_LOOK_EVERY = 32        # calls between two looks at the console and at the network
 _FOREVER = 3600.0       # seconds
 _END_TIMEOUT = 10.0     # seconds in which all threads have left the guest at the end
 _LOOK_AT_END = 0.02     # seconds between two looks whether all have
@@ -108,6 +109,7 @@ class SystemAccelerator:
         self._boxes = [Mailbox(system.segment.buf, system.host_address, spec.threads, i) for i in range(spec.threads)]
         self._said_missing = 0
         self._end_by = 0.0
+        self._look_at = 0       # when so many calls have been served
         seed = spec.program.seed
         self._random: Callable[[int], bytes] = os.urandom if seed is None else random.Random(seed).randbytes
         first = spec.slots[0].gpa // PAGE_SIZE
@@ -125,6 +127,7 @@ class SystemAccelerator:
                                  vdso=self._vdso(frames, host_tsc))
             self._dispatcher = Dispatcher(self.system, self._boxes, self._ram, self._check)
             self.system.launcher = self._dispatcher
+            self._forwarding = Forwarding(directory, self.system)
             self._tracer = Tracer(self.system.call)
             self._spawn()
         except (NoFrames, NoTables):
@@ -198,8 +201,11 @@ class SystemAccelerator:
         """Every mailbox once, and what is due; whether there was anything."""
         self._bell.lower_flag()
         found = self._dispatcher.serve_asked(lambda: bool(self._control.immediate_exit) or self._log.full)
-        if self._stream is not None and self._dispatcher.served % _CONSOLE_EVERY == 0:
+        if self._dispatcher.served >= self._look_at:
+            self._look_at = self._dispatcher.served + _LOOK_EVERY
             self._pump()
+        elif self._forwarding.busy:
+            self._forwarding.pump()
         self.system.expire()
         return self._dispatcher.serve_others() or found
 
@@ -209,9 +215,9 @@ class SystemAccelerator:
             return
         self._bell.set_asleep(True)
         try:
-            if dispatcher.is_asked:
+            if dispatcher.is_asked or self._forwarding.busy:
                 return
-            self._watch_console()
+            self._watch()
             self._host.wait_for(self._poll, self._patience())
         finally:
             self._bell.set_asleep(False)
@@ -219,8 +225,7 @@ class SystemAccelerator:
             os.read(self._bell_fd, 4096)
         except BlockingIOError:
             pass
-        if self._stream is not None:
-            self._pump()
+        self._pump()
 
     def _patience(self) -> float:
         """Seconds until something is due."""
@@ -231,19 +236,24 @@ class SystemAccelerator:
             return _FOREVER
         return max(0.0, (min(deadlines) - self.system.monotonic()) / 1e9)
 
-    # --- the console ------------------------------------------------------------------------------------------------
+    # --- the console, the network -----------------------------------------------------------------------------------
 
-    def _watch_console(self) -> None:
-        stream = self._stream
-        if stream is None:
-            return
-        self._poll.register(stream.input_fd, select.POLLIN)
-        self._poll.register(stream.output_fd, select.POLLOUT if stream.pending else 0)
+    def _watch(self) -> None:
+        for each in (self._stream, self._forwarding):
+            if each is not None:
+                self._poll.register(each.input_fd, select.POLLIN)
+                self._poll.register(each.output_fd, select.POLLOUT if each.pending else 0)
 
     def _pump(self) -> None:
-        assert self._stream is not None
-        if self._stream.pump():
+        if self._stream is not None and self._stream.pump():
             self.system.notify(Terminal)
+        self._forwarding.pump()
+
+    @property
+    def _has_shown(self) -> bool:
+        """Nothing is on its way out."""
+        return not (self._forwarding.pending or self._forwarding.busy
+                    or (self._stream is not None and self._stream.pending))
 
     def _send_signal(self, group: int, number: int) -> None:
         """``group``: 0 for the first process alone."""
@@ -263,10 +273,8 @@ class SystemAccelerator:
             if self._stream is not None:
                 self._stream.say_ended()
         self._dispatcher.end_all()
-        if self._stream is not None:
-            self._pump()
-        shown = self._stream is None or not self._stream.pending
-        return (self._dispatcher.all_ended and shown) or now > self._end_by
+        self._pump()
+        return (self._dispatcher.all_ended and self._has_shown) or now > self._end_by
 
     def _check(self) -> None:
         """In the middle of a call: whether it can still come to its end."""
@@ -347,6 +355,7 @@ class SystemAccelerator:
         if self._bell_fd >= 0:
             os.close(self._bell_fd)
             self._bell_fd = -1
+            self._forwarding.close()
         self._ram.close()
         self._log.close()
 

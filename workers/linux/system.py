@@ -20,7 +20,7 @@ from .calls import SERVED
 from .channels import ConsoleStream, Terminal
 from .contents import Regular
 from .directories import Directory
-from .epoll import Interest
+from .epoll import Watcher
 from .frames import Frames, NoFrames
 from .inodes import Inode, Node
 from .network import Network
@@ -99,8 +99,8 @@ class System(Population):
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
         self.network = Network(files.store, self.notify)
-        #: What epoll instances look at, by source.
-        self.interests: dict[Hashable, list[Interest]] = {}
+        #: Who looks at what, by source: epoll instances, forwarded connections.
+        self.interests: dict[Hashable, list[Watcher]] = {}
         #: Whose call is served now, or was the last.
         self.caller: Thread | None = None
         self._make_devices()
