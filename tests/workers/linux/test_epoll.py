@@ -17,7 +17,7 @@ from twice import Fd, Guest, Out, Twice
 
 from workers.linux.calls import Blocked
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
 ADD, DEL, MOD = 1, 2, 3
 IN, PRI, OUT, ERR, HUP = 1, 2, 4, 8, 16
 ONESHOT, EDGE, EXCLUSIVE = 1 << 30, 1 << 31, 1 << 28

@@ -104,7 +104,7 @@ on_whole_files = st.one_of(
     st.tuples(st.just("flock"), indices, st.sampled_from([fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN, 0, 3])),
     st.tuples(st.just("reopen"), indices), st.tuples(st.just("reload")))
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
 Actions = list[tuple[Any, ...]]
 
 

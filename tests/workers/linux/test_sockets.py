@@ -20,7 +20,7 @@ from twice import Fd, Guest, Out, Twice
 
 from workers.linux.calls import Blocked
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
 UNIX, INET, INET6 = 1, 2, 10
 STREAM, DGRAM, SEQPACKET = 1, 2, 5
 NONBLOCK = os.O_NONBLOCK

@@ -217,7 +217,7 @@ class Constant:
         raise NotImplementedError
 
 
-@settings(max_examples=int(os.environ.get("EXAMPLES", "200")))
+@settings(max_examples=int(os.environ.get("EXAMPLES", "80")))
 @given(st.lists(writes, max_size=15), st.sampled_from([200, 160, 60]))
 def test_it_does_not_matter_when_it_is_read(actions: list[tuple[str, int, int]], pages: int) -> None:
     """Contents are as if all had been read at once, whatever memory there is."""

@@ -187,7 +187,7 @@ actions = st.one_of(
     st.tuples(st.just("write"), pages, st.integers(1, 2**32 - 1)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(actions, max_size=25))
 def test_as_the_host_does(found: list[tuple]) -> None:
     with contextlib.closing(Both()) as both:

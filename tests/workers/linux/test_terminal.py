@@ -406,7 +406,7 @@ STEPS = st.lists(st.one_of(
     st.just(("flush",))), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(wanted=SETTINGS, steps=STEPS)
 def test_anything(wanted: Settings, steps: list[tuple[Any, ...]]) -> None:
     with both(wanted) as pair:

@@ -107,7 +107,7 @@ FILES = [("open", 0, b"a", os.O_CREAT | os.O_RDWR, 0o644), ("open", 0, b"a", os.
          ("open", 0, b"b", os.O_CREAT | os.O_RDWR, 0o644), ("open", 0, b"a", os.O_RDONLY, 0),
          ("pwrite", 0, b"12345", 2 * PAGE), ("unlink", 0, b"b")]
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "60"))
 Actions = list[tuple[Any, ...]]
 
 
