@@ -108,6 +108,7 @@ class Population:
         pid = self.new_id()
         parent.directory.keep()
         files = parent.files if share_files else parent.files.copy(pid)
+        files.users += share_files
         child = Process(pid, parent.pid, space, files, parent.directory, parent.path, parent.name, parent.mask,
                         parent.group, parent.session, limits=dict(parent.limits), actions=dict(parent.actions),
                         exit_signal=exit_signal)
@@ -145,9 +146,7 @@ class Population:
             self.launcher.look_at(thread)
         process.code = code
         process.threads.clear()
-        for number in process.files:
-            self.notify(process.files.get(number, path_only=True).inode)
-        self.close_files(process)
+        self.leave_files(process)
         process.directory.let_go()
         self.release_vfork(process)
         self.leave_space(process)
@@ -163,8 +162,14 @@ class Population:
             return
         self._tell_parent(process)
 
-    def close_files(self, process: Process) -> None:
-        process.files.close_all()
+    def leave_files(self, process: Process) -> None:
+        """The process has no descriptors, or others, from now on. Whoever waits for a lock may get it."""
+        files = process.files
+        files.users -= 1
+        if not files.users:
+            for number in files:
+                self.notify(files.get(number, path_only=True).inode)
+            files.close_all()
 
     def release_vfork(self, process: Process) -> None:
         """Its parent, which waits in vfork(2), goes on."""

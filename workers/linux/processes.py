@@ -35,6 +35,7 @@ class FileTable:
 
     def __init__(self, owner: int = 0) -> None:
         self.owner = owner
+        self.users = 1          # processes that have it (CLONE_FILES)
         self._there: dict[int, Descriptor] = {}
         self.limit = _FILES_MAX
 

@@ -513,6 +513,12 @@ def fchmod(system: System, thread: Thread, fd: int, mode: int, *_: int) -> int:
     return 0
 
 
+def _id(number: int) -> int:
+    """Of a user or a group; -1: as it is."""
+    number &= 0xFFFF_FFFF
+    return -1 if number == 0xFFFF_FFFF else number
+
+
 @served("chown")
 def chown(system: System, thread: Thread, path: int, uid: int, gid: int, *_: int) -> int:
     return fchownat(system, thread, _AT_FDCWD, path, uid, gid, 0)
@@ -525,13 +531,13 @@ def lchown(system: System, thread: Thread, path: int, uid: int, gid: int, *_: in
 
 @served("fchown")
 def fchown(system: System, thread: Thread, fd: int, uid: int, gid: int, *_: int) -> int:
-    system.files.chown(thread.process.files.get(signed32(fd)).inode, signed32(uid), signed32(gid))
+    system.files.chown(thread.process.files.get(signed32(fd)).inode, _id(uid), _id(gid))
     return 0
 
 
 @served("fchownat")
 def fchownat(system: System, thread: Thread, fd: int, path: int, uid: int, gid: int, flags: int, *_: int) -> int:
-    system.files.chown(located(system, thread, fd, path, flags), signed32(uid), signed32(gid))
+    system.files.chown(located(system, thread, fd, path, flags), _id(uid), _id(gid))
     return 0
 
 

@@ -210,7 +210,7 @@ def arch_prctl(system: System, thread: Thread, code: int, address: int, *_: int)
         thread.fs_base = address
         return 0
     if code == _GET_FS:
-        thread.process.space.write(address, struct.pack("<Q", thread.fs_base or 0))
+        thread.process.space.write(address, struct.pack("<Q", thread.fs_now))
         return 0
     raise OSError(errno.EINVAL, "")
 
