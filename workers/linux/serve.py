@@ -61,6 +61,7 @@ _FOREVER = 3600.0       # seconds
 _END_TIMEOUT = 10.0     # seconds in which all threads have left the guest at the end
 _LOOK_AT_END = 0.02     # seconds between two looks whether all have
 
+
 class Host(Protocol):
     """The vCPU thread that runs it (workers/vcpu.py)."""
 
@@ -79,8 +80,10 @@ class Host(Protocol):
     def say(self, message: Notification) -> None:
         """To the coordinator."""
 
+
 class _Stopped(Exception):
     """The vCPU is to end in the middle of a call."""
+
 
 class SystemAccelerator:
     """See workers/accel/base.py for the contract."""
@@ -358,6 +361,7 @@ class SystemAccelerator:
             self._forwarding.close()
         self._ram.close()
         self._log.close()
+
 
 def _exit_status(code: int) -> int:
     """Of what wait(2) gives: as a shell has it."""
