@@ -82,13 +82,16 @@ class ControlClient:
              timeout: float) -> dict[str, Any]:
         """``request``: the same whenever it is asked again."""
         deadline = time.monotonic() + timeout
-        for _ in range(_ATTEMPTS):
+        died: set[int] = set()      # one that is dying can still be connected to, until its memory is gone
+        while len(died) < _ATTEMPTS:
             number = self._send(verb, arguments, deadline, request)
+            asked = 0 if self._connection is None else self._connection.pid
             answer = self._await(number, deadline)
             if answer is not None:
                 return answer
-            if self._connection is not None:
+            if self._connection is not None or time.monotonic() > deadline:
                 raise self._silent(timeout)
+            died.add(asked)
             if verb is verbs.Sync:
                 arguments["again"] = True       # it may have been served, and the answer was lost
         raise VmmError(f"machine '{self._name}': {_ATTEMPTS} coordinators died while handling this request (see "
