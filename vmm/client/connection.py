@@ -23,6 +23,7 @@ from ..machine import verbs
 __all__ = ["ControlClient"]
 
 _ATTEMPTS = 4           # a request that was on its way when so many coordinators died is given up
+_CONNECTIONS = 12       # and after so many that were lost, whosever they were
 _POLL = 3600.0          # poll(2) takes 24 days at most
 _RETRY = 0.02           # seconds between two attempts to connect
 
@@ -82,8 +83,8 @@ class ControlClient:
              timeout: float) -> dict[str, Any]:
         """``request``: the same whenever it is asked again."""
         deadline = time.monotonic() + timeout
-        died: set[int] = set()      # one that is dying can still be connected to, until its memory is gone
-        while len(died) < _ATTEMPTS:
+        lost: list[int] = []        # whose: one that is dying can still be connected to, until its memory is gone
+        while len(set(lost)) < _ATTEMPTS and len(lost) < _CONNECTIONS:
             number = self._send(verb, arguments, deadline, request)
             asked = 0 if self._connection is None else self._connection.pid
             answer = self._await(number, deadline)
@@ -91,7 +92,7 @@ class ControlClient:
                 return answer
             if self._connection is not None or time.monotonic() > deadline:
                 raise self._silent(timeout)
-            died.add(asked)
+            lost.append(asked)
             if verb is verbs.Sync:
                 arguments["again"] = True       # it may have been served, and the answer was lost
         raise VmmError(f"machine '{self._name}': {_ATTEMPTS} coordinators died while handling this request (see "
