@@ -18,8 +18,8 @@ import os
 import statistics
 from typing import Any
 
+from vmm.client.accelerators import choose_accelerator
 from vmm.client.machine import Machine
-from vmm.client.plan import choose_accelerator
 from vmm.errors import VmmError
 from vmm.guests import WORKLOADS, resolve_params
 from vmm.lab.stress.measure import Figures, measure

@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from vmm.client.accelerators import choose_accelerator
 from vmm.client.machine import Machine
-from vmm.client.plan import choose_accelerator
 from vmm.consumers.rate import measure
 from vmm.errors import VmmError
 from vmm.guests import WORKLOADS, resolve_params

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import msgspec
 
+from vmm.client.accelerators import choose_accelerator
 from vmm.client.machine import Machine
-from vmm.client.programs import program_accelerator, program_machine, program_spec
+from vmm.client.programs import program_machine, program_spec
 from vmm.errors import VmmError
 
 from .common import CONSOLE, Case, Results, arguments_parser, in_turns, quiet
@@ -99,7 +100,7 @@ def why_not() -> str:
     if not shutil.which("gcc"):
         return "no gcc"
     try:
-        program_accelerator()
+        choose_accelerator("auto", programs=True)
     except VmmError as exc:
         return str(exc)
     return ""

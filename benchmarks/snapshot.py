@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from vmm.client.accelerators import choose_accelerator
 from vmm.client.machine import Machine
-from vmm.client.plan import choose_accelerator
 from vmm.consumers import snapshot
 from vmm.guests import WORKLOADS, resolve_params
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec

@@ -121,8 +121,8 @@ class Spin:
 
 
 class Bell:
-    """What a worker rings when it has asked. ``fd``: a FIFO that both have open; it is written to when the system
-    sleeps only."""
+    """What a worker rings when it has asked: a flag, and whether the system sleeps, in which case a FIFO that both have
+    open is to be written to as well."""
 
     def __init__(self, system: mmap.mmap) -> None:
         at = BELL_PAGE * PAGE_SIZE

@@ -11,9 +11,9 @@ from command import vmm
 from machines import ACCELS, spec
 
 from vmm import optional
+from vmm.client.accelerators import choose_accelerator
 from vmm.client.doctor import examine
 from vmm.client.machine import Machine
-from vmm.client.plan import choose_accelerator
 from vmm.consumers.migration.pages import Packer
 from vmm.errors import VmmError
 

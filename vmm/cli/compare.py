@@ -97,7 +97,7 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..client.plan import choose_accelerator
+    from ..client.accelerators import choose_accelerator
     from ..lab.compare.measure import MODES, Grid, Settings, available, run_point, summarise
     from ..lab.compare.report import draw, print_rows, verdict
 

@@ -19,22 +19,11 @@ from ..machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from ..machine.tracefile import TraceError, TraceReader, check_trace
 from ..machine.trackings import check_tracking
 from ..outputs import open_append
+from .accelerators import choose_accelerator
 from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
-from .programs import THREADS, program_accelerator, program_spec
+from .programs import THREADS, program_spec
 
-__all__ = ["choose_accelerator", "plan"]
-
-
-def choose_accelerator(wanted: str, section: str = "guest") -> str:
-    """``auto`` is the first that can be used here, of those that take this section of the configuration. Raises
-    VmmError when the one that is wanted, or none, can be had."""
-    reasons = []
-    for name in registry.names(section) if wanted == "auto" else [wanted]:
-        found = registry.available(name)
-        if not found.reason:
-            return name
-        reasons.append(f"{name} is not available here: {found.reason}")
-    raise VmmError("; ".join(reasons))
+__all__ = ["plan"]
 
 
 def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | None = None,
@@ -42,10 +31,8 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     """Resolve a MachineConfig. ``console``: what a program has (ipc.messages.ProgramSpec). Raises VmmError, naming the
     key, when this host cannot run it."""
     try:
-        if config.guest is not None and config.guest.program is not None:
-            accel = program_accelerator(config.accel)
-        else:
-            accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay")
+        accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay",
+                                   programs=config.guest is not None and config.guest.program is not None)
     except VmmError as exc:
         raise ConfigError(f"{config.where('accel')}: {exc}") from None
     entries = config.dirty_ring_size

@@ -11,12 +11,12 @@ from ipc.messages import ProgramSpec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
-from ..errors import VmmError
 from ..machine.room import check_room
 from ..machine.rules import RuleError, check_machine
 from ..machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
+from .accelerators import choose_accelerator
 
-__all__ = ["PATH", "THREADS", "program_accelerator", "program_machine", "program_spec"]
+__all__ = ["PATH", "THREADS", "program_machine", "program_spec"]
 
 #: Threads that a program may have at once, where it is not said.
 THREADS = 8
@@ -24,17 +24,6 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _ABOVE_HOLE = 1 << 32       # where memory goes that does not fit below the system slot
 _HOLE = 0xF000_0000
-
-
-def program_accelerator(wanted: str = "auto") -> str:
-    """The first that can be used here for programs. Raises VmmError."""
-    reasons = []
-    for name in registry.names("guest") if wanted == "auto" else [wanted]:
-        can, found = registry.capabilities(name), registry.available(name)
-        if not can.programs and not found.reason:
-            return name
-        reasons.append(f"{name} {can.programs}" if can.programs else f"{name} is not available here: {found.reason}")
-    raise VmmError("; ".join(reasons))
 
 
 def program_spec(program: str, args: Sequence[str], *, root: str = "", files: Mapping[str, str] | None = None,
@@ -60,7 +49,7 @@ def program_spec(program: str, args: Sequence[str], *, root: str = "", files: Ma
 def program_machine(name: str, program: ProgramSpec, *, memory: int, threads: int = THREADS, ring_entries: int = 4096,
                     verify: bool = False, timeout: float | None = None, linger: bool = True) -> MachineSpec:
     """``memory`` in bytes. Raises VmmError, whose text names the key."""
-    accel = program_accelerator()
+    accel = choose_accelerator("auto", programs=True)
     size = -(-memory // PAGE_SIZE) * PAGE_SIZE
     slot = RamSlot(0, 0 if size <= _HOLE else _ABOVE_HOLE, size)
     spec = MachineSpec(

@@ -4,7 +4,7 @@ snapshot, a specification made by a program, and memory that is plugged in.
 ``check_machine`` looks at a whole specification before anything is made of it: every number has bounds, every word
 is one of a list, and nothing that came from elsewhere is a path (``arriving``). What depends on this host (room,
 limits, what its kernel offers) is asked elsewhere (vmm/machine/room.py, vmm/machine/trackings.py,
-vmm/client/plan.py), as is what depends on the image (vmm/machine/loader.py).
+vmm/client/accelerators.py, vmm/client/plan.py), as is what depends on the image (vmm/machine/loader.py).
 """
 
 from __future__ import annotations

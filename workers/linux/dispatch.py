@@ -30,9 +30,8 @@ from .tracing import Tracer
 __all__ = ["Dispatcher"]
 
 _R = {name: at for at, name in enumerate(REGISTERS)}
-_RAX, _RIP, _RSP, _RFLAGS = _R["rax"], _R["rip"], _R["rsp"], _R["rflags"]
+_RAX, _RIP = _R["rax"], _R["rip"]
 _ARGUMENTS = tuple(_R[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
-_FLAGS = 0x202
 _SYSCALL_SIZE = 2       # bytes of the instruction
 
 _PAGE_FAULT = 14
@@ -113,9 +112,7 @@ class Dispatcher:
 
     def start(self, thread: Thread, started: Started) -> None:
         """The first one."""
-        registers = [0] * len(REGISTERS)
-        registers[_RIP], registers[_RSP], registers[_RFLAGS] = started.rip, started.rsp, _FLAGS
-        self.launch(thread, registers, 0)
+        self.launch(thread, started.registers(), 0)
 
     def end_all(self) -> None:
         """Everything has ended: have all vCPUs end."""

@@ -7,7 +7,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from .channels import ERR, HUP, IN, RDHUP, RDNORM
+from .channels import ERR, HUP, IN, RDNORM
 from .network import Network
 from .sockets import DGRAM, RECEIVE, SEND, STREAM, Broken, Message, Packet, Received, Socket
 
@@ -316,11 +316,9 @@ class TcpSocket(InetSocket):
     def ready(self, system: System) -> int:
         if self.backlog is not None:
             return IN | RDNORM if self.waiting else 0
-        found = ERR if self.error else 0
-        if self.shut == RECEIVE | SEND or self.peer is None or self.gone:
+        found = self.closing_events()
+        if self.peer is None or self.gone:
             found |= HUP
-        if self.shut & RECEIVE:
-            found |= RDHUP | IN | RDNORM
         if self.queue:
             found |= IN | RDNORM
         if self.shut & SEND or self.has_room():
@@ -400,11 +398,7 @@ class UdpSocket(InetSocket):
         return self.take_message(count, peek=peek)
 
     def ready(self, system: System) -> int:
-        found = ERR if self.error else 0
-        if self.shut == RECEIVE | SEND:
-            found |= HUP
-        if self.shut & RECEIVE:
-            found |= RDHUP | IN | RDNORM
+        found = self.closing_events()
         if self.queue:
             found |= IN | RDNORM
         return found | self.out(band=True)

@@ -11,7 +11,7 @@ from ipc.linux import futex
 
 from . import signals
 from .processes import Process, Thread
-from .signals import Action, Default, SignalInfo, bit
+from .signals import Action, Default, SignalInfo, bit, is_pending
 from .space import SegmentationFault, Space
 
 __all__ = ["FIRST_PID", "Launcher", "Population"]
@@ -269,7 +269,7 @@ class Population:
         number = info.number
         if self._acts_at_once(process, number) or self._is_ignored(process, number):
             return
-        if number < 32 and any(each.number == number for each in process.pending):
+        if is_pending(number, process.pending):
             return
         process.pending.append(info)
         for thread in process.threads:
@@ -281,7 +281,7 @@ class Population:
         process, number = thread.process, info.number
         if thread.ended or self._acts_at_once(process, number) or self._is_ignored(process, number, thread):
             return
-        if number < 32 and any(each.number == number for each in thread.pending):
+        if is_pending(number, thread.pending):
             return
         thread.pending.append(info)
         if (bit(number) & thread.awaited) or not thread.blocked & bit(number):

@@ -16,15 +16,18 @@ from typing import Protocol
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from .space import PAGE, PROT_EXEC, PROT_READ, PROT_WRITE, Backing, Beginning, Space
+from ipc.programs import REGISTERS
+
+from .space import PAGE, PROT_EXEC, PROT_READ, PROT_WRITE, STACK_MOST, Backing, Beginning, Space
 
 __all__ = ["Executable", "Started", "start"]
 
 STACK_TOP = 0x7FFF_FFFF_F000
-STACK_LIMIT = 8 << 20                       # RLIMIT_STACK, as usual
+STACK_LIMIT = STACK_MOST * PAGE             # RLIMIT_STACK
 _STACK_FIRST = 132 << 10                    # what is mapped at first; it grows
 _POSITION_INDEPENDENT = 0x5555_5555_4000
 _ARGUMENTS_MAX = STACK_LIMIT // 4           # execve(2)
+_RIP, _RSP, _RFLAGS = (REGISTERS.index(name) for name in ("rip", "rsp", "rflags"))
 _SCRIPT_LINE = 256                          # binfmt_script
 _SCRIPTS_MAX = 4                            # interpreters that are scripts themselves
 
@@ -74,6 +77,12 @@ class Started:
     rip: int
     rsp: int
     path: bytes
+
+    def registers(self) -> list[int]:
+        """All of them, at its first instruction."""
+        found = [0] * len(REGISTERS)
+        found[_RIP], found[_RSP], found[_RFLAGS] = self.rip, self.rsp, 0x202
+        return found
 
 
 @dataclass(frozen=True, slots=True)

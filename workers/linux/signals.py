@@ -4,7 +4,7 @@ uapi/asm/sigcontext.h and ucontext.h give it)."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,6 +36,7 @@ __all__ = [
     "bit",
     "build_frame",
     "default_of",
+    "is_pending",
     "parse_frame",
 ]
 
@@ -179,6 +180,11 @@ class Frame:
     mask: int
     alternate: bytes            # struct stack_t
     xsave: bytes | None
+
+
+def is_pending(number: int, pending: Iterable[SignalInfo]) -> bool:
+    """Whether it need not be added to those: of a signal that is not a real-time one, one is enough."""
+    return number < _REALTIME and any(each.number == number for each in pending)
 
 
 def build_frame(space: Space, registers: Sequence[int], xsave: bytes, info: SignalInfo, action: Action, mask: int,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from .blocked import Blocked
-from .channels import IN, OUT, RDNORM, WRNORM, Channel, nameless
+from .channels import ERR, HUP, IN, OUT, RDHUP, RDNORM, WRNORM, Channel, nameless
 from .openfiles import OpenFile
 
 if TYPE_CHECKING:
@@ -281,6 +281,15 @@ class Socket(Channel):
         self.held = 0
 
     # --- poll ------------------------------------------------------------------------------------------------------
+
+    def closing_events(self) -> int:
+        """Of its events those that an error, or what has been shut, brings."""
+        found = ERR if self.error else 0
+        if self.shut == RECEIVE | SEND:
+            found |= HUP
+        if self.shut & RECEIVE:
+            found |= RDHUP | IN | RDNORM
+        return found
 
     @staticmethod
     def out(*, band: bool) -> int:

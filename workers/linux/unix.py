@@ -7,7 +7,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
-from .channels import ERR, HUP, IN, RDHUP, RDNORM
+from .channels import ERR, HUP, IN, RDNORM
 from .inodes import Inode
 from .network import Network
 from .sockets import (
@@ -287,11 +287,7 @@ class UnixSocket(Socket):
     # --- poll ------------------------------------------------------------------------------------------------------
 
     def ready(self, system: System) -> int:
-        found = ERR if self.error else 0
-        if self.shut == RECEIVE | SEND:
-            found |= HUP
-        if self.shut & RECEIVE:
-            found |= RDHUP | IN | RDNORM
+        found = self.closing_events()
         if self.queue or self.waiting:
             found |= IN | RDNORM
         if self.kind != DGRAM and self.peer is None and self.backlog is None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from places import TOP
 
 from workers.linux.abi import CALLS
 from workers.linux.calls import SERVED
+from workers.linux.calls.registry import served
 
 
 def test_the_list_is_what_there_is() -> None:
     text = (TOP / "docs" / "linux.md").read_text()
     table = text.partition("| about | calls |")[2].partition("\n\n")[0]
     assert sorted(re.findall(r"`(\w+)`", table)) == sorted(CALLS[number] for number in SERVED)
+
+
+def test_a_call_is_served_once() -> None:
+    there = dict(SERVED)
+    with pytest.raises(ValueError, match="setsid is served twice"):
+        @served("setsid")
+        def again(*_: int) -> int:
+            return 0
+    assert there == SERVED

@@ -25,9 +25,9 @@ from ipc.steps import step
 from ipc.userfault import Userfault, UserfaultError
 from workers.state import StateError, check_states
 
+from ...client.accelerators import choose_accelerator
 from ...client.holds import Lease
 from ...client.machine import Machine
-from ...client.plan import choose_accelerator
 from ...errors import ExitCode, VmmError
 from ...machine.names import check_machine_name
 from ...machine.runtime import is_running

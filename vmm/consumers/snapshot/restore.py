@@ -19,7 +19,7 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
             progress: Progress = lambda done, total: None) -> Machine:
     """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
     ``start=False`` it is left before its first instruction. Raises VmmError, with nothing left behind."""
-    from ...client.plan import choose_accelerator
+    from ...client.accelerators import choose_accelerator
 
     manifests = chain(directory, name)
     newest = manifests[-1]

@@ -37,8 +37,8 @@ import numpy as np
 
 from ipc.shm import PAGE_SIZE
 
+from ...client.accelerators import choose_accelerator
 from ...client.machine import Machine
-from ...client.plan import choose_accelerator
 from ...consumers.rate import measure as measure_rate
 from ...errors import VmmError
 from ...guests import WORKLOADS, resolve_params

@@ -31,9 +31,10 @@ from pydantic import (
 from ipc.linux.files import open_locked
 from workers.accel import registry
 
+from ...client.accelerators import choose_accelerator
 from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig
 from ...client.explain import explain
-from ...client.plan import choose_accelerator, plan
+from ...client.plan import plan
 from ...client.yamlfile import ConfigError, Lines, read_yaml
 from ...errors import VmmError
 from ...guests import WORKLOADS, WorkloadError, get_workload

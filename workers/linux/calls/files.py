@@ -66,6 +66,22 @@ def _place(system: System, thread: Thread, fd: int, path: int) -> tuple[Inode, b
 # --- opening -----------------------------------------------------------------------------------------------------
 
 
+def give_pair(thread: Thread, pair: tuple[OpenFile, OpenFile], address: int, *, close_on_exec: bool) -> None:
+    """Two new files: their descriptors are written to that address. Neither is left where that fails. Raises
+    OSError."""
+    files, ends, numbers = thread.process.files, list(pair), list[int]()
+    try:
+        while ends:
+            numbers.append(files.add(ends.pop(0), close_on_exec=close_on_exec))
+        thread.process.space.write(address, struct.pack("<ii", *numbers))
+    except Exception:
+        for end in ends:
+            end.let_go()
+        for number in numbers:
+            files.close(number)
+        raise
+
+
 @served("openat")
 def openat(system: System, thread: Thread, fd: int, path: int, flags: int, mode: int, *_: int) -> int:
     file, thread.opening = thread.opening, None

@@ -72,26 +72,6 @@ def getsid(system: System, thread: Thread, pid: int, *_: int) -> int:
     return system.process(signed32(pid) or thread.process.pid).session
 
 
-@served("setpgid")
-def setpgid(system: System, thread: Thread, pid: int, group: int, *_: int) -> int:
-    found = system.process(signed32(pid) or thread.process.pid)
-    if signed32(group) < 0:
-        raise OSError(errno.EINVAL, "")
-    if found.session == found.pid:
-        raise OSError(errno.EPERM, "")
-    found.group = signed32(group) or found.pid
-    return 0
-
-
-@served("setsid")
-def setsid(system: System, thread: Thread, *_: int) -> int:
-    process = thread.process
-    if process.group == process.pid:
-        raise OSError(errno.EPERM, "")
-    process.group = process.session = process.pid
-    return process.pid
-
-
 @served("uname")
 def uname(system: System, thread: Thread, address: int, *_: int) -> int:
     fields = (b"Linux", system.host, b"6.1.0", b"#1 SMP", b"x86_64", b"(none)")

@@ -29,7 +29,7 @@ _P_ALL, _P_PID, _P_PGID = 0, 1, 2
 _STOPPED_CODE, _CONTINUED_CODE = 0x7F, 0xFFFF
 _TEXT_MAX = 128 << 10       # MAX_ARG_STRLEN
 _WORDS_MAX = 256 << 10
-_RAX, _RSP, _RIP, _RFLAGS = (REGISTERS.index(name) for name in ("rax", "rsp", "rip", "rflags"))
+_RAX, _RSP = REGISTERS.index("rax"), REGISTERS.index("rsp")
 
 
 @served("exit")
@@ -157,7 +157,7 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
     thread.alternate, thread.clear_tid, thread.robust = b"", 0, (0, 0)
     system.name_program(process, started, path, argv, envp)
     thread.name = process.name
-    for place, value in enumerate(_fresh(started.rip, started.rsp)):
+    for place, value in enumerate(started.registers()):
         thread.registers[place] = value
     thread.jumps = thread.new_space = True
     thread.xsave = signals.INIT_XSAVE
@@ -270,10 +270,3 @@ def setsid(system: System, thread: Thread, *_: int) -> int:
         raise OSError(errno.EPERM, "")
     process.session = process.group = process.pid
     return process.pid
-
-
-def _fresh(rip: int, rsp: int) -> list[int]:
-    """Registers at a program's first instruction."""
-    found = [0] * len(REGISTERS)
-    found[_RIP], found[_RSP], found[_RFLAGS] = rip, rsp, 0x202
-    return found

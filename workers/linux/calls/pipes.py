@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 from typing import TYPE_CHECKING
 
 from ..channels import nameless
 from ..pipes import Pipe, PipeEnd
+from .files import give_pair
 from .registry import served
 
 if TYPE_CHECKING:
@@ -26,20 +26,9 @@ def pipe(system: System, thread: Thread, address: int, *_: int) -> int:
 def pipe2(system: System, thread: Thread, address: int, flags: int, *_: int) -> int:
     if flags & 0xFFFF_FFFF & ~(os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT):
         raise OSError(errno.EINVAL, "")
-    files, store = thread.process.files, system.files.store
     made = Pipe(system.notify)
-    inode = nameless(store, stat.S_IFIFO | 0o600)
-    numbers: list[int] = []
-    ends = [PipeEnd(made, inode, os.O_RDONLY | flags & os.O_NONBLOCK),
-            PipeEnd(made, inode, os.O_WRONLY | flags & (os.O_NONBLOCK | os.O_DIRECT))]
-    try:
-        while ends:
-            numbers.append(files.add(ends.pop(0), close_on_exec=bool(flags & os.O_CLOEXEC)))
-        thread.process.space.write(address, struct.pack("<ii", *numbers))
-    except Exception:
-        for end in ends:
-            end.let_go()
-        for number in numbers:
-            files.close(number)
-        raise
+    inode = nameless(system.files.store, stat.S_IFIFO | 0o600)
+    give_pair(thread, (PipeEnd(made, inode, os.O_RDONLY | flags & os.O_NONBLOCK),
+                       PipeEnd(made, inode, os.O_WRONLY | flags & (os.O_NONBLOCK | os.O_DIRECT))), address,
+              close_on_exec=bool(flags & os.O_CLOEXEC))
     return 0

@@ -19,10 +19,11 @@ SERVED: dict[int, Call] = {}
 
 
 def served(*names: str) -> Callable[[Call], Call]:
-    """The function is that of these system calls."""
+    """The function is that of these system calls. Raises ValueError where one of them has a function already."""
     def enter(function: Call) -> Call:
         for name in names:
-            SERVED[number_of(name)] = function
+            if SERVED.setdefault(number_of(name), function) is not function:
+                raise ValueError(f"{name} is served twice: {SERVED[number_of(name)]} and {function}")
         return function
 
     return enter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..inet import INET, INET6, TCP, UDP, TcpSocket, UdpSocket
@@ -13,7 +13,7 @@ from ..openfiles import OpenFile
 from ..options import get_option, set_option
 from ..sockets import DGRAM, RECEIVE, SEND, SEQPACKET, STREAM, Broken, Credentials, Message, Received, Socket
 from ..unix import UnixSocket, unix_pair
-from .files import block, gather, scatter, vectors
+from .files import block, gather, give_pair, scatter, vectors
 from .registry import Blocked, served, signed32
 
 if TYPE_CHECKING:
@@ -92,19 +92,8 @@ def socketpair(system: System, thread: Thread, domain: int, kind: int, protocol:
     _make(system, signed32(domain), kind, signed32(protocol), 0).let_go()       # whether there is such a kind
     if signed32(domain) != _UNIX:
         raise OSError(errno.EOPNOTSUPP, "")
-    files = thread.process.files
-    ends = list(unix_pair(system.network, thread, DGRAM if kind == _RAW else kind, flags & _NONBLOCK))
-    numbers: list[int] = []
-    try:
-        while ends:
-            numbers.append(files.add(ends.pop(0), close_on_exec=bool(flags & _CLOEXEC)))
-        thread.process.space.write(address, struct.pack("<ii", *numbers))
-    except Exception:
-        for end in ends:
-            end.let_go()
-        for number in numbers:
-            files.close(number)
-        raise
+    give_pair(thread, unix_pair(system.network, thread, DGRAM if kind == _RAW else kind, flags & _NONBLOCK), address,
+              close_on_exec=bool(flags & _CLOEXEC))
     return 0
 
 
@@ -299,18 +288,24 @@ def _parse_control(thread: Thread, to: Socket, control: bytes) -> tuple[list[Ope
 @served("sendmmsg")
 def sendmmsg(system: System, thread: Thread, fd: int, address: int, count: int, flags: int, *_: int) -> int:
     """It waits for the first of them."""
-    found = _socket(thread, fd)
-    for at in range(min(count & 0xFFFF_FFFF, _VECTORS_MAX)):
+    return _several(system, thread, _socket(thread, fd), address, count, flags, _send_header)
+
+
+def _several(system: System, thread: Thread, of: Socket, address: int, count: int, flags: int,
+             one: Callable[[System, Thread, Socket, int, int], int]) -> int:
+    """An array of struct mmsghdr: how many of them were done. What stops it is raised if it was the first."""
+    most = min(count & 0xFFFF_FFFF, _VECTORS_MAX)
+    for at in range(most):
         header = address + at * (_HEADER.size + 8)
         try:
-            done = _send_header(system, thread, found, header, flags | (_DONTWAIT if at else 0))
+            done = one(system, thread, of, header, flags | (_DONTWAIT if at else 0))
         except OSError:
             if at:
                 return at
             raise
         thread.process.space.write(header + _HEADER.size, struct.pack("<I", done))
         thread.done = 0
-    return min(count & 0xFFFF_FFFF, _VECTORS_MAX)
+    return most
 
 
 # --- receiving ---------------------------------------------------------------------------------------------------
@@ -423,15 +418,4 @@ def _pack_control(thread: Thread, of: Socket, found: Received, room: int, flags:
 @served("recvmmsg")
 def recvmmsg(system: System, thread: Thread, fd: int, address: int, count: int, flags: int, *_: int) -> int:
     """It waits for the first of them, as with MSG_WAITFORONE."""
-    of = _socket(thread, fd)
-    for at in range(min(count & 0xFFFF_FFFF, _VECTORS_MAX)):
-        header = address + at * (_HEADER.size + 8)
-        try:
-            done = _receive_header(system, thread, of, header, flags | (_DONTWAIT if at else 0))
-        except OSError:
-            if at:
-                return at
-            raise
-        thread.process.space.write(header + _HEADER.size, struct.pack("<I", done))
-        thread.done = 0
-    return min(count & 0xFFFF_FFFF, _VECTORS_MAX)
+    return _several(system, thread, _socket(thread, fd), address, count, flags, _receive_header)
