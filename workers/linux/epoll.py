@@ -87,7 +87,8 @@ class Epoll(Channel):
             raise OSError(errno.ELOOP, "")
         interest = self.interests_of[number, file] = Interest(self, file, number)
         file.interests.append(interest)
-        self._everywhere.setdefault(file.source, []).insert(0, interest)     # the last one first, as in Linux
+        told = self._everywhere.setdefault(file.source, [])
+        told.insert(len(told) if events & EXCLUSIVE else 0, interest)    # add_wait_queue: the last one first, or last
         self._set(system, interest, events, data)
 
     def modify(self, system: System, number: int, file: Channel, events: int, data: int) -> None:

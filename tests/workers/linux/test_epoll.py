@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twice import Fd, Guest, Out, Twice
 
@@ -107,6 +107,7 @@ BEGIN = [("add", 0, 0, IN | EDGE), ("add", 0, 1, OUT | EDGE), ("add", 0, 2, IN),
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
+@example([("dup", 0), ("add", 0, 6, IN | EXCLUSIVE), ("write", 1, 1)], True)     # told last
 @given(st.lists(actions, min_size=10, max_size=40), st.booleans())
 def test_events_are_those_of_the_host(found: list[tuple[Any, ...]], begun: bool) -> None:
     with contextlib.closing(Twice()) as twice:
