@@ -16,7 +16,8 @@ __all__ = ["Entries", "Entry", "folder", "link", "node", "text", "top"]
 Entry = Callable[[MadeDirectory, bytes], Inode]
 Entries = Mapping[bytes, Entry]
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def text(make: Callable[[], bytes] | bytes, write: Callable[[bytes], None] | None = None, *, mode: int = 0) -> Entry:
