@@ -4,10 +4,10 @@ What there is knows itself how it is saved (``save``) and what it leads to (``sa
 all of it comes back:
 
     files               the file system, by itself: inodes by number
+    frames              as often as somebody has one of them, it is used
     open, pipes         open files by number, then (``link``) what they lead to: pipes, peers, each other
     tables, spaces      tables of descriptors, address spaces: in the order in which processes name them
     processes           and their threads
-    frames              as often as somebody has one of them, it is used
     made inodes         of /proc, by path: what they are about is there now
 
 Not here: contents of memory, page tables (they follow), the host's files (a source is attached again by its name), what
@@ -217,7 +217,11 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
     files = FileSystem.load(saved["files"], memory, frames, clock=realtime, random=random)
     for name, source in sources.items():
         files.attach(name, source)
-    vdso = None if saved["vdso"] is None else Vdso(
+    frames.restore([
+        *((frame, 1) for frame in saved["vdso"] or ()),
+        *(run for inode in files.store.inodes.values() if isinstance(inode, Regular) for run in inode.held),
+        *((frame, count) for space in saved["spaces"] for _, frame, count, _ in space["pages"])])
+    vdso = None if not saved["vdso"] else Vdso(
         memory, frames, monotonic=lambda: monotonic() + ahead, realtime=realtime, tsc=tsc, saved=saved["vdso"])
     system.begin(memory, frames, tables, files, realtime=realtime, monotonic=lambda: monotonic() + ahead, vdso=vdso,
                  host=saved["host"], boot=saved["boot"], threads_max=saved["threads_max"],
@@ -232,10 +236,6 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
     system.network.load(loading, saved["network"])
     load_interests(loading, saved["interests"])
     system.console.load(saved["console"], system.monotonic)
-    frames.restore([
-        *([] if vdso is None else [(frame, 1) for frame in vdso.frames]),
-        *(run for inode in files.store.inodes.values() if isinstance(inode, Regular) for run in inode.held),
-        *((frame, count) for space in saved["spaces"] for _, frame, count, _ in space["pages"])])
     for file, path in made:
         file.inode = loading.inode(path)
     for each in saved["processes"]:
