@@ -170,6 +170,7 @@ def save_system(system: System) -> dict[str, Any]:
         "vdso": None if system.vdso is None else system.vdso.save(), "console": system.console.save(),
         "processes": [each.save(saving) for each in system.processes.values()], "threads": list(system.threads),
         "network": system.network.save(saving),
+        "mounted": [save_made(each) for each in files.root.covered.values()],
         "fifos": [[number, saving.pipe(pipe)] for number, pipe in system.fifos.items()]}
     saved["tables"] = [each.save(saving) for each in saving.tables]
     saved["spaces"] = [each.save(saving) for each in saving.spaces]
@@ -227,6 +228,8 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
                  host=saved["host"], boot=saved["boot"], threads_max=saved["threads_max"],
                  memory_pages=saved["memory_pages"])
     mount(system)
+    for each in saved["mounted"]:
+        load_made(files.root, each)
     system.next_id, system.code = saved["next_id"], saved["code"]
     system.missing = Counter(dict(saved["missing"]))
     made = _load_files(loading, saved)

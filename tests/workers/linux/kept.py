@@ -213,7 +213,7 @@ def shapes(space: Space) -> list[Any]:
 def difference(one: Any, other: Any, path: str = "") -> str:
     """Where two of them part."""
     if type(one) is not type(other):
-        return f"{path}: {one!r} {other!r}"
+        return f"{path}: {one!r:.300} {other!r:.300}"
     if isinstance(one, dict):
         for key in one.keys() | other.keys():
             if one.get(key) != other.get(key):
@@ -223,4 +223,4 @@ def difference(one: Any, other: Any, path: str = "") -> str:
             if left != right:
                 return difference(left, right, f"{path}[{at}]")
         return f"{path}: {len(one)} {len(other)}"
-    return f"{path}: {one!r} {other!r}"
+    return f"{path}: {one!r:.300} {other!r:.300}"
