@@ -213,7 +213,7 @@ def load_made(root: Directory, saved: dict[str, Any]) -> Inode:
 
 
 def gone(store: Store, path: bytes, mode: int) -> Inode:
-    """One that there was."""
+    """One that there was: what it is asked for raises OSError."""
     def no_entry(*_: object) -> NoReturn:
         raise OSError(errno.ENOENT, "")
 

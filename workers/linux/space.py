@@ -670,7 +670,7 @@ class Space:
 
     @classmethod
     def load(cls, loading: Loading, saved: dict[str, Any], memory: Memory, frames: Frames, tables: Tables) -> Space:
-        """Who uses it comes later. Its files know already that they are mapped. Raises NoTables."""
+        """Who uses it comes later. Its files know already that they are mapped. Raises NoTables and ValueError."""
         found = cls.__new__(cls)
         found._memory, found._frames, found._tables, found._limit = memory, frames, tables, saved["limit"]
         found._heap, found._heap_end = saved["heap"]
@@ -679,6 +679,9 @@ class Space:
         found._mappings = [
             Mapping(start, end, prot, shared, loading.backing(backing), offset, name, grows)
             for start, end, prot, shared, backing, offset, name, grows in saved["mappings"]]
+        for before, each in itertools.pairwise([Mapping(0, LOWEST, 0), *found._mappings, Mapping(HIGHEST, HIGHEST, 0)]):
+            if not before.start <= before.end <= each.start:
+                raise ValueError(f"mappings are not in order at page {each.start}")
         found.promised = sum(map(_promised, found._mappings))
         for each in found._mappings:
             if each.backing is not None:
@@ -692,6 +695,7 @@ class Space:
         return found
 
     def _load_pages(self, page: int, frame: int, count: int, copy: int) -> None:
+        """Raises NoTables and ValueError."""
         mapping = self.find(page)
         if mapping is None or page + count > mapping.end:
             raise ValueError(f"{count} pages from {page} on are not mapped")

@@ -61,21 +61,30 @@ class Machine:
     """``now``: of its host's clocks, which go on by ``pass_time`` only; ``ahead``: how much more the monotonic one says
     on the host that it is on."""
 
-    def __init__(self, *, console: Any = None, frames: int = FRAMES) -> None:
+    def __init__(self, *, console: Any = None, frames: int = FRAMES, tree: Any = None, program: bytes = b"") -> None:
+        """``program``: of that tree."""
         self.now, self.ahead, self.count = 1000 * SECOND, 0, frames
         self.ram, pool, tables = Ram(), Frames(FIRST, frames), new_tables()
         files = FileSystem(self.ram, pool, clock=self.realtime, random=Chance(1), blocks=frames)
+        if tree is not None:
+            files.attach("root", tree)
+            files.import_tree(files.root, "root")
         vdso = Vdso(self.ram, pool, monotonic=self.monotonic, realtime=self.realtime)
         self.system = System(self.ram, pool, tables, files, console or Console(), realtime=self.realtime,
                              monotonic=self.monotonic, threads_max=8, vdso=vdso)
         self.system.launcher = Launcher()
+        if program:
+            thread, _ = self.system.spawn(program, [b"program"], [b"A=1"])
+            thread.registers = [0] * 18
+            self.scratch = thread.process.space.map(0, _SCRATCH * PAGE, 3)
+            return
         space = self.system.new_space()
         files.root.keep()
         process = Process(self.system.new_id(), 0, space, FileTable(), files.root, mask=0, group=1, session=1)
         self.system.processes[process.pid] = process
         self.system.new_thread(process, b"first", process.pid).registers = [0] * 18
         self.scratch = space.map(0, _SCRATCH * PAGE, 3)
-        self.heap = vdso.map(space)
+        vdso.map(space)
         space.set_heap(0x1000)
 
     def realtime(self) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 import socket
 import stat
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,6 +25,7 @@ from twice import Console, Out
 from workers.linux.frames import Frames
 from workers.linux.processes import Thread
 from workers.linux.signals import SignalInfo
+from workers.linux.sources import HostTree
 from workers.linux.space import PAGE, Beginning, SegmentationFault
 from workers.linux.system import System
 from workers.state import StateError
@@ -61,6 +66,8 @@ def test_of_another_version(machine: Machine) -> None:
 @pytest.mark.parametrize("change", [
     lambda saved: saved.pop("pipes"), lambda saved: saved["processes"][0].update(space=7),
     lambda saved: saved["spaces"][0]["pages"].append([1 << 40, FIRST, 1, 0]),
+    lambda saved: saved["spaces"][0]["mappings"][-1].__setitem__(1, 1 << 36),
+    lambda saved: saved["spaces"][0]["mappings"].reverse(),
     lambda saved: saved["spaces"][0]["pages"][0].__setitem__(1, FIRST + FRAMES), lambda saved: saved["vdso"].append(0),
     lambda saved: saved.update(random=b"1"), lambda saved: saved["files"].update(root=12345),
     lambda saved: saved.update(network={}), lambda saved: saved["open"].append({"kind": "other"})])
@@ -311,6 +318,56 @@ def wait(machine: Machine, epoll: int, tid: int = 1) -> Any:
     if not isinstance(found, tuple) or not isinstance(found[0], int):
         return found
     return list(struct.iter_unpack("<IQ", found[1][0]))[:found[0]]
+
+
+@pytest.fixture
+def running() -> Iterator[Machine]:
+    """A program of the host, in the host's own root."""
+    with contextlib.closing(HostTree("/")) as tree:
+        yield Machine(frames=2000, tree=tree, program=os.fsencode(os.path.realpath("/bin/cat")))
+
+
+def test_a_program(running: Machine) -> None:
+    """Its file is read still where it was not, and its clocks are the system's."""
+    machine = running
+    program = machine.system.processes[1].path
+    fd, _ = machine.call("open", program + b"\0", os.O_RDONLY)
+    maps, _ = machine.call("open", b"/proc/self/maps\0", os.O_RDONLY)
+    before = machine.call("read", maps, Out(4000), 4000)
+    there = machine.call("pread64", fd, Out(8), 8, 0)
+    machine.journey()
+    assert machine.call("pread64", maps, Out(4000), 4000, 0) == before
+    assert machine.call("pread64", fd, Out(8), 8, 0) == there
+    end = os.path.getsize(program) - 8
+    assert machine.call("pread64", fd, Out(8), 8, end)[1] == [Path(os.fsdecode(program)).read_bytes()[-8:]]
+    frames = machine.system.processes[1].space
+    vdso = machine.system.vdso
+    assert vdso is not None
+    address = next(each.start for each in frames.mappings if each.name == "vdso") * PAGE
+    assert frames.read(address, 4) == b"\x7fELF"
+    assert frames.place_of(address)[0] == vdso.frames[1]
+    assert machine.call("open", b"/proc/self/exe\0", os.O_RDONLY)[0] > 0
+    machine.call("fork")
+    machine.journey()
+    assert machine.system.frames.uses(vdso.frames[1]) == 3
+
+
+def test_a_source_that_is_not_there_any_more(running: Machine) -> None:
+    running.system.files.store.sources.clear()
+    running.journey()
+    assert running.call("stat", b"/etc/passwd\0", Out(144)) == "EIO"
+
+
+def test_a_large_heap_takes_little_room() -> None:
+    machine = Machine(frames=20000)
+    there, _ = machine.call("mmap", 0, 64 << 20, 3, 0x22, -1, 0)
+    space = machine.thread.process.space
+    for at in range(0, 64 << 20, 16 * PAGE):
+        space.fault(there + at, 6)
+    assert len(msgspec.msgpack.encode(machine.system.save())) < 20000
+    machine.call("fork")
+    machine.journey()
+    assert len(msgspec.msgpack.encode(machine.system.save())) < 20000
 
 
 def test_what_two_have_together(machine: Machine) -> None:
