@@ -152,7 +152,7 @@ class Process:
 
     @classmethod
     def load(cls, loading: Loading, saved: dict[str, Any]) -> Process:
-        """``directory`` is the root yet where it is one that is made when somebody looks."""
+        """Without what its threads wait for."""
         found = cls(space=loading.spaces[saved["space"]], files=loading.tables[saved["files"]],
                     directory=loading.directory(saved["directory"]), **{name: saved[name] for name in _PROCESS})
         found.threads = [Thread.load(loading, each, found) for each in saved["threads"]]

@@ -8,7 +8,7 @@ all of it comes back:
     open, pipes         open files by number, then (``link``) what they lead to: pipes, peers, each other
     tables, spaces      tables of descriptors, address spaces: in the order in which processes name them
     processes           and their threads
-    made inodes         of /proc, by path: what they are about is there now
+    made                inodes of /proc, by path: what they are about is there now (until then: `gone`)
 
 Not here: contents of memory, page tables (they follow), the host's files (a source is attached again by its name), what
 threads have in their vCPUs (dispatch.py). A blocked call is none of it: it is made again.
@@ -32,7 +32,7 @@ from .events import EventFile, TimerFile
 from .frames import Frames
 from .inet import InetSocket, TcpSocket, UdpSocket
 from .inodes import Inode
-from .made import TextFile, is_made, load_made, save_made
+from .made import TextFile, gone, is_made, load_made, save_made
 from .openfiles import OpenFile
 from .pipes import Pipe, PipeEnd
 from .processes import FileTable, Process
@@ -71,6 +71,7 @@ class Saving:
         self.pipes: dict[Pipe, int] = {}
         self.tables: dict[FileTable, int] = {}
         self.spaces: dict[Space, int] = {}
+        self.made: dict[Inode, int] = {each: at for at, each in enumerate(system.files.root.covered.values())}
 
     def file(self, file: OpenFile) -> int:
         assert self.files.setdefault(file.number, file) is file
@@ -85,11 +86,13 @@ class Saving:
     def space(self, space: Space) -> int:
         return self.spaces.setdefault(space, len(self.spaces))
 
-    def inode(self, inode: Inode) -> int | dict[str, Any]:
+    def inode(self, inode: Inode) -> int | dict[str, int]:
         """Also one that is in no table."""
         if self._inodes.get(inode.number) is inode:
             return inode.number
-        return save_made(inode) if is_made(inode) else {"gone": inode.number, "mode": inode.mode}
+        if is_made(inode):
+            return {"made": self.made.setdefault(inode, len(self.made))}
+        return {"gone": inode.number, "mode": inode.mode}
 
     def backing(self, backing: Backing | None) -> int | None:
         if backing is None:
@@ -106,6 +109,7 @@ class Loading:
         self.pipes: list[Pipe] = []
         self.tables: list[FileTable] = []
         self.spaces: list[Space] = []
+        self.made: list[Inode] = []
 
     def channel(self, number: int) -> Channel:
         return _checked(self.files[number], Channel)
@@ -122,19 +126,18 @@ class Loading:
     def tcp(self, number: int) -> TcpSocket:
         return _checked(self.files[number], TcpSocket)
 
-    def inode(self, saved: int | dict[str, Any]) -> Inode:
-        """One that is made when somebody looks is found once everything is there."""
+    def inode(self, saved: int | dict[str, int]) -> Inode:
         store = self.system.files.store
         if not isinstance(saved, dict):
             return store.inodes[saved]
-        if "path" in saved:
-            return load_made(self.system.files.root, saved)
+        if "made" in saved:
+            return self.made[saved["made"]]
         found = new_inode(store, saved["mode"], number=saved["gone"])
         del store.inodes[found.number]
         found.nlink = 0
         return found
 
-    def directory(self, saved: int | dict[str, Any]) -> Directory:
+    def directory(self, saved: int | dict[str, int]) -> Directory:
         return _checked(self.inode(saved), Directory)
 
     def backing(self, saved: int | None) -> Backing | None:
@@ -170,7 +173,6 @@ def save_system(system: System) -> dict[str, Any]:
         "vdso": None if system.vdso is None else system.vdso.save(), "console": system.console.save(),
         "processes": [each.save(saving) for each in system.processes.values()], "threads": list(system.threads),
         "network": system.network.save(saving),
-        "mounted": [save_made(each) for each in files.root.covered.values()],
         "fifos": [[number, saving.pipe(pipe)] for number, pipe in system.fifos.items()]}
     saved["tables"] = [each.save(saving) for each in saving.tables]
     saved["spaces"] = [each.save(saving) for each in saving.spaces]
@@ -178,6 +180,7 @@ def save_system(system: System) -> dict[str, Any]:
     saved["pipes"] = [each.save() for each in saving.pipes]
     saved["interests"] = save_interests(system.interests)
     saved["files"] = files.save()
+    saved["made"] = [save_made(each) for each in saving.made]
     return saved
 
 
@@ -228,37 +231,35 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
                  host=saved["host"], boot=saved["boot"], threads_max=saved["threads_max"],
                  memory_pages=saved["memory_pages"])
     mount(system)
-    for each in saved["mounted"]:
-        load_made(files.root, each)
+    loading.made = [gone(files.store, each["path"], each["mode"]) for each in saved["made"]]
     system.next_id, system.code = saved["next_id"], saved["code"]
     system.missing = Counter(dict(saved["missing"]))
-    made = _load_files(loading, saved)
+    _load_files(loading, saved)
     loading.tables = [FileTable.load(loading, each) for each in saved["tables"]]
     loading.spaces = [Space.load(loading, each, memory, frames, tables) for each in saved["spaces"]]
     _load_processes(loading, saved)
     system.network.load(loading, saved["network"])
     load_interests(loading, saved["interests"])
     system.console.load(saved["console"], system.monotonic)
-    for file, path in made:
-        file.inode = loading.inode(path)
+    loading.made = [load_made(files.root, each) for each in saved["made"]]
+    for each in saved["open"]:
+        if isinstance(each["inode"], dict):
+            loading.files[each["number"]].inode = loading.inode(each["inode"])
     for each in saved["processes"]:
         system.processes[each["pid"]].directory = loading.directory(each["directory"])
 
 
-def _load_files(loading: Loading, saved: dict[str, Any]) -> list[tuple[OpenFile, dict[str, Any]]]:
-    """Also pipes. What is given has an inode to be found yet."""
-    system, made = loading.system, []
+def _load_files(loading: Loading, saved: dict[str, Any]) -> None:
+    """Also pipes."""
+    system = loading.system
     for each in saved["open"]:
         at = each["inode"]
         file = _KINDS[each["kind"]].load(system.files.store, each, loading.inode(at) if isinstance(at, dict) else None)
         loading.files[file.number] = file
-        if isinstance(at, dict) and "path" in at:
-            made.append((file, at))
     loading.pipes = [Pipe.load(system.notify, each) for each in saved["pipes"]]
     system.fifos.update({number: loading.pipes[each] for number, each in saved["fifos"]})
     for each in saved["open"]:
         loading.files[each["number"]].link(loading, each)
-    return made
 
 
 def _load_processes(loading: Loading, saved: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ from workers.linux.chance import Chance
 from workers.linux.frames import Frames
 from workers.linux.processes import FileTable, Process, Thread
 from workers.linux.space import PAGE, SegmentationFault, Space
+from workers.linux.state import Saving
 from workers.linux.system import System
 from workers.linux.tables import Tables
 from workers.linux.vdso import Vdso
@@ -181,6 +182,8 @@ class Machine:
             for mapping in old.mappings:
                 for page in range(mapping.start, mapping.end):
                     assert old._tables.get(old.root, page) == process.space._tables.get(process.space.root, page)
+        for one, other in zip(objects(before), objects(now), strict=True):
+            assert plain(one) == plain(other), (one, difference(plain(one), plain(other)))
         for number, inode in before.files.store.inodes.items():
             assert before.files.name_of(inode) == now.files.name_of(now.files.store.inodes[number])
 
@@ -212,6 +215,40 @@ class Machine:
 
 def new_tables() -> Tables:
     return Tables(memoryview(bytearray(_TABLES * PAGE)).cast("Q"), 1 << 40)
+
+
+def objects(system: System) -> list[Any]:
+    """What it consists of, in an order of its own."""
+    saving = Saving(system)
+    for process in system.processes.values():
+        process.save(saving)
+    system.network.save(saving)
+    for table in saving.tables:
+        table.save(saving)
+    left = list(saving.files.values())
+    while left:
+        known = len(saving.files)
+        for each in left:
+            each.save_links(saving)
+        left = list(saving.files.values())[known:]
+    files = [saving.files[each] for each in sorted(saving.files)]
+    return [*system.files.store.inodes.values(), *files, *saving.pipes, *saving.tables, *saving.spaces,
+            *system.processes.values(), *system.threads.values(), system.network, system]
+
+
+#: Of one machine, or of a call that is being made.
+_OTHERS = {"root", "registers", "jumps", "new_space", "xsave"}
+_PLAIN = (int, bytes, bytearray, str, type(None))
+
+
+def plain(found: Any) -> dict[str, Any]:
+    """All that it has and that is no other object."""
+    names = {name for each in type(found).__mro__ for name in getattr(each, "__slots__", ())}
+    names |= getattr(found, "__dict__", {}).keys()
+    values = {name: getattr(found, name) for name in names - _OTHERS if hasattr(found, name)}
+    return {"type": type(found).__name__, "names": sorted(values)} | {
+        name: value if isinstance(value, _PLAIN) else len(value) if isinstance(value, Sized) else None
+        for name, value in values.items() if name not in ("stale", "visitors", "notified", "_answers")}
 
 
 def shapes(space: Space) -> list[Any]:

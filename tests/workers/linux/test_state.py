@@ -174,7 +174,12 @@ def test_what_is_made_when_somebody_looks(machine: Machine) -> None:
     boot = machine.call("open", b"/proc/sys/kernel/random/boot_id\0", os.O_RDONLY)[0]
     identity = machine.call("read", boot, Out(40), 40)
     rest = machine.call("pread64", status, Out(2000), 2000, 5)
+    directory, _ = machine.call("open", b".\0", os.O_RDONLY)
+    machine.call("fchdir", directory)
+    machine.call("fchmod", directory, 0o700)
     machine.journey()
+    assert machine.thread.process.directory is machine.thread.process.files.get(directory).inode
+    assert machine.call("stat", b".\0", Out(144)) == machine.call("fstat", directory, Out(144))
     assert machine.call("read", status, Out(2000), 2000) == rest
     assert machine.call("pread64", boot, Out(40), 40, 0) == identity
     assert machine.call("getcwd", Out(40), 40)[1][0].rstrip(b"\0") == b"/proc/%d" % child
@@ -318,6 +323,15 @@ def wait(machine: Machine, epoll: int, tid: int = 1) -> Any:
     if not isinstance(found, tuple) or not isinstance(found[0], int):
         return found
     return list(struct.iter_unpack("<IQ", found[1][0]))[:found[0]]
+
+
+def test_after_the_end(machine: Machine) -> None:
+    machine.call("fork")
+    machine.call("pipe2", Out(8), 0)
+    assert machine.call("exit_group", 7) == "ended"
+    machine.journey()
+    assert machine.system.code == 7 << 8
+    assert not machine.system.threads
 
 
 @pytest.fixture
