@@ -834,5 +834,13 @@ class Twins(RuleBasedStateMachine):
 
 
 TestTwins = Twins.TestCase
-TestTwins.settings = settings(max_examples=40, stateful_step_count=100, deadline=None,
+TestTwins.settings = settings(max_examples=25, stateful_step_count=100, deadline=None,
                               suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.long
+class TestTwinsForLong(Twins.TestCase):     # type: ignore[name-defined,misc]
+    """More of the same."""
+
+    settings = settings(max_examples=150, stateful_step_count=400, deadline=None,
+                        suppress_health_check=list(HealthCheck))
