@@ -8,7 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking")
+NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking", "linux")
 
 def main() -> int:
     options = sys.argv[1:]

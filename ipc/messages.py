@@ -27,6 +27,7 @@ from .oneline import one_line
 __all__ = [
     "DETAIL_MAX",
     "UNREADABLE",
+    "BitmapPlace",
     "ClearLog",
     "Console",
     "Done",
@@ -40,7 +41,9 @@ __all__ = [
     "MessageError",
     "Notification",
     "ProgramCalls",
+    "ProgramMaps",
     "ProgramSpec",
+    "ProgramTrace",
     "RebuildRing",
     "RemoveMemslot",
     "ReplayPhase",
@@ -92,6 +95,13 @@ class SlotSpec(Wire, frozen=True):
     log: bool = False           # dirty logging on
     log_segment: str = ""       # bitmap mode: this vCPU's own log buffer for the slot; replay with
                                 # verification: its record of the pages it wrote, with a summary
+
+
+class BitmapPlace(Wire, frozen=True):
+    """Where a bitmap without its summary is (ipc/bitmap.py)."""
+
+    segment: str
+    offset: int                 # bytes
 
 
 class ReplayPhase(Wire, frozen=True):
@@ -251,12 +261,29 @@ class Userfault(Request, frozen=True, tag="userfault"):
     socket: str
 
 
+class ProgramMaps(Request, frozen=True, tag="program-maps"):
+    """Of the system of Linux programs, paused or not: what each process has mapped. Done.data: workers/linux/survey.py.
+    ``bitmaps``: {slot id: pages that are counted in each mapping}; empty: none are."""
+
+    bitmaps: dict[int, BitmapPlace]
+
+
+class ProgramTrace(Request, frozen=True, tag="program-trace"):
+    """Of the system of Linux programs, paused or not: the calls that were made after the first ``after`` (-1: none that
+    were made so far). Done.data: workers/linux/tracing.py. Calls are kept as long as each ``client`` asks for them
+    often enough, or has said that it does not want them any more (``on``)."""
+
+    client: str
+    on: bool
+    after: int
+
+
 class Shutdown(Request, frozen=True, tag="shutdown"):
     """Tear down and exit the process with status 0."""
 
 
 AnyRequest = (SetMemslot | SetMemslots | RemoveMemslot | GetLog | ClearLog | RebuildRing | SetTracking | SendFd
-              | GetState | SetState | Userfault | Shutdown)
+              | GetState | SetState | Userfault | ProgramMaps | ProgramTrace | Shutdown)
 
 
 # --- replies (worker -> coordinator) -----------------------------------------------------------
@@ -324,10 +351,11 @@ class Exited(Notification, frozen=True, tag="exited"):
 
 class ProgramCalls(Notification, frozen=True, tag="program-calls"):
     """From the system of Linux programs: calls that it has served so far, and those that it does not know, by name,
-    with how often each was made."""
+    with how often each was made; how often a thread or a process was refused, because no vCPU was free."""
 
     served: Annotated[int, msgspec.Meta(ge=0)]
     missing: dict[Annotated[str, msgspec.Meta(max_length=40)], Annotated[int, msgspec.Meta(ge=0)]]
+    refused: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 AnyNotification = Hello | RingFull | KickAck | Console | Exited | ProgramCalls

@@ -26,7 +26,7 @@ from itertools import repeat
 from .linux import futex
 from .shm import PAGE_SIZE
 
-__all__ = ["BELL_PAGE", "ENTRY_PAGE", "IDT_PAGE", "PORT_CALL", "REGISTERS", "STALE_MAX", "SYSTEM_ADDRESS",
+__all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "IDT_PAGE", "PORT_CALL", "REGISTERS", "STALE_MAX", "SYSTEM_ADDRESS",
            "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind", "Mailbox",
            "mailbox_page", "system_pages", "tables_page"]
 
@@ -82,7 +82,7 @@ class Answer(IntFlag):
     END = 128           # the vCPU ends, with ``result``
 
 
-_FREE, _ASKED, _ANSWERED, _HELD = range(4)
+_FREE, ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
 _KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPT, _CPU = range(2, 14)
@@ -161,7 +161,8 @@ class Mailbox:
         at = mailbox_page(threads, index) * PAGE_SIZE
         view = memoryview(system)
         self.words = view[at:at + PAGE_SIZE].cast("Q")
-        self._states = view[at:at + 16].cast("I")
+        #: The first of these 32-bit words is `ASKED`, or something else.
+        self.state = view[at:at + 16].cast("I")
         #: Of the thread's program, 18 words (`REGISTERS`).
         self.registers = self.words[_REGISTERS:_REGISTERS + len(REGISTERS)]
         self.xsave = view[at + PAGE_SIZE:at + 2 * PAGE_SIZE]
@@ -170,19 +171,19 @@ class Mailbox:
         self.attention_address = address + at + 8
 
     def close(self) -> None:
-        for view in (self.registers, self._states, self.words, self.xsave):
+        for view in (self.registers, self.state, self.words, self.xsave):
             view.release()
 
     # --- what is asked ----------------------------------------------------------------------------------------------
 
     @property
     def asked(self) -> bool:
-        return self._states[0] == _ASKED
+        return self.state[0] == ASKED
 
     @property
     def waits(self) -> bool:
         """The worker waits for an answer: it does not enter the guest before that."""
-        return self._states[0] in (_ASKED, _HELD)
+        return self.state[0] in (ASKED, _HELD)
 
     @property
     def kind(self) -> int:
@@ -199,27 +200,27 @@ class Mailbox:
         words[_KIND] = kind
         if kind == Kind.FAULT:
             words[_VECTOR], words[_ERROR], words[_ADDRESS] = vector, error, address
-        self._states[0] = _ASKED
+        self.state[0] = ASKED
         fence()
 
     def spin(self) -> bool:
         """Answered, within a moment."""
-        return self._spin.until(self._states, _ANSWERED)
+        return self._spin.until(self.state, _ANSWERED)
 
     def wait(self, seconds: float) -> bool:
         """Answered; False where a signal came, or the time is over."""
-        if self._states[0] == _ANSWERED:
+        if self.state[0] == _ANSWERED:
             return True
-        self._states[1] = 1
-        state = self._states[0]
+        self.state[1] = 1
+        state = self.state[0]
         if state != _ANSWERED:
             futex.wait(self._state_address, state, seconds)
-        self._states[1] = 0
-        return self._states[0] == _ANSWERED
+        self.state[1] = 0
+        return self.state[0] == _ANSWERED
 
     def hold(self) -> None:
         """It is answered later: until then it is not ``asked``."""
-        self._states[0] = _HELD
+        self.state[0] = _HELD
 
     # --- what is answered -------------------------------------------------------------------------------------------
 
@@ -228,14 +229,14 @@ class Mailbox:
         words = self.words
         words[_ANSWER] = answer
         words[_RESULT] = result & 0xFFFF_FFFF_FFFF_FFFF
-        self._states[0] = _ANSWERED
+        self.state[0] = _ANSWERED
         fence()
-        if self._states[1]:
+        if self.state[1]:
             futex.wake(self._state_address, 1)
 
     def take(self) -> tuple[int, int]:
         """(answer, result), as 64 bits each."""
-        self._states[0] = _FREE
+        self.state[0] = _FREE
         return self.words[_ANSWER], self.words[_RESULT]
 
     root = property(lambda self: self.words[_ROOT], lambda self, value: self.words.__setitem__(_ROOT, value))
@@ -262,7 +263,7 @@ class Mailbox:
     @property
     def attention(self) -> int:
         """Raised by the system for each time that it wants the worker's attention, a u32."""
-        return self._states[2]
+        return self.state[2]
 
     @property
     def interrupt_wanted(self) -> bool:
@@ -271,16 +272,16 @@ class Mailbox:
 
     def want_attention(self, *, interrupt: bool) -> int:
         self.words[_INTERRUPT] = interrupt
-        self._states[2] = wanted = (self._states[2] + 1) & 0xFFFF_FFFF
+        self.state[2] = wanted = (self.state[2] + 1) & 0xFFFF_FFFF
         futex.wake(self.attention_address, 1)
         return wanted
 
     @property
     def attended(self) -> int:
         """The last attention that was given."""
-        return self._states[3]
+        return self.state[3]
 
     def attend(self, number: int) -> None:
-        self._states[3] = number
+        self.state[3] = number
 
 

@@ -27,7 +27,7 @@ __all__ = ["FUTEX", "FutexCall", "Futexes"]
 FUTEX = 202
 
 # uapi/linux/futex.h
-_WAIT, _WAKE, _REQUEUE, _CMP_REQUEUE, _WAKE_OP, _WAIT_BITSET, _WAKE_BITSET = 0, 1, 3, 4, 5, 9, 10
+_WAIT, _WAKE, _REQUEUE, _CMP_REQUEUE, _WAIT_BITSET, _WAKE_BITSET = 0, 1, 3, 4, 9, 10
 _COMMAND, _CLOCK_REALTIME = 127, 256
 _ANY = 0xFFFF_FFFF
 _SECOND = 10**9
@@ -89,8 +89,8 @@ class Futexes:
             return futex.wake(host, value)
         if command == _WAKE_BITSET:
             return futex.operate(host, command, value, third=third & _ANY)
-        if command not in (_REQUEUE, _CMP_REQUEUE, _WAKE_OP) or second % 4 or second >> 47:
-            return None
+        if command not in (_REQUEUE, _CMP_REQUEUE) or second % 4 or second >> 47:
+            return None         # FUTEX_WAKE_OP stores into memory, which is the system's to log
         other = self.host_address(second)
         if other is None:
             return None

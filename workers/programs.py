@@ -160,6 +160,10 @@ class ProgramThread:
     def _take(self) -> Exit | None:
         box, accel = self._box, self._accel
         answer, result = box.take()
+        if not answer:      # the usual one
+            if self._kind is Kind.CALL:
+                accel.registers_now[_RAX] = result
+            return None
         if answer & Answer.STALE:
             self._drop(box.stale())
         if answer & Answer.ROOT:

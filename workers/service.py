@@ -9,8 +9,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import zmq
@@ -25,6 +26,8 @@ from ipc.messages import (
     GetLog,
     GetState,
     MessageError,
+    ProgramMaps,
+    ProgramTrace,
     RebuildRing,
     RemoveMemslot,
     SendFd,
@@ -48,6 +51,7 @@ from .state import StateError, check_state, plain_state
 from .vcpu import VcpuThread
 
 if TYPE_CHECKING:
+    from .linux.serve import SystemAccelerator
     from .tracking.uffd import SlotWrites
 
 __all__ = ["FD_TIMEOUT", "Service", "slot_writes"]
@@ -141,6 +145,10 @@ class Service:
                     self._vcpu.restored_exit = state.exit
                 case Userfault(socket=path):
                     data = self._wait_for_missing(path)
+                case ProgramMaps(bitmaps=bitmaps):
+                    data = self._of_system(lambda system: system.maps(bitmaps))
+                case ProgramTrace(client=client, on=on, after=after):
+                    data = self._of_system(lambda system: system.trace(client, on, after))
                 case Shutdown():
                     self._vcpu.shutdown = True
         except (AccelError, StateError, SegmentError, userfault.UserfaultError, OSError, KeyError) as exc:
@@ -154,6 +162,16 @@ class Service:
         if self._vcpu.shutdown:
             accel.interrupt()
             self._vcpu.wake_up()
+
+    def _of_system(self, look: Callable[[SystemAccelerator], dict[str, Any]]) -> dict[str, Any]:
+        """What there is to see of it between two of its calls, or where one of them waits for its log. Raises
+        AccelError."""
+        if not self._spec.is_system:
+            raise AccelError(f"vCPU {self._spec.index} is not the system of a program")
+        found: list[dict[str, Any]] = []
+        system = cast("SystemAccelerator", self._vcpu.accel)
+        self._vcpu.do(lambda: found.append(look(system)), running=True)
+        return found[0]
 
     def _slots(self, accel: Accelerator) -> Slots:
         return Slots(self._vcpu.memory, accel, self.writes, self._spec.system_slot.id)

@@ -210,13 +210,15 @@ class VcpuThread:
             self._job_error = exc
         self._job_done.set()
 
-    def do(self, job: Callable[[], None]) -> None:
-        """From the service thread, with the vCPU paused: have it done where nobody else uses the accelerator.
-        Raises what the job does, and AccelError."""
+    def do(self, job: Callable[[], None], *, running: bool = False) -> None:
+        """From the service thread: have it done where nobody else uses the accelerator. The vCPU is paused, or else
+        (``running``) is interrupted for it. Raises what the job does, and AccelError."""
         self._job_error = None
         self._job_done.clear()
         self._job = job
         self.wake_up()
+        if running:
+            self.accel.interrupt()
         if not self._job_done.wait(_JOB_TIMEOUT):
             with self._job_lock:
                 begun, self._job = self._job is None, None

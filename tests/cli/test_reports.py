@@ -167,6 +167,16 @@ def test_troubles_are_said_with_their_vcpu(report: dict[str, Any], width: int) -
 
 
 @wide
+def test_unchanged_pages_that_are_no_failure_are_a_figure(report: dict[str, Any], width: int) -> None:
+    report["verification"] = {"ok": True, "rounds": 12, "checked_pages": 5000, "dirty_pages": 4000, "lost_pages": 0,
+                              "surplus_pages": 990, "excused_pages": 10, "injected": "none", "first_findings": [],
+                              "surplus_is_failure": False}
+    text = " ".join(shown(width, lambda console: print_report(report, console)).split())
+    assert "of the dirty pages, 1,000 (25.0%) had the content they had before" in text
+    assert "surplus" not in text
+
+
+@wide
 def test_registers_of_a_vcpu_that_crashed(report: dict[str, Any], width: int) -> None:
     registers = {name: 0xFFFF_0000_1234_5678 + i for i, name in enumerate(
         ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r15", "rip", "rflags", "cr3", "fs_base"))}

@@ -192,7 +192,10 @@ class Session:
         deadline = time.monotonic() + WAIT
         while what not in self.shown:
             assert select.select([self._terminal], [], [], deadline - time.monotonic())[0], self.shown
-            self.shown += os.read(self._terminal, 65536)
+            try:
+                self.shown += os.read(self._terminal, 65536)
+            except OSError as exc:      # nobody has the other end
+                raise AssertionError(f"ended: {self.shown!r}") from exc
         self.shown = self.shown.partition(what)[2]
 
     def wait(self) -> int:
@@ -259,8 +262,8 @@ def test_a_shell_at_a_terminal(root: Path) -> None:
         terminal.expect(b"lion\r\n")
         terminal.type(b"\x04")
         terminal.expect(b"/ # ")
-        terminal.type(b"busybox echo u$((1))p; busybox sleep 100\r")
-        terminal.expect(b"u1p\r\n")
+        terminal.type(b"busybox sh -c 'echo u$((1))p; exec busybox sleep 100'\r")
+        terminal.expect(b"u1p\r\n")       # it is in the foreground
         terminal.type(b"\x03")
         terminal.expect(b"^C")
         terminal.expect(b"/ # ")

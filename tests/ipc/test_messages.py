@@ -18,6 +18,7 @@ REQUESTS = [m.SetMemslot(2, SLOT), m.SetMemslots(12, [SLOT]), m.RemoveMemslot(3,
             m.RebuildRing(6), m.SetTracking(11, "bitmap", 0, "", {3: "/log", 499: "/other"}),
             m.SetTracking(12, "ring", 4096, "/ring", {}), m.SendFd(7), m.GetState(8),
             m.SetState(9, {"regs": {"rax": 2**64 - 1}}), m.Userfault(13, "/run/x/userfault"), m.Userfault(14, ""),
+            m.ProgramMaps(15, {0: m.BitmapPlace("/bits", 4096)}), m.ProgramTrace(16, "me", True, -1),
             m.Shutdown(10)]
 REPLIES = [m.Done(1, 2**40), m.Done(2, 0, {"xsave": b"\0\1"}), m.Failed(3, "why")]
 NOTIFICATIONS = [m.Hello(0, 99, 1, 12288, 4096), m.Hello(0, 99, 1, error="no"), m.RingFull(1),

@@ -27,3 +27,14 @@ def test_as_natively(root: Path, tmp_path: Path, name: str) -> None:
     assert ran.verification["ok"]
     assert not ran.verification["lost_pages"]
     assert ran.report["program"]["missing_calls"] == {}
+
+
+def test_memory_is_cleared_while_it_is_verified(root: Path, tmp_path: Path) -> None:
+    """In the middle of a call, whose writes do not fit into the system's ring, the machine is paused all the time."""
+    program = compiled(root, "clearing")
+    ran = inside(root, tmp_path, program, options=("--verify", "--ring", "1024", "--memory", "96MiB"))
+    assert ran.output == b"".join(b"%d 0\n" % i for i in range(1, 7))
+    assert ran.verification["ok"]
+    assert ran.verification["rounds"] > 3
+    system = next(each for each in ran.report["vcpus"] if each["accelerator"] == "system")
+    assert system["dirty_pages"] > 6 * 10240 - 1024

@@ -21,6 +21,7 @@ from .dirty import dirty_limit, dirty_rate, tracking, working_set
 from .machines import VERBS as MACHINE_VERBS
 from .migrate import keys, migrate, receive
 from .program import make_root, run_program
+from .programs import maps, strace
 from .run import Interrupted, run_or_leave
 from .snapshot import snapshot
 from .stress import stress
@@ -198,8 +199,8 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (*MACHINE_VERBS, run_program, make_root, client, compare, dirty_rate, dirty_limit, tracking, working_set,
-              trace_group, snapshot, migrate, receive, keys, stress):
+for _verb in (*MACHINE_VERBS, run_program, make_root, maps, strace, client, compare, dirty_rate, dirty_limit, tracking,
+              working_set, trace_group, snapshot, migrate, receive, keys, stress):
     cli.add_command(_verb)
 
 

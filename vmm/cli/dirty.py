@@ -30,9 +30,12 @@ _MIB = 1 << 20
 @click.option("--mode", type=click.Choice(["ring", "bitmap", "sampling"]), default=None,
               help="ring: per vCPU and in total; bitmap: in total; sampling: estimated, without the dirty log. "
                    "[default: ring where the machine has rings]")
+@click.option("--unchanged", is_flag=True,
+              help="Also count dirtied pages whose content is what it was. The machine stands still while its memory "
+                   "is copied, and again while it is compared.")
 @click.option("--watch", is_flag=True, help="Repeat the measurement until interrupted or until the machine ends.")
 @json_option
-def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json: bool) -> None:
+def dirty_rate(machine: Machine, seconds: float, mode: Any, unchanged: bool, watch: bool, as_json: bool) -> None:
     """Measure how fast the guest dirties memory. Other users of the dirty log are not affected."""
     from ..consumers.rate import check_time, measure
 
@@ -41,7 +44,7 @@ def dirty_rate(machine: Machine, seconds: float, mode: Any, watch: bool, as_json
     logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
     mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
     while True:
-        rate = measure(machine, seconds, mode)
+        rate = measure(machine, seconds, mode, unchanged=unchanged)
         if as_json:
             print_json({"name": machine.name, **rate.as_dict()})
         else:
@@ -56,6 +59,10 @@ def _print_rate(rate: DirtyRate) -> None:
     repeated = f", {rate.repeated:,} repeated entries" if rate.repeated else ""
     click.echo(f"machine: {rate.mib_per_s:9.1f} MiB/s {rate.pages_per_s:12,.0f} pages/s "
                f"({rate.pages:,} distinct pages{repeated}, in {rate.seconds:.2f} s, {rate.mode})")
+    if rate.unchanged is not None:
+        from .text import unchanged_text
+
+        click.echo(f"    {unchanged_text(rate.unchanged, rate.pages)}")
 
 
 @click.command()

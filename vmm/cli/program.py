@@ -236,8 +236,12 @@ def _show(report: dict[str, Any], shown: bool, path: str | None) -> None:
         from .text import print_report
 
         print_report(report, Console(stderr=True))
-    for name, count in ((report.get("program") or {}).get("missing_calls") or {}).items():
+    program = report.get("program") or {}
+    for name, count in program.get("missing_calls", {}).items():
         click.echo(f"vmm: note: the program made a system call that is not served: {name} ({count} times)", err=True)
+    if program.get("refused_threads"):
+        click.echo(f"vmm: note: {program['refused_threads']} threads or processes were refused (EAGAIN), because every "
+                   "vCPU had one: --threads gives more", err=True)
 
 
 @click.command("root")

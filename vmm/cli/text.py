@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..tables import print_table, size_text, table
 
-__all__ = ["doctor_table", "machines_table", "print_report", "progress_text"]
+__all__ = ["doctor_table", "machines_table", "print_report", "progress_text", "unchanged_text"]
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The report as tables."""
@@ -53,8 +53,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     program = report.get("program")
     if program is not None:
         command = " ".join(" ".join(program["args"]).split())
-        console.print(f"program      {command if len(command) <= 60 else command[:59] + '…'}: {program['calls']:,} calls "
-                      "and faults served", markup=False)
+        command = command if len(command) <= 60 else f"{command[:59]}…"
+        console.print(f"program      {command}: {program['calls']:,} calls and faults served", markup=False)
+        if program["refused_threads"]:
+            console.print(f"    threads or processes that there was no vCPU for: {program['refused_threads']}")
         for name, count in program["missing_calls"].items():
             console.print(f"    not served: {name} ({count}, see docs/linux.md)", markup=False)
     if report["cause"]:
@@ -83,14 +85,22 @@ def _print_trouble(vcpu: dict[str, Any], console: Console) -> None:
 def _print_verification(result: dict[str, Any] | None, console: Console) -> None:
     if result is None:
         return
+    is_failure = result.get("surplus_is_failure", True)
     verdict = "[green]passed[/green]" if result["ok"] else "[red]FAILED[/red]"
     console.print(f"verification {verdict}: {result['rounds']} rounds, "
                   f"{result['checked_pages']:,} pages checked, {result['dirty_pages']:,} dirty, "
-                  f"{result['lost_pages']} lost, "
-                  f"{result['surplus_pages']} surplus"
+                  f"{result['lost_pages']} lost"
+                  + (f", {result['surplus_pages']} surplus" if is_failure else "")
                   + (f" (injected: {result['injected']})" if result["injected"] != "none" else ""))
+    if not is_failure:
+        console.print("    " + unchanged_text(result["surplus_pages"] + result["excused_pages"], result["dirty_pages"]))
     for finding in result["first_findings"]:
         console.print(f"    {finding}", markup=False)
+
+
+def unchanged_text(pages: int, dirty: int) -> str:
+    """How many of the dirty pages were as they had been."""
+    return f"of the dirty pages, {pages:,} ({pages / max(1, dirty):.1%}) had the content they had before"
 
 
 def progress_text(report: dict[str, Any], rate: float) -> str:

@@ -77,7 +77,8 @@ def trace_info(file: Path, as_json: bool) -> None:
         click.echo(f"slot {slot['id']} at {slot['gpa']:#x}: {slot['size'] // PAGE_SIZE:,} pages, "
                    f"{slot['dirtied']:,} of them dirtied")
     for vcpu in found["vcpus"]:
-        click.echo(f"vCPU {vcpu['index']}: {vcpu['entries']:,} entries, {vcpu['pages']:,} distinct pages")
+        name = f" ({vcpu['thread']})" if vcpu["thread"] else ""
+        click.echo(f"vCPU {vcpu['index']}{name}: {vcpu['entries']:,} entries, {vcpu['pages']:,} distinct pages")
     if not found["complete"]:
         click.echo(f"incomplete: {found['reason'] or str(found['lost']) + ' entries lost'}")
 
@@ -132,11 +133,13 @@ def _summary(file: Path) -> dict[str, Any]:
     slots, _ = unpack(everywhere.values())
     size = file.stat().st_size
     words = {name: one_line(getattr(header, name), 60) for name in ("machine", "accelerator", "recorded")}
+    threads = [one_line(name, 60) for name in header.threads[:header.vcpus]]
+    threads += [""] * (header.vcpus - len(threads))
     return {
-        "file": str(file), **msgspec.to_builtins(header), **words, **msgspec.to_builtins(end),
+        "file": str(file), **msgspec.to_builtins(header), **words, "threads": threads, **msgspec.to_builtins(end),
         "reason": one_line(end.reason), "complete": end.complete,
         "bytes": size, "bytes_per_entry": size / max(1, end.entries),
         "slots": [{**msgspec.to_builtins(s), "dirtied": int((slots == s.id).sum())} for s in header.slots],
-        "vcpus": [{"index": i, "entries": int(entries[i]), "records": int(records[i]), "pages": len(d.values())}
-                  for i, d in enumerate(distinct)],
+        "vcpus": [{"index": i, "thread": threads[i], "entries": int(entries[i]), "records": int(records[i]),
+                   "pages": len(d.values())} for i, d in enumerate(distinct)],
     }

@@ -25,7 +25,7 @@ from ipc.bitmap import Bitmap
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
-from ..errors import ExitCode, VmmError, no_memory
+from ..errors import ExitCode, VmmError, no_memory, no_state
 from ..machine import records, verbs
 from ..machine.runtime import is_running, machine_dir, machine_names
 from ..machine.spec import MachineSpec
@@ -261,10 +261,14 @@ class Machine:
         """Name of the shared-memory segment that is the slot's memory now. Raises VmmError as ``ram`` does."""
         return self._memory.view(slot).segment.name
 
-    def require_memory(self) -> None:
-        """Raises VmmError for a machine that has none to save or move (replay)."""
-        if not registry.capabilities(self.status()["accelerator"]).guests:
+    def require_state(self) -> None:
+        """Raises VmmError for a machine that cannot be saved or moved: it has no memory (replay), or runs a Linux
+        program."""
+        status = self.status()
+        if not registry.capabilities(status["accelerator"]).guests:
             raise VmmError(no_memory(self.name))
+        if status["program"] is not None:
+            raise VmmError(no_state(self.name))
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""
@@ -386,6 +390,19 @@ class Machine:
     def record_stop(self) -> None:
         """Flush the rest into the queue, and end the recording. Raises VmmError."""
         self._client.ask(verbs.RecordStop)
+
+    # --- Linux programs ---------------------------------------------------------------------------------
+
+    def program_maps(self, client: str = "") -> dict[str, Any]:
+        """What each process of its programs has mapped (workers/linux/survey.py has the fields). ``client``: count
+        what that client's last sync gave in each mapping. Raises VmmError, also on a machine that runs none."""
+        return self._client.ask(verbs.ProgramMaps, client=client)
+
+    def program_trace(self, tracer: str, after: int = -1, *, on: bool = True) -> dict[str, Any]:
+        """System calls after the first ``after`` (-1: none of those so far), as workers/linux/tracing.py gives them.
+        ``tracer``: a name for who asks; calls are kept until it has not asked for 2 s, or asks with ``on`` unset.
+        Raises VmmError, also on a machine that runs no program."""
+        return self._client.ask(verbs.ProgramTrace, tracer=tracer, after=after, on=on)
 
     # --- memory slots -----------------------------------------------------------------------------------
 

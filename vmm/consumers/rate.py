@@ -17,9 +17,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ipc.bitmap import set_bit_indices
 from ipc.shm import PAGE_SIZE
 
-from ..client.machine import Machine
+from ..client.machine import Flushed, Machine
 from ..errors import VmmError
 
 __all__ = ["MODES", "DirtyRate", "VcpuRate", "check_time", "measure"]
@@ -30,6 +31,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 _MIB = 1 << 20
 _SHORTEST, _LONGEST = 0.05, 60.0        # seconds, QEMU's bounds
 _SAMPLES_PER_GIB = 512                  # QEMU's default
+_PART = 4096                            # pages that are compared at once
 _SAMPLES_MIN = 512                      # of a small machine, or all of its pages
 
 _numbers = itertools.count()
@@ -56,23 +58,27 @@ class DirtyRate:
     pages_per_s: float
     mib_per_s: float
     vcpus: list[VcpuRate]   # ring mode only
+    unchanged: int | None = None    # of ``pages``, those whose content was what it had been; None: not asked for
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def check_time(seconds: float) -> float:
+def check_time(seconds: float, option: str = "--time") -> float:
     """Raises VmmError outside 50 ms to 60 s."""
     if not _SHORTEST <= seconds <= _LONGEST:
-        raise VmmError(f"--time {seconds:g} s: must be from {_SHORTEST * 1000:.0f} ms to {_LONGEST:.0f} s")
+        raise VmmError(f"{option} {seconds:g} s: must be from {_SHORTEST * 1000:.0f} ms to {_LONGEST:.0f} s")
     return seconds
 
 
-def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> DirtyRate:
-    """Measure for ``seconds``. Raises VmmError for a mode that the machine does not have."""
+def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring", *, unchanged: bool = False) -> DirtyRate:
+    """Measure for ``seconds``. ``unchanged``: and compare the content of dirtied pages: the guest stands still while
+    its memory is copied, and compared. Raises VmmError for a mode that the machine does not have."""
     check_time(seconds)
     if mode == "sampling":
+        if unchanged:
+            raise VmmError("--unchanged: sampling does not know which pages were dirtied")
         return _sample(machine, seconds)
     before = machine.status()
     if mode == "ring" and before["tracking"] != "ring":
@@ -81,13 +87,17 @@ def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> Dirt
     client = f"rate_{os.getpid()}_{next(_numbers)}"
     machine.register(client, mine=True)
     try:
-        old = machine.flush(client)
-        time.sleep(seconds)
-        new = machine.flush(client)
+        if unchanged:
+            old, new, took, same = _compare(machine, client, seconds)
+        else:
+            old, same = machine.flush(client), None
+            time.sleep(seconds)
+            new = machine.flush(client)
+            took = new.at - old.at
         switches = machine.status()["tracking_switches"]
     finally:
         machine.unregister(client)
-    took, distinct = new.at - old.at, sum(new.slots.values())
+    distinct = sum(new.slots.values())
     vcpus = []
     if mode == "ring":
         if switches != before["tracking_switches"]:
@@ -97,11 +107,35 @@ def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring") -> Dirt
             pages = last - first
             vcpus.append(VcpuRate(index, pages, pages / took, pages * PAGE_SIZE / _MIB / took))
     repeated = max(0, sum(v.pages for v in vcpus) - distinct) if vcpus else 0
-    return _result(mode, took, distinct, repeated, vcpus)
+    return _result(mode, took, distinct, repeated, vcpus, same)
 
 
-def _result(mode: str, seconds: float, pages: int, repeated: int, vcpus: list[VcpuRate]) -> DirtyRate:
-    return DirtyRate(mode, seconds, pages, repeated, pages / seconds, pages * PAGE_SIZE / _MIB / seconds, vcpus)
+def _compare(machine: Machine, client: str, seconds: float) -> tuple[Flushed, Flushed, float, int]:
+    """What was flushed at the beginning and at the end, seconds between the two in which the guest ran, and how many
+    pages had the same content at both."""
+    with machine.paused("dirty-rate"):
+        old = machine.flush(client)
+        before = {slot: machine.ram(slot) for slot in old.slots}
+        copies = {slot: memory.copy() for slot, memory in before.items()}
+    began = time.monotonic()
+    time.sleep(seconds)
+    took, same = time.monotonic() - began, 0
+    with machine.paused("dirty-rate"):
+        new = machine.flush(client)
+        for slot, copy in copies.items():
+            if new.slots.get(slot):     # what was plugged in since has no content from before
+                pages = set_bit_indices(machine.bitmap(slot, client).words)
+                for at in range(0, len(pages), _PART):
+                    part = pages[at:at + _PART]
+                    now, then = (memory.reshape(-1, PAGE_SIZE)[part] for memory in (before[slot], copy))
+                    same += int((now == then).all(axis=1).sum())
+    return old, new, took, same
+
+
+def _result(mode: str, seconds: float, pages: int, repeated: int, vcpus: list[VcpuRate],
+            unchanged: int | None = None) -> DirtyRate:
+    return DirtyRate(mode, seconds, pages, repeated, pages / seconds, pages * PAGE_SIZE / _MIB / seconds, vcpus,
+                     unchanged)
 
 
 def _sample(machine: Machine, seconds: float) -> DirtyRate:

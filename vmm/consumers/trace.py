@@ -44,7 +44,8 @@ def record(machine: Machine, path: Path, seconds: float, interval: float,
     header = TraceHeader(
         machine=machine.name, accelerator=status["accelerator"], vcpus=len(status["vcpus"]),
         ring_entries=status["ring_entries"], interval=interval, slots=slots,
-        recorded=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        recorded=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        threads=_threads(machine, len(status["vcpus"])) if status.get("program") else [])
     with TraceWriter(path, header) as writer:
         opened = time.monotonic()
         machine.record_start()
@@ -64,6 +65,16 @@ def record(machine: Machine, path: Path, seconds: float, interval: float,
             return writer.finish(queue.lost, reason, time.monotonic() - opened)
         finally:
             queue.close()
+
+
+def _threads(machine: Machine, vcpus: int) -> list[str]:
+    """What the thread of each vCPU is called. Raises VmmError."""
+    names = [""] * (vcpus - 1) + ["system"]
+    for process in machine.program_maps()["processes"]:
+        for thread in process["threads"]:
+            if thread["vcpu"] is not None:
+                names[thread["vcpu"]] = thread["name"]
+    return names
 
 
 def _follow(machine: Machine, queue: TraceQueue, writer: TraceWriter, seconds: float, interval: float,

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from ipc.linux.processid import ProcessId
+from ipc.messages import BitmapPlace
 from ipc.steps import step
 
 from ..dirty.verify import CLIENT as VERIFY_CLIENT
@@ -89,13 +90,24 @@ class Clients:
         if hold is not None and hold.owner.pid != asker:
             raise VmmError(f"dirty-log client '{client}' belongs to process {hold.owner.pid}")
 
-    def sync(self, client: str, again: bool, asker: int) -> dict[str, Any]:
-        """Raises VmmError, with nothing taken."""
-        core, log = self._core, self._core.parts.log
-        if client not in log.clients:
+    def synced(self, client: str, asker: int) -> dict[int, BitmapPlace]:
+        """{slot id: what its last sync gave}. Raises VmmError."""
+        log = self._core.parts.log
+        self._require_there(client, asker)
+        return {slot_id: BitmapPlace((maps := log.synced(client, slot_id)).segment.name, maps.synced_at)
+                for slot_id in log.slots}
+
+    def _require_there(self, client: str, asker: int) -> None:
+        """Raises VmmError."""
+        if client not in self._core.parts.log.clients:
             raise VmmError(f"there is no dirty-log client '{client}': register it first")
         _require_not_the_verifier(client)
         self._require_own(client, asker)
+
+    def sync(self, client: str, again: bool, asker: int) -> dict[str, Any]:
+        """Raises VmmError, with nothing taken."""
+        core, log = self._core, self._core.parts.log
+        self._require_there(client, asker)
         self._tracking.require_log()
         core.flush()
         step("sync-flushed")

@@ -13,7 +13,7 @@ from ipc.messages import ProgramCalls
 from ..dirty.parts import Parts
 from ..dirty.reaper import Reaper
 from ..dirty.verify import AnyVerifier
-from ..errors import ExitCode, VmmError, no_memory
+from ..errors import ExitCode, VmmError, no_memory, no_state
 from ..machine.events import Tracer
 from ..machine.spec import MachineSpec
 from ..vcpus.handle import VcpuHandle
@@ -140,6 +140,8 @@ class Core:
             raise VmmError(f"machine '{self.spec.name}': its memory is still arriving (post-copy); wait until it is "
                            "complete")
 
-    def require_memory(self) -> None:
+    def require_state(self) -> None:
         if not self.spec.can.guests:
             raise VmmError(no_memory(self.spec.name))
+        if self.spec.program is not None:
+            raise VmmError(no_state(self.spec.name))

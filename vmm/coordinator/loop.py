@@ -248,6 +248,8 @@ class Coordinator:
             self.core.vcpus.all[message.vcpu].exited = message
             self.core.tell({"event": "exit", "vcpu": message.vcpu, "reason": reason_text(message.reason),
                             "code": message.code, "detail": message.detail})
+            if self.spec.program is not None and message.reason not in (ExitReason.CODE, ExitReason.STOPPED):
+                self._give_up_program()
 
     def _on_death(self, vcpu: VcpuHandle) -> None:
         """A worker's process has ended."""
@@ -257,8 +259,12 @@ class Coordinator:
         self.core.reaper.worker_died(vcpu)
         self.core.tell({"event": "exit", "vcpu": vcpu.index, "reason": reason_text(ExitReason.WORKER_DIED),
                         "code": 0, "detail": f"its worker (process {vcpu.pid}) {vcpu.fate or 'ended'}"})
-        if self.spec.program is not None:       # with a thread, or its system, missing it would wait for ever
-            self.machine.life.stop(ExitReason.STOPPED)
+        if self.spec.program is not None:
+            self._give_up_program()
+
+    def _give_up_program(self) -> None:
+        """With a thread, or its system, missing it would wait for ever."""
+        self.machine.life.stop(ExitReason.STOPPED)
 
     def _on_rebuild(self, vcpu: int, owed: int, reset: int, pages: int) -> None:
         if self.core.reaper.recorder is not None:

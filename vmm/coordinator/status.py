@@ -70,7 +70,9 @@ def _program_report(core: Core) -> ProgramReport | None:
     return ProgramReport(
         args=spec.program.args,
         exit_status=block.exit_code if ExitReason(block.exit_reason) == ExitReason.CODE else None,
-        calls=calls.served if calls else 0, missing_calls=calls.missing if calls else {})
+        calls=calls.served if calls else 0, missing_calls=calls.missing if calls else {},
+        refused_threads=calls.refused if calls else 0,
+        unchanged_dirty_pages=core.verifier.result.unchanged_pages if core.verifier is not None else None)
 
 
 def _vcpu_report(core: Core, vcpu: VcpuHandle) -> VcpuReport:

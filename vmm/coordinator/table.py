@@ -11,7 +11,7 @@ from ipc.linux.processid import ProcessId
 from ..errors import VmmError
 from ..machine import verbs
 from ..machine.spec import RamSlot
-from . import hotplug, vcpu_states
+from . import hotplug, programs, vcpu_states
 from .families import Families
 from .leases import Change, Lease
 from .limits import Limit, with_limits
@@ -76,6 +76,8 @@ def handlers(machine: Families) -> dict[type[verbs.Verb], Handler]:
         verbs.RecordStart: once(lambda v: machine.recording.start(_owner(machine, v))),
         verbs.RecordStep: lambda v: {"going_on": machine.recording.step(pauses.running, core.asker)},
         verbs.RecordStop: once(lambda v: machine.recording.stop(core.asker)),
+        verbs.ProgramMaps: lambda v: _maps(machine, v.client),
+        verbs.ProgramTrace: lambda v: programs.trace(core, v.tracer, v.on, v.after),
         verbs.MemoryAdd: once(allowed(Change.SLOTS, lambda v: hotplug.add_slot(
             core, RamSlot(v.slot, v.gpa, v.size, v.log, born=core.new_generation())))),
         verbs.MemoryRemove: once(allowed(Change.SLOTS, lambda v: hotplug.remove_slot(
@@ -116,6 +118,11 @@ def _mark(machine: Families, verb: verbs.Mark) -> None:
         raise VmmError("the beginning of a write must name the slot's 'born'")
     machine.writes.begin(HostWrite(verb.token, verb.why, _owner(machine, verb), verb.slot, verb.born, verb.first,
                                    verb.count))
+
+
+def _maps(machine: Families, client: str) -> dict[str, Any]:
+    programs.require_program(machine.core)
+    return programs.maps(machine.core, machine.clients.synced(client, machine.core.asker) if client else {})
 
 
 def _set_tracking(machine: Families, asked: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ __all__ = ["set_states", "take_states"]
 def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any]:
     """What a snapshot keeps beside the memory: ``spec``, ``vcpus``. ``spec``: the machine's, with what was set at
     run time; its slots are put in here. Raises VmmError."""
-    core.require_memory()
+    core.require_state()
     if core.state != "running" or not paused:
         raise VmmError(f"machine '{core.spec.name}' is not paused")
     core.require_whole_memory()

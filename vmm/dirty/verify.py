@@ -57,6 +57,11 @@ class Verification(msgspec.Struct):
     surplus_is_failure: bool = True
 
     @property
+    def unchanged_pages(self) -> int:
+        """Dirty pages whose content was what it had been."""
+        return self.surplus_pages + self.excused_pages
+
+    @property
     def ok(self) -> bool:
         return self.lost_pages == 0 and (self.surplus_pages == 0 or not self.surplus_is_failure)
 
@@ -68,7 +73,7 @@ class Verification(msgspec.Struct):
         self.lost_pages += len(lost)
         self.excused_pages += len(excused)
         self.surplus_pages += len(surplus) - len(excused)
-        failed = sorted({*surplus} - {*excused})
+        failed = sorted({*surplus} - {*excused}) if self.surplus_is_failure else []
         for kind, pages in (("lost", lost), ("surplus", failed)):
             for page in pages[:_FINDINGS - len(self.first_findings)]:
                 self.first_findings.append(f"round {self.rounds}: slot {slot_id} page {page:#x} {kind}")

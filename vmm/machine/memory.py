@@ -135,7 +135,9 @@ class ClientBitmaps:
     def __init__(self, segment: Segment, pages: int) -> None:
         self.segment = segment
         self.pending = Bitmap(self.segment, 0, pages)
-        self.synced = Bitmap(self.segment, bitmap_bytes(pages), pages)
+        #: First byte of ``synced``.
+        self.synced_at = bitmap_bytes(pages)
+        self.synced = Bitmap(self.segment, self.synced_at, pages)
 
     @classmethod
     def make(cls, machine: str, client: str, generation: int, slot: RamSlot, *,

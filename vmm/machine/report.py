@@ -57,6 +57,9 @@ class ProgramReport(msgspec.Struct, frozen=True, kw_only=True):
     exit_status: int | None     # as a shell has it; None: it has not ended, or not by itself
     calls: int                  # system calls and faults that its system has served
     missing_calls: dict[str, int]   # that it does not know (ENOSYS): {name: how often}
+    refused_threads: int        # threads and processes that there was no vCPU for (EAGAIN)
+    unchanged_dirty_pages: int | None = None    # of all dirty pages that the verifier has looked at, those whose
+                                    # content was what it had been; None: without verification
 
 
 class ReaperReport(msgspec.Struct, frozen=True, kw_only=True):

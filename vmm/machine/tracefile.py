@@ -69,6 +69,7 @@ class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
     slots: list[RamSlot]        # as they were when the recording began
     interval: float             # seconds between two harvests, at most: how exact the times are
     recorded: str = ""          # when, ISO 8601
+    threads: list[str] = []     # of a Linux program: the thread that each vCPU had then; "": none
 
 
 class TraceEnd(msgspec.Struct, frozen=True, kw_only=True):

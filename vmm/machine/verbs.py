@@ -229,6 +229,23 @@ class RecordStop(Verb):
     """Flush, and end the recording."""
 
 
+class ProgramMaps(Verb):
+    """Of a machine that runs Linux programs: what each process has mapped (workers/linux/survey.py). ``client``: of the
+    dirty log; what its last sync gave is counted in each mapping."""
+
+    client: str = ""
+
+
+class ProgramTrace(Verb):
+    """Of a machine that runs Linux programs: the system calls that were made after the first ``after`` (-1: none of
+    those so far; workers/linux/tracing.py). ``tracer``: made up by who asks; calls are kept until it has not asked for
+    a while, or says that it does not want them any more (``on``)."""
+
+    tracer: str
+    on: bool = True
+    after: Number = -1
+
+
 class MemoryAdd(Verb):
     slot: Number
     gpa: Number
@@ -247,7 +264,7 @@ AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pau
            | TakeLease | Freeze | Thaw | HandOver | TakeBack | GiveBack
            | Stop | Release | LogStart | LogStop | Register
            | Unregister | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
-           | MemoryAdd | MemoryRemove)
+           | ProgramMaps | ProgramTrace | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)
 

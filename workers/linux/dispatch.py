@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ipc.programs import REGISTERS, STALE_MAX, Answer, Kind, Mailbox
+from ipc.programs import ASKED, REGISTERS, STALE_MAX, Answer, Kind, Mailbox
 
+from ..accel.base import AccelError
 from . import signals
 from .abi import number_of
 from .blocked import Again, Blocked, Ended
@@ -26,6 +27,7 @@ from .space import SegmentationFault, Space
 from .starts import Start
 from .system import System
 from .tables import NoTables
+from .tracing import Tracer
 
 __all__ = ["Dispatcher"]
 
@@ -46,49 +48,55 @@ _NEVER_AGAIN = frozenset(map(number_of, (
     "poll", "ppoll", "select", "pselect6", "epoll_wait", "epoll_pwait", "epoll_pwait2", "nanosleep", "clock_nanosleep",
     "pause", "rt_sigsuspend", "rt_sigtimedwait")))
 
-_ATTENTION_TIMEOUT = 5.0    # seconds
+_ATTENTION_TIMEOUT = 60.0   # seconds
 
-_NONE = Answer(0)
-_FRESH = Answer.ROOT | Answer.FS | Answer.REGISTERS | Answer.SET_XSAVE
+# As plain numbers: they are put together for each call.
+_STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
+_SET_XSAVE, _GET_XSAVE = int(Answer.SET_XSAVE), int(Answer.GET_XSAVE)
+_IDLE, _END = int(Answer.IDLE), int(Answer.END)
+_FRESH = _ROOT | _FS | _REGISTERS | _SET_XSAVE
 
 
 class Dispatcher:
-    """A ``Launcher`` (population.py)."""
+    """A ``Launcher`` (population.py). ``check`` is called while it waits for a worker, and may raise."""
 
-    def __init__(self, system: System, boxes: Sequence[Mailbox], ram: Ram) -> None:
-        self._system, self._boxes, self._ram = system, boxes, ram
+    def __init__(self, system: System, boxes: Sequence[Mailbox], ram: Ram, check: Callable[[], None]) -> None:
+        self._system, self._boxes, self._ram, self._check = system, boxes, ram, check
+        self._states = [box.state for box in boxes]
         self._threads: list[Thread | None] = [None] * len(boxes)
         self._indices: dict[Thread, int] = {}
         self._idle: set[int] = set()
         self._ended: set[int] = set()
         self._blocked: dict[int, Blocked] = {}
-        self._parked: dict[int, Answer] = {}    # their process is stopped; how they go on
+        self._parked: dict[int, int] = {}       # their process is stopped; how they go on
         self._looks: set[int] = set()           # to be looked at: a signal, an end
         self._to_start: deque[Start] = deque()
         #: What else the next answer has for a thread that came here from somewhere else.
-        self._first: dict[int, Answer] = {}
+        self._first: dict[int, int] = {}
         #: Frames of which the worker of a vCPU has to drop its mapping before it goes on.
         self._stale: dict[int, list[Run]] = {}
         self._traps: dict[int, tuple[int, int, int]] = {}   # (error, vector, address) of a fault that is a signal
         self._cpu_at_start = [0] * len(boxes)
         self.served = 0
+        #: While somebody wants to see calls.
+        self.tracer: Tracer | None = None
 
     # --- for the accelerator ----------------------------------------------------------------------------------------
 
     def serve_asked(self, enough: Callable[[], bool]) -> bool:
         """Every mailbox in which something is asked, until it is ``enough``; whether there was any."""
         found = False
-        for index, box in enumerate(self._boxes):
-            if box.asked:
+        for index, state in enumerate(self._states):
+            if state[0] == ASKED:
                 found = True
-                self._serve(index, box)
+                self._serve(index, self._boxes[index])
                 if enough():
                     break
         return found
 
     @property
     def is_asked(self) -> bool:
-        return any(box.asked for box in self._boxes)
+        return any(state[0] == ASKED for state in self._states)
 
     def serve_others(self) -> bool:
         """Threads that are to begin, to be looked at, or can make their call again; whether there was any."""
@@ -120,6 +128,11 @@ class Dispatcher:
             self._look(index)
 
     @property
+    def vcpus(self) -> Mapping[Thread, int]:
+        """On which each thread is, of those that are on one."""
+        return self._indices
+
+    @property
     def all_ended(self) -> bool:
         return len(self._ended) == len(self._boxes)
 
@@ -141,6 +154,9 @@ class Dispatcher:
 
     def host_address(self, frame: int, offset: int) -> int:
         return self._ram.host_address(frame, offset)
+
+    def wrote(self, frame: int) -> None:
+        self._ram.wrote(frame)
 
     # --- what is asked ----------------------------------------------------------------------------------------------
 
@@ -165,12 +181,17 @@ class Dispatcher:
         elif kind == Kind.XSAVE:
             self._signal(index, box, thread)
         else:
-            self._go_on(index, thread, Answer(0))
+            self._go_on(index, thread, 0)
 
     def _call(self, index: int, box: Mailbox, thread: Thread) -> None:
-        registers = box.registers
+        registers, call = box.registers, self._system.call
+        if self.tracer is not None:
+            if self.tracer.wanted:
+                call = self.tracer.call
+            else:
+                self.tracer = None
         try:
-            result = self._system.call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
+            result = call(thread, registers[_RAX], [registers[at] for at in _ARGUMENTS])
         except Blocked as blocked:
             self._blocked[index] = blocked
             box.hold()
@@ -179,31 +200,31 @@ class Dispatcher:
             return
         except Again:
             registers[_RIP] -= _SYSCALL_SIZE
-            self._go_on(index, thread, Answer.REGISTERS)
+            self._go_on(index, thread, _REGISTERS)
             return
         except Ended:
             self._let_go(index)
             return
-        answer = Answer(0)
+        answer = 0
         if thread.fs_base is not None:
             box.fs_base, thread.fs_base = thread.fs_base, None
-            answer = Answer.FS
+            answer = _FS
         if thread.jumps:
             answer |= self._jump(index, box, thread)
         else:
             registers[_RAX] = result & 0xFFFF_FFFF_FFFF_FFFF
         self._go_on(index, thread, answer)
 
-    def _jump(self, index: int, box: Mailbox, thread: Thread) -> Answer:
+    def _jump(self, index: int, box: Mailbox, thread: Thread) -> int:
         """It goes on somewhere else."""
-        answer = Answer.REGISTERS
+        answer = _REGISTERS
         if thread.xsave is not None:
             box.xsave[:] = thread.xsave
-            answer |= Answer.SET_XSAVE
+            answer |= _SET_XSAVE
         if thread.new_space:
             box.root, box.fs_base, box.tid = thread.process.space.root, 0, thread.tid
             thread.process.space.visitors.add(index)
-            answer |= Answer.ROOT | Answer.FS
+            answer |= _ROOT | _FS
         thread.jumps, thread.new_space, thread.xsave = False, False, None
         return answer
 
@@ -225,11 +246,11 @@ class Dispatcher:
         if info is not None:
             self._traps[index] = error, vector, address
             self._system.force(thread, info)
-        self._go_on(index, thread, Answer(0))
+        self._go_on(index, thread, 0)
 
     # --- how it goes on ---------------------------------------------------------------------------------------------
 
-    def _go_on(self, index: int, thread: Thread, answer: Answer) -> None:
+    def _go_on(self, index: int, thread: Thread, answer: int) -> None:
         """Its registers are in the mailbox as they will be."""
         system = self._system
         if thread.ended:
@@ -241,15 +262,15 @@ class Dispatcher:
                 thread.blocked, thread.saved_mask = thread.saved_mask, None
             self._answer(index, answer, self._boxes[index].registers[_RAX])
         elif self._has_handler(thread):
-            self._answer(index, answer | Answer.REGISTERS | Answer.GET_XSAVE)       # for the frame
+            self._answer(index, answer | _REGISTERS | _GET_XSAVE)       # for the frame
         elif system.act(thread, _no_handler):
-            self._answer(index, answer | Answer.REGISTERS)
+            self._answer(index, answer | _REGISTERS)
         elif thread.ended:
             self._let_go(index)
         else:
             self._park(index, answer)
 
-    def _park(self, index: int, answer: Answer = _NONE) -> None:
+    def _park(self, index: int, answer: int = 0) -> None:
         """Its process is stopped. What it was to go on with stays in the mailbox."""
         self._parked[index] = answer
         self._boxes[index].hold()
@@ -293,14 +314,15 @@ class Dispatcher:
             self._park(index)
         elif entered:
             box.xsave[:] = INIT_XSAVE
-            self._answer(index, Answer.REGISTERS | Answer.SET_XSAVE)
+            self._answer(index, _REGISTERS | _SET_XSAVE)
         else:
-            self._answer(index, Answer.REGISTERS)
+            self._answer(index, _REGISTERS)
 
     def _let_go(self, index: int) -> None:
         """The thread has ended, and with it perhaps everything."""
         thread, self._threads[index] = self._threads[index], None
         if thread is not None:
+            self._trace_end(thread, None)
             self._system.give_up(thread)
             self._indices.pop(thread, None)
         self._blocked.pop(index, None)
@@ -310,9 +332,9 @@ class Dispatcher:
         if self._system.code is not None:
             self._idle.discard(index)
             self._ended.add(index)
-            self._boxes[index].answer(Answer.END)
+            self._boxes[index].answer(_END)
         else:
-            self._answer(index, Answer.IDLE)
+            self._answer(index, _IDLE)
 
     def _startable(self) -> Start | None:
         """The first that can go on. One whose process is stopped waits here."""
@@ -378,7 +400,7 @@ class Dispatcher:
                 self._let_go(index)
         elif index in self._parked:
             if not thread.process.stopped:
-                self._go_on(index, thread, self._parked.pop(index) | Answer.REGISTERS)
+                self._go_on(index, thread, self._parked.pop(index) | _REGISTERS)
         elif index in self._blocked:
             self._interrupt(index, box, thread)
 
@@ -397,8 +419,9 @@ class Dispatcher:
                 self._let_go(index)
             elif again:
                 del self._blocked[index]
+                self._trace_end(thread, None, again=True)
                 box.registers[_RIP] -= _SYSCALL_SIZE
-                self._go_on(index, thread, Answer.REGISTERS)
+                self._go_on(index, thread, _REGISTERS)
             return
         del self._blocked[index]
         registers, number = box.registers, box.registers[_RAX]
@@ -410,9 +433,15 @@ class Dispatcher:
         else:
             registers[_RAX] = -errno.EINTR & 0xFFFF_FFFF_FFFF_FFFF
             system.write_time_left(thread, number, [registers[at] for at in _ARGUMENTS])
+        self._trace_end(thread, thread.done or -errno.EINTR, again=again and not thread.done)
         thread.awaited = 0
         system.give_up(thread)
-        self._go_on(index, thread, Answer.REGISTERS)
+        self._go_on(index, thread, _REGISTERS)
+
+    def _trace_end(self, thread: Thread, result: int | None, *, again: bool = False) -> None:
+        """Of a blocked call."""
+        if self.tracer is not None:
+            self.tracer.over(thread, result, again=again)
 
     @staticmethod
     def _restarts(thread: Thread) -> bool:
@@ -424,17 +453,17 @@ class Dispatcher:
 
     # --- answers, and translations ----------------------------------------------------------------------------------
 
-    def _answer(self, index: int, answer: Answer, result: int = 0) -> None:
+    def _answer(self, index: int, answer: int, result: int = 0) -> None:
         thread, box = self._threads[index], self._boxes[index]
         if thread is not None:
             space = thread.process.space
             if space.stale:
                 self._make_stale(space.visitors, space.take_stale())
-        answer |= self._first.pop(index, _NONE)
+        answer |= self._first.pop(index, 0)
         stale = self._stale.pop(index, None)
         if stale is not None:
             box.put_stale(stale if len(stale) <= STALE_MAX else [])
-            answer |= Answer.STALE
+            answer |= _STALE
         box.answer(answer, result)
 
     def _make_stale(self, visitors: Iterable[int], runs: list[Run]) -> None:
@@ -452,7 +481,10 @@ class Dispatcher:
                 waiting.append((box, box.want_attention(interrupt=False)))
         deadline = time.monotonic() + _ATTENTION_TIMEOUT
         for box, number in waiting:
-            while box.attended != number and time.monotonic() < deadline:
+            while box.attended != number:
+                self._check()
+                if time.monotonic() > deadline:     # going on would leave it with what is another's memory by now
+                    raise AccelError("a vCPU's worker does not drop its translations")
                 time.sleep(0)
 
     # --- as data ----------------------------------------------------------------------------------------------------
@@ -473,8 +505,8 @@ class Dispatcher:
             if index in self._blocked or asked == Kind.CALL:
                 start.registers[_RIP] -= _SYSCALL_SIZE
                 start.call = True
-            given = self._first.get(index, _NONE) | self._parked.get(index, _NONE)
-            if given & Answer.SET_XSAVE or asked == Kind.XSAVE:
+            given = self._first.get(index, 0) | self._parked.get(index, 0)
+            if given & _SET_XSAVE or asked == Kind.XSAVE:
                 start.xsave = bytes(box.xsave)
         return start
 

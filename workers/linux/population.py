@@ -10,7 +10,7 @@ from typing import Protocol
 from ipc.linux import futex
 
 from . import signals
-from .processes import FileTable, Process, Thread
+from .processes import Process, Thread
 from .signals import Action, Default, SignalInfo, bit
 from .space import SegmentationFault, Space
 
@@ -40,6 +40,9 @@ class Launcher(Protocol):
 
     def host_address(self, frame: int, offset: int) -> int:
         """Of guest memory, in this process (for futexes)."""
+
+    def wrote(self, frame: int) -> None:
+        """It was written to by that address."""
 
 
 class Population:
@@ -93,7 +96,8 @@ class Population:
         self.threads[thread.tid] = thread
         return thread
 
-    def fork(self, thread: Thread, *, share: bool, exit_signal: int, files: FileTable) -> Thread:
+    def fork(self, thread: Thread, *, share: bool, exit_signal: int,
+             share_files: bool = False) -> Thread:
         """The child's thread; ``share``: it has the same address space (vfork). Raises OSError, NoFrames, NoTables."""
         parent = thread.process
         if share:
@@ -103,6 +107,7 @@ class Population:
             space = parent.space.fork()
         pid = self.new_id()
         parent.directory.keep()
+        files = parent.files if share_files else parent.files.copy(pid)
         child = Process(pid, parent.pid, space, files, parent.directory, parent.path, parent.name, parent.mask,
                         parent.group, parent.session, limits=dict(parent.limits), actions=dict(parent.actions),
                         exit_signal=exit_signal)

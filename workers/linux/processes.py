@@ -32,9 +32,11 @@ class Descriptor:
 
 
 class FileTable:
-    """File descriptors: the lowest free number is given. Raises OSError."""
+    """File descriptors: the lowest free number is given. ``owner``: the process whose record locks (fcntl(2)) go when
+    it closes any descriptor of their file. Raises OSError."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: int = 0) -> None:
+        self.owner = owner
         self._there: dict[int, Descriptor] = {}
         self.limit = _FILES_MAX
 
@@ -76,16 +78,19 @@ class FileTable:
 
     def close(self, number: int) -> None:
         self.descriptor(number)
-        self._there.pop(number).file.let_go()
+        file = self._there.pop(number).file
+        if file.inode.locks:
+            file.inode.locks.unlock(self.owner)
+        file.let_go()
 
     def close_all(self, *, on_exec: bool = False) -> None:
         for number in list(self._there):
             if not on_exec or self._there[number].close_on_exec:
                 self.close(number)
 
-    def copy(self) -> FileTable:
+    def copy(self, owner: int) -> FileTable:
         """For a fork."""
-        copied = FileTable()
+        copied = FileTable(owner)
         copied.limit = self.limit
         for number, each in self._there.items():
             each.file.keep()
@@ -93,12 +98,12 @@ class FileTable:
         return copied
 
     def save(self, saving: Saving) -> dict[str, Any]:
-        return {"limit": self.limit, "there": [[number, saving.file(each.file), each.close_on_exec]
+        return {"owner": self.owner, "limit": self.limit, "there": [[number, saving.file(each.file), each.close_on_exec]
                                                for number, each in self._there.items()]}
 
     @classmethod
     def load(cls, loading: Loading, saved: dict[str, Any]) -> FileTable:
-        found = cls()
+        found = cls(saved["owner"])
         found.limit = saved["limit"]
         found._there = {number: Descriptor(loading.files[file], close_on_exec)
                         for number, file, close_on_exec in saved["there"]}

@@ -43,6 +43,11 @@ class Ram:
                 return address + (frame - first) * PAGE_SIZE + offset
         raise KeyError(frame)
 
+    def wrote(self, frame: int) -> None:
+        """By its host address."""
+        self._log.need()
+        self._log.wrote(frame)
+
     def read(self, frame: int, offset: int, count: int) -> bytes:
         view, at = self._at(frame)
         return bytes(view[at + offset:at + offset + count])

@@ -11,10 +11,10 @@ import select
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ipc.layout import VcpuControl
-from ipc.messages import ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
+from ipc.messages import BitmapPlace, ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
     ENTRY_PAGE,
     IDT_PAGE,
@@ -44,9 +44,11 @@ from .population import FIRST_PID
 from .ram import Ram
 from .setup import fill
 from .signals import SignalInfo
+from .survey import Dirtied, survey
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
 from .terminals import LineConsole, StreamConsole, TerminalConsole
+from .tracing import Tracer
 from .vdso import Vdso, counter
 from .vfs import FileSystem
 
@@ -121,8 +123,9 @@ class SystemAccelerator:
             self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
                                  monotonic=time.monotonic_ns, threads_max=spec.threads,
                                  vdso=self._vdso(frames, host_tsc))
-            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram)
+            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram, self._check)
             self.system.launcher = self._dispatcher
+            self._tracer = Tracer(self.system.call)
             self._spawn()
         except (NoFrames, NoTables):
             raise AccelError("memory: is too small for the program") from None
@@ -165,7 +168,10 @@ class SystemAccelerator:
 
     def interrupt(self) -> None:
         self._control.immediate_exit = 1
-        os.write(self._bell_fd, b"\0")
+        try:
+            os.write(self._bell_fd, b"\0")
+        except BlockingIOError:
+            pass        # it is full: it will wake up
 
     def run(self) -> Exit:
         self._log.active = True
@@ -262,13 +268,30 @@ class SystemAccelerator:
         shown = self._stream is None or not self._stream.pending
         return (self._dispatcher.all_ended and shown) or now > self._end_by
 
-    def _make_room(self) -> None:
+    def _check(self) -> None:
+        """In the middle of a call: whether it can still come to its end."""
         if self._host.is_to_end:
             raise _Stopped
+
+    def _make_room(self) -> None:
+        self._check()
         self._host.wait_for_reset()
         self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
 
     # --- for the worker ---------------------------------------------------------------------------------------------
+
+    def maps(self, bitmaps: dict[int, BitmapPlace]) -> dict[str, Any]:
+        """See survey.py. Raises SegmentError and OSError."""
+        slot = self._spec.slots[0]
+        place = bitmaps.get(slot.id)
+        dirtied = None if place is None else Dirtied.read(place, slot.gpa // PAGE_SIZE, slot.size // PAGE_SIZE)
+        return survey(self.system, self._dispatcher.vcpus, dirtied)
+
+    def trace(self, client: str, on: bool, after: int) -> dict[str, Any]:
+        """See tracing.py."""
+        found = self._tracer.ask(client, on, after)
+        self._dispatcher.tracer = self._tracer if self._tracer.wanted else None
+        return found
 
     def registers(self) -> dict[str, int]:
         """It has none."""
@@ -277,7 +300,8 @@ class SystemAccelerator:
     def _say_calls(self) -> None:
         self._said_missing = len(self.system.missing)
         self._host.say(ProgramCalls(self._spec.index, self._dispatcher.served, {
-            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()}))
+            CALLS.get(number, str(number)): count for number, count in self.system.missing.items()},
+            self.system.refused))
 
     def hypercall_args(self) -> tuple[int, int, int]:
         raise AccelError("a system does not make hypercalls")

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .frames import Frames, NoFrames, Run, runs_of
+from .frames import Frames, Run, runs_of
 from .tables import ACCESSED, COPY, FRAME, HELD, NO_EXECUTE, PRESENT, USER, WRITE, Tables
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ STACK_GAP = 256                                         # pages between a stack 
 
 #: Pages that get a frame with the one that was touched.
 FAULT_AROUND = 16
+
+_FAULT_AHEAD = 512      # at most, where one follows the other
 
 # Of a page fault's error code (Intel SDM 3A, 4.7).
 _FAULT_PRESENT, _FAULT_WRITE, _FAULT_FETCH = 1, 2, 16
@@ -137,6 +139,7 @@ class Space:
         self.promised = 0
         self._backed: dict[Backing, int] = {}       # how many pages are mapped of it
         self._heap = self._heap_end = 0         # pages; bytes
+        self._ahead = -1, FAULT_AROUND          # the page behind those that got a frame last, and how many they were
         self.beginning: Beginning | None = None
         #: Processes that have it: a child that was made by vfork(2) has its parent's.
         self.users = 1
@@ -157,6 +160,12 @@ class Space:
         """Pages of it that have a frame."""
         return sum(number - self._tables.entries(word, number).count(0) for _, word, number in self._tables.chunks(
             self.root, mapping.start, mapping.end - mapping.start))
+
+    def frames_of(self, mapping: Mapping) -> list[int]:
+        """Of its pages that have one."""
+        return [(entry & FRAME) >> 12 for _, word, number in self._tables.chunks(
+            self.root, mapping.start, mapping.end - mapping.start)
+            for entry in self._tables.entries(word, number) if entry]
 
     @property
     def heap(self) -> int:
@@ -291,6 +300,8 @@ class Space:
 
     def read(self, address: int, count: int) -> bytes:
         """As the program would. Raises SegmentationFault, NoFrames and NoTables."""
+        if 0 < count <= PAGE - address % PAGE:      # as most are
+            return self._memory.read(self._touch(address, PROT_READ, 1), address % PAGE, count)
         parts = []
         for frame, offset, part in self._each(address, count, PROT_READ):
             parts.append(self._memory.read(frame, offset, part))
@@ -299,6 +310,9 @@ class Space:
     def write(self, address: int, data: bytes | memoryview) -> None:
         """As the program would; what comes before a page that it may not write to is written. Raises
         SegmentationFault, NoFrames and NoTables."""
+        if 0 < len(data) <= PAGE - address % PAGE:
+            self._memory.write(self._touch(address, PROT_WRITE, 1), address % PAGE, data)
+            return
         done = 0
         for frame, offset, part in self._each(address, len(data), PROT_WRITE):
             self._memory.write(frame, offset, data[done:done + part])
@@ -408,29 +422,44 @@ class Space:
 
     def _populate(self, mapping: Mapping, page: int, around: int, address: int) -> None:
         """Frames for ``page`` and for those of its neighbours that have none."""
-        first = max(mapping.start, page - page % around)
-        last = min(mapping.end, first + around)
-        if mapping.backing is not None:
-            first, last = page, page + 1
+        if mapping.backing is None:
+            self._populate_own(mapping, page, around)
+            return
+        first, last = page, page + 1
         for at, word, number in self._tables.chunks(self.root, first, last - first, make=True):
             for index, entry in enumerate(self._tables.entries(word, number)):
                 if entry:
                     continue
                 try:
                     new = self._new_entry(mapping, at + index)
-                except NoFrames:
-                    if at + index == page:
-                        raise
-                    continue        # a neighbour
                 except IndexError:
                     raise SegmentationFault(address, bus=True) from None
                 self._tables.set(word + index, new)
 
+    def _populate_own(self, mapping: Mapping, page: int, around: int) -> None:
+        """Memory without a backing: more at a time as long as it is touched in ascending order. Raises NoFrames."""
+        if around > 1:
+            expected, window = self._ahead
+            around = min(2 * window, _FAULT_AHEAD) if page == expected else around
+        first = max(mapping.start, page - page % around)
+        last = min(mapping.end, first + around)
+        if around > 1:
+            self._ahead = last, around
+        if last - first > self._frames.free:
+            first, last = page, page + 1
+        rights = mapping.entry
+        for _, word, number in self._tables.chunks(self.root, first, last - first, make=True):
+            entries = self._tables.entries(word, number)
+            places = [index for index, entry in enumerate(entries) if not entry]
+            frames = (frame << 12 | rights for start, length in self._frames.take(len(places))
+                      for frame in range(start, start + length))
+            for index, entry in zip(places, frames, strict=True):
+                entries[index] = entry
+            self._tables.put(word, entries)
+
     def _new_entry(self, mapping: Mapping, page: int) -> int:
         """Raises NoFrames and IndexError."""
-        if mapping.backing is None:
-            (frame, _), = self._frames.take(1)
-            return frame << 12 | mapping.entry
+        assert mapping.backing is not None
         frame = mapping.backing.frame(mapping.offset + page - mapping.start)
         if not mapping.shared and mapping.prot & PROT_WRITE:
             (own, _), = self._frames.take(1)        # now, and no other frame later
@@ -646,6 +675,7 @@ class Space:
         beginning = self.beginning
         return {
             "closed": not self.users, "limit": self._limit, "heap": [self._heap, self._heap_end],
+            "ahead": list(self._ahead),
             "beginning": beginning and [
                 saving.backing(beginning.file), beginning.auxiliary, list(beginning.arguments),
                 list(beginning.environment), beginning.stack],
@@ -674,6 +704,8 @@ class Space:
         found = cls.__new__(cls)
         found._memory, found._frames, found._tables, found._limit = memory, frames, tables, saved["limit"]
         found._heap, found._heap_end = saved["heap"]
+        page, window = saved["ahead"]
+        found._ahead = page, window
         found.stale, found.visitors, found.users, found._backed, found.beginning = [], set(), 0, {}, None
         found.root = 0 if saved["closed"] else tables.new_root()
         found._mappings = [

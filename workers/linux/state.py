@@ -168,7 +168,8 @@ def save_system(system: System) -> dict[str, Any]:
     saved: dict[str, Any] = {
         "version": VERSION, "monotonic": system.monotonic(), "host": system.host, "boot": system.boot,
         "threads_max": system.threads_max, "memory_pages": system.memory_pages, "next_id": system.next_id,
-        "code": system.code, "missing": [[number, count] for number, count in system.missing.items()],
+        "code": system.code, "refused": system.refused,
+        "missing": [[number, count] for number, count in system.missing.items()],
         "random": random.save() if isinstance(random, Chance) else None,
         "vdso": None if system.vdso is None else system.vdso.save(), "console": system.console.save(),
         "processes": [each.save(saving) for each in system.processes.values()], "threads": list(system.threads),
@@ -233,7 +234,7 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
     mount(system)
     loading.made = [gone(files.store, each["path"], each["mode"]) for each in saved["made"]]
     system.next_id, system.code = saved["next_id"], saved["code"]
-    system.missing = Counter(dict(saved["missing"]))
+    system.refused, system.missing = saved["refused"], Counter(dict(saved["missing"]))
     _load_files(loading, saved)
     loading.tables = [FileTable.load(loading, each) for each in saved["tables"]]
     loading.spaces = [Space.load(loading, each, memory, frames, tables) for each in saved["spaces"]]

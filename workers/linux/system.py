@@ -112,6 +112,8 @@ class System(Population):
         self.threads_max, self.host, self.boot = threads_max, host, boot
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
+        #: Threads and processes that there was no vCPU for.
+        self.refused = 0
         #: What is in fifos that somebody has open, by inode.
         self.fifos: dict[int, Pipe] = {}
         self.network = Network(files.store, self.notify)
@@ -178,7 +180,7 @@ class System(Population):
         if not isinstance(at, Directory):
             raise OSError(errno.ENOTDIR, "", directory)
         at.keep()
-        process = Process(pid, 0, space, FileTable(), at, group=pid, session=pid)
+        process = Process(pid, 0, space, FileTable(pid), at, group=pid, session=pid)
         path = self._searched(path, environment)
         started = start(space, self.executable, path, arguments, environment, random=self.files.store.random(16),
                         vdso=self.vdso.map if self.vdso else None)

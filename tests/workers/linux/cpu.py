@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from system import FIRST
+from twice import Launcher
 
 from workers.linux.calls import Blocked, Ended
 from workers.linux.frames import Frames, Run
@@ -53,6 +54,8 @@ class Ram:
 class Terminal:
     """What was typed, and what was printed."""
 
+    terminal = False
+    tty = None
     typed: bytes = b""
     printed: bytearray = field(default_factory=bytearray)
 
@@ -63,11 +66,23 @@ class Terminal:
     def ready(self) -> bool:
         return True
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, *, error: bool) -> int:
         self.printed += data
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
 
     def ioctl(self, thread: Any, request: int, argument: int) -> int:
         raise OSError(25, "")
+
+
+class _Launcher(Launcher):
+    def __init__(self, ram: Ram) -> None:
+        self._ram = ram
+
+    def host_address(self, frame: int, offset: int) -> int:
+        return self._ram.address + self._ram.at(frame) + offset
 
 
 @dataclass
@@ -95,6 +110,7 @@ class Machine:
             fill(files)
         self.system = System(self.ram, self.pool, self.tables, files, self.terminal, realtime=time.time_ns,
                              monotonic=time.monotonic_ns)
+        self.system.launcher = _Launcher(self.ram)
         self.mapped: dict[int, int] = {}        # page: entry, as this processor has it
 
     def run(self, path: bytes, arguments: list[bytes], environment: list[bytes], *, seconds: float = 60.0) -> Ran:

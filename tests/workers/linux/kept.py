@@ -54,6 +54,8 @@ class Launcher:
     def forget_space(self, space: Space) -> None:
         space.take_stale()
 
+    def wrote(self, frame: int) -> None: ...
+
     def host_address(self, frame: int, offset: int) -> int:
         return ctypes.addressof(self._word) + offset // 4 * 4
 
@@ -81,7 +83,7 @@ class Machine:
             return
         space = self.system.new_space()
         files.root.keep()
-        process = Process(self.system.new_id(), 0, space, FileTable(), files.root, mask=0, group=1, session=1)
+        process = Process(self.system.new_id(), 0, space, FileTable(1), files.root, mask=0, group=1, session=1)
         self.system.processes[process.pid] = process
         self.system.new_thread(process, b"first", process.pid).registers = [0] * 18
         self.scratch = space.map(0, _SCRATCH * PAGE, 3)

@@ -20,7 +20,7 @@ from workers.linux.vfs import FileSystem
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a static program of many: busybox."""
     folder = tmp_path_factory.mktemp("root")
-    for name in ("bin", "dev", "proc", "tmp"):
+    for name in ("bin", "dev", "proc", "sys", "tmp"):
         (folder / name).mkdir()
     shutil.copy(unpacked("busybox-static") / "bin/busybox", folder / "bin/busybox")
     (folder / "data").write_text("".join(f"{number} {number * number}\n" for number in range(500)))

@@ -54,7 +54,7 @@ class Vcpus:
         self.memory = mmap.mmap(-1, tables_page(THREADS) * PAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.boxes = [Mailbox(self.memory, address, THREADS, index) for index in range(THREADS)]
-        self.dispatcher = Dispatcher(machine.system, self.boxes, Ram(machine))      # type: ignore[arg-type]
+        self.dispatcher = Dispatcher(machine.system, self.boxes, Ram(machine), lambda: None)    # type: ignore[arg-type]
         machine.system.launcher = self.dispatcher
 
     def ready(self) -> None:
@@ -146,7 +146,7 @@ def test_what_is_missing(vcpus: Vcpus) -> None:
     for change in ({}, {"registers": [0] * 17, "fs_base": 0, "xsave": b""}, {"registers": [0] * 18, "fs_base": 0},
                    {"registers": [-1] * 18, "fs_base": 0, "xsave": b""}, {"tid": 9}):
         with pytest.raises(StateError):
-            Dispatcher(vcpus.machine.system, [], None).load([saved[0] | change])     # type: ignore[arg-type]
+            Dispatcher(vcpus.machine.system, [], None, lambda: None).load([saved[0] | change])  # type: ignore[arg-type]
 
 
 def test_a_call_that_waits(vcpus: Vcpus) -> None:

@@ -94,6 +94,8 @@ class Launcher:
     def host_address(self, frame: int, offset: int) -> int:
         raise AssertionError
 
+    def wrote(self, frame: int) -> None: ...
+
 
 class Guest:
     """A system with a process, of one thread to begin with, that makes calls. ``now``: of its clocks; None: the
@@ -116,7 +118,7 @@ class Guest:
         """Another one."""
         space = Space(self.ram, self.pool, self.tables, 1 << 30)
         self.system.files.root.keep()
-        found = Process(pid, 0, space, FileTable(), self.system.files.root, mask=0)
+        found = Process(pid, 0, space, FileTable(pid), self.system.files.root, mask=0)
         self.system.processes[pid] = found
         self.another(found, pid)
         self.scratch = space.map(0, _SCRATCH * PAGE, 3)
@@ -132,7 +134,7 @@ class Guest:
         """A process with the same files open."""
         parent = self.thread.process
         found = self.process(pid)
-        found.files = parent.files.copy()
+        found.files = parent.files.copy(found.pid)
         return found.threads[0]
 
     def call(self, name: str, *arguments: int | bytes | Out, thread: Thread | None = None) -> tuple[int, list[bytes]]:

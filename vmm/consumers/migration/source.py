@@ -184,7 +184,7 @@ class Source:
     def _read_spec(self) -> MachineSpec:
         """Of the machine, with its slots as they are. Raises VmmError when it is not one that runs."""
         machine = self.machine
-        machine.require_memory()
+        machine.require_state()
         if (state := machine.status()["state"]) not in ("running", "paused"):
             raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
         with machine.paused("migration"):   # for its specification; the state that comes with it is not used

@@ -45,7 +45,7 @@ def create(machine: Machine, directory: Path, *, incremental: bool = False, live
     """Take a snapshot. The machine is paused for it, or with ``live`` only for the last dirty pages and the
     vCPU states; it is as before when this returns, also when it fails. A migration, hotplug and the end of dirty
     logging are kept out meanwhile. Raises VmmError."""
-    machine.require_memory()
+    machine.require_state()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

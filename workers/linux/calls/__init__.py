@@ -9,6 +9,7 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     signalling.py   signals
     futexes.py      futexes, where the worker cannot serve them alone
     pipes.py        pipes
+    lesser.py       those that have nearly the same answer for everybody
     waiting.py      poll and select
     events.py       eventfd, timerfd, epoll
     sockets.py      sockets
@@ -18,8 +19,8 @@ A call is served by all of them that are imported here: ``SERVED``.
 
 from __future__ import annotations
 
-from . import clocks, events, files, futexes, identity, life, memory, pipes, signalling, sockets, waiting
+from . import clocks, events, files, futexes, identity, lesser, life, memory, pipes, signalling, sockets, waiting
 from .registry import SERVED, Blocked, Ended
 
-__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "life", "memory",
+__all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "lesser", "life", "memory",
            "pipes", "signalling", "sockets", "waiting"]

@@ -51,7 +51,7 @@ def _path(thread: Thread, address: int) -> bytes:
     return thread.process.space.text(address, LONGEST_PATH + 1)
 
 
-def _found(system: System, thread: Thread, fd: int, path: int, flags: int = 0, *, follow: bool = True) -> Inode:
+def located(system: System, thread: Thread, fd: int, path: int, flags: int = 0, *, follow: bool = True) -> Inode:
     text = b"" if flags & _AT_EMPTY_PATH and not path else _path(thread, path)
     at = thread.process.directory if text.startswith(b"/") else _directory(thread, fd)
     return system.files.find(at, text, follow=follow and not flags & _AT_SYMLINK_NOFOLLOW,
@@ -395,7 +395,7 @@ def ftruncate(system: System, thread: Thread, fd: int, size: int, *_: int) -> in
 
 @served("truncate")
 def truncate(system: System, thread: Thread, path: int, size: int, *_: int) -> int:
-    system.files.truncate(_found(system, thread, _AT_FDCWD, path), signed(size))
+    system.files.truncate(located(system, thread, _AT_FDCWD, path), signed(size))
     return 0
 
 
@@ -433,13 +433,13 @@ def fstat(system: System, thread: Thread, fd: int, address: int, *_: int) -> int
 
 @served("newfstatat")
 def newfstatat(system: System, thread: Thread, fd: int, path: int, address: int, flags: int, *_: int) -> int:
-    thread.process.space.write(address, _packed(_found(system, thread, fd, path, flags).stat()))
+    thread.process.space.write(address, _packed(located(system, thread, fd, path, flags).stat()))
     return 0
 
 
 @served("statx")
 def statx(system: System, thread: Thread, fd: int, path: int, flags: int, mask: int, address: int, *_: int) -> int:
-    found = _found(system, thread, fd, path, flags).stat()
+    found = located(system, thread, fd, path, flags).stat()
     times = [(*divmod(each, _SECOND), 0) for each in (found.atime, found.btime, found.ctime, found.mtime)]
     packed = _STATX.pack(_STATX_BASIC | _STATX_BTIME, found.blksize, 0, found.nlink, found.uid, found.gid, found.mode,
                          0, found.ino, found.size, found.blocks, 0, *[part for each in times for part in each],
@@ -460,13 +460,13 @@ def faccessat(system: System, thread: Thread, fd: int, path: int, mode: int, *_:
 
 @served("faccessat2")
 def faccessat2(system: System, thread: Thread, fd: int, path: int, mode: int, flags: int, *_: int) -> int:
-    system.files.access(_found(system, thread, fd, path, flags), signed32(mode))
+    system.files.access(located(system, thread, fd, path, flags), signed32(mode))
     return 0
 
 
 @served("statfs")
 def statfs(system: System, thread: Thread, path: int, address: int, *_: int) -> int:
-    return _statfs(system, thread, address, _found(system, thread, _AT_FDCWD, path))
+    return _statfs(system, thread, address, located(system, thread, _AT_FDCWD, path))
 
 
 @served("fstatfs")
@@ -491,7 +491,7 @@ def readlink(system: System, thread: Thread, path: int, address: int, size: int,
 def readlinkat(system: System, thread: Thread, fd: int, path: int, address: int, size: int, *_: int) -> int:
     if signed32(size) <= 0:
         raise OSError(errno.EINVAL, "")
-    target = system.files.readlink(_found(system, thread, fd, path, _AT_EMPTY_PATH, follow=False))[:signed32(size)]
+    target = system.files.readlink(located(system, thread, fd, path, _AT_EMPTY_PATH, follow=False))[:signed32(size)]
     thread.process.space.write(address, target)
     return len(target)
 
@@ -503,7 +503,7 @@ def chmod(system: System, thread: Thread, path: int, mode: int, *_: int) -> int:
 
 @served("fchmodat")
 def fchmodat(system: System, thread: Thread, fd: int, path: int, mode: int, *_: int) -> int:
-    system.files.chmod(_found(system, thread, fd, path), mode & 0o7777)
+    system.files.chmod(located(system, thread, fd, path), mode & 0o7777)
     return 0
 
 
@@ -531,13 +531,13 @@ def fchown(system: System, thread: Thread, fd: int, uid: int, gid: int, *_: int)
 
 @served("fchownat")
 def fchownat(system: System, thread: Thread, fd: int, path: int, uid: int, gid: int, flags: int, *_: int) -> int:
-    system.files.chown(_found(system, thread, fd, path, flags), signed32(uid), signed32(gid))
+    system.files.chown(located(system, thread, fd, path, flags), signed32(uid), signed32(gid))
     return 0
 
 
 @served("utimensat")
 def utimensat(system: System, thread: Thread, fd: int, path: int, times: int, flags: int, *_: int) -> int:
-    inode = thread.process.files.get(signed32(fd)).inode if not path else _found(system, thread, fd, path, flags)
+    inode = thread.process.files.get(signed32(fd)).inode if not path else located(system, thread, fd, path, flags)
     wanted = ((0, UTIME_NOW), (0, UTIME_NOW))
     if times:
         a, b, c, d = struct.unpack("<4q", thread.process.space.read(times, 32))
@@ -560,7 +560,7 @@ def getcwd(system: System, thread: Thread, address: int, size: int, *_: int) -> 
 
 @served("chdir")
 def chdir(system: System, thread: Thread, path: int, *_: int) -> int:
-    return _change_directory(thread, _found(system, thread, _AT_FDCWD, path))
+    return _change_directory(thread, located(system, thread, _AT_FDCWD, path))
 
 
 @served("fchdir")
@@ -636,7 +636,7 @@ def renameat(system: System, thread: Thread, old_fd: int, old: int, fd: int, new
 
 
 @served("renameat2")
-def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int) -> int:
+def renameat2(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int, *_: int) -> int:
     system.files.rename(*_place(system, thread, old_fd, old), *_place(system, thread, fd, new), flags & 0xFFFF_FFFF)
     return 0
 
@@ -707,7 +707,7 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
 
 
 def _record_lock(system: System, thread: Thread, file: OpenFile, command: int, address: int) -> int:
-    space, owner = thread.process.space, thread.process.pid
+    space, owner = thread.process.space, thread.process.files.owner
     kind, whence, start, length, _ = _FLOCK.unpack(space.read(address, _FLOCK.size))
     if command == _F["GETLK"]:
         held: Lock | None = file.conflict(owner, kind, whence, start, length)

@@ -58,14 +58,13 @@ def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: in
     if flags & _NAMESPACES or (flags & _THREAD and not flags & _VM):
         raise OSError(errno.EINVAL, "")
     if not system.launcher.free_vcpus():
+        system.refused += 1
         raise OSError(errno.EAGAIN, "")
     if flags & _THREAD:
         made = system.new_thread(thread.process, thread.name)
         made.blocked = thread.blocked
     else:
-        files = thread.process.files
-        made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF,
-                           files=files if flags & _FILES else files.copy())
+        made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF, share_files=bool(flags & _FILES))
     space = thread.process.space
     if flags & _PARENT_SETTID:
         space.write(parent_tid, struct.pack("<I", made.tid))

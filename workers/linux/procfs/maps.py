@@ -11,7 +11,7 @@ from ..space import PAGE, PROT_EXEC, PROT_READ, PROT_WRITE, Mapping, Space
 if TYPE_CHECKING:
     from ..vfs import FileSystem
 
-__all__ = ["Sizes", "maps", "smaps"]
+__all__ = ["Sizes", "label", "maps", "rights", "smaps"]
 
 _NAME_AT = 73       # column
 _KIBIBYTES = PAGE // 1024
@@ -68,16 +68,24 @@ def _flags(mapping: Mapping) -> bytes:
     return b"THPeligible:           0\nVmFlags: " + b" ".join(flags) + b" \n"
 
 
+def label(files: FileSystem, mapping: Mapping) -> bytes:
+    """What is mapped: a path, or a name in brackets, or nothing. Raises OSError where a source fails."""
+    if isinstance(mapping.backing, Inode):
+        return files.name_of(mapping.backing).replace(b"\n", b"\\012")
+    return b"[%s]" % mapping.name.encode() if mapping.name else b""
+
+
+def rights(mapping: Mapping) -> bytes:
+    """As ``rw-p``."""
+    letters = (letter if mapping.prot & bit else ord("-") for bit, letter in zip((1, 2, 4), b"rwx", strict=True))
+    return bytes(letters) + (b"s" if mapping.shared else b"p")
+
+
 def _line(files: FileSystem, mapping: Mapping) -> bytes:
     backing = mapping.backing
-    name, device, number, offset = b"", 0, 0, 0
+    name, device, number, offset = label(files, mapping), 0, 0, 0
     if isinstance(backing, Inode):
-        name = files.name_of(backing).replace(b"\n", b"\\012")
         device, number, offset = backing.store.device, backing.number, mapping.offset * PAGE
-    elif mapping.name:
-        name = b"[%s]" % mapping.name.encode()
-    rights = bytes(letter if mapping.prot & bit else ord("-") for bit, letter in zip((1, 2, 4), b"rwx", strict=True))
-    line = b"%08x-%08x %s%s %08x %02x:%02x %d " % (
-        mapping.start * PAGE, mapping.end * PAGE, rights, b"s" if mapping.shared else b"p", offset,
-        os.major(device), os.minor(device), number)
+    line = b"%08x-%08x %s %08x %02x:%02x %d " % (
+        mapping.start * PAGE, mapping.end * PAGE, rights(mapping), offset, os.major(device), os.minor(device), number)
     return (line.ljust(_NAME_AT) + name if name else line) + b"\n"

@@ -1,0 +1,184 @@
+"""Calls that have nearly the same answer for everybody, because what they are about is not there: extended attributes,
+scheduling classes, capabilities, memory policies; and old forms of others."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import TYPE_CHECKING
+
+from ..abi import number_of
+from ..contents import Regular
+from ..space import PAGE
+from ..vfs import UTIME_NOW
+from .files import located, preadv, pwritev, readv, writev
+from .registry import served, signed, signed32
+
+if TYPE_CHECKING:
+    from ..processes import Thread
+    from ..system import System
+
+_AT_FDCWD = -100
+_FIFO_MAX = 99
+_PRIORITIES = {0: (0, 0), 1: (1, _FIFO_MAX), 2: (1, _FIFO_MAX), 3: (0, 0), 5: (0, 0), 6: (0, 0)}     # SCHED_*
+_PRIORITY_MAX = number_of("sched_get_priority_max")
+_CAPABILITIES = 0x2008_0522                 # _LINUX_CAPABILITY_VERSION_3
+_ALL_CAPABILITIES = (1 << 41) - 1
+
+
+@served("getxattr", "lgetxattr", "setxattr", "lsetxattr", "removexattr", "lremovexattr")
+def attribute(system: System, thread: Thread, path: int, *_: int) -> int:
+    located(system, thread, _AT_FDCWD, path)
+    raise OSError(errno.EOPNOTSUPP, "")
+
+
+@served("fgetxattr", "fsetxattr", "fremovexattr")
+def file_attribute(system: System, thread: Thread, fd: int, *_: int) -> int:
+    thread.process.files.get(signed32(fd))
+    raise OSError(errno.EOPNOTSUPP, "")
+
+
+@served("listxattr", "llistxattr")
+def attributes(system: System, thread: Thread, path: int, *_: int) -> int:
+    located(system, thread, _AT_FDCWD, path)
+    return 0
+
+
+@served("flistxattr")
+def file_attributes(system: System, thread: Thread, fd: int, *_: int) -> int:
+    thread.process.files.get(signed32(fd))
+    return 0
+
+
+@served("sched_get_priority_max", "sched_get_priority_min")
+def priority(system: System, thread: Thread, policy: int, *_: int) -> int:
+    """SCHED_OTHER has one; that of the others is as on Linux."""
+    number = thread.registers[0]            # RAX: which of the two it is
+    low, high = _PRIORITIES.get(signed32(policy), (-1, -1))
+    if low < 0:
+        raise OSError(errno.EINVAL, "")
+    return high if number == _PRIORITY_MAX else low
+
+
+@served("sched_getscheduler")
+def sched_getscheduler(system: System, thread: Thread, *_: int) -> int:
+    return 0
+
+
+@served("sched_getparam")
+def sched_getparam(system: System, thread: Thread, pid: int, address: int, *_: int) -> int:
+    thread.process.space.write(address, bytes(4))
+    return 0
+
+
+@served("sched_setparam", "readahead", "sync_file_range", "ioprio_set", "ioprio_get", "personality", "membarrier",
+        "set_mempolicy", "mbind", "migrate_pages")
+def nothing(system: System, thread: Thread, *_: int) -> int:
+    """It is as it is: that is the usual answer (of membarrier(2), to MEMBARRIER_CMD_QUERY: there are none)."""
+    return 0
+
+
+@served("capget")
+def capget(system: System, thread: Thread, header: int, data: int, *_: int) -> int:
+    version, _ = struct.unpack("<Ii", thread.process.space.read(header, 8))
+    if version != _CAPABILITIES:
+        thread.process.space.write(header, struct.pack("<I", _CAPABILITIES))
+        raise OSError(errno.EINVAL, "")
+    if data:
+        low, high = _ALL_CAPABILITIES & 0xFFFF_FFFF, _ALL_CAPABILITIES >> 32
+        thread.process.space.write(data, struct.pack("<6I", low, low, 0, high, high, 0))
+    return 0
+
+
+@served("capset")
+def capset(system: System, thread: Thread, *_: int) -> int:
+    """There is no other user to be."""
+    return 0
+
+
+@served("mincore")
+def mincore(system: System, thread: Thread, address: int, length: int, vector: int, *_: int) -> int:
+    """All that is mapped is in memory, or would be at once."""
+    if address % PAGE:
+        raise OSError(errno.EINVAL, "")
+    space, count = thread.process.space, -(-length // PAGE)
+    if any(space.find(address // PAGE + at) is None for at in range(count)):
+        raise OSError(errno.ENOMEM, "")
+    space.write(vector, b"\1" * count)
+    return 0
+
+
+# --- times of files ---------------------------------------------------------------------------------------------------
+
+
+@served("utime")
+def utime(system: System, thread: Thread, path: int, times: int, *_: int) -> int:
+    pair = struct.unpack("<qq", thread.process.space.read(times, 16)) if times else None
+    return _set_times(system, thread, _AT_FDCWD, path, None if pair is None else (pair[0], 0, pair[1], 0))
+
+
+@served("utimes")
+def utimes(system: System, thread: Thread, path: int, times: int, *_: int) -> int:
+    return futimesat(system, thread, _AT_FDCWD, path, times)
+
+
+@served("futimesat")
+def futimesat(system: System, thread: Thread, fd: int, path: int, times: int, *_: int) -> int:
+    four = struct.unpack("<4q", thread.process.space.read(times, 32)) if times else None
+    return _set_times(system, thread, fd, path, four)
+
+
+def _set_times(system: System, thread: Thread, fd: int, path: int, times: tuple[int, ...] | None) -> int:
+    """Seconds and microseconds of each; None: now."""
+    a, b, c, d = times or (0, 0, 0, 0)
+    if not (0 <= b < 10**6 and 0 <= d < 10**6):
+        raise OSError(errno.EINVAL, "")
+    wanted = ((a, b * 1000), (c, d * 1000)) if times else ((0, UTIME_NOW), (0, UTIME_NOW))
+    system.files.set_times(located(system, thread, fd, path), *wanted)
+    return 0
+
+
+# --- reading and writing in other forms -----------------------------------------------------------------------------
+
+
+@served("preadv2")
+def preadv2(system: System, thread: Thread, fd: int, vector: int, count: int, low: int, high: int, flags: int) -> int:
+    if flags & ~0x1F:
+        raise OSError(errno.EOPNOTSUPP, "")
+    if signed(low) == -1:
+        return readv(system, thread, fd, vector, count)
+    return preadv(system, thread, fd, vector, count, low)
+
+
+@served("pwritev2")
+def pwritev2(system: System, thread: Thread, fd: int, vector: int, count: int, low: int, high: int, flags: int) -> int:
+    if flags & ~0x1F:
+        raise OSError(errno.EOPNOTSUPP, "")
+    if signed(low) == -1:
+        return writev(system, thread, fd, vector, count)
+    return pwritev(system, thread, fd, vector, count, low)
+
+
+@served("copy_file_range")
+def copy_file_range(system: System, thread: Thread, source: int, source_at: int, target: int, target_at: int,
+                    count: int, flags: int) -> int:
+    """Of regular files."""
+    files, space = thread.process.files, thread.process.space
+    one, two = files.get(signed32(source)), files.get(signed32(target))
+    if flags or not isinstance(one.inode, Regular) or not isinstance(two.inode, Regular):
+        raise OSError(errno.EINVAL, "")
+    if two.flags & os.O_APPEND:
+        raise OSError(errno.EBADF, "")
+    places = [struct.unpack("<q", space.read(at, 8))[0] if at else file.position
+              for at, file in ((source_at, one), (target_at, two))]
+    if one.inode is two.inode and abs(places[0] - places[1]) < count:
+        raise OSError(errno.EINVAL, "")
+    data = one.pread(min(count, 1 << 20), places[0])
+    written = two.pwrite(data, places[1]) if data else 0
+    for at, file, place in ((source_at, one, places[0]), (target_at, two, places[1])):
+        if at:
+            space.write(at, struct.pack("<q", place + written))
+        else:
+            file.position = place + written
+    return written
