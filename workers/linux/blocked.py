@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-__all__ = ["Again", "Blocked", "Ended"]
+__all__ = ["LONGEST", "Again", "Blocked", "Ended"]
+
+#: Of any time that is waited for, nanoseconds (KTIME_MAX).
+LONGEST = (1 << 63) - 1
 
 
 class Blocked(Exception):

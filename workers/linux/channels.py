@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .blocked import Blocked
 from .inodes import Inode, Node, Store
@@ -61,6 +61,10 @@ class Channel(OpenFile):
 
     def closed(self) -> None:
         """No descriptor is left."""
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.interests = []
 
     def patience(self, *, writing: bool) -> int:
         """How long a call waits that would block, in nanoseconds. 0: for ever."""
@@ -155,6 +159,13 @@ class ConsoleStream(Terminal):
     def again(self, file: OpenFile) -> ConsoleStream:
         """As it was opened by a link of /proc."""
         return ConsoleStream(self.inode.store, file.flags, error=self._error, inode=self.inode, number=file.number)
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"error": self._error}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self._error = saved["error"]
 
     def put(self, system: System, thread: Thread, data: bytes) -> int:
         written = system.console.write(data, error=self._error)

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any
 
-from .frames import NoFrames
+from .frames import NoFrames, Run, runs_of
 from .inodes import Cut, Inode, Origin, Store, origin_of, read_source
 from .sources import Entry
 from .space import PAGE
@@ -81,6 +81,11 @@ class Regular(Inode):
     @property
     def blocks(self) -> int:
         return len(self._frames) + len(self._reserved) + self._unread.count(0, _pages(self._size))
+
+    @property
+    def held(self) -> list[Run]:
+        """Frames that it has."""
+        return runs_of([*self._frames.values(), *self._reserved.values()])
 
     # --- mappings --------------------------------------------------------------------------------------------------
 

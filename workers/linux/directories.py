@@ -51,6 +51,10 @@ class Directory(Inode):
         found = self._listed().get(name)
         return None if found is None else found[0]
 
+    def there(self, name: bytes) -> Inode | None:
+        """The same, without looking into a source."""
+        return self._entries.get(name, (None,))[0]
+
     def empty(self) -> bool:
         """Raises OSError."""
         return not self._listed()

@@ -10,6 +10,7 @@ import errno
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ipc.programs import ASKED, REGISTERS, STALE_MAX, Answer, Kind, Mailbox
 
@@ -23,6 +24,7 @@ from .program import Started
 from .ram import Ram
 from .signals import INIT_XSAVE, Action, SignalInfo, bit, build_frame
 from .space import SegmentationFault, Space
+from .starts import Start
 from .system import System
 from .tables import NoTables
 from .tracing import Tracer
@@ -51,6 +53,7 @@ _ATTENTION_TIMEOUT = 60.0   # seconds
 _STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
 _SET_XSAVE, _GET_XSAVE = int(Answer.SET_XSAVE), int(Answer.GET_XSAVE)
 _IDLE, _END = int(Answer.IDLE), int(Answer.END)
+_FRESH = _ROOT | _FS | _REGISTERS | _SET_XSAVE
 
 
 class Dispatcher:
@@ -64,9 +67,11 @@ class Dispatcher:
         self._idle: set[int] = set()
         self._ended: set[int] = set()
         self._blocked: dict[int, Blocked] = {}
-        self._parked: set[int] = set()          # their process is stopped
+        self._parked: dict[int, int] = {}       # their process is stopped; how they go on
         self._looks: set[int] = set()           # to be looked at: a signal, an end
-        self._to_start: deque[tuple[Thread, list[int], int]] = deque()
+        self._to_start: deque[Start] = deque()
+        #: What else the next answer has for a thread that came here from somewhere else.
+        self._first: dict[int, int] = {}
         #: Frames of which the worker of a vCPU has to drop its mapping before it goes on.
         self._stale: dict[int, list[Run]] = {}
         self._traps: dict[int, tuple[int, int, int]] = {}   # (error, vector, address) of a fault that is a signal
@@ -95,11 +100,11 @@ class Dispatcher:
     def serve_others(self) -> bool:
         """Threads that are to begin, to be looked at, or can make their call again; whether there was any."""
         found = False
-        while self._to_start and self._idle:
+        while (start := self._startable()) is not None:
             found = True
-            thread, registers, fs_base = self._to_start.popleft()
-            if not thread.ended:
-                self._begin(min(self._idle), thread, registers, fs_base)
+            self._to_start.remove(start)
+            if not start.thread.ended:
+                self._begin(min(self._idle) if start.vcpu is None else start.vcpu, start)
         while self._looks:
             found = True
             self._look(self._looks.pop())
@@ -134,7 +139,7 @@ class Dispatcher:
         return sum(each is None for each in self._threads) - len(self._to_start)
 
     def launch(self, thread: Thread, registers: Sequence[int], fs_base: int) -> None:
-        self._to_start.append((thread, list(registers), fs_base))
+        self._to_start.append(Start(thread, list(registers), fs_base, xsave=INIT_XSAVE))
 
     def look_at(self, thread: Thread) -> None:
         index = self._indices.get(thread)
@@ -248,7 +253,7 @@ class Dispatcher:
         if thread.ended:
             self._let_go(index)
         elif thread.process.stopped:
-            self._park(index)
+            self._park(index, answer)
         elif not system.deliverable(thread):
             if thread.saved_mask is not None:
                 thread.blocked, thread.saved_mask = thread.saved_mask, None
@@ -260,11 +265,11 @@ class Dispatcher:
         elif thread.ended:
             self._let_go(index)
         else:
-            self._park(index)
+            self._park(index, answer)
 
-    def _park(self, index: int) -> None:
+    def _park(self, index: int, answer: int = 0) -> None:
         """Its process is stopped. What it was to go on with stays in the mailbox."""
-        self._parked.add(index)
+        self._parked[index] = answer
         self._boxes[index].hold()
 
     def _has_handler(self, thread: Thread) -> bool:
@@ -318,8 +323,9 @@ class Dispatcher:
             self._system.give_up(thread)
             self._indices.pop(thread, None)
         self._blocked.pop(index, None)
-        self._parked.discard(index)
+        self._parked.pop(index, None)
         self._traps.pop(index, None)
+        self._first.pop(index, None)
         if self._system.code is not None:
             self._idle.discard(index)
             self._ended.add(index)
@@ -327,20 +333,37 @@ class Dispatcher:
         else:
             self._answer(index, _IDLE)
 
-    def _begin(self, index: int, thread: Thread, registers: Sequence[int], fs_base: int) -> None:
-        box = self._boxes[index]
+    def _startable(self) -> Start | None:
+        """The first that can go on. One whose process is stopped waits here."""
+        if not self._to_start or not self._idle:
+            return None
+        for each in self._to_start:
+            if each.thread.ended or (not each.thread.process.stopped and (
+                    each.vcpu is None or each.vcpu in self._idle)):
+                return each
+        return None
+
+    def _begin(self, index: int, start: Start) -> None:
+        box, thread = self._boxes[index], start.thread
         self._idle.discard(index)
         self._threads[index] = thread
         self._indices[thread] = index
         thread.process.space.visitors.add(index)
+        registers, fs_base, xsave = start.whole()
         for at, value in enumerate(registers):
             box.registers[at] = value
         box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
-        box.xsave[:] = INIT_XSAVE
-        self._cpu_at_start[index] = box.cpu_ns
-        self._answer(index, _ROOT | _FS | _REGISTERS | _SET_XSAVE)
-        if self._system.deliverable(thread):
-            self._looks.add(index)
+        box.xsave[:] = xsave
+        thread.registers, thread.fs_now = box.registers, fs_base
+        self._cpu_at_start[index] = box.cpu_ns - thread.cpu_ns
+        if start.trap is not None:
+            self._traps[index] = start.trap
+        if start.call:
+            self._first[index] = _FRESH
+            box.registers[_RIP] += _SYSCALL_SIZE
+            self._call(index, box, thread)
+        else:
+            self._go_on(index, thread, _FRESH)
 
     # --- blocked calls ----------------------------------------------------------------------------------------------
 
@@ -374,8 +397,7 @@ class Dispatcher:
                 self._let_go(index)
         elif index in self._parked:
             if not thread.process.stopped:
-                self._parked.discard(index)
-                self._go_on(index, thread, _REGISTERS)
+                self._go_on(index, thread, self._parked.pop(index) | _REGISTERS)
         elif index in self._blocked:
             self._interrupt(index, box, thread)
 
@@ -434,6 +456,7 @@ class Dispatcher:
             space = thread.process.space
             if space.stale:
                 self._make_stale(space.visitors, space.take_stale())
+        answer |= self._first.pop(index, 0)
         stale = self._stale.pop(index, None)
         if stale is not None:
             box.put_stale(stale if len(stale) <= STALE_MAX else [])
@@ -460,6 +483,33 @@ class Dispatcher:
                 if time.monotonic() > deadline:     # going on would leave it with what is another's memory by now
                     raise AccelError("a vCPU's worker does not drop its translations")
                 time.sleep(0)
+
+    # --- as data ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> list[dict[str, Any]]:
+        """Each thread: on which vCPU it is (None: on none yet), and with what it goes on. A call that waits for an
+        answer is as before it was made (``call``). Of a thread that is in the guest ``registers`` and ``fs_base`` are
+        None, of one whose XSAVE area is in its vCPU ``xsave``: whoever saves that puts them there. The page tables are
+        others when it goes on."""
+        starts = [self._start_of(index, thread) for index, thread in enumerate(self._threads) if thread is not None]
+        return [each.save() for each in (*starts, *self._to_start) if not each.thread.ended]
+
+    def _start_of(self, index: int, thread: Thread) -> Start:
+        box, start = self._boxes[index], Start(thread, vcpu=index, trap=self._traps.get(index))
+        if box.waits:
+            start.registers, start.fs_base = list(box.registers), box.fs_base
+            asked = box.kind if box.asked else 0
+            if index in self._blocked or asked == Kind.CALL:
+                start.registers[_RIP] -= _SYSCALL_SIZE
+                start.call = True
+            given = self._first.get(index, 0) | self._parked.get(index, 0)
+            if given & _SET_XSAVE or asked == Kind.XSAVE:
+                start.xsave = bytes(box.xsave)
+        return start
+
+    def load(self, saved: list[dict[str, Any]]) -> None:
+        """All vCPUs are without a thread. Raises StateError."""
+        self._to_start.extend(Start.load(self._system.threads, each) for each in saved)
 
 
 def _no_handler(info: SignalInfo, action: Action) -> None:

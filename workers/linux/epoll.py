@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .channels import ERR, HUP, IN, RDNORM, Channel
 from .inodes import Inode
 
 if TYPE_CHECKING:
     from .openfiles import OpenFile
+    from .state import Loading, Saving
     from .system import System
 
-__all__ = ["EXCLUSIVE", "Epoll", "Interest", "Watcher"]
+__all__ = ["EXCLUSIVE", "Epoll", "Interest", "Watcher", "load_interests", "save_interests"]
 
 EXCLUSIVE, _WAKEUP, _ONESHOT, _EDGE = 1 << 28, 1 << 29, 1 << 30, 1 << 31    # uapi/linux/eventpoll.h
 _HOW = EXCLUSIVE | _WAKEUP | _ONESHOT | _EDGE
@@ -175,3 +176,37 @@ class Epoll(Channel):
     def tick(self, system: System) -> None:
         for each in self._timed():
             each.tick(system)
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save_links(self, saving: Saving) -> dict[str, Any]:
+        return {"interests": [[number, saving.file(file), each.events, each.data]
+                              for (number, file), each in self.interests_of.items()],
+                "pending": [[each.number, each.file.number] for each in self.pending]}
+
+    def link(self, loading: Loading, saved: dict[str, Any]) -> None:
+        """``everywhere`` is not there yet (`save_interests`)."""
+        self._everywhere = loading.system.interests
+        self.interests_of = {}
+        for number, at, events, data in saved["interests"]:
+            interest = Interest(self, loading.channel(at), number)
+            interest.events, interest.data = events, data
+            self.interests_of[number, interest.file] = interest
+        self.pending = {self.interests_of[number, loading.channel(at)]: None for number, at in saved["pending"]}
+
+
+def save_interests(everywhere: dict[Hashable, list[Watcher]]) -> list[list[list[int]]]:
+    """By source: the order in which they are told."""
+    return [[[each.epoll.number, each.number, each.file.number] for each in watchers if isinstance(each, Interest)]
+            for watchers in everywhere.values()]
+
+
+def load_interests(loading: Loading, saved: list[list[list[int]]]) -> None:
+    """Once all open files are there."""
+    for group in saved:
+        for epoll_number, number, file_number in reversed(group):
+            epoll, file = loading.files[epoll_number], loading.channel(file_number)
+            assert isinstance(epoll, Epoll)
+            interest = epoll.interests_of[number, file]
+            file.interests.append(interest)
+            loading.system.interests.setdefault(file.source, []).insert(0, interest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .blocked import Blocked
 from .channels import ERR, IN, OUT, Channel
@@ -53,6 +53,13 @@ class EventFile(Channel):
         self.count += value
         system.notify(self, IN)
         return 8
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"count": self.count, "one_by_one": self.one_by_one}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.count, self.one_by_one = saved["count"], saved["one_by_one"]
 
     def ready(self, system: System) -> int:
         return (IN if self.count else 0) | (OUT if self.count < _MOST - 1 else 0) | (ERR if self.count == _MOST else 0)
@@ -110,6 +117,15 @@ class TimerFile(Channel):
         self.expiry = self.expiry + found * self.interval if self.interval else None
         self._noticed = False
         return struct.pack("<Q", found)
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"realtime": self.realtime, "interval": self.interval, "noticed": self._noticed,
+                                 "expiry": self.expiry}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.realtime, self.interval, self._noticed = saved["realtime"], saved["interval"], saved["noticed"]
+        self.expiry = saved["expiry"]
 
     def ready(self, system: System) -> int:
         return IN if self.expired(system.monotonic()) else 0

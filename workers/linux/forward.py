@@ -110,6 +110,7 @@ class Forwarding:
                 continue
             made = self._connections[number] = _Connection(number, socket, self._busy)
             self._system.interests.setdefault(socket, []).append(made)
+            self._system.outside.add(socket)
             return
         self._link.put(Kind.RESET, number)
 
@@ -181,4 +182,5 @@ class Forwarding:
         del self._connections[connection.number]
         self._busy.pop(connection.number, None)
         self._system.interests.pop(connection.socket, None)
+        self._system.outside.discard(connection.socket)
 

@@ -68,6 +68,19 @@ class Frames:
         if len(self._free) > _RUNS:
             self._free = _merged(self._free)
 
+    def restore(self, runs: Iterable[Run]) -> None:
+        """As often as a frame is in one of them it is used; all others are free. Raises ValueError."""
+        length = len(self._uses)
+        self._uses = uses = array("I", bytes(4 * length))
+        for first, count in runs:
+            at = first - self._first
+            if not 0 <= at <= at + count <= length:
+                raise ValueError(f"{count} frames from {first} on are not there")
+            for index in range(at, at + count):
+                uses[index] += 1
+        self._free = runs_of(self._first + at for at, each in enumerate(uses) if not each)
+        self.free = uses.count(0)
+
     def _use(self, first: int, count: int, uses: int) -> None:
         at = first - self._first
         self._uses[at:at + count] = array("I", [uses]) * count

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .channels import ERR, HUP, IN, RDNORM
+from .inodes import Inode
 from .network import Network
 from .sockets import DGRAM, RECEIVE, SEND, STREAM, Broken, Message, Packet, Received, Socket
 
 if TYPE_CHECKING:
     from .processes import Thread
+    from .state import Loading, Saving
     from .system import System
 
 __all__ = ["INET", "INET6", "LOOPBACK", "LOOPBACK4", "TCP", "UDP", "InetSocket", "TcpSocket", "UdpSocket"]
@@ -133,6 +135,15 @@ class InetSocket(Socket):
         """To it."""
         raise NotImplementedError
 
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"domain": self.domain, "ip": self.ip, "port": self.port,
+                                 "remote": None if self.remote is None else list(self.remote)}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.domain, self.ip, self.port = saved["domain"], saved["ip"], saved["port"]
+        self.remote = None if saved["remote"] is None else (saved["remote"][0], saved["remote"][1])
+
     def closed(self) -> None:
         if self.port:
             self.network.leave(self)
@@ -152,6 +163,22 @@ class TcpSocket(InetSocket):
 
     def is_open(self, sender: InetSocket) -> bool:
         return self.backlog is not None
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"is": [self.finished, self.gone, self.dead]}
+
+    def save_links(self, saving: Saving) -> dict[str, Any]:
+        return super().save_links(saving) | {"peer": None if self.peer is None else saving.file(self.peer)}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.finished, self.gone, self.dead = saved["is"]
+
+    def link(self, loading: Loading, saved: dict[str, Any]) -> None:
+        super().link(loading, saved)
+        self.peer = None if saved["peer"] is None else loading.tcp(saved["peer"])
 
     # --- connections -----------------------------------------------------------------------------------------------
 
@@ -333,6 +360,13 @@ class UdpSocket(InetSocket):
                  domain: int) -> None:
         super().__init__(network, kind, protocol, flags, domain=domain)
         self._bound_ip: bytes | None = None         # before it was connected
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"bound": self._bound_ip}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self._bound_ip = saved["bound"]
 
     def is_open(self, sender: InetSocket) -> bool:
         return self.remote is None or (self.remote[1] == sender.port and self.remote[0] == sender._source_of(self.ip))

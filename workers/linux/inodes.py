@@ -173,13 +173,16 @@ class Inode:
     def save(self) -> dict[str, Any]:
         return {"number": self.number, "mode": self.mode, "uid": self.uid, "gid": self.gid, "rdev": self.rdev,
                 "nlink": self.nlink, "uses": self.uses, "linkable": self.linkable,
-                "times": [self.atime, self.mtime, self.ctime, self.btime],
+                "times": [part for each in (self.atime, self.mtime, self.ctime, self.btime)
+                          for part in divmod(each, NANOSECONDS)],
                 "locks": self.locks.save() if self.locks else None}
 
     def load(self, saved: dict[str, Any]) -> None:
         """All but what the constructor was given."""
         self.nlink, self.uses, self.linkable = saved["nlink"], saved["uses"], saved["linkable"]
-        self.atime, self.mtime, self.ctime, self.btime = saved["times"]
+        times = saved["times"]
+        self.atime, self.mtime, self.ctime, self.btime = (
+            seconds * NANOSECONDS + rest for seconds, rest in zip(times[::2], times[1::2], strict=True))
         self.locks = Locks(saved["locks"])
 
     def load_entry(self, entry: Entry, origin: Origin) -> None:

@@ -1,7 +1,7 @@
 """Files that are made when somebody looks (/proc, /sys): a directory's entries, a file's contents, where a link leads.
 
 They are in no table of inodes: each look gives another object, which has the number that belongs to its path. So there
-is nothing of them to save but a use, and that names the path.
+is little of them to save but a use, and that names the path (`gone` is for one that is found no more).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Any, NoReturn
 
 from .directories import LONGEST_NAME, Directory
 from .inodes import Inode, Stat, Store, Symlink
 from .openfiles import OpenFile
 
-__all__ = ["Link", "MadeDirectory", "Text", "TextFile", "is_made"]
+__all__ = ["Link", "MadeDirectory", "Text", "TextFile", "gone", "is_made", "load_made", "save_made"]
 
 _NUMBERS = 1 << 48          # above those of all others
 _NUMERIC = 1 << 20          # positions of entries whose names are numbers
@@ -34,16 +35,19 @@ def _seen(found: Stat) -> Stat:
 
 class MadeDirectory(Directory):
     """``names`` gives those of its entries, ``make`` the entry of one of them (None: there is none). Each raises
-    OSError where what it is about is gone. ``refusal``: the errno of an attempt to make something in it."""
+    OSError where what it is about is gone. ``is_there``: it is not, and then nothing beneath it is either. ``refusal``:
+    the errno of an attempt to make something in it."""
 
-    __slots__ = ("_make", "_names", "path", "refusal")
+    __slots__ = ("_make", "_names", "is_there", "path", "refusal")
 
     def __init__(self, store: Store, path: bytes, parent: Directory | None, names: Callable[[], Iterable[bytes]],
                  make: Callable[[MadeDirectory, bytes], Inode | None], *, mode: int = 0o555,
-                 refusal: int = errno.ENOENT) -> None:
+                 refusal: int = errno.ENOENT, is_there: Callable[[], bool] | None = None) -> None:
         super().__init__(store, stat.S_IFDIR | mode, number=_number(path))
         del store.inodes[self.number]
         self.path, self._names, self._make, self.refusal = path, names, make, refusal
+        self.is_there: Callable[[], bool] = is_there or (
+            parent.is_there if isinstance(parent, MadeDirectory) else lambda: True)
         if parent is not None:
             self.parent = parent
 
@@ -171,5 +175,53 @@ class TextFile(OpenFile):
         return offset
 
 
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"text": self._text}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self._text = saved["text"]
+
+
 def is_made(inode: Inode) -> bool:
     return isinstance(inode, (MadeDirectory, Text, Link))
+
+
+# --- as data -------------------------------------------------------------------------------------------------------
+
+
+def save_made(inode: Inode) -> dict[str, Any]:
+    assert isinstance(inode, (MadeDirectory, Text, Link))
+    return {"path": inode.path, **Inode.save(inode)}
+
+
+def load_made(root: Directory, saved: dict[str, Any]) -> Inode:
+    """As it is found now."""
+    found: Inode | None = root
+    try:
+        for name in saved["path"].split(b"/")[1:]:
+            found = found.find(name) if isinstance(found, Directory) else None
+    except OSError:
+        found = None
+    if found is None or not is_made(found) or found.kind != stat.S_IFMT(saved["mode"]):
+        found = gone(root.store, saved["path"], saved["mode"])
+    found.mode, found.uid, found.gid = saved["mode"], saved["uid"], saved["gid"]
+    Inode.load(found, saved)
+    return found
+
+
+def gone(store: Store, path: bytes, mode: int) -> Inode:
+    """One that there was: what it is asked for raises OSError."""
+    def no_entry(*_: object) -> NoReturn:
+        raise OSError(errno.ENOENT, "")
+
+    def no_process(*_: object) -> NoReturn:
+        raise OSError(errno.ESRCH, "")
+
+    if stat.S_ISDIR(mode):
+        return MadeDirectory(store, path, None, no_entry, no_entry, is_there=lambda: False)
+    if stat.S_ISLNK(mode):
+        return Link(store, path, no_entry, no_entry)
+    return Text(store, path, no_process, no_process)

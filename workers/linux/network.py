@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .inodes import Store
 
 if TYPE_CHECKING:
     from .inet import InetSocket
+    from .state import Loading, Saving
     from .unix import UnixSocket
 
 __all__ = ["Network"]
@@ -58,3 +59,18 @@ class Network:
             found.remove(socket)
             if not found:
                 del self.ports[socket.protocol, socket.port]
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self, saving: Saving) -> dict[str, Any]:
+        return {"nodes": [[number, saving.file(each)] for number, each in self.nodes.items()],
+                "abstract": [[name, saving.file(each)] for name, each in self.abstract.items()],
+                "ports": [[*key, [saving.file(each) for each in sockets]] for key, sockets in self.ports.items()],
+                "next": [self._next_name, self._next_port]}
+
+    def load(self, loading: Loading, saved: dict[str, Any]) -> None:
+        self.nodes = {number: loading.unix(each) for number, each in saved["nodes"]}
+        self.abstract = {name: loading.unix(each) for name, each in saved["abstract"]}
+        self.ports = {(protocol, port): [loading.inet(each) for each in sockets]
+                      for protocol, port, sockets in saved["ports"]}
+        self._next_name, self._next_port = saved["next"]

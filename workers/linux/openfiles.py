@@ -8,12 +8,15 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from .contents import LARGEST, Regular
 from .directories import Directory
 from .inodes import Inode, Node, Store
 from .locks import FOREVER, Lock
+
+if TYPE_CHECKING:
+    from .state import Loading, Saving
 
 __all__ = ["FALLOC_KEEP_SIZE", "FALLOC_PUNCH_HOLE", "OpenFile"]
 
@@ -302,9 +305,22 @@ class OpenFile:
         return {"inode": self.inode.number, "number": self.number, "flags": self.flags, "position": self.position,
                 "uses": self.uses}
 
+    def save_links(self, saving: Saving) -> dict[str, Any]:
+        """What else it leads to."""
+        return {}
+
     @classmethod
-    def load(cls, store: Store, saved: dict[str, Any]) -> OpenFile:
-        """Of a file system that was saved at the same time. It keeps the inode already."""
-        found = cls(store.inodes[saved["inode"]], saved["flags"], saved["number"])
-        found.position, found.uses = saved["position"], saved["uses"]
+    def load(cls, store: Store, saved: dict[str, Any], inode: Inode | None = None) -> Self:
+        """Of a file system that was saved at the same time. It keeps the inode already. ``inode``: one that is in no
+        table."""
+        found = cls.__new__(cls)
+        found.restore(inode or store.inodes[saved["inode"]], saved)
         return found
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        """Of one that was made without more, all but what it leads to."""
+        self.inode, self.flags, self.number = inode, saved["flags"], saved["number"]
+        self.position, self.uses = saved["position"], saved["uses"]
+
+    def link(self, loading: Loading, saved: dict[str, Any]) -> None:
+        """The rest: all open files are there now."""

@@ -6,6 +6,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
+from .blocked import LONGEST
 from .inet import INET, INET6
 from .sockets import STREAM
 
@@ -94,7 +95,7 @@ def _set_timeout(socket: Socket, name: int, value: bytes) -> None:
     seconds, rest = struct.unpack("<qq", value[:16])
     if not 0 <= rest < 10**6:
         raise OSError(errno.EDOM, "")
-    length = max(0, seconds) * _SECOND + rest * _MICROSECOND if seconds >= 0 else 1
+    length = min(seconds * _SECOND + rest * _MICROSECOND, LONGEST) if seconds >= 0 else 1
     if name == _TIMEOUTS[0]:
         socket.receive_timeout = length
     else:

@@ -12,7 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .blocked import Blocked
 from .channels import ERR, HUP, IN, OUT, RDNORM, WRNORM, Channel
@@ -22,6 +22,7 @@ from .space import PAGE
 
 if TYPE_CHECKING:
     from .processes import Thread
+    from .state import Loading, Saving
     from .system import System
 
 __all__ = ["Pipe", "PipeEnd", "open_fifo"]
@@ -117,6 +118,20 @@ class Pipe:
         return done
 
 
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Without its ends."""
+        return {"most": self.most, "ever": [self.ever_read, self.ever_written],
+                "buffers": [[bytes(each.data), each.start, each.packet] for each in self.buffers]}
+
+    @classmethod
+    def load(cls, notify: Callable[[Hashable, int], None], saved: dict[str, Any]) -> Pipe:
+        read, written = saved["ever"]
+        return cls(notify, saved["most"], ever_read=read, ever_written=written, buffers=deque(
+            _Buffer(bytearray(data), start, packet) for data, start, packet in saved["buffers"]))
+
+
 class PipeEnd(Channel):
     """One that is opened for both reading and writing is both ends of a fifo. ``fifos``: where the pipe is entered
     while anybody has it open, by inode; of a pipe without a name, nowhere. See ``Channel`` for the contract."""
@@ -192,6 +207,24 @@ class PipeEnd(Channel):
             raise OSError(errno.ENOTTY, "")
         thread.process.space.write(argument, struct.pack("<I", self.pipe.filled))
         return 0
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"named": self._fifos is not None, "seen": self._seen}
+
+    def save_links(self, saving: Saving) -> dict[str, Any]:
+        return {"pipe": saving.pipe(self.pipe)}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self._seen = saved["seen"]
+
+    def link(self, loading: Loading, saved: dict[str, Any]) -> None:
+        self.pipe = loading.pipes[saved["pipe"]]
+        self._fifos = loading.system.fifos if saved["named"] else None
+        self.pipe.readers += self.readable
+        self.pipe.writers += self.writable
 
 
 def open_fifo(system: System, thread: Thread, file: OpenFile) -> PipeEnd:

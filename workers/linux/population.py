@@ -53,7 +53,7 @@ class Population:
     def __init__(self) -> None:
         self.processes: dict[int, Process] = {}
         self.threads: dict[int, Thread] = {}
-        self._next_id = FIRST_PID
+        self.next_id = FIRST_PID
         #: What has changed since somebody looked: calls that are blocked on it can be made again.
         self.notified: set[Hashable] = set()
         #: How the first process has ended, as wait(2) gives it.
@@ -82,10 +82,10 @@ class Population:
         return (each for each in self.processes.values() if each.parent == process.pid)
 
     def new_id(self) -> int:
-        while self._next_id in self.threads or self._next_id in self.processes:
-            self._next_id = self._next_id % 0x3F_FFFF + 1
-        found = self._next_id
-        self._next_id = self._next_id % 0x3F_FFFF + 1
+        while self.next_id in self.threads or self.next_id in self.processes:
+            self.next_id = self.next_id % 0x3F_FFFF + 1
+        found = self.next_id
+        self.next_id = self.next_id % 0x3F_FFFF + 1
         return found
 
     # --- beginnings -------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .directories import Directory
 from .openfiles import OpenFile
@@ -14,6 +14,8 @@ from .space import Space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from .state import Loading, Saving
 
 __all__ = ["Descriptor", "FileTable", "Process", "Thread"]
 
@@ -96,6 +98,20 @@ class FileTable:
             copied._there[number] = Descriptor(each.file, each.close_on_exec)
         return copied
 
+    def save(self, saving: Saving) -> dict[str, Any]:
+        return {"owner": self.owner, "limit": self.limit, "there": [[number, saving.file(each.file), each.close_on_exec]
+                                               for number, each in self._there.items()]}
+
+    @classmethod
+    def load(cls, loading: Loading, saved: dict[str, Any]) -> FileTable:
+        """Without its users, which follow."""
+        found = cls(saved["owner"])
+        found.users = 0
+        found.limit = saved["limit"]
+        found._there = {number: Descriptor(loading.files[file], close_on_exec)
+                        for number, file, close_on_exec in saved["there"]}
+        return found
+
 
 @dataclass(eq=False)
 class Process:
@@ -133,6 +149,29 @@ class Process:
     def action(self, number: int) -> Action:
         return self.actions.get(number, _DEFAULT)
 
+    def save(self, saving: Saving) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _PROCESS} | {
+            "space": saving.space(self.space), "files": saving.table(self.files),
+            "directory": saving.inode(self.directory), "threads": [each.save(saving) for each in self.threads],
+            "arguments": list(self.arguments), "environment": list(self.environment),
+            "limits": [[which, *pair] for which, pair in self.limits.items()],
+            "actions": [[number, *astuple(action)] for number, action in self.actions.items()],
+            "pending": [list(astuple(each)) for each in self.pending], "alarm": list(self.alarm)}
+
+    @classmethod
+    def load(cls, loading: Loading, saved: dict[str, Any]) -> Process:
+        """Without what its threads wait for."""
+        found = cls(space=loading.spaces[saved["space"]], files=loading.tables[saved["files"]],
+                    directory=loading.directory(saved["directory"]), **{name: saved[name] for name in _PROCESS})
+        found.threads = [Thread.load(loading, each, found) for each in saved["threads"]]
+        found.arguments, found.environment = saved["arguments"], saved["environment"]
+        found.limits = {which: (soft, hard) for which, soft, hard in saved["limits"]}
+        found.actions = {number: Action(*rest) for number, *rest in saved["actions"]}
+        found.pending = [SignalInfo(*each) for each in saved["pending"]]
+        at, interval = saved["alarm"]
+        found.alarm = (at, interval)
+        return found
+
 
 @dataclass(eq=False)
 class Thread:
@@ -162,6 +201,30 @@ class Thread:
     xsave: bytes | None = None
     opening: OpenFile | None = None     # a fifo that it waits for the other end of
     ended: bool = False
+
+    def save(self, saving: Saving) -> dict[str, Any]:
+        """Between two calls: what it has in its vCPU is not here."""
+        return {name: getattr(self, name) for name in _THREAD} | {
+            "pending": [list(astuple(each)) for each in self.pending], "robust": list(self.robust),
+            "vfork": None if self.vfork is None else self.vfork.pid,
+            "opening": None if self.opening is None else saving.file(self.opening)}
+
+    @classmethod
+    def load(cls, loading: Loading, saved: dict[str, Any], process: Process) -> Thread:
+        """Without ``vfork``: its child may not be there yet."""
+        found = cls(process=process, **{name: saved[name] for name in _THREAD})
+        found.pending = [SignalInfo(*each) for each in saved["pending"]]
+        head, size = saved["robust"]
+        found.robust = (head, size)
+        found.opening = None if saved["opening"] is None else loading.files[saved["opening"]]
+        return found
+
+
+#: What is saved of them as it is.
+_PROCESS = ("pid", "parent", "path", "name", "mask", "group", "session", "code", "stopped", "told", "exit_signal",
+            "cpu_before", "cpu_children")
+_THREAD = ("tid", "name", "blocked", "saved_mask", "awaited", "alternate", "clear_tid", "fs_base", "deadline", "done",
+           "fs_now", "cpu_ns")
 
 
 def makes(flags: int) -> bool:

@@ -205,5 +205,5 @@ def _stack(space: Space, file: Executable, path: bytes, arguments: Sequence[byte
     space.write(base, random + bytes(texts))
     first, end = base + len(random) + places[2] if strings else 0, base + len(random) + len(texts)
     middle = strings[len(arguments)] if environment else end
-    space.beginning = Beginning(file, struct.pack(f"<{len(vector)}Q", *vector), (first, middle), (middle, end), rsp)
+    space.begin(Beginning(file, struct.pack(f"<{len(vector)}Q", *vector), (first, middle), (middle, end), rsp))
     return rsp

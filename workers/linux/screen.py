@@ -6,6 +6,7 @@ from __future__ import annotations
 import termios
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from .settings import IUTF8, Settings
 
@@ -140,6 +141,25 @@ class Screen:
         self._echo.append((do, arguments))
         if len(self._echo) >= _ECHO_BLOCK:
             self.settle()
+
+    # --- as data ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Without its settings, which are the terminal's."""
+        return {"shown": bytes(self.shown), "stopped": [self.stopped, self._by_call],
+                "echo": [[do.__name__, *map(int, arguments)] for do, arguments in self._echo],
+                "columns": [self._column, self._first_column]}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.shown[:] = saved["shown"]
+        self.stopped, self._by_call = saved["stopped"]
+        kinds = {each.__name__: each for each in (self._begin_line, self._show, self._show_control,
+                                                  self._show_before_tab, self._move_back)}
+        self._echo.clear()
+        self._echo.extend((kinds[name], tuple(arguments)) for name, *arguments in saved["echo"])
+        self._column, self._first_column = saved["columns"]
+
+    # --- what echo does -----------------------------------------------------------------------------------------------
 
     def _begin_line(self) -> None:
         self._first_column = self._column

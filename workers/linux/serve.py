@@ -7,7 +7,6 @@ To the coordinator it is a vCPU like any: it is kicked and paused between calls,
 from __future__ import annotations
 
 import os
-import random
 import select
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from ..ports import PortBus
 from ..programs import bell_path
 from ..state import VcpuSaved
 from .abi import CALLS
+from .chance import Chance
 from .channels import Terminal
 from .dispatch import Dispatcher
 from .forward import Forwarding
@@ -114,7 +114,7 @@ class SystemAccelerator:
         self._end_by = 0.0
         self._look_at = 0       # when so many calls have been served
         seed = spec.program.seed
-        self._random: Callable[[int], bytes] = os.urandom if seed is None else random.Random(seed).randbytes
+        self._random: Callable[[int], bytes] = os.urandom if seed is None else Chance(seed)
         first = spec.slots[0].gpa // PAGE_SIZE
         frames = Frames(first, spec.slots[0].size // PAGE_SIZE)
         page = tables_page(spec.threads)

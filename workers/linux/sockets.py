@@ -14,15 +14,17 @@ import struct
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .blocked import Blocked
 from .channels import ERR, HUP, IN, OUT, RDHUP, RDNORM, WRNORM, Channel, nameless
+from .inodes import Inode
 from .openfiles import OpenFile
 
 if TYPE_CHECKING:
     from .network import Network
     from .processes import Thread
+    from .state import Loading, Saving
     from .system import System
 
 __all__ = ["DGRAM", "RECEIVE", "SEND", "SEQPACKET", "STREAM", "WRBAND", "Broken", "Credentials", "Message", "Packet",
@@ -279,6 +281,39 @@ class Socket(Channel):
             packet.drop()
         self.queue.clear()
         self.held = 0
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {
+            "type": [self.kind, self.protocol], "options": [[*key, value] for key, value in self.options.items()],
+            "shut": self.shut, "error": self.error, "rooms": [self.receive_room, self.send_room],
+            "timeouts": [self.receive_timeout, self.send_timeout], "linger": list(self.linger),
+            "backlog": self.backlog}
+
+    def save_links(self, saving: Saving) -> dict[str, Any]:
+        return {"queue": [[bytes(each.data), each.sender, [saving.file(file) for file in each.rights],
+                           list(each.credentials), each.merges] for each in self.queue],
+                "waiting": [saving.file(each) for each in self.waiting]}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.kind, self.protocol = saved["type"]
+        self.whole = self.kind != STREAM
+        self.options = {(level, name): value for level, name, value in saved["options"]}
+        self.shut, self.error, self.backlog = saved["shut"], saved["error"], saved["backlog"]
+        self.receive_room, self.send_room = saved["rooms"]
+        self.receive_timeout, self.send_timeout = saved["timeouts"]
+        on, seconds = saved["linger"]
+        self.linger = (on, seconds)
+
+    def link(self, loading: Loading, saved: dict[str, Any]) -> None:
+        self.network = loading.system.network
+        self.queue = deque(
+            Packet(bytearray(data), sender, [loading.files[each] for each in rights], (pid, user, group), merges)
+            for data, sender, rights, (pid, user, group), merges in saved["queue"])
+        self.held = sum(each.cost for each in self.queue)
+        self.waiting = deque(loading.socket(each) for each in saved["waiting"])
 
     # --- poll ------------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,13 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .frames import Frames, Run, runs_of
 from .tables import ACCESSED, COPY, FRAME, HELD, NO_EXECUTE, PRESENT, USER, WRITE, Tables
+
+if TYPE_CHECKING:
+    from .state import Loading, Saving
 
 __all__ = ["Backing", "Beginning", "Mapping", "Memory", "SegmentationFault", "Space"]
 
@@ -78,10 +81,10 @@ class Backing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What execve(2) has put there: the program, its auxiliary vector; (first, end) of its arguments and environment,
-    and the stack pointer, as addresses."""
+    """What execve(2) has put there: the program (None: the address space is closed), its auxiliary vector; (first, end)
+    of its arguments and environment, and the stack pointer, as addresses."""
 
-    file: Backing
+    file: Backing | None
     auxiliary: bytes
     arguments: tuple[int, int]
     environment: tuple[int, int]
@@ -258,6 +261,12 @@ class Space:
         if self._hole(start, end) < end:
             raise OSError(errno.ENOMEM, "")
 
+    def begin(self, beginning: Beginning) -> None:
+        """What execve(2) has put there. The program lives as long as this, mapped or not."""
+        self.beginning = beginning
+        if beginning.file is not None:
+            beginning.file.keep_mapped()
+
     def set_heap(self, page: int) -> None:
         """Where the heap begins, empty."""
         self._heap, self._heap_end = page, page * PAGE
@@ -337,7 +346,8 @@ class Space:
             for mapping in self._mappings:
                 other._back(mapping)
             other._heap, other._heap_end = self._heap, self._heap_end
-            other.beginning = self.beginning
+            if self.beginning is not None:
+                other.begin(self.beginning)
             for mapping in self._mappings:
                 self._fork_pages(other, mapping)
         except BaseException:
@@ -376,6 +386,9 @@ class Space:
         """Nothing is mapped, and there are no tables: no vCPU uses it any more."""
         self._unmap(0, HIGHEST)
         self._tables.drop_root(self.root)
+        if self.beginning is not None and self.beginning.file is not None:
+            self.beginning.file.let_go_mapped()
+            self.beginning = replace(self.beginning, file=None)
 
     def _each(self, address: int, count: int, need: int) -> Iterator[tuple[int, int, int]]:
         while count > 0:
@@ -654,6 +667,74 @@ class Space:
                     self.stale.append(frame)
                 entries[index] = new
             self._tables.put(word, entries)
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self, saving: Saving) -> dict[str, Any]:
+        """Without its tables and its users, which follow; what is stale is so in no worker that comes later."""
+        beginning = self.beginning
+        return {
+            "closed": not self.users, "limit": self._limit, "heap": [self._heap, self._heap_end],
+            "ahead": list(self._ahead),
+            "beginning": beginning and [
+                saving.backing(beginning.file), beginning.auxiliary, list(beginning.arguments),
+                list(beginning.environment), beginning.stack],
+            "mappings": [[each.start, each.end, each.prot, each.shared, saving.backing(each.backing), each.offset,
+                          each.name, each.grows] for each in self._mappings],
+            "pages": [run for each in self._mappings for run in self._page_runs(each)]}
+
+    def _page_runs(self, mapping: Mapping) -> list[list[int]]:
+        """[page, frame, how many, whether they are copied when they are written to]: what else their entries say
+        follows from the mapping."""
+        runs: list[list[int]] = []
+        for at, word, number in self._tables.chunks(self.root, mapping.start, mapping.end - mapping.start):
+            for page, entry in enumerate(self._tables.entries(word, number), at):
+                if not entry:
+                    continue
+                frame, copy = (entry & FRAME) >> 12, int(bool(entry & COPY))
+                if runs and (page, frame, copy) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2], runs[-1][3]):
+                    runs[-1][2] += 1
+                else:
+                    runs.append([page, frame, 1, copy])
+        return runs
+
+    @classmethod
+    def load(cls, loading: Loading, saved: dict[str, Any], memory: Memory, frames: Frames, tables: Tables) -> Space:
+        """Who uses it comes later. Its files know already that they are mapped. Raises NoTables and ValueError."""
+        found = cls.__new__(cls)
+        found._memory, found._frames, found._tables, found._limit = memory, frames, tables, saved["limit"]
+        found._heap, found._heap_end = saved["heap"]
+        page, window = saved["ahead"]
+        found._ahead = page, window
+        found.stale, found.visitors, found.users, found._backed, found.beginning = [], set(), 0, {}, None
+        found.root = 0 if saved["closed"] else tables.new_root()
+        found._mappings = [
+            Mapping(start, end, prot, shared, loading.backing(backing), offset, name, grows)
+            for start, end, prot, shared, backing, offset, name, grows in saved["mappings"]]
+        for before, each in itertools.pairwise([Mapping(0, LOWEST, 0), *found._mappings, Mapping(HIGHEST, HIGHEST, 0)]):
+            if not before.start <= before.end <= each.start:
+                raise ValueError(f"mappings are not in order at page {each.start}")
+        found.promised = sum(map(_promised, found._mappings))
+        for each in found._mappings:
+            if each.backing is not None:
+                found._backed[each.backing] = found._backed.get(each.backing, 0) + each.end - each.start
+        if saved["beginning"] is not None:
+            file, auxiliary, arguments, environment, stack = saved["beginning"]
+            found.beginning = Beginning(loading.backing(file), auxiliary, (arguments[0], arguments[1]),
+                                        (environment[0], environment[1]), stack)
+        for page, frame, count, copy in saved["pages"]:
+            found._load_pages(page, frame, count, copy)
+        return found
+
+    def _load_pages(self, page: int, frame: int, count: int, copy: int) -> None:
+        """Raises NoTables and ValueError."""
+        mapping = self.find(page)
+        if mapping is None or page + count > mapping.end:
+            raise ValueError(f"{count} pages from {page} on are not mapped")
+        bits = mapping.entry & ~WRITE | COPY if copy else mapping.entry
+        for at, word, number in self._tables.chunks(self.root, page, count, make=True):
+            first = frame + at - page
+            self._tables.put(word, array("Q", [each << 12 | bits for each in range(first, first + number)]))
 
     def take_stale(self) -> list[Run]:
         """And forget them."""

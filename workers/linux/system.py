@@ -11,8 +11,8 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 from . import signals
 from .abi import number_of
@@ -31,7 +31,9 @@ from .processes import FileTable, Process, Thread
 from .procfs import mount
 from .program import Executable, Started, start
 from .signals import SignalInfo
+from .sources import Source
 from .space import Memory, SegmentationFault, Space
+from .state import load_system, save_system
 from .tables import NoTables, Tables
 from .terminal import Tty
 from .vdso import Vdso
@@ -76,6 +78,12 @@ class Console(Protocol):
     def ioctl(self, system: System, thread: Thread, request: int, argument: int) -> int:
         """Of a terminal. Raises OSError."""
 
+    def save(self) -> dict[str, Any]:
+        """Plain data."""
+
+    def load(self, saved: dict[str, Any], clock: Callable[[], int]) -> None:
+        """Into one that has not been used. ``clock``: of the system (``monotonic``)."""
+
 
 class System(Population):
     """``realtime`` and ``monotonic``: nanoseconds. ``threads_max``: how many threads there can be at once."""
@@ -84,14 +92,24 @@ class System(Population):
                  realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1,
                  host: bytes = b"shardvmm", vdso: Vdso | None = None) -> None:
         super().__init__()
+        self.console = console
+        self.begin(memory, frames, tables, files, realtime=realtime, monotonic=monotonic, vdso=vdso, host=host,
+                   boot=files.store.random(16), threads_max=threads_max, memory_pages=frames.free)
+        self._make_devices()
+        mount(self)
+
+    def begin(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, *, realtime: Callable[[], int],
+              monotonic: Callable[[], int], vdso: Vdso | None, host: bytes, boot: bytes, threads_max: int,
+              memory_pages: int) -> None:
+        """Of one that is new, or loaded: what it stands on. ``boot``: of this one, random."""
         self._memory, self.frames, self._tables = memory, frames, tables
-        self.memory_pages = frames.free
-        self.files, self.console = files, console
+        self.memory_pages = memory_pages
+        self.files = files
         self.realtime, self.monotonic = realtime, monotonic
         self.vdso = vdso
         if vdso is not None:        # what a call says, and what a program reads, is one
             self.realtime, self.monotonic = vdso.realtime, vdso.monotonic
-        self.threads_max, self.host = threads_max, host
+        self.threads_max, self.host, self.boot = threads_max, host, boot
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
         #: Threads and processes that there was no vCPU for.
@@ -101,9 +119,10 @@ class System(Population):
         self.network = Network(files.store, self.notify)
         #: Who looks at what, by source: epoll instances, forwarded connections.
         self.interests: dict[Hashable, list[Watcher]] = {}
+        #: Sockets whose other end is in no program: forwarded connections.
+        self.outside: set[OpenFile] = set()
         #: Whose call is served now, or was the last.
         self.caller: Thread | None = None
-        self._make_devices()
 
     def _make_devices(self) -> None:
         """/dev, where it is not there; an imported one is another machine's. And what is made when somebody looks."""
@@ -116,7 +135,6 @@ class System(Population):
         devices = root.find(b"dev")
         if isinstance(devices, Directory):
             devices.forget_source()
-        mount(self)
         for name, device in _DEVICES.items():
             try:
                 self.files.mknod(root, b"/dev/" + name, stat.S_IFCHR | 0o666, device)
@@ -127,6 +145,26 @@ class System(Population):
                 self.files.symlink(target, root, b"/dev/" + name)
             except FileExistsError:
                 continue
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Between two calls (state.py says what is in it, and what is not)."""
+        return save_system(self)
+
+    @classmethod
+    def load(cls, saved: Any, memory: Memory, frames: Frames, tables: Tables, console: Console, *,
+             realtime: Callable[[], int], monotonic: Callable[[], int], tsc: Callable[[], int] | None = None,
+             sources: Mapping[str, Source] | None = None) -> Self:
+        """Over the memory as it was; ``frames``, ``tables`` and ``console`` have not been used. For programs, the
+        monotonic clock goes on where it was. ``tsc``: the counter that they see (vdso/tsc.py). ``launcher`` comes from
+        the caller. Raises StateError, and NoTables."""
+        found = cls.__new__(cls)
+        Population.__init__(found)
+        found.console = console
+        load_system(found, saved, memory, frames, tables, realtime=realtime, monotonic=monotonic, tsc=tsc,
+                    sources=sources or {})
+        return found
 
     # --- processes -------------------------------------------------------------------------------------------------
 

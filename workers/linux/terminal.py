@@ -14,6 +14,8 @@ import signal
 import termios
 from collections import deque
 from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any
 
 from .screen import NEWLINE, RETURN, TAB, Screen, is_control
 from .settings import Settings
@@ -409,3 +411,23 @@ class Tty:
         found = bytes(self.screen.shown)
         self.screen.shown.clear()
         return found
+
+    # --- as data ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return {"settings": list(astuple(self.settings)), "session": self.session, "group": self.group,
+                "size": [self.rows, self.columns, self.width, self.height], "signals": list(map(int, self.signals)),
+                "hung_up": self.hung_up, "input": bytes(self._input), "whole": self._whole, "ends": list(self._ends),
+                "read": self._read, "moment": self._moment, "is": [self._literal, self._erasing],
+                "screen": self.screen.save()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.settings = self.screen.settings = Settings(*saved["settings"])
+        self.session, self.group, self.hung_up = saved["session"], saved["group"], saved["hung_up"]
+        self.rows, self.columns, self.width, self.height = saved["size"]
+        self.signals = list(saved["signals"])
+        self._input, self._whole, self._ends = bytearray(saved["input"]), saved["whole"], deque(saved["ends"])
+        self._read, self._moment = saved["read"], saved["moment"]
+        self._literal, self._erasing = saved["is"]
+        self.screen.load(saved["screen"])
+        self._prepare()

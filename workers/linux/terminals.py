@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipc.consoles import COUNT, SIZE, Frame, FrameReader, FrameWriter, open_input, open_output
 
@@ -24,6 +25,7 @@ __all__ = ["FramedConsole", "LineConsole", "Send", "StreamConsole", "TerminalCon
 
 _ROOM = 1 << 16         # bytes that wait to be shown, or to be read
 _TYPED = 1 << 12        # the same, that were typed
+_HEAD = 5               # bytes of a frame before its data (ipc/consoles.py)
 
 #: Send a signal (the second argument) to a process group; 0: to the first process.
 Send = Callable[[int, int], None]
@@ -58,6 +60,12 @@ class LineConsole:
     def ioctl(self, system: System, thread: Thread, request: int, argument: int) -> int:
         raise OSError(errno.ENOTTY, "")
 
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, saved: dict[str, Any], clock: Callable[[], int]) -> None:
+        """There is nothing of it."""
+
 
 class FramedConsole:
     """Of a process that shows it. ``descriptors``: to be polled for reading, and for writing where ``pending``.
@@ -76,6 +84,8 @@ class FramedConsole:
         self._input = bytearray()
         self._asked = 0         # bytes that have not come yet
         self._ended = False
+        self._unshown: deque[tuple[int, Frame, bytes]] = deque()    # where each ends, of those not written yet as a
+        self._end = 0                                               # whole; where the last one does
 
     @property
     def pending(self) -> bool:
@@ -88,6 +98,7 @@ class FramedConsole:
         if self._writer.pending:
             full = not self.writable()
             self._writer.flush()
+            self._forget_shown()
             changed = full and self.writable()
         for kind, data in self._reader.frames():
             changed = True
@@ -113,11 +124,11 @@ class FramedConsole:
         more = self._room - len(self._input) - self._asked
         if more >= self._room // 2 and not self._ended:
             self._asked += more
-            self._writer.put(Frame.WANTED, COUNT.pack(more))
+            self._put(Frame.WANTED, COUNT.pack(more))
 
     def say_ended(self) -> None:
         """The program has. Raises OSError."""
-        self._writer.put(Frame.ENDED)
+        self._put(Frame.ENDED)
 
     def settle(self) -> bool:
         """After something has been done with it; whether a program may have waited for what followed."""
@@ -125,6 +136,36 @@ class FramedConsole:
 
     def writable(self) -> bool:
         return self._writer.pending < _ROOM
+
+    def _put(self, kind: Frame, data: bytes = b"") -> None:
+        """Raises OSError."""
+        for at in range(0, len(data) or 1, _ROOM):
+            part = data[at:at + _ROOM]
+            self._end += _HEAD + len(part)
+            self._unshown.append((self._end, kind, part))
+            self._writer.put(kind, part)
+        self._forget_shown()
+
+    def _forget_shown(self) -> None:
+        while self._unshown and self._unshown[0][0] <= self._end - self._writer.pending:
+            self._unshown.popleft()
+
+    # --- as data ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Who shows it may be another process later: what this one was asked for is not here. What it was not given
+        yet is."""
+        written = self._end - self._writer.pending
+        return {"input": bytes(self._input), "ended": self._ended,
+                "unshown": [[int(kind), data[max(0, written - (end - len(data))):]]
+                            for end, kind, data in self._unshown if kind in (Frame.OUTPUT, Frame.ERROR)]}
+
+    def load(self, saved: dict[str, Any], clock: Callable[[], int]) -> None:
+        """Into one that has not been used. ``clock``: of the system. Raises OSError."""
+        self._input[:] = saved["input"]
+        self._ended = saved["ended"]
+        for kind, data in saved["unshown"]:
+            self._put(Frame(kind), data)
 
 
 class StreamConsole(FramedConsole):
@@ -148,7 +189,7 @@ class StreamConsole(FramedConsole):
         if not self.writable():
             return 0
         data = data[:_ROOM]
-        self._writer.put(Frame.ERROR if error else Frame.OUTPUT, data)
+        self._put(Frame.ERROR if error else Frame.OUTPUT, data)
         return len(data)
 
     def ioctl(self, system: System, thread: Thread, request: int, argument: int) -> int:
@@ -184,7 +225,7 @@ class TerminalConsole(FramedConsole):
         self._ask()
         shown = self.tty.take_shown()
         if shown:
-            self._writer.put(Frame.OUTPUT, shown)
+            self._put(Frame.OUTPUT, shown)
         signals, self.tty.signals = self.tty.signals, []
         for number in signals:
             if self.tty.group:
@@ -211,3 +252,11 @@ class TerminalConsole(FramedConsole):
 
     def ioctl(self, system: System, thread: Thread, request: int, argument: int) -> int:
         return control(system, thread, self.tty, request, argument)
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"tty": self.tty.save()}
+
+    def load(self, saved: dict[str, Any], clock: Callable[[], int]) -> None:
+        super().load(saved, clock)
+        self.tty.load(saved["tty"])
+        self._clock = clock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .channels import ERR, HUP, IN, RDNORM
 from .inodes import Inode
@@ -27,6 +27,7 @@ from .sockets import (
 
 if TYPE_CHECKING:
     from .processes import Thread
+    from .state import Loading, Saving
     from .system import System
 
 __all__ = ["UnixSocket", "unix_pair"]
@@ -300,6 +301,29 @@ class UnixSocket(Socket):
         to = self.peer
         return to is None or to.dead or (to.held * 4 <= self.send_room and not (
             self.kind == DGRAM and self._is_full(to)))
+
+    # --- as data ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        return super().save() | {"path": self.path, "dead": self.dead, "credentials": list(self.credentials)}
+
+    def save_links(self, saving: Saving) -> dict[str, Any]:
+        return super().save_links(saving) | {
+            "node": None if self._node is None or self.dead else self._node.number,
+            "peer": None if self.peer is None else saving.file(self.peer),
+            "senders": [saving.file(each) for each in self.senders]}
+
+    def restore(self, inode: Inode, saved: dict[str, Any]) -> None:
+        super().restore(inode, saved)
+        self.path, self.dead = saved["path"], saved["dead"]
+        pid, user, group = saved["credentials"]
+        self.credentials = (pid, user, group)
+
+    def link(self, loading: Loading, saved: dict[str, Any]) -> None:
+        super().link(loading, saved)
+        self._node = None if saved["node"] is None else self.network.store.inodes[saved["node"]]
+        self.peer = None if saved["peer"] is None else loading.unix(saved["peer"])
+        self.senders = {loading.unix(each): None for each in saved["senders"]}
 
 
 def unix_pair(network: Network, thread: Thread, kind: int, flags: int) -> tuple[UnixSocket, UnixSocket]:

@@ -438,9 +438,36 @@ class FileSystem:
                 "next_inode": store.next_inode, "next_file": store.next_file,
                 "imported": [[name, identity, number] for (name, identity), number in store.imported.items()
                              if number in store.inodes],
+                "places": self._places(),
                 "cut": [[each.inode.number, each.first, each.end, None if each.frames is None else sorted(each.frames)]
                         for each in store.cut if each.inode.number in store.inodes],
                 "inodes": [inode.save() for inode in store.inodes.values()]}
+
+    def _places(self) -> list[list[Any]]:
+        """[inode, directory, name], where that is not what the entries say: of files that have several names, or none
+        any more. A directory may be gone itself; then it is here too, for the names."""
+        found: dict[int, list[Any]] = {}
+        left = [each for each in self.store.inodes.values() if not _is_at_place(each)]
+        while left:
+            inode = left.pop()
+            if inode.place is None or inode.number in found:
+                continue
+            directory, name = inode.place
+            found[inode.number] = [inode.number, directory.number, name]
+            if directory.number not in self.store.inodes:
+                left.append(directory)
+        return sorted(found.values())
+
+    def _load_places(self, places: list[list[Any]]) -> None:
+        inodes = self.store.inodes
+        gone = {number: Directory(self.store, stat.S_IFDIR, number=number)
+                for number in {each for place in places for each in place[:2]} - inodes.keys()}
+        for number, each in gone.items():
+            each.nlink = 0
+            del inodes[number]
+        for number, directory, name in places:
+            inode = inodes.get(number) or gone[number]
+            inode.place = inodes.get(directory) or gone[directory], name
 
     @classmethod
     def load(cls, saved: dict[str, Any], memory: Memory, frames: Frames, *, clock: Callable[[], int],
@@ -458,11 +485,21 @@ class FileSystem:
         root = store.inodes[saved["root"]]
         assert isinstance(root, Directory)
         found.root, found._paths = root, Paths(root)
+        found._load_places(saved["places"])
         store.next_inode, store.next_file = saved["next_inode"], saved["next_file"]
         store.imported = {(name, identity): number for name, identity, number in saved["imported"]}
         store.cut = [Cut(store.inodes[number], first, end, None if frames is None else frozenset(frames))
                      for number, first, end, frames in saved["cut"]]
         return found
+
+
+def _is_at_place(inode: Inode) -> bool:
+    """It has one name, and that is its place."""
+    if inode.place is None:
+        return True         # the root, and what never had a name
+    directory, name = inode.place
+    return (inode.nlink == 1 or inode.kind == stat.S_IFDIR) and (
+        isinstance(directory, Directory) and directory.there(name) is inode)
 
 
 def _group(directory: Directory) -> int:

@@ -70,8 +70,13 @@ class Console:
     def writable(self) -> bool:
         return True
 
-    def ioctl(self, thread: Any, request: int, argument: int) -> int:
+    def ioctl(self, system: Any, thread: Any, request: int, argument: int) -> int:
         raise OSError(errno.ENOTTY, "")
+
+    def save(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, saved: dict[str, Any], clock: Any) -> None: ...
 
 
 class Launcher:

@@ -6,6 +6,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
+from ..blocked import LONGEST
 from .registry import Blocked, served, signed32
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _sleep(system: System, thread: Thread, clock: int, address: int, *, absolute
         seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
         if not 0 <= rest < _SECOND or seconds < 0:
             raise OSError(errno.EINVAL, "")
-        length = seconds * _SECOND + rest - (_now(system, thread, clock) if absolute else 0)
+        length = min(seconds * _SECOND + rest, LONGEST) - (_now(system, thread, clock) if absolute else 0)
         thread.deadline = system.monotonic() + max(0, length)
     if system.monotonic() < thread.deadline:
         raise Blocked(thread.deadline)

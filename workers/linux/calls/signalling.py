@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from .. import signals
-from ..blocked import Blocked
+from ..blocked import LONGEST, Blocked
 from ..population import SI_TKILL, SI_USER
 from ..signals import ALL, UNBLOCKABLE, Action, SignalInfo
 from .registry import served, signed32
@@ -210,7 +210,7 @@ def rt_sigtimedwait(system: System, thread: Thread, wanted: int, info: int, time
         seconds, rest = struct.unpack("<qq", thread.process.space.read(timeout, 16))
         if not 0 <= rest < _SECOND or seconds < 0:
             raise OSError(errno.EINVAL, "")
-        thread.deadline = system.monotonic() + seconds * _SECOND + rest
+        thread.deadline = system.monotonic() + min(seconds * _SECOND + rest, LONGEST)
     if thread.deadline is not None and system.monotonic() >= thread.deadline:
         raise OSError(errno.EAGAIN, "")
     thread.awaited = mask
@@ -233,7 +233,7 @@ def setitimer(system: System, thread: Thread, which: int, new: int, old: int, *_
     seconds = struct.unpack("<4q", thread.process.space.read(new, 32)) if new else (0, 0, 0, 0)
     if any(not 0 <= each < 10**6 for each in seconds[1::2]) or any(each < 0 for each in seconds[::2]):
         raise OSError(errno.EINVAL, "")
-    interval, value = (seconds[at] * _SECOND + seconds[at + 1] * _MICROSECOND for at in (0, 2))
+    interval, value = (min(seconds[at] * _SECOND + seconds[at + 1] * _MICROSECOND, LONGEST) for at in (0, 2))
     _write_timer(thread, old, *_set_alarm(system, thread, value, interval))
     return 0
 

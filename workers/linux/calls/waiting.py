@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ..blocked import LONGEST
 from ..channels import ERR, HUP, IN, OUT, PRI, RDNORM, WRNORM, Channel
 from .registry import Blocked, served, signed32
 from .signalling import mask_for_call
@@ -56,7 +57,7 @@ def timespec(thread: Thread, address: int, unit: int) -> int | None:
     seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
     if seconds < 0 or not 0 <= rest * unit < _SECOND:
         raise OSError(errno.EINVAL, "")
-    return seconds * _SECOND + rest * unit
+    return min(seconds * _SECOND + rest * unit, LONGEST)
 
 
 # --- poll --------------------------------------------------------------------------------------------------------

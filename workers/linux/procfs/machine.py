@@ -53,7 +53,7 @@ def sys(system: System) -> Entries:
 
 
 def _settings(system: System) -> Entries:
-    boot = uuid.UUID(bytes=system.files.store.random(16), version=4)
+    boot = uuid.UUID(bytes=system.boot, version=4)
     return {
         b"fs": folder({
             b"file-max": _number(1 << 20), b"nr_open": _number(1 << 20), b"pipe-max-size": _number(1 << 20)}),

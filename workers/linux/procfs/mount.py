@@ -31,7 +31,8 @@ def mount(system: System) -> None:
         if number in system.processes:
             return _process(system, number)
         thread = system.threads.get(number)         # is not listed, but found
-        return None if thread is None else folder(lambda: process_entries(system, thread.process, thread))
+        return None if thread is None else folder(lambda: process_entries(system, thread.process, thread),
+                                                  is_there=lambda: system.threads.get(number) is thread)
 
     root.cover(b"proc", top(root, b"/proc", entries, find))
     sys = machine.sys(system)
@@ -39,13 +40,8 @@ def mount(system: System) -> None:
 
 
 def _process(system: System, pid: int) -> Entry:
-    def entries() -> Entries:
-        process = system.processes.get(pid)
-        if process is None:
-            raise OSError(errno.ENOENT, "")
-        return process_entries(system, process)
-
-    return folder(entries)
+    process = system.processes[pid]
+    return folder(lambda: process_entries(system, process), is_there=lambda: system.processes.get(pid) is process)
 
 
 def _of_caller(system: System) -> Entries:

@@ -34,50 +34,50 @@ _LIMITS = (("cpu time", "seconds"), ("file size", "bytes"), ("data size", "bytes
 
 def process_entries(system: System, process: Process, thread: Thread | None = None) -> Entries:
     """/proc/<pid>; ``thread``: as that is found by its own number."""
-    files, space = system.files, process.space
+    files = system.files
     return {
-        **_common(system, process, thread or _first(process)),
-        b"auxv": text(lambda: space.beginning.auxiliary if space.beginning else b"", mode=0o400),
+        **_common(system, process, lambda: thread or _first(process)),
+        b"auxv": text(lambda: _auxiliary(process), mode=0o400),
         b"fdinfo": folder(lambda: {b"%d" % each: text(lambda each=each: _fdinfo(process, each))    # type: ignore[misc]
                                    for each in process.files}),
         b"mountinfo": text(b"1 0 0:1 / / rw,relatime - tmpfs shardvmm rw\n2 1 0:2 / /proc rw,relatime - proc proc rw\n"
                            b"3 1 0:2 / /sys ro,relatime - sysfs sysfs ro\n"),
         b"net": folder(_NET),
         b"oom_score": text(b"0\n"), b"oom_score_adj": text(b"0\n", lambda data: None),
-        b"smaps": text(lambda: smaps(files, space)),
-        b"task": folder(lambda: {b"%d" % each.tid: folder(_bound(thread_entries, system, each))
-                                 for each in process.threads}),
+        b"smaps": text(lambda: smaps(files, process.space)),
+        b"task": folder(lambda: {b"%d" % each.tid: _task(system, each) for each in process.threads}),
     }
 
 
 def thread_entries(system: System, thread: Thread) -> Entries:
     """/proc/<pid>/task/<tid>."""
-    return _common(system, thread.process, thread)
+    return _common(system, thread.process, lambda: thread)
 
 
-def _common(system: System, process: Process, thread: Thread | None) -> dict[bytes, Entry]:
-    files, space = system.files, process.space
+def _common(system: System, process: Process, thread: Callable[[], Thread | None]) -> dict[bytes, Entry]:
+    files = system.files
     return {
         b"cgroup": text(b"0::/\n"),
         b"cmdline": text(lambda: _texts(process, "arguments")),
-        b"comm": text(lambda: _name(process, thread) + b"\n", lambda data: _rename(process, thread, data)),
+        b"comm": text(lambda: _name(process, thread()) + b"\n", lambda data: _rename(process, thread(), data)),
         b"cwd": link(lambda: files.name_of(_directory(process)), lambda: _directory(process)),
         b"environ": text(lambda: _texts(process, "environment"), mode=0o400),
         b"exe": link(lambda: files.name_of(_program(process)), lambda: _program(process)),
         b"fd": folder(lambda: {b"%d" % each: _descriptor(system, process, each) for each in process.files}, mode=0o500),
         b"limits": text(lambda: _limits(process)),
-        b"maps": text(lambda: maps(files, space)),
+        b"maps": text(lambda: maps(files, process.space)),
         b"mounts": text(b"shardvmm / tmpfs rw,relatime 0 0\nproc /proc proc rw,relatime 0 0\n"
                         b"sysfs /sys sysfs ro,relatime 0 0\n"),
         b"root": link(b"/", lambda: files.root),
-        b"stat": text(lambda: _stat(system, process, thread)),
+        b"stat": text(lambda: _stat(system, process, thread())),
         b"statm": text(lambda: _statm(process)),
-        b"status": text(lambda: _status(system, process, thread)),
+        b"status": text(lambda: _status(system, process, thread())),
     }
 
 
-def _bound(entries: Callable[[System, Thread], Entries], system: System, thread: Thread) -> Callable[[], Entries]:
-    return lambda: entries(system, thread)
+def _task(system: System, thread: Thread) -> Entry:
+    tid = thread.tid
+    return folder(lambda: thread_entries(system, thread), is_there=lambda: not thread.ended and thread.tid == tid)
 
 
 def _first(process: Process) -> Thread | None:
@@ -105,9 +105,16 @@ def _program(process: Process) -> Inode:
 
 def _descriptor(system: System, process: Process, number: int) -> Entry:
     """/proc/<pid>/fd/<number>."""
-    file = process.files.get(number, path_only=True)
-    mode = (0o500 if file.readable else 0) | (0o300 if file.writable else 0)
-    return link(lambda: _shown(system, file), lambda: file.inode, mode=mode)
+    def file() -> OpenFile:
+        """Whichever it is then."""
+        try:
+            return process.files.get(number, path_only=True)
+        except OSError:
+            raise OSError(errno.ENOENT, "") from None
+
+    there = file()
+    mode = (0o500 if there.readable else 0) | (0o300 if there.writable else 0)
+    return link(lambda: _shown(system, file()), lambda: file().inode, mode=mode)
 
 
 def _shown(system: System, file: OpenFile) -> bytes:
@@ -120,9 +127,17 @@ def _shown(system: System, file: OpenFile) -> bytes:
 
 
 def _fdinfo(process: Process, number: int) -> bytes:
-    file = process.files.get(number, path_only=True)
+    try:
+        file = process.files.get(number, path_only=True)
+    except OSError:
+        raise OSError(errno.ESRCH, "") from None
     flags = file.flags | (0o2000000 if process.files.descriptor(number).close_on_exec else 0)
     return b"pos:\t%d\nflags:\t0%o\nmnt_id:\t1\nino:\t%d\n" % (file.position, flags, file.inode.number)
+
+
+def _auxiliary(process: Process) -> bytes:
+    beginning = process.space.beginning
+    return beginning.auxiliary if beginning else b""
 
 
 def _texts(process: Process, which: str) -> bytes:

@@ -87,6 +87,10 @@ class Vdso:
         return space.map(place + PAGE, (count - 1) * PAGE, PROT_READ | PROT_EXEC, fixed=True, backing=self, offset=1,
                          name="vdso")
 
+    def save(self) -> list[int]:
+        """What its frames hold is memory."""
+        return list(self.frames)
+
     # --- time ------------------------------------------------------------------------------------------------------
 
     def monotonic(self) -> int:
