@@ -32,7 +32,7 @@ class Launched:
 
     def __init__(self, spec: MachineSpec, *, quiet: bool) -> None:
         """``quiet``: nothing is printed by anybody. Raises VmmError, with nothing left behind."""
-        self.name = spec.name
+        self.spec, self.name = spec, spec.name
         self.warnings: list[str] = []
         life, self._life = _pipe()
         try:
