@@ -1,0 +1,105 @@
+"""Programs that go on somewhere else: from a snapshot, by a migration, whatever they are doing at the time. What they
+say is what they say natively, and no page is lost before or after."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from debian_roots import root_of
+from inside import natively
+from moving import Followed, begun
+
+from vmm.consumers import snapshot
+from vmm.machine.rules import Trees
+from vmm.migrate import migrate
+from vmm.receive import receive
+
+pytestmark = pytest.mark.kvm
+
+# Every kind of waiting, at any time: locks, sleeps, pipes, sockets, epoll, children, signals; and computing.
+_BUSY = r"""
+import hashlib, os, queue, selectors, signal, socket, subprocess, sys, threading, time, zlib
+digest, lock, steps = hashlib.sha256(), threading.Condition(), int(sys.argv[1])
+turn = [0]
+def player(number):
+    for step in range(steps):
+        with lock:
+            lock.wait_for(lambda: turn[0] == 2 * step + number)
+            digest.update(b"%d" % (step * number))
+            turn[0] += 1
+            lock.notify_all()
+players = [threading.Thread(target=player, args=(n,)) for n in (0, 1)]
+here, there = socket.socketpair()
+def answer():
+    with selectors.DefaultSelector() as wait:
+        wait.register(there, selectors.EVENT_READ)
+        while True:
+            wait.select()
+            if not (got := there.recv(4096)):
+                return
+            there.sendall(got[::-1])
+echo = threading.Thread(target=answer); echo.start()
+caught = []
+signal.signal(signal.SIGALRM, lambda *_: caught.append(1))
+child = subprocess.Popen(["sh", "-c", "while read line; do echo $line $line; done; echo the end"],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+for each in players: each.start()
+kept = []
+with open("/tmp/" + str(os.getpid()), "w+") as file:
+    for step in range(steps):
+        here.sendall(b"%d" % (10**9 + step)); kept.append(here.recv(4096))
+        child.stdin.write(f"{step}\n"); kept.append(child.stdout.readline().encode())
+        file.write(f"{step} "); file.flush()
+        kept.append(zlib.compress(bytes(range(256)) * 50)[:20])
+        signal.setitimer(signal.ITIMER_REAL, 0.005); signal.pause()
+        if step % 5 == 0: print("step", step, flush=True)
+        time.sleep(0.01)
+    file.seek(0); kept.append(file.read().encode())
+for each in players: each.join()
+here.close(); echo.join(); child.stdin.close(); kept.append(child.stdout.read().encode()); child.wait()
+for each in kept: digest.update(each)
+print(len(caught), turn[0], digest.hexdigest())
+sys.exit(3)
+"""
+
+
+def _name(what: str) -> str:
+    return f"{what}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+
+
+def _told(output: bytes, said: str) -> None:
+    """What it said, in all, is what it says natively."""
+    assert said.splitlines() == output.decode().splitlines()
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return root_of("python", "python3-minimal", "libpython3-stdlib", "coreutils", "dash")
+
+
+def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> None:
+    """Taken while it runs, each built on the one before."""
+    command = ["python3", "-c", _BUSY, "40"]
+    native = natively(python, *command)
+    assert native.code == 3, native
+    before = []
+    with begun(python, _name("taken"), *command) as (program, trees):
+        for at in (0, 10, 20, 30):
+            program.until(f"step {at}\n")
+            with program.machine.paused("test"):
+                program.hear(0.2)
+                snapshot.create(program.machine, tmp_path / "chain", live=at == 20, incremental=at > 0)
+                before.append(program.said)
+        assert program.end()["program"]["exit_status"] == 3
+        _told(native.output, program.said)
+    for number, said in enumerate(before, 1):
+        with snapshot.restore(tmp_path / "chain", f"{number:04d}", machine_name=_name("restored"),
+                              trees=trees) as machine:
+            again = Followed(machine, said)
+            assert again.end()["program"]["exit_status"] == 3
+            _told(native.output, again.said)
