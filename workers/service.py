@@ -225,6 +225,7 @@ class Service:
                 for slot in slots:
                     self._userfault.unregister(slot.host_address, slot.spec.size)
             self._userfault.close()
+            self._vcpu.memory.is_arriving = False
             return {}
         if self._userfault.fd < 0:      # else the request is repeated, and the other end may have it already
             made = userfault.Userfault.make()
@@ -235,6 +236,7 @@ class Service:
                 made.close()
                 raise
             self._userfault = made
+            self._vcpu.memory.is_arriving = True
         sockets.send_fd(path, self._spec.index, self._userfault.fd, FD_TIMEOUT)
         return {str(slot.spec.id): slot.host_address for slot in slots}
 

@@ -37,11 +37,15 @@ class Followed:
                 self.said += event["data"]
                 return
 
-    def end(self) -> dict[str, Any]:
-        """The report; no page was lost."""
+    def drain(self) -> None:
+        """All that it has said there: it goes on elsewhere, or has ended."""
         for event in self.machine.events(_SECONDS):
             if event["event"] == "console":
                 self.said += event["data"]
+
+    def end(self) -> dict[str, Any]:
+        """The report; no page was lost."""
+        self.drain()
         report = self.machine.wait(_SECONDS)
         if report["verification"] is not None:
             assert report["verification"]["lost_pages"] == 0, report["verification"]

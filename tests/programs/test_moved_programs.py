@@ -3,20 +3,27 @@ say is what they say natively, and no page is lost before or after."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from debian_roots import root_of
 from inside import natively
 from moving import Followed, begun
 
+from ipc.shm import PAGE_SIZE
+from vmm.client.machine import Machine
 from vmm.consumers import snapshot
-from vmm.machine.rules import Trees
-from vmm.migrate import migrate
+from vmm.consumers.migration.postcopy import MissingPages
+from vmm.machine.rules import Trees, arriving
+from vmm.migrate import Options, migrate
 from vmm.receive import receive
 
 pytestmark = pytest.mark.kvm
@@ -56,14 +63,14 @@ with open("/tmp/" + str(os.getpid()), "w+") as file:
         child.stdin.write(f"{step}\n"); kept.append(child.stdout.readline().encode())
         file.write(f"{step} "); file.flush()
         kept.append(zlib.compress(bytes(range(256)) * 50)[:20])
-        signal.setitimer(signal.ITIMER_REAL, 0.005); signal.pause()
+        signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005); signal.pause(); signal.setitimer(signal.ITIMER_REAL, 0)
         if step % 5 == 0: print("step", step, flush=True)
-        time.sleep(0.01)
+        time.sleep(float(sys.argv[2]))
     file.seek(0); kept.append(file.read().encode())
 for each in players: each.join()
 here.close(); echo.join(); child.stdin.close(); kept.append(child.stdout.read().encode()); child.wait()
 for each in kept: digest.update(each)
-print(len(caught), turn[0], digest.hexdigest())
+print(len(caught) >= steps, turn[0], digest.hexdigest())
 sys.exit(3)
 """
 
@@ -84,7 +91,7 @@ def python() -> Path:
 
 def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> None:
     """Taken while it runs, each built on the one before."""
-    command = ["python3", "-c", _BUSY, "40"]
+    command = ["python3", "-c", _BUSY, "40", "0.01"]
     native = natively(python, *command)
     assert native.code == 3, native
     before = []
@@ -103,3 +110,72 @@ def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> 
             again = Followed(machine, said)
             assert again.end()["program"]["exit_status"] == 3
             _told(native.output, again.said)
+
+
+def _migrated(program: Followed, trees: Trees, folder: Path, name: str, **options: Any) -> Followed:
+    """The same program, elsewhere."""
+    address, arrived = f"ipc://{folder}/{name}", []
+    target = threading.Thread(target=lambda: arrived.append(receive(address, name=name, trees=trees, timeout=60.0)))
+    target.start()
+    migrate(program.machine, address, Options(downtime=1.0, **options))
+    target.join(60.0)
+    assert arrived
+    program.drain()
+    return Followed(arrived[0], program.said)
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+def test_to_and_fro(python: Path, tmp_path: Path, postcopy: bool) -> None:
+    command = ["python3", "-c", _BUSY, "150", "0.05"]
+    native = natively(python, *command)
+    with contextlib.ExitStack() as stack:
+        program, trees = stack.enter_context(begun(python, _name("moved"), *command))
+        for at in (10, 20, 30, 40):
+            program.until(f"step {at}\n")
+            program = _migrated(program, trees, tmp_path, _name("moved"), postcopy=postcopy)
+            stack.enter_context(program.machine)
+        assert program.end()["program"]["exit_status"] == 3
+    _told(native.output, program.said)
+
+
+_GIVEN_UP = r"""
+import mmap, time
+size, wrong = 2 << 20, 0
+first = mmap.mmap(-1, size)
+first[:] = b"\xa5" * size
+print("filled", flush=True)
+time.sleep(3)
+first.close()       # nobody has touched it since
+for _ in range(3):
+    with mmap.mmap(-1, size) as memory:
+        wrong += memory[:] != bytes(size)
+        memory[:] = b"\x5a" * size
+print("wrong", wrong)
+"""
+
+
+def test_memory_that_is_given_up_before_it_has_come(python: Path, tmp_path: Path) -> None:
+    """Post-copy: who gets it next finds zeros."""
+    with begun(python, _name("filled"), "python3", "-c", _GIVEN_UP) as (program, trees):
+        program.until("filled\n")
+        saved = snapshot.create(program.machine, tmp_path)
+    memory = snapshot.read_memory(tmp_path)[0].reshape(-1, PAGE_SIZE)
+    spec = arriving(saved.spec, name=_name("filling"), image="", accel="kvm", linger=True, trees=trees)
+    with Machine.launch(spec, start=False) as machine, machine.lease("incoming", "test"), \
+            MissingPages(machine, {0: memory.any(axis=1)}) as missing:
+        machine.set_state(saved.vcpus)
+        machine.start()
+        program = Followed(machine, program.said)
+        deadline = time.monotonic() + 60.0
+        while "wrong" not in program.said:
+            assert time.monotonic() < deadline
+            for fd in select.select(missing.faults, [], [], 0.05)[0]:
+                for each in missing.wanted(fd):     # and nothing else comes
+                    missing.put(each.slot, np.array([each.page]), memory[[each.page]])
+            program.hear(0.0)
+        left = np.flatnonzero(missing.bitmaps()[0])
+        assert len(left)
+        missing.put(0, left, memory[left])
+        missing.finish()
+        program.end()
+    assert program.said == "filled\nwrong 0\n"

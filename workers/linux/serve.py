@@ -97,7 +97,7 @@ class SystemAccelerator:
         self._log = WriteLog(spec, memory, control, self._make_room)
         system = memory.slots[spec.system_slot.id]
         slots = [memory.slots[slot.id] for slot in spec.slots]
-        self._ram = Ram(slots, self._log)
+        self._ram = Ram(memory, slots, self._log)
         self._bell = Bell(system.segment.buf)
         self._directory = directory = Path(spec.fd_socket).parent
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
