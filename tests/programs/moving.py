@@ -28,14 +28,13 @@ class Followed:
         deadline = time.monotonic() + _SECONDS
         while text not in self.said:
             assert time.monotonic() < deadline, self.said
-            self.hear(0.5)
+            self.hear(0.2)
 
     def hear(self, seconds: float) -> None:
-        """For so long, if it says nothing."""
+        """Until it has said nothing for so long."""
         for event in self.machine.events(seconds):
             if event["event"] == "console":
                 self.said += event["data"]
-                return
 
     def drain(self) -> None:
         """All that it has said there: it goes on elsewhere, or has ended."""

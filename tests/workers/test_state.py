@@ -211,7 +211,7 @@ def test_states_of_a_machine(saved: VcpuSaved) -> None:
     system = plain_state(SystemSaved(system=b"anything"))
     assert check_states([plain, system], 2, program=True) == [saved, SystemSaved(system=b"anything")]
     for states, program in (([plain, system], False), ([plain, plain], True), ([system, plain], True)):
-        with pytest.raises(StateError, match="vcpu [01]: is not the state of a"):
+        with pytest.raises(StateError, match=r"vcpu [01]: is not the state of a"):
             check_states(states, 2, program=program)
     with pytest.raises(StateError, match="states of 1 vCPUs for a machine with 2"):
         check_states([plain], 2, program=False)

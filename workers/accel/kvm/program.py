@@ -270,7 +270,7 @@ class KvmProgram(KvmAccelerator):
         self._sync[1] = 0
 
     def _apply(self) -> None:
-        """What is to go with the next entry is the vCPU's now already. It goes again, for what is changed until then."""
+        """What is to go with the next entry is the vCPU's now. It goes again, for what is changed until then."""
         if self._sync[1] & api.SYNC_SREGS:
             api.ioctl(self.vcpu_fd, api.SET_SREGS, api.Sregs.from_buffer_copy(self._sregs))
         if self._sync[1] & api.SYNC_REGS:
