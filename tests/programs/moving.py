@@ -36,6 +36,14 @@ class Followed:
             if event["event"] == "console":
                 self.said += event["data"]
 
+    def listen(self, seconds: float) -> None:
+        """For so long."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            event = next(self.machine.events(left), None)
+            if event is not None and event["event"] == "console":
+                self.said += event["data"]
+
     def drain(self) -> None:
         """All that it has said there: it goes on elsewhere, or has ended."""
         for event in self.machine.events(_SECONDS):

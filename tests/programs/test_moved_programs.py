@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import threading
 import time
 import uuid
@@ -22,6 +23,7 @@ from ipc.shm import PAGE_SIZE
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
 from vmm.consumers.migration.postcopy import MissingPages
+from vmm.errors import VmmError
 from vmm.machine.rules import Trees, arriving
 from vmm.migrate import Options, migrate
 from vmm.receive import receive
@@ -179,3 +181,38 @@ def test_memory_that_is_given_up_before_it_has_come(python: Path, tmp_path: Path
         missing.finish()
         program.end()
     assert program.said == "filled\nwrong 0\n"
+
+
+def _kill_coordinators(names: list[str], over: threading.Event) -> None:
+    """Of the machine that is the last of them now, four times each at most: more in a minute are a fault."""
+    killed: dict[str, int] = {}
+    while not over.wait(1.5):
+        name = names[-1]
+        if killed.get(name, 0) < 4:
+            with contextlib.suppress(VmmError, ProcessLookupError), Machine.attach(name) as machine:
+                os.kill(machine.status()["coordinator"]["pid"], signal.SIGKILL)
+                killed[name] = killed.get(name, 0) + 1
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+def test_coordinators_die_meanwhile(python: Path, tmp_path: Path, postcopy: bool) -> None:
+    """What a coordinator had not passed on yet of what is said goes with it: here the last line says it all."""
+    command = ["python3", "-c", _BUSY, "250", "0.05"]
+    native, over = natively(python, *command), threading.Event()
+    with contextlib.ExitStack() as stack:
+        program, trees = stack.enter_context(begun(python, _name("kills"), *command))
+        names = [program.machine.name]
+        killer = threading.Thread(target=_kill_coordinators, args=(names, over))
+        stack.callback(killer.join)
+        stack.callback(over.set)
+        killer.start()
+        program.listen(2.0)
+        for _ in range(2):
+            program = _migrated(program, trees, tmp_path, _name("kills"), postcopy=postcopy)
+            stack.enter_context(program.machine)
+            names.append(program.machine.name)
+            program.listen(2.0)
+        over.set()
+        killer.join()
+        assert program.end()["program"]["exit_status"] == 3
+    assert program.said.splitlines()[-1] == native.output.decode().splitlines()[-1]
