@@ -128,11 +128,11 @@ def _migrated(program: Followed, trees: Trees, folder: Path, name: str, **option
 
 @pytest.mark.parametrize("postcopy", [False, True])
 def test_to_and_fro(python: Path, tmp_path: Path, postcopy: bool) -> None:
-    command = ["python3", "-c", _BUSY, "150", "0.05"]
+    command = ["python3", "-c", _BUSY, "90", "0.05"]
     native = natively(python, *command)
     with contextlib.ExitStack() as stack:
         program, trees = stack.enter_context(begun(python, _name("moved"), *command))
-        for at in (10, 20, 30, 40):
+        for at in (10, 30):
             program.until(f"step {at}\n")
             program = _migrated(program, trees, tmp_path, _name("moved"), postcopy=postcopy)
             stack.enter_context(program.machine)
@@ -194,10 +194,10 @@ def _kill_coordinators(names: list[str], over: threading.Event) -> None:
                 killed[name] = killed.get(name, 0) + 1
 
 
-@pytest.mark.parametrize("postcopy", [False, True])
+@pytest.mark.parametrize("postcopy", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_coordinators_die_meanwhile(python: Path, tmp_path: Path, postcopy: bool) -> None:
     """What a coordinator had not passed on yet of what is said goes with it: here the last line says it all."""
-    command = ["python3", "-c", _BUSY, "250", "0.05"]
+    command = ["python3", "-c", _BUSY, "200", "0.05"]
     native, over = natively(python, *command), threading.Event()
     with contextlib.ExitStack() as stack:
         program, trees = stack.enter_context(begun(python, _name("kills"), *command))

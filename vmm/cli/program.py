@@ -94,6 +94,7 @@ def run_program(program: str, args: tuple[str, ...], name: str | None, terminal:
 def run_arrived(machine: Machine, detach: bool, as_json: bool) -> int:
     """A machine that was restored, or has come from elsewhere: as ``run_or_leave``; a program that has the console of
     ``vmm run`` has that of this command now."""
+    note_forward(machine.name, machine.forward)
     if detach or machine.console == "lines":
         return run_or_leave(machine, detach, as_json)
     with machine:
@@ -107,7 +108,9 @@ def _end(report: dict[str, Any], shown: bool, path: str | None) -> int:
     """Say how it was; the exit status."""
     _show(report, shown, path)
     exit_status = (report.get("program") or {}).get("exit_status")
-    if report["exit_code"] > ExitCode.GUEST_FAILED:
+    if report.get("handed_over"):
+        click.echo(f"vmm: the program goes on elsewhere: it was migrated to {report['handed_over']}", err=True)
+    elif report["exit_code"] > ExitCode.GUEST_FAILED:
         click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
     return int(report["exit_code"] if exit_status is None or report["exit_code"] > ExitCode.GUEST_FAILED
                else exit_status)

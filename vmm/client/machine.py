@@ -100,6 +100,12 @@ class Machine:
         program = None if self._launched is None else self._launched.spec.program
         return "lines" if program is None else program.console
 
+    @property
+    def forward(self) -> list[str]:
+        """The same: ports of the host that are to lead to it (``ProgramSpec.forward``)."""
+        program = None if self._launched is None else self._launched.spec.program
+        return [] if program is None else program.forward
+
     # --- launch, attach ----------------------------------------------------------------------
 
     @classmethod
