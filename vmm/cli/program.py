@@ -118,17 +118,17 @@ def _end(report: dict[str, Any], shown: bool, path: str | None) -> int:
 
 def trees_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Of a verb that a machine arrives by: the files of its program, as ``trees``."""
-    @click.option("--root", type=click.Path(exists=True), default="",
+    @click.option("--root", type=click.Path(exists=True),
                   help="Of a Linux program: the directory or tar file that is its root, with the same contents.")
     @click.option("--file", "files", multiple=True, metavar="INSIDE=OUTSIDE",
                   help="Of a Linux program: a directory that it was given, with the same contents.")
     @functools.wraps(command)
-    def with_trees(root: str, files: tuple[str, ...], **options: Any) -> Any:
+    def with_trees(root: str | None, files: tuple[str, ...], **options: Any) -> Any:
         from ..machine.rules import Trees
 
         there = {inside: os.path.abspath(outside) for inside, outside in _pairs("--file", files).items()}
         with _said_by_option({"root": root, "files": files}):
-            return command(trees=Trees(root and os.path.abspath(root), there), **options)
+            return command(trees=Trees(os.path.abspath(root) if root else "", there), **options)
 
     return with_trees
 
