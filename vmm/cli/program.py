@@ -127,8 +127,7 @@ def trees_options(command: Callable[..., Any]) -> Callable[..., Any]:
         from ..machine.rules import Trees
 
         there = {inside: os.path.abspath(outside) for inside, outside in _pairs("--file", files).items()}
-        with _said_by_option({"root": root, "files": files}):
-            return command(trees=Trees(os.path.abspath(root) if root else "", there), **options)
+        return command(trees=Trees(os.path.abspath(root) if root else "", there), **options)
 
     return with_trees
 

@@ -318,6 +318,17 @@ class Regular(Inode):
             raise OSError(errno.EIO, "")
         return found + bytes(count * PAGE - wanted)
 
+    @property
+    def changed_source(self) -> Origin | None:
+        """Somebody has begun to read it, and the rest is not there: where it should be."""
+        if self._origin is None or not self._unread.runs or not self._frames:
+            return None
+        name, path = self._origin
+        try:
+            return None if self.store.source(name).read(path, self._source_size - 1, 1) else self._origin
+        except OSError:
+            return self._origin
+
     # --- as data ---------------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def load_system(system: System, saved: Any, memory: Memory, frames: Frames, tabl
         raise StateError(f"system state version {version!r} is not supported: this program reads version {VERSION}")
     try:
         _load(system, saved, memory, frames, tables, realtime, monotonic, tsc, sources)
-    except NoTables:
+    except (NoTables, StateError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, struct.error) as exc:
         raise StateError(f"not a valid state of a program's system: {type(exc).__name__}: {exc}") from exc
@@ -252,6 +252,10 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
     files = FileSystem.load(saved["files"], memory, frames, clock=realtime, random=random)
     for name, source in sources.items():
         files.attach(name, source)
+    for inode in files.store.inodes.values():
+        if isinstance(inode, Regular) and (changed := inode.changed_source) is not None:
+            raise StateError(f"the program has begun to read {os.fsdecode(changed[1])}, of which the rest is not in the "
+                             f"files that it has here ({changed[0]})")
     frames.restore([
         *((frame, 1) for frame in (saved["vdso"] or ())[1:]),
         *(run for inode in files.store.inodes.values() if isinstance(inode, Regular) for run in inode.held),

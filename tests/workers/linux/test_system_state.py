@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,20 @@ def running() -> Iterator[Machine]:
     """A program of the host, in the host's own root."""
     with contextlib.closing(HostTree("/")) as tree:
         yield Machine(frames=2000, tree=tree, program=os.fsencode(os.path.realpath("/bin/cat")))
+
+
+def test_files_that_are_others(running: Machine, tmp_path: Path) -> None:
+    """What has been read in part is there, or else it is said which file is not."""
+    name = os.path.realpath(sys.executable)
+    fd, _ = running.call("open", name.encode() + b"\0", os.O_RDONLY)
+    running.call("pread64", fd, Out(8), 8, 0)
+    (tmp_path / name.strip("/")).parent.mkdir(parents=True)
+    (tmp_path / name.strip("/")).write_bytes(b"short")
+    with contextlib.closing(HostTree(tmp_path)) as other:
+        for trees in ({}, {"root": other}):
+            with pytest.raises(StateError, match=f"begun to read {name.strip('/')}"):
+                System.load(packed(running.system.save()), Ram(), Frames(FIRST, 2000), new_tables(), Console(),
+                            realtime=lambda: 0, monotonic=lambda: 0, sources=trees)
 
 
 def test_a_program(running: Machine) -> None:
