@@ -254,8 +254,8 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
         files.attach(name, source)
     for inode in files.store.inodes.values():
         if isinstance(inode, Regular) and (changed := inode.changed_source) is not None:
-            raise StateError(f"the program has begun to read {os.fsdecode(changed[1])}, of which the rest is not in the "
-                             f"files that it has here ({changed[0]})")
+            raise StateError(f"the program has begun to read {os.fsdecode(changed[1])}, of which the rest is not in "
+                             f"the files that it has here ({changed[0]})")
     frames.restore([
         *((frame, 1) for frame in (saved["vdso"] or ())[1:]),
         *(run for inode in files.store.inodes.values() if isinstance(inode, Regular) for run in inode.held),

@@ -191,22 +191,3 @@ def test_what_is_no_frame() -> None:
         list(Link(read, written).frames())
     os.close(read)
     os.close(written)
-
-
-def test_a_machine_that_goes_elsewhere(machine: Machine) -> None:
-    """Nobody is there at the other end: the connection is reset, and the program goes on."""
-    with forwarder(machine.place) as link:
-        machine.turn(link)
-        machine.open(link, 1)
-        link.put(Kind.DATA, 1, b"before")
-        machine.turn(link)
-        accepted = machine.accept()
-        guest = machine.guest
-        saved = packed(guest.system.save())
-    system = System.load(saved, guest.ram, Frames(FIRST, 4096), new_tables(), Console(), realtime=lambda: 0,
-                         monotonic=lambda: 0)
-    guest.system, guest.thread = system, system.threads[guest.thread.tid]
-    with pytest.raises(OSError, match=r"^\[Errno 104\]"):
-        machine.read(accepted)
-    assert guest.call("accept4", machine.listener, 0, 0, NONBLOCK) == "EAGAIN"
-    assert not system.interests

@@ -9,7 +9,6 @@ import signal
 import socket
 import stat
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from kept import FRAMES, SECOND, Machine, difference, new_tables, packed
+from kept import FRAMES, SECOND, Launcher, Machine, difference, new_tables, packed
 from system import FIRST, Ram
 from twice import Console, Out
 
+from ipc.forwarding import COUNT, PIPES, Kind, Link, open_outside
+from workers.linux.forward import Forwarding
 from workers.linux.frames import Frames
 from workers.linux.processes import Thread
 from workers.linux.signals import SignalInfo
@@ -342,18 +343,51 @@ def running() -> Iterator[Machine]:
         yield Machine(frames=2000, tree=tree, program=os.fsencode(os.path.realpath("/bin/cat")))
 
 
-def test_files_that_are_others(running: Machine, tmp_path: Path) -> None:
+def elsewhere(machine: Machine, trees: dict[str, Any]) -> System:
+    """With these files of the host."""
+    return System.load(packed(machine.system.save()), machine.ram, Frames(FIRST, machine.count), new_tables(),
+                       Console(), realtime=lambda: 0, monotonic=lambda: 0, sources=trees)
+
+
+def test_files_that_are_others(tmp_path: Path) -> None:
     """What has been read in part is there, or else it is said which file is not."""
-    name = os.path.realpath(sys.executable)
-    fd, _ = running.call("open", name.encode() + b"\0", os.O_RDONLY)
-    running.call("pread64", fd, Out(8), 8, 0)
-    (tmp_path / name.strip("/")).parent.mkdir(parents=True)
-    (tmp_path / name.strip("/")).write_bytes(b"short")
-    with contextlib.closing(HostTree(tmp_path)) as other:
-        for trees in ({}, {"root": other}):
-            with pytest.raises(StateError, match=f"begun to read {name.strip('/')}"):
-                System.load(packed(running.system.save()), Ram(), Frames(FIRST, 2000), new_tables(), Console(),
-                            realtime=lambda: 0, monotonic=lambda: 0, sources=trees)
+    with contextlib.ExitStack() as stack:
+        trees = []
+        for pages in (100, 99, 1):
+            (tmp_path / str(pages)).mkdir()
+            (tmp_path / str(pages) / "file").write_bytes(b"x" * pages * PAGE)
+            trees.append(stack.enter_context(contextlib.closing(HostTree(tmp_path / str(pages)))))
+        machine = Machine(tree=trees[0])
+        elsewhere(machine, {})
+        fd, _ = machine.call("open", b"/file\0", os.O_RDONLY)
+        machine.call("pread64", fd, Out(8), 8, 0)
+        for there in ({}, {"root": trees[1]}, {"root": trees[2]}):
+            with pytest.raises(StateError, match="begun to read file,"):
+                elsewhere(machine, there)
+        elsewhere(machine, {"root": trees[0]})
+
+
+def test_a_connection_from_outside(machine: Machine, tmp_path: Path) -> None:
+    """Nobody is there at its other end where the machine goes on: it is reset."""
+    for name in PIPES:
+        os.mkfifo(tmp_path / name)
+    listener, _ = machine.call("socket", socket.AF_INET, socket.SOCK_STREAM | os.O_NONBLOCK, 0)
+    machine.call("bind", listener, struct.pack("<HH4s8x", 2, socket.htons(80), b"\x7f\0\0\1"), 16)
+    machine.call("listen", listener, 5)
+    with contextlib.closing(Forwarding(tmp_path, machine.system)) as forwarding, \
+            contextlib.closing(Link(*open_outside(tmp_path))) as link:
+        for kind, number, data in ((Kind.HELLO, 7, b""), (Kind.OPEN, 1, COUNT.pack(80)), (Kind.DATA, 1, b"before")):
+            link.put(kind, number, data)
+        link.flush()
+        forwarding.pump()
+        accepted, _ = machine.call("accept4", listener, 0, 0, os.O_NONBLOCK)
+        assert machine.system.outside
+        machine.system = elsewhere(machine, {})
+    machine.system.launcher = Launcher()
+    assert machine.call("read", accepted, Out(6), 6) == (6, [b"before"])
+    assert machine.call("read", accepted, Out(6), 6) == "ECONNRESET"
+    assert not machine.system.interests
+    assert not machine.system.outside
 
 
 def test_a_program(running: Machine) -> None:
