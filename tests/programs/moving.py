@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ from typing import Any
 from vmm.client.machine import Machine
 from vmm.client.programs import program_machine, program_spec
 from vmm.machine.rules import Trees
+from vmm.migrate import Options, migrate
+from vmm.receive import receive
 
-__all__ = ["Followed", "begun"]
+__all__ = ["Followed", "begun", "migrated", "name_of"]
 
 _SECONDS = 120.0
 
@@ -67,3 +72,22 @@ def begun(root: Path, name: str, *command: str, memory: int = 128 << 20, threads
                            memory=memory, threads=threads, ring_entries=ring_entries, verify=True)
     with Machine.launch(spec) as machine:
         yield Followed(machine), Trees(str(root))
+
+
+def name_of(what: str) -> str:
+    """Nobody else's."""
+    return f"{what}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+
+
+@contextlib.contextmanager
+def migrated(program: Followed, trees: Trees, folder: Path, name: str, **options: Any) -> Iterator[Followed]:
+    """The same program, elsewhere; it has ended at the end."""
+    address, arrived = f"ipc://{folder}/{name}", []
+    target = threading.Thread(target=lambda: arrived.append(receive(address, name=name, trees=trees, timeout=60.0)))
+    target.start()
+    migrate(program.machine, address, Options(downtime=1.0, **options))
+    target.join(_SECONDS)
+    assert arrived
+    with arrived[0] as machine:
+        program.drain()
+        yield Followed(machine, program.said)

@@ -9,24 +9,20 @@ import select
 import signal
 import threading
 import time
-import uuid
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from debian_roots import root_of
 from inside import natively
-from moving import Followed, begun
+from moving import Followed, begun, migrated, name_of
 
 from ipc.shm import PAGE_SIZE
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
 from vmm.consumers.migration.postcopy import MissingPages
 from vmm.errors import VmmError
-from vmm.machine.rules import Trees, arriving
-from vmm.migrate import Options, migrate
-from vmm.receive import receive
+from vmm.machine.rules import arriving
 
 pytestmark = pytest.mark.kvm
 
@@ -77,10 +73,6 @@ sys.exit(3)
 """
 
 
-def _name(what: str) -> str:
-    return f"{what}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
-
-
 def _told(output: bytes, said: str) -> None:
     """What it said, in all, is what it says natively."""
     assert said.splitlines() == output.decode().splitlines()
@@ -97,7 +89,7 @@ def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> 
     native = natively(python, *command)
     assert native.code == 3, native
     before = []
-    with begun(python, _name("taken"), *command) as (program, trees):
+    with begun(python, name_of("taken"), *command) as (program, trees):
         for at in (0, 10, 20, 30):
             program.until(f"step {at}\n")
             with program.machine.paused("test"):
@@ -107,23 +99,11 @@ def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> 
         assert program.end()["program"]["exit_status"] == 3
         _told(native.output, program.said)
     for number, said in enumerate(before, 1):
-        with snapshot.restore(tmp_path / "chain", f"{number:04d}", machine_name=_name("restored"),
+        with snapshot.restore(tmp_path / "chain", f"{number:04d}", machine_name=name_of("restored"),
                               trees=trees) as machine:
             again = Followed(machine, said)
             assert again.end()["program"]["exit_status"] == 3
             _told(native.output, again.said)
-
-
-def _migrated(program: Followed, trees: Trees, folder: Path, name: str, **options: Any) -> Followed:
-    """The same program, elsewhere."""
-    address, arrived = f"ipc://{folder}/{name}", []
-    target = threading.Thread(target=lambda: arrived.append(receive(address, name=name, trees=trees, timeout=60.0)))
-    target.start()
-    migrate(program.machine, address, Options(downtime=1.0, **options))
-    target.join(60.0)
-    assert arrived
-    program.drain()
-    return Followed(arrived[0], program.said)
 
 
 @pytest.mark.parametrize("postcopy", [False, True])
@@ -131,11 +111,10 @@ def test_to_and_fro(python: Path, tmp_path: Path, postcopy: bool) -> None:
     command = ["python3", "-c", _BUSY, "90", "0.05"]
     native = natively(python, *command)
     with contextlib.ExitStack() as stack:
-        program, trees = stack.enter_context(begun(python, _name("moved"), *command))
+        program, trees = stack.enter_context(begun(python, name_of("moved"), *command))
         for at in (10, 30):
             program.until(f"step {at}\n")
-            program = _migrated(program, trees, tmp_path, _name("moved"), postcopy=postcopy)
-            stack.enter_context(program.machine)
+            program = stack.enter_context(migrated(program, trees, tmp_path, name_of("moved"), postcopy=postcopy))
         assert program.end()["program"]["exit_status"] == 3
     _told(native.output, program.said)
 
@@ -158,11 +137,11 @@ print("wrong", wrong)
 
 def test_memory_that_is_given_up_before_it_has_come(python: Path, tmp_path: Path) -> None:
     """Post-copy: who gets it next finds zeros."""
-    with begun(python, _name("filled"), "python3", "-c", _GIVEN_UP) as (program, trees):
+    with begun(python, name_of("filled"), "python3", "-c", _GIVEN_UP) as (program, trees):
         program.until("filled\n")
         saved = snapshot.create(program.machine, tmp_path)
     memory = snapshot.read_memory(tmp_path)[0].reshape(-1, PAGE_SIZE)
-    spec = arriving(saved.spec, name=_name("filling"), image="", accel="kvm", linger=True, trees=trees)
+    spec = arriving(saved.spec, name=name_of("filling"), image="", accel="kvm", linger=True, trees=trees)
     with Machine.launch(spec, start=False) as machine, machine.lease("incoming", "test"), \
             MissingPages(machine, {0: memory.any(axis=1)}) as missing:
         machine.set_state(saved.vcpus)
@@ -200,7 +179,7 @@ def test_coordinators_die_meanwhile(python: Path, tmp_path: Path, postcopy: bool
     command = ["python3", "-c", _BUSY, "200", "0.05"]
     native, over = natively(python, *command), threading.Event()
     with contextlib.ExitStack() as stack:
-        program, trees = stack.enter_context(begun(python, _name("kills"), *command))
+        program, trees = stack.enter_context(begun(python, name_of("kills"), *command))
         names = [program.machine.name]
         killer = threading.Thread(target=_kill_coordinators, args=(names, over))
         stack.callback(killer.join)
@@ -208,8 +187,7 @@ def test_coordinators_die_meanwhile(python: Path, tmp_path: Path, postcopy: bool
         killer.start()
         program.listen(2.0)
         for _ in range(2):
-            program = _migrated(program, trees, tmp_path, _name("kills"), postcopy=postcopy)
-            stack.enter_context(program.machine)
+            program = stack.enter_context(migrated(program, trees, tmp_path, name_of("kills"), postcopy=postcopy))
             names.append(program.machine.name)
             program.listen(2.0)
         over.set()
