@@ -127,6 +127,7 @@ class Coordinator:
         for vcpu in segments.make_handles(core.parts):
             core.vcpus.spawn(vcpu, segments.worker_spec(core.parts, vcpu.index, core.directory, keeper_fd))
         core.vcpus.start_paused()
+        core.parts.log.load_loops()     # while the workers are set up
         core.vcpus.await_hello()
         self._rounds.begin()
         core.state = "ready"
