@@ -113,6 +113,8 @@ class Dispatcher:
     @property
     def deadline(self) -> int | None:
         """When a blocked call is to be made again at the latest."""
+        if not self._blocked:
+            return None
         return min((each.deadline for each in self._blocked.values() if each.deadline is not None), default=None)
 
     def start(self, thread: Thread, started: Started) -> None:
