@@ -96,7 +96,8 @@ class ProgramThread:
         return self._ask(Kind.CALL)
 
     def _call_futex(self, registers: memoryview) -> Exit | None:
-        result = self._futexes.call(*(registers[at] for at in _ARGUMENTS))
+        a, b, c, d, e, f = _ARGUMENTS
+        result = self._futexes.call(registers[a], registers[b], registers[c], registers[d], registers[e], registers[f])
         if isinstance(result, FutexCall):
             self._futex = result
             return self._wait_futex()

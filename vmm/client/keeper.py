@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import threading
 
 from ipc.run import Fork, own_process
 
@@ -23,8 +24,8 @@ class KeeperProcess:
 
     def __init__(self, name: str, *, quiet: bool, programs: bool = False, fork: bool = False) -> None:
         """``quiet``: nothing is printed by anybody. ``programs``: the machine runs a Linux program. ``fork``: this
-        process has one thread, and has imported little else than what a keeper needs: there is no new interpreter.
-        Raises VmmError."""
+        process has imported little else than what a keeper needs, so where it has one thread there is no new
+        interpreter. Raises VmmError."""
         check_machine_name(name)
         self.name = name
         life, self.life = _pipe()
@@ -35,7 +36,7 @@ class KeeperProcess:
         self.process: subprocess.Popen[bytes] | Fork
         with life, say, spec, open(os.devnull, "wb") as null:
             try:
-                if fork:
+                if fork and threading.active_count() == 1:
                     self.process = Fork(_MODULE, *words, shown=[name], keep=keep, session=True,
                                         streams=(spec.fileno(), null.fileno(), null.fileno() if quiet else 2))
                 else:
