@@ -86,11 +86,12 @@ class Answer(IntFlag):
 _FREE, ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
-_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU = range(2, 15)
+(_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU,
+ _STALE_NOW) = range(2, 16)
 _REGISTERS = 16
 _RUNS = 64
-#: Runs of stale frames that there is room for; where there are more, all memory is stale.
-STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 2
+#: Runs of stale frames that there is room for, twice; where there are more, all memory is stale.
+STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 4
 
 #: Looks before somebody sleeps, at 40 ns each: as long as an answer takes and two switches of processes.
 _LOOKS = 4000
@@ -254,16 +255,18 @@ class Mailbox:
 
     # --- stale frames -----------------------------------------------------------------------------------------------
 
-    def put_stale(self, runs: list[tuple[int, int]]) -> None:
-        """Of frames (first, count), at most `STALE_MAX`."""
-        words = self.words
-        words[_STALE] = len(runs)
-        for at, (first, count) in enumerate(runs):
-            words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1] = first, count
+    # Those of an answer that has not been taken yet stay where they are while others are to be dropped at once.
 
-    def stale(self) -> list[tuple[int, int]]:
-        words = self.words
-        return [(words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1]) for at in range(words[_STALE])]
+    def put_stale(self, runs: list[tuple[int, int]], *, now: bool = False) -> None:
+        """Of frames (first, count), at most `STALE_MAX`: for the next answer, or for the next attention (``now``)."""
+        words, base = self.words, _RUNS + 2 * STALE_MAX * now
+        words[_STALE_NOW if now else _STALE] = len(runs)
+        for at, (first, count) in enumerate(runs):
+            words[base + 2 * at], words[base + 2 * at + 1] = first, count
+
+    def stale(self, *, now: bool = False) -> list[tuple[int, int]]:
+        words, base = self.words, _RUNS + 2 * STALE_MAX * now
+        return [(words[base + 2 * at], words[base + 2 * at + 1]) for at in range(words[_STALE_NOW if now else _STALE])]
 
     # --- attention: while the program runs --------------------------------------------------------------------------
 
@@ -279,7 +282,7 @@ class Mailbox:
 
     @property
     def drops(self) -> int:
-        """How often there were frames to drop, so far: those in ``stale``, the last time."""
+        """How often there were frames to drop at once, so far."""
         return self.words[_DROPS]
 
     def want_attention(self, *, interrupt: bool) -> int:

@@ -214,7 +214,7 @@ class ProgramThread:
                 seen = wanted
                 if box.drops != drops:
                     drops = box.drops
-                    self._drop(box.stale())
+                    self._drop(box.stale(now=True))
                 if box.interrupts != interrupts:
                     interrupts = box.interrupts
                     self._interrupted = True

@@ -476,7 +476,7 @@ class Dispatcher:
             if box.waits:
                 self._stale.setdefault(index, []).extend(runs)
             else:
-                box.put_stale(runs if len(runs) <= STALE_MAX else [])
+                box.put_stale(runs if len(runs) <= STALE_MAX else [], now=True)
                 waiting.append((box, box.want_attention(interrupt=False)))
         deadline = time.monotonic() + _ATTENTION_TIMEOUT
         for box, number in waiting:
