@@ -105,6 +105,7 @@ class VcpuState(PeerEnum):
     EXITED = 6      # the guest ended; the process still serves (reset, state)
     DEAD = 7        # the process is gone (set by the coordinator)
     THROTTLED = 8   # out of the guest for its dirty limit
+    IN_CALL = 9     # a program's system in the middle of a call, until its ring has been reset, or on request
     UNKNOWN = 0xFFFF_FFFF
 
 

@@ -136,6 +136,7 @@ class ProgramSpec(Wire, frozen=True, kw_only=True):
     directory: str = "/"        # where it starts
     seed: int | None = None     # of its random numbers; None: it finds others each time
     console: str = "lines"      # "lines": to the machine's console | "streams", "terminal": ipc/consoles.py
+    arrives: bool = False       # it has begun elsewhere: nothing is read before its state comes (SetState)
     forward: list[str] = []     # ports of the host that lead to its own (vmm/machine/forwards.py), for who launches it
 
 

@@ -27,15 +27,17 @@ from itertools import repeat
 from .linux import futex
 from .shm import PAGE_SIZE
 
-__all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "IDT_PAGE", "PORT_CALL", "REGISTERS", "STALE_MAX", "SYSTEM_ADDRESS",
-           "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind", "Mailbox",
-           "mailbox_page", "system_pages", "tables_page"]
+__all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "IDT_PAGE", "PORT_CALL", "REGISTERS", "STALE_MAX", "SYSCALL_SIZE",
+           "SYSTEM_ADDRESS", "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind",
+           "Mailbox", "mailbox_page", "system_pages", "tables_page"]
 
 SYSTEM_ADDRESS = 0xFFFF_FFFF_8000_0000
 VSYSCALL_ADDRESS = 0xFFFF_FFFF_FF60_0000    # arch/x86/include/uapi/asm/vsyscall.h
 
 #: Written to by the stub behind ``syscall``; exceptions have their own (workers/ports.py).
 PORT_CALL = 0xF1
+
+SYSCALL_SIZE = 2        # bytes of the instruction
 
 IDT_PAGE, ENTRY_PAGE, VSYSCALL_PAGE, BELL_PAGE, VCPU_PAGE = range(5)
 VCPU_PAGES = 3
@@ -189,6 +191,11 @@ class Mailbox:
         return self.state[0] == ASKED
 
     @property
+    def in_guest(self) -> bool:
+        """The worker asks nothing and waits for nothing: what its thread has is in the vCPU."""
+        return self.state[0] == _FREE
+
+    @property
     def waits(self) -> bool:
         """The worker waits for an answer: it does not enter the guest before that."""
         return self.state[0] in (ASKED, _HELD)
@@ -241,6 +248,11 @@ class Mailbox:
         fence()
         if self.state[1]:
             futex.wake(self._state_address, 1)
+
+    @property
+    def answered(self) -> tuple[int, int] | None:
+        """(answer, result) that the worker has not taken yet."""
+        return (self.words[_ANSWER], self.words[_RESULT]) if self.state[0] == _ANSWERED else None
 
     def take(self) -> tuple[int, int]:
         """(answer, result), as 64 bits each."""

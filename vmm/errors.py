@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from ipc.oneline import one_line
 
-__all__ = ["ExitCode", "VmmError", "no_memory", "no_state", "one_line"]
+__all__ = ["ExitCode", "VmmError", "no_memory", "one_line"]
 
 
 class ExitCode(IntEnum):
@@ -38,9 +38,3 @@ def no_memory(machine: str) -> str:
     """What is said to whoever asks a replayed machine for its memory or vCPU states."""
     return (f"machine '{machine}' runs accel: replay, which has no guest memory and no vCPU state to read, save or "
             "migrate")
-
-
-def no_state(machine: str) -> str:
-    """What is said to whoever would save or move a machine that runs a Linux program."""
-    return (f"machine '{machine}' runs a Linux program: the state of its system cannot be saved or moved yet (see "
-            "docs/linux.md)")

@@ -50,6 +50,8 @@ class GuestMemory:
 
     def __init__(self) -> None:
         self.slots: dict[int, Slot] = {}
+        #: Post-copy: what is a hole gets what another host has there.
+        self.is_arriving = False
 
     def add(self, spec: SlotSpec) -> Slot:
         slot = Slot(spec)

@@ -132,13 +132,17 @@ class ProgramThread:
         return _KICKED
 
     def _ask(self, kind: Kind, vector: int = 0, error: int = 0, address: int = 0) -> Exit | None:
+        self.put(kind, (vector, error, address))
+        return self._wait()
+
+    def put(self, kind: Kind, fault: tuple[int, int, int] = (0, 0, 0)) -> None:
         box = self._box
         box.registers[:] = self._accel.registers_now
         box.fs_base = self._accel.fs_base
         box.cpu_ns = time.thread_time_ns()
         self._kind = kind
         self._asked = box.registers[_RAX] if kind is Kind.CALL else -1
-        box.ask(kind, vector, error, address)
+        box.ask(kind, *fault)
         self._bell.raise_flag()
         if self._bell.asleep:
             try:
@@ -146,7 +150,10 @@ class ProgramThread:
             except BlockingIOError:
                 pass        # it is full: the system will wake up
         self._waiting = True
-        return self._wait()
+
+    @property
+    def repeats_call(self) -> bool:
+        return self._futex is not None
 
     def _wait(self) -> Exit | None:
         if not self._box.spin(self._asked):

@@ -47,7 +47,7 @@ from ipc.shm import SegmentError
 from .accel.base import Accelerator, AccelError
 from .memory import GuestMemory
 from .slots import Slots
-from .state import StateError, check_state, plain_state
+from .state import Saved, StateError, SystemSaved, check_state, plain_state
 from .vcpu import VcpuThread
 
 if TYPE_CHECKING:
@@ -138,9 +138,11 @@ class Service:
                         sockets.send_fd(self._spec.fd_socket, self._spec.index, accel.vcpu_fd, FD_TIMEOUT)
                         value = accel.kvm_run_size
                 case GetState():
-                    data = plain_state(accel.get_state())
+                    data = self._get_state(accel)
                 case SetState():
                     state = check_state(request.state)
+                    if isinstance(state, SystemSaved) is not self._spec.is_system:
+                        raise StateError("this is the state of another kind of vCPU")
                     accel.set_state(state)
                     self._vcpu.restored_exit = state.exit
                 case Userfault(socket=path):
@@ -162,6 +164,15 @@ class Service:
         if self._vcpu.shutdown:
             accel.interrupt()
             self._vcpu.wake_up()
+
+    def _get_state(self, accel: Accelerator) -> dict[str, Any]:
+        """A program's thread may have to be run for it: that is the vCPU thread's."""
+        found: list[Saved] = []
+        if self._spec.program is None:
+            found.append(accel.get_state())
+        else:
+            self._vcpu.do(lambda: found.append(accel.get_state()))
+        return plain_state(found[0])
 
     def _of_system(self, look: Callable[[SystemAccelerator], dict[str, Any]]) -> dict[str, Any]:
         """What there is to see of it between two of its calls, or where one of them waits for its log. Raises
@@ -214,6 +225,7 @@ class Service:
                 for slot in slots:
                     self._userfault.unregister(slot.host_address, slot.spec.size)
             self._userfault.close()
+            self._vcpu.memory.is_arriving = False
             return {}
         if self._userfault.fd < 0:      # else the request is repeated, and the other end may have it already
             made = userfault.Userfault.make()
@@ -224,6 +236,7 @@ class Service:
                 made.close()
                 raise
             self._userfault = made
+            self._vcpu.memory.is_arriving = True
         sockets.send_fd(path, self._spec.index, self._userfault.fd, FD_TIMEOUT)
         return {str(slot.spec.id): slot.host_address for slot in slots}
 

@@ -16,8 +16,8 @@ import msgspec
 
 from ipc.messages import DETAIL_MAX, ExitReason
 
-__all__ = ["STATE_VERSION", "EventsState", "ExitState", "RegsState", "SegmentState", "SegmentsState", "StateError",
-           "TableState", "VcpuSaved", "check_state", "check_states", "plain_state"]
+__all__ = ["STATE_VERSION", "EventsState", "ExitState", "RegsState", "Saved", "SegmentState", "SegmentsState",
+           "StateError", "SystemSaved", "TableState", "VcpuSaved", "check_state", "check_states", "plain_state"]
 
 #: Version of the format below.
 STATE_VERSION = 1
@@ -25,6 +25,7 @@ STATE_VERSION = 1
 XSAVE_MAX = 4096            # bytes: struct kvm_xsave
 _XSAVE_MIN = 512 + 64       # FXSAVE image and header
 _MSRS_MAX = 4096
+_SYSTEM_MAX = 40 << 20       # bytes
 
 U8 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 8)]
 U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
@@ -185,7 +186,19 @@ class VcpuSaved(_Part, frozen=True, kw_only=True):
         return {int(number): value for number, value in self.msrs.items()}
 
 
-def check_state(data: Any) -> VcpuSaved:
+class SystemSaved(_Part, frozen=True, kw_only=True):
+    """Of the vCPU that is a program's system: everything that it has, and its threads (workers/linux/state.py)."""
+
+    version: int = STATE_VERSION
+    #: Packed by ``pack``; what is in it is looked at when a system is made of it.
+    system: Annotated[bytes, msgspec.Meta(max_length=_SYSTEM_MAX)]
+    exit: ExitState | None = None
+
+
+Saved = VcpuSaved | SystemSaved
+
+
+def check_state(data: Any) -> Saved:
     """The state in ``data``, which may be anything (decoded JSON or MessagePack). Raises StateError, one line
     that names the field."""
     version = data.get("version") if isinstance(data, Mapping) else None
@@ -193,26 +206,33 @@ def check_state(data: Any) -> VcpuSaved:
         raise StateError(f"vCPU state version {version} is not supported: this program reads version "
                          f"{STATE_VERSION}")
     try:
+        if isinstance(data, Mapping) and "system" in data:
+            return msgspec.convert(data, SystemSaved)
         return msgspec.convert(data, VcpuSaved)
     except msgspec.ValidationError as exc:
         raise StateError(f"not a valid vCPU state: {exc}") from None
 
 
-def check_states(data: Sequence[Any], vcpus: int) -> list[VcpuSaved]:
-    """The states of all vCPUs of a machine that has so many. Raises StateError, which names the vCPU."""
+def check_states(data: Sequence[Any], vcpus: int, *, program: bool) -> list[Saved]:
+    """The states of all vCPUs of a machine that has so many; of a ``program``'s the last is its system. Raises
+    StateError, which names the vCPU."""
     if len(data) != vcpus:
         raise StateError(f"states of {len(data)} vCPUs for a machine with {vcpus}")
     states = []
     for index, one in enumerate(data):
         try:
-            states.append(check_state(one))
+            state = check_state(one)
         except StateError as exc:
             raise StateError(f"vcpu {index}: {exc}") from None
+        wanted = SystemSaved if program and index == vcpus - 1 else VcpuSaved
+        if not isinstance(state, wanted):
+            raise StateError(f"vcpu {index}: is not the state of a {'system' if wanted is SystemSaved else 'CPU'}")
+        states.append(state)
     return states
 
 
-def plain_state(state: VcpuSaved) -> dict[str, Any]:
-    """As plain data: ``xsave`` as bytes, ``exit`` only where there is one."""
+def plain_state(state: Saved) -> dict[str, Any]:
+    """As plain data: ``xsave``, ``system`` as bytes, ``exit`` only where there is one."""
     found: dict[str, Any] = msgspec.to_builtins(state, builtin_types=(bytes,))
     if state.exit is None:
         del found["exit"]

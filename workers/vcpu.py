@@ -234,10 +234,11 @@ class VcpuThread:
         if ready:
             os.read(self._wake, 4096)
 
-    def stay_paused(self) -> None:
+    def stay_paused(self, state: VcpuState = VcpuState.PAUSED) -> None:
+        """``state``: in which it does."""
         control = self.control
         while self._attend() and not self.shutdown and not control.request & VcpuRequest.STOP:
-            control.state = VcpuState.PAUSED
+            control.state = state
             self.sleep()
 
     def wait_for(self, poll: select.poll, seconds: float) -> None:
@@ -250,12 +251,12 @@ class VcpuThread:
     def is_to_end(self) -> bool:
         return self.shutdown or bool(self.control.request & VcpuRequest.STOP)
 
-    def wait_for_reset(self) -> None:
+    def wait_for_reset(self, state: VcpuState = VcpuState.RING_FULL) -> None:
         """KVM_EXIT_DIRTY_RING_FULL: tell the coordinator, stay out until the ring has been reset."""
         control = self.control
         began = time.perf_counter_ns()
         control.ring_full_exits += 1
-        control.state = VcpuState.RING_FULL
+        control.state = state
         self.ring_full = True
         self.say(RingFull(self.index))
         while self.ring_full and not self._attend():

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from machines import spec
 
 from ipc.layout import MAX_SLOTS
-from ipc.messages import ReplayPhase, ReplaySpec
+from ipc.messages import ProgramSpec, ReplayPhase, ReplaySpec
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
 from vmm.errors import VmmError
 from vmm.machine import rules
-from vmm.machine.rules import RuleError, arriving, check_machine, check_new_slot
+from vmm.machine.rules import NO_TREES, RuleError, Trees, arriving, check_machine, check_new_slot
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec, decode_spec, encode_spec
 
 GUEST = spec("idle", accel="unicorn", mib=4, milliseconds=1)
@@ -143,6 +143,32 @@ def test_nothing_that_arrives_is_a_path() -> None:
     assert here.image == GUEST.image
     texts = [v for v in msgspec.to_builtins(here).values() if isinstance(v, str)]
     assert [t for t in texts if "/" in t] == [GUEST.image]
+
+
+PROGRAM = ProgramSpec(path="/bin/x", args=["x"], env=[], root="/etc", files={"/data": "/root", "/one": "/etc/shadow"},
+                      console="streams")
+RUNNING = msgspec.structs.replace(GUEST, accel="kvm", image="", params=[], cmdline="", vcpus=2, program=PROGRAM)
+
+
+@pytest.mark.parametrize(("change", "trees", "linger", "said"), [
+    ({}, NO_TREES, True, "guest.root: .*give the same here"),
+    ({"root": ""}, Trees("/here"), True, "guest.root: .*none"),
+    ({}, Trees("/here", {"/other": "/x"}), True, "guest.files: .*no /other"),
+    ({"console": "terminal"}, Trees("/here"), False, "guest.console: .*--detach")])
+def test_a_program_that_arrives_has_the_files_that_it_had(change: dict[str, Any], trees: Trees, linger: bool,
+                                                          said: str) -> None:
+    offered = replaced(RUNNING, program=msgspec.structs.replace(PROGRAM, **change))
+    with pytest.raises(RuleError, match=said):
+        arriving(offered, name="here", image="/image", accel="kvm", linger=linger, trees=trees)
+
+
+@pytest.mark.parametrize(("linger", "console"), [(True, "streams"), (False, "lines")])
+def test_a_program_that_arrives_has_this_hosts_files(linger: bool, console: str) -> None:
+    here = arriving(RUNNING, name="here", image="/image", accel="kvm", linger=linger,
+                    trees=Trees("/here", {"/data": "/there"}))
+    assert (here.image, here.keeps_system) == ("", False)
+    assert here.program == msgspec.structs.replace(PROGRAM, root="/here", files={"/data": "/there"}, arrives=True,
+                                                   console=console)
 
 
 # --- memory that is plugged in ------------------------------------------------------------------------

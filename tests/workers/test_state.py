@@ -17,7 +17,7 @@ from vmm.client.machine import Machine
 from vmm.errors import VmmError
 from workers.accel.base import AccelError
 from workers.ports import PortEventKind
-from workers.state import ExitState, StateError, VcpuSaved, check_state, check_states, plain_state
+from workers.state import ExitState, StateError, SystemSaved, VcpuSaved, check_state, check_states, plain_state
 
 #: MSRs that go on by themselves: time stamp, APIC timer, paravirtual clocks.
 _DRIFTING = {str(m) for m in (0x10, 0x6E0, 0x11, 0x12, 0x4B56_4D00, 0x4B56_4D01, 0x4000_0020)}
@@ -207,8 +207,13 @@ def test_anything_else_is_not_a_state_either(data: Any) -> None:
 
 def test_states_of_a_machine(saved: VcpuSaved) -> None:
     plain = plain_state(saved)
-    assert check_states([plain, plain], 2) == [saved, saved]
+    assert check_states([plain, plain], 2, program=False) == [saved, saved]
+    system = plain_state(SystemSaved(system=b"anything"))
+    assert check_states([plain, system], 2, program=True) == [saved, SystemSaved(system=b"anything")]
+    for states, program in (([plain, system], False), ([plain, plain], True), ([system, plain], True)):
+        with pytest.raises(StateError, match=r"vcpu [01]: is not the state of a"):
+            check_states(states, 2, program=program)
     with pytest.raises(StateError, match="states of 1 vCPUs for a machine with 2"):
-        check_states([plain], 2)
+        check_states([plain], 2, program=False)
     with pytest.raises(StateError, match=r"vcpu 1: not a valid vCPU state: .*cr3"):
-        check_states([plain, changed(saved, {"cr3": None})], 2)
+        check_states([plain, changed(saved, {"cr3": None})], 2, program=False)

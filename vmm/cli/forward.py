@@ -57,7 +57,7 @@ def forwarding(name: str, ports: HostPorts) -> Iterator[None]:
 
 
 def note_forward(name: str, texts: Sequence[str]) -> None:
-    """Of a machine that has been left running in the background: nobody forwards its ports."""
+    """Of a machine whose ports nobody forwards: it was left running in the background, or has come from elsewhere."""
     if texts:
         click.echo(f"vmm: note: no port leads to it now; while this runs, they do: vmm forward {name} "
                    f"{' '.join(texts)}", err=True)

@@ -22,9 +22,10 @@ from workers.accel import registry
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
-from .run import run_or_leave
+from .program import run_arrived, trees_options
 
 if TYPE_CHECKING:
+    from ..machine.rules import Trees
     from ..migrate import Report
     from ..outputs import Output
 
@@ -286,20 +287,21 @@ def _refuse_to_cancel(report: dict[str, Any]) -> None:
               help="Accelerator to use here.")
 @click.option("--detach", is_flag=True, help="Leave the machine running in the background once it has arrived.")
 @click.option("--timeout", type=Duration(), default=None, help="How long to wait for a source.")
+@trees_options
 @_key
 @_peer
 @_insecure
 @json_option
-def receive(address: str, name: str | None, accel: str, detach: bool, timeout: float | None, key: str, peer: str,
-            insecure: bool, as_json: bool) -> int:
+def receive(address: str, name: str | None, accel: str, detach: bool, timeout: float | None, trees: Trees, key: str,
+            peer: str, insecure: bool, as_json: bool) -> int:
     """Wait at ADDRESS for one incoming machine and run it."""
     from ..receive import receive as run
 
     signal.signal(signal.SIGTERM, _cancel)
     machine = run(address, name=name, accel=accel, detach=detach, key=key, peer=peer, insecure=insecure,
-                  timeout=timeout, waiting=lambda at: click.echo(f"waiting at {at}", err=True),
+                  timeout=timeout, trees=trees, waiting=lambda at: click.echo(f"waiting at {at}", err=True),
                   refused=lambda why: click.echo(f"refused an offer: {why}", err=True))
-    return run_or_leave(machine, detach, as_json)
+    return run_arrived(machine, detach, as_json)
 
 
 @click.command()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import click
 from ipc.layout import MAX_VCPUS
 
 from ..errors import ExitCode, VmmError
-from .common import Duration, Size
+from .common import Duration, Size, print_json
 from .forward import forwarding, note_forward
 from .run import Interrupted, run_or_leave
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ..client.machine import Machine
     from ..machine.spec import MachineSpec
 
-__all__ = ["make_root", "run_program"]
+__all__ = ["make_root", "run_arrived", "run_program", "trees_options"]
 
 _PAIR = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 #: {key of a configuration: option of this verb that says the same}
@@ -90,18 +91,51 @@ def run_program(program: str, args: tuple[str, ...], name: str | None, terminal:
             status = run_or_leave(machine, True, False)
             note_forward(machine.name, options["forward"])
             return status
-        stack.enter_context(machine)
-        for warning in machine.warnings:
-            click.echo(f"vmm: warning: {warning}", err=True)
-        with forwarding(machine.name, ports):
-            report = _follow(machine, console == "terminal")
-    _show(report, shown, report_json)
-    program_report = report.get("program") or {}
-    exit_status = program_report.get("exit_status")
-    if report["exit_code"] > ExitCode.GUEST_FAILED:
+        with machine, forwarding(machine.name, ports):
+            report = follow_program(machine)
+    return _end(report, shown, report_json)
+
+
+def run_arrived(machine: Machine, detach: bool, as_json: bool) -> int:
+    """A machine that was restored, or has come from elsewhere: as ``run_or_leave``; a program that has the console of
+    ``vmm run`` has that of this command now."""
+    note_forward(machine.name, machine.forward)
+    if detach or machine.console == "lines":
+        return run_or_leave(machine, detach, as_json)
+    with machine:
+        report = follow_program(machine)
+    if as_json:
+        print_json(report)
+    return _end(report, False, None)
+
+
+def _end(report: dict[str, Any], shown: bool, path: str | None) -> int:
+    """Say how it was; the exit status."""
+    _show(report, shown, path)
+    exit_status = (report.get("program") or {}).get("exit_status")
+    if report.get("handed_over"):
+        click.echo(f"vmm: the program goes on elsewhere: it was migrated to {report['handed_over']}", err=True)
+    elif report["exit_code"] > ExitCode.GUEST_FAILED:
         click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
     return int(report["exit_code"] if exit_status is None or report["exit_code"] > ExitCode.GUEST_FAILED
                else exit_status)
+
+
+def trees_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a verb that a machine arrives by: the files of its program, as ``trees``."""
+    @click.option("--root", type=click.Path(exists=True),
+                  help="Of a Linux program: the directory or tar file that is its root, with the same contents.")
+    @click.option("--file", "files", multiple=True, metavar="INSIDE=OUTSIDE",
+                  help="Of a Linux program: a directory that it was given, with the same contents.")
+    @functools.wraps(command)
+    def with_trees(root: str | None, files: tuple[str, ...], **options: Any) -> Any:
+        from ..machine.rules import Trees
+
+        there = {inside: os.path.abspath(outside) for inside, outside in _pairs("--file", files).items()}
+        with _said_by_option({"root": root, "files": files}):
+            return command(trees=Trees(os.path.abspath(root) if root else "", there), **options)
+
+    return with_trees
 
 
 def _is_terminal(wanted: bool | None) -> bool:
@@ -168,11 +202,14 @@ def _name(program: str) -> str:
     return f"{base or 'program'}-{os.getpid()}"
 
 
-def _follow(machine: Machine, terminal: bool) -> dict[str, Any]:
-    """Its report, once it has ended."""
+def follow_program(machine: Machine) -> dict[str, Any]:
+    """Be its console; its report, once it has ended."""
     from ..client.console import ConsoleFollower
     from ..machine.runtime import machine_dir
 
+    for warning in machine.warnings:
+        click.echo(f"vmm: warning: {warning}", err=True)
+    terminal = machine.console == "terminal" and _is_terminal(None)
     output, error = (None if each is None else each.buffer for each in (sys.stdout, sys.stderr))
     with ConsoleFollower(machine_dir(machine.name), _source(), output, error, lambda: _is_over(machine)) as console, \
             _Signals(console):

@@ -14,10 +14,12 @@ from workers.accel import registry
 
 from ..errors import one_line
 from .common import json_option, on_machine, print_json, progress_bar
+from .program import run_arrived, trees_options
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
     from ..consumers.snapshot import Manifest
+    from ..machine.rules import Trees
 
 __all__ = ["snapshot"]
 
@@ -154,14 +156,14 @@ def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
 @click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
               help="Accelerator to use.")
 @click.option("--detach", is_flag=True, help="Leave the machine running in the background.")
+@trees_options
 @json_option
-def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool,
+def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool, trees: Trees,
             as_json: bool) -> int:
     """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends."""
     from ..consumers import snapshot as snapshots
-    from .run import run_or_leave
 
     with _bar("loading") as progress:
         machine = snapshots.restore(directory, snapshot_id, machine_name=name, accel=accel, detach=detach,
-                                    start=detach, progress=progress)
-    return run_or_leave(machine, detach, as_json)
+                                    start=detach, trees=trees, progress=progress)
+    return run_arrived(machine, detach, as_json)

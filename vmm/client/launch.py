@@ -30,7 +30,7 @@ class Launched:
     def __init__(self, spec: MachineSpec, *, quiet: bool, keeper: KeeperProcess | None = None) -> None:
         """``quiet``: nothing is printed by anybody. ``keeper``: one that has been started for this name. Raises
         VmmError, with nothing left behind."""
-        self.name = spec.name
+        self.spec, self.name = spec, spec.name
         self.warnings: list[str] = []
         begun = keeper or KeeperProcess(spec.name, quiet=quiet, programs=spec.program is not None)
         self.keeper, self._life = begun.take(), begun.life

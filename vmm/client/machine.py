@@ -21,7 +21,7 @@ import msgspec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
-from ..errors import ExitCode, VmmError, no_memory, no_state
+from ..errors import ExitCode, VmmError, no_memory
 from ..machine import records, verbs
 from ..machine.runtime import is_running, machine_dir, machine_names
 from ..machine.spec import MachineSpec
@@ -99,6 +99,19 @@ class Machine:
     def warnings(self) -> list[str]:
         """What the user of a machine that was launched here should know (that no log is kept, for example)."""
         return [] if self._launched is None else list(self._launched.warnings)
+
+    @property
+    def console(self) -> str:
+        """Of a machine that was launched here: how its Linux program has a console (``ProgramSpec.console``), "lines"
+        also where there is none. Others than lines are to be followed (vmm/client/console.py)."""
+        program = None if self._launched is None else self._launched.spec.program
+        return "lines" if program is None else program.console
+
+    @property
+    def forward(self) -> list[str]:
+        """The same: ports of the host that are to lead to it (``ProgramSpec.forward``)."""
+        program = None if self._launched is None else self._launched.spec.program
+        return [] if program is None else program.forward
 
     # --- launch, attach ----------------------------------------------------------------------
 
@@ -272,13 +285,9 @@ class Machine:
         return self._memory.view(slot).segment.name
 
     def require_state(self) -> None:
-        """Raises VmmError for a machine that cannot be saved or moved: it has no memory (replay), or runs a Linux
-        program."""
-        status = self.status()
-        if not registry.capabilities(status["accelerator"]).guests:
+        """Raises VmmError for a machine that cannot be saved or moved: it has no memory (replay)."""
+        if not registry.capabilities(self.status()["accelerator"]).guests:
             raise VmmError(no_memory(self.name))
-        if status["program"] is not None:
-            raise VmmError(no_state(self.name))
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory (boot information, page tables), writable. It is never logged."""

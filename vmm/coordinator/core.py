@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ipc.layout import VcpuState
 from ipc.messages import ProgramCalls
 
 from ..dirty.parts import Parts
 from ..dirty.reaper import Reaper
 from ..dirty.verify import AnyVerifier
-from ..errors import ExitCode, VmmError, no_memory, no_state
+from ..errors import ExitCode, VmmError, no_memory
 from ..machine.events import Tracer
 from ..machine.spec import MachineSpec
 from ..vcpus.handle import VcpuHandle
@@ -22,6 +23,7 @@ from .owners import Owners
 
 __all__ = ["Core"]
 
+_CALL_TIMEOUT = 30.0        # seconds for a program's system to come to the end of a call
 _REQUESTS = 64      # a client has one under way at a time
 
 
@@ -125,6 +127,17 @@ class Core:
         self.reaper.drain()
         self.verifier.round()
 
+    def finish_call(self) -> None:
+        """With every vCPU paused: a program's system that stands in the middle of a call, because its ring is full,
+        goes on to the end of it. So it can be saved."""
+        if self.spec.program is None:
+            return
+        system, deadline = self.vcpus.all[-1], time.monotonic() + _CALL_TIMEOUT
+        while system.alive and system.control.state == VcpuState.IN_CALL and time.monotonic() < deadline:
+            self.reaper.wake("ring-full")
+            self.vcpus.resume([system])
+            self.vcpus.pause([system])
+
     # --- checks; each raises VmmError ---------------------------------------------------------
 
     def require_not_ended(self) -> None:
@@ -143,5 +156,3 @@ class Core:
     def require_state(self) -> None:
         if not self.spec.can.guests:
             raise VmmError(no_memory(self.spec.name))
-        if self.spec.program is not None:
-            raise VmmError(no_state(self.spec.name))

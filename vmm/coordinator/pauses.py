@@ -153,6 +153,7 @@ class Pauses:
         if self._standing:
             try:
                 self._core.vcpus.pause_all()
+                self._core.finish_call()
             except BaseException:
                 self._standing = False      # it has let all of them go again
                 raise

@@ -104,7 +104,8 @@ def _leave_alone(core: Core) -> None:
     """Post-copy on a software CPU: a vCPU that waits for a page does nothing else, for as long as that takes. Nor
     can the predecessor have been in the middle of anything that concerns them, but a pause."""
     core.vcpus.expect_paused()
-    core.reaper.full.update(s.index for s in core.vcpus.all if s.control.state == VcpuState.RING_FULL)
+    core.reaper.full.update(s.index for s in core.vcpus.all
+                            if s.control.state in (VcpuState.RING_FULL, VcpuState.IN_CALL))
 
 
 def _sweep(core: Core, known: set[str]) -> None:

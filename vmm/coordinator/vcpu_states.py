@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from ipc.messages import Exited, GetState, SetState
-from workers.state import ExitState, StateError, VcpuSaved, check_states, plain_state
+from ipc.messages import Done, Exited, GetState, SetState
+from workers.state import ExitState, Saved, StateError, check_states, plain_state
 
 from ..errors import ExitCode, VmmError
 from ..machine.spec import MachineSpec
@@ -26,7 +26,11 @@ def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any
     dead = [str(s.index) for s in core.vcpus.all if not s.alive]
     if dead:
         raise VmmError(f"vCPU {', '.join(dead)}: its worker has ended, and its state is lost", ExitCode.WORKER_DIED)
-    replies = core.vcpus.request(core.vcpus.all, lambda seq, s: GetState(seq))
+    replies: dict[int, Done] = {}
+    # A program's system comes last: what its threads are about to ask it is in their mailboxes by then.
+    for vcpus in ([s for s in core.vcpus.all if not spec.is_system(s.index)],
+                  [s for s in core.vcpus.all if spec.is_system(s.index)]):
+        replies |= core.vcpus.request(vcpus, lambda seq, s: GetState(seq))
     log = core.parts.log
     spec = msgspec.structs.replace(spec, slots=[slot.now for slot in log.slots.values()])
     gone = [str(s.index) for s in core.vcpus.all if s.index not in replies]
@@ -38,16 +42,16 @@ def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any
                       for state, vcpu in zip(states, core.vcpus.all, strict=True)]}
 
 
-def _with_exit(state: VcpuSaved, exited: Exited | None) -> VcpuSaved:
+def _with_exit(state: Saved, exited: Exited | None) -> Saved:
     if exited is None:
         return state
     return msgspec.structs.replace(state, exit=ExitState(exited.reason, exited.code, exited.detail))
 
 
-def _checked(states: list[Any], core: Core) -> list[VcpuSaved]:
+def _checked(states: list[Any], core: Core) -> list[Saved]:
     """Raises VmmError."""
     try:
-        return check_states(states, len(core.vcpus.all))
+        return check_states(states, len(core.vcpus.all), program=core.spec.program is not None)
     except StateError as exc:
         raise VmmError(str(exc)) from None
 

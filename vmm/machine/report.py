@@ -32,7 +32,8 @@ class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     pid: int
     accelerator: str
-    state: str                  # new, ready, running, ring-full, waiting, paused, throttled, exited, dead, unknown
+    state: str                  # new, ready, running, ring-full, in-call, waiting, paused, throttled, exited, dead,
+                                # unknown
     exit_reason: str | None     # None: its guest has not ended
     exit_code: int | None
     detail: str

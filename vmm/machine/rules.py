@@ -10,7 +10,8 @@ vmm/client/accelerators.py, vmm/client/plan.py), as is what depends on the image
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -27,8 +28,8 @@ from .names import check_machine_name
 from .spec import REAPERS_MAX, MachineSpec, RamSlot
 from .trackings import CHOICES
 
-__all__ = ["GPA_MAX", "NICE_MAX", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX",
-           "STACK_MIN", "SYSTEM_AREA", "RuleError", "arriving", "check_machine", "check_new_slot", "check_quota",
+__all__ = ["GPA_MAX", "NICE_MAX", "NO_TREES", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX", "STACK_MIN",
+           "SYSTEM_AREA", "RuleError", "Trees", "arriving", "check_machine", "check_new_slot", "check_quota",
            "check_ring", "check_slots", "check_stack"]
 
 GPA_MAX = 1 << 40                       # RAM ends below it
@@ -50,6 +51,17 @@ _PATTERNS = ("sequential", "strided", "random", "zipf")
 _INJECTIONS = ("none", "lost", "extra")
 _EVENT_PATTERNS_MAX = 64
 _PATH_MAX = 4095                        # bytes (PATH_MAX, less its NUL)
+
+
+class Trees(NamedTuple):
+    """Of a program that arrives: the files of this host that it has (``ProgramSpec``), which must be as they were
+    elsewhere. ``files``: as far as they are directories, others it has read."""
+
+    root: str = ""
+    files: Mapping[str, str] = {}
+
+
+NO_TREES = Trees()
 
 
 class RuleError(VmmError, ValueError):
@@ -97,16 +109,33 @@ def check_machine(spec: MachineSpec) -> None:
         raise RuleError("replay", f"needs accel {wanted}, but accel is {spec.accel}")
 
 
-def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bool) -> MachineSpec:
+def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bool,
+             trees: Trees = NO_TREES) -> MachineSpec:
     """What a specification from elsewhere (an offer, a manifest) is here: under this name, on this accelerator,
-    with the image at this path. Nothing of its own is used as a path or written to: where it traced to, and what
-    it replayed, is the other host's business. Raises RuleError for what no machine may be."""
-    if spec.program is not None:
-        raise RuleError("guest.program", "cannot be moved or restored yet")
-    found = msgspec.structs.replace(spec, name=name, image=image, accel=accel, linger=linger, trace=[],
-                                    trace_file="", replay_trace="")
+    with the image at this path (a program has none), and with these files for a program. Nothing of its own is used as
+    a path or written to: where it traced to, and what it replayed, is the other host's business. Raises RuleError for
+    what no machine may be."""
+    program = None if spec.program is None else _arriving(spec.program, trees, linger=linger)
+    found = msgspec.structs.replace(spec, name=name, image="" if program else image, accel=accel, linger=linger,
+                                    trace=[], trace_file="", replay_trace="", program=program)
     check_machine(found)
     return found
+
+
+def _arriving(program: ProgramSpec, trees: Trees, *, linger: bool) -> ProgramSpec:
+    """Raises RuleError."""
+    if program.root and not trees.root:
+        raise RuleError("guest.root", "the program has files of a directory or a tar file, which it may not all have "
+                                      "read yet: give the same here (--root)")
+    if trees.root and not program.root:
+        raise RuleError("guest.root", "the program had none where it comes from")
+    if foreign := sorted({*trees.files} - {*program.files}):
+        raise RuleError("guest.files", f"the program had no {foreign[0]} where it comes from")
+    console = program.console
+    if not linger and console == "terminal":
+        raise RuleError("guest.console", "the program has a terminal, which somebody must be at: not with --detach")
+    return msgspec.structs.replace(program, root=trees.root, files=dict(trees.files), arrives=True,
+                                   console=console if linger else "lines")
 
 
 def check_quota(pages_per_s: int) -> None:

@@ -94,6 +94,11 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
         """It has no CPU, but serves the system calls of the others."""
         return self.program is not None and vcpu == self.threads
 
+    @property
+    def keeps_system(self) -> bool:
+        """What is in its system slot belongs to its state; all that a program has there follows from its system's."""
+        return self.program is None
+
     def has_kernel_ring(self, vcpu: int) -> bool:
         """The kernel makes the dirty ring of this vCPU; else it is a segment."""
         return self.can.kernel_ring and not self.is_system(vcpu)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ipc.layout import RING_MAX, ExitReason
 
 if TYPE_CHECKING:
     from ipc.layout import VcpuControl
     from ipc.messages import SlotSpec, WorkerSpec
+    from ipc.programs import Kind
 
     from ..memory import GuestMemory
     from ..ports import PortBus, PortEvent
-    from ..state import VcpuSaved
+    from ..state import Saved
 
 __all__ = ["AccelError", "Accelerator", "Available", "Backend", "Capabilities", "Exit", "ExitKind",
            "ProgramAccelerator", "ProgramServer"]
@@ -164,12 +165,13 @@ class Accelerator(Protocol):
         """rax…r15, rip, rflags, cr0, cr2, cr3, cr4 and the like, for a report."""
         ...
 
-    def get_state(self) -> VcpuSaved:
-        """Complete architectural state, the same for every accelerator (without ``exit``)."""
+    def get_state(self) -> Saved:
+        """Complete architectural state, the same for every accelerator (without ``exit``); of a program's system, all
+        that it has. Raises AccelError."""
         ...
 
-    def set_state(self, state: VcpuSaved) -> None:
-        """Raises AccelError when this host cannot take it over."""
+    def set_state(self, state: Any) -> None:
+        """What ``get_state`` of one of its kind gave. Raises AccelError when this host cannot take it over."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -193,6 +195,16 @@ class ProgramServer(Protocol):
 
     def interrupted(self) -> Exit | None:
         """A kick, or a signal."""
+        ...
+
+    # While it is paused, for its state:
+
+    def put(self, kind: Kind, fault: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """It had left the program for this (a call, or a fault: vector, error, address), and nobody knew yet."""
+
+    @property
+    def repeats_call(self) -> bool:
+        """It waits in a call that is nobody else's, and which is to be made again wherever it goes on."""
         ...
 
 

@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ipc.programs import ASKED, REGISTERS, STALE_MAX, Answer, Kind, Mailbox
+from ipc.programs import ASKED, REGISTERS, STALE_MAX, SYSCALL_SIZE, Answer, Kind, Mailbox
 
 from ..accel.base import AccelError
+from ..state import StateError
 from . import signals
 from .abi import number_of
 from .blocked import Again, Blocked, Ended
@@ -34,7 +35,6 @@ __all__ = ["Dispatcher"]
 _R = {name: at for at, name in enumerate(REGISTERS)}
 _RAX, _RIP = _R["rax"], _R["rip"]
 _ARGUMENTS = tuple(_R[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
-_SYSCALL_SIZE = 2       # bytes of the instruction
 
 _PAGE_FAULT = 14
 #: Signals of exceptions, with their si_code (arch/x86/kernel/traps.c); of all others, SIGSEGV from the kernel.
@@ -53,7 +53,6 @@ _ATTENTION_TIMEOUT = 60.0   # seconds
 _STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
 _SET_XSAVE, _GET_XSAVE = int(Answer.SET_XSAVE), int(Answer.GET_XSAVE)
 _IDLE, _END = int(Answer.IDLE), int(Answer.END)
-_FRESH = _ROOT | _FS | _REGISTERS | _SET_XSAVE
 
 
 class Dispatcher:
@@ -104,7 +103,7 @@ class Dispatcher:
             found = True
             self._to_start.remove(start)
             if not start.thread.ended:
-                self._begin(min(self._idle) if start.vcpu is None else start.vcpu, start)
+                self._begin(min(self._unbound) if start.vcpu is None else start.vcpu, start)
         while self._looks:
             found = True
             self._look(self._looks.pop())
@@ -176,7 +175,7 @@ class Dispatcher:
         if kind == Kind.CALL:
             self._call(index, box, thread)
         elif kind == Kind.FAULT:
-            self._fault(index, box, thread)
+            self._fault(index, thread, box.fault)
         elif kind == Kind.XSAVE:
             self._signal(index, box, thread)
         else:
@@ -198,7 +197,7 @@ class Dispatcher:
                 self._looks.add(index)
             return
         except Again:
-            registers[_RIP] -= _SYSCALL_SIZE
+            registers[_RIP] -= SYSCALL_SIZE
             self._go_on(index, thread, _REGISTERS)
             return
         except Ended:
@@ -227,8 +226,8 @@ class Dispatcher:
         thread.jumps, thread.new_space, thread.xsave = False, False, None
         return answer
 
-    def _fault(self, index: int, box: Mailbox, thread: Thread) -> None:
-        vector, error, address = box.fault
+    def _fault(self, index: int, thread: Thread, fault: tuple[int, int, int]) -> None:
+        vector, error, address = fault
         info = None
         if vector != _PAGE_FAULT:
             number, code = _SIGNALS.get(vector, (signals.SEGV, _SI_KERNEL))
@@ -341,9 +340,14 @@ class Dispatcher:
             return None
         for each in self._to_start:
             if each.thread.ended or (not each.thread.process.stopped and (
-                    each.vcpu is None or each.vcpu in self._idle)):
+                    self._unbound if each.vcpu is None else each.vcpu in self._idle)):
                 return each
         return None
+
+    @property
+    def _unbound(self) -> set[int]:
+        """vCPUs that are idle, and no thread is to go on there."""
+        return self._idle - {each.vcpu for each in self._to_start if each.vcpu is not None}
 
     def _begin(self, index: int, start: Start) -> None:
         box, thread = self._boxes[index], start.thread
@@ -351,21 +355,27 @@ class Dispatcher:
         self._threads[index] = thread
         self._indices[thread] = index
         thread.process.space.visitors.add(index)
-        registers, fs_base, xsave = start.whole()
-        for at, value in enumerate(registers):
-            box.registers[at] = value
-        box.tid, box.root, box.fs_base = thread.tid, thread.process.space.root, fs_base
-        box.xsave[:] = xsave
-        thread.registers, thread.fs_now = box.registers, fs_base
+        box.tid, box.root, given = thread.tid, thread.process.space.root, _ROOT
+        if start.registers is not None:     # else they are there: the worker has put them into its mailbox
+            given |= _FS | _REGISTERS
+            box.fs_base = start.fs_base
+            for at, value in enumerate(start.registers):
+                box.registers[at] = value
+        if start.xsave is not None:
+            given |= _SET_XSAVE
+            box.xsave[:] = start.xsave
+        thread.registers, thread.fs_now = box.registers, box.fs_base
         self._cpu_at_start[index] = box.cpu_ns - thread.cpu_ns
         if start.trap is not None:
             self._traps[index] = start.trap
+        self._first[index] = given
         if start.call:
-            self._first[index] = _FRESH
-            box.registers[_RIP] += _SYSCALL_SIZE
+            box.registers[_RIP] += SYSCALL_SIZE
             self._call(index, box, thread)
+        elif start.exception is not None:
+            self._fault(index, thread, start.exception)
         else:
-            self._go_on(index, thread, _FRESH)
+            self._go_on(index, thread, 0)
 
     # --- blocked calls ----------------------------------------------------------------------------------------------
 
@@ -419,7 +429,7 @@ class Dispatcher:
             elif again:
                 del self._blocked[index]
                 self._trace_end(thread, None, again=True)
-                box.registers[_RIP] -= _SYSCALL_SIZE
+                box.registers[_RIP] -= SYSCALL_SIZE
                 self._go_on(index, thread, _REGISTERS)
             return
         del self._blocked[index]
@@ -428,7 +438,7 @@ class Dispatcher:
         if thread.done:
             registers[_RAX] = thread.done
         elif again:
-            registers[_RIP] -= _SYSCALL_SIZE
+            registers[_RIP] -= SYSCALL_SIZE
         else:
             registers[_RAX] = -errno.EINTR & 0xFFFF_FFFF_FFFF_FFFF
             system.write_time_left(thread, number, [registers[at] for at in _ARGUMENTS])
@@ -489,29 +499,42 @@ class Dispatcher:
     # --- as data ----------------------------------------------------------------------------------------------------
 
     def save(self) -> list[dict[str, Any]]:
-        """Each thread: on which vCPU it is (None: on none yet), and with what it goes on. A call that waits for an
-        answer is as before it was made (``call``). Of a thread that is in the guest ``registers`` and ``fs_base`` are
-        None, of one whose XSAVE area is in its vCPU ``xsave``: whoever saves that puts them there. The page tables are
-        others when it goes on."""
+        """Each thread: on which vCPU it is (None: on none yet), and with what it goes on (`Start`). A call that waits
+        for an answer is as before it was made. The page tables are others when it goes on. All workers stand still."""
         starts = [self._start_of(index, thread) for index, thread in enumerate(self._threads) if thread is not None]
         return [each.save() for each in (*starts, *self._to_start) if not each.thread.ended]
 
     def _start_of(self, index: int, thread: Thread) -> Start:
         box, start = self._boxes[index], Start(thread, vcpu=index, trap=self._traps.get(index))
-        if box.waits:
-            start.registers, start.fs_base = list(box.registers), box.fs_base
-            asked = box.kind if box.asked else 0
-            if index in self._blocked or asked == Kind.CALL:
-                start.registers[_RIP] -= _SYSCALL_SIZE
-                start.call = True
-            given = self._first.get(index, 0) | self._parked.get(index, 0)
-            if given & _SET_XSAVE or asked == Kind.XSAVE:
-                start.xsave = bytes(box.xsave)
+        if box.in_guest:
+            return start
+        start.registers, start.fs_base = list(box.registers), box.fs_base
+        given, answered = self._first.get(index, 0) | self._parked.get(index, 0), box.answered
+        if answered is not None:
+            given, result = answered
+            if box.kind == Kind.CALL and not given & _REGISTERS:
+                start.registers[_RAX] = result
+        elif index in self._blocked or (box.asked and box.kind == Kind.CALL):
+            start.registers[_RIP] -= SYSCALL_SIZE
+            start.call = True
+        elif box.asked and box.kind == Kind.FAULT:
+            start.exception = box.fault
+        if given & _SET_XSAVE or (box.asked and box.kind == Kind.XSAVE):
+            start.xsave = bytes(box.xsave)
         return start
 
-    def load(self, saved: list[dict[str, Any]]) -> None:
-        """All vCPUs are without a thread. Raises StateError."""
-        self._to_start.extend(Start.load(self._system.threads, each) for each in saved)
+    def load(self, saved: list[dict[str, Any]], ended: Iterable[int]) -> None:
+        """All vCPUs are without a thread; those that have ``ended`` will not ask for one. Raises StateError."""
+        self._to_start.extend(Start.load(self._system.threads, each, len(self._boxes)) for each in saved)
+        self._ended.update(ended)
+        bound = [each.vcpu for each in self._to_start if each.vcpu is not None]
+        if len({*bound, *self._ended}) < len(bound) + len(self._ended) or not self._ended <= {*range(len(self._boxes))}:
+            raise StateError("two threads of a program have the same vCPU, or one that has ended")
+
+    @property
+    def ended(self) -> list[int]:
+        """vCPUs that have been told so, and know it."""
+        return sorted(each for each in self._ended if self._boxes[each].in_guest)
 
 
 def _no_handler(info: SignalInfo, action: Action) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ipc.linux.libc import LIBC, check
 from ipc.shm import PAGE_SIZE
 
-from ..memory import Slot
+from ..memory import GuestMemory, Slot
 from .frames import Run
 from .log import WriteLog
 
@@ -21,8 +21,8 @@ _PART = 256                             # frames that are cleared together
 class Ram:
     """A ``Memory`` (space.py). ``close`` it before its slots."""
 
-    def __init__(self, slots: Iterable[Slot], log: WriteLog) -> None:
-        self._log = log
+    def __init__(self, memory: GuestMemory, slots: Iterable[Slot], log: WriteLog) -> None:
+        self._memory, self._log = memory, log
         self._slots = [(slot.spec.gpa // PAGE_SIZE, (slot.spec.gpa + slot.spec.size) // PAGE_SIZE, slot.host_address,
                         memoryview(slot.segment.buf)) for slot in slots]
 
@@ -64,7 +64,8 @@ class Ram:
 
     def clear(self, runs: list[Run]) -> None:
         """A hole is punched, which takes every process' mapping along; and filled again at once, so that the memory
-        stays reserved. Raises OSError where the host has none."""
+        stays reserved. (In post-copy it may be filled with what was there elsewhere: that is no longer wanted.) Raises
+        OSError where the host has none."""
         for first, count in runs:
             for start in range(first, first + count, _PART):
                 self._clear(start, min(_PART, first + count - start))
@@ -76,5 +77,7 @@ class Ram:
                 place, size = ctypes.c_void_p(address + (first - begin) * PAGE_SIZE), ctypes.c_size_t(count * PAGE_SIZE)
                 check(LIBC.madvise(place, size, _REMOVE))
                 check(LIBC.madvise(place, size, _POPULATE_WRITE))
+                if self._memory.is_arriving:
+                    ctypes.memset(place, 0, size.value)
         for frame in range(first, first + count):
             self._log.wrote(frame)

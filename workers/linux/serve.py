@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ipc.layout import VcpuControl
+from ipc.layout import VcpuControl, VcpuState
 from ipc.messages import BitmapPlace, ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
     ENTRY_PAGE,
@@ -33,7 +32,7 @@ from ..accel.base import AccelError, Exit, ExitKind
 from ..memory import GuestMemory
 from ..ports import PortBus
 from ..programs import bell_path
-from ..state import VcpuSaved
+from ..state import SystemSaved
 from .abi import CALLS
 from .chance import Chance
 from .channels import Terminal
@@ -43,8 +42,9 @@ from .frames import Frames, NoFrames
 from .log import WriteLog
 from .population import FIRST_PID
 from .ram import Ram
-from .setup import fill
+from .setup import fill, sources
 from .signals import SignalInfo
+from .state import pack, unpack
 from .survey import Dirtied, survey
 from .system import Console, System
 from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
@@ -68,10 +68,10 @@ class Host(Protocol):
     def wait_for(self, poll: select.poll, seconds: float) -> None:
         """Until something happens at one of these descriptors, or a kick comes."""
 
-    def wait_for_reset(self) -> None:
+    def wait_for_reset(self, state: VcpuState) -> None:
         """The ring is full: until it has been reset, or somebody wants something, which is attended to."""
 
-    def stay_paused(self) -> None:
+    def stay_paused(self, state: VcpuState) -> None:
         """As long as it is to be."""
 
     @property
@@ -97,9 +97,9 @@ class SystemAccelerator:
         self._log = WriteLog(spec, memory, control, self._make_room)
         system = memory.slots[spec.system_slot.id]
         slots = [memory.slots[slot.id] for slot in spec.slots]
-        self._ram = Ram(slots, self._log)
+        self._ram = Ram(memory, slots, self._log)
         self._bell = Bell(system.segment.buf)
-        directory = Path(spec.fd_socket).parent
+        self._directory = directory = Path(spec.fd_socket).parent
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._bell_fd, select.POLLIN)
@@ -109,32 +109,20 @@ class SystemAccelerator:
             console = self._stream = TerminalConsole(directory, self._send_signal, time.monotonic_ns)
         elif spec.program.console == "streams":
             console = self._stream = StreamConsole(directory, self._send_signal)
+        self._console = console
         self._boxes = [Mailbox(system.segment.buf, system.host_address, spec.threads, i) for i in range(spec.threads)]
         self._said_missing = 0
         self._end_by = 0.0
         self._look_at = 0       # when so many calls have been served
-        seed = spec.program.seed
-        self._random: Callable[[int], bytes] = os.urandom if seed is None else Chance(seed)
-        first = spec.slots[0].gpa // PAGE_SIZE
-        frames = Frames(first, spec.slots[0].size // PAGE_SIZE)
+        self._tsc = counter() if host_tsc else None
+        self._frames = Frames(spec.slots[0].gpa // PAGE_SIZE, spec.slots[0].size // PAGE_SIZE)
         page = tables_page(spec.threads)
         words = memoryview(system.segment.buf)[page * PAGE_SIZE:].cast("Q")
         self._tables = Tables(words, spec.system_slot.gpa + page * PAGE_SIZE)
         self._map_system()
-        files = FileSystem(self._ram, frames, clock=time.time_ns, random=self._random,
-                           blocks=spec.slots[0].size // PAGE_SIZE)
-        try:
-            fill(files, spec.program)
-            self.system = System(self._ram, frames, self._tables, files, console, realtime=time.time_ns,
-                                 monotonic=time.monotonic_ns, threads_max=spec.threads,
-                                 vdso=self._vdso(frames, host_tsc))
-            self._dispatcher = Dispatcher(self.system, self._boxes, self._ram, self._check)
-            self.system.launcher = self._dispatcher
-            self._forwarding = Forwarding(directory, self.system)
-            self._tracer = Tracer(self.system.call)
-            self._spawn()
-        except (NoFrames, NoTables):
-            raise AccelError("memory: is too small for the program") from None
+        self._is_there = False      # its state is still to come
+        if not spec.program.arrives:
+            self._begin()
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
@@ -152,9 +140,32 @@ class SystemAccelerator:
             self._tables.set(word, value)
         self._tables.have_in_common(root, SYSTEM_ADDRESS // PAGE_SIZE & (1 << 36) - 1)
 
-    def _vdso(self, frames: Frames, host_tsc: bool) -> Vdso:
-        return Vdso(self._ram, frames, monotonic=time.monotonic_ns, realtime=time.time_ns,
-                    tsc=counter() if host_tsc else None)
+    def _begin(self) -> None:
+        """With the program at its beginning. Raises AccelError."""
+        program = self._program
+        files = FileSystem(self._ram, self._frames, clock=time.time_ns,
+                           random=os.urandom if program.seed is None else Chance(program.seed),
+                           blocks=self._spec.slots[0].size // PAGE_SIZE)
+        try:
+            fill(files, program)
+            vdso = Vdso(self._ram, self._frames, realtime=time.time_ns, monotonic=time.monotonic_ns, tsc=self._tsc)
+            self._take_up(System(self._ram, self._frames, self._tables, files, self._console, realtime=time.time_ns,
+                                 monotonic=time.monotonic_ns, threads_max=self._spec.threads, vdso=vdso))
+            self._spawn()
+        except (NoFrames, NoTables):
+            raise AccelError("memory: is too small for the program") from None
+
+    def _take_up(self, system: System) -> None:
+        self.system = system
+        self._dispatcher = system.launcher = Dispatcher(system, self._boxes, self._ram, self._check)
+        self._forwarding = Forwarding(self._directory, system)
+        self._tracer = Tracer(system.call)
+        self._is_there = True
+
+    def _require(self) -> None:
+        """Raises AccelError."""
+        if not self._is_there:
+            raise AccelError("the system of a program was not given its state")
 
     def _spawn(self) -> None:
         program = self._program
@@ -180,6 +191,7 @@ class SystemAccelerator:
             pass        # it is full: it will wake up
 
     def run(self) -> Exit:
+        self._require()
         self._log.active = True
         try:
             return self._serve()
@@ -285,14 +297,17 @@ class SystemAccelerator:
             raise _Stopped
 
     def _make_room(self) -> None:
+        """Nothing is written while the machine stands still, in the middle of a call either."""
         self._check()
-        self._host.wait_for_reset()
-        self._host.stay_paused()    # nothing is written while the machine stands still, in the middle of a call either
+        self._host.wait_for_reset(VcpuState.IN_CALL)
+        self._host.stay_paused(VcpuState.IN_CALL)
+        self._control.state = VcpuState.RUNNING
 
     # --- for the worker ---------------------------------------------------------------------------------------------
 
     def maps(self, bitmaps: dict[int, BitmapPlace]) -> dict[str, Any]:
         """See survey.py. Raises SegmentError and OSError."""
+        self._require()
         slot = self._spec.slots[0]
         place = bitmaps.get(slot.id)
         dirtied = None if place is None else Dirtied.read(place, slot.gpa // PAGE_SIZE, slot.size // PAGE_SIZE)
@@ -300,6 +315,7 @@ class SystemAccelerator:
 
     def trace(self, client: str, on: bool, after: int) -> dict[str, Any]:
         """See tracing.py."""
+        self._require()
         found = self._tracer.ask(client, on, after)
         self._dispatcher.tracer = self._tracer if self._tracer.wanted else None
         return found
@@ -347,18 +363,38 @@ class SystemAccelerator:
     def clear_dirty_log(self, slot_id: int) -> None:
         self._log.clear(slot_id)
 
-    def get_state(self) -> VcpuSaved:
-        raise AccelError("the state of a program's system cannot be saved yet")
+    def get_state(self) -> SystemSaved:
+        """All workers stand still. Raises AccelError in the middle of a call."""
+        self._require()
+        if self._control.state == VcpuState.IN_CALL:
+            raise AccelError("the system of a program cannot be saved in the middle of a call")
+        dispatcher = self._dispatcher
+        return SystemSaved(system=pack({
+            "system": self.system.save(), "threads": dispatcher.save(), "ended": dispatcher.ended,
+            "served": dispatcher.served}))
 
-    def set_state(self, state: VcpuSaved) -> None:
-        raise AccelError("the state of a program's system cannot be restored yet")
+    def set_state(self, state: SystemSaved) -> None:
+        """Over the memory as it was. Raises AccelError and StateError."""
+        if self._is_there:
+            raise AccelError("the system of a program has begun already, and cannot be given a state")
+        saved = unpack(state.system)
+        try:
+            system = System.load(
+                saved["system"], self._ram, self._frames, self._tables, self._console, realtime=time.time_ns,
+                monotonic=time.monotonic_ns, tsc=self._tsc, sources=sources(self._program))
+        except NoTables:
+            raise AccelError("memory: is too small for the program") from None
+        self._take_up(system)
+        self._dispatcher.load(saved["threads"], saved["ended"])
+        self._dispatcher.served = saved["served"]
 
     def close(self) -> None:
         """Idempotent."""
         if self._bell_fd >= 0:
             os.close(self._bell_fd)
             self._bell_fd = -1
-            self._forwarding.close()
+            if self._is_there:
+                self._forwarding.close()
         self._ram.close()
         self._log.close()
 

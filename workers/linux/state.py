@@ -19,9 +19,14 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from ipc.messages import UNREADABLE
 
 from ..state import StateError
 from .chance import Chance
@@ -49,10 +54,14 @@ if TYPE_CHECKING:
     from .sources import Source
     from .system import System
 
-__all__ = ["VERSION", "Loading", "Saving", "load_system", "save_system"]
+__all__ = ["VERSION", "Loading", "Saving", "load_system", "pack", "save_system", "unpack"]
 
 #: Of the format.
 VERSION = 1
+
+_LEVEL = 1                  # of zlib: what is saved while a machine stands still is saved fast
+_UNPACKED_MAX = 1 << 30     # bytes
+_PACKED = frozenset({"system", "threads", "ended", "served"})
 
 _VDSO = -1          # as a backing
 _KINDS: dict[str, type[OpenFile]] = {
@@ -160,6 +169,26 @@ def _regular(found: object) -> Regular:
     return _checked(found, Regular)
 
 
+# --- as bytes ------------------------------------------------------------------------------------------------------
+
+
+def pack(saved: dict[str, Any]) -> bytes:
+    """Of the whole vCPU that is the system (serve.py)."""
+    return zlib.compress(msgspec.msgpack.encode(saved), _LEVEL)
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """Raises StateError."""
+    try:
+        reader = zlib.decompressobj()
+        saved = msgspec.msgpack.decode(reader.decompress(data, _UNPACKED_MAX))
+    except (zlib.error, *UNREADABLE) as exc:
+        raise StateError(f"the state of a program's system cannot be read: {exc}") from None
+    if not reader.eof or not isinstance(saved, dict) or saved.keys() != _PACKED:
+        raise StateError("not the state of a program's system")
+    return saved
+
+
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +253,7 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
     for name, source in sources.items():
         files.attach(name, source)
     frames.restore([
-        *((frame, 1) for frame in saved["vdso"] or ()),
+        *((frame, 1) for frame in (saved["vdso"] or ())[1:]),
         *(run for inode in files.store.inodes.values() if isinstance(inode, Regular) for run in inode.held),
         *((frame, count) for space in saved["spaces"] for _, frame, count, _ in space["pages"])])
     vdso = None if not saved["vdso"] else Vdso(

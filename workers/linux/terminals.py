@@ -64,7 +64,9 @@ class LineConsole:
         return {}
 
     def load(self, saved: dict[str, Any], clock: Callable[[], int]) -> None:
-        """There is nothing of it."""
+        """What streams had not shown yet is shown; what they had not been asked for is gone."""
+        for _, data in saved.get("unshown", ()):
+            self._say(data)
 
 
 class FramedConsole:

@@ -7,6 +7,7 @@ import errno
 import mmap
 import signal
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from workers.state import StateError
 RAX, RIP, RSP, RDI = (REGISTERS.index(name) for name in ("rax", "rip", "rsp", "rdi"))
 ARGUMENTS = [REGISTERS.index(name) for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9")]
 THREADS = 3
-FRESH = Answer.ROOT | Answer.FS | Answer.REGISTERS | Answer.SET_XSAVE
+PLAIN = Answer.ROOT | Answer.FS | Answer.REGISTERS      # the XSAVE area is in the vCPU
+FRESH = PLAIN | Answer.SET_XSAVE
 HANDLER = struct.pack("<QQQQ", 0x4000, 0, 0, 0)
 XSAVE = (INIT_XSAVE[:24] + b"\x7f\x1f" + INIT_XSAVE[26:]).ljust(PAGE, b"\0")
 
@@ -57,9 +59,12 @@ class Vcpus:
         self.dispatcher = Dispatcher(machine.system, self.boxes, Ram(machine), lambda: None)    # type: ignore[arg-type]
         machine.system.launcher = self.dispatcher
 
-    def ready(self) -> None:
-        """All workers are there."""
-        for box in self.boxes:
+    def ready(self, running: dict[int, list[int]] | None = None) -> None:
+        """All workers are there; ``running``: registers that their vCPUs have."""
+        for index, box in enumerate(self.boxes):
+            for place, value in enumerate((running or {}).get(index, ())):
+                box.registers[place] = value
+            box.fs_base, box.xsave[:] = 0x99, XSAVE
             box.ask(Kind.READY)
         self.serve()
 
@@ -104,17 +109,12 @@ class Vcpus:
         assert tid > 0, (answer, tid)
         return next(index for index in range(1, THREADS) if self.take(index) is not None)
 
-    def journey(self, ahead: int = 0, running: dict[int, list[int]] | None = None) -> list[dict[str, Any]]:
-        """``running``: registers of those that are in the guest. What was saved of threads."""
+    def journey(self, ahead: int = 0) -> list[dict[str, Any]]:
+        """What was saved of threads."""
         saved = packed(self.dispatcher.save())
-        for each in saved:
-            if each["registers"] is None:
-                each["registers"], each["fs_base"] = (running or {}).get(each["vcpu"], [0] * len(REGISTERS)), 0x99
-            if each["xsave"] is None:
-                each["xsave"] = XSAVE
         self.machine.journey(ahead)
         self._connect()
-        self.dispatcher.load(saved)
+        self.dispatcher.load(saved, [])
         assert packed(self.dispatcher.save()) == saved
         return saved
 
@@ -133,20 +133,32 @@ def pipe(vcpus: Vcpus) -> tuple[int, int]:
 
 def test_a_thread_that_is_in_the_guest(vcpus: Vcpus) -> None:
     registers = list(range(18))
-    vcpus.journey(running={0: registers})
-    vcpus.ready()
-    assert vcpus.take(0) == (FRESH, 0)
+    saved, = vcpus.journey()
+    assert (saved["registers"], saved["xsave"], saved["vcpu"]) == (None, None, 0)
+    vcpus.ready({0: registers})
+    assert vcpus.take(0) == (Answer.ROOT, 0)
     box = vcpus.boxes[0]
     assert (list(box.registers), box.fs_base, bytes(box.xsave)) == (registers, 0x99, XSAVE)
     assert box.root == vcpus.machine.thread.process.space.root
 
 
 def test_what_is_missing(vcpus: Vcpus) -> None:
-    saved = vcpus.dispatcher.save()
-    for change in ({}, {"registers": [0] * 17, "fs_base": 0, "xsave": b""}, {"registers": [0] * 18, "fs_base": 0},
-                   {"registers": [-1] * 18, "fs_base": 0, "xsave": b""}, {"tid": 9}):
+    saved, = vcpus.dispatcher.save()
+
+    def load(*threads: dict[str, Any], ended: Sequence[int] = ()) -> None:
+        system: Any = vcpus.machine.system
+        Dispatcher(system, vcpus.boxes, None, lambda: None).load(list(threads), ended)      # type: ignore[arg-type]
+
+    load(saved, ended=[1])
+    load(saved | {"vcpu": None, "registers": [0] * 18, "xsave": b""})
+    for change in ({"vcpu": None}, {"vcpu": None, "registers": [0] * 18}, {"registers": [0] * 17},
+                   {"registers": [-1] * 18}, {"registers": 3}, {"xsave": bytes(5000)}, {"tid": 9}, {"vcpu": THREADS},
+                   {"vcpu": -1}, {"vcpu": "0"}, {"call": True}, {"exception": [0, 0, 0]}, {"trap": [1, 2]}):
         with pytest.raises(StateError):
-            Dispatcher(vcpus.machine.system, [], None, lambda: None).load([saved[0] | change])  # type: ignore[arg-type]
+            load(saved | change)
+    for threads, ended in (([saved, saved], []), ([saved], [0]), ([], [THREADS])):
+        with pytest.raises(StateError):
+            load(*threads, ended=ended)
 
 
 def test_a_call_that_waits(vcpus: Vcpus) -> None:
@@ -162,12 +174,12 @@ def test_a_call_that_waits(vcpus: Vcpus) -> None:
     vcpus.ready()
     assert vcpus.take(0) is None
     assert vcpus.registers(0) == before
-    assert vcpus.take(other) == (FRESH, 0)
+    assert vcpus.take(other) == (Answer.ROOT, 0)
     vcpus.journey()             # once more, and nothing has been in the guest
     vcpus.ready()
     vcpus.take(other)
     vcpus.call(other, "write", writing, b"hello", 5)
-    assert vcpus.take(0) == (FRESH, 5)
+    assert vcpus.take(0) == (PLAIN, 5)
     assert vcpus.registers(0) == [5, *before[1:]]
     assert bytes(vcpus.boxes[0].xsave) == XSAVE
     assert vcpus.take(other) == (Answer(0), 5)
@@ -179,7 +191,7 @@ def test_a_call_that_nobody_has_served_yet(vcpus: Vcpus) -> None:
     vcpus.ask(0, Kind.CALL, registers)
     vcpus.journey()
     vcpus.ready()
-    assert vcpus.take(0) == (FRESH, 1)
+    assert vcpus.take(0) == (PLAIN, 1)
     assert vcpus.registers(0)[RIP] == 0x1002
 
 
@@ -187,7 +199,7 @@ def test_a_fault_that_nobody_has_served_yet(vcpus: Vcpus) -> None:
     vcpus.ask(0, Kind.FAULT, list(range(18)), 14, 4, vcpus.machine.scratch)
     vcpus.journey()
     vcpus.ready()
-    assert vcpus.take(0) == (FRESH, 0)
+    assert vcpus.take(0) == (PLAIN, 0)
     assert vcpus.registers(0) == list(range(18))
 
 
@@ -203,7 +215,7 @@ def test_a_sleep(vcpus: Vcpus, ahead: int) -> None:
     assert vcpus.take(0) is None
     vcpus.machine.pass_time(1)
     vcpus.serve()
-    assert vcpus.take(0) == (FRESH, 0)
+    assert vcpus.take(0) == (PLAIN, 0)
 
 
 def enter(vcpus: Vcpus, index: int) -> tuple[Answer, bytes]:
@@ -251,7 +263,7 @@ def test_a_signal_and_a_call_that_waits(vcpus: Vcpus, when: str, name: str, argu
         machine.call("kill", 1, signal.SIGUSR1)
         vcpus.serve()
     answer, context = enter(vcpus, 0)
-    assert answer & FRESH == FRESH
+    assert answer & PLAIN == PLAIN
     assert returns_to(context) == (-errno.EINTR & (1 << 64) - 1, 0x1002)
     mask, = struct.unpack_from("<Q", context, 296)
     assert mask == (1 << signal.SIGUSR1 - 1 if name in ("rt_sigsuspend", "ppoll") else 0)
@@ -294,8 +306,8 @@ def test_a_process_that_is_stopped(vcpus: Vcpus) -> None:
     assert machine.system.processes[1].files.get(reading).pipe.filled == 5      # type: ignore[attr-defined]
     machine.system._acts_at_once(machine.system.processes[1], signal.SIGCONT)
     vcpus.serve()
-    assert vcpus.take(0) == (FRESH, 5)
-    assert vcpus.take(other) == (FRESH, 1)
+    assert vcpus.take(0) == (PLAIN, 5)
+    assert vcpus.take(other) == (PLAIN, 1)
 
 
 def test_what_a_stopped_thread_goes_on_with(vcpus: Vcpus) -> None:
@@ -325,7 +337,8 @@ def test_threads_that_have_not_begun(vcpus: Vcpus) -> None:
     saved = vcpus.journey()
     assert [each["vcpu"] for each in saved] == [0, 1, 2, None]
     vcpus.ready()
-    assert all(vcpus.take(index) == (FRESH, 0) for index in range(THREADS))
+    # The last has not heard where it begins.
+    assert [vcpus.take(index) for index in range(THREADS)] == [(Answer.ROOT, 0), (Answer.ROOT, 0), (FRESH, 0)]
     vcpus.call(1, "exit", 0)
     answer, _ = vcpus.take(1) or (Answer(0), 0)
     assert answer & Answer.IDLE

@@ -417,7 +417,9 @@ def test_restored_it_asks_until_it_knows_better(tmp_path: Path, harness: Path) -
         sequence, mode = struct.unpack("<II", kept.memory.read(FIRST, 0, 8))
         assert mode == 1
         again = Vdso(kept.memory, Frames(FIRST, 4), monotonic=time.monotonic_ns, realtime=time.time_ns, tsc=counter(),
-                     saved=kept.vdso.frames)
+                     saved=kept.vdso.save())
+        assert struct.unpack("<II", kept.memory.read(FIRST, 0, 8)) == (sequence, 1)     # nothing is touched yet
+        again.update()
         assert struct.unpack("<II", kept.memory.read(FIRST, 0, 8)) == (sequence + 2, 0)
         time.sleep(0.012)
         again.update()

@@ -9,7 +9,7 @@ import msgspec
 from workers.accel.base import AccelError
 
 from ...errors import VmmError
-from ...machine.rules import arriving, check_machine
+from ...machine.rules import NO_TREES, Trees, arriving, check_machine
 from ...machine.spec import MachineSpec
 from .wire import Offer, WireError
 
@@ -18,14 +18,15 @@ __all__ = ["check_settings", "taken"]
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
-def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool) -> MachineSpec:
+def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
+          trees: Trees = NO_TREES) -> MachineSpec:
     """The offered machine as it is to be here. Raises WireError for one that cannot be."""
     if not _TOKEN.fullmatch(offer.token):
         raise WireError("the source offered a machine without a valid token")
     try:
         if not offer.spec.can.guests:
             raise WireError("the source offered a machine that has no memory")
-        return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger)
+        return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
 

@@ -54,6 +54,7 @@ class MissingPages:
         #: Seconds that each vCPU has waited for pages.
         self.blocked = [0.0] * len(machine.status()["vcpus"])
         self._open = contextlib.ExitStack()
+        self._zeros = np.zeros(PAGE, np.uint8)
         try:
             self._set_up(machine)
         except UserfaultError as exc:
@@ -120,13 +121,22 @@ class MissingPages:
         for address in userfault.faults():
             want = self._locate(vcpu, address)
             if not self._missing[want.slot][want.page]:
-                userfault.wake(address)     # it has come in between
+                self._fill_hole(want)
+                userfault.wake(address)
                 continue
             self._waiting.setdefault(want, []).append((fd, address, time.monotonic()))
             if want not in self._asked:
                 self._asked.add(want)
                 found.append(want)
         return found
+
+    def _fill_hole(self, want: Wanted) -> None:
+        """It had come already, or came in between. What was given up since (a program's memory) is zero. Raises
+        VmmError."""
+        try:
+            self._own.fill(self._segments[want.slot].address + want.page * PAGE, self._zeros.ctypes.data, PAGE)
+        except OSError as exc:
+            raise _full(want.slot, exc) from None
 
     def _locate(self, vcpu: int, address: int) -> Wanted:
         for slot, start in self._addresses[vcpu].items():
@@ -155,8 +165,7 @@ class MissingPages:
             try:
                 self._own.fill(base + int(run[0]) * PAGE, content.ctypes.data + at * PAGE, len(run) * PAGE)
             except OSError as exc:
-                raise VmmError(f"post-copy: slot {slot}: pages cannot be filled in: {os.strerror(exc.errno or 0)} (is "
-                               "/dev/shm full?)") from None
+                raise _full(slot, exc) from None
             at += len(run)
         missing[numbers] = False
         self.left -= len(numbers)
@@ -189,6 +198,11 @@ class MissingPages:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _full(slot: int, exc: OSError) -> VmmError:
+    return VmmError(f"post-copy: slot {slot}: pages cannot be filled in: {os.strerror(exc.errno or 0)} (is /dev/shm "
+                    "full?)")
 
 
 def _runs(bits: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -192,7 +192,7 @@ class Source:
 
     def _offer(self, talk: Talk, spec: MachineSpec) -> Channels:
         """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""
-        image = Path(spec.image).read_bytes()
+        image = Path(spec.image).read_bytes() if spec.image else b""
         if len(image) > _IMAGE_MAX:
             raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB, but at "
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
@@ -242,7 +242,8 @@ class Source:
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)
-            system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes())
+            system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes()
+                                                                if spec.keeps_system else b"")
             step("migrate-state")
             talk.send(State(system, state["vcpus"], spec, state["paused"]))
             talk.expect(Prepared)

@@ -30,6 +30,7 @@ from ...client.holds import Lease
 from ...client.machine import Machine
 from ...errors import ExitCode, VmmError
 from ...machine.names import check_machine_name
+from ...machine.rules import NO_TREES, Trees
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from . import wire
@@ -77,12 +78,12 @@ class _NotWanted(VmmError):
 
 
 def receive(address: str, *, name: str | None = None, accel: str = "auto", detach: bool = False, key: str = "",
-            peer: str = "", insecure: bool = False, timeout: float | None = None,
+            peer: str = "", insecure: bool = False, timeout: float | None = None, trees: Trees = NO_TREES,
             waiting: Callable[[str], None] = lambda address: None,
             refused: Callable[[str], None] = lambda why: None) -> Machine:
-    """Wait for one machine and return it, running. ``timeout`` (seconds) bounds the wait for a source;
-    ``waiting`` is told the address when a source may connect, ``refused`` why an offer was refused (another is
-    awaited then). Raises VmmError."""
+    """Wait for one machine and return it, running. ``timeout`` (seconds) bounds the wait for a source; ``trees``:
+    files that its program has, if it is one's; ``waiting`` is told the address when a source may connect,
+    ``refused`` why an offer was refused (another is awaited then). Raises VmmError."""
     where = parse_address(address, listen=True)
     keys = load_keys(key, peer, where, insecure=insecure)
     if name is not None:
@@ -94,20 +95,21 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
         sock = stack.enter_context(listen(context, where, keys))
         sock.linger = 2000
         waiting(sock.get_string(zmq.LAST_ENDPOINT))
-        return _Target(sock, name, accel, detach, timeout, refused).run()
+        return _Target(sock, name, accel, detach, timeout, refused, trees).run()
 
 
 class _Target:
     """One migration on a ROUTER socket."""
 
     def __init__(self, sock: zmq.Socket[bytes], name: str | None, accel: str, detach: bool, timeout: float | None,
-                 refused: Callable[[str], None]) -> None:
+                 refused: Callable[[str], None], trees: Trees) -> None:
         self._peers = Peers(sock, refused, self._look)
         self._name = name
         self._accel = accel
         self._detach = detach
         self._timeout = timeout
         self._refused = refused
+        self._trees = trees
         self._machine: Machine | None = None
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
@@ -201,7 +203,7 @@ class _Target:
             image.flush()
             try:
                 spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
-                             linger=not self._detach)
+                             linger=not self._detach, trees=self._trees)
                 if offer.postcopy:
                     Userfault.make().close()
             except WireError as exc:
@@ -291,18 +293,11 @@ class _Target:
         assert self._offered is not None
         check_settings(message.spec, self._offered)
         try:
-            check_states(message.vcpus, self._offered.vcpus)
+            check_states(message.vcpus, self._offered.vcpus, program=self._offered.program is not None)
         except StateError as exc:
             raise WireError(f"the source sent {exc}") from None
-        system = machine.system()
-        try:
-            size = zstandard.frame_content_size(message.system)
-            data = zstandard.ZstdDecompressor().decompress(message.system) if size == len(system) else b""
-        except zstandard.ZstdError as exc:
-            raise WireError(f"the source sent a system slot that cannot be decompressed: {exc}") from None
-        if len(data) != len(system):
-            raise WireError(f"the source sent a system slot of {size} bytes, expected {len(system)}")
-        system[:] = np.frombuffer(data, np.uint8)
+        if message.spec.keeps_system:
+            self._set_system(machine.system(), message.system)
         self._apply_settings(machine, message.spec)
         if self._absent and self._missing is None:
             self._missing = MissingPages(machine, self._absent)
@@ -313,6 +308,17 @@ class _Target:
         self._paused = message.paused
         self._prepared = True
         self._peers.say(Prepared())
+
+    @staticmethod
+    def _set_system(system: NDArray[np.uint8], sent: bytes) -> None:
+        try:
+            size = zstandard.frame_content_size(sent)
+            data = zstandard.ZstdDecompressor().decompress(sent) if size == len(system) else b""
+        except zstandard.ZstdError as exc:
+            raise WireError(f"the source sent a system slot that cannot be decompressed: {exc}") from None
+        if len(data) != len(system):
+            raise WireError(f"the source sent a system slot of {size} bytes, expected {len(system)}")
+        system[:] = np.frombuffer(data, np.uint8)
 
     def _apply_settings(self, machine: Machine, spec: MachineSpec) -> None:
         """What a user has set at run time travels with the machine."""

@@ -20,7 +20,7 @@ from ...errors import VmmError, one_line
 from ...inputs import open_input, read_input
 from ...machine.loader import IMAGE_SIZE_MAX
 from ...machine.names import check_snapshot_id, is_snapshot_id
-from ...machine.rules import arriving
+from ...machine.rules import Trees, arriving
 from ...machine.spec import MachineSpec
 from .folder import SnapshotError, sync_directory, sync_file
 from .pagefile import PAGE
@@ -113,8 +113,9 @@ def _problem(manifest: Manifest) -> str:
     try:
         if not spec.can.guests:
             return "its machine has no memory to restore"
-        arriving(spec, name=spec.name, image="/image", accel=spec.accel, linger=False)
-        check_states(manifest.vcpus, spec.vcpus)
+        arriving(spec, name=spec.name, image="/image", accel=spec.accel, linger=True,
+                 trees=Trees("/root" if spec.program is not None and spec.program.root else ""))
+        check_states(manifest.vcpus, spec.vcpus, program=spec.program is not None)
     except (VmmError, StateError, AccelError) as exc:
         return one_line(str(exc))
     if [(s.id, s.gpa, s.size, s.log, s.born) for s in manifest.slots] != [

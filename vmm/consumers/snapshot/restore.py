@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...client.machine import Machine
-from ...machine.rules import arriving
+from ...machine.rules import NO_TREES, Trees, arriving
 from .chain import Progress, chain, fill, layers
 from .folder import SnapshotError
 from .manifest import Manifest, file_checksum
@@ -15,10 +15,11 @@ __all__ = ["restore"]
 
 
 def restore(directory: Path, name: str | None = None, *, machine_name: str | None = None, accel: str = "auto",
-            detach: bool = False, start: bool = True,
+            detach: bool = False, start: bool = True, trees: Trees = NO_TREES,
             progress: Progress = lambda done, total: None) -> Machine:
     """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
-    ``start=False`` it is left before its first instruction. Raises VmmError, with nothing left behind."""
+    ``start=False`` it is left before its first instruction. ``trees``: files that its program has. Raises VmmError,
+    with nothing left behind."""
     from ...client.accelerators import choose_accelerator
 
     manifests = chain(directory, name)
@@ -27,7 +28,8 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
     if file_checksum(folder / "image") != newest.image_checksum:
         raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
     spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str((folder / "image").resolve()),
-                    accel=choose_accelerator(accel), linger=not detach)
+                    accel=choose_accelerator(accel, programs=newest.spec.program is not None),
+                    linger=not detach, trees=trees)
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
         with machine.lease("incoming", f"from {folder}"):     # half restored, no other may start or write it
@@ -39,7 +41,8 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
                 for count in fill(directory, manifests, slot, memory):
                     done += count
                     progress(done, total)
-            _restore_system(machine, folder, newest)
+            if newest.spec.keeps_system:
+                _restore_system(machine, folder, newest)
             machine.set_state(newest.vcpus)
             if start:
                 machine.start()

@@ -76,8 +76,8 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
                 machine.register(epoch)     # before the last pages are looked for: nothing falls between the two
                 step("snapshot-epoch")
                 taking.finish_memory()
-                state = machine.state()
-            manifest = taking.manifest(state, name, parent, live, compression, epoch)
+                taking.take_state()
+            manifest = taking.manifest(name, parent, live, compression, epoch)
             write_manifest(aside, manifest)
             step("snapshot-written")
             os.rename(aside, directory / name)
@@ -181,29 +181,37 @@ class _Taking:
                 if not fresh:
                     writer.write(self._machine.ram(slot["id"]), np.arange(slot["pages"]))
         self._round()
+
+    def take_state(self) -> None:
+        """And the system slot."""
+        state = self._machine.state()
+        self._spec, self._vcpus = msgspec.convert(state["spec"], MachineSpec), state["vcpus"]
         system = self._machine.system()
         self._system = PageWriter(self._aside, "system", len(system) // PAGE)
-        self._system.write(system, np.arange(len(system) // PAGE))
+        if self._spec.keeps_system:
+            self._system.write(system, np.arange(len(system) // PAGE))
         self._system_size = len(system)
 
-    def manifest(self, state: dict[str, Any], name: str, parent: Manifest | None, live: bool,
-                 compression: Compression, epoch: str) -> Manifest:
-        spec = msgspec.convert(state["spec"], MachineSpec)
-        files = []
+    def manifest(self, name: str, parent: Manifest | None, live: bool, compression: Compression,
+                 epoch: str) -> Manifest:
+        spec, files = self._spec, []
         for slot in spec.slots:
             finished = self._writers[slot.id, slot.born].finish()
             files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, finished))
             if compression == "zstd":
                 compress(self._aside, f"slot{slot.id}")
         system = _slot_file(0, 0, self._system_size, False, 0, self._system.finish())
-        shutil.copyfile(spec.image, self._aside / "image")
+        if spec.image:
+            shutil.copyfile(spec.image, self._aside / "image")
+        else:
+            (self._aside / "image").touch()
         sync_file(self._aside / "image")
         return Manifest(
             format=FORMAT, version=VERSION, id=name, parent=parent.id if parent else None,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             program=metadata.version("shardvmm"), accelerator=spec.accel, live=live, compression=compression,
             epoch=epoch, image_checksum=file_checksum(self._aside / "image"), spec=spec, slots=files, system=system,
-            vcpus=state["vcpus"])
+            vcpus=self._vcpus)
 
     def close(self) -> None:
         for writer in self._writers.values():

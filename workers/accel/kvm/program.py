@@ -20,9 +20,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from ipc.layout import VcpuControl
 from ipc.messages import ExitReason, WorkerSpec
-from ipc.programs import PORT_CALL, REGISTERS, SYSTEM_ADDRESS
+from ipc.programs import PORT_CALL, REGISTERS, SYSCALL_SIZE, SYSTEM_ADDRESS, VSYSCALL_ADDRESS, Kind
 
 from ... import msr
 from ...faults import FRAME_NAMES, PAGE_FAULT
@@ -145,7 +147,7 @@ class KvmProgram(KvmAccelerator):
     # --- the program ------------------------------------------------------------------------------------------------
 
     def run(self) -> Exit:
-        reason, port, registers, sync = self._reason, self._port_words, self.registers_now, self._sync
+        reason, port = self._reason, self._port_words
         fd, server = self.vcpu_fd, self.server
         left = server.begin()
         while left is None:
@@ -154,17 +156,22 @@ class KvmProgram(KvmAccelerator):
             elif reason[0] != api.EXIT_IO:
                 return self._left(reason[0])
             elif port[1] == PORT_CALL:
-                registers[_RIP] = registers[_RCX]
-                registers[_RFLAGS] = registers[_R11] & _FLAGS | _FLAGS_ALWAYS
-                sync[1] |= api.SYNC_REGS
-                if self._sregs[_CS + _DPL] != 3:
-                    self._back_to_user()
+                self._take_call()
                 left = server.call()
             elif port[1] == PORT_FAULT:
                 left = server.fault(*self._fault())
             else:
                 return self._end(ExitReason.UNKNOWN_PORT, f"port {port[1]:#x}")
         return left
+
+    def _take_call(self) -> None:
+        """The program goes on behind its ``syscall``."""
+        registers = self.registers_now
+        registers[_RIP] = registers[_RCX]
+        registers[_RFLAGS] = registers[_R11] & _FLAGS | _FLAGS_ALWAYS
+        self._sync[1] |= api.SYNC_REGS
+        if self._sregs[_CS + _DPL] != 3:
+            self._back_to_user()
 
     def _left(self, reason: int) -> Exit:
         return Exit(ExitKind.RING_FULL) if reason == api.EXIT_DIRTY_RING_FULL else self._ended(reason)
@@ -222,11 +229,40 @@ class KvmProgram(KvmAccelerator):
         return super().registers()
 
     def get_state(self) -> VcpuSaved:
+        """As the program has it: not in the middle of a stub."""
+        self._leave_stub()
         self._apply()
-        return super().get_state()
+        state = super().get_state()
+        if self.server.repeats_call:
+            regs = msgspec.structs.replace(state.regs, rip=state.regs.rip - SYSCALL_SIZE)
+            return msgspec.structs.replace(state, regs=regs)
+        return state
+
+    def _leave_stub(self) -> None:
+        """A kick may come just behind a call or an exception, or while one is being delivered: go on to where it is
+        asked for. Raises AccelError."""
+        while self._is_in_stub():
+            self.clear_immediate_exit()
+            if api.run(self.vcpu_fd):
+                continue
+            if self._reason[0] == api.EXIT_IO and self._port_words[1] == PORT_CALL:
+                self._take_call()
+                self.server.put(Kind.CALL)
+            elif self._reason[0] == api.EXIT_IO and self._port_words[1] == PORT_FAULT:
+                self.server.put(Kind.FAULT, self._fault())
+            else:
+                raise AccelError(f"a vCPU cannot be saved at {self.registers_now[_RIP]:#x}")
+
+    def _is_in_stub(self) -> bool:
+        if SYSTEM_ADDRESS <= self.registers_now[_RIP] < VSYSCALL_ADDRESS:
+            return True
+        events = api.VcpuEvents()
+        api.ioctl(self.vcpu_fd, api.GET_VCPU_EVENTS, events)
+        return bool(events.exception_injected or events.exception_pending)
 
     def set_state(self, state: VcpuSaved) -> None:
         super().set_state(state)
+        self._set_tsc()         # what programs see of it is this host's
         regs, sregs = self._regs(), api.Sregs()
         api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
         self.registers_now[:] = memoryview(bytes(regs)).cast("Q")
@@ -234,12 +270,11 @@ class KvmProgram(KvmAccelerator):
         self._sync[1] = 0
 
     def _apply(self) -> None:
-        """What was to go with the next entry is the vCPU's now."""
+        """What is to go with the next entry is the vCPU's now. It goes again, for what is changed until then."""
         if self._sync[1] & api.SYNC_SREGS:
             api.ioctl(self.vcpu_fd, api.SET_SREGS, api.Sregs.from_buffer_copy(self._sregs))
         if self._sync[1] & api.SYNC_REGS:
             api.ioctl(self.vcpu_fd, api.SET_REGS, api.Regs.from_buffer_copy(self.registers_now))
-        self._sync[1] = 0
 
     def _release_views(self) -> None:
         for view in reversed(self._views):

@@ -45,14 +45,16 @@ class Line:
 
 class Vdso:
     """Its frames are the same in all processes. ``tsc`` reads the counter that programs see (tsc.py); None where they
-    see another one: then they ask the system. ``saved``: the frames that it has had."""
+    see another one: then they ask the system. ``saved``: what ``save`` gave; nothing of its memory is touched before
+    the first ``update``, and no program may run before that."""
 
     def __init__(self, memory: Memory, frames: Frames, *, monotonic: Callable[[], int], realtime: Callable[[], int],
                  tsc: Callable[[], int] | None = None, saved: Sequence[int] = ()) -> None:
         """Raises NoFrames, and OSError where the image is not there."""
         image = _IMAGE.read_bytes()
         self._memory = memory
-        self.frames = list(saved)
+        self._sequence, *self.frames = saved or [0]
+        self._is_stale = bool(saved)    # what it says is of another time
         if not saved:
             runs = frames.take(1 - -len(image) // PAGE)
             self.frames = [frame for first, count in runs for frame in range(first, first + count)]
@@ -61,9 +63,6 @@ class Vdso:
         self._clocks = monotonic, realtime
         self._line: Line | None = None
         self._ahead = 0                 # of the monotonic clock, the other one
-        self._sequence, = _SEQUENCE.unpack(memory.read(self.frames[0], 0, _SEQUENCE.size))
-        if saved:
-            self._write(bytes(_PARAMETERS.size))        # what it says is of another time
         self._rate = None if tsc is None else Rate(tsc, monotonic, realtime)
 
     # --- as a Backing (space.py) -----------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ class Vdso:
 
     def save(self) -> list[int]:
         """What its frames hold is memory."""
-        return list(self.frames)
+        return [self._sequence, *self.frames]
 
     # --- time ------------------------------------------------------------------------------------------------------
 
@@ -105,6 +104,9 @@ class Vdso:
 
     def update(self) -> None:
         """Follow the clocks, where that is due: between two of its calls, or at any time."""
+        if self._is_stale:
+            self._is_stale = False
+            self._write(bytes(_PARAMETERS.size))
         if self._rate is not None and self._rate.due <= 0:
             self._follow(*self._rate.measure(), self._rate.tsc)
 

@@ -1,0 +1,69 @@
+"""A program in a machine, followed from the first thing it prints to its end, wherever it goes in between."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vmm.client.machine import Machine
+from vmm.client.programs import program_machine, program_spec
+from vmm.machine.rules import Trees
+
+__all__ = ["Followed", "begun"]
+
+_SECONDS = 120.0
+
+
+class Followed:
+    """What the program of a machine says. ``before``: what it had said elsewhere."""
+
+    def __init__(self, machine: Machine, before: str = "") -> None:
+        self.machine, self.said = machine, before
+
+    def until(self, text: str) -> None:
+        """It has said that, here or elsewhere before."""
+        deadline = time.monotonic() + _SECONDS
+        while text not in self.said:
+            assert time.monotonic() < deadline, self.said
+            self.hear(0.2)
+
+    def hear(self, seconds: float) -> None:
+        """Until it has said nothing for so long."""
+        for event in self.machine.events(seconds):
+            if event["event"] == "console":
+                self.said += event["data"]
+
+    def listen(self, seconds: float) -> None:
+        """For so long."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            event = next(self.machine.events(left), None)
+            if event is not None and event["event"] == "console":
+                self.said += event["data"]
+
+    def drain(self) -> None:
+        """All that it has said there: it goes on elsewhere, or has ended."""
+        for event in self.machine.events(_SECONDS):
+            if event["event"] == "console":
+                self.said += event["data"]
+
+    def end(self) -> dict[str, Any]:
+        """The report; no page was lost."""
+        self.drain()
+        report = self.machine.wait(_SECONDS)
+        if report["verification"] is not None:
+            assert report["verification"]["lost_pages"] == 0, report["verification"]
+        assert report["program"]["exit_status"] is not None, report
+        return report
+
+
+@contextlib.contextmanager
+def begun(root: Path, name: str, *command: str, memory: int = 128 << 20, threads: int = 8,
+          ring_entries: int = 4096) -> Iterator[tuple[Followed, Trees]]:
+    spec = program_machine(name, program_spec(command[0], command[1:], root=str(root), env={"LC_ALL": "C"}),
+                           memory=memory, threads=threads, ring_entries=ring_entries, verify=True)
+    with Machine.launch(spec) as machine:
+        yield Followed(machine), Trees(str(root))
