@@ -14,27 +14,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .bitmap_sizes import GROUP_WORDS, bitmap_bytes, summary_words, word_count
 from .shm import Segment
 
 __all__ = ["GROUP_WORDS", "Bitmap", "bitmap_bytes", "dirty_ranges", "set_bit_indices", "slot_table",
            "summary_words", "word_count", "words_of_groups"]
 
-GROUP_WORDS = 64
 U64 = NDArray[np.uint64]
-
-
-def word_count(pages: int) -> int:
-    return -(-pages // 64)
-
-
-def summary_words(pages: int) -> int:
-    groups = -(-word_count(pages) // GROUP_WORDS)
-    return -(-groups // 64)
-
-
-def bitmap_bytes(pages: int) -> int:
-    """Bytes of one bitmap with its summary."""
-    return 8 * (word_count(pages) + summary_words(pages))
 
 
 def slot_table(max_slots: int) -> NDArray[np.uint64]:

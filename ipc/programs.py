@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections import defaultdict
 from enum import IntEnum, IntFlag
 from itertools import repeat
 
@@ -87,14 +88,17 @@ class Answer(IntFlag):
 _FREE, ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
-_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU = range(2, 15)
+(_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU,
+ _STALE_NOW) = range(2, 16)
 _REGISTERS = 16
 _RUNS = 64
-#: Runs of stale frames that there is room for; where there are more, all memory is stale.
-STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 2
+#: Runs of stale frames that there is room for, twice; where there are more, all memory is stale.
+STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 4
 
-#: Looks before somebody sleeps, at 40 ns each: as many as that pays, within these.
-_SPIN_MIN, _SPIN_MAX = 20, 4000
+#: Looks before somebody sleeps, at 40 ns each: as long as an answer takes and two switches of processes.
+_LOOKS = 4000
+#: How often in a row it is not tried after it was of no use, at most.
+_PAUSE_MAX = 127
 
 _lock = threading.Lock()
 
@@ -106,19 +110,23 @@ def fence() -> None:
 
 
 class Spin:
-    """Looking for a while before sleeping, which costs two switches of processes: longer where it was worth it, hardly
-    at all where it was not (because the other side takes long, or has no processor to run on)."""
+    """Looking for a while before sleeping, which costs two switches of processes. Where that was of no use (because the
+    other side takes long, or has no processor to run on) it is not tried the next time, or the next 3, 7, ... times:
+    a few short looks would never find out that it pays again."""
 
     def __init__(self) -> None:
-        self._looks = _SPIN_MAX
+        self._pause = self._left = 0
 
     def until(self, word: memoryview, value: int) -> bool:
         """The word (of 32 bits, the first of the view) has this value."""
-        for _ in repeat(None, self._looks):
+        if self._left:
+            self._left -= 1
+            return word[0] == value
+        for _ in repeat(None, _LOOKS):
             if word[0] == value:
-                self._looks = min(2 * self._looks, _SPIN_MAX)
+                self._pause = 0
                 return True
-        self._looks = max(self._looks // 2, _SPIN_MIN)
+        self._pause = self._left = min(2 * self._pause + 1, _PAUSE_MAX)
         return False
 
 
@@ -169,7 +177,7 @@ class Mailbox:
         self.registers = self.words[_REGISTERS:_REGISTERS + len(REGISTERS)]
         self.xsave = view[at + PAGE_SIZE:at + 2 * PAGE_SIZE]
         self._state_address = address + at
-        self._spin = Spin()
+        self._spins: defaultdict[int, Spin] = defaultdict(Spin)
         self.attention_address = address + at + 8
 
     def close(self) -> None:
@@ -210,9 +218,9 @@ class Mailbox:
         self.state[0] = ASKED
         fence()
 
-    def spin(self) -> bool:
-        """Answered, within a moment."""
-        return self._spin.until(self.state, _ANSWERED)
+    def spin(self, what: int) -> bool:
+        """Answered, within a moment. ``what`` was asked: what takes long says nothing of the rest."""
+        return self._spins[what].until(self.state, _ANSWERED)
 
     def wait(self, seconds: float) -> bool:
         """Answered; False where a signal came, or the time is over."""
@@ -259,16 +267,18 @@ class Mailbox:
 
     # --- stale frames -----------------------------------------------------------------------------------------------
 
-    def put_stale(self, runs: list[tuple[int, int]]) -> None:
-        """Of frames (first, count), at most `STALE_MAX`."""
-        words = self.words
-        words[_STALE] = len(runs)
-        for at, (first, count) in enumerate(runs):
-            words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1] = first, count
+    # Those of an answer that has not been taken yet stay where they are while others are to be dropped at once.
 
-    def stale(self) -> list[tuple[int, int]]:
-        words = self.words
-        return [(words[_RUNS + 2 * at], words[_RUNS + 2 * at + 1]) for at in range(words[_STALE])]
+    def put_stale(self, runs: list[tuple[int, int]], *, now: bool = False) -> None:
+        """Of frames (first, count), at most `STALE_MAX`: for the next answer, or for the next attention (``now``)."""
+        words, base = self.words, _RUNS + 2 * STALE_MAX * now
+        words[_STALE_NOW if now else _STALE] = len(runs)
+        for at, (first, count) in enumerate(runs):
+            words[base + 2 * at], words[base + 2 * at + 1] = first, count
+
+    def stale(self, *, now: bool = False) -> list[tuple[int, int]]:
+        words, base = self.words, _RUNS + 2 * STALE_MAX * now
+        return [(words[base + 2 * at], words[base + 2 * at + 1]) for at in range(words[_STALE_NOW if now else _STALE])]
 
     # --- attention: while the program runs --------------------------------------------------------------------------
 
@@ -284,7 +294,7 @@ class Mailbox:
 
     @property
     def drops(self) -> int:
-        """How often there were frames to drop, so far: those in ``stale``, the last time."""
+        """How often there were frames to drop at once, so far."""
         return self.words[_DROPS]
 
     def want_attention(self, *, interrupt: bool) -> int:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,23 @@ class Segment:
         ``reserve=False`` leaves it sparse (only for memory known to be far larger than the host's).
         Raises SegmentError when the name exists or /dev/shm has no room.
         """
+        begun = _begun.pop(name, None)
+        return cls._make(name, size, reserve=reserve) if begun is None else begun.made()
+
+    @classmethod
+    def begin(cls, name: str, size: int) -> None:
+        """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it, or fails as that has
+        failed."""
+        _begun[name] = _Begun(name, size)
+
+    @staticmethod
+    def settle() -> None:
+        """What was begun is made, or has failed: there is no thread of it any more."""
+        for each in _begun.values():
+            each.join()
+
+    @classmethod
+    def _make(cls, name: str, size: int, *, reserve: bool) -> Segment:
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
         if reserve and size > free_bytes():     # without filling the host's memory up to find out
             raise SegmentError(room().shortage(f"segment {name}", size))
@@ -214,3 +232,32 @@ class Segment:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
                  tb: TracebackType | None) -> None:
         self.close()
+
+
+class _Begun(threading.Thread):
+    """The making of a segment."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name="segment", daemon=True)
+        self._wanted = name, size
+        self._segment: Segment | None = None
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._segment = Segment._make(*self._wanted, reserve=True)
+        except Exception as exc:    # of whoever asks for it
+            self._error = exc
+
+    def made(self) -> Segment:
+        """Raises what its making has raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._segment is not None
+        return self._segment
+
+
+#: Of `Segment.begin`, by name.
+_begun: dict[str, _Begun] = {}

@@ -14,7 +14,6 @@ import errno
 import io
 import os
 import re
-import secrets
 import stat
 from pathlib import Path
 from types import TracebackType
@@ -121,7 +120,7 @@ def open_output(path: str | os.PathLike[str]) -> Output:
         target = Path(os.path.realpath(path))
         if found is not None and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        aside = target.with_name(f".{target.name[:_ASIDE_STEM]}.{secrets.token_hex(4)}")
+        aside = target.with_name(f".{target.name[:_ASIDE_STEM]}.{os.urandom(4).hex()}")
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if found is not None:
             os.fchmod(fd, stat.S_IMODE(found.st_mode))

@@ -59,6 +59,7 @@ class ProgramThread:
         self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._started = self._waiting = self._interrupted = False
         self._kind = Kind.READY
+        self._asked = -1        # the number of a call, or something else
         self._futexes = Futexes(self._slots, spec.system_slot, memoryview(slot.segment.buf))
         self._futex: FutexCall | None = None
         self._local: dict[int, Callable[[], int]] = {_SCHED_YIELD: _sched_yield, _GETTID: lambda: self._box.tid}
@@ -95,7 +96,8 @@ class ProgramThread:
         return self._ask(Kind.CALL)
 
     def _call_futex(self, registers: memoryview) -> Exit | None:
-        result = self._futexes.call(*(registers[at] for at in _ARGUMENTS))
+        a, b, c, d, e, f = _ARGUMENTS
+        result = self._futexes.call(registers[a], registers[b], registers[c], registers[d], registers[e], registers[f])
         if isinstance(result, FutexCall):
             self._futex = result
             return self._wait_futex()
@@ -139,6 +141,7 @@ class ProgramThread:
         box.fs_base = self._accel.fs_base
         box.cpu_ns = time.thread_time_ns()
         self._kind = kind
+        self._asked = box.registers[_RAX] if kind is Kind.CALL else -1
         box.ask(kind, *fault)
         self._bell.raise_flag()
         if self._bell.asleep:
@@ -153,7 +156,7 @@ class ProgramThread:
         return self._futex is not None
 
     def _wait(self) -> Exit | None:
-        if not self._box.spin():
+        if not self._box.spin(self._asked):
             began = time.perf_counter_ns()
             self._control.state = VcpuState.WAITING
             answered = self._box.wait(_STEP)
@@ -218,7 +221,7 @@ class ProgramThread:
                 seen = wanted
                 if box.drops != drops:
                     drops = box.drops
-                    self._drop(box.stale())
+                    self._drop(box.stale(now=True))
                 if box.interrupts != interrupts:
                     interrupts = box.interrupts
                     self._interrupted = True

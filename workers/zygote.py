@@ -28,8 +28,8 @@ _TIMEOUT = 60.0         # seconds; the first one ever compiles hooks
 
 
 def start(keeper_fd: int, log_fd: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The keeper's part: the process, and the socket that the coordinator is to inherit (for ``Zygote``). What it
-    and its workers print goes to ``log_fd``."""
+    """Without a keeper, which forks it: the process, and the socket for ``Zygote``. What it and its workers print goes
+    to ``log_fd``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         started = subprocess.Popen(
@@ -61,15 +61,21 @@ class Zygote:
 
 
 def main(argv: list[str]) -> int:
-    """``workers.zygote FD`` (ipc/run.py): fork a worker for each (accelerator, pipe) that comes over the socket."""
+    """``workers.zygote FD [programs]`` (ipc/run.py): fork a worker for each (accelerator, pipe) that comes over the
+    socket. ``programs``: they run a Linux program."""
     from .__main__ import run
     from .accel.base import AccelError
-    from .accel.registry import load, names
+    from .accel.registry import load, load_program, names
 
     process.set_name("vcpu-zygote")
     sandbox.missing()       # imports what each worker will need for it
     with contextlib.suppress(AccelError):
         load(names()[0])    # the usual one, while nobody waits
+    if argv[1:]:
+        from .linux import serve  # noqa: F401  (one of the workers is the system)
+
+        with contextlib.suppress(AccelError):
+            load_program(names()[0])
     with socket.socket(fileno=int(argv[0])) as sock:
         while True:
             name, fds, _, _ = socket.recv_fds(sock, 16, 1)

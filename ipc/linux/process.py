@@ -7,17 +7,21 @@ import ctypes
 import os
 import resource
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 from .libc import LIBC, SYS_SCHED_SETATTR, check
 
 __all__ = ["PR_GET_NAME", "PR_SET_NAME", "SERVICE_SLICE", "die_with_parent", "no_new_privileges",
-           "raise_descriptor_limit", "set_group_nice", "set_name", "set_nice", "set_subreaper", "set_time_slice"]
+           "raise_descriptor_limit", "set_command_line", "set_group_nice", "set_name", "set_nice", "set_subreaper",
+           "set_time_slice"]
 
 _PR_SET_PDEATHSIG = 1
 PR_SET_NAME, PR_GET_NAME = 15, 16
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
+_ARGUMENTS = (48, 49)     # proc(5), stat: arg_start, arg_end
 _DESCRIPTORS = 1 << 20   # more are of no use to anybody
 
 #: Seconds of a thread that has little to do, and that at once.
@@ -41,6 +45,15 @@ def _prctl(option: int, value: int | bytes) -> None:
 def set_name(name: str) -> None:
     """Name shown by ps and top (15 bytes)."""
     _prctl(PR_SET_NAME, name.encode()[:15])
+
+
+def set_command_line(words: Sequence[str]) -> None:
+    """What ps and others show of this process, which is a fork: as much as that of the first one has room for."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = (int(fields[at - 3]) for at in _ARGUMENTS)
+    text = b"".join(word.encode(errors="replace") + b"\0" for word in words)[:max(0, end - start - 1)]
+    if start:
+        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 def set_nice(nice: int) -> None:

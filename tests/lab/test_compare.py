@@ -80,7 +80,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 def test_a_mode_that_cannot_be_had_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmm.machine.trackings.write_log_missing", lambda: "userfaultfd: no")
+    monkeypatch.setattr("ipc.writelog.write_log_missing", lambda: "userfaultfd: no")
     there, left_out = available(["none", "bitmap", "uffd"], "unicorn")
     assert there == ["none", "bitmap"]
     assert left_out == {"uffd": "tracking uffd: userfaultfd: no (use ring, bitmap or auto)"}

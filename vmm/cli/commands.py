@@ -1,11 +1,13 @@
 """``vmm``: every verb is a few lines over :class:`vmm.client.machine.Machine`.
 
-Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need them.
+Imports that cost time (numpy, pydantic, ZeroMQ) are made by the verbs that need them, and a verb of another module
+is imported when it is named.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -14,19 +16,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ExitCode, VmmError
-from .clients import client
 from .common import json_option, on_machine, print_json
-from .compare import compare
-from .dirty import dirty_limit, dirty_rate, tracking, working_set
 from .forward import forward, forwarding, note_forward
-from .machines import VERBS as MACHINE_VERBS
-from .migrate import keys, migrate, receive
-from .program import make_root, run_program
-from .programs import maps, strace
 from .run import Interrupted, run_or_leave
-from .snapshot import snapshot
-from .stress import stress
-from .trace import trace as trace_group
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
@@ -34,7 +26,36 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+#: {module: {verb: its name there}}
+_MODULES = {
+    "clients": {"client": "client"},
+    "compare": {"compare": "compare"},
+    "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
+              "working-set": "working_set"},
+    "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop", "wait": "wait"},
+    "migrate": {"keys": "keys", "migrate": "migrate", "receive": "receive"},
+    "program": {"root": "make_root", "run": "run_program"},
+    "programs": {"maps": "maps", "strace": "strace"},
+    "snapshot": {"snapshot": "snapshot"},
+    "stress": {"stress": "stress"},
+    "trace": {"trace": "trace"}}
+_ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
+
+
+class _Verbs(click.Group):
+    """Those of this module, and those that are elsewhere."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*self.commands, *_ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands and cmd_name in _ELSEWHERE:
+            module, name = _ELSEWHERE[cmd_name]
+            self.add_command(getattr(importlib.import_module(f".{module}", __package__), name), cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="shardvmm")
 def cli() -> None:
     """Run virtual machines whose vCPUs are processes, and track every page they dirty."""
@@ -208,9 +229,7 @@ def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
         click.echo(f"{machine.name}: slot {slot} {what}")
 
 
-for _verb in (*MACHINE_VERBS, run_program, make_root, forward, maps, strace, client, compare, dirty_rate, dirty_limit,
-              tracking, working_set, trace_group, snapshot, migrate, receive, keys, stress):
-    cli.add_command(_verb)
+cli.add_command(forward)
 
 
 # --- the host ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..client.machine import Machine
     from ..machine.log import LogLine
 
-__all__ = ["VERBS"]
+__all__ = ["list_", "logs", "status", "stop", "wait"]
 
 _STOP_TIMEOUT = 30.0        # seconds
 _FORCE_TIMEOUT = 15.0
@@ -194,5 +194,3 @@ def _print_lines(lines: Iterable[LogLine], console: bool, as_json: bool) -> None
             click.echo(f"{line.time} {line.source} {line.level} {line.text}")
         sys.stdout.flush()
 
-
-VERBS = (list_, status, stop, wait, logs)

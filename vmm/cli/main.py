@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import signal
@@ -12,6 +13,9 @@ import sys
 from types import FrameType
 
 __all__ = ["main"]
+
+
+_ALLOCATIONS = 50_000       # between two collections: more than the imports of most verbs make
 
 
 class _Lost(BaseException):
@@ -42,9 +46,13 @@ def main() -> None:
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler    # else it is ignored: so be it
     if interruptible:
         signal.signal(signal.SIGINT, _leave)
+    gc.disable()        # it would find no garbage in what an import makes, and takes a fourth of its time (ipc/run.py)
     from ..errors import ExitCode
     from .commands import run
 
+    gc.freeze()
+    gc.set_threshold(_ALLOCATIONS)
+    gc.enable()
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _replace_stdout()
@@ -61,8 +69,11 @@ def main() -> None:
             with contextlib.suppress(OSError):
                 print(f"vmm: error: standard output: cannot be written: {exc}", file=sys.stderr)
     if interruptible:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # while the interpreter ends
-    sys.exit(code)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    os._exit(code)      # Python's own way out would take all modules apart first (ipc/run.py)
 
 
 def _occupy_standard() -> None:

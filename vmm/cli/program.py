@@ -73,16 +73,21 @@ def run_program(program: str, args: tuple[str, ...], name: str | None, terminal:
     Input and output are those of this command, and so are signals and the exit status; a second Ctrl-C within a
     second ends the machine. Without --root and --file the program itself
     is all that there is in the machine (see docs/linux.md)."""
-    from ..client.forwarding import HostPorts
-    from ..client.machine import Machine
+    from ..client.keeper import KeeperProcess
 
-    console = "lines" if options["detach"] else "terminal" if _is_terminal(terminal) else "streams"
+    detach, name = options["detach"], name or _name(program)
     with contextlib.ExitStack() as stack:
+        keeper = KeeperProcess(name, quiet=detach, programs=True, fork=True)    # it begins while this does the rest
+        stack.callback(keeper.give_up)
+        from ..client.forwarding import HostPorts
+        from ..client.machine import Machine
+
+        console = "lines" if detach else "terminal" if _is_terminal(terminal) else "streams"
         with _said_by_option(options):
-            spec = _machine(program, args, name or _name(program), options, console)
-            ports = stack.enter_context(HostPorts(() if options["detach"] else options["forward"]))
-            machine = Machine.launch(spec, detach=options["detach"], start=options["detach"])
-        if options["detach"]:
+            spec = _machine(program, args, name, options, console)
+            ports = stack.enter_context(HostPorts(() if detach else options["forward"]))
+            machine = Machine.launch(spec, detach=detach, start=detach, keeper=keeper)
+        if detach:
             status = run_or_leave(machine, True, False)
             note_forward(machine.name, options["forward"])
             return status

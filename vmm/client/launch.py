@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import select
-import subprocess
 import time
 
 import msgspec
-
-from ipc.run import own_process
 
 from ..errors import ExitCode, VmmError
 from ..machine.names import belongings
 from ..machine.runtime import END, LET_GO, collect_garbage
 from ..machine.spec import MachineSpec, encode_spec
+from .keeper import KeeperProcess
 
 __all__ = ["Launched"]
 
@@ -30,41 +27,21 @@ class Launched:
     was ``let_go``. (The keeper watches this process; a child that forks off inherits nothing of that.)
     ``warnings``: what its user should know."""
 
-    def __init__(self, spec: MachineSpec, *, quiet: bool) -> None:
-        """``quiet``: nothing is printed by anybody. Raises VmmError, with nothing left behind."""
+    def __init__(self, spec: MachineSpec, *, quiet: bool, keeper: KeeperProcess | None = None) -> None:
+        """``quiet``: nothing is printed by anybody. ``keeper``: one that has been started for this name. Raises
+        VmmError, with nothing left behind."""
         self.spec, self.name = spec, spec.name
         self.warnings: list[str] = []
-        life, self._life = _pipe()
+        begun = keeper or KeeperProcess(spec.name, quiet=quiet, programs=spec.program is not None)
+        self.keeper, self._life = begun.take(), begun.life
         try:
-            with life:
-                status = self._start_keeper(spec, life, quiet=quiet)
-        except BaseException:
-            self._life.close()
-            raise
-        try:
-            with status:
-                assert self.keeper.stdin is not None
-                with contextlib.suppress(BrokenPipeError), self.keeper.stdin as stdin:
+            with begun.status as status:
+                with contextlib.suppress(BrokenPipeError), begun.stdin as stdin:
                     stdin.write(encode_spec(spec))
                 self._await_ready(status.fileno())
         except BaseException:
             self.end()
             raise
-
-    def _start_keeper(self, spec: MachineSpec, life: io.FileIO, *, quiet: bool) -> io.FileIO:
-        """What it says comes out of this pipe."""
-        said, say = _pipe()
-        try:
-            with say:
-                self.keeper = subprocess.Popen(
-                    own_process("vmm.coordinator.keeper", spec.name, str(say.fileno()),
-                                          str(life.fileno()), str(os.getpid())),
-                    stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if quiet else None,
-                    pass_fds=(say.fileno(), life.fileno()), start_new_session=True)
-        except BaseException:
-            said.close()
-            raise
-        return said
 
     def _await_ready(self, fd: int) -> None:
         """What the keeper says, in lines. Raises VmmError with its reason, or that it said nothing."""
@@ -105,12 +82,10 @@ class Launched:
         if self._life.closed:
             self.keeper.terminate()
         self._say(END)
-        try:
-            if self.keeper.wait(_END_TIMEOUT) >= 0:
-                return True
-        except subprocess.TimeoutExpired:
+        if not self._has_ended(_END_TIMEOUT):
             self.keeper.kill()
-            self.keeper.wait()
+        if self.keeper.wait() >= 0:
+            return True
         # Its coordinator is sent SIGTERM by that, clears up, and lets the name go last (ipc/claims.py).
         owned = belongings(self.name)
         deadline = time.monotonic() + _CLEAR_TIMEOUT
@@ -120,8 +95,14 @@ class Launched:
             collect_garbage(self.name)
         return False
 
-
-def _pipe() -> tuple[io.FileIO, io.FileIO]:
-    """Its ends for reading and for writing, close-on-exec."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    return io.FileIO(read, "r"), io.FileIO(write, "w")
+    def _has_ended(self, seconds: float) -> bool:
+        """The keeper, within this time. (Popen.wait with a timeout looks every 50 ms.)"""
+        if self.keeper.returncode is not None:
+            return True
+        fd = os.pidfd_open(self.keeper.pid)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return bool(poll.poll(seconds * 1000))
+        finally:
+            os.close(fd)

@@ -10,18 +10,14 @@ own shared memory, without copies.
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
-from ipc.bitmap import Bitmap
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
@@ -33,6 +29,17 @@ from . import holds
 from .connection import ControlClient
 from .launch import Launched
 from .views import Bitmaps, Memory
+
+if TYPE_CHECKING:
+    import subprocess
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ipc.bitmap import Bitmap
+    from ipc.run import Fork
+
+    from .keeper import KeeperProcess
 
 __all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
@@ -84,7 +91,7 @@ class Machine:
         self._report: dict[str, Any] | None = None
 
     @property
-    def _keeper(self) -> subprocess.Popen[bytes] | None:
+    def _keeper(self) -> subprocess.Popen[bytes] | Fork | None:
         """Of a launched machine."""
         return None if self._launched is None else self._launched.keeper
 
@@ -110,13 +117,14 @@ class Machine:
 
     @classmethod
     def launch(cls, config: Any, *, name: str | None = None, trace: list[str] | None = None,
-               trace_file: str = "", detach: bool = False, start: bool = True, console: str = "lines") -> Machine:
+               trace_file: str = "", detach: bool = False, start: bool = True, console: str = "lines",
+               keeper: KeeperProcess | None = None) -> Machine:
         """Start a machine from a MachineConfig (vmm/client/config.py) or a MachineSpec. ``console``: of a Linux
         program (ipc/messages.py); who does not want its lines follows it himself (vmm/client/console.py).
 
         The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
-        ``start=False`` leaves the vCPUs before their first instruction until ``start()``. Raises VmmError, with
-        nothing left behind.
+        ``start=False`` leaves the vCPUs before their first instruction until ``start()``. ``keeper``: one that was
+        started before, with what is said here. Raises VmmError, with nothing left behind.
         """
         if isinstance(config, MachineSpec):
             from ..machine.room import check_room
@@ -129,7 +137,7 @@ class Machine:
             from .plan import plan
 
             spec = plan(config, name=name, trace=trace, trace_file=trace_file, linger=not detach, console=console)
-        machine = cls(spec.name, launched=Launched(spec, quiet=detach), detached=detach)
+        machine = cls(spec.name, launched=Launched(spec, quiet=detach, keeper=keeper), detached=detach)
         try:
             if start:
                 machine.start()
@@ -266,6 +274,8 @@ class Machine:
         view must call ``mark_dirty`` afterwards; ``write`` does both. A view is of the slot as it is now: when that
         is removed, the view stays, of memory that is no longer the guest's (``born`` in ``status`` tells). Raises
         VmmError where there is no such slot, while pages are missing, and where there is no memory (replay)."""
+        import numpy as np
+
         view = np.frombuffer(self._memory.view(slot).segment.buf, np.uint8)
         view.flags.writeable = writable
         return view

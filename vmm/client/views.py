@@ -1,26 +1,30 @@
 """The machine's shared memory as a client has it mapped: RAM slots, the system slot, a dirty-log client's bitmaps.
 
 What lies under a slot's number may change (it is removed, and another added): each use asks for the slots as they
-are now, and a segment that is another's is mapped anew.
+are now, and a segment that is another's is mapped anew. numpy is imported with the first of them: who only runs a
+machine has no use for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ipc.bitmap import Bitmap
 from ipc.shm import Segment, SegmentError
 from workers.accel import registry
 
 from ..errors import ExitCode, VmmError, no_memory
 from ..machine import verbs
-from ..machine.memory import ClientBitmaps
 from ..machine.names import segment_name
 from .connection import ControlClient
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ipc.bitmap import Bitmap
+
+    from ..machine.memory import ClientBitmaps
 
 __all__ = ["Bitmaps", "Memory", "View"]
 
@@ -85,6 +89,8 @@ class Memory:
 
     def system(self) -> NDArray[np.uint8]:
         """The system slot's memory, shape [bytes], writable."""
+        import numpy as np
+
         if self._system is None:
             self._system = open_segment(self._machine, segment_name(self._machine, "system"))
         return np.frombuffer(self._system.buf, np.uint8)
@@ -109,6 +115,8 @@ class Bitmaps:
     def sync(self, client: str) -> dict[str, Any]:
         """Flush and sync; the answer (vmm/machine/verbs.py), with numbers for slots. The bitmaps that it names are
         open. Raises VmmError."""
+        from ..machine.memory import ClientBitmaps
+
         answer = self._client.ask(verbs.Sync, client=client)
         slots = answer["slots"] = {int(i): s for i, s in answer["slots"].items()}
         for key in [k for k in self._open if k[0] == client and k[1] not in slots]:

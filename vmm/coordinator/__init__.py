@@ -18,3 +18,9 @@
 
 Nobody outside this package imports any of it.
 """
+
+from __future__ import annotations
+
+__all__ = ["STOP_TIMEOUT"]
+
+STOP_TIMEOUT = 25      # seconds after SIGTERM in which the coordinator is gone, whatever it is doing

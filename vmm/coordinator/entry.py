@@ -14,22 +14,26 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ipc.linux import process
-from ipc.shm import SegmentError
+from ipc.shm import Segment, SegmentError
 from ipc.steps import step
 from workers.zygote import Zygote
 
 from ..errors import ExitCode, VmmError
 from ..machine.log import log_to_keeper
+from ..machine.names import slot_segment
 from ..machine.rules import check_machine
 from ..machine.runtime import adopt_claim, machine_dir, release
-from ..machine.spec import decode_spec
+from ..machine.spec import MachineSpec, decode_spec
+from . import STOP_TIMEOUT
 from .confine import confine
-from .loop import STOP_TIMEOUT, Coordinator
+
+if TYPE_CHECKING:
+    from .loop import Coordinator
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ def main(argv: list[str]) -> int:
     process.set_time_slice(process.SERVICE_SLICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _early_stop)
-    taken, coordinator, code = None, None, ExitCode.STOPPED
+    taken, code = None, ExitCode.STOPPED
+    coordinator: Coordinator | None = None
     try:
         process.die_with_parent(signal.SIGTERM, keeper_pid)
         log_to_keeper("coordinator")
@@ -52,7 +57,12 @@ def main(argv: list[str]) -> int:
         taken = adopt_claim(spec.name, claim_fd)
         if zygote_fd >= 0:      # one that takes over has it from the keeper
             check_machine(spec)
+            _begin_memory(spec)
+        from .loop import Coordinator  # numpy and much else, while the memory is being made
+
+        if zygote_fd >= 0:
             _compile_loops()
+            Segment.settle()
             confine(spec.image, spec.replay_trace, spec.trace_file)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
                                   Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)
@@ -72,6 +82,13 @@ def main(argv: list[str]) -> int:
     if taken is not None and os.getppid() != keeper_pid:    # it was killed, and can no longer do it
         release(taken)
     return code
+
+
+def _begin_memory(spec: MachineSpec) -> None:
+    """It is reserved, which takes longer than all else that the kernel has to do."""
+    if spec.can.guests:
+        for slot in spec.slots:
+            Segment.begin(slot_segment(spec.name, "ram", slot), slot.size)
 
 
 def _compile_loops() -> None:

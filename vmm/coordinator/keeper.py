@@ -28,22 +28,22 @@ import os
 import select
 import selectors
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+from ipc import sandbox
 from ipc.claims import Claim
 from ipc.linux import inotify, process
-from ipc.run import own_process
-from workers import zygote
+from ipc.run import Fork
 
 from ..errors import ExitCode, VmmError
 from ..machine import records
 from ..machine.log import LogFile
-from ..machine.runtime import END, LET_GO, claim, release
+from ..machine.runtime import END, KEEPER, LET_GO, PROGRAMS, claim, release
 from .confine import confine
 
 __all__ = ["Deaths", "main"]
@@ -72,20 +72,22 @@ class Deaths:
 
 
 class Keeper:
-    """``tell`` passes a line on to the process that launches the machine."""
+    """``begin``, and then ``run`` it. ``programs``: the machine runs a Linux program. ``tell`` passes a line on to the
+    process that launches the machine."""
 
-    def __init__(self, name: str, spec: bytes, taken: Claim, status_fd: int, life_fd: int, launcher: int,
-                 signals: int, log: LogFile) -> None:
+    def __init__(self, name: str, taken: Claim, status_fd: int, life_fd: int, launcher: int, signals: int, *,
+                 programs: bool) -> None:
         self._name = name
         self._claim = taken
-        self._spec = spec
+        self._programs = programs
+        self._spec = b""
         self._status_fd = status_fd
         self._life_fd = life_fd
         self._launcher_fd = os.pidfd_open(launcher) if os.getppid() == launcher else -1
-        self._log = log
+        self._log = LogFile(None)
         self._log_error = ""
-        self._coordinator: subprocess.Popen[bytes] | None = None
-        self._zygote: subprocess.Popen[bytes] | None = None     # kept: its end is to raise no warning
+        self._coordinator: Fork | None = None
+        self._answer_fd = self._spec_fd = -1    # what it says, and is told
         self._signals = signals
         # Only the keeper holds the write end: it closes when the keeper ends, however that happens.
         self._alive_read, self._alive_write = os.pipe2(os.O_CLOEXEC)
@@ -103,14 +105,24 @@ class Keeper:
 
     # --- the machine's life -----------------------------------------------------------------------
 
-    def run(self) -> tuple[int, str, str]:
+    def begin(self) -> None:
+        """Start what a machine's other processes come from, whose imports take longer than all else."""
+        from ipc import messages, sockets  # noqa: F401  (both of them need it: it is imported once)
+
+        sandbox.missing()       # and this
+        self._start_coordinator(recover=False)
+
+    def run(self, spec: bytes, log: LogFile) -> tuple[int, str, str]:
         """Until the machine has ended: exit status, state (``ended``, or ``failed`` to start) and why."""
+        self._spec, self._log = spec, log
         self._watch_directory()
         if self._launcher_fd < 0:
             self.ending = "the process that launched it has ended"
         deaths = Deaths(_LIVES, _LIVED)
         recover = False
         while not self.ending:
+            if recover:
+                self._start_coordinator(recover=True)
             how = self._run_coordinator(recover=recover)
             if self._done is not None:
                 return self._done, "ended" if self._ready else "failed", self._error or self.ending
@@ -125,34 +137,46 @@ class Keeper:
             self.say("warning", f"the coordinator died ({how}); another one is taking over")
         return int(ExitCode.STOPPED), "ended" if self._ready else "failed", self.ending
 
-    def _run_coordinator(self, *, recover: bool) -> str:
-        """Start one and wait for its end; how it ended."""
-        read, write = os.pipe2(os.O_CLOEXEC)
+    def _start_coordinator(self, *, recover: bool) -> None:
+        keeper = os.getpid()
+        self._answer_fd, write = os.pipe2(os.O_CLOEXEC)
+        spec, self._spec_fd = os.pipe2(os.O_CLOEXEC)
         terminal = os.dup(sys.stderr.fileno())      # for trace events without a file
         inherited = [write, self._alive_read, self._claim.fd, terminal]
         with contextlib.ExitStack() as stack:
+            for fd in (write, spec, terminal):
+                stack.callback(os.close, fd)
             sock = -1
             if not recover:
-                self._zygote, ours = zygote.start(self._alive_read, self.log_write)
-                sock = stack.enter_context(ours).fileno()
+                sock = stack.enter_context(self._start_zygote()).fileno()
                 inherited.append(sock)
-            self._coordinator = subprocess.Popen(
-                own_process("vmm.coordinator.entry", str(write), str(self._alive_read), str(os.getpid()),
-                                      str(sock), str(self._claim.fd), str(terminal)),
-                stdin=subprocess.PIPE, stdout=self.log_write, stderr=self.log_write, pass_fds=inherited)
-        os.close(write)
-        os.close(terminal)
-        assert self._coordinator.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._coordinator.stdin as pipe:
+            self._coordinator = Fork(
+                "vmm.coordinator.entry", str(write), str(self._alive_read), str(keeper), str(sock),
+                str(self._claim.fd), str(terminal), shown=[self._name],
+                streams=(spec, self.log_write, self.log_write), keep=inherited)
+
+    def _start_zygote(self) -> socket.socket:
+        """Its end of the socket is the coordinator's to inherit."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, open(os.devnull, "rb") as null:
+            Fork("workers.zygote", str(theirs.fileno()), *([PROGRAMS] if self._programs else []), shown=[self._name],
+                 streams=(null.fileno(), self.log_write, self.log_write),
+                 keep=(theirs.fileno(), self._alive_read), session=True)
+        return ours
+
+    def _run_coordinator(self, *, recover: bool) -> str:
+        """Tell the one that was started what the machine is, and wait for its end; how it ended."""
+        assert self._coordinator is not None
+        with contextlib.suppress(BrokenPipeError), open(self._spec_fd, "wb") as pipe:
             pipe.write(self._spec)
         if not recover:     # while the coordinator is starting; those that take over start with it
             self._confine()
         pidfd = os.pidfd_open(self._coordinator.pid)
         try:
-            code = self._watch(pidfd, read)
+            code = self._watch(pidfd, self._answer_fd)
         finally:
             os.close(pidfd)
-            os.close(read)
+            os.close(self._answer_fd)
         return signal.Signals(-code).name if code < 0 else f"an error, exit status {code}"
 
     def _confine(self) -> None:
@@ -362,29 +386,39 @@ def _open_record(name: str) -> records.Record | str:
 
 
 def main(argv: list[str]) -> int:
-    """``vmm.coordinator.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID``; the machine's specification is on
-    standard input."""
+    """``vmm.coordinator.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID [programs]``; the machine's specification is on
+    standard input. Where none comes, nothing of the machine is left."""
     name = argv[0]
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
-    process.set_name("vmm-keeper")
+    process.set_name(KEEPER)
     process.set_subreaper()
     process.no_new_privileges()
     process.raise_descriptor_limit()
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"    # of all that come from here: numpy's threads have nothing to do
     signals = _catch_signals()
-    spec = sys.stdin.buffer.read()
     try:
         taken = claim(name)
     except VmmError as exc:
         os.write(status_fd, json.dumps({"error": str(exc), "code": int(exc.exit_code)}).encode() + b"\n")
         return int(exc.exit_code)
+    keeper = Keeper(name, taken, status_fd, life_fd, launcher, signals, programs=PROGRAMS in argv[4:])
+    spec = b""
+    try:
+        keeper.begin()
+        spec = sys.stdin.buffer.read()
+    finally:
+        if not spec:        # it has been given up
+            _kill_children(_REAP_TIMEOUT)
+            release(taken)
+    if not spec:
+        return int(ExitCode.STOPPED)
     record = _open_record(name)
     log = LogFile(record.log_path if isinstance(record, records.Record) else None)
-    keeper = Keeper(name, spec, taken, status_fd, life_fd, launcher, signals, log)
     if isinstance(record, str):
         keeper.tell({"warning": record})
     code, state, why = int(ExitCode.BUG), "ended", "its keeper failed"
     try:
-        code, state, why = keeper.run()
+        code, state, why = keeper.run(spec, log)
     except Exception as exc:
         why = f"its keeper failed: {type(exc).__name__}: {exc}"
         raise

@@ -65,7 +65,6 @@ class Life:
         core.reaper.schedule.plan(self.started, {s.index: s.ring.soft_limit for s in core.vcpus.all})
         core.vcpus.resume_all()
         step("start-resumed")
-        core.parts.log.load_loops()     # the guest runs already, and no ring is full so soon
 
     def stop(self, reason: ExitReason) -> None:
         """Ask every vCPU to end. They do so at once, paused or not."""

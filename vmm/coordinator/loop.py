@@ -30,7 +30,7 @@ from ..machine.events import Tracer
 from ..machine.spec import MachineSpec
 from ..vcpus.handle import VcpuHandle
 from ..vcpus.pool import VcpuPool
-from . import segments
+from . import STOP_TIMEOUT, segments
 from .consoles import Consoles
 from .core import Core
 from .events import EventLog
@@ -43,9 +43,7 @@ from .status import machine_report
 from .table import handlers
 from .takeover import commit, take_over
 
-__all__ = ["STOP_TIMEOUT", "Coordinator"]
-
-STOP_TIMEOUT = 25      # seconds after SIGTERM in which it is gone, whatever it is doing
+__all__ = ["Coordinator"]
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +125,7 @@ class Coordinator:
         for vcpu in segments.make_handles(core.parts):
             core.vcpus.spawn(vcpu, segments.worker_spec(core.parts, vcpu.index, core.directory, keeper_fd))
         core.vcpus.start_paused()
+        core.parts.log.load_loops()     # while the workers are set up
         core.vcpus.await_hello()
         self._rounds.begin()
         core.state = "ready"

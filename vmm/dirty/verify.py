@@ -30,7 +30,7 @@ from ipc.layout import MachineControl
 from ipc.shm import PAGE_SIZE, Segment
 from ipc.steps import step
 
-from ..machine.memory import slot_segment
+from ..machine.names import slot_segment
 from ..machine.spec import VerifySpec
 from ..vcpus.handle import VcpuHandle
 from .log import DirtyLog

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from elftools.common.utils import struct_parse
-from elftools.elf.elffile import ELFFile
+from typing import TYPE_CHECKING, Any
 
 from ..errors import VmmError
 from ..inputs import input_name, read_input
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
 
 __all__ = ["IMAGE_SIZE_MAX", "GuestImage", "GuestImageError", "Segment", "check_fits", "load_image"]
 
@@ -120,6 +120,8 @@ def _flat(path: Path, data: bytes, load_address: int) -> GuestImage:
 
 
 def _parse_elf(path: Path, data: bytes) -> GuestImage:
+    from elftools.elf.elffile import ELFFile  # a machine without an image has no use for it
+
     if len(data) < _ELF_HEADER_SIZE:
         raise _error(path, "is a damaged ELF file (truncated in its header)")
     elf = ELFFile(BytesIO(data))
@@ -152,6 +154,8 @@ def _parse_elf(path: Path, data: bytes) -> GuestImage:
 def _program_headers(path: Path, elf: ELFFile) -> Iterator[Any]:
     """The raw program headers. Not ``elf.iter_segments``: it interprets what it finds (dynamic
     section, notes) and believes any count, which may never end on a damaged file."""
+    from elftools.common.utils import struct_parse
+
     if elf["e_phnum"] and elf["e_phentsize"] != elf.structs.Elf_Phdr.sizeof():
         raise _error(path, f"is a damaged ELF file (program headers of {elf['e_phentsize']} bytes)")
     if elf["e_phnum"] > _PROGRAM_HEADERS_MAX:

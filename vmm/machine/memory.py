@@ -20,17 +20,12 @@ from ipc.bitmap import Bitmap, bitmap_bytes, word_count
 from ipc.messages import SlotSpec
 from ipc.shm import Segment
 
-from .names import segment_name
+from .names import segment_name, slot_segment
 from .spec import RamSlot
 
-__all__ = ["ClientBitmaps", "MemorySlot", "make_or_open", "slot_segment"]
+__all__ = ["ClientBitmaps", "MemorySlot", "make_or_open"]
 
 _CACHE_LINE, _CACHE_SETS = 64, 64   # of a first-level cache on x86-64: sets are as many lines as make a page
-
-
-def slot_segment(machine: str, kind: str, slot: RamSlot) -> str:
-    """Name of a segment of this very slot, and of no other of its id: ``kind`` is ram, log, copy or vlog<vcpu>."""
-    return segment_name(machine, f"{kind}{slot.id}.{slot.born:x}")
 
 
 def make_or_open(name: str, size: int, create: bool, *, reserve: bool = True) -> Segment:

@@ -14,14 +14,19 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipc.claims import Belongings
 
 from ..errors import VmmError
 
+if TYPE_CHECKING:
+    from .spec import RamSlot
+
 __all__ = ["MACHINE_NAME", "RAM_MAPPING", "belongings", "check_client_name", "check_key_name", "check_machine_name",
            "check_snapshot_id", "is_machine_name", "is_snapshot_id", "machine_dir", "machine_of", "machine_prefix",
-           "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name"]
+           "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name",
+           "slot_segment"]
 
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
@@ -145,6 +150,12 @@ def machine_prefix(machine: str) -> str:
 def segment_name(machine: str, what: str) -> str:
     """Of one segment, with the leading slash. Raises VmmError."""
     return f"/{machine_prefix(machine)}{what}"
+
+
+def slot_segment(machine: str, kind: str, slot: RamSlot) -> str:
+    """Of a segment of this very slot, and of no other of its id: ``kind`` is ram, log, copy or vlog<vcpu>. Raises
+    VmmError."""
+    return segment_name(machine, f"{kind}{slot.id}.{slot.born:x}")
 
 
 def record_queue(machine: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 
-from ipc.bitmap import bitmap_bytes, word_count
+from ipc.bitmap_sizes import bitmap_bytes, word_count
 from ipc.layout import control_size
 from ipc.shm import room
 

@@ -17,11 +17,15 @@ from ipc.shm import list_segments
 from ..errors import ExitCode, VmmError
 from .names import belongings, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
-__all__ = ["END", "LET_GO", "adopt_claim", "claim", "collect_garbage", "end_at_once", "is_running", "leftovers",
-           "machine_dir", "machine_names", "release", "runtime_root"]
+__all__ = ["END", "KEEPER", "LET_GO", "PROGRAMS", "adopt_claim", "claim", "collect_garbage", "end_at_once",
+           "is_running", "leftovers", "machine_dir", "machine_names", "release", "runtime_root"]
 
 #: What a launching process tells the keeper on its life pipe: end the machine; it lives on without me.
 END, LET_GO = b"0", b"1"
+#: Its name, as ps has it.
+KEEPER = "vmm-keeper"
+#: Its last argument, where the machine runs a Linux program: so much more is imported before the specification comes.
+PROGRAMS = "programs"
 _SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
 #: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
 LONGEST_SOCKET = "userfault"
@@ -103,8 +107,7 @@ def end_at_once(name: str) -> int:
         raise VmmError(f"machine '{name}' is ending: its keeper was killed", ExitCode.WORKER_DIED) from None
     try:
         # What holds the claim may be a coordinator whose keeper has died, and the pid somebody else's by now.
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"vmm.coordinator.keeper" in command and name.encode() in command:
+        if Path(f"/proc/{pid}/comm").read_text() == f"{KEEPER}\n" and owned.owner_pid() == pid:
             for signum in (signal.SIGQUIT, signal.SIGCONT):
                 signal.pidfd_send_signal(fd, signum)
     except OSError:

@@ -8,7 +8,6 @@ write-protected by userfaultfd (ipc/writelog.py). ``none``: no dirty log. ``auto
 from __future__ import annotations
 
 from ipc.layout import Tracking
-from ipc.writelog import write_log_missing
 from workers.accel import registry
 
 from ..errors import VmmError
@@ -33,6 +32,8 @@ def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
         if not registry.available(accel).ring_max:
             raise VmmError("tracking ring: this kernel has no dirty rings (use bitmap, uffd or auto)")
     if mode == "uffd":
+        from ipc.writelog import write_log_missing  # it brings numpy along
+
         missing = write_log_missing()
         if missing:
             raise VmmError(f"tracking uffd: {missing} (use ring, bitmap or auto)")

@@ -116,6 +116,8 @@ class Regular(Inode):
     def read(self, offset: int, count: int) -> bytes:
         """Up to the end. Raises OSError where the source fails."""
         end = min(offset + count, self._size)
+        if 0 < end - offset <= PAGE - offset % PAGE:        # as most are
+            return self._part(offset // PAGE, offset % PAGE, end - offset)
         parts = []
         while offset < end:
             page, start = divmod(offset, PAGE)

@@ -112,6 +112,8 @@ class Dispatcher:
     @property
     def deadline(self) -> int | None:
         """When a blocked call is to be made again at the latest."""
+        if not self._blocked:
+            return None
         return min((each.deadline for each in self._blocked.values() if each.deadline is not None), default=None)
 
     def start(self, thread: Thread, started: Started) -> None:
@@ -484,7 +486,7 @@ class Dispatcher:
             if box.waits:
                 self._stale.setdefault(index, []).extend(runs)
             else:
-                box.put_stale(runs if len(runs) <= STALE_MAX else [])
+                box.put_stale(runs if len(runs) <= STALE_MAX else [], now=True)
                 waiting.append((box, box.want_attention(interrupt=False)))
         deadline = time.monotonic() + _ATTENTION_TIMEOUT
         for box, number in waiting:

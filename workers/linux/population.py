@@ -344,8 +344,8 @@ class Population:
     @staticmethod
     def deliverable(thread: Thread) -> bool:
         """It has a signal to take that it does not block."""
-        return any(not thread.blocked & bit(each.number)
-                   for pending in (thread.pending, thread.process.pending) for each in pending)
+        mine, all_ = thread.pending, thread.process.pending
+        return bool(mine or all_) and any(not thread.blocked & bit(each.number) for each in (*mine, *all_))
 
     @staticmethod
     def take_signal(thread: Thread, wanted: int) -> SignalInfo | None:

@@ -7,14 +7,10 @@ program at 0x555555554000, the stack below 0x7ffffffff000, all else below 0x7fff
 from __future__ import annotations
 
 import errno
-import io
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
+from typing import NamedTuple, Protocol
 
 from ipc.programs import REGISTERS
 
@@ -31,34 +27,17 @@ _RIP, _RSP, _RFLAGS = (REGISTERS.index(name) for name in ("rip", "rsp", "rflags"
 _SCRIPT_LINE = 256                          # binfmt_script
 _SCRIPTS_MAX = 4                            # interpreters that are scripts themselves
 
+# uapi/linux/elf.h. Not pyelftools: a program is begun often, and six numbers are all that is wanted of its file.
+_HEADER = struct.Struct("<6s10xHH4xQQ8x4x2xHH6x")       # Elf64_Ehdr
+_SEGMENT = struct.Struct("<IIQQQQQQ")                   # Elf64_Phdr
+_IDENT = b"\x7fELF\x02\x01"                             # 64 bits, the lower byte first
+_ET_EXEC, _ET_DYN, _EM_X86_64, _PT_LOAD, _PT_INTERP = 2, 3, 62, 1, 3
+_HEADERS_MAX = 65536        # bytes (load_elf_phdrs of fs/binfmt_elf.c)
+
 # uapi/linux/auxvec.h
 _AT = {"NULL": 0, "PHDR": 3, "PHENT": 4, "PHNUM": 5, "PAGESZ": 6, "BASE": 7, "FLAGS": 8, "ENTRY": 9, "UID": 11,
        "EUID": 12, "GID": 13, "EGID": 14, "PLATFORM": 15, "HWCAP": 16, "CLKTCK": 17, "SECURE": 23, "RANDOM": 25,
        "HWCAP2": 26, "EXECFN": 31, "SYSINFO_EHDR": 33, "MINSIGSTKSZ": 51}
-
-
-class _Stream(io.RawIOBase):
-    """A file to read from, for those that want a Python one."""
-
-    def __init__(self, file: Executable) -> None:
-        super().__init__()
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:      # type: ignore[override]
-        data = self._file.read(self._at, len(buffer))
-        buffer[:len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 class Executable(Backing, Protocol):
@@ -83,6 +62,28 @@ class Started:
         found = [0] * len(REGISTERS)
         found[_RIP], found[_RSP], found[_RFLAGS] = self.rip, self.rsp, 0x202
         return found
+
+
+class _Header(NamedTuple):
+    """``headers``: where its program headers are in the file."""
+
+    type: int
+    entry: int
+    headers: int
+    number: int
+
+
+class _Segment(NamedTuple):
+    """``size`` bytes of the file, ``full`` in memory."""
+
+    type: int
+    flags: int
+    offset: int
+    address: int
+    physical: int
+    size: int
+    full: int
+    align: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,38 +135,44 @@ def _program(opened: Callable[[bytes], Executable], path: bytes,
 
 def _map(space: Space, file: Executable, base: int | None) -> _Image:
     """``base``: 0 for an interpreter, which goes where there is room. Raises OSError."""
-    try:
-        elf = ELFFile(io.BufferedReader(_Stream(file)))
-        segments = [each.header for each in elf.iter_segments()]
-        header = elf.header
-    except (ELFError, ValueError, KeyError, AttributeError, struct.error, UnicodeDecodeError):
-        raise OSError(errno.ENOEXEC, "") from None
-    loads = [each for each in segments if each.p_type == "PT_LOAD" and each.p_memsz]
-    if header.e_machine != "EM_X86_64" or header.e_type not in ("ET_EXEC", "ET_DYN") or not loads:
+    head = _header(file)
+    segments = [_Segment(*each) for each in _SEGMENT.iter_unpack(file.read(head.headers, head.number * _SEGMENT.size))]
+    loads = [each for each in segments if each.type == _PT_LOAD and each.full]
+    if len(segments) != head.number or not loads:
         raise OSError(errno.ENOEXEC, "")
-    low = min(each.p_vaddr for each in loads) // PAGE * PAGE
-    high = max(each.p_vaddr + each.p_memsz for each in loads)
+    low = min(each.address for each in loads) // PAGE * PAGE
+    high = max(each.address + each.full for each in loads)
     shift = 0
-    if header.e_type == "ET_DYN":
+    if head.type == _ET_DYN:
         wish = 0 if base is not None else _POSITION_INDEPENDENT
         place = space.map(wish, high - low, 0, fixed=bool(wish), reserve=False)     # the whole of it, in one piece
         space.unmap(place, high - low)
         shift = place - low
     for each in loads:
         _segment(space, file, each, shift)
-    interpreter = next((file.read(each.p_offset, each.p_filesz).rstrip(b"\0") for each in segments
-                        if each.p_type == "PT_INTERP"), b"")
-    headers = next((each.p_vaddr + header.e_phoff - each.p_offset for each in loads
-                    if each.p_offset <= header.e_phoff < each.p_offset + each.p_filesz), 0)
-    return _Image(low + shift, header.e_entry + shift, headers + shift if headers else 0, header.e_phnum,
-                  high + shift, interpreter)
+    interpreter = next((file.read(each.offset, each.size).rstrip(b"\0") for each in segments
+                        if each.type == _PT_INTERP), b"")
+    headers = next((each.address + head.headers - each.offset for each in loads
+                    if each.offset <= head.headers < each.offset + each.size), 0)
+    return _Image(low + shift, head.entry + shift, headers + shift if headers else 0, head.number, high + shift,
+                  interpreter)
 
 
-def _segment(space: Space, file: Executable, segment: object, shift: int) -> None:
+def _header(file: Executable) -> _Header:
+    """Of a program for this machine. Raises OSError."""
+    data = file.read(0, _HEADER.size)
+    if len(data) == _HEADER.size:
+        ident, kind, machine, entry, headers, size, count = _HEADER.unpack(data)
+        if (ident == _IDENT and machine == _EM_X86_64 and kind in (_ET_EXEC, _ET_DYN) and size == _SEGMENT.size
+                and count * size <= _HEADERS_MAX):
+            return _Header(kind, entry, headers, count)
+    raise OSError(errno.ENOEXEC, "")
+
+
+def _segment(space: Space, file: Executable, segment: _Segment, shift: int) -> None:
     """File and zeros behind it. Raises OSError."""
-    address, offset = segment.p_vaddr + shift, segment.p_offset         # type: ignore[attr-defined]
-    size, full = segment.p_filesz, segment.p_memsz                      # type: ignore[attr-defined]
-    flags = segment.p_flags                                             # type: ignore[attr-defined]
+    address, offset, size, full = segment.address + shift, segment.offset, segment.size, segment.full
+    flags = segment.flags
     prot = (PROT_READ if flags & 4 else 0) | (PROT_WRITE if flags & 2 else 0) | (PROT_EXEC if flags & 1 else 0)
     if address % PAGE != offset % PAGE or size > full:
         raise OSError(errno.ENOEXEC, "")

@@ -320,15 +320,16 @@ class System(Population):
 
     def next_timer(self) -> int | None:
         """When (monotonic) the next timer of a process is over."""
-        return min((each.alarm[0] for each in self.processes.values() if each.alarm[0]), default=None)
+        alarms = [each.alarm[0] for each in self.processes.values() if each.alarm[0]]
+        return min(alarms) if alarms else None
 
     def expire(self) -> None:
         """Signal those that are. Clocks go on too."""
         if self.vdso is not None:
             self.vdso.update()
-        if not any(each.alarm[0] for each in self.processes.values()):
+        first = self.next_timer()
+        if first is None or first > (now := self.monotonic()):
             return
-        now = self.monotonic()
         for process in list(self.processes.values()):
             at, interval = process.alarm
             if at and at <= now:

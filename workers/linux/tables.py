@@ -31,12 +31,16 @@ class NoTables(Exception):
 
 class Tables:
     """``entries``: the memory, as 64-bit words. ``address``: of its first byte, as the guest's processor has it (GPA).
-    Tables are freed with their root only: a level that goes would have to be invalidated everywhere."""
+    A table stays where it is, also when its root goes, which is another's then: what a KVM with shadow page tables has
+    read of the upper levels it keeps for good, and it knows a table by its address. One that came to be somewhere else
+    would have the pages of where it was."""
 
     def __init__(self, entries: memoryview, address: int) -> None:
         self._entries = entries
         self._address = address
         self._free = list(range(len(entries) // _ENTRIES))[::-1]
+        self._leaves: dict[int, int] = {}   # {root and place: word of a last level}: they stay
+        self._roots: list[int] = []         # that nobody has, with the tables below them; no page has an entry
         self._common: dict[int, int] = {}   # {index: entry} of a root, whose tables are another root's
 
     @property
@@ -46,17 +50,18 @@ class Tables:
 
     def new_root(self) -> int:
         """An empty address space; the address (GPA) of its first table, for CR3. Raises NoTables."""
-        root = self._new()
+        root = self._roots.pop() if self._roots else self._new()
         for index, entry in self._common.items():
             self._entries[self._word(root) + index] = entry
         return root
 
     def drop_root(self, root: int) -> None:
-        """All tables of it but the common ones. No vCPU uses it any more."""
+        """No vCPU uses it any more."""
         word = self._word(root)
         for index in self._common:
             self._entries[word + index] = 0
-        self._drop(root, 4)
+        self._clear(root, 4)
+        self._roots.append(root)
 
     def have_in_common(self, source: int, page: int) -> None:
         """Roots that are made from now on have the tables of ``source`` for the 512 GiB around a page."""
@@ -90,6 +95,10 @@ class Tables:
         self._entries[word:word + len(entries)] = memoryview(entries)
 
     def _leaf(self, root: int, page: int, make: bool) -> int | None:
+        place = (root - self._address) << 15 | page >> 9
+        leaf = self._leaves.get(place)
+        if leaf is not None:
+            return leaf + (page & 511)
         entries, table = self._entries, root
         for shift in (27, 18, 9):
             at = (table - self._address >> 3) + (page >> shift & 511)
@@ -100,21 +109,22 @@ class Tables:
                 entry = self._new() | _TABLE
                 entries[at] = entry
             table = entry & FRAME
-        return (table - self._address >> 3) + (page & 511)
+        self._leaves[place] = leaf = table - self._address >> 3
+        return leaf + (page & 511)
 
     def _new(self) -> int:
         if not self._free:
             raise NoTables
         return self._address + self._free.pop() * _PAGE
 
-    def _drop(self, table: int, level: int) -> None:
+    def _clear(self, table: int, level: int) -> None:
         word = self._word(table)
-        if level > 1:
-            for entry in self._entries[word:word + _ENTRIES]:
-                if entry & PRESENT:
-                    self._drop(entry & FRAME, level - 1)
-        self._entries[word:word + _ENTRIES] = memoryview(array("Q", bytes(_PAGE)))
-        self._free.append((table - self._address) // _PAGE)
+        if level == 1:
+            self._entries[word:word + _ENTRIES] = memoryview(array("Q", bytes(_PAGE)))
+            return
+        for entry in self._entries[word:word + _ENTRIES]:
+            if entry & PRESENT:
+                self._clear(entry & FRAME, level - 1)
 
     def _word(self, table: int) -> int:
         return table - self._address >> 3

@@ -206,7 +206,7 @@ class KvmProgram(KvmAccelerator):
 
     @property
     def fs_base(self) -> int:
-        return int.from_bytes(self._sregs[_FS:_FS + 8], "little")
+        return self._control_registers[_FS // 8]
 
     def set_root(self, address: int) -> None:
         self._control_registers[_CR3] = address
