@@ -38,6 +38,9 @@ class Launcher(Protocol):
     def forget_space(self, space: Space) -> None:
         """It is closed: nobody may keep translations of it."""
 
+    def forget_tables(self) -> None:
+        """Nobody may keep anything that was read of page tables."""
+
     def host_address(self, frame: int, offset: int) -> int:
         """Of guest memory, in this process (for futexes)."""
 

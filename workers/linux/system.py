@@ -103,6 +103,7 @@ class System(Population):
               memory_pages: int) -> None:
         """Of one that is new, or loaded: what it stands on. ``boot``: of this one, random."""
         self._memory, self.frames, self._tables = memory, frames, tables
+        tables.forget = lambda: self.launcher.forget_tables()
         self.memory_pages = memory_pages
         self.files = files
         self.realtime, self.monotonic = realtime, monotonic
