@@ -26,7 +26,7 @@ from .inodes import Inode, Node
 from .network import Network
 from .openfiles import OpenFile
 from .pipes import Pipe, PipeEnd, open_fifo
-from .population import SI_KERNEL, Population
+from .population import SI_KERNEL, SI_TIMER, Population
 from .processes import FileTable, Process, Thread
 from .procfs import mount
 from .program import Executable, Started, start
@@ -36,6 +36,7 @@ from .space import Memory, SegmentationFault, Space
 from .state import load_system, save_system
 from .tables import NoTables, Tables
 from .terminal import Tty
+from .timers import Timer
 from .vdso import Vdso
 from .vfs import FileSystem
 
@@ -321,13 +322,14 @@ class System(Population):
 
     def next_timer(self) -> int | None:
         """When (monotonic) the next timer of a process is over."""
-        return min((each.alarm[0] for each in self.processes.values() if each.alarm[0]), default=None)
+        return min((at for process in self.processes.values() for at in (
+            process.alarm[0], *(each.at for each in process.timers.values() if each.number)) if at), default=None)
 
     def expire(self) -> None:
         """Signal those that are. Clocks go on too."""
         if self.vdso is not None:
             self.vdso.update()
-        if not any(each.alarm[0] for each in self.processes.values()):
+        if not any(each.alarm[0] or each.timers for each in self.processes.values()):
             return
         now = self.monotonic()
         for process in list(self.processes.values()):
@@ -335,3 +337,22 @@ class System(Population):
             if at and at <= now:
                 process.alarm = (now + interval if interval else 0, interval)
                 self.signal_process(process, SignalInfo(signals.ALRM, SI_KERNEL))
+            for number, timer in list(process.timers.items()):
+                self._expire_timer(process, number, timer, now)
+
+    def _expire_timer(self, process: Process, number: int, timer: Timer, now: int) -> None:
+        """Its signal is there once, until it is taken; how often it was over meanwhile is counted."""
+        times = timer.expire(now) if timer.number else 0
+        if not times:
+            return
+        thread = self.threads.get(timer.tid) if timer.tid else None
+        pending = process.pending if thread is None else thread.pending
+        if any((each.code, each.pid) == (SI_TIMER, number) for each in pending):
+            timer.overrun += times
+            return
+        timer.overrun = times - 1
+        info = SignalInfo(timer.number, SI_TIMER, number, status=timer.overrun, value=timer.value)
+        if thread is not None:
+            self.signal_thread(thread, info)
+        elif not timer.tid:
+            self.signal_process(process, info)
