@@ -96,7 +96,7 @@ CASES = [
     Case("go", "goroutines, channels, collection", _TABLE, ["/bench/hello"], memory="192MiB", threads=16,
          prepare=_by_go, package="golang-go", root_of_package=_GO),
     Case("java", "17, collection by G1, four threads", _JAVA,
-         [f"{_JVM}/java", "-Xmx192m", "-Xms64m", "-cp", "/bench", "Collect"], memory="512MiB", threads=64,
+         [f"{_JVM}/java", "-Xmx192m", "-Xms64m", "-cp", "/bench", "Collect"], memory="512MiB", threads=48,
          prepare=_by_javac, package="openjdk-17-jdk-headless"),
     Case("java-serial", "the same, by the serial collector", _JAVA,
          [f"{_JVM}/java", "-Xmx128m", "-XX:+UseSerialGC", "-cp", "/bench", "Collect"],

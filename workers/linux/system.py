@@ -87,21 +87,23 @@ class Console(Protocol):
 
 
 class System(Population):
-    """``realtime`` and ``monotonic``: nanoseconds. ``threads_max``: how many threads there can be at once."""
+    """``realtime`` and ``monotonic``: nanoseconds. ``threads_max``: how many threads there can be at once.
+    ``processors``: that programs find, for as much as they want to do at once (0: as many)."""
 
     def __init__(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, console: Console, *,
-                 realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1,
+                 realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1, processors: int = 0,
                  host: bytes = b"shardvmm", vdso: Vdso | None = None) -> None:
         super().__init__()
         self.console = console
         self.begin(memory, frames, tables, files, realtime=realtime, monotonic=monotonic, vdso=vdso, host=host,
-                   boot=files.store.random(16), threads_max=threads_max, memory_pages=frames.free)
+                   boot=files.store.random(16), threads_max=threads_max, processors=processors or threads_max,
+                   memory_pages=frames.free)
         self._make_devices()
         mount(self)
 
     def begin(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, *, realtime: Callable[[], int],
               monotonic: Callable[[], int], vdso: Vdso | None, host: bytes, boot: bytes, threads_max: int,
-              memory_pages: int) -> None:
+              processors: int, memory_pages: int) -> None:
         """Of one that is new, or loaded: what it stands on. ``boot``: of this one, random."""
         self._memory, self.frames, self._tables = memory, frames, tables
         tables.forget = lambda: self.launcher.forget_tables()
@@ -111,7 +113,7 @@ class System(Population):
         self.vdso = vdso
         if vdso is not None:        # what a call says, and what a program reads, is one
             self.realtime, self.monotonic = vdso.realtime, vdso.monotonic
-        self.threads_max, self.host, self.boot = threads_max, host, boot
+        self.threads_max, self.processors, self.host, self.boot = threads_max, processors, host, boot
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
         #: Threads and processes that there was no vCPU for.
