@@ -11,4 +11,4 @@ sqlite3 $db "pragma integrity_check; select count(*) from t where b = 'lost'; de
              select count(*), sum(a) from t; pragma journal_mode = wal; update t set c = c + 1; select round(total(c)) from t;
              select b from t order by b limit 5; pragma integrity_check"
 sqlite3 $db .dump | sha256sum; sha256sum $db; rm -f begun; ls
-pkill -P $$ sleep
+pkill -P $$ sleep; exit 0
