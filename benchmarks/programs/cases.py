@@ -25,7 +25,8 @@ _PYTHON_TESTS = ("json", "re", "threading", "struct", "hashlib", "zlib")
 #: Times, and what follows from them.
 _SECONDS = (r"[0-9]+(\.[0-9]+)? ?(sec|ms|s\b)", "N s")
 _PYTHON_DIFFERS = [_SECONDS, (r"0x[0-9a-f]+", "0xN"),
-                   (r"^(== |Using random seed|0:0|Total duration|test_[a-z]+ passed in).*\n", "")]
+                   (r"^(== |Using random seed|0:0|Total duration|test_[a-z]+ passed in).*\n", ""),
+                   (r"(task )?<thread .*|[0-9]+ tasks are running", "")]
 _SYSBENCH_DIFFERS = [(r"[0-9]+\.[0-9]+", "N"), (r" +N", " N")]
 _STRESS_DIFFERS = [(r"\[[0-9]+\]", "[N]"), _SECONDS, (r"[0-9]+\.[0-9]+", "N")]
 _STOCKFISH_DIFFERS = [(r"(time|nps|hashfull|Nodes/second|Total time \(ms\)) *:? *[0-9]+", r"\1 N")]
@@ -68,7 +69,7 @@ CASES = [
     Case("sqlite", "100,000 rows, killed and opened again", _TABLE, ["sh", "/bench/sqlite.sh"],
          memory="128MiB", threads=8, package="sqlite3"),
     *(Case(f"python-{name}", f"its own test_{name}", _TABLE,
-           ["python3", "-m", "test", "-v", f"test_{name}"], memory="384MiB", threads=40, differs=_PYTHON_DIFFERS,
+           ["python3", "-m", "test", "-v", f"test_{name}"], memory="384MiB", threads=64, differs=_PYTHON_DIFFERS,
            package="libpython3.11-testsuite", seconds=1200.0) for name in _PYTHON_TESTS),
     Case("perl", "expressions, processes, sockets", _TABLE, ["perl", "/bench/perl.pl"],
          memory="128MiB", threads=8),
