@@ -27,7 +27,7 @@ from itertools import repeat
 from .linux import futex
 from .shm import PAGE_SIZE
 
-__all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "IDT_PAGE", "PORT_CALL", "REGISTERS", "STALE_MAX", "SYSCALL_SIZE",
+__all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "EVERYTHING", "IDT_PAGE", "PORT_CALL", "REGISTERS", "SYSCALL_SIZE",
            "SYSTEM_ADDRESS", "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind",
            "Mailbox", "mailbox_page", "system_pages", "tables_page"]
 
@@ -75,7 +75,7 @@ class Kind(IntEnum):
 class Answer(IntFlag):
     """What it is to do, in this order."""
 
-    STALE = 1           # drop its mapping of ``stale`` frames
+    STALE = 1           # drop its mapping of ``stale`` frames, or more (`EVERYTHING`)
     ROOT = 2            # use the page tables at ``root``
     FS = 4              # FS base
     REGISTERS = 8       # all of them; without it, ``result`` is that of the call, and a fault is tried again
@@ -89,11 +89,13 @@ _FREE, ASKED, _ANSWERED, _HELD = range(4)
 
 # Words of 64 bits of a mailbox.
 (_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU,
- _STALE_NOW) = range(2, 16)
+ _DROPPED) = range(2, 16)
 _REGISTERS = 16
 _RUNS = 64
-#: Runs of stale frames that there is room for, twice; where there are more, all memory is stale.
-STALE_MAX = (PAGE_SIZE // 8 - _RUNS) // 4
+#: Runs of stale frames that there is room for, with an answer and with an attention each.
+_RUNS_MAX = (PAGE_SIZE // 8 - _RUNS) // 4
+#: Instead of a run: all memory, and all page tables. So it is too where there are more runs than there is room for.
+EVERYTHING = (0, 0)
 
 #: Looks before somebody sleeps, at 40 ns each: as long as an answer takes and two switches of processes.
 _LOOKS = 4000
@@ -267,18 +269,22 @@ class Mailbox:
 
     # --- stale frames -----------------------------------------------------------------------------------------------
 
-    # Those of an answer that has not been taken yet stay where they are while others are to be dropped at once.
+    # Those of an answer and those of an attention have their own places: the worker may not have come to the answer yet
+    # when its attention is wanted.
 
-    def put_stale(self, runs: list[tuple[int, int]], *, now: bool = False) -> None:
-        """Of frames (first, count), at most `STALE_MAX`: for the next answer, or for the next attention (``now``)."""
-        words, base = self.words, _RUNS + 2 * STALE_MAX * now
-        words[_STALE_NOW if now else _STALE] = len(runs)
+    def put_stale(self, runs: list[tuple[int, int]], *, attention: bool = False) -> None:
+        """Of frames (first, count), or `EVERYTHING`."""
+        words, start = self.words, _RUNS + 2 * _RUNS_MAX * attention
+        if len(runs) > _RUNS_MAX or EVERYTHING in runs:
+            runs = [EVERYTHING]
         for at, (first, count) in enumerate(runs):
-            words[base + 2 * at], words[base + 2 * at + 1] = first, count
+            words[start + 2 * at], words[start + 2 * at + 1] = first, count
+        words[_DROPPED if attention else _STALE] = len(runs)
 
-    def stale(self, *, now: bool = False) -> list[tuple[int, int]]:
-        words, base = self.words, _RUNS + 2 * STALE_MAX * now
-        return [(words[base + 2 * at], words[base + 2 * at + 1]) for at in range(words[_STALE_NOW if now else _STALE])]
+    def stale(self, *, attention: bool = False) -> list[tuple[int, int]]:
+        words, start = self.words, _RUNS + 2 * _RUNS_MAX * attention
+        return [(words[start + 2 * at], words[start + 2 * at + 1])
+                for at in range(words[_DROPPED if attention else _STALE])]
 
     # --- attention: while the program runs --------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuState
 from ipc.linux import futex
 from ipc.linux.libc import LIBC, check
 from ipc.messages import ExitReason, WorkerSpec
-from ipc.programs import REGISTERS, Answer, Bell, Kind, Mailbox
+from ipc.programs import EVERYTHING, REGISTERS, Answer, Bell, Kind, Mailbox
 from ipc.shm import PAGE_SIZE
 
 from .accel.base import Exit, ExitKind, ProgramAccelerator
@@ -197,10 +197,12 @@ class ProgramThread:
         return None
 
     def _drop(self, runs: list[tuple[int, int]]) -> None:
-        """This process' mapping of these frames, and with it the translations of its VM. No runs: of all."""
-        if not runs:
+        """This process' mapping of these frames, and with it the translations of its VM."""
+        if EVERYTHING in runs:
             for slot in self._slots:
                 _unneeded(slot.host_address, slot.spec.size)
+            self._accel.forget_tables()
+            return
         for first, count in runs:
             gpa = first * PAGE_SIZE
             for slot in self._slots:
@@ -221,7 +223,7 @@ class ProgramThread:
                 seen = wanted
                 if box.drops != drops:
                     drops = box.drops
-                    self._drop(box.stale(now=True))
+                    self._drop(box.stale(attention=True))
                 if box.interrupts != interrupts:
                     interrupts = box.interrupts
                     self._interrupted = True

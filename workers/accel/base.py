@@ -230,6 +230,9 @@ class ProgramAccelerator(Accelerator, Protocol):
     def set_root(self, address: int) -> None:
         """Of its page tables (GPA)."""
 
+    def forget_tables(self) -> None:
+        """All that it has read of page tables. By any thread, also while ``run`` is in the guest."""
+
     def get_xsave(self, area: memoryview) -> None:
         """Into 4096 bytes."""
 

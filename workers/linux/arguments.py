@@ -37,6 +37,7 @@ _FORMS = (
     "waitid=iiaxa openat=dpxo mkdirat=dpo mknodat=dpox fchownat=dpiix newfstatat=dpax unlinkat=dpx renameat=dpdp "
     "linkat=dpdpx symlinkat=pdp readlinkat=dpru fchmodat=dpo faccessat=dpi pselect6=iaaaaa ppoll=auaau "
     "set_robust_list=au get_robust_list=iaa sync_file_range=dlux utimensat=dpax epoll_pwait=daiiau timerfd_create=ix "
+    "timer_create=iaa timer_settime=ixaa timer_gettime=ia timer_getoverrun=i timer_delete=i "
     "eventfd=u fallocate=dxll timerfd_settime=dxaa timerfd_gettime=da accept4=daax eventfd2=ux epoll_create1=x "
     "dup3=ddx pipe2=ax preadv=daul pwritev=daul rt_tgsigqueueinfo=iiia recvmmsg=dauxa prlimit64=iiaa syncfs=d "
     "sendmmsg=daux getcpu=aaa renameat2=dpdpx getrandom=aux memfd_create=px execveat=dpvax membarrier=aux mlock2=aux "

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ipc.programs import ASKED, REGISTERS, STALE_MAX, SYSCALL_SIZE, Answer, Kind, Mailbox
+from ipc.programs import ASKED, EVERYTHING, REGISTERS, SYSCALL_SIZE, Answer, Kind, Mailbox
 
 from ..accel.base import AccelError
 from ..state import StateError
@@ -149,6 +149,9 @@ class Dispatcher:
 
     def forget_space(self, space: Space) -> None:
         self._make_stale(space.visitors, space.take_stale())
+
+    def forget_tables(self) -> None:
+        self._make_stale(range(len(self._boxes)), [EVERYTHING])
 
     def host_address(self, frame: int, offset: int) -> int:
         return self._ram.host_address(frame, offset)
@@ -471,7 +474,7 @@ class Dispatcher:
         answer |= self._first.pop(index, 0)
         stale = self._stale.pop(index, None)
         if stale is not None:
-            box.put_stale(stale if len(stale) <= STALE_MAX else [])
+            box.put_stale(stale)
             answer |= _STALE
         box.answer(answer, result)
 
@@ -486,7 +489,7 @@ class Dispatcher:
             if box.waits:
                 self._stale.setdefault(index, []).extend(runs)
             else:
-                box.put_stale(runs if len(runs) <= STALE_MAX else [], now=True)
+                box.put_stale(runs, attention=True)
                 waiting.append((box, box.want_attention(interrupt=False)))
         deadline = time.monotonic() + _ATTENTION_TIMEOUT
         for box, number in waiting:

@@ -20,7 +20,7 @@ FIRST_PID = 1
 _ROBUST_MOST = 2048     # ROBUST_LIST_LIMIT
 _TID_MASK, _OWNER_DIED, _WAITERS = 0x3FFF_FFFF, 0x4000_0000, 0x8000_0000      # uapi/linux/futex.h
 _CLD_EXITED, _CLD_KILLED, _CLD_DUMPED, _CLD_STOPPED, _CLD_CONTINUED = 1, 2, 3, 5, 6
-SI_USER, SI_KERNEL, SI_TKILL = 0, 0x80, -6
+SI_USER, SI_KERNEL, SI_TKILL, SI_TIMER = 0, 0x80, -6, -2
 
 
 class Launcher(Protocol):
@@ -37,6 +37,9 @@ class Launcher(Protocol):
 
     def forget_space(self, space: Space) -> None:
         """It is closed: nobody may keep translations of it."""
+
+    def forget_tables(self) -> None:
+        """Nobody may keep anything that was read of page tables."""
 
     def host_address(self, frame: int, offset: int) -> int:
         """Of guest memory, in this process (for futexes)."""
@@ -146,6 +149,7 @@ class Population:
             self.launcher.look_at(thread)
         process.code = code
         process.threads.clear()
+        process.timers.clear()
         self.leave_files(process)
         process.directory.let_go()
         self.release_vfork(process)

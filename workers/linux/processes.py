@@ -11,6 +11,7 @@ from .directories import Directory
 from .openfiles import OpenFile
 from .signals import CHLD, Action, SignalInfo
 from .space import Space
+from .timers import Timer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,6 +141,8 @@ class Process:
     cpu_before: int = 0             # processor time of its threads that have ended, nanoseconds
     cpu_children: int = 0           # and of children that it has waited for
     alarm: tuple[int, int] = (0, 0)     # ITIMER_REAL: when (CLOCK_MONOTONIC, nanoseconds; 0: never), and how often
+    timers: dict[int, Timer] = field(default_factory=dict)      # timer_create(2)
+    next_timer: int = 0
 
     @property
     def cpu_ns(self) -> int:
@@ -156,7 +159,8 @@ class Process:
             "arguments": list(self.arguments), "environment": list(self.environment),
             "limits": [[which, *pair] for which, pair in self.limits.items()],
             "actions": [[number, *astuple(action)] for number, action in self.actions.items()],
-            "pending": [list(astuple(each)) for each in self.pending], "alarm": list(self.alarm)}
+            "pending": [list(astuple(each)) for each in self.pending], "alarm": list(self.alarm),
+            "timers": [[number, *astuple(each)] for number, each in self.timers.items()]}
 
     @classmethod
     def load(cls, loading: Loading, saved: dict[str, Any]) -> Process:
@@ -170,6 +174,7 @@ class Process:
         found.pending = [SignalInfo(*each) for each in saved["pending"]]
         at, interval = saved["alarm"]
         found.alarm = (at, interval)
+        found.timers = {number: Timer(*rest) for number, *rest in saved["timers"]}
         return found
 
 
@@ -222,7 +227,7 @@ class Thread:
 
 #: What is saved of them as it is.
 _PROCESS = ("pid", "parent", "path", "name", "mask", "group", "session", "code", "stopped", "told", "exit_signal",
-            "cpu_before", "cpu_children")
+            "cpu_before", "cpu_children", "next_timer")
 _THREAD = ("tid", "name", "blocked", "saved_mask", "awaited", "alternate", "clear_tid", "fs_base", "deadline", "done",
            "fs_now", "cpu_ns")
 

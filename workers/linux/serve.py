@@ -150,7 +150,8 @@ class SystemAccelerator:
             fill(files, program)
             vdso = Vdso(self._ram, self._frames, realtime=time.time_ns, monotonic=time.monotonic_ns, tsc=self._tsc)
             self._take_up(System(self._ram, self._frames, self._tables, files, self._console, realtime=time.time_ns,
-                                 monotonic=time.monotonic_ns, threads_max=self._spec.threads, vdso=vdso))
+                                 monotonic=time.monotonic_ns, threads_max=self._spec.threads, vdso=vdso,
+                                 processors=min(len(os.sched_getaffinity(0)), self._spec.threads)))
             self._spawn()
         except (NoFrames, NoTables):
             raise AccelError("memory: is too small for the program") from None

@@ -138,7 +138,7 @@ class SignalInfo:
         elif self.number == CHLD and self.code > 0:
             tail = struct.pack("<iiiqq", self.pid, self.uid, self.status, 0, 0)
         elif self.code == -2:       # SI_TIMER
-            tail = struct.pack("<iiQ", self.pid, 0, self.value)
+            tail = struct.pack("<iiQ", self.pid, self.status, self.value)     # the timer, its overrun
         else:
             tail = struct.pack("<iiQ", self.pid, self.uid, self.value)
         return (head + tail).ljust(128, b"\0")

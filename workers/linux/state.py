@@ -197,8 +197,8 @@ def save_system(system: System) -> dict[str, Any]:
     random = files.store.random
     saved: dict[str, Any] = {
         "version": VERSION, "monotonic": system.monotonic(), "host": system.host, "boot": system.boot,
-        "threads_max": system.threads_max, "memory_pages": system.memory_pages, "next_id": system.next_id,
-        "code": system.code, "refused": system.refused,
+        "threads_max": system.threads_max, "processors": system.processors, "memory_pages": system.memory_pages,
+        "next_id": system.next_id, "code": system.code, "refused": system.refused,
         "missing": [[number, count] for number, count in system.missing.items()],
         "random": random.save() if isinstance(random, Chance) else None,
         "vdso": None if system.vdso is None else system.vdso.save(), "console": system.console.save(),
@@ -264,7 +264,7 @@ def _load(system: System, saved: dict[str, Any], memory: Memory, frames: Frames,
         memory, frames, monotonic=lambda: monotonic() + ahead, realtime=realtime, tsc=tsc, saved=saved["vdso"])
     system.begin(memory, frames, tables, files, realtime=realtime, monotonic=lambda: monotonic() + ahead, vdso=vdso,
                  host=saved["host"], boot=saved["boot"], threads_max=saved["threads_max"],
-                 memory_pages=saved["memory_pages"])
+                 processors=saved["processors"], memory_pages=saved["memory_pages"])
     mount(system)
     loading.made = [gone(files.store, each["path"], each["mode"]) for each in saved["made"]]
     system.next_id, system.code = saved["next_id"], saved["code"]

@@ -26,7 +26,7 @@ from .inodes import Inode, Node
 from .network import Network
 from .openfiles import OpenFile
 from .pipes import Pipe, PipeEnd, open_fifo
-from .population import SI_KERNEL, Population
+from .population import SI_KERNEL, SI_TIMER, Population
 from .processes import FileTable, Process, Thread
 from .procfs import mount
 from .program import Executable, Started, start
@@ -36,6 +36,7 @@ from .space import Memory, SegmentationFault, Space
 from .state import load_system, save_system
 from .tables import NoTables, Tables
 from .terminal import Tty
+from .timers import Timer
 from .vdso import Vdso
 from .vfs import FileSystem
 
@@ -86,30 +87,33 @@ class Console(Protocol):
 
 
 class System(Population):
-    """``realtime`` and ``monotonic``: nanoseconds. ``threads_max``: how many threads there can be at once."""
+    """``realtime`` and ``monotonic``: nanoseconds. ``threads_max``: how many threads there can be at once.
+    ``processors``: that programs find, for as much as they want to do at once (0: as many)."""
 
     def __init__(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, console: Console, *,
-                 realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1,
+                 realtime: Callable[[], int], monotonic: Callable[[], int], threads_max: int = 1, processors: int = 0,
                  host: bytes = b"shardvmm", vdso: Vdso | None = None) -> None:
         super().__init__()
         self.console = console
         self.begin(memory, frames, tables, files, realtime=realtime, monotonic=monotonic, vdso=vdso, host=host,
-                   boot=files.store.random(16), threads_max=threads_max, memory_pages=frames.free)
+                   boot=files.store.random(16), threads_max=threads_max, processors=processors or threads_max,
+                   memory_pages=frames.free)
         self._make_devices()
         mount(self)
 
     def begin(self, memory: Memory, frames: Frames, tables: Tables, files: FileSystem, *, realtime: Callable[[], int],
               monotonic: Callable[[], int], vdso: Vdso | None, host: bytes, boot: bytes, threads_max: int,
-              memory_pages: int) -> None:
+              processors: int, memory_pages: int) -> None:
         """Of one that is new, or loaded: what it stands on. ``boot``: of this one, random."""
         self._memory, self.frames, self._tables = memory, frames, tables
+        tables.forget = lambda: self.launcher.forget_tables()
         self.memory_pages = memory_pages
         self.files = files
         self.realtime, self.monotonic = realtime, monotonic
         self.vdso = vdso
         if vdso is not None:        # what a call says, and what a program reads, is one
             self.realtime, self.monotonic = vdso.realtime, vdso.monotonic
-        self.threads_max, self.host, self.boot = threads_max, host, boot
+        self.threads_max, self.processors, self.host, self.boot = threads_max, processors, host, boot
         #: Calls that nobody serves, and how often each was made.
         self.missing: Counter[int] = Counter()
         #: Threads and processes that there was no vCPU for.
@@ -320,8 +324,8 @@ class System(Population):
 
     def next_timer(self) -> int | None:
         """When (monotonic) the next timer of a process is over."""
-        alarms = [each.alarm[0] for each in self.processes.values() if each.alarm[0]]
-        return min(alarms) if alarms else None
+        return min((at for process in self.processes.values() for at in (
+            process.alarm[0], *(each.at for each in process.timers.values() if each.number)) if at), default=None)
 
     def expire(self) -> None:
         """Signal those that are. Clocks go on too."""
@@ -335,3 +339,22 @@ class System(Population):
             if at and at <= now:
                 process.alarm = (now + interval if interval else 0, interval)
                 self.signal_process(process, SignalInfo(signals.ALRM, SI_KERNEL))
+            for number, timer in list(process.timers.items()):
+                self._expire_timer(process, number, timer, now)
+
+    def _expire_timer(self, process: Process, number: int, timer: Timer, now: int) -> None:
+        """Its signal is there once, until it is taken; how often it was over meanwhile is counted."""
+        times = timer.expire(now) if timer.number else 0
+        if not times:
+            return
+        thread = self.threads.get(timer.tid) if timer.tid else None
+        pending = process.pending if thread is None else thread.pending
+        if any((each.code, each.pid) == (SI_TIMER, number) for each in pending):
+            timer.overrun += times
+            return
+        timer.overrun = times - 1
+        info = SignalInfo(timer.number, SI_TIMER, number, status=timer.overrun, value=timer.value)
+        if thread is not None:
+            self.signal_thread(thread, info)
+        elif not timer.tid:
+            self.signal_process(process, info)

@@ -56,6 +56,8 @@ class Launcher:
 
     def wrote(self, frame: int) -> None: ...
 
+    def forget_tables(self) -> None: ...
+
     def host_address(self, frame: int, offset: int) -> int:
         return ctypes.addressof(self._word) + offset // 4 * 4
 

@@ -179,9 +179,9 @@ def test_of_the_machine_many_lines(running: tuple[System, Thread], name: str) ->
         assert {len(each) for each in ours.splitlines() if each.endswith(b"kB")} == {27}
 
 
-def test_processors_are_as_many_as_threads() -> None:
+def test_processors_are_as_many_as_it_is_told() -> None:
     guest = Guest()
-    guest.system.threads_max = 3
+    guest.system.processors = 3
     mask, = guest.call("sched_getaffinity", 0, 8, Out(8))[1]
     assert struct.unpack("<Q", mask)[0] == 7
     system = made()

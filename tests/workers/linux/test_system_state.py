@@ -125,6 +125,17 @@ def test_what_lasts_for_ever(machine: Machine) -> None:
     assert machine.call("nanosleep", forever, 0)[0] == "blocked"
 
 
+def test_timers_of_a_process(machine: Machine) -> None:
+    kept = Out(4)
+    assert machine.call("timer_create", 0, struct.pack("<Qiii44x", 5, 34, 0, 0), kept)[0] == 0
+    assert machine.call("timer_settime", 0, 0, struct.pack("<4q", 2, 0, 3, 0), 0)[0] == 0
+    machine.pass_time(SECOND)
+    machine.journey(ahead=-500 * SECOND)
+    assert machine.call("timer_gettime", 0, Out(32)) == (0, [struct.pack("<4q", 2, 0, 2, 0)])
+    assert machine.system.next_timer() == machine.system.monotonic() + 2 * SECOND
+    assert machine.call("timer_create", 1, 0, kept) == (0, [struct.pack("<i", 1)])
+
+
 @pytest.mark.parametrize("ahead", [-900 * SECOND, 0, 10**15])
 def test_time_goes_on(machine: Machine, ahead: int) -> None:
     timer, _ = machine.call("timerfd_create", 1, os.O_NONBLOCK)

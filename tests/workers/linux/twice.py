@@ -96,6 +96,8 @@ class Launcher:
 
     def wrote(self, frame: int) -> None: ...
 
+    def forget_tables(self) -> None: ...
+
 
 class Guest:
     """A system with a process, of one thread to begin with, that makes calls. ``now``: of its clocks; None: the

@@ -17,12 +17,13 @@ import ctypes
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from ipc.layout import VcpuControl
+from ipc.layout import SYSTEM_SLOT, VcpuControl
 from ipc.messages import ExitReason, WorkerSpec
 from ipc.programs import PORT_CALL, REGISTERS, SYSCALL_SIZE, SYSTEM_ADDRESS, VSYSCALL_ADDRESS, Kind
 
@@ -35,6 +36,7 @@ from ..base import AccelError, Exit, ExitKind, ProgramServer
 from . import api
 from . import state as kvm_state
 from .host import DEVICE
+from .tables import Region
 from .vm import KvmAccelerator
 
 __all__ = ["KvmProgram"]
@@ -53,6 +55,8 @@ _XCR0_MAX = 0xE7                        # x87, SSE, AVX, AVX-512
 #: There is a KVM module that does without hardware virtualisation.
 _PAGE_TABLES_ALONE = Path("/sys/module/kvm_pvm")
 
+_UNUSED_SLOT = SYSTEM_SLOT + 1
+
 _SEGMENT = ctypes.sizeof(api.Segment)
 _CS, _FS, _SS = api.Sregs.cs.offset, api.Sregs.fs.offset, api.Sregs.ss.offset
 _DPL = api.Segment.dpl.offset
@@ -66,12 +70,17 @@ class KvmProgram(KvmAccelerator):
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
         self._views: list[memoryview] = []
+        self._vm_lock = threading.Lock()        # it stays what it is
         super().__init__(spec, memory, control, ports)
         self._system = memory.slots[spec.system_slot.id].segment.buf
 
     def _make_tables(self) -> None:
         """The system has them."""
         return None
+
+    def _make_vm(self) -> None:
+        with self._vm_lock:
+            super()._make_vm()
 
     def _use_run(self, mapping: mmap.mmap) -> None:
         super()._use_run(mapping)
@@ -211,6 +220,16 @@ class KvmProgram(KvmAccelerator):
     def set_root(self, address: int) -> None:
         self._control_registers[_CR3] = address
         self._sync[1] |= api.SYNC_SREGS
+
+    def forget_tables(self) -> None:
+        """When any slot is removed KVM gives up all that it keeps of page tables (KVM_X86_QUIRK_SLOT_ZAP_ALL): so one
+        comes and goes that nobody uses."""
+        slots = self._slots.values()
+        unused = Region(_UNUSED_SLOT, max(each.gpa + each.size for each in slots), mmap.PAGESIZE,
+                        self._memory.slots[self._spec.system_slot.id].host_address)
+        with self._vm_lock:
+            self._put(unused)
+            self._put(unused._replace(size=0))
 
     def get_xsave(self, area: memoryview) -> None:
         """Into 4096 bytes. Raises OSError."""

@@ -13,14 +13,29 @@ the result, or raises OSError with the errno, `Blocked`, or what touching memory
     waiting.py      poll and select
     events.py       eventfd, timerfd, epoll
     sockets.py      sockets
+    timers.py       timers that a process has made
 
 A call is served by all of them that are imported here: ``SERVED``.
 """
 
 from __future__ import annotations
 
-from . import clocks, events, files, futexes, identity, lesser, life, memory, pipes, signalling, sockets, waiting
+from . import (
+           clocks,
+           events,
+           files,
+           futexes,
+           identity,
+           lesser,
+           life,
+           memory,
+           pipes,
+           signalling,
+           sockets,
+           timers,
+           waiting,
+)
 from .registry import SERVED, Blocked, Ended
 
 __all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "lesser", "life", "memory",
-           "pipes", "signalling", "sockets", "waiting"]
+           "pipes", "signalling", "sockets", "timers", "waiting"]

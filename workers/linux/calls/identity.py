@@ -144,7 +144,7 @@ def times(system: System, thread: Thread, address: int, *_: int) -> int:
 def sched_getaffinity(system: System, thread: Thread, pid: int, size: int, address: int, *_: int) -> int:
     if size < 8 or size % 8:
         raise OSError(errno.EINVAL, "")
-    thread.process.space.write(address, struct.pack("<Q", (1 << min(system.threads_max, 63)) - 1))
+    thread.process.space.write(address, struct.pack("<Q", (1 << min(system.processors, 63)) - 1))
     return 8
 
 

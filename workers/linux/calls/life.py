@@ -154,6 +154,7 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
         process.files = files
     process.files.close_all(on_exec=True)
     process.actions = {number: action for number, action in process.actions.items() if action.ignores}
+    process.timers.clear()
     thread.alternate, thread.clear_tid, thread.robust = b"", 0, (0, 0)
     system.name_program(process, started, path, argv, envp)
     thread.name = process.name

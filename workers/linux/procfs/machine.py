@@ -41,7 +41,7 @@ def proc(system: System) -> Entries:
 
 def sys(system: System) -> Entries:
     """/sys."""
-    number = system.threads_max
+    number = system.processors
     every = b"0-%d\n" % (number - 1) if number > 1 else b"0\n"
     processors: dict[bytes, Entry] = {b"cpu%d" % each: folder({}) for each in range(number)}
     processors |= {name: text(every) for name in (b"online", b"possible", b"present")}
@@ -81,7 +81,7 @@ def _uuid(system: System) -> bytes:
 
 
 def _uptime(system: System) -> bytes:
-    return b"%.2f %.2f\n" % (system.monotonic() / _SECOND, system.monotonic() / _SECOND * system.threads_max)
+    return b"%.2f %.2f\n" % (system.monotonic() / _SECOND, system.monotonic() / _SECOND * system.processors)
 
 
 def _loadavg(system: System) -> bytes:
@@ -93,7 +93,7 @@ def _loadavg(system: System) -> bytes:
 def _stat(system: System) -> bytes:
     """How long each processor was busy is known to the host only."""
     idle = system.monotonic() * _TICKS // _SECOND
-    number = system.threads_max
+    number = system.processors
     lines = [b"cpu  0 0 0 %d 0 0 0 0 0 0" % (idle * number)]
     lines += [b"cpu%d 0 0 0 %d 0 0 0 0 0 0" % (each, idle) for each in range(number)]
     lines += [b"intr 0", b"ctxt 0", b"btime %d" % ((system.realtime() - system.monotonic()) // _SECOND),
@@ -117,7 +117,7 @@ def _meminfo(system: System) -> bytes:
 
 
 def _cpuinfo(system: System) -> bytes:
-    number, common = system.threads_max, _processor()
+    number, common = system.processors, _processor()
     blocks = []
     for each in range(number):
         values = {"processor": str(each), **common, "physical id": "0", "siblings": str(number), "core id": str(each),

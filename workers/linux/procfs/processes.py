@@ -226,7 +226,7 @@ _STATES = {"R": "running", "S": "sleeping", "T": "stopped", "Z": "zombie"}
 def _status(system: System, process: Process, thread: Thread | None) -> bytes:
     state, sizes = _state(system, process, thread), Sizes(process.space)
     tid = process.pid if thread is None else thread.tid
-    number = system.threads_max
+    number = system.processors
     values: dict[str, object] = {
         "Name": _name(process, thread).decode(errors="surrogateescape"), "Umask": f"{process.mask:04o}",
         "State": f"{state} ({_STATES[state]})", "Tgid": process.pid, "Ngid": 0, "Pid": tid, "PPid": process.parent,
