@@ -246,7 +246,8 @@ class SendFd(Request, frozen=True, tag="send-fd"):
 
 
 class GetState(Request, frozen=True, tag="get-state"):
-    """Architectural state; the vCPU is out of the guest. Done.data: {name: value}."""
+    """Architectural state; the vCPU is out of the guest. Done.data: {name: value}. A program's system is asked when all
+    its threads have answered: what they are about to ask it is in their mailboxes by then."""
 
 
 class SetState(Request, frozen=True, tag="set-state"):
