@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from machines import exact, spec
+from machines import exact, spec, until
 
 from ipc.linux.memory import available_memory, cgroup_left
 from ipc.messages import ReplayPhase, ReplaySpec
@@ -118,6 +118,8 @@ def group() -> Iterator[Path]:
     except OSError as exc:
         pytest.skip(f"no memory cgroup of version 1 can be made: {exc.strerror}")
     yield path
+    # Who waits for the end of a machine may see it a moment before its last process has left the system.
+    until(lambda: not (path / "cgroup.procs").read_text(), "no process is left in the cgroup")
     path.rmdir()
 
 
