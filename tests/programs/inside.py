@@ -34,9 +34,10 @@ class Ran:
         return found
 
 
-def natively(root: Path, *command: str, typed: bytes = b"", seconds: float = 60.0) -> Ran:
-    """In a PID namespace too: process numbers are as in a machine."""
-    ran = subprocess.run(["unshare", "--pid", "--fork", "-R", str(root), *command], input=typed, capture_output=True,
+def natively(root: Path, *command: str, typed: bytes = b"", seconds: float = 60.0, proc: bool = False) -> Ran:
+    """In a PID namespace too: process numbers are as in a machine. ``proc``: it has /proc."""
+    namespaces = ["--pid", "--fork", *(["--mount-proc"] if proc else [])]
+    ran = subprocess.run(["unshare", *namespaces, "-R", str(root), *command], input=typed, capture_output=True,
                          env=_ENVIRONMENT, timeout=seconds, check=False)
     return Ran(ran.returncode if ran.returncode >= 0 else 128 - ran.returncode, ran.stdout, ran.stderr)
 
