@@ -119,6 +119,28 @@ def test_to_and_fro(python: Path, tmp_path: Path, postcopy: bool) -> None:
     _told(native.output, program.said)
 
 
+_CLEARING = r"""
+import mmap, sys
+size, kind = 40 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+filled = b"x" * size
+print("begun", flush=True)
+for turn in range(int(sys.argv[1])):
+    with mmap.mmap(-1, size, flags=kind) as memory:
+        memory[:] = filled
+"""
+
+
+def test_a_state_is_taken_between_two_calls(python: Path) -> None:
+    """Also of a system whose calls fill its ring, and wait in the middle: with such a program, every third time."""
+    with begun(python, name_of("clear"), "python3", "-c", _CLEARING, "1000", ring_entries=1024) as (program, _):
+        program.until("begun\n")
+        for _ in range(30):
+            with program.machine.paused("test"):
+                assert len(program.machine.state()["vcpus"][-1]["system"]) > 1000
+            program.hear(0.01)
+        assert program.machine.status()["state"] == "running"
+
+
 _GIVEN_UP = r"""
 import mmap, time
 size, wrong = 2 << 20, 0
