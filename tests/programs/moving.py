@@ -33,27 +33,26 @@ class Followed:
         deadline = time.monotonic() + _SECONDS
         while text not in self.said:
             assert time.monotonic() < deadline, self.said
-            self.hear(0.2)
+            self._take(next(self.machine.events(1.0), None))
 
     def hear(self, seconds: float) -> None:
         """Until it has said nothing for so long."""
         for event in self.machine.events(seconds):
-            if event["event"] == "console":
-                self.said += event["data"]
+            self._take(event)
+
+    def _take(self, event: dict[str, Any] | None) -> None:
+        if event is not None and event["event"] == "console":
+            self.said += event["data"]
 
     def listen(self, seconds: float) -> None:
         """For so long."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            event = next(self.machine.events(left), None)
-            if event is not None and event["event"] == "console":
-                self.said += event["data"]
+            self._take(next(self.machine.events(left), None))
 
     def drain(self) -> None:
         """All that it has said there: it goes on elsewhere, or has ended."""
-        for event in self.machine.events(_SECONDS):
-            if event["event"] == "console":
-                self.said += event["data"]
+        self.hear(_SECONDS)
 
     def end(self) -> dict[str, Any]:
         """The report; no page was lost."""

@@ -107,7 +107,7 @@ def test_sqlite_saved_every_second(databases: Path, tmp_path: Path) -> None:
         program.end()
         assert program.said.splitlines() == native.output.decode().splitlines()
     assert len(before) > 3
-    for number, said in enumerate(before[:-1], 1):      # the last may have been taken when it was over
+    for number, said in list(enumerate(before[:-1], 1))[::4]:       # the last may have been taken when it was over
         with snapshot.restore(tmp_path / "chain", f"{number:04d}", machine_name=name_of("again"),
                               trees=trees) as machine:
             again = Followed(machine, said)
