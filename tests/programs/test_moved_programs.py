@@ -55,7 +55,7 @@ child = subprocess.Popen(["sh", "-c", "while read line; do echo $line $line; don
                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 for each in players: each.start()
 kept = []
-with open("/tmp/" + str(os.getpid()), "w+") as file:
+with open("/tmp/" + sys.argv[3], "w+") as file:
     for step in range(steps):
         here.sendall(b"%d" % (10**9 + step)); kept.append(here.recv(4096))
         child.stdin.write(f"{step}\n"); kept.append(child.stdout.readline().encode())
@@ -85,7 +85,7 @@ def python() -> Path:
 
 def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> None:
     """Taken while it runs, each built on the one before."""
-    command = ["python3", "-c", _BUSY, "40", "0.01"]
+    command = ["python3", "-c", _BUSY, "40", "0.01", name_of("busy")]
     native = natively(python, *command)
     assert native.code == 3, native
     before = []
@@ -108,7 +108,7 @@ def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("postcopy", [False, True])
 def test_to_and_fro(python: Path, tmp_path: Path, postcopy: bool) -> None:
-    command = ["python3", "-c", _BUSY, "90", "0.05"]
+    command = ["python3", "-c", _BUSY, "90", "0.05", name_of("busy")]
     native = natively(python, *command)
     with contextlib.ExitStack() as stack:
         program, trees = stack.enter_context(begun(python, name_of("moved"), *command))
@@ -198,7 +198,7 @@ def _kill_coordinators(names: list[str], over: threading.Event) -> None:
 @pytest.mark.parametrize("postcopy", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_coordinators_die_meanwhile(python: Path, tmp_path: Path, postcopy: bool) -> None:
     """What a coordinator had not passed on yet of what is said goes with it: here the last line says it all."""
-    command = ["python3", "-c", _BUSY, "200", "0.05"]
+    command = ["python3", "-c", _BUSY, "200", "0.05", name_of("busy")]
     native, over = natively(python, *command), threading.Event()
     with contextlib.ExitStack() as stack:
         program, trees = stack.enter_context(begun(python, name_of("kills"), *command))
