@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Hashable
 
-__all__ = ["LONGEST", "Again", "Blocked", "Ended"]
+__all__ = ["LONGEST", "Again", "Blocked", "Ended", "nanoseconds"]
 
 #: Of any time that is waited for, nanoseconds (KTIME_MAX).
 LONGEST = (1 << 63) - 1
+_SECOND = 10**9
+
+
+def nanoseconds(seconds: int, rest: int, unit: int = 1) -> int:
+    """Of a struct timespec, or with ``unit`` a thousand of a struct timeval. Raises OSError."""
+    if seconds < 0 or not 0 <= rest * unit < _SECOND:
+        raise OSError(errno.EINVAL, "")
+    return min(seconds * _SECOND + rest * unit, LONGEST)
 
 
 class Blocked(Exception):

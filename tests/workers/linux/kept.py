@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from system import FIRST, Ram
-from twice import Console, Out
+from twice import Console, Out, laid_out
 
 from workers.linux.abi import number_of
 from workers.linux.blocked import Again, Blocked, Ended
@@ -105,18 +105,9 @@ class Machine:
     def call(self, name: str, *arguments: int | bytes | Out, tid: int = 1) -> Any:
         """What it gives, and what is then in each ``Out``; or how else it ends."""
         thread = self.system.threads[tid]
-        space, at, values, outs = thread.process.space, self.scratch, [], []
+        space = thread.process.space
         try:
-            for each in arguments:
-                if isinstance(each, int):
-                    values.append(each & (1 << 64) - 1)
-                    continue
-                data = each if isinstance(each, bytes) else each.before.ljust(each.size, b"\0")
-                space.write(at, data)
-                values.append(at)
-                if isinstance(each, Out):
-                    outs.append((at, each.size))
-                at += -(-(len(data) + 1) // 64) * 64
+            values, outs = laid_out(space, self.scratch, arguments)
         except SegmentationFault:
             return "no memory"
         result = self.make(thread, name, values)

@@ -31,7 +31,7 @@ from workers.linux.system import System
 from workers.linux.tables import Tables
 from workers.linux.vfs import FileSystem
 
-__all__ = ["Fd", "Guest", "Out", "Twice", "packed"]
+__all__ = ["Fd", "Guest", "Out", "Twice", "laid_out", "packed"]
 
 _SCRATCH = 200      # pages
 UNSHARE, CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 272, 0x4000_0000, 0x8914, 1
@@ -99,6 +99,23 @@ class Launcher:
     def forget_tables(self) -> None: ...
 
 
+def laid_out(space: Space, at: int, arguments: Sequence[int | bytes | Out]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Arguments of a call, those that are memory from there on; where and how large each ``Out`` is. Raises
+    SegmentationFault."""
+    values, outs = [], []
+    for each in arguments:
+        if isinstance(each, int):
+            values.append(each & (1 << 64) - 1)
+            continue
+        data = each if isinstance(each, bytes) else each.before.ljust(each.size, b"\0")
+        space.write(at, data)
+        values.append(at)
+        if isinstance(each, Out):
+            outs.append((at, each.size))
+        at += -(-(len(data) + 1) // 64) * 64
+    return values, outs
+
+
 class Guest:
     """A system with a process, of one thread to begin with, that makes calls. ``now``: of its clocks; None: the
     host's."""
@@ -142,17 +159,8 @@ class Guest:
     def call(self, name: str, *arguments: int | bytes | Out, thread: Thread | None = None) -> tuple[int, list[bytes]]:
         """What it gives, and what is then in each ``Out``. Raises OSError and Blocked."""
         thread = thread or self.thread
-        space, at, values, outs = thread.process.space, self.scratch, [], []
-        for each in arguments:
-            if isinstance(each, int):
-                values.append(each & (1 << 64) - 1)
-                continue
-            data = each if isinstance(each, bytes) else each.before.ljust(each.size, b"\0")
-            space.write(at, data)
-            values.append(at)
-            if isinstance(each, Out):
-                outs.append((at, each.size))
-            at += -(-(len(data) + 1) // 64) * 64
+        space = thread.process.space
+        values, outs = laid_out(space, self.scratch, arguments)
         result = self.system.call(thread, number_of(name), values + [0] * (6 - len(values)))
         if result < 0:
             raise OSError(-result, os.strerror(-result))

@@ -21,19 +21,19 @@ A call is served by all of them that are imported here: ``SERVED``.
 from __future__ import annotations
 
 from . import (
-           clocks,
-           events,
-           files,
-           futexes,
-           identity,
-           lesser,
-           life,
-           memory,
-           pipes,
-           signalling,
-           sockets,
-           timers,
-           waiting,
+    clocks,
+    events,
+    files,
+    futexes,
+    identity,
+    lesser,
+    life,
+    memory,
+    pipes,
+    signalling,
+    sockets,
+    timers,
+    waiting,
 )
 from .registry import SERVED, Blocked, Ended
 

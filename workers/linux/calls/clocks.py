@@ -6,7 +6,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from ..blocked import LONGEST
+from ..blocked import nanoseconds
 from .registry import Blocked, served, signed32
 
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ def clock_nanosleep(system: System, thread: Thread, clock: int, flags: int, addr
 def _sleep(system: System, thread: Thread, clock: int, address: int, *, absolute: bool) -> int:
     """The end is kept in the thread: the call is made again until it has come."""
     if thread.deadline is None:
-        seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
-        if not 0 <= rest < _SECOND or seconds < 0:
-            raise OSError(errno.EINVAL, "")
-        length = min(seconds * _SECOND + rest, LONGEST) - (_now(system, thread, clock) if absolute else 0)
+        length = nanoseconds(*struct.unpack("<qq", thread.process.space.read(address, 16)))
+        length -= _now(system, thread, clock) if absolute else 0
         thread.deadline = system.monotonic() + max(0, length)
     if system.monotonic() < thread.deadline:
         raise Blocked(thread.deadline)

@@ -11,7 +11,7 @@ from ..channels import Channel, nameless
 from ..epoll import EXCLUSIVE, Epoll
 from ..events import EventFile, TimerFile
 from .registry import served, signed32
-from .waiting import check_mask, timespec, wait
+from .waiting import check_mask, itimerspec, timespec, wait
 
 if TYPE_CHECKING:
     from ..openfiles import OpenFile
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..system import System
 
 _MODE = 0o600
-_SECOND, _MILLISECOND = 10**9, 10**6
+_MILLISECOND = 10**6
 
 
 def _check_flags(flags: int, allowed: int) -> int:
@@ -70,7 +70,7 @@ def _timer(thread: Thread, fd: int) -> TimerFile:
 
 
 def _current(timer: TimerFile, now: int) -> bytes:
-    return struct.pack("<4q", *divmod(timer.interval, _SECOND), *divmod(timer.left(now), _SECOND))
+    return itimerspec(timer.interval, timer.left(now))
 
 
 @served("timerfd_settime")

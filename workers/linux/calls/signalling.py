@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from .. import signals
-from ..blocked import LONGEST, Blocked
+from ..blocked import Blocked, nanoseconds
 from ..population import SI_TKILL, SI_USER
 from ..signals import ALL, UNBLOCKABLE, Action, SignalInfo
 from .registry import served, signed32
@@ -207,10 +207,8 @@ def rt_sigtimedwait(system: System, thread: Thread, wanted: int, info: int, time
             thread.process.space.write(info, found.pack())
         return found.number
     if timeout and thread.deadline is None:
-        seconds, rest = struct.unpack("<qq", thread.process.space.read(timeout, 16))
-        if not 0 <= rest < _SECOND or seconds < 0:
-            raise OSError(errno.EINVAL, "")
-        thread.deadline = system.monotonic() + min(seconds * _SECOND + rest, LONGEST)
+        length = nanoseconds(*struct.unpack("<qq", thread.process.space.read(timeout, 16)))
+        thread.deadline = system.monotonic() + length
     if thread.deadline is not None and system.monotonic() >= thread.deadline:
         raise OSError(errno.EAGAIN, "")
     thread.awaited = mask
@@ -230,10 +228,8 @@ def alarm(system: System, thread: Thread, seconds: int, *_: int) -> int:
 def setitimer(system: System, thread: Thread, which: int, new: int, old: int, *_: int) -> int:
     if signed32(which):
         raise OSError(errno.EINVAL, "")     # of processor time there is none
-    seconds = struct.unpack("<4q", thread.process.space.read(new, 32)) if new else (0, 0, 0, 0)
-    if any(not 0 <= each < 10**6 for each in seconds[1::2]) or any(each < 0 for each in seconds[::2]):
-        raise OSError(errno.EINVAL, "")
-    interval, value = (min(seconds[at] * _SECOND + seconds[at + 1] * _MICROSECOND, LONGEST) for at in (0, 2))
+    four = struct.unpack("<4q", thread.process.space.read(new, 32)) if new else (0, 0, 0, 0)
+    interval, value = (nanoseconds(four[at], four[at + 1], _MICROSECOND) for at in (0, 2))
     _write_timer(thread, old, *_set_alarm(system, thread, value, interval))
     return 0
 

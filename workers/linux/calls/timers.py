@@ -7,15 +7,15 @@ import struct
 from typing import TYPE_CHECKING
 
 from .. import signals
-from ..blocked import LONGEST
+from ..blocked import nanoseconds
 from ..timers import Timer
 from .registry import served, signed32
+from .waiting import itimerspec
 
 if TYPE_CHECKING:
     from ..processes import Thread
     from ..system import System
 
-_SECOND = 10**9
 _REALTIME, _CLOCKS = (0, 8, 11), (0, 1, 7, 8, 9, 11)    # and its alarm, and TAI; monotonic, since boot, and its alarm
 _SIGNAL, _NONE, _THREAD, _THREAD_ID = 0, 1, 2, 4        # SIGEV_*, uapi/asm-generic/siginfo.h
 _ABSOLUTE = 1                                           # TIMER_ABSTIME
@@ -58,11 +58,9 @@ def timer_settime(system: System, thread: Thread, number: int, flags: int, new: 
     if not new:
         raise OSError(errno.EINVAL, "")
     four = struct.unpack("<4q", thread.process.space.read(new, 32))
-    if any(not 0 <= each < _SECOND for each in four[1::2]) or any(each < 0 for each in four[::2]):
-        raise OSError(errno.EINVAL, "")
+    interval, value = (nanoseconds(four[at], four[at + 1]) for at in (0, 2))
     timer, now = _timer(thread, number), system.monotonic()
     before = _left(timer, now)
-    interval, value = (min(four[at] * _SECOND + four[at + 1], LONGEST) for at in (0, 2))
     if value and signed32(flags) & _ABSOLUTE:
         value = max(0, value - (system.realtime() if timer.clock in _REALTIME else now)) or 1
     timer.at, timer.interval, timer.overrun = (now + value if value else 0), (interval if value else 0), 0
@@ -82,7 +80,7 @@ def _left(timer: Timer, now: int) -> bytes:
     if not timer.number:
         timer.expire(now)
     left = max(1, timer.at - now) if timer.at else 0
-    return struct.pack("<4q", *divmod(timer.interval, _SECOND), *divmod(left, _SECOND))
+    return itimerspec(timer.interval, left)
 
 
 @served("timer_getoverrun")

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..blocked import LONGEST
+from ..blocked import nanoseconds
 from ..channels import ERR, HUP, IN, OUT, PRI, RDNORM, WRNORM, Channel
 from .registry import Blocked, served, signed32
 from .signalling import mask_for_call
@@ -55,9 +55,12 @@ def timespec(thread: Thread, address: int, unit: int) -> int | None:
     if not address:
         return None
     seconds, rest = struct.unpack("<qq", thread.process.space.read(address, 16))
-    if seconds < 0 or not 0 <= rest * unit < _SECOND:
-        raise OSError(errno.EINVAL, "")
-    return min(seconds * _SECOND + rest * unit, LONGEST)
+    return nanoseconds(seconds, rest, unit)
+
+
+def itimerspec(interval: int, left: int) -> bytes:
+    """Of nanoseconds."""
+    return struct.pack("<4q", *divmod(interval, _SECOND), *divmod(left, _SECOND))
 
 
 # --- poll --------------------------------------------------------------------------------------------------------
