@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Protocol
 
 from ipc.linux import futex
@@ -324,13 +324,22 @@ class Population:
             self.end_process(process, signals.KILL)
             return True
         if number == signals.CONT:
-            process.pending[:] = [each for each in process.pending if each.number not in signals.STOPPING]
+            self.discard_signals(process, signals.STOPPING)
             if process.stopped:
                 process.stopped, process.told = 0, -1
                 self._tell_of_stop(process)
                 for thread in process.threads:
                     self.launcher.look_at(thread)
         return False
+
+    @staticmethod
+    def discard_signals(process: Process, numbers: Collection[int]) -> None:
+        """Those that are pending are so no more."""
+        for pending in (process.pending, *(each.pending for each in process.threads)):
+            pending[:] = [each for each in pending if each.number not in numbers]
+        for timer in process.timers.values():
+            if timer.number in numbers:
+                timer.pending = False
 
     def stop(self, process: Process, number: int) -> None:
         """Its threads stay where they are until SIGCONT."""
@@ -351,8 +360,7 @@ class Population:
         mine, all_ = thread.pending, thread.process.pending
         return bool(mine or all_) and any(not thread.blocked & bit(each.number) for each in (*mine, *all_))
 
-    @staticmethod
-    def take_signal(thread: Thread, wanted: int) -> SignalInfo | None:
+    def take_signal(self, thread: Thread, wanted: int) -> SignalInfo | None:
         """The first of those in ``wanted``, by number; its own before its process'. It is pending no more."""
         for pending in (thread.pending, thread.process.pending):
             found = min((each for each in pending if wanted & bit(each.number)), key=_number, default=None)

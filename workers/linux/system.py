@@ -12,6 +12,7 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 from . import signals
@@ -325,7 +326,7 @@ class System(Population):
     def next_timer(self) -> int | None:
         """When (monotonic) the next timer of a process is over."""
         return min((at for process in self.processes.values() for at in (
-            process.alarm[0], *(each.at for each in process.timers.values() if each.number)) if at), default=None)
+            process.alarm[0], *(each.due for each in process.timers.values())) if at), default=None)
 
     def expire(self) -> None:
         """Signal those that are. Clocks go on too."""
@@ -337,24 +338,30 @@ class System(Population):
         for process in list(self.processes.values()):
             at, interval = process.alarm
             if at and at <= now:
-                process.alarm = (now + interval if interval else 0, interval)
+                process.alarm = (at + (1 + (now - at) // interval) * interval if interval else 0, interval)
                 self.signal_process(process, SignalInfo(signals.ALRM, SI_KERNEL))
             for number, timer in list(process.timers.items()):
                 self._expire_timer(process, number, timer, now)
 
     def _expire_timer(self, process: Process, number: int, timer: Timer, now: int) -> None:
-        """Its signal is there once, until it is taken; how often it was over meanwhile is counted."""
-        times = timer.expire(now) if timer.number else 0
-        if not times:
+        """Its signal is there once, until it is taken."""
+        if not 0 < timer.due <= now:
             return
         thread = self.threads.get(timer.tid) if timer.tid else None
-        pending = process.pending if thread is None else thread.pending
-        if any((each.code, each.pid) == (SI_TIMER, number) for each in pending):
-            timer.overrun += times
-            return
-        timer.overrun = times - 1
-        info = SignalInfo(timer.number, SI_TIMER, number, status=timer.overrun, value=timer.value)
+        info = SignalInfo(timer.number, SI_TIMER, number, value=timer.value)
+        timer.missed = timer.expire(now) - 1
+        timer.pending = True
         if thread is not None:
             self.signal_thread(thread, info)
         elif not timer.tid:
             self.signal_process(process, info)
+        # Ignored, it is not.
+        timer.pending = any(each is info for each in (process.pending if thread is None else thread.pending))
+
+    def take_signal(self, thread: Thread, wanted: int) -> SignalInfo | None:
+        found = super().take_signal(thread, wanted)
+        if found is not None and found.code == SI_TIMER and not found.raw:
+            timer = thread.process.timers.get(found.pid)
+            if timer is not None:       # else it was deleted meanwhile
+                return replace(found, status=timer.take(self.monotonic()))
+        return found

@@ -155,3 +155,79 @@ def test_waiting_for_a_timer_ends_in_time(guest: Guest, name: str) -> None:
         guest.system.give_up(guest.thread)
     guest.now += 50
     assert wait(-1) == 1
+
+
+# --- timers that send a signal (timer_create) -----------------------------------------------------------------------
+
+USR2, WAITS = 12, 1 << 11
+
+
+@pytest.fixture
+def timer(guest: Guest) -> int:
+    """Of SIGUSR2, which is blocked."""
+    guest.call("rt_sigprocmask", 0, struct.pack("<Q", WAITS), 0, 8)
+    event = struct.pack("<Qii", 77, USR2, 0).ljust(64, b"\0")
+    return int.from_bytes(guest.call("timer_create", 1, event, Out(4))[1][0], "little")
+
+
+def pass_time(guest: Guest, length: int) -> None:
+    assert guest.now is not None
+    guest.now += length
+    guest.system.expire()
+
+
+def taken(guest: Guest) -> tuple[int, ...]:
+    """(signal, its timer, overrun, value) of the one that is pending."""
+    number, (info,) = guest.call("rt_sigtimedwait", struct.pack("<Q", WAITS), Out(128), bytes(16), 8)
+    return number, *struct.unpack_from("<iiQ", info, 16)
+
+
+def overrun(guest: Guest, timer: int) -> int:
+    return guest.call("timer_getoverrun", timer)[0]
+
+
+def test_an_overrun_is_that_of_the_last_signal_taken(guest: Guest, timer: int) -> None:
+    guest.call("timer_settime", timer, 0, spec(10, 10), 0)
+    pass_time(guest, 10)
+    assert guest.system.next_timer() is None    # nothing is done for it until its signal is taken
+    pass_time(guest, 25)
+    guest.now = (guest.now or 0) + 10
+    assert guest.call("timer_gettime", timer, Out(32))[1] == [spec(10, 5)]
+    assert overrun(guest, timer) == 0
+    assert taken(guest) == (USR2, timer, 3, 77)
+    assert guest.system.next_timer() == guest.now + 5
+    pass_time(guest, 25)
+    assert overrun(guest, timer) == 3           # though another is pending by now
+    assert taken(guest) == (USR2, timer, 2, 77)
+    assert overrun(guest, timer) == 2
+    guest.call("timer_settime", timer, 0, spec(0, 1), 0)
+    assert overrun(guest, timer) == 0
+    pass_time(guest, 1)
+    assert taken(guest) == (USR2, timer, 0, 77)
+    pass_time(guest, 1000)
+    with pytest.raises(OSError, match="unavailable"):
+        taken(guest)
+
+
+def test_a_timer_goes_on_after_its_signal_was_ignored(guest: Guest, timer: int) -> None:
+    ignore, default = (struct.pack("<4Q", handler, 0, 0, 0) for handler in (1, 0))
+    guest.call("timer_settime", timer, 0, spec(10, 10), 0)
+    pass_time(guest, 10)
+    guest.call("rt_sigaction", USR2, ignore, 0, 8)
+    guest.call("rt_sigaction", USR2, default, 0, 8)
+    with pytest.raises(OSError, match="unavailable"):
+        taken(guest)
+    pass_time(guest, 10)
+    assert taken(guest)[:2] == (USR2, timer)
+    guest.call("timer_delete", timer)
+    pass_time(guest, 10)
+    with pytest.raises(OSError, match="unavailable"):
+        taken(guest)
+
+
+def test_an_alarm_that_is_late_does_not_put_off_those_to_come(guest: Guest) -> None:
+    assert guest.now is not None
+    start = guest.now
+    guest.call("setitimer", 0, struct.pack("<4q", 0, 10, 0, 10), 0)
+    pass_time(guest, 47_000)
+    assert guest.system.next_timer() == start + 50_000

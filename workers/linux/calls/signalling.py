@@ -35,8 +35,7 @@ def rt_sigaction(system: System, thread: Thread, number: int, new: int, old: int
     if wanted is not None:
         process.actions[number] = wanted
         if wanted.ignores or (wanted.is_default and signals.default_of(number) is signals.Default.IGNORE):
-            for pending in (process.pending, *(each.pending for each in process.threads)):
-                pending[:] = [each for each in pending if each.number != number]
+            system.discard_signals(process, {number})
     return 0
 
 

@@ -20,7 +20,6 @@ _REALTIME, _CLOCKS = (0, 8, 11), (0, 1, 7, 8, 9, 11)    # and its alarm, and TAI
 _SIGNAL, _NONE, _THREAD, _THREAD_ID = 0, 1, 2, 4        # SIGEV_*, uapi/asm-generic/siginfo.h
 _ABSOLUTE = 1                                           # TIMER_ABSTIME
 _EVENT = struct.Struct("<Qiii44x")
-_OVERRUN_MAX = 0x7FFF_FFFF
 
 
 def _timer(thread: Thread, number: int) -> Timer:
@@ -63,7 +62,8 @@ def timer_settime(system: System, thread: Thread, number: int, flags: int, new: 
     before = _left(timer, now)
     if value and signed32(flags) & _ABSOLUTE:
         value = max(0, value - (system.realtime() if timer.clock in _REALTIME else now)) or 1
-    timer.at, timer.interval, timer.overrun = (now + value if value else 0), (interval if value else 0), 0
+    timer.at, timer.interval = (now + value if value else 0), (interval if value else 0)
+    timer.overrun = timer.missed = 0
     if old:
         thread.process.space.write(old, before)
     return 0
@@ -76,16 +76,16 @@ def timer_gettime(system: System, thread: Thread, number: int, address: int, *_:
 
 
 def _left(timer: Timer, now: int) -> bytes:
-    """struct itimerspec. One that sends nothing goes on only when it is looked at."""
-    if not timer.number:
-        timer.expire(now)
+    """struct itimerspec. One that sends nothing, or not now, goes on only when it is looked at."""
+    if not timer.due:
+        timer.missed += timer.expire(now)
     left = max(1, timer.at - now) if timer.at else 0
     return itimerspec(timer.interval, left)
 
 
 @served("timer_getoverrun")
 def timer_getoverrun(system: System, thread: Thread, number: int, *_: int) -> int:
-    return min(_timer(thread, number).overrun, _OVERRUN_MAX)
+    return _timer(thread, number).overrun
 
 
 @served("timer_delete")
