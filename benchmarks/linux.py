@@ -3,7 +3,9 @@
 One static program (linux_program.c) measures itself: code without system calls, calls that a worker serves alone
 (futex_wake), calls through the system's process (getppid, 4 KiB of a file), a hand-over between two threads, new
 threads and processes, and memory that is touched first. Natively and in a machine in turns, with dirty logging off and
-with rings. Ratios are of the times; targets of calls are in microseconds, of our own runs.
+with rings; and, where they are installed, under others that run a program of Linux: qemu-user (translates its code, and
+passes its calls on), gVisor's runsc (serves its calls, here by ptrace). Ratios are of the times; targets of calls are
+in microseconds, of our own runs.
 
 * **start**: from the command line of ``vmm run`` to its end, for a program that does nothing.
 * **redis**: SETs per second of redis-benchmark -P 16, server and client in one machine, where ``--root`` has Redis.
@@ -49,10 +51,23 @@ def measured(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}
 
 
+#: How others run it: their program, and the words before the benchmark's, which is at {root}/bin/benchmark.
+PEERS = {"qemu-user": ("qemu-x86_64-static", ["{root}/bin/benchmark"]),
+         "runsc": ("runsc", ["--platform=ptrace", "--network=none", "--ignore-cgroups", "do", "-quiet",
+                             "-force-overlay=false", "-root", "{root}", "/bin/benchmark"])}
+
+
+def run(*words: str) -> dict[str, float]:
+    return measured(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+
 def natively(root: Path, scale: int) -> dict[str, float]:
-    done = subprocess.run(["unshare", "-R", root, "/bin/benchmark", str(scale)], capture_output=True, text=True,
-                          check=True)
-    return measured(done.stdout)
+    return run("unshare", "-R", str(root), "/bin/benchmark", str(scale))
+
+
+def by_peer(name: str, root: Path, scale: int) -> dict[str, float]:
+    program, words = PEERS[name]
+    return run(program, *(word.format(root=root) for word in words), str(scale))
 
 
 def inside(root: Path, scale: int, tracking: str) -> dict[str, float]:
@@ -110,7 +125,7 @@ def main() -> None:
     parser = arguments_parser(NAME, __doc__)
     parser.add_argument("--root", default="", help="of Redis: vmm root DIR redis-server redis-tools dash")
     options = parser.parse_args()
-    results = Results(NAME, "A Linux program in a machine, against the same natively", "native", QUANTITIES)
+    results = Results(NAME, "A Linux program in a machine, natively, and elsewhere", "other", QUANTITIES)
     results.skipped = why_not()
     if results.skipped:
         results.show()
@@ -122,9 +137,13 @@ def main() -> None:
         measures: dict[str, Callable[[], dict[str, float]]] = {"native": lambda: natively(root, scale)}
         for tracking in ("none", "ring"):
             measures[tracking] = lambda t=tracking: inside(root, scale, t)       # type: ignore[misc]
+        peers = [name for name, (program, _) in PEERS.items() if shutil.which(program)]
+        for name in peers:
+            measures[name] = lambda n=name: by_peer(n, root, scale)              # type: ignore[misc]
         found = in_turns(measures, rounds, patience=options.patience)
-        results.cases = [Case("not tracked", found["none"], found["native"], at_most=CODE),
-                         Case("ring", found["ring"], found["native"])]
+        results.cases = [Case("not tracked, natively", found["none"], found["native"], at_most=CODE),
+                         Case("rings, natively", found["ring"], found["native"]),
+                         *(Case(f"not tracked, {name}", found["none"], found[name]) for name in peers)]
         results.show()
         for name, most in OWN.items():
             label, factor, style = QUANTITIES[name]
