@@ -4,6 +4,7 @@ behind or open."""
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import re
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import needs
 import pytest
@@ -33,6 +35,8 @@ for _signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, signal.default_int_handler if _signum == signal.SIGINT else signal.SIG_DFL)
 
+
+_CRASHES = pytest.StashKey[TextIO]()
 
 #: The long set, marked ``long``: more of the same, where a few say nearly as much. ``pytest -m ""`` runs all.
 _LONG = re.compile("|".join([
@@ -57,6 +61,15 @@ _LONG = re.compile("|".join([
     r"over_tcp_with_keys\[\[", r"test_a_short_campaign_loses_nothing\[unicorn",
     r"a_machine_stopped_in_post_copy_is_gone.*\[unicorn",
 ]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Where a process of the tests stood when it crashed goes into a file of SHARDVMM_CRASHES, a directory: what it
+    prints is far above the end of a long output."""
+    if folder := os.environ.get("SHARDVMM_CRASHES"):
+        file = config.stash[_CRASHES] = (Path(folder) / str(os.getpid())).open("w")
+        faulthandler.enable(file)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
