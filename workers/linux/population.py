@@ -114,7 +114,7 @@ class Population:
         files.users += share_files
         child = Process(pid, parent.pid, space, files, parent.directory, parent.path, parent.name, parent.mask,
                         parent.group, parent.session, limits=dict(parent.limits), actions=dict(parent.actions),
-                        exit_signal=exit_signal)
+                        exit_signal=exit_signal, oom_adjustment=parent.oom_adjustment)
         child.arguments, child.environment = parent.arguments, parent.environment
         self.processes[pid] = child
         made = self.new_thread(child, thread.name, pid)

@@ -143,6 +143,7 @@ class Process:
     alarm: tuple[int, int] = (0, 0)     # ITIMER_REAL: when (CLOCK_MONOTONIC, nanoseconds; 0: never), and how often
     timers: dict[int, Timer] = field(default_factory=dict)      # timer_create(2)
     next_timer: int = 0
+    oom_adjustment: int = 0         # /proc/<pid>/oom_score_adj: nobody asks it when memory is used up
 
     @property
     def cpu_ns(self) -> int:
@@ -227,7 +228,7 @@ class Thread:
 
 #: What is saved of them as it is.
 _PROCESS = ("pid", "parent", "path", "name", "mask", "group", "session", "code", "stopped", "told", "exit_signal",
-            "cpu_before", "cpu_children", "next_timer")
+            "cpu_before", "cpu_children", "next_timer", "oom_adjustment")
 _THREAD = ("tid", "name", "blocked", "saved_mask", "awaited", "alternate", "clear_tid", "fs_base", "deadline", "done",
            "fs_now", "cpu_ns")
 

@@ -315,6 +315,17 @@ def test_a_name_is_given() -> None:
     assert guest.call("pread64", fd, Out(20), 20, 0)[1][0][:16] == b"a very long nam\n"
 
 
+def test_how_soon_it_may_be_ended_for_want_of_memory_is_kept_and_inherited(twice: Twice) -> None:
+    fd = twice.made("open", b"/proc/self/oom_score_adj\0", os.O_RDWR)
+    for text in (b"1000\n", b"1001", b"-1001", b"x", b"7x", b" 7 \n", b"0"):
+        twice.same("pwrite64", fd, text, len(text), 0)
+        twice.same("pread64", fd, Out(20), 20, 0)
+    twice.guest.thread.process.oom_adjustment = 300
+    system = twice.guest.system
+    child = system.fork(twice.guest.thread, share=True, exit_signal=0)
+    assert read(system, b"/proc/%d/oom_score_adj" % child.tid) == b"300\n"
+
+
 # --- as files ----------------------------------------------------------------------------------------------------
 
 

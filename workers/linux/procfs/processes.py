@@ -24,6 +24,7 @@ __all__ = ["process_entries", "thread_entries"]
 _KIBIBYTES = PAGE // 1024
 _UNLIMITED = (1 << 64) - 1
 _ALL_RIGHTS = (1 << 41) - 1         # capabilities
+_ADJUSTMENT_MOST = 1000             # OOM_SCORE_ADJ_MAX
 #: By RLIMIT_*: as they are called, and in what unit.
 _LIMITS = (("cpu time", "seconds"), ("file size", "bytes"), ("data size", "bytes"), ("stack size", "bytes"),
            ("core file size", "bytes"), ("resident set", "bytes"), ("processes", "processes"), ("open files", "files"),
@@ -43,7 +44,8 @@ def process_entries(system: System, process: Process, thread: Thread | None = No
         b"mountinfo": text(b"1 0 0:1 / / rw,relatime - tmpfs shardvmm rw\n2 1 0:2 / /proc rw,relatime - proc proc rw\n"
                            b"3 1 0:2 / /sys ro,relatime - sysfs sysfs ro\n"),
         b"net": folder(_NET),
-        b"oom_score": text(b"0\n"), b"oom_score_adj": text(b"0\n", lambda data: None),
+        b"oom_score": text(b"0\n"),
+        b"oom_score_adj": text(lambda: b"%d\n" % process.oom_adjustment, lambda data: _adjust(process, data)),
         b"smaps": text(lambda: smaps(files, process.space)),
         b"task": folder(lambda: {b"%d" % each.tid: _task(system, each) for each in process.threads}),
     }
@@ -162,6 +164,17 @@ def _rename(process: Process, thread: Thread | None, data: bytes) -> None:
         thread.name = name
     if thread is None or thread.tid == process.pid:
         process.name = name
+
+
+def _adjust(process: Process, data: bytes) -> None:
+    """Raises OSError."""
+    try:
+        value = int(data)
+    except ValueError:
+        raise OSError(errno.EINVAL, "") from None
+    if not -_ADJUSTMENT_MOST <= value <= _ADJUSTMENT_MOST:
+        raise OSError(errno.EINVAL, "")
+    process.oom_adjustment = value
 
 
 def _limits(process: Process) -> bytes:
