@@ -1,4 +1,5 @@
-"""Run benchmarks: ``python -m benchmarks [NAME ...] [--quick] [--output DIR]``; all but ``programs`` without a name.
+"""Run benchmarks: ``python -m benchmarks [NAME ...] [--quick] [--output DIR]``; without a name all but ``programs`` and
+``ltp``.
 
 ``python -m benchmarks NAME --help`` tells what a benchmark compares, how, and its further options.
 """
@@ -9,8 +10,8 @@ import runpy
 import sys
 
 NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking", "linux")
-#: Only by its name: it takes hours.
-LONG = ("programs",)
+#: Only by their names: they take hours.
+LONG = ("programs", "ltp")
 
 
 def main() -> int:

@@ -1,0 +1,1 @@
+"""The Linux Test Project's tests of system calls, natively and in machines."""

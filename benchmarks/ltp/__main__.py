@@ -1,0 +1,99 @@
+"""The Linux Test Project's tests of system calls, each natively and in a machine, in the same root.
+``python -m benchmarks ltp --built DIR [--only NAME,NAME]``
+
+DIR is LTP's source with static programs built in it (docs/linux-ltp.md says how). It takes root, for the native run's
+namespaces. The table goes to docs/linux-ltp.md; with ``--only`` or ``--again``, lines of it are put in place of
+what was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmm.errors import VmmError
+
+from .running import Outcome, Test, found_tests, inside, natively, root_of_tests
+from .tables import Row, text_of
+from .wanted import FOLDERS, NOT_HERE
+
+_DOCS = Path(__file__).parents[2] / "docs" / "linux-ltp.md"
+_RESULTS = Path(__file__).parents[1] / "results" / "ltp.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="ltp", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--built", type=Path, required=True, help="LTP's directory")
+    parser.add_argument("--only", help="names of tests, or directories of testcases/kernel/syscalls, with commas")
+    parser.add_argument("--seconds", type=int, default=100, help="for each test")
+    parser.add_argument("--batch", type=int, default=40, help="tests in one machine")
+    parser.add_argument("--show", action="store_true", help="what tests that passed natively alone have said inside")
+    parser.add_argument("--again", action="store_true", help="only those that did not pass inside before")
+    options = parser.parse_args()
+    rows = kept()
+    try:
+        root = root_of_tests(options.built, FOLDERS)
+        tests = chosen(found_tests(options.built, FOLDERS), options.only, rows if options.again else None)
+        for at in range(0, len(tests), options.batch):
+            part = tests[at:at + options.batch]
+            for test, native, ours in tried(root, part, options.seconds):
+                rows[test.name] = Row.of(test, native, ours)
+                if native.passed and not ours.passed:
+                    print(f"{test.name}: {ours.kind} inside", flush=True)
+                    if options.show:
+                        print(ours.output, flush=True)
+            keep(rows)
+            print(f"{at + len(part)} of {len(tests)}", flush=True)
+    except VmmError as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    return 0
+
+
+def chosen(tests: Sequence[Test], only: str | None, before: dict[str, Row] | None) -> list[Test]:
+    """Raises VmmError."""
+    found = [test for test in tests if test.name not in NOT_HERE]
+    if only:
+        names = set(only.split(","))
+        found = [test for test in found if {test.name, test.about} & names]
+    if before is not None:
+        found = [test for test in found if test.name not in before or before[test.name].differs]
+    if not found:
+        raise VmmError("there are no such tests")
+    return found
+
+
+def tried(root: Path, tests: Sequence[Test], seconds: int) -> list[tuple[Test, Outcome, Outcome]]:
+    """Those that have not passed among others are tried alone."""
+    native = natively(root, tests, seconds)
+    ours: dict[str, Outcome] = {}
+    left = list(tests)
+    while left:
+        ours |= inside(root, left, seconds)
+        left = [test for test in left if test.name not in ours]
+    for test in tests:
+        if not native.get(test.name) or not native[test.name].passed:
+            native |= natively(root, [test], seconds)
+        if native[test.name].passed and not ours[test.name].passed:
+            ours |= inside(root, [test], seconds)
+    return [(test, native[test.name], ours[test.name]) for test in tests]
+
+
+def kept() -> dict[str, Row]:
+    """The results so far."""
+    return {row["name"]: Row(**row) for row in json.loads(_RESULTS.read_text())} if _RESULTS.exists() else {}
+
+
+def keep(rows: dict[str, Row]) -> None:
+    there = [rows[name] for name in sorted(rows)]
+    _RESULTS.write_text(json.dumps([row.data() for row in there], indent=1) + "\n")
+    head, mark, _ = _DOCS.read_text().partition("## Results\n") if _DOCS.exists() else ("", "", "")
+    _DOCS.write_text(head + (mark or "## Results\n") + "\n" + text_of(there))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
