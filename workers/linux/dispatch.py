@@ -288,10 +288,11 @@ class Dispatcher:
     def _signal(self, index: int, box: Mailbox, thread: Thread) -> None:
         """Its XSAVE area is here: a handler can be entered."""
         trap = self._traps.pop(index, (0, 0, 0))
-        entered = False
+        entered, number = False, 0
 
         def jump(info: SignalInfo, action: Action) -> None:
-            nonlocal entered
+            nonlocal entered, number
+            number = info.number
             mask = thread.blocked if thread.saved_mask is None else thread.saved_mask
             error, vector, address = trap
             registers = build_frame(thread.process.space, box.registers, bytes(box.xsave), info, action, mask,
@@ -304,11 +305,12 @@ class Dispatcher:
                 thread.blocked |= bit(info.number)
             entered = True
 
-        try:
-            goes_on = self._system.act(thread, jump)
-        except (SegmentationFault, NoFrames, NoTables):
-            self._system.end_process(thread.process, signals.wait_code(signals.SEGV))      # no room for the frame
-            goes_on = False
+        goes_on = None
+        while goes_on is None:
+            try:
+                goes_on = self._system.act(thread, jump)
+            except (SegmentationFault, NoFrames, NoTables):
+                self._system.refuse_frame(thread, number)
         if thread.ended:
             self._let_go(index)
         elif not goes_on:

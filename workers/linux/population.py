@@ -84,6 +84,10 @@ class Population:
         """Those that are there, also as zombies."""
         return (each for each in self.processes.values() if each.parent == process.pid)
 
+    def has_group(self, group: int, session: int = 0) -> bool:
+        """There is such a group, in this session if one is given."""
+        return any(each.group == group and session in (0, each.session) for each in self.processes.values())
+
     def new_id(self) -> int:
         while self.next_id in self.threads or self.next_id in self.processes:
             self.next_id = self.next_id % 0x3F_FFFF + 1
@@ -304,10 +308,17 @@ class Population:
     def force(self, thread: Thread, info: SignalInfo) -> None:
         """A fault of its own: blocked or ignored, it ends the process."""
         process, number = thread.process, info.number
-        if thread.blocked & bit(number) or process.action(number).ignores:
-            process.actions[number] = Action()
+        action = process.action(number)
+        if thread.blocked & bit(number) or action.ignores:
+            process.actions[number] = action.as_default()
             thread.blocked &= ~bit(number)
         thread.pending.insert(0, info)
+
+    def refuse_frame(self, thread: Thread, number: int) -> None:
+        """There is no room for that of this signal's handler: a fault of its own."""
+        if number == signals.SEGV:
+            thread.process.actions[number] = thread.process.action(number).as_default()
+        self.force(thread, SignalInfo(signals.SEGV, SI_KERNEL))
 
     def _is_ignored(self, process: Process, number: int, thread: Thread | None = None) -> bool:
         """At once, where nobody has blocked it."""
@@ -361,9 +372,10 @@ class Population:
         return bool(mine or all_) and any(not thread.blocked & bit(each.number) for each in (*mine, *all_))
 
     def take_signal(self, thread: Thread, wanted: int) -> SignalInfo | None:
-        """The first of those in ``wanted``, by number; its own before its process'. It is pending no more."""
+        """The first of those in ``wanted``: its own before its process', faults before others, by number. It is pending
+        no more."""
         for pending in (thread.pending, thread.process.pending):
-            found = min((each for each in pending if wanted & bit(each.number)), key=_number, default=None)
+            found = min((each for each in pending if wanted & bit(each.number)), key=_order, default=None)
             if found is not None:
                 pending.remove(found)
                 return found
@@ -382,7 +394,7 @@ class Population:
                 continue
             if not action.is_default:
                 if action.flags & signals.RESETHAND:
-                    process.actions[info.number] = Action()
+                    process.actions[info.number] = action.as_default()
                 jump(info, action)
                 return True
             what = signals.default_of(info.number)
@@ -393,5 +405,5 @@ class Population:
         return not thread.ended and not process.stopped
 
 
-def _number(info: SignalInfo) -> int:
-    return info.number
+def _order(info: SignalInfo) -> tuple[bool, int]:
+    return not info.is_fault, info.number

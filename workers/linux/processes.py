@@ -139,6 +139,7 @@ class Process:
     told: int = 0                   # a stop (the signal) or continuation (-1) that its parent has not asked for yet
     exit_signal: int = CHLD         # that its parent gets
     cpu_before: int = 0             # processor time of its threads that have ended, nanoseconds
+    has_execed: bool = False        # since it was forked
     cpu_children: int = 0           # and of children that it has waited for
     alarm: tuple[int, int] = (0, 0)     # ITIMER_REAL: when (CLOCK_MONOTONIC, nanoseconds; 0: never), and how often
     timers: dict[int, Timer] = field(default_factory=dict)      # timer_create(2)
@@ -228,7 +229,7 @@ class Thread:
 
 #: What is saved of them as it is.
 _PROCESS = ("pid", "parent", "path", "name", "mask", "group", "session", "code", "stopped", "told", "exit_signal",
-            "cpu_before", "cpu_children", "next_timer", "oom_adjustment")
+            "cpu_before", "cpu_children", "next_timer", "oom_adjustment", "has_execed")
 _THREAD = ("tid", "name", "blocked", "saved_mask", "awaited", "alternate", "clear_tid", "fs_base", "deadline", "done",
            "fs_now", "cpu_ns")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ipc.programs import REGISTERS
@@ -50,12 +50,14 @@ STOPPING = frozenset({STOP, TSTP, TTIN, TTOU})
 _IGNORED = frozenset({CHLD, CONT, URG, WINCH})
 #: With a core dump; there is none, but wait(2) says that there could have been.
 _CORE = frozenset({QUIT, ILL, TRAP, ABRT, BUS, FPE, SEGV, 24, 25, 31})
+_FAULTS = frozenset({ILL, TRAP, BUS, FPE, SEGV})
 
 ALL = (1 << LAST) - 1
 
 # sa_flags
 NOCLDSTOP, NOCLDWAIT, SIGINFO = 1, 2, 4
 ONSTACK, RESTART, NODEFER, RESETHAND = 0x0800_0000, 0x1000_0000, 0x4000_0000, 0x8000_0000
+_KNOWN_FLAGS = 0xDC00_0807          # with SA_EXPOSE_TAGBITS and SA_RESTORER
 ACTION = struct.Struct("<QQQQ")     # struct sigaction of the kernel: handler, flags, restorer, mask
 _DEFAULT, _IGNORE = 0, 1
 
@@ -100,8 +102,10 @@ class Action:
     mask: int = 0
 
     @classmethod
-    def unpack(cls, data: bytes) -> Action:
-        return cls(*ACTION.unpack(data))
+    def asked(cls, data: bytes) -> Action:
+        """As sigaction(2) is given it: what is not known is left out."""
+        handler, flags, restorer, mask = ACTION.unpack(data)
+        return cls(handler, flags & _KNOWN_FLAGS, restorer, mask & ~UNBLOCKABLE)
 
     def pack(self) -> bytes:
         return ACTION.pack(self.handler, self.flags, self.restorer, self.mask)
@@ -113,6 +117,10 @@ class Action:
     @property
     def ignores(self) -> bool:
         return self.handler == _IGNORE
+
+    def as_default(self) -> Action:
+        """Without its handler, and otherwise as it was."""
+        return replace(self, handler=_DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +136,17 @@ class SignalInfo:
     value: int = 0
     raw: bytes = b""            # all of it, as rt_sigqueueinfo(2) was given it
 
+    @property
+    def is_fault(self) -> bool:
+        """Of what a thread has just done."""
+        return self.code > 0 and self.number in _FAULTS
+
     def pack(self) -> bytes:
         """128 bytes."""
         if self.raw:
             return self.raw.ljust(128, b"\0")
         head = struct.pack("<iii4x", self.number, 0, self.code)
-        if self.code > 0 and self.number in (ILL, BUS, FPE, SEGV, TRAP):
+        if self.is_fault:
             tail = struct.pack("<Q", self.address)
         elif self.number == CHLD and self.code > 0:
             tail = struct.pack("<iiiqq", self.pid, self.uid, self.status, 0, 0)

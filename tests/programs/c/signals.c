@@ -123,7 +123,7 @@ int main(void)
     sigprocmask(SIG_SETMASK, &old, 0);
 
     stack = malloc(65536);
-    stack_t other = {.ss_sp = stack, .ss_size = 65536};
+    stack_t old_stack, other = {.ss_sp = stack, .ss_size = 65536};
     sigaltstack(&other, 0);
     catch(SIGUSR1, on_stack, SA_ONSTACK);
     raise(SIGUSR1);
@@ -148,6 +148,31 @@ int main(void)
     printf("fpe code %d\n", seen.si_code);
     catch(SIGILL, skip, 0);
     __asm__ volatile("ud2");
+
+    struct sigaction is;
+    catch(SIGUSR1, note, SA_RESETHAND | SA_RESTART | 0x400);
+    raise(SIGUSR1);
+    sigaction(SIGUSR1, 0, &is);
+    printf("as before %d, flags %x\n", is.sa_handler == SIG_DFL, is.sa_flags);
+
+    // No room for a frame.
+    other.ss_sp = mmap(0, 65536, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    sigaltstack(&other, &old_stack);
+    catch(SIGUSR1, note, SA_ONSTACK);
+    catch(SIGSEGV, note, 0);
+    x *= 3;
+    raise(SIGUSR1);
+    printf("instead of it %d code %d, %g\n", got, seen.si_code, x);
+    fflush(stdout);
+    child = fork();
+    if (!child) {
+        catch(SIGSEGV, note, SA_ONSTACK);
+        raise(SIGUSR1);
+        _exit(0);
+    }
+    waitpid(child, &status, 0);
+    printf("killed %d by %d\n", WIFSIGNALED(status), WTERMSIG(status));
+    sigaltstack(&old_stack, 0);
 
     pthread_t thread;
     catch(SIGUSR1, end, 0);

@@ -11,7 +11,7 @@ from ..space import PAGE
 from .registry import served, signed32
 
 if TYPE_CHECKING:
-    from ..processes import Thread
+    from ..processes import Process, Thread
     from ..system import System
 
 _UNLIMITED = (1 << 64) - 1
@@ -64,12 +64,20 @@ def getpgrp(system: System, thread: Thread, *_: int) -> int:
 
 @served("getpgid")
 def getpgid(system: System, thread: Thread, pid: int, *_: int) -> int:
-    return system.process(signed32(pid) or thread.process.pid).group
+    return _there(system, thread, pid).group
 
 
 @served("getsid")
 def getsid(system: System, thread: Thread, pid: int, *_: int) -> int:
-    return system.process(signed32(pid) or thread.process.pid).session
+    return _there(system, thread, pid).session
+
+
+def _there(system: System, thread: Thread, pid: int) -> Process:
+    """Perhaps a zombie; 0: the caller. Raises OSError."""
+    found = system.processes.get(signed32(pid) or thread.process.pid)
+    if found is None:
+        raise OSError(errno.ESRCH, "")
+    return found
 
 
 @served("uname")
@@ -127,8 +135,13 @@ def getrusage(system: System, thread: Thread, who: int, address: int, *_: int) -
     if who not in (_SELF, _CHILDREN, _THREAD):
         raise OSError(errno.EINVAL, "")
     used = process.cpu_ns if who == _SELF else process.cpu_children if who == _CHILDREN else thread.cpu_ns
-    process.space.write(address, struct.pack("<qq", *divmod(used // 1000, 10**6)) + bytes(128))
+    process.space.write(address, packed_usage(used))
     return 0
+
+
+def packed_usage(nanoseconds: int) -> bytes:
+    """struct rusage."""
+    return struct.pack("<qq", *divmod(nanoseconds // 1000, 10**6)) + bytes(128)
 
 
 @served("times")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ipc.programs import REGISTERS
@@ -12,6 +13,7 @@ from .. import signals
 from ..blocked import Blocked, Ended
 from ..program import start
 from ..space import SegmentationFault
+from .identity import packed_usage
 from .registry import served, signed32
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ _CHILD_CLEARTID, _CHILD_SETTID, _FILES = 0x20_0000, 0x100_0000, 0x400
 _NAMESPACES = 0x7E02_0000 | 0x80
 # uapi/linux/wait.h
 _NOHANG, _UNTRACED, _EXITED, _CONTINUED, _NOWAIT = 1, 2, 4, 8, 0x100_0000
+_NOTHREAD, _WALL, _WCLONE = 0x2000_0000, 0x4000_0000, 0x8000_0000
+_WAITID_OPTIONS = _NOHANG | _UNTRACED | _EXITED | _CONTINUED | _NOWAIT | _NOTHREAD | _WALL | _WCLONE
 _P_ALL, _P_PID, _P_PGID = 0, 1, 2
+_WAITED = 28                # bytes of siginfo, up to si_status
 _STOPPED_CODE, _CONTINUED_CODE = 0x7F, 0xFFFF
 _TEXT_MAX = 128 << 10       # MAX_ARG_STRLEN
 _WORDS_MAX = 256 << 10
@@ -155,6 +160,7 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
     process.files.close_all(on_exec=True)
     process.actions = {number: action for number, action in process.actions.items() if action.ignores}
     process.timers.clear()
+    process.has_execed = True
     thread.alternate, thread.clear_tid, thread.robust = b"", 0, (0, 0)
     system.name_program(process, started, path, argv, envp)
     thread.name = process.name
@@ -188,9 +194,11 @@ def _texts(thread: Thread, address: int) -> list[bytes]:
 @served("wait4")
 def wait4(system: System, thread: Thread, pid: int, status: int, options: int, usage: int, *_: int) -> int:
     options &= 0xFFFF_FFFF
-    if options & ~(_NOHANG | _UNTRACED | _CONTINUED | 0xE000_0000):
-        raise OSError(errno.EINVAL, "")
     number = signed32(pid)
+    if options & ~(_NOHANG | _UNTRACED | _CONTINUED | _NOTHREAD | _WALL | _WCLONE):
+        raise OSError(errno.EINVAL, "")
+    if number == -1 << 31:
+        raise OSError(errno.ESRCH, "")
     group = 0 if number > 0 or number == -1 else -number or thread.process.group
     found = _changed(system, thread, number if number > 0 else 0, group, options | _EXITED)
     if found is None:
@@ -201,7 +209,7 @@ def wait4(system: System, thread: Thread, pid: int, status: int, options: int, u
     if status:
         thread.process.space.write(status, struct.pack("<I", code))
     if usage:
-        thread.process.space.write(usage, bytes(144))
+        thread.process.space.write(usage, packed_usage(found.cpu_ns + found.cpu_children))
     _taken(system, found)
     return found.pid
 
@@ -209,17 +217,19 @@ def wait4(system: System, thread: Thread, pid: int, status: int, options: int, u
 @served("waitid")
 def waitid(system: System, thread: Thread, kind: int, number: int, address: int, options: int, usage: int,
            *_: int) -> int:
-    kind, options = signed32(kind), options & 0xFFFF_FFFF
-    if kind not in (_P_ALL, _P_PID, _P_PGID) or not options & (_EXITED | _UNTRACED | _CONTINUED):
+    kind, options, wanted = signed32(kind), options & 0xFFFF_FFFF, signed32(number)
+    if options & ~_WAITID_OPTIONS or not options & (_EXITED | _UNTRACED | _CONTINUED):
         raise OSError(errno.EINVAL, "")
-    wanted = signed32(number)
+    if kind not in (_P_ALL, _P_PID, _P_PGID) or wanted < {_P_PID: 1, _P_PGID: 0}.get(kind, wanted):
+        raise OSError(errno.EINVAL, "")
     group = (wanted or thread.process.group) if kind == _P_PGID else 0
     found = _changed(system, thread, wanted if kind == _P_PID else 0, group, options)
-    info = bytes(128) if found is None else system.child_info(found).pack()
+    if usage and found is not None:
+        thread.process.space.write(usage, packed_usage(found.cpu_ns + found.cpu_children))
     if address:
-        thread.process.space.write(address, info)
-    if usage:
-        thread.process.space.write(usage, bytes(144))
+        info = bytes(_WAITED) if found is None else replace(system.child_info(found), number=signals.CHLD).pack()
+        thread.process.space.write(address, info[:12])
+        thread.process.space.write(address + 16, info[16:_WAITED])
     if found is not None and not options & _NOWAIT:
         _taken(system, found)
     return 0
@@ -228,7 +238,7 @@ def waitid(system: System, thread: Thread, kind: int, number: int, address: int,
 def _changed(system: System, thread: Thread, pid: int, group: int, options: int) -> Process | None:
     """A child about which there is something to tell; None with WNOHANG. Raises OSError and Blocked."""
     candidates = [each for each in system.children(thread.process)
-                  if (not pid or each.pid == pid) and (not group or each.group == group)]
+                  if (not pid or each.pid == pid) and (not group or each.group == group) and _is_meant(each, options)]
     for each in candidates:
         if each.code is not None and options & _EXITED:
             return each
@@ -239,6 +249,11 @@ def _changed(system: System, thread: Thread, pid: int, group: int, options: int)
     if options & _NOHANG:
         return None
     raise Blocked(on=(("children", thread.process.pid),))
+
+
+def _is_meant(child: Process, options: int) -> bool:
+    """Children that end with another signal than SIGCHLD are for those who ask for them."""
+    return bool(options & _WALL) or (child.exit_signal != signals.CHLD) == bool(options & _WCLONE)
 
 
 def _taken(system: System, process: Process) -> None:
@@ -253,21 +268,27 @@ def _taken(system: System, process: Process) -> None:
 
 @served("setpgid")
 def setpgid(system: System, thread: Thread, pid: int, group: int, *_: int) -> int:
-    process = system.process(signed32(pid) or thread.process.pid)
-    if process is not thread.process and process.parent != thread.process.pid:
-        raise OSError(errno.ESRCH, "")
-    if signed32(group) < 0:
+    caller, wanted = thread.process, signed32(group)
+    if wanted < 0:
         raise OSError(errno.EINVAL, "")
-    if process.pid == process.session or process.session != thread.process.session:
+    process = system.processes.get(signed32(pid) or caller.pid)
+    if process is None or (process is not caller and process.parent != caller.pid):
+        raise OSError(errno.ESRCH, "")
+    if process.session != caller.session:
         raise OSError(errno.EPERM, "")
-    process.group = signed32(group) or process.pid
+    if process is not caller and process.has_execed:
+        raise OSError(errno.EACCES, "")
+    if process.pid == process.session or not (
+            wanted in (0, process.pid) or system.has_group(wanted, process.session)):
+        raise OSError(errno.EPERM, "")
+    process.group = wanted or process.pid
     return 0
 
 
 @served("setsid")
 def setsid(system: System, thread: Thread, *_: int) -> int:
     process = thread.process
-    if process.group == process.pid:
+    if system.has_group(process.pid):
         raise OSError(errno.EPERM, "")
     process.session = process.group = process.pid
     return process.pid

@@ -13,7 +13,7 @@ from ..signals import ALL, UNBLOCKABLE, Action, SignalInfo
 from .registry import served, signed32
 
 if TYPE_CHECKING:
-    from ..processes import Process, Thread
+    from ..processes import Thread
     from ..system import System
 
 _BLOCK, _UNBLOCK, _SETMASK = 0, 1, 2
@@ -29,7 +29,7 @@ def rt_sigaction(system: System, thread: Thread, number: int, new: int, old: int
     if size != 8 or not 1 <= number <= signals.LAST or (new and signals.bit(number) & UNBLOCKABLE):
         raise OSError(errno.EINVAL, "")
     process = thread.process
-    wanted = Action.unpack(process.space.read(new, signals.ACTION.size)) if new else None
+    wanted = Action.asked(process.space.read(new, signals.ACTION.size)) if new else None
     if old:
         process.space.write(old, process.action(number).pack())
     if wanted is not None:
@@ -127,36 +127,43 @@ def kill(system: System, thread: Thread, pid: int, number: int, *_: int) -> int:
 
 @served("tkill")
 def tkill(system: System, thread: Thread, tid: int, number: int, *_: int) -> int:
-    return _to_thread(system, system.thread(signed32(tid)), None,
-                      SignalInfo(_number(number), SI_TKILL, thread.process.pid))
+    return _to_thread(system, tid, None, SignalInfo(_number(number), SI_TKILL, thread.process.pid))
 
 
 @served("tgkill")
 def tgkill(system: System, thread: Thread, pid: int, tid: int, number: int, *_: int) -> int:
-    return _to_thread(system, system.thread(signed32(tid)), system.process(signed32(pid)),
-                      SignalInfo(_number(number), SI_TKILL, thread.process.pid))
+    return _to_thread(system, tid, pid, SignalInfo(_number(number), SI_TKILL, thread.process.pid))
 
 
 @served("rt_sigqueueinfo")
 def rt_sigqueueinfo(system: System, thread: Thread, pid: int, number: int, address: int, *_: int) -> int:
-    system.signal_process(system.process(signed32(pid)), _queued(thread, number, address))
+    info = _queued(thread, number, address, signed32(pid))
+    process = system.process(signed32(pid))
+    if info.number:
+        system.signal_process(process, info)
     return 0
 
 
 @served("rt_tgsigqueueinfo")
 def rt_tgsigqueueinfo(system: System, thread: Thread, pid: int, tid: int, number: int, address: int, *_: int) -> int:
-    return _to_thread(system, system.thread(signed32(tid)), system.process(signed32(pid)),
-                      _queued(thread, number, address))
+    return _to_thread(system, tid, pid, _queued(thread, number, address, signed32(pid)))
 
 
-def _queued(thread: Thread, number: int, address: int) -> SignalInfo:
+def _queued(thread: Thread, number: int, address: int, to: int) -> SignalInfo:
+    """Nobody can say to another process that the kernel or tkill(2) has sent it. Raises OSError."""
     raw = thread.process.space.read(address, 128)
     code, = struct.unpack_from("<i", raw, 8)
+    if (code >= 0 or code == SI_TKILL) and to != thread.process.pid:
+        raise OSError(errno.EPERM, "")
     return SignalInfo(_number(number), code, raw=struct.pack("<i", _number(number)) + raw[4:])
 
 
-def _to_thread(system: System, target: Thread, process: Process | None, info: SignalInfo) -> int:
-    if process is not None and target.process is not process:
+def _to_thread(system: System, tid: int, pid: int | None, info: SignalInfo) -> int:
+    """``pid``: of its process. Raises OSError."""
+    if signed32(tid) <= 0 or (pid is not None and signed32(pid) <= 0):
+        raise OSError(errno.EINVAL, "")
+    target = system.thread(signed32(tid))
+    if pid is not None and target.process.pid != signed32(pid):
         raise OSError(errno.ESRCH, "")
     if info.number:
         system.signal_thread(target, info)
