@@ -179,6 +179,24 @@ class Population:
                 self.notify(files.get(number, path_only=True).inode)
             files.close_all()
 
+    def unshare_files(self, process: Process) -> None:
+        """Its descriptors are its own from now on."""
+        if process.files.users > 1:
+            files = process.files.copy(process.pid)
+            self.leave_files(process)
+            process.files = files
+
+    def would_wait_forever(self, owner: int, holder: int) -> bool:
+        """Whether the holder of a lock of fcntl(2) waits for one of the owner's, perhaps by way of others."""
+        for _ in range(len(self.processes)):
+            if holder == owner:
+                return True
+            holder = next((each.lock_owner for each in self.threads.values()
+                           if each.lock_owner and each.process.files.owner == holder), 0)
+            if holder <= 0:         # nobody, or an open file (of those nobody knows)
+                return False
+        return False
+
     def release_vfork(self, process: Process) -> None:
         """Its parent, which waits in vfork(2), goes on."""
         for thread in self.threads.values():

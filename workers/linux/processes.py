@@ -206,6 +206,7 @@ class Thread:
     jumps: bool = False
     new_space: bool = False
     xsave: bytes | None = None
+    lock_owner: int = 0             # that has what F_SETLKW waits for, as it was found last
     opening: OpenFile | None = None     # a fifo that it waits for the other end of
     ended: bool = False
 

@@ -25,7 +25,7 @@ from .tables import ACCESSED, COPY, FRAME, HELD, NO_EXECUTE, PRESENT, USER, WRIT
 if TYPE_CHECKING:
     from .state import Loading, Saving
 
-__all__ = ["Backing", "Beginning", "Mapping", "Memory", "SegmentationFault", "Space"]
+__all__ = ["COPIED", "LEFT", "WIPED", "Backing", "Beginning", "Mapping", "Memory", "SegmentationFault", "Space"]
 
 PAGE = 4096
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4              # uapi/asm-generic/mman-common.h
@@ -37,6 +37,9 @@ STACK_GAP = 256                                         # pages between a stack 
 
 #: Pages that get a frame with the one that was touched.
 FAULT_AROUND = 16
+
+#: What a child has of a mapping (madvise(2)): the same, zeros, nothing.
+COPIED, WIPED, LEFT = 0, 1, 2
 
 _FAULT_AHEAD = 512      # at most, where one follows the other
 
@@ -104,6 +107,8 @@ class Mapping:
     offset: int = 0
     name: str = ""
     grows: bool = False             # a stack: downwards
+    read_only: bool = False         # shared, of a file that is not open for writing
+    at_fork: int = COPIED
 
     @property
     def entry(self) -> int:
@@ -119,8 +124,8 @@ class Mapping:
     def continues(self, other: Mapping) -> bool:
         """``other``, which comes next, is more of the same."""
         return (self.end == other.start and not self.grows and not other.grows
-                and (self.prot, self.shared, self.backing, self.name) == (
-                    other.prot, other.shared, other.backing, other.name)
+                and (self.prot, self.shared, self.backing, self.name, self.read_only, self.at_fork) == (
+                    other.prot, other.shared, other.backing, other.name, other.read_only, other.at_fork)
                 and (self.backing is None or self.offset + self.end - self.start == other.offset))
 
 
@@ -176,7 +181,7 @@ class Space:
 
     def map(self, address: int, length: int, prot: int, *, fixed: bool = False, replace_there: bool = True,
             shared: bool = False, backing: Backing | None = None, offset: int = 0, name: str = "",
-            grows: bool = False, reserve: bool = True) -> int:
+            grows: bool = False, reserve: bool = True, read_only: bool = False) -> int:
         """mmap(2): the address. ``address`` is a wish, or with ``fixed`` where it must be; what is there goes, or
         without ``replace_there`` is EEXIST. ``offset`` in pages. Raises OSError."""
         count = _pages(length)
@@ -194,7 +199,7 @@ class Space:
                 raise OSError(errno.EEXIST, "")
         else:
             start = self._place(-(-address // PAGE), count)
-        new = Mapping(start, start + count, prot, shared, backing, offset, name, grows)
+        new = Mapping(start, start + count, prot, shared, backing, offset, name, grows, read_only)
         self._promise(_promised(new), gone=self._parts(start, start + count), refuse=reserve)
         self._unmap(start, start + count)
         self._insert(new)
@@ -208,9 +213,11 @@ class Space:
         self._unmap(start, end)
 
     def protect(self, address: int, length: int, prot: int) -> None:
-        """mprotect(2): up to the first page that is not mapped. Raises OSError."""
+        """mprotect(2): up to the first page that is not mapped, or cannot have the right. Raises OSError."""
         start, end = self._range(address, length)
         hole = self._hole(start, end)
+        refused = next((each for each in self._parts(start, hole) if each.read_only and prot & PROT_WRITE), None)
+        hole = hole if refused is None else refused.start
         for each in self._cut(start, hole):
             changed = replace(each, prot=prot)
             self._promise(_promised(changed) - _promised(each))
@@ -218,6 +225,12 @@ class Space:
             self._set_rights(changed)
         self._join(start, hole)
         if hole < end:
+            raise OSError(errno.ENOMEM if refused is None else errno.EACCES, "")
+
+    def check_mapped(self, address: int, length: int) -> None:
+        """All of it is. Raises OSError."""
+        start, end = self._range(address, length)
+        if self._hole(start, end) < end:
             raise OSError(errno.ENOMEM, "")
 
     def remap(self, address: int, old: int, new: int, *, may_move: bool, to: int | None = None) -> int:
@@ -260,6 +273,44 @@ class Space:
             self._drop_pages(each.start, each.end)
         if self._hole(start, end) < end:
             raise OSError(errno.ENOMEM, "")
+
+    def advise_free(self, address: int, length: int) -> None:
+        """madvise(2), MADV_FREE: the same, of what is no file's. Raises OSError."""
+        start, end = self._range(address, length)
+        if any(each.shared or each.backing for each in self._parts(start, end)):
+            raise OSError(errno.EINVAL, "")
+        self.advise_unneeded(address, length)
+
+    def advise_fork(self, address: int, length: int, at_fork: int) -> None:
+        """madvise(2), MADV_WIPEONFORK and its like. Raises OSError."""
+        start, end = self._range(address, length)
+        for each in self._cut(start, end):
+            if at_fork == WIPED and (each.shared or each.backing):
+                self._join(start, end)
+                raise OSError(errno.EINVAL, "")
+            self._mappings[self._mappings.index(each)] = replace(each, at_fork=at_fork)
+        self._join(start, end)
+        if self._hole(start, end) < end:
+            raise OSError(errno.ENOMEM, "")
+
+    def parts(self, address: int, length: int) -> list[Mapping]:
+        """All that is mapped there. Raises OSError."""
+        return self._parts(*self._range(address, length))
+
+    def in_memory(self, address: int, length: int) -> bytes:
+        """mincore(2). Files are. Raises OSError."""
+        self.check_mapped(address, length)
+        found = bytearray()
+        for part in self.parts(address, length):
+            if part.shared or part.backing:
+                found += b"\1" * (part.end - part.start)
+                continue
+            there = bytearray(part.end - part.start)
+            for page, word, number in self._tables.chunks(self.root, part.start, part.end - part.start):
+                at = page - part.start
+                there[at:at + number] = bytes(map(bool, self._tables.entries(word, number)))
+            found += there
+        return bytes(found)
 
     def begin(self, beginning: Beginning) -> None:
         """What execve(2) has put there. The program lives as long as this, mapped or not."""
@@ -342,14 +393,16 @@ class Space:
         NoFrames and NoTables, with nothing of it left."""
         other = Space(self._memory, self._frames, self._tables, self._limit)
         try:
-            other._mappings, other.promised = list(self._mappings), self.promised
-            for mapping in self._mappings:
+            other._mappings = [mapping for mapping in self._mappings if mapping.at_fork != LEFT]
+            other.promised = sum(map(_promised, other._mappings))
+            for mapping in other._mappings:
                 other._back(mapping)
             other._heap, other._heap_end = self._heap, self._heap_end
             if self.beginning is not None:
                 other.begin(self.beginning)
-            for mapping in self._mappings:
-                self._fork_pages(other, mapping)
+            for mapping in other._mappings:
+                if mapping.at_fork == COPIED:
+                    self._fork_pages(other, mapping)
         except BaseException:
             other.close()
             raise
@@ -680,7 +733,7 @@ class Space:
                 saving.backing(beginning.file), beginning.auxiliary, list(beginning.arguments),
                 list(beginning.environment), beginning.stack],
             "mappings": [[each.start, each.end, each.prot, each.shared, saving.backing(each.backing), each.offset,
-                          each.name, each.grows] for each in self._mappings],
+                          each.name, each.grows, each.read_only, each.at_fork] for each in self._mappings],
             "pages": [run for each in self._mappings for run in self._page_runs(each)]}
 
     def _page_runs(self, mapping: Mapping) -> list[list[int]]:
@@ -709,8 +762,8 @@ class Space:
         found.stale, found.visitors, found.users, found._backed, found.beginning = [], set(), 0, {}, None
         found.root = 0 if saved["closed"] else tables.new_root()
         found._mappings = [
-            Mapping(start, end, prot, shared, loading.backing(backing), offset, name, grows)
-            for start, end, prot, shared, backing, offset, name, grows in saved["mappings"]]
+            Mapping(start, end, prot, shared, loading.backing(backing), offset, name, grows, read_only, at_fork)
+            for start, end, prot, shared, backing, offset, name, grows, read_only, at_fork in saved["mappings"]]
         for before, each in itertools.pairwise([Mapping(0, LOWEST, 0), *found._mappings, Mapping(HIGHEST, HIGHEST, 0)]):
             if not before.start <= before.end <= each.start:
                 raise ValueError(f"mappings are not in order at page {each.start}")

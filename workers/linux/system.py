@@ -300,7 +300,7 @@ class System(Population):
     @staticmethod
     def give_up(thread: Thread) -> None:
         """What a call that was blocked has begun is over: it is not made again."""
-        thread.deadline, thread.done = None, 0
+        thread.deadline, thread.done, thread.lock_owner = None, 0, 0
         opening, thread.opening = thread.opening, None
         if opening is not None:
             opening.let_go()

@@ -113,5 +113,31 @@ int main(void)
     memcpy(code, "\xb8\x2a\0\0\0\xc3", 6);
     mprotect(code, 4096, PROT_READ | PROT_EXEC);
     printf("code: %d\n", ((int (*)(void))code)());
+
+    // What is asked of the system about it.
+    own = mmap(0, 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    own[0] = 1, own[4096] = 2, own[8192] = 3;
+    printf("at fork: %d %d\n", madvise(own, 4096, MADV_WIPEONFORK), madvise(own + 8192, 4096, MADV_DONTFORK));
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) {
+        printf("a child has %d %d, without %d\n", own[0], own[4096], faults((char *)own + 8192, 0));
+        own[0] = 7;
+        fflush(stdout);
+        if (!(child = fork()))
+            printf("and its own %d\n", own[0]), exit(0);
+        waitpid(child, 0, 0);
+        exit(0);
+    }
+    waitpid(child, 0, 0);
+    printf("here it is %d %d %d\n", own[0], own[4096], own[8192]);
+    printf("removed: %d", madvise(one, 4096, MADV_REMOVE));
+    pread(file, text, 2, 0);
+    printf(" %d %d\n", text[0], one[0]);
+    int reading = open("/tmp/mapped", O_RDONLY);
+    char *read_only = mmap(0, 8192, PROT_READ, MAP_SHARED, reading, 0);
+    errno = 0;
+    printf("writable: %d", mprotect(read_only + 4096, 4096, PROT_READ | PROT_WRITE));
+    printf(" %s\n", strerror(errno));
     return 0;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
@@ -12,12 +13,13 @@ from ..channels import Channel
 from ..contents import Regular
 from ..directories import Directory
 from ..inodes import Inode, Stat
-from ..locks import Lock
+from ..locks import Held, Lock
+from ..made import is_made
 from ..openfiles import OpenFile
 from ..paths import LONGEST_PATH
 from ..pipes import PipeEnd
 from ..space import PAGE
-from ..vfs import UTIME_NOW
+from ..vfs import UTIME_NOW, UTIME_OMIT
 from .registry import Blocked, served, signed, signed32
 
 if TYPE_CHECKING:
@@ -26,10 +28,15 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW, _AT_REMOVEDIR, _AT_SYMLINK_FOLLOW, _AT_EMPTY_PATH = 0x100, 0x200, 0x400, 0x1000    # linux/fcntl.h
+_AT_EACCESS, _AT_NO_AUTOMOUNT, _AT_STATX_SYNC = 0x200, 0x800, 0x6000
+_STAT_FLAGS = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_EMPTY_PATH | _AT_STATX_SYNC
+_STATX_RESERVED = 1 << 31
+_CLOSE_UNSHARE, _CLOSE_ON_EXEC = 2, 4   # CLOSE_RANGE_*
 _COUNT_MAX = 0x7FFF_F000                # of bytes that one call moves (MAX_RW_COUNT)
 _VECTORS_MAX = 1024                     # UIO_MAXIOV
 _PART = 1 << 20                         # bytes that are moved at a time
 _PIECE = 1 << 16                        # the same, to a channel
+_ADVICES = 6                            # POSIX_FADV_*
 _SECOND = 10**9
 _STAT = struct.Struct("<QQQIIIIQqqqqqqqqq24x")
 _STATX = struct.Struct("<IIQIIIHHQQQQ" + "qIi" * 4 + "IIII")
@@ -49,6 +56,12 @@ def _directory(thread: Thread, fd: int) -> Inode:
 
 def _path(thread: Thread, address: int) -> bytes:
     return thread.process.space.text(address, LONGEST_PATH + 1)
+
+
+def _check(flags: int, known: int) -> None:
+    """Raises OSError."""
+    if flags & 0xFFFF_FFFF & ~known:
+        raise OSError(errno.EINVAL, "")
 
 
 def located(system: System, thread: Thread, fd: int, path: int, flags: int = 0, *, follow: bool = True) -> Inode:
@@ -114,14 +127,16 @@ def close(system: System, thread: Thread, fd: int, *_: int) -> int:
 @served("close_range")
 def close_range(system: System, thread: Thread, first: int, last: int, flags: int, *_: int) -> int:
     first, last = first & 0xFFFF_FFFF, last & 0xFFFF_FFFF
-    if first > last or flags & ~6:
+    if first > last or flags & ~(_CLOSE_UNSHARE | _CLOSE_ON_EXEC):
         raise OSError(errno.EINVAL, "")
+    if flags & _CLOSE_UNSHARE:
+        system.unshare_files(thread.process)
     for number in thread.process.files:
         if first <= number <= last:
-            if flags & 4:
+            if flags & _CLOSE_ON_EXEC:
                 thread.process.files.descriptor(number).close_on_exec = True
             else:
-                thread.process.files.close(number)
+                close(system, thread, number)
     return 0
 
 
@@ -385,9 +400,17 @@ def lseek(system: System, thread: Thread, fd: int, offset: int, whence: int, *_:
     return file.seek(signed(offset), signed32(whence))
 
 
-@served("fsync", "fdatasync", "syncfs")
+@served("fsync", "fdatasync")
 def fsync(system: System, thread: Thread, fd: int, *_: int) -> int:
     """Files are memory."""
+    inode = thread.process.files.get(signed32(fd)).inode
+    if is_made(inode) or not isinstance(inode, (Regular, Directory)):
+        raise OSError(errno.EINVAL, "")
+    return 0
+
+
+@served("syncfs")
+def syncfs(system: System, thread: Thread, fd: int, *_: int) -> int:
     thread.process.files.get(signed32(fd))
     return 0
 
@@ -398,8 +421,13 @@ def sync(system: System, thread: Thread, *_: int) -> int:
 
 
 @served("fadvise64")
-def fadvise64(system: System, thread: Thread, fd: int, *_: int) -> int:
-    thread.process.files.get(signed32(fd))
+def fadvise64(system: System, thread: Thread, fd: int, offset: int, length: int, advice: int, *_: int) -> int:
+    """All of it is in memory already."""
+    inode = thread.process.files.get(signed32(fd)).inode
+    if inode.kind == stat.S_IFIFO:
+        raise OSError(errno.ESPIPE, "")
+    if signed(length) < 0 or signed32(advice) not in range(_ADVICES):
+        raise OSError(errno.EINVAL, "")
     return 0
 
 
@@ -449,12 +477,16 @@ def fstat(system: System, thread: Thread, fd: int, address: int, *_: int) -> int
 
 @served("newfstatat")
 def newfstatat(system: System, thread: Thread, fd: int, path: int, address: int, flags: int, *_: int) -> int:
+    _check(flags, _STAT_FLAGS)
     thread.process.space.write(address, _packed(located(system, thread, fd, path, flags).stat()))
     return 0
 
 
 @served("statx")
 def statx(system: System, thread: Thread, fd: int, path: int, flags: int, mask: int, address: int, *_: int) -> int:
+    _check(flags, _STAT_FLAGS)
+    if mask & _STATX_RESERVED or flags & _AT_STATX_SYNC == _AT_STATX_SYNC:
+        raise OSError(errno.EINVAL, "")
     found = located(system, thread, fd, path, flags).stat()
     times = [(*divmod(each, _SECOND), 0) for each in (found.atime, found.btime, found.ctime, found.mtime)]
     packed = _STATX.pack(_STATX_BASIC | _STATX_BTIME, found.blksize, 0, found.nlink, found.uid, found.gid, found.mode,
@@ -476,6 +508,8 @@ def faccessat(system: System, thread: Thread, fd: int, path: int, mode: int, *_:
 
 @served("faccessat2")
 def faccessat2(system: System, thread: Thread, fd: int, path: int, mode: int, flags: int, *_: int) -> int:
+    _check(flags, _AT_SYMLINK_NOFOLLOW | _AT_EACCESS | _AT_EMPTY_PATH)
+    _check(mode, os.R_OK | os.W_OK | os.X_OK)
     system.files.access(located(system, thread, fd, path, flags), signed32(mode))
     return 0
 
@@ -553,17 +587,25 @@ def fchown(system: System, thread: Thread, fd: int, uid: int, gid: int, *_: int)
 
 @served("fchownat")
 def fchownat(system: System, thread: Thread, fd: int, path: int, uid: int, gid: int, flags: int, *_: int) -> int:
+    _check(flags, _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH)
     system.files.chown(located(system, thread, fd, path, flags), _id(uid), _id(gid))
     return 0
 
 
 @served("utimensat")
 def utimensat(system: System, thread: Thread, fd: int, path: int, times: int, flags: int, *_: int) -> int:
-    inode = thread.process.files.get(signed32(fd)).inode if not path else located(system, thread, fd, path, flags)
     wanted = ((0, UTIME_NOW), (0, UTIME_NOW))
     if times:
         a, b, c, d = struct.unpack("<4q", thread.process.space.read(times, 32))
         wanted = ((a, b), (c, d))
+        if b == d == UTIME_OMIT:        # the file is not even looked for
+            return 0
+    if path or signed32(fd) == _AT_FDCWD:
+        _check(flags, _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH)
+        inode = located(system, thread, fd, path, flags)
+    else:
+        _check(flags, 0)
+        inode = thread.process.files.get(signed32(fd)).inode
     system.files.set_times(inode, *wanted)
     return 0
 
@@ -670,6 +712,7 @@ def link(system: System, thread: Thread, old: int, new: int, *_: int) -> int:
 
 @served("linkat")
 def linkat(system: System, thread: Thread, old_fd: int, old: int, fd: int, new: int, flags: int, *_: int) -> int:
+    _check(flags, _AT_SYMLINK_FOLLOW | _AT_EMPTY_PATH)
     system.files.link(*_place(system, thread, old_fd, old), *_place(system, thread, fd, new),
                       follow=bool(flags & _AT_SYMLINK_FOLLOW), empty=bool(flags & _AT_EMPTY_PATH))
     return 0
@@ -695,7 +738,10 @@ def umask(system: System, thread: Thread, mask: int, *_: int) -> int:
 # --- descriptors and locks ---------------------------------------------------------------------------------------
 
 _F = {"DUPFD": 0, "GETFD": 1, "SETFD": 2, "GETFL": 3, "SETFL": 4, "GETLK": 5, "SETLK": 6, "SETLKW": 7,
+      "OFD_GETLK": 36, "OFD_SETLK": 37, "OFD_SETLKW": 38,
       "DUPFD_CLOEXEC": 1030, "SETPIPE_SZ": 1031, "GETPIPE_SZ": 1032}
+_OF_PROCESSES, _OF_FILES = (
+    {_F[prefix + name]: name for name in ("GETLK", "SETLK", "SETLKW")} for prefix in ("", "OFD_"))
 _FLOCK = struct.Struct("<hh4xqqi4x")
 _UNLOCK = 2
 
@@ -719,8 +765,10 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
     if command == _F["SETFL"]:
         file.set_flags(argument & 0xFFFF_FFFF)
         return 0
-    if command in (_F["GETLK"], _F["SETLK"], _F["SETLKW"]):
-        return _record_lock(system, thread, file, command, argument)
+    if command in _OF_PROCESSES:
+        return _record_lock(system, thread, file, _OF_PROCESSES[command], argument, files.owner)
+    if command in _OF_FILES:
+        return _record_lock(system, thread, file, _OF_FILES[command], argument, -file.number)
     if command in (_F["SETPIPE_SZ"], _F["GETPIPE_SZ"]):
         if not isinstance(file, PipeEnd):
             raise OSError(errno.EBADF, "")
@@ -728,23 +776,29 @@ def fcntl(system: System, thread: Thread, fd: int, command: int, argument: int, 
     raise OSError(errno.EINVAL, "")
 
 
-def _record_lock(system: System, thread: Thread, file: OpenFile, command: int, address: int) -> int:
-    space, owner = thread.process.space, thread.process.files.owner
-    kind, whence, start, length, _ = _FLOCK.unpack(space.read(address, _FLOCK.size))
-    if command == _F["GETLK"]:
+def _record_lock(system: System, thread: Thread, file: OpenFile, command: str, address: int, owner: int) -> int:
+    """``owner``: as a `Lock` has it."""
+    space = thread.process.space
+    kind, whence, start, length, pid = _FLOCK.unpack(space.read(address, _FLOCK.size))
+    if owner < 0 and pid:
+        raise OSError(errno.EINVAL, "")
+    if command == "GETLK":
         held: Lock | None = file.conflict(owner, kind, whence, start, length)
         if held is None:
             space.write(address, struct.pack("<h", _UNLOCK))
         else:
             end = 0 if held.end >= 1 << 63 else held.end - held.start
-            space.write(address, _FLOCK.pack(int(held.exclusive), os.SEEK_SET, held.start, end, held.owner))
+            space.write(address, _FLOCK.pack(int(held.exclusive), os.SEEK_SET, held.start, end, max(held.owner, -1)))
         return 0
     try:
         file.lock(owner, kind, whence, start, length)
-    except OSError as error:
-        if command == _F["SETLKW"] and error.errno == errno.EAGAIN:
-            raise Blocked(on=(file.inode,)) from None
-        raise
+    except Held as held_up:
+        if command != "SETLKW":
+            raise
+        if owner > 0 and system.would_wait_forever(owner, held_up.lock.owner):
+            raise OSError(errno.EDEADLK, "") from None
+        thread.lock_owner = held_up.lock.owner
+        raise Blocked(on=(file.inode,)) from None
     system.notify(file.inode)
     return 0
 

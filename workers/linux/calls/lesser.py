@@ -99,13 +99,10 @@ def capset(system: System, thread: Thread, *_: int) -> int:
 
 @served("mincore")
 def mincore(system: System, thread: Thread, address: int, length: int, vector: int, *_: int) -> int:
-    """All that is mapped is in memory, or would be at once."""
     if address % PAGE:
         raise OSError(errno.EINVAL, "")
-    space, count = thread.process.space, -(-length // PAGE)
-    if any(space.find(address // PAGE + at) is None for at in range(count)):
-        raise OSError(errno.ENOMEM, "")
-    space.write(vector, b"\1" * count)
+    space = thread.process.space
+    space.write(vector, space.in_memory(address, length) if length else b"")
     return 0
 
 

@@ -153,10 +153,7 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
     system.leave_space(process)
     process.space = space
     system.release_vfork(process)
-    if process.files.users > 1:
-        files = process.files.copy(process.pid)
-        system.leave_files(process)
-        process.files = files
+    system.unshare_files(process)
     process.files.close_all(on_exec=True)
     process.actions = {number: action for number, action in process.actions.items() if action.ignores}
     process.timers.clear()
