@@ -9,6 +9,7 @@ what was there.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
 from collections.abc import Sequence
@@ -40,13 +41,13 @@ def main() -> int:
         tests = chosen(found_tests(options.built, FOLDERS), options.only, rows if options.again else None)
         for at in range(0, len(tests), options.batch):
             part = tests[at:at + options.batch]
-            for test, native, ours in tried(root, part, options.seconds):
-                rows[test.name] = Row.of(test, native, ours)
+            found = tried(root, part, options.seconds)
+            keep([Row.of(*each) for each in found])
+            for test, native, ours in found:
                 if native.passed and not ours.passed:
                     print(f"{test.name}: {ours.kind} inside", flush=True)
                     if options.show:
                         print(ours.output, flush=True)
-            keep(rows)
             print(f"{at + len(part)} of {len(tests)}", flush=True)
     except VmmError as exc:
         print(exc, file=sys.stderr)
@@ -68,18 +69,12 @@ def chosen(tests: Sequence[Test], only: str | None, before: dict[str, Row] | Non
 
 
 def tried(root: Path, tests: Sequence[Test], seconds: int) -> list[tuple[Test, Outcome, Outcome]]:
-    """Those that have not passed among others are tried alone."""
-    native = natively(root, tests, seconds)
-    ours: dict[str, Outcome] = {}
-    left = list(tests)
-    while left:
+    """Natively in turn; inside in one machine, and in another one those that one has not come to."""
+    native, ours = natively(root, tests, seconds), inside(root, tests, seconds)
+    while left := [test for test in tests if test.name not in ours]:
         ours |= inside(root, left, seconds)
-        left = [test for test in left if test.name not in ours]
-    for test in tests:
-        if not native.get(test.name) or not native[test.name].passed:
-            native |= natively(root, [test], seconds)
-        if native[test.name].passed and not ours[test.name].passed:
-            ours |= inside(root, [test], seconds)
+    while left := [test for test in tests if test.name not in native]:
+        native |= natively(root, left, seconds)
     return [(test, native[test.name], ours[test.name]) for test in tests]
 
 
@@ -88,11 +83,15 @@ def kept() -> dict[str, Row]:
     return {row["name"]: Row(**row) for row in json.loads(_RESULTS.read_text())} if _RESULTS.exists() else {}
 
 
-def keep(rows: dict[str, Row]) -> None:
-    there = [rows[name] for name in sorted(rows)]
-    _RESULTS.write_text(json.dumps([row.data() for row in there], indent=1) + "\n")
-    head, mark, _ = _DOCS.read_text().partition("## Results\n") if _DOCS.exists() else ("", "", "")
-    _DOCS.write_text(head + (mark or "## Results\n") + "\n" + text_of(there))
+def keep(rows: Sequence[Row]) -> None:
+    """They are in the results, and the table is made of all of them. Others may do the same."""
+    with _DOCS.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = kept() | {row.name: row for row in rows}
+        there = [found[name] for name in sorted(found)]
+        _RESULTS.write_text(json.dumps([row.data() for row in there], indent=1) + "\n")
+        head, mark, _ = _DOCS.read_text().partition("## Results\n")
+        _DOCS.write_text(f"{head}{mark}\n{text_of(there)}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def natively(root: Path, tests: Sequence[Test], seconds: int) -> dict[str, Outco
 
 
 def inside(root: Path, tests: Sequence[Test], seconds: int, *, memory: str = "768MiB",
-           threads: int = 128) -> dict[str, Outcome]:
+           threads: int = 64) -> dict[str, Outcome]:
     """Those that have ended; the one after them has ended its machine, or hangs in a way that nothing ends."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
