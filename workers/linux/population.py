@@ -120,6 +120,8 @@ class Population:
                         parent.group, parent.session, limits=dict(parent.limits), actions=dict(parent.actions),
                         exit_signal=exit_signal, oom_adjustment=parent.oom_adjustment)
         child.arguments, child.environment = parent.arguments, parent.environment
+        child.users, child.groups, child.more_groups = parent.users, parent.groups, list(parent.more_groups)
+        child.niceness, child.persona = parent.niceness, parent.persona
         self.processes[pid] = child
         made = self.new_thread(child, thread.name, pid)
         made.blocked, made.alternate = thread.blocked, thread.alternate
@@ -277,7 +279,7 @@ class Population:
             what, status = (_CLD_DUMPED if code & 0x80 else _CLD_KILLED), code & 0x7F
         else:
             what, status = _CLD_EXITED, code >> 8
-        return SignalInfo(number, what, process.pid, 0, status)
+        return SignalInfo(number, what, process.pid, process.users.real, status)
 
     def reap(self, process: Process) -> None:
         """A zombie that its parent has asked for."""
@@ -315,7 +317,7 @@ class Population:
 
     def raise_signal(self, thread: Thread, number: int) -> None:
         """For what it has just done (SIGPIPE)."""
-        self.signal_thread(thread, SignalInfo(number, SI_USER, thread.process.pid))
+        self.signal_thread(thread, SignalInfo(number, SI_USER, thread.process.pid, thread.process.users.real))
 
     def signal_group(self, group: int, number: int) -> None:
         """All processes of a group."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .directories import Directory
 from .openfiles import OpenFile
+from .owners import ROOT, Ids
 from .signals import CHLD, Action, SignalInfo
 from .space import Space
 from .timers import Timer
@@ -144,7 +145,17 @@ class Process:
     alarm: tuple[int, int] = (0, 0)     # ITIMER_REAL: when (CLOCK_MONOTONIC, nanoseconds; 0: never), and how often
     timers: dict[int, Timer] = field(default_factory=dict)      # timer_create(2)
     next_timer: int = 0
+    users: Ids = ROOT
+    groups: Ids = ROOT
+    more_groups: list[int] = field(default_factory=list)
+    niceness: int = 0               # it has no effect
+    persona: int = 0                # personality(2), nor has this
     oom_adjustment: int = 0         # /proc/<pid>/oom_score_adj: nobody asks it when memory is used up
+
+    @property
+    def is_privileged(self) -> bool:
+        """It may do what user 0 may."""
+        return not self.users.effective
 
     @property
     def cpu_ns(self) -> int:
@@ -159,7 +170,8 @@ class Process:
             "space": saving.space(self.space), "files": saving.table(self.files),
             "directory": saving.inode(self.directory), "threads": [each.save(saving) for each in self.threads],
             "arguments": list(self.arguments), "environment": list(self.environment),
-            "limits": [[which, *pair] for which, pair in self.limits.items()],
+            "users": list(astuple(self.users)), "groups": list(astuple(self.groups)),
+            "more_groups": list(self.more_groups), "limits": [[which, *pair] for which, pair in self.limits.items()],
             "actions": [[number, *astuple(action)] for number, action in self.actions.items()],
             "pending": [list(astuple(each)) for each in self.pending], "alarm": list(self.alarm),
             "timers": [[number, *astuple(each)] for number, each in self.timers.items()]}
@@ -171,6 +183,7 @@ class Process:
                     directory=loading.directory(saved["directory"]), **{name: saved[name] for name in _PROCESS})
         found.threads = [Thread.load(loading, each, found) for each in saved["threads"]]
         found.arguments, found.environment = saved["arguments"], saved["environment"]
+        found.users, found.groups, found.more_groups = Ids(*saved["users"]), Ids(*saved["groups"]), saved["more_groups"]
         found.limits = {which: (soft, hard) for which, soft, hard in saved["limits"]}
         found.actions = {number: Action(*rest) for number, *rest in saved["actions"]}
         found.pending = [SignalInfo(*each) for each in saved["pending"]]
@@ -230,7 +243,8 @@ class Thread:
 
 #: What is saved of them as it is.
 _PROCESS = ("pid", "parent", "path", "name", "mask", "group", "session", "code", "stopped", "told", "exit_signal",
-            "cpu_before", "cpu_children", "next_timer", "oom_adjustment", "has_execed")
+            "cpu_before", "cpu_children", "next_timer", "oom_adjustment", "has_execed",
+            "niceness", "persona")
 _THREAD = ("tid", "name", "blocked", "saved_mask", "awaited", "alternate", "clear_tid", "fs_base", "deadline", "done",
            "fs_now", "cpu_ns")
 

@@ -247,6 +247,9 @@ class Space:
             raise OSError(errno.EFAULT, "")
         if not count and not found.shared:
             raise OSError(errno.EINVAL, "")
+        if not count and to == address:     # what is there goes first
+            self._unmap(start, start + wanted)
+            raise OSError(errno.EFAULT, "")
         if to is None and count and wanted <= count:
             if wanted < count:
                 self._unmap(start + wanted, start + count)

@@ -268,7 +268,8 @@ class System(Population):
 
     def call(self, thread: Thread, number: int, arguments: Sequence[int]) -> int:
         """The result, negative for an error. Raises Blocked, and Ended where the thread does not come back."""
-        self.caller = thread
+        self.caller, process = thread, thread.process
+        self.files.owner = process.users.files, process.groups.files
         function = SERVED.get(number)
         if function is None:
             self.missing[number] += 1

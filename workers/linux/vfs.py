@@ -61,6 +61,9 @@ class FileSystem:
     """``clock``: nanoseconds since 1970. ``random``: so many random bytes (random and urandom). ``blocks``: the frames
     that there are, for statfs(2). What is named after a system call raises OSError as that does."""
 
+    #: (user, group) of what is made now.
+    owner: tuple[int, int] = (0, 0)
+
     def __init__(self, memory: Memory, frames: Frames, *, clock: Callable[[], int], random: Callable[[int], bytes],
                  device: int = 1, blocks: int = 0) -> None:
         self.store = Store(memory, frames, clock, random, device)
@@ -209,7 +212,7 @@ class FileSystem:
         if len(target) > LONGEST_PATH:
             raise OSError(errno.ENAMETOOLONG, "")
         place = self._free_place(at, path)
-        self._enter(place, Symlink(self.store, stat.S_IFLNK | 0o777, 0, _group(place.directory), target=target))
+        self._enter(place, Symlink(self.store, stat.S_IFLNK | 0o777, *self._owner_in(place.directory), target=target))
 
     def link(self, old_at: Inode, old: bytes, at: Inode, path: bytes, *, follow: bool = False,
              empty: bool = False) -> None:
@@ -244,7 +247,12 @@ class FileSystem:
     def _new(self, directory: Directory, mode: int, device: int = 0) -> Inode:
         if stat.S_ISDIR(mode):
             mode |= directory.mode & stat.S_ISGID
-        return new_inode(self.store, mode, 0, _group(directory), device)
+        return new_inode(self.store, mode, *self._owner_in(directory), device)
+
+    def _owner_in(self, directory: Directory) -> tuple[int, int]:
+        """Of what is made in it."""
+        user, group = self.owner
+        return user, directory.gid if directory.mode & stat.S_ISGID else group
 
     def _enter(self, place: Place, inode: Inode) -> None:
         place.directory.enter(place.name, inode)
@@ -501,7 +509,3 @@ def _is_at_place(inode: Inode) -> bool:
     return (inode.nlink == 1 or inode.kind == stat.S_IFDIR) and (
         isinstance(directory, Directory) and directory.there(name) is inode)
 
-
-def _group(directory: Directory) -> int:
-    """Of what is made in it."""
-    return directory.gid if directory.mode & stat.S_ISGID else 0

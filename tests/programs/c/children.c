@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <limits.h>
 #include <sched.h>
 #include <signal.h>
@@ -43,6 +44,8 @@ static void clones(void)
     said("waitid __WALL", waitid(P_PID, pid, &info, WEXITED | WNOWAIT | __WALL));
     printf("signal %d code %d status %d, rest %x\n", info.si_signo, info.si_code, info.si_status,
            ((unsigned char *)&info)[100]);
+    pid_t sibling = clone(nothing, stack + sizeof stack, CLONE_PARENT | SIGCHLD, 0);
+    said("a sibling is no child", waitpid(sibling, &status, 0));
     printf("__WCLONE %d\n", waitpid(-1, &status, __WCLONE) == pid);
     printf("%x\n", status);
 }
@@ -110,8 +113,25 @@ static void groups(void)
     waitpid(pid, 0, 0);
 }
 
+static volatile pid_t number;
+
+static void *other(void *argument)
+{
+    number = gettid();
+    pause();
+    return 0;
+}
+
 static void signalled(void)
 {
+    pthread_t thread;
+    pthread_create(&thread, 0, other, 0);
+    while (!number)
+        usleep(1000);
+    siginfo_t none = {.si_code = SI_QUEUE};
+    said("kill by a thread's number", kill(number, 0));
+    said("queued by it", syscall(SYS_rt_sigqueueinfo, number, 0, &none));
+
     siginfo_t info = {.si_code = SI_QUEUE, .si_signo = SIGUSR1};
     pid_t pid = child(100);
     said("tgkill 0", syscall(SYS_tgkill, 0, pid, 0));
@@ -135,8 +155,13 @@ int main(int count, char **arguments)
         sleep(100);
         return 0;
     }
-    if (fork())     // not the first process, of which nothing is asked
-        return wait(0) < 0;
+    if (fork()) {   // not the first process, of which nothing is asked
+        int children = 0;
+        while (wait(0) > 0)
+            children++;
+        printf("%d children\n", children);
+        return 0;
+    }
     setpgid(0, 0);
     signal(SIGUSR2, SIG_IGN);
     said("no children", wait(0));

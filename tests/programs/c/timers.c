@@ -67,6 +67,12 @@ int main(void)
     printf("off: %ld %ld %ld\n", old.it_value.tv_sec, old.it_value.tv_nsec, old.it_interval.tv_sec);
     show("in the past", set(timers[1], TIMER_ABSTIME, 1000, 0, 0));
     await(&all, "in the past");
+    show("since long ago, every 5 ms", set(timers[1], TIMER_ABSTIME, 1000, 5, 0));
+    siginfo_t many;
+    printf("signal %d, often over %d\n", sigwaitinfo(&all, &many) == SIGRTMIN, many.si_overrun > 1000);
+    set(timers[1], 0, 0, 0, 0);
+    while (sigtimedwait(&all, 0, &(struct timespec){0}) > 0)
+        ;
     show("every 5 ms", set(timers[1], 0, 5, 5, 0));
     for (int i = 0; i < 3; i++)
         await(&all, "again");

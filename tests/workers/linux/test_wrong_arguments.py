@@ -189,3 +189,71 @@ def test_what_is_in_memory(twice: Twice) -> None:
     found = twice.guest.call("mincore", start, 40 * 4096, Out(40))[1][0]
     assert found[:2] == bytes(2)
     assert found[2] == 1
+
+
+def test_what_is_no_link(twice: Twice) -> None:
+    twice.same("readlink", b"\0", Out(10), 10)
+    twice.same("readlinkat", twice.made("open", b"/\0", os.O_PATH), b"\0", Out(10), 10)
+    twice.same("readlinkat", Fd(99, 99), b"\0", Out(10), 10)
+    twice.same("readlink", b"/\0", Out(10), 10)
+    twice.same("readlink", b"/\0", Out(10), 0)
+
+
+# --- what is only half there -------------------------------------------------------------------------------------
+
+
+def vector(*parts: tuple[int, int]) -> bytes:
+    return b"".join(struct.pack("<QQ", *each) for each in parts)
+
+
+def test_a_vector_of_which_a_part_is_not_mapped(twice: Twice) -> None:
+    """What comes before it has been read or written."""
+    twice.same("mmap", FAR, 4096, 3, PRIVATE | ANONYMOUS | FIXED, -1, 0)
+    parts = vector((FAR, 64), (FAR + 8192, 64), (FAR + 64, 64))
+    file = twice.made("memfd_create", b"x\0", 0)
+    twice.same("ftruncate", file, 200)
+    for name, more in (("writev", ()), ("pwritev", (10,)), ("readv", ()), ("preadv", (10,))):
+        twice.same("lseek", file, 20, 0)
+        twice.same(name, file, parts, 3, *more)
+        twice.same("lseek", file, 0, 1)
+    twice.same("lseek", file, 20, 0)
+    twice.same("read", file, FAR + 8192, 10)
+    twice.same("lseek", file, 0, 1)
+    twice.same("munmap", FAR, 4096)
+
+
+@pytest.mark.parametrize("flags", [0, 1, 2, 3, 0x20, 0x100, 1 << 31, 0x10, 0x8])
+def test_names_and_flags_of_memory(twice: Twice, flags: int) -> None:
+    for name in (b"\0", b"a" * 249 + b"\0", b"a" * 250 + b"\0"):
+        twice.new("memfd_create", name, flags)
+
+
+def test_what_is_to_be_written_out_or_read_ahead(twice: Twice) -> None:
+    for fd in opened(twice):
+        for offset, length, flags in ((0, 1, 2), (0, 1, 8), (-1, 1, 1), (0, -1, 1), (1, (1 << 63) - 1, 1), (0, 0, 7)):
+            twice.same("sync_file_range", fd, offset, length, flags)
+        twice.same("readahead", fd, 0, 10)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_a_mask_that_is_not_mapped(twice: Twice, size: int) -> None:
+    """It is looked at also where something is ready already."""
+    epoll, (_, end) = twice.made("epoll_create1", 0), twice.pair("pipe2", Out(8), 0)
+    for side, made in (("ours", twice.guest.call), ("theirs", twice.on_host)):
+        made("epoll_ctl", getattr(epoll, side), 1, getattr(end, side), struct.pack("<IQ", 4, 0))
+    twice.same("epoll_pwait", epoll, Out(12), 1, 0, FAR, size)
+    twice.same("ppoll", 0, 0, bytes(16), FAR, size)
+    twice.same("pselect6", 0, 0, 0, 0, bytes(16), struct.pack("<QQ", FAR, size))
+
+
+@pytest.mark.parametrize("version", [0x1998_0330, 0x2007_1026, 0x2008_0522, 7])
+def test_whose_capabilities(twice: Twice, version: int) -> None:
+    for pid in (0, -1, 0x3F_FFFF):
+        header = Out(8, struct.pack("<Ii", version, pid))
+        ours, theirs = twice.both("capget", header, Out(24))
+        assert isinstance(ours, str) == isinstance(theirs, str)
+        if isinstance(ours, str):
+            assert ours == theirs
+        twice.same("capget", header, 0)
+    twice.same("capset", Out(8, struct.pack("<Ii", version, 2)), bytes(24))
+    twice.same("capset", Out(8, struct.pack("<Ii", version, 0)), 0)

@@ -29,6 +29,7 @@ from . import (
     lesser,
     life,
     memory,
+    owners,
     pipes,
     signalling,
     sockets,
@@ -38,4 +39,4 @@ from . import (
 from .registry import SERVED, Blocked, Ended
 
 __all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "lesser", "life", "memory",
-           "pipes", "signalling", "sockets", "timers", "waiting"]
+           "owners", "pipes", "signalling", "sockets", "timers", "waiting"]

@@ -173,7 +173,7 @@ def epoll_pwait2(system: System, thread: Thread, at: int, address: int, most: in
 
 def _wait(system: System, thread: Thread, at: int, address: int, most: int, timeout: int | None, mask: int,
           size: int) -> int:
-    check_mask(mask, size)
+    check_mask(thread, mask, size)
     most = signed32(most)
     if not 0 < most <= _EVENTS_MAX:
         raise OSError(errno.EINVAL, "")

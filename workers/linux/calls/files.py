@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NoReturn
 from ..channels import Channel
 from ..contents import Regular
 from ..directories import Directory
-from ..inodes import Inode, Stat
+from ..inodes import Inode, Stat, Symlink
 from ..locks import Held, Lock
 from ..made import is_made
 from ..openfiles import OpenFile
 from ..paths import LONGEST_PATH
 from ..pipes import PipeEnd
-from ..space import PAGE
+from ..space import PAGE, SegmentationFault
 from ..vfs import UTIME_NOW, UTIME_OMIT
 from .registry import Blocked, served, signed, signed32
 
@@ -201,9 +201,8 @@ def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int,
         left = total - thread.done
         # With the part that is not whole pages, which a pipe looks at first.
         size = min(left, _PART if file.whole else _PIECE + left % PAGE)
-        data = gather(thread, buffers, thread.done, size)
         try:
-            thread.done += file.put(system, thread, data)
+            thread.done += file.put(system, thread, gather(thread, buffers, thread.done, size))
         except Blocked as blocked:
             try:
                 block(system, thread, file, blocked, writing=True)
@@ -211,7 +210,7 @@ def _put(system: System, thread: Thread, file: Channel, buffers: list[tuple[int,
                 if not thread.done:
                     raise
                 return thread.done
-        except OSError:
+        except (OSError, SegmentationFault):
             if not thread.done:
                 raise
             return thread.done
@@ -269,7 +268,14 @@ def _into(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]
             if done:
                 break
             raise
-        thread.process.space.write(address, data)
+        try:
+            thread.process.space.write(address, data)
+        except SegmentationFault:
+            if offset is None and isinstance(file.inode, Regular):
+                file.position -= len(data)
+            if done:
+                break
+            raise
         done += len(data)
         if len(data) < size:
             break
@@ -289,10 +295,10 @@ def _from(system: System, thread: Thread, fd: int, buffers: list[tuple[int, int]
         return _put(system, thread, file, buffers)
     done = 0
     for address, size in _parts(buffers):
-        data = thread.process.space.read(address, size)
         try:
+            data = thread.process.space.read(address, size)
             written = file.write(data) if offset is None else file.pwrite(data, offset + done)
-        except OSError:
+        except (OSError, SegmentationFault):
             if done:
                 break
             raise
@@ -541,7 +547,10 @@ def readlink(system: System, thread: Thread, path: int, address: int, size: int,
 def readlinkat(system: System, thread: Thread, fd: int, path: int, address: int, size: int, *_: int) -> int:
     if signed32(size) <= 0:
         raise OSError(errno.EINVAL, "")
-    target = system.files.readlink(located(system, thread, fd, path, _AT_EMPTY_PATH, follow=False))[:signed32(size)]
+    inode = located(system, thread, fd, path, _AT_EMPTY_PATH, follow=False)
+    if not _path(thread, path) and not isinstance(inode, Symlink):
+        raise OSError(errno.ENOENT, "")
+    target = system.files.readlink(inode)[:signed32(size)]
     thread.process.space.write(address, target)
     return len(target)
 

@@ -1,4 +1,4 @@
-"""Who and where a process is; names, limits, what the machine has."""
+"""Where a process is; names, limits, what the machine has."""
 
 from __future__ import annotations
 
@@ -35,26 +35,6 @@ def getppid(system: System, thread: Thread, *_: int) -> int:
 @served("gettid")
 def gettid(system: System, thread: Thread, *_: int) -> int:
     return thread.tid
-
-
-@served("getuid", "geteuid", "getgid", "getegid", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid",
-        "setfsuid", "setfsgid", "getgroups", "setgroups", "setpriority")
-def root(system: System, thread: Thread, *_: int) -> int:
-    """There is no other user."""
-    return 0
-
-
-@served("getpriority")
-def getpriority(system: System, thread: Thread, *_: int) -> int:
-    """20 - niceness, as the call itself gives it."""
-    return 20
-
-
-@served("getresuid", "getresgid")
-def getresuid(system: System, thread: Thread, real: int, effective: int, saved: int, *_: int) -> int:
-    for address in (real, effective, saved):
-        thread.process.space.write(address, bytes(4))
-    return 0
 
 
 @served("getpgrp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = -100
 _FIFO_MAX = 99
+_ASKED = 0xFFFF_FFFF                        # no personality, but the question for it
+_SYNC_FLAGS = 7                             # SYNC_FILE_RANGE_*
 _PRIORITIES = {0: (0, 0), 1: (1, _FIFO_MAX), 2: (1, _FIFO_MAX), 3: (0, 0), 5: (0, 0), 6: (0, 0)}     # SCHED_*
 _PRIORITY_MAX = number_of("sched_get_priority_max")
-_CAPABILITIES = 0x2008_0522                 # _LINUX_CAPABILITY_VERSION_3
+#: _LINUX_CAPABILITY_VERSION_*, and how many bytes they have.
+_CAPABILITIES = {0x1998_0330: 12, 0x2007_1026: 24, 0x2008_0522: 24}
+_NEWEST = 0x2008_0522
 _ALL_CAPABILITIES = (1 << 41) - 1
 
 
@@ -72,28 +77,71 @@ def sched_getparam(system: System, thread: Thread, pid: int, address: int, *_: i
     return 0
 
 
-@served("sched_setparam", "readahead", "sync_file_range", "ioprio_set", "ioprio_get", "personality", "membarrier",
-        "set_mempolicy", "mbind", "migrate_pages")
+@served("sync_file_range")
+def sync_file_range(system: System, thread: Thread, fd: int, offset: int, length: int, flags: int, *_: int) -> int:
+    """Files are memory."""
+    inode = thread.process.files.get(signed32(fd)).inode
+    if flags & ~_SYNC_FLAGS or signed(offset) < 0 or signed(length) < 0 or offset + length >> 63:
+        raise OSError(errno.EINVAL, "")
+    if inode.kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFBLK, stat.S_IFLNK):
+        raise OSError(errno.ESPIPE, "")
+    return 0
+
+
+@served("readahead")
+def readahead(system: System, thread: Thread, fd: int, *_: int) -> int:
+    """All of it is in memory already."""
+    file = thread.process.files.get(signed32(fd))
+    if not file.readable:
+        raise OSError(errno.EBADF, "")
+    if file.inode.kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, "")
+    return 0
+
+
+@served("sched_setparam", "ioprio_set", "ioprio_get", "membarrier", "set_mempolicy", "mbind", "migrate_pages")
 def nothing(system: System, thread: Thread, *_: int) -> int:
     """It is as it is: that is the usual answer (of membarrier(2), to MEMBARRIER_CMD_QUERY: there are none)."""
     return 0
 
 
+@served("personality")
+def personality(system: System, thread: Thread, wanted: int, *_: int) -> int:
+    """What it was. It is kept for those who look (ADDR_NO_RANDOMIZE: addresses are never random)."""
+    process, wanted = thread.process, wanted & _ASKED
+    before = process.persona
+    if wanted != _ASKED:
+        process.persona = wanted
+    return before
+
+
 @served("capget")
 def capget(system: System, thread: Thread, header: int, data: int, *_: int) -> int:
-    version, _ = struct.unpack("<Ii", thread.process.space.read(header, 8))
-    if version != _CAPABILITIES:
-        thread.process.space.write(header, struct.pack("<I", _CAPABILITIES))
+    """All that user 0 has."""
+    version, pid = struct.unpack("<Ii", thread.process.space.read(header, 8))
+    if version not in _CAPABILITIES:
+        thread.process.space.write(header, struct.pack("<I", _NEWEST))
+    if not data:            # asked for the version only
+        return 0
+    if version not in _CAPABILITIES or pid < 0:
         raise OSError(errno.EINVAL, "")
-    if data:
-        low, high = _ALL_CAPABILITIES & 0xFFFF_FFFF, _ALL_CAPABILITIES >> 32
-        thread.process.space.write(data, struct.pack("<6I", low, low, 0, high, high, 0))
+    if pid and pid not in system.processes:
+        system.thread(pid)
+    low, high = _ALL_CAPABILITIES & 0xFFFF_FFFF, _ALL_CAPABILITIES >> 32
+    thread.process.space.write(data, struct.pack("<6I", low, low, 0, high, high, 0)[:_CAPABILITIES[version]])
     return 0
 
 
 @served("capset")
-def capset(system: System, thread: Thread, *_: int) -> int:
-    """There is no other user to be."""
+def capset(system: System, thread: Thread, header: int, data: int, *_: int) -> int:
+    """They stay as they are."""
+    version, pid = struct.unpack("<Ii", thread.process.space.read(header, 8))
+    if version not in _CAPABILITIES:
+        thread.process.space.write(header, struct.pack("<I", _NEWEST))
+        raise OSError(errno.EINVAL, "")
+    if pid not in (0, thread.process.pid, thread.tid):
+        raise OSError(errno.EPERM, "")
+    thread.process.space.read(data, _CAPABILITIES[version])
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from ipc.programs import REGISTERS
 
 from .. import signals
 from ..blocked import Blocked, Ended
+from ..contents import Regular
 from ..program import start
 from ..space import SegmentationFault
 from .identity import packed_usage
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # uapi/linux/sched.h
 _VM, _VFORK, _PARENT_SETTID, _THREAD, _SETTLS = 0x100, 0x4000, 0x10_0000, 0x1_0000, 0x8_0000
 _CHILD_CLEARTID, _CHILD_SETTID, _FILES = 0x20_0000, 0x100_0000, 0x400
+_PARENT = 0x8000
 _NAMESPACES = 0x7E02_0000 | 0x80
 # uapi/linux/wait.h
 _NOHANG, _UNTRACED, _EXITED, _CONTINUED, _NOWAIT = 1, 2, 4, 8, 0x100_0000
@@ -70,6 +73,8 @@ def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: in
         made.blocked = thread.blocked
     else:
         made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF, share_files=bool(flags & _FILES))
+        if flags & _PARENT:
+            made.process.parent = thread.process.parent
     space = thread.process.space
     if flags & _PARENT_SETTID:
         space.write(parent_tid, struct.pack("<I", made.tid))
@@ -158,6 +163,10 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
     process.actions = {number: action for number, action in process.actions.items() if action.ignores}
     process.timers.clear()
     process.has_execed = True
+    program = space.beginning.file if space.beginning else None
+    if isinstance(program, Regular):
+        process.users = process.users.at_exec(program.uid if program.mode & stat.S_ISUID else None)
+        process.groups = process.groups.at_exec(program.gid if program.mode & stat.S_ISGID else None)
     thread.alternate, thread.clear_tid, thread.robust = b"", 0, (0, 0)
     system.name_program(process, started, path, argv, envp)
     thread.name = process.name

@@ -24,6 +24,9 @@ _KNOWN = 0x7C07_F9F3
 _ASYNC, _INVALIDATE, _SYNC = 1, 2, 4            # MS_*
 _ON_FAULT = 1                                   # MLOCK_ONFAULT
 _LOCK_FLAGS, _LOCK_ON_FAULT = 7, 4              # MCL_*
+#: MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_HUGETLB (with a size), MFD_NOEXEC_SEAL, MFD_EXEC.
+_MEMFD_FLAGS, _MEMFD_HUGE, _MEMFD_SIZES = 0x1F, 4, 0x3F << 26
+_MEMFD_NAME = 250
 _ADDRESSES = 0x7FFF_FFFF_F000
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 _DONTNEED, _FREE, _REMOVE = 4, 8, 9             # MADV_*
@@ -185,7 +188,13 @@ def _check_mapped(thread: Thread, address: int, length: int) -> None:
 
 @served("memfd_create")
 def memfd_create(system: System, thread: Thread, name: int, flags: int, *_: int) -> int:
-    text, files = thread.process.space.text(name, 250), system.files
+    if flags & 0xFFFF_FFFF & ~(_MEMFD_FLAGS | (_MEMFD_SIZES if flags & _MEMFD_HUGE else 0)):
+        raise OSError(errno.EINVAL, "")
+    try:
+        text = thread.process.space.text(name, _MEMFD_NAME)
+    except OSError:
+        raise OSError(errno.EINVAL, "") from None
+    files = system.files
     file = files.open(files.root, b"/", os.O_TMPFILE | os.O_RDWR, 0o777)
     file.inode.place = files.root, b"memfd:" + text
     return thread.process.files.add(file, close_on_exec=bool(flags & 1))

@@ -13,7 +13,7 @@ from ..signals import ALL, UNBLOCKABLE, Action, SignalInfo
 from .registry import served, signed32
 
 if TYPE_CHECKING:
-    from ..processes import Thread
+    from ..processes import Process, Thread
     from ..system import System
 
 _BLOCK, _UNBLOCK, _SETMASK = 0, 1, 2
@@ -111,7 +111,8 @@ def rt_sigreturn(system: System, thread: Thread, *_: int) -> int:
 def kill(system: System, thread: Thread, pid: int, number: int, *_: int) -> int:
     pid, number = signed32(pid), _number(number)
     if pid > 0:
-        targets = [system.processes[pid]] if pid in system.processes else []
+        process = system.processes.get(pid) or (system.threads[pid].process if pid in system.threads else None)
+        targets = [process] if process is not None else []
     elif pid == -1:
         targets = [each for each in system.processes.values() if each is not thread.process and each.pid != 1]
     else:
@@ -119,26 +120,43 @@ def kill(system: System, thread: Thread, pid: int, number: int, *_: int) -> int:
         targets = [each for each in system.processes.values() if each.group == group]
     if not targets:
         raise OSError(errno.ESRCH, "")
-    for each in targets:
+    allowed = [each for each in targets if _may_signal(thread.process, each, number)]
+    if not allowed:
+        raise OSError(errno.EPERM, "")
+    for each in allowed:
         if number:
-            system.signal_process(each, SignalInfo(number, SI_USER, thread.process.pid))
+            system.signal_process(each, _from(thread, number, SI_USER))
     return 0
+
+
+def _from(thread: Thread, number: int, code: int) -> SignalInfo:
+    return SignalInfo(number, code, thread.process.pid, thread.process.users.real)
+
+
+def _may_signal(process: Process, target: Process, number: int) -> bool:
+    """As kill(2) has it."""
+    mine, theirs = process.users, target.users
+    return (process.is_privileged or bool({mine.real, mine.effective} & {theirs.real, theirs.saved})
+            or (number == signals.CONT and process.session == target.session))
 
 
 @served("tkill")
 def tkill(system: System, thread: Thread, tid: int, number: int, *_: int) -> int:
-    return _to_thread(system, tid, None, SignalInfo(_number(number), SI_TKILL, thread.process.pid))
+    return _to_thread(system, thread, tid, None, _from(thread, _number(number), SI_TKILL))
 
 
 @served("tgkill")
 def tgkill(system: System, thread: Thread, pid: int, tid: int, number: int, *_: int) -> int:
-    return _to_thread(system, tid, pid, SignalInfo(_number(number), SI_TKILL, thread.process.pid))
+    return _to_thread(system, thread, tid, pid, _from(thread, _number(number), SI_TKILL))
 
 
 @served("rt_sigqueueinfo")
 def rt_sigqueueinfo(system: System, thread: Thread, pid: int, number: int, address: int, *_: int) -> int:
     info = _queued(thread, number, address, signed32(pid))
-    process = system.process(signed32(pid))
+    target = system.threads.get(signed32(pid))      # also by the number of another thread than the first
+    process = system.process(signed32(pid)) if target is None else target.process
+    if not _may_signal(thread.process, process, info.number):
+        raise OSError(errno.EPERM, "")
     if info.number:
         system.signal_process(process, info)
     return 0
@@ -146,7 +164,7 @@ def rt_sigqueueinfo(system: System, thread: Thread, pid: int, number: int, addre
 
 @served("rt_tgsigqueueinfo")
 def rt_tgsigqueueinfo(system: System, thread: Thread, pid: int, tid: int, number: int, address: int, *_: int) -> int:
-    return _to_thread(system, tid, pid, _queued(thread, number, address, signed32(pid)))
+    return _to_thread(system, thread, tid, pid, _queued(thread, number, address, signed32(pid)))
 
 
 def _queued(thread: Thread, number: int, address: int, to: int) -> SignalInfo:
@@ -158,13 +176,15 @@ def _queued(thread: Thread, number: int, address: int, to: int) -> SignalInfo:
     return SignalInfo(_number(number), code, raw=struct.pack("<i", _number(number)) + raw[4:])
 
 
-def _to_thread(system: System, tid: int, pid: int | None, info: SignalInfo) -> int:
+def _to_thread(system: System, thread: Thread, tid: int, pid: int | None, info: SignalInfo) -> int:
     """``pid``: of its process. Raises OSError."""
     if signed32(tid) <= 0 or (pid is not None and signed32(pid) <= 0):
         raise OSError(errno.EINVAL, "")
     target = system.thread(signed32(tid))
     if pid is not None and target.process.pid != signed32(pid):
         raise OSError(errno.ESRCH, "")
+    if not _may_signal(thread.process, target.process, info.number):
+        raise OSError(errno.EPERM, "")
     if info.number:
         system.signal_thread(target, info)
     return 0

@@ -60,9 +60,10 @@ def timer_settime(system: System, thread: Thread, number: int, flags: int, new: 
     interval, value = (nanoseconds(four[at], four[at + 1]) for at in (0, 2))
     timer, now = _timer(thread, number), system.monotonic()
     before = _left(timer, now)
-    if value and signed32(flags) & _ABSOLUTE:
-        value = max(0, value - (system.realtime() if timer.clock in _REALTIME else now)) or 1
-    timer.at, timer.interval = (now + value if value else 0), (interval if value else 0)
+    at = now + value
+    if signed32(flags) & _ABSOLUTE:     # perhaps long ago: then it has been over often
+        at -= system.realtime() if timer.clock in _REALTIME else now
+    timer.at, timer.interval = (max(1, at), interval) if value else (0, 0)
     timer.overrun = timer.missed = 0
     if old:
         thread.process.space.write(old, before)

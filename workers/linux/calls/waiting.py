@@ -44,10 +44,12 @@ def wait(system: System, thread: Thread, timeout: int | None, found: int, on: It
     raise Blocked(min((each for each in times if each is not None), default=None), tuple(each.source for each in on))
 
 
-def check_mask(address: int, size: int) -> None:
-    """Of a signal mask. Raises OSError."""
+def check_mask(thread: Thread, address: int, size: int) -> None:
+    """Of a signal mask. Raises OSError, and SegmentationFault."""
     if address and size != 8:
         raise OSError(errno.EINVAL, "")
+    if address:
+        thread.process.space.read(address, size)
 
 
 def timespec(thread: Thread, address: int, unit: int) -> int | None:
@@ -74,7 +76,7 @@ def poll(system: System, thread: Thread, address: int, count: int, timeout: int,
 
 @served("ppoll")
 def ppoll(system: System, thread: Thread, address: int, count: int, timeout: int, mask: int, size: int, *_: int) -> int:
-    check_mask(mask, size)
+    check_mask(thread, mask, size)
     return _poll(system, thread, address, count, timespec(thread, timeout, 1), mask)
 
 
@@ -115,7 +117,7 @@ def select(system: System, thread: Thread, count: int, reads: int, writes: int, 
 def pselect6(system: System, thread: Thread, count: int, reads: int, writes: int, others: int, timeout: int,
              mask: int) -> int:
     address, size = struct.unpack("<QQ", thread.process.space.read(mask, 16)) if mask else (0, 8)
-    check_mask(address, size)
+    check_mask(thread, address, size)
     return _select(system, thread, count, (reads, writes, others), timespec(thread, timeout, 1), address)
 
 

@@ -28,6 +28,7 @@ _OF_PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "stepping", "
 def proc(system: System) -> Entries:
     """/proc without processes."""
     return {
+        b"cmdline": text(b"\n"),
         b"cpuinfo": text(lambda: _cpuinfo(system)),
         b"filesystems": text(b"nodev\ttmpfs\nnodev\tproc\nnodev\tsysfs\n"),
         b"loadavg": text(lambda: _loadavg(system)),
@@ -56,15 +57,16 @@ def _settings(system: System) -> Entries:
     boot = uuid.UUID(bytes=system.boot, version=4)
     return {
         b"fs": folder({
-            b"file-max": _number(1 << 20), b"nr_open": _number(1 << 20), b"pipe-max-size": _number(1 << 20)}),
+            b"file-max": _number(1 << 20), b"nr_open": _number(1 << 20), b"pipe-max-size": _number(1 << 20),
+            b"pipe-user-pages-hard": _number(0), b"pipe-user-pages-soft": _number(16384)}),
         b"kernel": folder({
-            b"cap_last_cap": _number(40), b"hostname": text(lambda: system.host + b"\n"),
-            b"ngroups_max": _number(65536),
+            b"cap_last_cap": _number(40), b"core_pattern": text(b"core\n"),
+            b"hostname": text(lambda: system.host + b"\n"), b"ngroups_max": _number(65536),
             b"osrelease": text(RELEASE + b"\n"), b"ostype": text(b"Linux\n"), b"pid_max": _number(_PIDS),
             b"random": folder({
                 b"boot_id": text(b"%s\n" % str(boot).encode()), b"entropy_avail": _number(256),
                 b"poolsize": _number(256), b"uuid": text(lambda: _uuid(system))}),
-            b"threads-max": _number(system.threads_max), b"version": text(VERSION + b"\n")}),
+            b"tainted": _number(0), b"threads-max": _number(system.threads_max), b"version": text(VERSION + b"\n")}),
         b"net": folder({b"core": folder({b"somaxconn": _number(4096)})}),
         b"vm": folder({
             b"max_map_count": _number(_MAPPINGS), b"mmap_min_addr": _number(LOWEST * PAGE),

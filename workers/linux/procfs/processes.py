@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import stat as modes
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from ..calls.identity import usual_limit
@@ -218,7 +219,8 @@ def _stat(system: System, process: Process, thread: Thread | None) -> bytes:
     code = process.code or 0
     tid = process.pid if thread is None else thread.tid
     fields = [
-        process.parent, process.group, process.session, 0, -1, 0, *[0] * 8, 20, 0, len(process.threads), 0, 0,
+        process.parent, process.group, process.session, 0, -1, 0, *[0] * 8, 20 + process.niceness, process.niceness,
+        len(process.threads), 0, 0,
         sizes.virtual * PAGE, sizes.resident, _UNLIMITED, *[1 if beginning else 0] * 2, stack, 0, 0,
         (signals["SigPnd"] | signals["ShdPnd"]) & 0x7FFF_FFFF, signals["SigBlk"] & 0x7FFF_FFFF,
         signals["SigIgn"] & 0x7FFF_FFFF, signals["SigCgt"] & 0x7FFF_FFFF, 0, 0, 0, process.exit_signal, 0, 0, 0, 0, 0,
@@ -243,8 +245,10 @@ def _status(system: System, process: Process, thread: Thread | None) -> bytes:
     values: dict[str, object] = {
         "Name": _name(process, thread).decode(errors="surrogateescape"), "Umask": f"{process.mask:04o}",
         "State": f"{state} ({_STATES[state]})", "Tgid": process.pid, "Ngid": 0, "Pid": tid, "PPid": process.parent,
-        "TracerPid": 0, "Uid": "0\t0\t0\t0", "Gid": "0\t0\t0\t0",
-        "FDSize": max(64, 1 << max(process.files, default=0).bit_length()), "Groups": "0 ", "NStgid": process.pid,
+        "TracerPid": 0, "Uid": "\t".join(map(str, astuple(process.users))),
+        "Gid": "\t".join(map(str, astuple(process.groups))),
+        "FDSize": max(64, 1 << max(process.files, default=0).bit_length()),
+        "Groups": " ".join(map(str, process.more_groups)) + " ", "NStgid": process.pid,
         "NSpid": tid, "NSpgid": process.group, "NSsid": process.session}
     if process.code is None:
         kilobytes = {
