@@ -326,6 +326,15 @@ def test_how_soon_it_may_be_ended_for_want_of_memory_is_kept_and_inherited(twice
     assert read(system, b"/proc/%d/oom_score_adj" % child.tid) == b"300\n"
 
 
+def test_processor_time_is_told_in_ticks() -> None:
+    guest = Guest()
+    process, other = guest.thread.process, guest.another(guest.thread.process, 9)
+    guest.thread.cpu_ns, other.cpu_ns, process.cpu_children = 50 * 10**6, 20 * 10**6, 30 * 10**6
+    guest.system.threads.update({1: guest.thread, 9: other})
+    for path, ticks in ((b"/proc/1/stat", b"7"), (b"/proc/1/task/1/stat", b"5"), (b"/proc/1/task/9/stat", b"2")):
+        assert read(guest.system, path).rpartition(b")")[2].split()[11:15] == [ticks, b"0", b"3", b"0"]
+
+
 # --- as files ----------------------------------------------------------------------------------------------------
 
 

@@ -257,3 +257,38 @@ def test_whose_capabilities(twice: Twice, version: int) -> None:
         twice.same("capget", header, 0)
     twice.same("capset", Out(8, struct.pack("<Ii", version, 2)), bytes(24))
     twice.same("capset", Out(8, struct.pack("<Ii", version, 0)), 0)
+
+
+# --- sockets, clocks ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_from_a_file(twice: Twice) -> None:
+    file = twice.made("memfd_create", b"x\0", 0)
+    twice.same("write", file, b"abcdef", 6)
+    reading, (end, other) = twice.made("open", b"/dev/null\0", os.O_RDONLY), twice.pair("pipe2", Out(8), 0)
+    for to, source in ((reading, file), (other, other), (end, file), (other, file), (Fd(-1, -1), file)):
+        for at in (0, 2, -1):
+            twice.same("sendfile", to, source, Out(8, struct.pack("<q", at)), 3)
+
+
+def test_sockets_that_there_are_not(twice: Twice) -> None:
+    for kind, protocol in ((3, 0), (1, 17), (2, 6), (1, 1), (75, 0)):
+        twice.new("socket", 2, kind, protocol)
+
+
+def test_a_name_that_is_shorter_than_nothing(twice: Twice) -> None:
+    one, _ = twice.pair("socketpair", 1, 1, 0, Out(8))
+    for size in (-1, 1 << 31):
+        header = struct.pack("<QI4xQQQQI4x", FAR, size & 0xFFFF_FFFF, 0, 0, 0, 0, 0)
+        twice.same("recvmsg", one, header, 0x40)
+        twice.same("sendmsg", one, header, 0x40)
+    for timeout in (struct.pack("<qq", -1, 0), struct.pack("<qq", 1, 10**9), FAR):
+        twice.same("recvmmsg", one, bytes(64), 1, 0x40, timeout)
+
+
+@pytest.mark.parametrize("clock", [-1, 0, 1, *range(3, 8), *range(10, 17)])
+def test_clocks(twice: Twice, clock: int) -> None:
+    """Which there are, and which of them can be slept by (here, none of processor time)."""
+    for name, arguments in (("clock_gettime", (Out(16),)), ("clock_nanosleep", (0, bytes(16), 0))):
+        ours, theirs = twice.both(name, clock, *arguments)
+        assert ours == theirs or (name == "clock_gettime" and not isinstance(ours, str) and not isinstance(theirs, str))

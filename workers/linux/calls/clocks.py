@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ..system import System
 
 _SECOND = 10**9
-_REALTIME, _CLOCKS = (0, 5), range(12)      # and CLOCK_REALTIME_COARSE; all others count from the start of the machine
+_REALTIME = 0, 5                            # and CLOCK_REALTIME_COARSE; all others count from the start of the machine
+_CLOCKS = frozenset(range(12)) - {10}
+_TO_SLEEP_BY = frozenset({0, 1, 7, 8, 9, 11})
 _PROCESS, _THREAD = 2, 3                    # CLOCK_PROCESS_CPUTIME_ID, CLOCK_THREAD_CPUTIME_ID
 _TIMER_ABSTIME = 1
 
@@ -22,9 +24,14 @@ _TIMER_ABSTIME = 1
 def _now(system: System, thread: Thread, clock: int) -> int:
     if clock < 0:       # of a process or a thread (asm-generic/posix_types.h, posix-timers.h)
         number = ~(clock >> 3)
-        if clock & 4:
-            return (system.thread(number) if number else thread).cpu_ns
-        return (system.process(number) if number else thread.process).cpu_ns
+        if clock & 3 == 3:
+            raise OSError(errno.EINVAL, "")
+        try:
+            if clock & 4:
+                return (system.thread(number) if number else thread).cpu_ns
+            return (system.process(number) if number else thread.process).cpu_ns
+        except ProcessLookupError:
+            raise OSError(errno.EINVAL, "") from None
     if clock not in _CLOCKS:
         raise OSError(errno.EINVAL, "")
     if clock in (_PROCESS, _THREAD):
@@ -71,7 +78,11 @@ def nanosleep(system: System, thread: Thread, address: int, *_: int) -> int:
 
 @served("clock_nanosleep")
 def clock_nanosleep(system: System, thread: Thread, clock: int, flags: int, address: int, *_: int) -> int:
-    return _sleep(system, thread, signed32(clock), address, absolute=bool(flags & _TIMER_ABSTIME))
+    clock = signed32(clock)
+    if clock not in _TO_SLEEP_BY:
+        _now(system, thread, clock)
+        raise OSError(errno.EOPNOTSUPP, "")
+    return _sleep(system, thread, clock, address, absolute=bool(flags & _TIMER_ABSTIME))
 
 
 def _sleep(system: System, thread: Thread, clock: int, address: int, *, absolute: bool) -> int:

@@ -375,12 +375,21 @@ def pwritev(system: System, thread: Thread, fd: int, address: int, count: int, o
 @served("sendfile")
 def sendfile(system: System, thread: Thread, out: int, source: int, offset: int, count: int, *_: int) -> int:
     files = thread.process.files
-    target, file = files.get(signed32(out)), files.get(signed32(source))
-    if not isinstance(file.inode, Regular):
-        raise OSError(errno.EINVAL, "")
+    file = files.get(signed32(source))
+    if not file.readable:
+        raise OSError(errno.EBADF, "")
     at = file.position
     if offset:
         at, = struct.unpack("<q", thread.process.space.read(offset, 8))
+        if isinstance(file, Channel):
+            raise OSError(errno.ESPIPE, "")
+        if at < 0:
+            raise OSError(errno.EINVAL, "")
+    target = files.get(signed32(out))
+    if not target.writable:
+        raise OSError(errno.EBADF, "")
+    if not isinstance(file.inode, Regular) or target.flags & os.O_APPEND:
+        raise OSError(errno.EINVAL, "")
     done, count = 0, min(count, _COUNT_MAX)
     while done < count and (data := file.pread(min(_PIECE, count - done), at + done)):
         try:

@@ -204,7 +204,10 @@ def set_robust_list(system: System, thread: Thread, head: int, size: int, *_: in
 
 @served("get_robust_list")
 def get_robust_list(system: System, thread: Thread, pid: int, head: int, size: int, *_: int) -> int:
-    thread.process.space.write(head, struct.pack("<Q", thread.robust[0]))
+    found = system.thread(signed32(pid)) if pid else thread
+    if not (thread.process.is_privileged or found.process is thread.process):
+        raise OSError(errno.EPERM, "")
+    thread.process.space.write(head, struct.pack("<Q", found.robust[0]))
     thread.process.space.write(size, struct.pack("<Q", 24))
     return 0
 

@@ -15,6 +15,7 @@ from ..sockets import DGRAM, RECEIVE, SEND, SEQPACKET, STREAM, Broken, Credentia
 from ..unix import UnixSocket, unix_pair
 from .files import block, gather, give_pair, scatter, vectors
 from .registry import Blocked, served, signed32
+from .waiting import timespec
 
 if TYPE_CHECKING:
     from ..processes import Thread
@@ -81,9 +82,9 @@ def _make(system: System, domain: int, kind: int, protocol: int, flags: int) -> 
         return TcpSocket(system.network, flags=flags, domain=domain)
     if kind == DGRAM and protocol in (0, UDP):
         return UdpSocket(system.network, flags=flags, domain=domain)
-    if kind == _RAW:
+    if kind == _RAW and protocol:
         raise OSError(errno.EPERM, "")
-    raise OSError(errno.EPROTONOSUPPORT if kind in (STREAM, DGRAM) else errno.ESOCKTNOSUPPORT, "")
+    raise OSError(errno.EPROTONOSUPPORT if kind in (STREAM, DGRAM, _RAW) else errno.ESOCKTNOSUPPORT, "")
 
 
 @served("socketpair")
@@ -249,12 +250,19 @@ def sendmsg(system: System, thread: Thread, fd: int, header: int, flags: int, *_
     return _send_header(system, thread, _socket(thread, fd), header, flags)
 
 
+def _check_header(name: int, name_size: int, count: int) -> None:
+    """Raises OSError."""
+    if name and signed32(name_size) < 0:
+        raise OSError(errno.EINVAL, "")
+    if count > _VECTORS_MAX:
+        raise OSError(errno.EMSGSIZE, "")
+
+
 def _send_header(system: System, thread: Thread, to: Socket, header: int, flags: int) -> int:
     """A struct msghdr."""
     name, name_size, parts, count, control, control_size, _ = _HEADER.unpack(
         thread.process.space.read(header, _HEADER.size))
-    if count > _VECTORS_MAX:
-        raise OSError(errno.EMSGSIZE, "")
+    _check_header(name, name_size, count)
     rights, credentials = _parse_control(thread, to, thread.process.space.read(control, control_size)
                                          if control and 0 < control_size <= 1 << 16 else b"")
     address = _address(thread, name, name_size) if name and name_size else None
@@ -369,8 +377,7 @@ def recvmsg(system: System, thread: Thread, fd: int, header: int, flags: int, *_
 def _receive_header(system: System, thread: Thread, of: Socket, header: int, flags: int) -> int:
     space = thread.process.space
     name, name_size, parts, count, control, control_size, _ = _HEADER.unpack(space.read(header, _HEADER.size))
-    if count > _VECTORS_MAX:
-        raise OSError(errno.EMSGSIZE, "")
+    _check_header(name, name_size, count)
     found = _receive(system, thread, of, vectors(thread, parts, count), flags)
     given = _TRUNC if of.whole and found.length > len(found.data) else 0
     if flags & _CMSG_CLOEXEC:
@@ -416,6 +423,8 @@ def _pack_control(thread: Thread, of: Socket, found: Received, room: int, flags:
 
 
 @served("recvmmsg")
-def recvmmsg(system: System, thread: Thread, fd: int, address: int, count: int, flags: int, *_: int) -> int:
-    """It waits for the first of them, as with MSG_WAITFORONE."""
+def recvmmsg(system: System, thread: Thread, fd: int, address: int, count: int, flags: int, timeout: int,
+             *_: int) -> int:
+    """It waits for the first of them, as with MSG_WAITFORONE, and for as long as that takes."""
+    timespec(thread, timeout, 1)
     return _several(system, thread, _socket(thread, fd), address, count, flags, _receive_header)

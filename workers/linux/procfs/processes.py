@@ -25,6 +25,7 @@ __all__ = ["process_entries", "thread_entries"]
 _KIBIBYTES = PAGE // 1024
 _UNLIMITED = (1 << 64) - 1
 _ALL_RIGHTS = (1 << 41) - 1         # capabilities
+_TICK = 10**7                       # nanoseconds of the processor time in stat
 _ADJUSTMENT_MOST = 1000             # OOM_SCORE_ADJ_MAX
 #: By RLIMIT_*: as they are called, and in what unit.
 _LIMITS = (("cpu time", "seconds"), ("file size", "bytes"), ("data size", "bytes"), ("stack size", "bytes"),
@@ -38,7 +39,7 @@ def process_entries(system: System, process: Process, thread: Thread | None = No
     """/proc/<pid>; ``thread``: as that is found by its own number."""
     files = system.files
     return {
-        **_common(system, process, lambda: thread or _first(process)),
+        **_common(system, process, lambda: thread or _first(process), whole=True),
         b"auxv": text(lambda: _auxiliary(process), mode=0o400),
         b"fdinfo": folder(lambda: {b"%d" % each: text(lambda each=each: _fdinfo(process, each))    # type: ignore[misc]
                                    for each in process.files}),
@@ -57,7 +58,9 @@ def thread_entries(system: System, thread: Thread) -> Entries:
     return _common(system, thread.process, lambda: thread)
 
 
-def _common(system: System, process: Process, thread: Callable[[], Thread | None]) -> dict[bytes, Entry]:
+def _common(system: System, process: Process, thread: Callable[[], Thread | None], *,
+            whole: bool = False) -> dict[bytes, Entry]:
+    """``whole``: of the process, not of the thread alone."""
     files = system.files
     return {
         b"cgroup": text(b"0::/\n"),
@@ -72,7 +75,7 @@ def _common(system: System, process: Process, thread: Callable[[], Thread | None
         b"mounts": text(b"shardvmm / tmpfs rw,relatime 0 0\nproc /proc proc rw,relatime 0 0\n"
                         b"sysfs /sys sysfs ro,relatime 0 0\n"),
         b"root": link(b"/", lambda: files.root),
-        b"stat": text(lambda: _stat(system, process, thread())),
+        b"stat": text(lambda: _stat(system, process, thread(), whole=whole)),
         b"statm": text(lambda: _statm(process)),
         b"status": text(lambda: _status(system, process, thread())),
     }
@@ -212,14 +215,15 @@ def _signals(process: Process, thread: Thread | None) -> dict[str, int]:
                         if not action.ignores and not action.is_default])}
 
 
-def _stat(system: System, process: Process, thread: Thread | None) -> bytes:
+def _stat(system: System, process: Process, thread: Thread | None, *, whole: bool) -> bytes:
     sizes, signals, beginning = Sizes(process.space), _signals(process, thread), process.space.beginning
     arguments, environment = (beginning.arguments, beginning.environment) if beginning else ((0, 0), (0, 0))
     stack = beginning.stack if beginning else 0
-    code = process.code or 0
+    code, used = process.code or 0, process.cpu_ns if whole or thread is None else thread.cpu_ns
     tid = process.pid if thread is None else thread.tid
     fields = [
-        process.parent, process.group, process.session, 0, -1, 0, *[0] * 8, 20 + process.niceness, process.niceness,
+        process.parent, process.group, process.session, 0, -1, 0, *[0] * 4, used // _TICK, 0,
+        process.cpu_children // _TICK, 0, 20 + process.niceness, process.niceness,
         len(process.threads), 0, 0,
         sizes.virtual * PAGE, sizes.resident, _UNLIMITED, *[1 if beginning else 0] * 2, stack, 0, 0,
         (signals["SigPnd"] | signals["ShdPnd"]) & 0x7FFF_FFFF, signals["SigBlk"] & 0x7FFF_FFFF,
