@@ -18,7 +18,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["threads", "signals", "memory", "identity", "trees", "timers", "children", "owners"])
+@pytest.mark.parametrize("name", ["threads", "signals", "memory", "identity", "trees", "timers", "children", "owners",
+                                  "settings"])
 def test_as_natively(root: Path, tmp_path: Path, name: str) -> None:
     program = compiled(root, name)
     native, ran = natively(root, program), inside(root, tmp_path, program)

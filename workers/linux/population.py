@@ -14,12 +14,13 @@ from .processes import Process, Thread
 from .signals import Action, Default, SignalInfo, bit, is_pending
 from .space import SegmentationFault, Space
 
-__all__ = ["FIRST_PID", "Launcher", "Population"]
+__all__ = ["CHILD_SUBREAPER", "FIRST_PID", "PDEATHSIG", "Launcher", "Population"]
 
 FIRST_PID = 1
 _ROBUST_MOST = 2048     # ROBUST_LIST_LIMIT
 _TID_MASK, _OWNER_DIED, _WAITERS = 0x3FFF_FFFF, 0x4000_0000, 0x8000_0000      # uapi/linux/futex.h
 _CLD_EXITED, _CLD_KILLED, _CLD_DUMPED, _CLD_STOPPED, _CLD_CONTINUED = 1, 2, 3, 5, 6
+PDEATHSIG, CHILD_SUBREAPER = 1, 36          # PR_SET_*: what is done for those who ask for it
 SI_USER, SI_KERNEL, SI_TKILL, SI_TIMER = 0, 0x80, -6, -2
 
 
@@ -121,10 +122,13 @@ class Population:
                         exit_signal=exit_signal, oom_adjustment=parent.oom_adjustment)
         child.arguments, child.environment = parent.arguments, parent.environment
         child.users, child.groups, child.more_groups = parent.users, parent.groups, list(parent.more_groups)
+        child.settings = {which: value for which, value in parent.settings.items()
+                          if which not in (PDEATHSIG, CHILD_SUBREAPER)}
         child.niceness, child.persona = parent.niceness, parent.persona
         self.processes[pid] = child
         made = self.new_thread(child, thread.name, pid)
         made.blocked, made.alternate = thread.blocked, thread.alternate
+        made.be_scheduled_as(thread)
         return made
 
     def leave_space(self, process: Process) -> None:
@@ -162,15 +166,26 @@ class Population:
         self.leave_space(process)
         first = self.processes.get(FIRST_PID)
         for child in list(self.children(process)):
-            child.parent = FIRST_PID if child is not first else 0
+            child.parent = self._heir(process) if child is not first else 0
             if child.code is not None:
                 self._tell_parent(child)
+            elif child.settings.get(PDEATHSIG):
+                self.signal_process(child, SignalInfo(child.settings[PDEATHSIG], SI_USER, process.pid))
         if process.pid == FIRST_PID:
             self.code = code
             for each in list(self.processes.values()):
                 self.end_process(each, signals.KILL)
             return
         self._tell_parent(process)
+
+    def _heir(self, process: Process) -> int:
+        """Who gets the children of one that has ended."""
+        above = self.processes.get(process.parent)
+        for _ in range(len(self.processes)):
+            if above is None or (above.settings.get(CHILD_SUBREAPER) and above.code is None):
+                break
+            above = self.processes.get(above.parent)
+        return FIRST_PID if above is None else above.pid
 
     def leave_files(self, process: Process) -> None:
         """The process has no descriptors, or others, from now on. Whoever waits for a lock may get it."""

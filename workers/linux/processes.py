@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from .state import Loading, Saving
 
-__all__ = ["Descriptor", "FileTable", "Process", "Thread"]
+__all__ = ["RESET_ON_FORK", "Descriptor", "FileTable", "Process", "Thread"]
 
+RESET_ON_FORK = 0x4000_0000     # SCHED_RESET_ON_FORK
 _FILES_MAX = 1024       # RLIMIT_NOFILE, as usual
 _DEFAULT = Action()
 
@@ -150,6 +151,7 @@ class Process:
     more_groups: list[int] = field(default_factory=list)
     niceness: int = 0               # it has no effect
     persona: int = 0                # personality(2), nor has this
+    settings: dict[int, int] = field(default_factory=dict)      # prctl(2): by PR_SET_*
     oom_adjustment: int = 0         # /proc/<pid>/oom_score_adj: nobody asks it when memory is used up
 
     @property
@@ -171,7 +173,8 @@ class Process:
             "directory": saving.inode(self.directory), "threads": [each.save(saving) for each in self.threads],
             "arguments": list(self.arguments), "environment": list(self.environment),
             "users": list(astuple(self.users)), "groups": list(astuple(self.groups)),
-            "more_groups": list(self.more_groups), "limits": [[which, *pair] for which, pair in self.limits.items()],
+            "more_groups": list(self.more_groups), "settings": [list(pair) for pair in self.settings.items()],
+            "limits": [[which, *pair] for which, pair in self.limits.items()],
             "actions": [[number, *astuple(action)] for number, action in self.actions.items()],
             "pending": [list(astuple(each)) for each in self.pending], "alarm": list(self.alarm),
             "timers": [[number, *astuple(each)] for number, each in self.timers.items()]}
@@ -184,6 +187,7 @@ class Process:
         found.threads = [Thread.load(loading, each, found) for each in saved["threads"]]
         found.arguments, found.environment = saved["arguments"], saved["environment"]
         found.users, found.groups, found.more_groups = Ids(*saved["users"]), Ids(*saved["groups"]), saved["more_groups"]
+        found.settings = dict(saved["settings"])
         found.limits = {which: (soft, hard) for which, soft, hard in saved["limits"]}
         found.actions = {number: Action(*rest) for number, *rest in saved["actions"]}
         found.pending = [SignalInfo(*each) for each in saved["pending"]]
@@ -202,6 +206,8 @@ class Thread:
     name: bytes = b""
     blocked: int = 0                # signals, a bit each
     saved_mask: int | None = None   # what is blocked again once a handler has been called (sigsuspend, ppoll ...)
+    policy: int = 0                 # SCHED_*, and a priority: the host does as it likes
+    priority: int = 0
     pending: list[SignalInfo] = field(default_factory=list)
     awaited: int = 0                # signals that sigtimedwait(2) waits for
     alternate: bytes = b""          # struct stack_t
@@ -222,6 +228,10 @@ class Thread:
     lock_owner: int = 0             # that has what F_SETLKW waits for, as it was found last
     opening: OpenFile | None = None     # a fifo that it waits for the other end of
     ended: bool = False
+
+    def be_scheduled_as(self, maker: Thread) -> None:
+        if not maker.policy & RESET_ON_FORK:
+            self.policy, self.priority = maker.policy, maker.priority
 
     def save(self, saving: Saving) -> dict[str, Any]:
         """Between two calls: what it has in its vCPU is not here."""
@@ -246,7 +256,7 @@ _PROCESS = ("pid", "parent", "path", "name", "mask", "group", "session", "code",
             "cpu_before", "cpu_children", "next_timer", "oom_adjustment", "has_execed",
             "niceness", "persona")
 _THREAD = ("tid", "name", "blocked", "saved_mask", "awaited", "alternate", "clear_tid", "fs_base", "deadline", "done",
-           "fs_now", "cpu_ns")
+           "fs_now", "cpu_ns", "policy", "priority")
 
 
 def makes(flags: int) -> bool:

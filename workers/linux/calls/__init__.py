@@ -31,6 +31,7 @@ from . import (
     memory,
     owners,
     pipes,
+    scheduling,
     signalling,
     sockets,
     timers,
@@ -39,4 +40,4 @@ from . import (
 from .registry import SERVED, Blocked, Ended
 
 __all__ = ["SERVED", "Blocked", "Ended", "clocks", "events", "files", "futexes", "identity", "lesser", "life", "memory",
-           "owners", "pipes", "signalling", "sockets", "timers", "waiting"]
+           "owners", "pipes", "scheduling", "signalling", "sockets", "timers", "waiting"]

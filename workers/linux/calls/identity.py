@@ -6,6 +6,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
+from ..population import CHILD_SUBREAPER, PDEATHSIG
 from ..program import STACK_LIMIT
 from ..space import PAGE
 from .registry import served, signed32
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 _UNLIMITED = (1 << 64) - 1
 _STACK, _NOFILE, _LIMITS = 3, 7, 16                 # RLIMIT_*
 _SET_NAME, _GET_NAME = 15, 16                       # PR_*
+_READ_BOUND, _DROP_BOUND, _LAST_CAPABILITY = 23, 24, 40     # PR_CAPBSET_*
+_DUMPABLE, _KEEP_CAPABILITIES, _TIMER_SLACK, _NO_NEW_PRIVILEGES = 4, 8, 29, 38
+#: By PR_SET_*: what there is at first, and what there may be.
+_SETTINGS: dict[int, tuple[int, range]] = {
+    PDEATHSIG: (0, range(65)), _DUMPABLE: (1, range(2)), _KEEP_CAPABILITIES: (0, range(2)),
+    _TIMER_SLACK: (50_000, range(1 << 63)), CHILD_SUBREAPER: (0, range(1 << 63)), _NO_NEW_PRIVILEGES: (0, range(1, 2))}
+#: PR_GET_*, by what they ask for.
+_ASKED = {2: PDEATHSIG, 3: _DUMPABLE, 7: _KEEP_CAPABILITIES, 30: _TIMER_SLACK, 37: CHILD_SUBREAPER,
+          39: _NO_NEW_PRIVILEGES}
+#: What is as at first again in another program.
+AT_EXEC = _DUMPABLE, _KEEP_CAPABILITIES
 _SET_FS, _GET_FS = 0x1002, 0x1003                   # ARCH_*, asm/prctl.h
 _TICKS = 100
 _SELF, _CHILDREN, _THREAD = 0, -1, 1                # RUSAGE_*
@@ -133,20 +145,6 @@ def times(system: System, thread: Thread, address: int, *_: int) -> int:
     return system.monotonic() * _TICKS // 10**9
 
 
-@served("sched_getaffinity")
-def sched_getaffinity(system: System, thread: Thread, pid: int, size: int, address: int, *_: int) -> int:
-    if size < 8 or size % 8:
-        raise OSError(errno.EINVAL, "")
-    thread.process.space.write(address, struct.pack("<Q", (1 << min(system.processors, 63)) - 1))
-    return 8
-
-
-@served("sched_setaffinity", "sched_yield", "sched_setscheduler")
-def scheduled(system: System, thread: Thread, *_: int) -> int:
-    """By the host."""
-    return 0
-
-
 @served("getcpu")
 def getcpu(system: System, thread: Thread, cpu: int, node: int, *_: int) -> int:
     for address in (cpu, node):
@@ -165,14 +163,36 @@ def getrandom(system: System, thread: Thread, address: int, count: int, flags: i
 
 
 @served("prctl")
-def prctl(system: System, thread: Thread, option: int, argument: int, *_: int) -> int:
+def prctl(system: System, thread: Thread, option: int, argument: int, *rest: int) -> int:
     if option == _SET_NAME:
         thread.name = thread.process.space.read(argument, 16).partition(b"\0")[0][:15]
         return 0
     if option == _GET_NAME:
         thread.process.space.write(argument, thread.name.ljust(16, b"\0"))
         return 0
-    raise OSError(errno.EINVAL, "")
+    if option in (_READ_BOUND, _DROP_BOUND):
+        if argument > _LAST_CAPABILITY:
+            raise OSError(errno.EINVAL, "")
+        return int(option == _READ_BOUND)
+    return _setting(thread.process, option, argument, rest)
+
+
+def _setting(process: Process, option: int, argument: int, rest: tuple[int, ...]) -> int:
+    """One that is kept: set, or asked for."""
+    if option in _SETTINGS:
+        usual, allowed = _SETTINGS[option]
+        if argument not in allowed or (option == _NO_NEW_PRIVILEGES and any(rest[:3])):
+            raise OSError(errno.EINVAL, "")
+        process.settings[option] = (argument or usual) if option == _TIMER_SLACK else argument
+        return 0
+    which = _ASKED.get(option)
+    if which is None or (which == _NO_NEW_PRIVILEGES and (argument or any(rest[:3]))):
+        raise OSError(errno.EINVAL, "")
+    value = process.settings.get(which, _SETTINGS[which][0])
+    if which in (PDEATHSIG, CHILD_SUBREAPER):
+        process.space.write(argument, struct.pack("<I", value))
+        return 0
+    return value
 
 
 @served("arch_prctl")

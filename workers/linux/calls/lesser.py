@@ -1,5 +1,5 @@
 """Calls that have nearly the same answer for everybody, because what they are about is not there: extended attributes,
-scheduling classes, capabilities, memory policies; and old forms of others."""
+capabilities, memory policies; and old forms of others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
-from ..abi import number_of
 from ..contents import Regular
 from ..space import PAGE
 from ..vfs import UTIME_NOW
@@ -21,11 +20,8 @@ if TYPE_CHECKING:
     from ..system import System
 
 _AT_FDCWD = -100
-_FIFO_MAX = 99
 _ASKED = 0xFFFF_FFFF                        # no personality, but the question for it
 _SYNC_FLAGS = 7                             # SYNC_FILE_RANGE_*
-_PRIORITIES = {0: (0, 0), 1: (1, _FIFO_MAX), 2: (1, _FIFO_MAX), 3: (0, 0), 5: (0, 0), 6: (0, 0)}     # SCHED_*
-_PRIORITY_MAX = number_of("sched_get_priority_max")
 #: _LINUX_CAPABILITY_VERSION_*, and how many bytes they have.
 _CAPABILITIES = {0x1998_0330: 12, 0x2007_1026: 24, 0x2008_0522: 24}
 _NEWEST = 0x2008_0522
@@ -56,27 +52,6 @@ def file_attributes(system: System, thread: Thread, fd: int, *_: int) -> int:
     return 0
 
 
-@served("sched_get_priority_max", "sched_get_priority_min")
-def priority(system: System, thread: Thread, policy: int, *_: int) -> int:
-    """SCHED_OTHER has one; that of the others is as on Linux."""
-    number = thread.registers[0]            # RAX: which of the two it is
-    low, high = _PRIORITIES.get(signed32(policy), (-1, -1))
-    if low < 0:
-        raise OSError(errno.EINVAL, "")
-    return high if number == _PRIORITY_MAX else low
-
-
-@served("sched_getscheduler")
-def sched_getscheduler(system: System, thread: Thread, *_: int) -> int:
-    return 0
-
-
-@served("sched_getparam")
-def sched_getparam(system: System, thread: Thread, pid: int, address: int, *_: int) -> int:
-    thread.process.space.write(address, bytes(4))
-    return 0
-
-
 @served("sync_file_range")
 def sync_file_range(system: System, thread: Thread, fd: int, offset: int, length: int, flags: int, *_: int) -> int:
     """Files are memory."""
@@ -99,7 +74,7 @@ def readahead(system: System, thread: Thread, fd: int, *_: int) -> int:
     return 0
 
 
-@served("sched_setparam", "ioprio_set", "ioprio_get", "membarrier", "set_mempolicy", "mbind", "migrate_pages")
+@served("ioprio_set", "ioprio_get", "membarrier", "set_mempolicy", "mbind", "migrate_pages")
 def nothing(system: System, thread: Thread, *_: int) -> int:
     """It is as it is: that is the usual answer (of membarrier(2), to MEMBARRIER_CMD_QUERY: there are none)."""
     return 0

@@ -15,7 +15,7 @@ from ..blocked import Blocked, Ended
 from ..contents import Regular
 from ..program import start
 from ..space import SegmentationFault
-from .identity import packed_usage
+from .identity import AT_EXEC, packed_usage
 from .registry import served, signed32
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def clone(system: System, thread: Thread, flags: int, stack: int, parent_tid: in
     if flags & _THREAD:
         made = system.new_thread(thread.process, thread.name)
         made.blocked = thread.blocked
+        made.be_scheduled_as(thread)
     else:
         made = system.fork(thread, share=bool(flags & _VM), exit_signal=flags & 0xFF, share_files=bool(flags & _FILES))
         if flags & _PARENT:
@@ -163,6 +164,8 @@ def _exec(system: System, thread: Thread, at: Inode, path: bytes, arguments: int
     process.actions = {number: action for number, action in process.actions.items() if action.ignores}
     process.timers.clear()
     process.has_execed = True
+    for which in AT_EXEC:
+        process.settings.pop(which, None)
     program = space.beginning.file if space.beginning else None
     if isinstance(program, Regular):
         process.users = process.users.at_exec(program.uid if program.mode & stat.S_ISUID else None)
