@@ -118,22 +118,17 @@ static void files(void)
     struct stat found;
     umask(0);
     mkdir("/tmp/owners", 0777);
+    chdir("/tmp/owners");       // what is above is not for everybody
     setfsgid(8), setfsuid(7);
-    close(open("/tmp/owners/file", O_CREAT | O_RDWR, 0600));
-    symlink("file", "/tmp/owners/link");
-    mkdir("/tmp/owners/directory", 0700);
+    close(open("file", O_CREAT | O_RDWR, 0600));
+    symlink("file", "link");
+    mkdir("directory", 0700);
+    setfsuid(0), setfsgid(0);
     const char *names[] = {"file", "link", "directory"};
     for (int i = 0; i < 3; i++) {
-        char path[64];
-        sprintf(path, "/tmp/owners/%s", names[i]);
-        lstat(path, &found);
+        lstat(names[i], &found);
         printf("%s %d %d\n", names[i], found.st_uid, found.st_gid);
-    }
-    setfsuid(0), setfsgid(0);
-    for (int i = 0; i < 3; i++) {
-        char path[64];
-        sprintf(path, "/tmp/owners/%s", names[i]);
-        remove(path);
+        remove(names[i]);
     }
     rmdir("/tmp/owners");
 }
