@@ -20,7 +20,8 @@ from vmm.errors import VmmError
 __all__ = ["Outcome", "Test", "found_tests", "inside", "natively", "root_of_tests"]
 
 _ENVIRONMENT = {"PATH": "/ltp:/bin:/usr/bin:/usr/sbin", "HOME": "/root", "LC_ALL": "C", "TMPDIR": "/tmp",
-                "LTPROOT": "/", "LTP_COLORIZE_OUTPUT": "n", "LTP_TIMEOUT_MUL": "3"}
+                "LTPROOT": "/", "LTP_COLORIZE_OUTPUT": "n", "LTP_TIMEOUT_MUL": "3",
+                "KCONFIG_SKIP_CHECK": "1"}
 _ACCOUNTS = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1:daemon:/:/bin/sh\nbin:x:2:2:bin:/:/bin/sh\n" \
             "nobody:x:65534:65534:nobody:/:/bin/sh\n"
 _GROUPS = "root:x:0:\ndaemon:x:1:\nbin:x:2:\nsys:x:3:\nusers:x:100:\nnobody:x:65534:\nnogroup:x:65533:\n"

@@ -13,7 +13,8 @@ from .wanted import WHY
 
 __all__ = ["Row", "text_of"]
 
-_LONGEST = 160
+_LONGEST = 80
+_OTHERS = "Other differences"
 
 
 @dataclass
@@ -46,8 +47,14 @@ def first_fault(output: str) -> str:
     """A line that tells of it, or the last one."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line for line in lines if re.search(r"\b(TFAIL|TBROK|TCONF)\b\s*:", line)]
-    found = re.sub(r"^\S+:\d+: ", "", (told or lines[-1:] or [""])[0])
-    return re.sub(r"[0-9a-f]{8,}|/tmp/LTP_\w+", "…", found)[:_LONGEST]
+    return shortened((told or lines[-1:] or [""])[0])
+
+
+def shortened(said: str) -> str:
+    """Without where it was said, and by which of the tests of a program; numbers that differ are left out."""
+    found = re.sub(r"^(\S+:\d+: |\S+ +\d+ +(?=T[A-Z]+ +:))|\S+\.[ch]:\d+: ", "", said)
+    found = re.sub(r"[0-9a-f]{8,}|/tmp/LTP_\w+|tfile_\d+", "…", found)
+    return re.sub(r" +", " ", found)[:_LONGEST]
 
 
 def text_of(rows: Sequence[Row]) -> str:
@@ -67,25 +74,22 @@ def grouped(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(why(row), []).append(row)
-    return sorted(found.items())
+    titles = [*dict.fromkeys(title for title, _, _ in WHY), _OTHERS]
+    return sorted(found.items(), key=lambda pair: titles.index(pair[0]))
 
 
 def why(row: Row) -> str:
-    """What is known about it, or what can be seen."""
-    for title, pattern in WHY.items():
-        if re.fullmatch(pattern, row.name):
+    """What is known about it."""
+    for title, names, said in WHY:
+        if (names and re.fullmatch(names, row.name)) or (said and re.search(said, row.said)):
             return title
-    if row.missing:
-        return "A call that is not served"
-    if re.search(r"/(proc|sys)/", row.said):
-        return "Something of /proc or /sys that is not there"
-    return "Other differences"
+    return "A call is not served" if row.missing else _OTHERS
 
 
 def table(rows: Iterable[Row]) -> list[str]:
     lines = ["| test | inside | what it says |", "| --- | --- | --- |"]
     for row in rows:
-        said = row.said.replace("|", "\\|").replace("<", "&lt;")
+        said = row.said[:_LONGEST].replace("|", "\\|").replace("<", "&lt;")
         said = f"{said} (not served: {', '.join(row.missing)})" if row.missing else said
         lines.append(f"| {row.name} | {row.inside} | {said} |")
     return lines
