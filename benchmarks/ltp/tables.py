@@ -89,7 +89,7 @@ def why(row: Row) -> str:
 def table(rows: Iterable[Row]) -> list[str]:
     lines = ["| test | inside | what it says |", "| --- | --- | --- |"]
     for row in rows:
-        said = row.said[:_LONGEST].replace("|", "\\|").replace("<", "&lt;")
+        said = row.said[:_LONGEST].replace("|", "\\|").replace("<", "\\<")
         said = f"{said} (not served: {', '.join(row.missing)})" if row.missing else said
         lines.append(f"| {row.name} | {row.inside} | {said} |")
     return lines
