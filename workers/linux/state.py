@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "Loading", "Saving", "load_system", "pack", "save_system", "unpack"]
 
 #: Of the format.
-VERSION = 1
+VERSION = 2
 
 _LEVEL = 1                  # of zlib: what is saved while a machine stands still is saved fast
 _UNPACKED_MAX = 1 << 30     # bytes
