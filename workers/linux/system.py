@@ -326,8 +326,13 @@ class System(Population):
 
     def next_timer(self) -> int | None:
         """When (monotonic) the next timer of a process is over."""
-        return min((at for process in self.processes.values() for at in (
-            process.alarm[0], *(each.due for each in process.timers.values())) if at), default=None)
+        first = None
+        for process in self.processes.values():     # asked for with each turn: most have none
+            if process.alarm[0] or process.timers:
+                for at in (process.alarm[0], *(each.due for each in process.timers.values())):
+                    if at and (first is None or at < first):
+                        first = at
+        return first
 
     def expire(self) -> None:
         """Signal those that are. Clocks go on too."""
