@@ -118,3 +118,46 @@ def test_a_ring_that_has_gone_is_not_waited_for() -> None:
     schedule, now = taught(adaptive(0.001, 1.0), [(1024, 50_000)] * 2, index=7)
     assert schedule.plan(now, {3: 4096}) == 1.0     # vCPU 7 has ended; of vCPU 3 nothing is known
     assert schedule.plan(now, {7: 4096}) < 1.0
+
+
+# --- resets -----------------------------------------------------------------------------------------------------------
+
+
+@given(rate=st.integers(1000, 500_000), ring=st.integers(1024, 65536), late=st.floats(0.0, 0.001),
+       resetting=st.floats(0.0, 0.002), least=st.floats(0.0005, 0.002))
+def test_at_a_steady_rate_a_ring_is_reset_in_time(rate: int, ring: int, late: float, resetting: float,
+                                                  least: float) -> None:
+    """Harvests free nothing; each comes ``late``, and entries go on coming while the ring is reset. It gets full only
+    where even a reset with each reap would not have been in time."""
+    soonest = least + late + resetting
+    assume(rate * 2 * soonest < 0.4 * ring)
+    schedule, now = Schedule(adaptive(least, 1.0)), 10.0
+    for _ in range(2):      # so late, so long: known by now
+        schedule.plan(now, {0: ring})
+        schedule.woken(now + 1.0 + late)
+        schedule.was_reset(resetting)
+    schedule.learn(now, {0: rate})
+    filled, resets = 0.0, 0
+    for _ in range(200):
+        wait = schedule.plan(now, {0: ring - round(filled)}) + late
+        now += wait
+        filled += rate * wait
+        assert filled < ring
+        schedule.woken(now)
+        schedule.learn(now, {0: round(rate * wait)})
+        if schedule.is_low({0: ring - round(filled)}):
+            filled += rate * resetting
+            assert filled < ring
+            filled, resets = 0.0, resets + 1
+            schedule.was_reset(resetting)
+    # And no sooner than it must be: half of the ring is filled by then.
+    assert resets * ring / 2 <= rate * (now - 10.0) + ring
+
+
+@given(rate=st.integers(1, 65536), interval=st.floats(0.01, 10.0))
+def test_with_a_fixed_interval_a_ring_is_low_when_the_next_one_may_fill_it(rate: int, interval: float) -> None:
+    schedule, _ = taught(ReaperSpec(mode="fixed", interval=interval), [(1024, rate)] * 3)
+    enough = rate * interval / 0.4
+    assert not schedule.is_low({0: round(enough * 1.01) + 1})
+    assert schedule.is_low({0: int(enough * 0.99)})
+    assert not schedule.is_low({1: 0})      # nothing is known of that one

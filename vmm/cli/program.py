@@ -55,7 +55,7 @@ _AT_ONCE_S = 1.0
               help="Threads that it and its children may have at once (default: 8).")
 @click.option("--memory", type=Size(), default="256MiB", show_default=True, help="Memory of the machine.")
 @click.option("--seed", type=int, help="Make its random numbers the same in each run.")
-@click.option("--ring", type=int, default=4096, show_default=True, help="Entries of each dirty ring.")
+@click.option("--ring", type=int, help="Entries of each dirty ring (default: as many as pages, or as are possible).")
 @click.option("--verify", is_flag=True, help="Check the dirty log against the memory while it runs.")
 @click.option("--timeout", type=Duration(), help="End it after this time.")
 @click.option("--name", help="Name of the machine (default: that of the program, and a number).")

@@ -178,6 +178,7 @@ class ReaperConfig(_Model):
     interval: Duration = 1.0        # fixed: the period, as QEMU's
     min_interval: Duration = 0.001
     max_interval: Duration = 1.0
+    reset: Literal["late", "early"] = "late"    # early: whatever is reaped is protected again at once, as QEMU does
 
     @model_validator(mode="after")
     def _check(self) -> ReaperConfig:
@@ -189,6 +190,12 @@ class ReaperConfig(_Model):
 class VerifyConfig(_Model):
     interval: Duration = 0.2
     inject: Literal["none", "lost", "extra"] = "none"
+
+
+def _ring_size(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError("must be a number of entries, or auto")
+    return value
 
 
 def _verify(value: object) -> object:
@@ -228,7 +235,8 @@ class MachineConfig(_Model):
     privilege: Literal["user", "kernel"] = "user"
     #: Of the vCPU processes, as nice(1) has it.
     nice: Annotated[int, Field(ge=0, le=rules.NICE_MAX)] = 0
-    dirty_ring_size: int = 4096     # entries of a ring; 0: without rings
+    #: Entries of a ring; 0: without rings; auto: as many as fit all of the machine's pages, if there may be such.
+    dirty_ring_size: Annotated[int | Literal["auto"], BeforeValidator(_ring_size)] = "auto"
     #: None: ring, or bitmap where dirty_ring_size is 0.
     tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None
     memory: Annotated[list[MemoryConfig], Field(min_length=1), BeforeValidator(_number_slots)]
@@ -256,7 +264,8 @@ class MachineConfig(_Model):
     @model_validator(mode="after")
     def _check(self) -> MachineConfig:
         entries = self.dirty_ring_size
-        rules.check_ring(entries)
+        if entries != "auto":
+            rules.check_ring(entries)
         if self.tracking == "ring" and not entries:
             raise ValueError("tracking: ring needs a dirty_ring_size above 0")
         if self.tracking == "none" and self.verify is not None:

@@ -14,7 +14,7 @@ from ..guests import WORKLOADS, WorkloadError, get_workload, resolve_params
 from ..machine import loader
 from ..machine.events import check_patterns
 from ..machine.room import RoomError, check_room
-from ..machine.rules import RuleError, check_machine
+from ..machine.rules import RuleError, check_machine, fitting_ring
 from ..machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from ..machine.tracefile import TraceError, TraceReader, check_trace
 from ..machine.trackings import check_tracking
@@ -35,11 +35,13 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
                                    programs=config.guest is not None and config.guest.program is not None)
     except VmmError as exc:
         raise ConfigError(f"{config.where('accel')}: {exc}") from None
-    entries = config.dirty_ring_size
+    slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
     largest = registry.available(accel).ring_max
     if not largest:
         entries = 0     # no ring in this kernel: the plain bitmap does the same work
-    elif entries > largest:
+    elif config.dirty_ring_size == "auto":
+        entries = fitting_ring(slots, largest)
+    elif (entries := config.dirty_ring_size) > largest:
         raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but the largest ring on this host "
                        f"has {largest}")
     if config.tracking is not None:
@@ -47,7 +49,6 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
             check_tracking(config.tracking, accel, entries)
         except VmmError as exc:
             raise ConfigError(f"{config.where('tracking')}: {exc}") from None
-    slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
     if config.replay is not None and config.replay.trace is not None:
         try:
             with TraceReader(config.replay.trace) as reader:
@@ -79,7 +80,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         image=os.path.abspath(image) if image else "", load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
-                          config.reaper.max_interval, config.reapers),
+                          config.reaper.max_interval, config.reapers, config.reaper.reset),
         verify=None if verify is None else VerifySpec(verify.interval, verify.inject, exact),
         timeout=config.timeout, dirty_quota=round((config.dirty_limit or 0) / PAGE_SIZE),
         trace=patterns, trace_file=os.path.abspath(trace_file) if trace_file else "", linger=linger,

@@ -12,7 +12,7 @@ from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
 from ..machine.room import check_room
-from ..machine.rules import RuleError, check_machine
+from ..machine.rules import RuleError, check_machine, fitting_ring
 from ..machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from .accelerators import choose_accelerator
 
@@ -46,15 +46,20 @@ def program_spec(program: str, args: Sequence[str], *, root: str = "", files: Ma
                        seed=seed, console=console, forward=list(forward))
 
 
-def program_machine(name: str, program: ProgramSpec, *, memory: int, threads: int = THREADS, ring_entries: int = 4096,
-                    verify: bool = False, timeout: float | None = None, linger: bool = True) -> MachineSpec:
-    """``memory`` in bytes. Raises VmmError, whose text names the key."""
+def program_machine(name: str, program: ProgramSpec, *, memory: int, threads: int = THREADS,
+                    ring_entries: int | None = None, verify: bool = False, timeout: float | None = None,
+                    linger: bool = True) -> MachineSpec:
+    """``memory`` in bytes. ``ring_entries``: None: such that all of it fits. Raises VmmError, whose text names the
+    key."""
     accel = choose_accelerator("auto", programs=True)
     size = -(-memory // PAGE_SIZE) * PAGE_SIZE
     slot = RamSlot(0, 0 if size <= _HOLE else _ABOVE_HOLE, size)
+    largest = registry.available(accel).ring_max
+    if ring_entries is None:
+        ring_entries = fitting_ring([slot], largest)
     spec = MachineSpec(
         name=name, accel=accel, vcpus=threads + 1, privilege="user", program=program,
-        ring_entries=ring_entries if registry.available(accel).ring_max else 0, slots=[slot], image="",
+        ring_entries=ring_entries if largest else 0, slots=[slot], image="",
         load_address=None, params=[], cmdline="", stack_size=16 << 10, reaper=ReaperSpec(),
         verify=VerifySpec(surplus_is_failure=False) if verify else None, timeout=timeout, trace=[], trace_file="",
         linger=linger)

@@ -62,7 +62,7 @@ class Life:
             raise
         step("start-committed")
         core.state = "running"
-        core.reaper.schedule.plan(self.started, {s.index: s.ring.soft_limit for s in core.vcpus.all})
+        core.reaper.schedule.plan(self.started, core.reaper.room())
         core.vcpus.resume_all()
         step("start-resumed")
 

@@ -78,7 +78,7 @@ class TrackingSwitch:
                 core.verifier.switched()
         now = time.monotonic()
         if core.parts.ring_entries:
-            core.reaper.schedule.plan(now, {s.index: s.ring.soft_limit for s in core.vcpus.all})
+            core.reaper.schedule.plan(now, core.reaper.room())
         core.tell({"event": "tracking", "before": before, "tracking": mode, "seconds": round(now - began, 6)})
         return now - began
 

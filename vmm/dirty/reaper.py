@@ -4,6 +4,10 @@ One reap is: harvest every ring into staging; reset in every owner; compare coun
 into the slot bitmaps. The coordinator's single thread is the slots lock. A vCPU waiting at ring-full
 continues as soon as its own ring is reset: whatever it dirties from then on is protected again and
 makes new entries, so invariant 2 does not need it to wait for the others.
+
+A reap that nobody waits for only harvests while the rings have room (docs/decisions/0019): a page that is protected
+again before somebody has asked for it costs the guest a fault for nothing. What is harvested and not reset stays in
+staging, of all rings until all are reset.
 """
 
 from __future__ import annotations
@@ -95,8 +99,15 @@ class Reaper:
         if self._trace.reaper:
             self._trace.reaper("wakeup")
         self._control.reaper_state = ReaperState.REAPING
-        self.reap()
+        if not reason:
+            self.schedule.woken(time.monotonic())
+        self.reap(reset=self._resets_early())
         self._control.reaper_iteration += 1
+
+    def _resets_early(self) -> bool:
+        """Whatever is reaped: it was asked for, or each entry counts (a dirty limit, a recording)."""
+        return (self.spec.reset == "early" or self.recorder is not None or self.only_full
+                or any(s.control.dirty_quota for s in self.vcpus.all))
 
     def worker_died(self, vcpu: VcpuHandle) -> None:
         """Its process is gone. What it logged is in its ring, as far as that is mapped here, and harvested by the
@@ -107,8 +118,9 @@ class Reaper:
             self.log.mark_logged_slots()
             vcpu.control.collected = 1
 
-    def reap(self) -> int:
-        """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap)."""
+    def reap(self, *, reset: bool = True) -> int:
+        """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap). Without ``reset`` nothing is
+        reset or published while no ring is full, or will soon be."""
         if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
@@ -119,10 +131,42 @@ class Reaper:
         rings.sort(key=lambda s: s.index not in full)       # those that wait come first
         harvested: _Harvested = {}
         owed: dict[int, int] = {}
-        for part in self._each_reaper([partial(self._harvest_some, rings[i::self._reapers], i, full)
+        dead = [s for s in self.vcpus.all if s.ring.address and not s.alive]
+        reset = reset or bool(full or dead)
+        for part in self._each_reaper([partial(self._harvest_some, rings[i::self._reapers], i, full, reset=reset)
                                        for i in range(self._reapers)]):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
+        now = time.monotonic()
+        self.schedule.learn(now, harvested)
+        if not reset:
+            reset = (any(s.ring.overflowed or not s.ring.countable for s in rings)
+                     or self.schedule.is_low(self.room()))
+            if reset:
+                for vcpu in rings:
+                    if self._to_reset(vcpu, owed[vcpu.index], full):
+                        vcpu.ring.ask_reset(owed[vcpu.index])
+        if reset:
+            for index, count in self._reset(rings, owed, full).items():
+                harvested[index] = harvested.get(index, 0) + count
+            self.schedule.was_reset(time.monotonic() - now)
+        total = sum(harvested.values())
+        self._last = harvested
+        took = time.perf_counter_ns() - began
+        self._control.reaped_pages += total
+        self._control.reap_ns += took
+        if total and self._trace.reap:
+            self._trace.reap(total, took // 1000)
+        self.schedule.plan(now, self.room())
+        return total
+
+    def room(self) -> dict[int, int]:
+        """{vCPU index: entries until its ring is full}"""
+        return {s.index: s.ring.soft_limit - s.ring.outstanding for s in self.vcpus.all if s.running}
+
+    def _reset(self, rings: list[VcpuHandle], owed: dict[int, int], full: set[int]) -> _Harvested:
+        """The second half of a reap: of all rings, which have been asked to; what was harvested of those whose workers
+        have died."""
         self.vcpus.await_resets([s for s in rings if self._to_reset(s, owed[s.index], full)])
         broken = []
         for vcpu in rings:
@@ -134,25 +178,14 @@ class Reaper:
             if vcpu.alive:
                 self._lost_count(vcpu, owed[vcpu.index])
         dead = [s for s in self.vcpus.all if s.ring.address and not s.alive]
-        for vcpu in dead:
-            harvested[vcpu.index] = harvested.get(vcpu.index, 0) + self._collect(vcpu)
+        collected = {s.index: self._collect(s) for s in dead}
         self.log.publish()
         self._control.publish_pending = 0
         for vcpu in dead:
             step("dead-ring-published")
             vcpu.ring.forget()
             vcpu.control.collected = 1
-        total = sum(harvested.values())
-        self._last = harvested
-        took = time.perf_counter_ns() - began
-        self._control.reaped_pages += total
-        self._control.reap_ns += took
-        if total and self._trace.reap:
-            self._trace.reap(total, took // 1000)
-        now = time.monotonic()
-        self.schedule.learn(now, harvested)
-        self.schedule.plan(now, {s.index: s.ring.soft_limit for s in self.vcpus.all if s.running})
-        return total
+        return collected
 
     def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
         """At the same time, one per thread: the loops over a ring run without the GIL. Trace lines and recordings are
@@ -161,14 +194,14 @@ class Reaper:
             return [each() for each in work]
         return list(self._threads.map(lambda each: each(), work))
 
-    def _harvest_some(self, rings: list[VcpuHandle], reaper: int, full: set[int]) -> _Found:
+    def _harvest_some(self, rings: list[VcpuHandle], reaper: int, full: set[int], *, reset: bool) -> _Found:
         """Some of the rings, into this reaper's own staging bitmaps: {vCPU index: (entries, those that await their
         reset)}. While a ring is reset, the next one is harvested."""
         found = {}
         for vcpu in rings:
             count = self._harvest(vcpu, self.log.table_addresses[reaper])
             owed = vcpu.ring.outstanding
-            if self._to_reset(vcpu, owed, full):
+            if reset and self._to_reset(vcpu, owed, full):
                 vcpu.ring.ask_reset(owed)
             found[vcpu.index] = (count, owed)
         return found

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ipc.layout import MAX_SLOTS, MAX_VCPUS, RING_MAX, RING_MIN
+from ipc.layout import MAX_SLOTS, MAX_VCPUS, RING_MAX, RING_MIN, RING_RESERVE
 from ipc.messages import ProgramSpec, ReplaySpec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
@@ -30,7 +30,7 @@ from .trackings import CHOICES
 
 __all__ = ["GPA_MAX", "NICE_MAX", "NO_TREES", "REPLAY_GPA_MAX", "SECONDS_MAX", "STACK_MAX", "STACK_MIN",
            "SYSTEM_AREA", "RuleError", "Trees", "arriving", "check_machine", "check_new_slot", "check_quota",
-           "check_ring", "check_slots", "check_stack"]
+           "check_ring", "check_slots", "check_stack", "fitting_ring"]
 
 GPA_MAX = 1 << 40                       # RAM ends below it
 REPLAY_GPA_MAX = 1 << 44                # nothing is mapped there: this is what the numbering of pages allows
@@ -148,6 +148,12 @@ def check_ring(entries: int) -> None:
     if entries and (entries & (entries - 1) or not RING_MIN <= entries <= RING_MAX):
         raise RuleError("dirty_ring_size", f"must be a power of two from {RING_MIN} to {RING_MAX}, or 0 for the "
                                            f"plain bitmap (got {_shown(entries)})")
+
+
+def fitting_ring(slots: Sequence[RamSlot], largest: int) -> int:
+    """Entries of a ring that all pages of the slots fit into, so that it is never full; ``largest`` at most."""
+    pages = sum(slot.pages for slot in slots) + RING_RESERVE
+    return min(max(RING_MIN, 1 << pages.bit_length()), largest)
 
 
 def check_stack(size: int) -> None:

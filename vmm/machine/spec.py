@@ -41,6 +41,7 @@ class ReaperSpec(msgspec.Struct, frozen=True):
     min_interval: float = 0.001
     max_interval: float = 1.0
     reapers: int = 1            # threads that harvest, each some of the rings
+    reset: str = "late"         # "late": when somebody asks, or a ring gets full; "early": with every reap
 
 
 class VerifySpec(msgspec.Struct, frozen=True):
