@@ -52,6 +52,7 @@ static int turn, rounds;
 static void *take_turns(void *argument)
 {
     int mine = argument != 0;
+    uint64_t before = now();
     for (int i = 0; i < rounds; i++) {
         pthread_mutex_lock(&mutex);
         while (turn != mine)
@@ -59,6 +60,11 @@ static void *take_turns(void *argument)
         turn = !mine;
         pthread_cond_signal(&turned);
         pthread_mutex_unlock(&mutex);
+        if (mine) {     // once there and back
+            uint64_t after = now();
+            values[i] = (after - before) / 2;
+            before = after;
+        }
     }
     return 0;
 }
@@ -98,12 +104,11 @@ int main(int argc, char **argv)
 
     rounds = 50 * scale;
     pthread_t one, two;
-    uint64_t began = now();
     pthread_create(&one, 0, take_turns, 0);
     pthread_create(&two, 0, take_turns, &word);
     pthread_join(one, 0);
     pthread_join(two, 0);
-    printf("hand_over %lu\n", (now() - began) / (2 * rounds));
+    say("hand_over", rounds);
     MEASURE("thread", 2 * scale, {
         pthread_t thread;
         pthread_create(&thread, 0, nothing, 0);

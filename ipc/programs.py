@@ -128,6 +128,20 @@ class Spin:
             if word[0] == value:
                 self._pause = 0
                 return True
+        return self._in_vain()
+
+    def until_not(self, word: memoryview, value: int) -> bool:
+        """It has another."""
+        if self._left:
+            self._left -= 1
+            return word[0] != value
+        for _ in repeat(None, _LOOKS):
+            if word[0] != value:
+                self._pause = 0
+                return True
+        return self._in_vain()
+
+    def _in_vain(self) -> bool:
         self._pause = self._left = min(2 * self._pause + 1, _PAUSE_MAX)
         return False
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ipc.linux import futex
 from ipc.messages import SlotSpec
+from ipc.programs import Spin
 from ipc.shm import PAGE_SIZE
 
 from .memory import Slot
@@ -53,6 +54,7 @@ class Futexes:
     def __init__(self, slots: Sequence[Slot], slot: SlotSpec, system: memoryview) -> None:
         self._slots = [(each.spec.gpa, each.spec.gpa + each.spec.size, each.host_address) for each in slots]
         self._base = slot.gpa
+        self._spin = Spin()
         self._words = system.cast("Q")
         self.root = 0
 
@@ -112,6 +114,11 @@ class Futexes:
                 deadline, realtime = deadline + time.monotonic_ns(), False
         mask = third & _ANY if command == _WAIT_BITSET else _ANY
         return FutexCall(address, value, mask, deadline, realtime) if mask else None
+
+    def spin(self, call: FutexCall) -> bool:
+        """The word has changed, within a moment, before anything waits for it: as if the call came only now."""
+        host = self.host_address(call.address)
+        return host is not None and self._spin.until_not(futex.word(host), call.expected)
 
     def wait(self, call: FutexCall) -> int | None:
         """The result; None where the word is not certain any more. -EINTR: a signal came."""

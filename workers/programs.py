@@ -99,6 +99,9 @@ class ProgramThread:
         a, b, c, d, e, f = _ARGUMENTS
         result = self._futexes.call(registers[a], registers[b], registers[c], registers[d], registers[e], registers[f])
         if isinstance(result, FutexCall):
+            if self._futexes.spin(result):
+                registers[_RAX] = -errno.EAGAIN & 0xFFFF_FFFF_FFFF_FFFF
+                return None
             self._futex = result
             return self._wait_futex()
         if result is None:

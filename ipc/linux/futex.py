@@ -8,7 +8,7 @@ import os
 
 from .libc import LIBC, SYS_FUTEX, check
 
-__all__ = ["operate", "read", "wait", "wake"]
+__all__ = ["operate", "read", "wait", "wake", "word"]
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
@@ -52,6 +52,11 @@ def operate(address: int, operation: int, value: int, number: int = 0, second: i
     limit = number or None if deadline is None else ctypes.byref(_Timespec(*divmod(deadline, 10**9)))
     result = int(_futex(SYS_FUTEX, address, operation, value & 0xFFFF_FFFF, limit, second or None, third))
     return result if result >= 0 else -ctypes.get_errno()
+
+
+def word(address: int) -> memoryview:
+    """The u32 there, which is mapped as long as this is used."""
+    return memoryview((ctypes.c_uint32 * 1).from_address(address)).cast("B").cast("I")
 
 
 def read(address: int, count: int) -> bytes:
