@@ -143,8 +143,9 @@ def test_a_signal_is_the_programs(root: Path) -> None:
 
 
 def test_an_interrupt_ends_a_program_that_does_not_read(root: Path) -> None:
-    """Whatever comes in waits in front of it."""
-    script = "read x; echo ready; busybox sleep 100; echo no"
+    """Whatever comes in waits in front of it. (The child says that it is ready: while a shell starts one, it puts an
+    interrupt off until that one has ended.)"""
+    script = 'read x; busybox sh -c "echo ready; exec busybox sleep 100"; echo no'
     with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as much, \
             running(root, "sh", "-c", script, stdin=much.stdout) as process:
         process.send_signal(signal.SIGINT)
