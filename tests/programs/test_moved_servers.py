@@ -14,7 +14,7 @@ from moving import Followed, begun, migrated, name_of
 from vmm.consumers import snapshot
 from vmm.errors import VmmError
 
-pytestmark = [pytest.mark.kvm, pytest.mark.long]
+pytestmark = [pytest.mark.kvm, pytest.mark.long, pytest.mark.timeout(1500)]
 
 _REDIS = r"""
 redis-server --save '' > /tmp/log 2>&1 &
