@@ -159,6 +159,10 @@ class Process:
         """It may do what user 0 may."""
         return not self.users.effective
 
+    def may_schedule(self, other: Process) -> bool:
+        """Set its niceness, policy or processors: it is the same user's."""
+        return self.is_privileged or self.users.effective in (other.users.real, other.users.effective)
+
     @property
     def cpu_ns(self) -> int:
         """Processor time of all of its threads."""

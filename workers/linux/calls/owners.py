@@ -153,7 +153,7 @@ def setpriority(system: System, thread: Thread, which: int, who: int, value: int
     caller, wanted = thread.process, min(max(signed32(value), _LEAST_NICE), _NICEST)
     refused = 0
     for each in _meant(system, thread, which, who):
-        if not caller.is_privileged and caller.users.effective not in (each.users.real, each.users.effective):
+        if not caller.may_schedule(each):
             refused = errno.EPERM
         elif not caller.is_privileged and wanted < each.niceness:
             refused = errno.EACCES

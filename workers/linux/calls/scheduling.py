@@ -74,10 +74,8 @@ def _set(system: System, thread: Thread, pid: int, policy: int | None, address: 
     low, high = _PRIORITIES.get(kind, (1, 0))
     if kind == _DEADLINE or not low <= wanted <= high:
         raise OSError(errno.EINVAL, "")
-    users = thread.process.users
-    if not thread.process.is_privileged and (
-            kind in (_FIFO, _ROUND_ROBIN) or users.effective not in (
-                found.process.users.real, found.process.users.effective)):
+    caller = thread.process
+    if not caller.may_schedule(found.process) or (kind in (_FIFO, _ROUND_ROBIN) and not caller.is_privileged):
         raise OSError(errno.EPERM, "")
     found.policy, found.priority = policy, wanted
     return 0
@@ -102,9 +100,7 @@ def sched_setaffinity(system: System, thread: Thread, pid: int, size: int, addre
     """The host has them run where it likes."""
     mask = int.from_bytes(thread.process.space.read(address, min(size & 0xFFFF_FFFF, 8)), "little")
     found = system.thread(signed32(pid)) if signed32(pid) else thread
-    users = thread.process.users
-    if not thread.process.is_privileged and users.effective not in (
-            found.process.users.real, found.process.users.effective):
+    if not thread.process.may_schedule(found.process):
         raise OSError(errno.EPERM, "")
     if not mask & _processors(system):
         raise OSError(errno.EINVAL, "")
