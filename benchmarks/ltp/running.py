@@ -8,13 +8,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.programs.compare import made_root
+from benchmarks.programs.compare import made_root, vmm_run
 from vmm.errors import VmmError
 
 __all__ = ["Outcome", "Test", "found_tests", "inside", "natively", "root_of_tests"]
@@ -116,9 +115,12 @@ def root_of_tests(built: Path, folders: Sequence[str]) -> Path:
     return root
 
 
+def _shell(tests: Sequence[Test], seconds: int) -> list[str]:
+    return ["/bin/sh", "-c", _SCRIPT, str(seconds), *(test.command for test in tests)]
+
+
 def natively(root: Path, tests: Sequence[Test], seconds: int) -> dict[str, Outcome]:
-    command = ["unshare", *_NAMESPACES, "--kill-child", "sh", "-c", _NATIVE, str(root), "/bin/sh", "-c", _SCRIPT,
-               str(seconds), *(test.command for test in tests)]
+    command = ["unshare", *_NAMESPACES, "--kill-child", "sh", "-c", _NATIVE, str(root), *_shell(tests, seconds)]
     return _parsed(tests, _output(command, _ENVIRONMENT, seconds * (len(tests) + 2)))
 
 
@@ -127,12 +129,9 @@ def inside(root: Path, tests: Sequence[Test], seconds: int, *, memory: str = "76
     """Those that have ended; the one after them has ended its machine, or hangs in a way that nothing ends."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        environment = [word for name, value in _ENVIRONMENT.items() for word in ("--env", f"{name}={value}")]
         most = seconds * (len(tests) + 1)
-        output = _output(
-            [sys.executable, "-m", "vmm", "run", "--root", str(root), "--report-json", str(report), "--timeout",
-             f"{most}s", *environment, "--memory", memory, "--threads", str(threads), "--", "/bin/sh", "-c", _SCRIPT,
-             str(seconds), *(test.command for test in tests)], dict(os.environ), most + 60)
+        output = _output(vmm_run(root, _shell(tests, seconds), environment=_ENVIRONMENT, report=report, seconds=most,
+                                 memory=memory, threads=threads), dict(os.environ), most + 60)
         found = _parsed(tests, output)
         if report.exists() and len(tests) == 1:
             said = json.loads(report.read_text()).get("program", {})

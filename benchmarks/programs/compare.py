@@ -17,7 +17,8 @@ from typing import Any
 from vmm.client.debian import make_root
 from vmm.errors import VmmError
 
-__all__ = ["SCRIPTS", "Case", "Ran", "inside", "made_root", "natively", "prepared", "run_natively", "version_of"]
+__all__ = ["SCRIPTS", "Case", "Ran", "inside", "made_root", "natively", "prepared", "run_natively", "version_of",
+           "vmm_run"]
 
 _TOP = Path(__file__).parents[2]
 _ROOTS = _TOP / ".packages" / "roots"
@@ -120,15 +121,22 @@ def natively(root: Path, case: Case) -> Ran:
     return Ran(code, done.stdout, done.stderr, time.monotonic() - began)
 
 
+def vmm_run(root: Path, command: Sequence[str], *options: str, environment: dict[str, str], report: Path,
+            seconds: float, memory: str, threads: int) -> list[str]:
+    """The command line that runs it in a machine, for so long at most."""
+    return [sys.executable, "-m", "vmm", "run", "--root", str(root), *options, "--report-json", str(report),
+            "--timeout", f"{seconds:.0f}s",
+            *(word for name, value in environment.items() for word in ("--env", f"{name}={value}")),
+            "--memory", memory, "--threads", str(threads), "--", *command]
+
+
 def inside(root: Path, case: Case) -> Ran:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        environment = [word for name, value in _ENVIRONMENT.items() for word in ("--env", f"{name}={value}")]
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "vmm", "run", "--root", str(root), "--verify", "--report-json", str(report),
-             "--timeout", f"{case.seconds:.0f}s", *environment, "--memory", case.memory,
-             "--threads", str(case.threads), "--", *case.command],
+            vmm_run(root, case.command, "--verify", environment=_ENVIRONMENT, report=report, seconds=case.seconds,
+                    memory=case.memory, threads=case.threads),
             input=case.typed, capture_output=True, timeout=case.seconds + 60, check=False, env=dict(os.environ))
         found = json.loads(report.read_text()) if report.exists() else {}
         return Ran(done.returncode, done.stdout, done.stderr, time.monotonic() - began, found)
