@@ -26,7 +26,8 @@ _PYTHON_TESTS = ("json", "re", "threading", "struct", "hashlib", "zlib")
 _SECONDS = (r"[0-9]+(\.[0-9]+)? ?(sec|ms|s\b)", "N s")
 _PYTHON_DIFFERS = [_SECONDS, (r"0x[0-9a-f]+", "0xN"),
                    (r"^(== |Using random seed|0:0|Total duration|test_[a-z]+ passed in).*\n", ""),
-                   (r"^((task )?<thread .*|[0-9]+ tasks are running)\n", "")]    # in any order
+                   (r"^((task )?<thread .*|[0-9]+ tasks are running)\n", ""),      # in any order
+                   (r"(task )?<thread .*", "")]         # behind a test's name
 _SYSBENCH_DIFFERS = [(r"[0-9]+\.[0-9]+", "N"), (r" +N", " N")]
 _STRESS_DIFFERS = [(r"\[[0-9]+\]", "[N]"), _SECONDS, (r"[0-9]+\.[0-9]+", "N")]
 _STOCKFISH_DIFFERS = [(r"(time|nps|hashfull|Nodes/second|Total time \(ms\)) *:? *[0-9]+", r"\1 N")]
