@@ -4,13 +4,14 @@ wants said."""
 from __future__ import annotations
 
 import contextlib
+import queue
 import secrets
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,15 +25,27 @@ from machines import nothing_left, until
 from vmm import receive
 from vmm.client.machine import Machine
 from vmm.consumers.migration import wire
-from vmm.consumers.migration.addresses import parse_address
+from vmm.consumers.migration.addresses import Address, parse_address
+from vmm.consumers.migration.door import Door
+from vmm.consumers.migration.keys import Keys
 from vmm.consumers.migration.pages import PAGE, Packer
-from vmm.consumers.migration.sockets import Connection, connect, listen
+from vmm.consumers.migration.sockets import Connection, connect, connect_stream, listen
+from vmm.consumers.migration.streams import Sent, Stream
 from vmm.errors import VmmError
 from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
 
 _T = TypeVar("_T")
+
+
+@contextlib.contextmanager
+def listening(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Keys | None = None,
+              pages: Callable[[socket.socket], None] = socket.socket.close) -> Iterator[tuple[zmq.Socket[bytes], str]]:
+    """A ROUTER behind a door, and what to connect to. ``pages`` is given the connections for them."""
+    with Door(address) as door, listen(context, door, keys) as sock:
+        door.serve(pages)
+        yield sock, door.endpoint
 
 
 class Receiver(threading.Thread):
@@ -135,6 +148,7 @@ class PlayedSource:
         self._address = parse_address(address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._connections: list[Connection] = []
+        self._streams: list[Stream] = []
         self.token = secrets.token_hex(16)
         self.sock = self.connect()
 
@@ -143,6 +157,13 @@ class PlayedSource:
         connection = connect(self._context, self._address, None, until=time.monotonic() + TIMEOUT)
         self._connections.append(connection)
         return connection.sock
+
+    def stream(self, token: str = "") -> Stream:
+        """One more connection for pages, which has joined (``token``: with another than ours)."""
+        stream = connect_stream(self._address, time.monotonic() + TIMEOUT)
+        self._streams.append(stream)
+        stream.send(wire.Join(token or self.token))
+        return stream
 
     def say(self, *messages: wire.Wire, sock: zmq.Socket[bytes] | None = None) -> None:
         for message in messages:
@@ -170,11 +191,11 @@ class PlayedSource:
         self.hear(wire.Received)
         self.hear(wire.Accept)
 
-    def page(self, number: int, fill: int, *, round_: int = 0, sock: zmq.Socket[bytes] | None = None) -> None:
+    def page(self, number: int, fill: int, *, round_: int = 0, stream: Stream | None = None) -> None:
         """One page of slot 0, all of these bytes."""
         memory = np.full(PAGE * (number + 1), fill, np.uint8)
-        for message, data in Packer("none").pack(round_, 0, memory, np.array([number])):
-            (sock or self.sock).send_multipart([*wire.frames(message), data])
+        for message, data in Packer("none", sums=True).pack(round_, 0, memory, np.array([number])):
+            (stream or self._streams[0]).send(message, data, Sent(memory, -1))
 
     def state(self, machine: Machine, **changes: Any) -> wire.State:
         """As the machine, which is paused, has it; for a target that was offered ``spec_of`` it."""
@@ -189,7 +210,10 @@ class PlayedSource:
         """Close every connection, without a word."""
         for connection in self._connections:
             connection.close()
+        for stream in self._streams:
+            stream.close()
         self._connections.clear()
+        self._streams.clear()
 
     def __enter__(self) -> PlayedSource:
         return self
@@ -213,27 +237,39 @@ class PlayedTarget(threading.Thread):
         self._address = parse_address(address, listen=True)
         self._arrived: dict[int, int] = {}
         self._expected: dict[int, int] = {}
+        self._pages: queue.SimpleQueue[wire.Pages] = queue.SimpleQueue()
         self.seen: list[wire.Wire] = []
         self.start()
         assert self._listening.wait(TIMEOUT)
 
     def run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        with listen(context, self._address, None) as sock:
+        with listening(context, self._address, pages=self._take_pages) as (sock, _):
             self._listening.set()
             peer = b""
             while not self._over.is_set():
-                if not sock.poll(50):
+                message: wire.Wire
+                if not self._pages.empty():
+                    message = self._pages.get()
+                elif sock.poll(5):
+                    who, frame, digest = sock.recv_multipart()
+                    message = wire.decode_message(frame, digest)
+                    if isinstance(message, wire.Offer | wire.Commit):
+                        peer = who
+                else:
                     continue
-                who, frame, digest, *_ = sock.recv_multipart()
-                message = wire.decode_message(frame, digest)
                 self.seen.append(message)
-                if isinstance(message, wire.Offer | wire.Commit):
-                    peer = who
                 for answer in self._answers(message):
                     sock.send_multipart([peer, answer] if isinstance(answer, bytes) else [peer,
                     *wire.frames(answer)])
         context.term()
+
+    def _take_pages(self, sock: socket.socket) -> None:
+        """As they come, at the speed at which they are answered."""
+        with Stream(sock) as stream, contextlib.suppress(OSError):
+            while (received := stream.receive()) is not None:
+                if isinstance(received[0], wire.Pages):
+                    self._pages.put(received[0])
 
     def _answers(self, message: wire.Wire) -> list[Any]:
         if (reply := self._replies.get(type(message))) is not None:
@@ -281,6 +317,8 @@ class Relay:
         self.address = f"ipc://{path}"
         self._endpoint = endpoint
         self._path = path
+        #: All that has gone through, either way.
+        self.seen = bytearray()
         self._silent = threading.Event()
         self._over = threading.Event()
         self._sockets: list[socket.socket] = []
@@ -314,6 +352,7 @@ class Relay:
         while not self._silent.is_set() and not self._over.is_set():
             try:
                 data = one.recv(1 << 20)
+                self.seen += data
                 other.settimeout(None)
                 other.sendall(data)
             except TimeoutError:

@@ -15,12 +15,13 @@ from vmm.client.accelerators import choose_accelerator
 from vmm.client.doctor import examine
 from vmm.client.machine import Machine
 from vmm.consumers.migration.pages import Packer
+from vmm.consumers.migration.tls import Certificate
 from vmm.errors import VmmError
 
 
 @pytest.mark.parametrize(("module", "use", "extra"), [
     ("matplotlib.figure", optional.figure, "plots"), ("lz4.block", optional.lz4_block, "lz4"),
-    ("lz4.block", lambda: Packer("lz4"), "lz4")])
+    ("lz4.block", lambda: Packer("lz4", sums=False), "lz4"), ("cryptography.x509", Certificate, "tls")])
 def test_what_is_missing_is_said_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch, module: str,
                                                             use: Callable[[], object], extra: str) -> None:
     use()

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import VmmError
 
-__all__ = ["MissingPackage", "figure", "lz4_block"]
+__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block"]
 
 
 class MissingPackage(VmmError):
@@ -32,3 +32,8 @@ def figure(**options: Any) -> Any:
 def lz4_block() -> Any:
     """The module lz4.block. Raises MissingPackage."""
     return _load("lz4.block", "lz4", "lz4 compression")
+
+
+def cryptography(module: str) -> Any:
+    """A module of the package cryptography. Raises MissingPackage."""
+    return _load(f"cryptography.{module}", "tls", "a migration with keys")

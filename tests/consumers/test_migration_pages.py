@@ -45,13 +45,20 @@ def memory_of(filled: list[int], seed: int = 1) -> np.ndarray[Any, np.dtype[np.u
     return memory.reshape(-1)
 
 
+def bytes_of(data: Any, memory: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """What is sent of it."""
+    if not isinstance(data, pages.Runs):
+        return bytes(data)
+    return b"".join(memory[first:first + count].tobytes() for first, count in data.runs)
+
+
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=10, unique=True), st.sets(st.integers(0, 9)),
        st.sampled_from(["none", "zstd", "lz4"]))
 def test_what_is_packed_is_unpacked(sent: list[int], filled: set[int], encoding: Any) -> None:
     memory = memory_of(sorted(filled))
     copy = np.full((10, PAGE), 7, np.uint8)
-    for message, data in pages.Packer(encoding).pack(0, 0, memory, np.array(sorted(sent))):
-        numbers, content, intact = unpack(message, data, 10)
+    for message, data in pages.Packer(encoding, sums=True).pack(0, 0, memory, np.array(sorted(sent))):
+        numbers, content, intact = unpack(message, bytes_of(data, memory), 10)
         assert intact
         copy[numbers] = 0 if content is None else content
     for page in range(10):
@@ -63,9 +70,9 @@ def test_what_is_packed_is_unpacked(sent: list[int], filled: set[int], encoding:
 def test_a_flipped_bit_of_page_data_is_seen(encoding: Any, bit: int) -> None:
     memory = memory_of([3])
     memory[3 * PAGE + 100:4 * PAGE] = 5       # so that it gets smaller
-    [(message, data)] = pages.Packer(encoding).pack(0, 0, memory, np.array([3]))
+    [(message, data)] = pages.Packer(encoding, sums=True).pack(0, 0, memory, np.array([3]))
     assert message.encoding == encoding
-    damaged = bytearray(data)
+    damaged = bytearray(bytes_of(data, memory))
     damaged[bit // 8 % len(damaged)] ^= 1 << bit % 8
     numbers, content, intact = unpack(message, bytes(damaged), 10)
     assert not intact
@@ -76,8 +83,8 @@ def test_a_flipped_bit_of_page_data_is_seen(encoding: Any, bit: int) -> None:
 def test_only_pages_that_are_not_there_as_they_are_here_are_sent_again() -> None:
     """Of those that did not arrive intact: not what is dirty (it comes again in any case), not what is right."""
     memory = memory_of([0, 1, 2, 3])
-    [(message, data)] = pages.Packer("none").pack(0, 0, memory, np.arange(4))
-    there = np.frombuffer(bytearray(data), np.uint8).reshape(-1, PAGE).copy()
+    [(message, data)] = pages.Packer("none", sums=True).pack(0, 0, memory, np.arange(4))
+    there = np.frombuffer(bytearray(bytes_of(data, memory)), np.uint8).reshape(-1, PAGE).copy()
     there[1, 17] ^= 1       # damaged on its way
     there[2, 9] ^= 1        # written by the guest meanwhile
     dirty = np.zeros(10, bool)
@@ -115,11 +122,12 @@ def test_a_zstd_bomb_is_not_unpacked() -> None:
 
 
 MESSAGES = [
-    wire.Offer(wire.VERSION, "1", "00" * 16, spec("idle", accel="unicorn"), b"image", True), wire.Join("a"),
-    wire.Pages(1, 2, b"\0\0\0\0", "zero"), wire.RoundEnd(1, 2), wire.Missing(0, b"x"),
+    wire.Offer(wire.VERSION, "1", "00" * 16, spec("idle", accel="unicorn"), b"image", True),
+    wire.RoundEnd(1, 2), wire.Missing(0, b"x"),
     wire.State(b"x", [{}], spec("idle", accel="unicorn"), False), wire.Commit(wire.VERSION, "a"), wire.Done(),
     wire.Abort("why"), wire.Ping(),
 ]
+ON_STREAMS = [wire.Join("a"), wire.Pages(1, 2, b"\0\0\0\0", "zero")]
 ANSWERS = [
     wire.Received(), wire.Accept(), wire.Alive(3), wire.RoundAck(1, [wire.Torn(0, b"\0\0\0\0", b"12345678")]),
     wire.Prepared(), wire.Running(), wire.Missing(0, b"x"), wire.Want(0, b"\0\0\0\0"), wire.Complete([1.5]),
@@ -127,15 +135,16 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("message", MESSAGES + ON_STREAMS, ids=lambda m: type(m).__name__)
 def test_a_message_arrives_as_it_was_sent_and_no_flipped_bit_does(message: Any) -> None:
+    decode: Any = wire.decode_stream if message in ON_STREAMS else wire.decode_message
     frame, digest = wire.frames(message)
-    assert wire.decode_message(frame, digest) == message
+    assert decode(frame, digest) == message
     for at in {0, len(frame) // 2, len(frame) - 1}:
         damaged = bytearray(frame)
         damaged[at] ^= 1
         with pytest.raises(WireError):
-            wire.decode_message(bytes(damaged), digest)
+            decode(bytes(damaged), digest)
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda m: type(m).__name__)
@@ -149,6 +158,7 @@ def test_an_answer_arrives_as_it_was_said_and_no_flipped_bit_does(answer: Any) -
 
 def test_every_message_is_among_those_tested() -> None:
     assert {type(m) for m in MESSAGES} == set(wire.Message.__args__)
+    assert {type(m) for m in ON_STREAMS} == {wire.Join, wire.Pages}
     assert {type(m) for m in ANSWERS} == set(wire.Answer.__args__)
 
 

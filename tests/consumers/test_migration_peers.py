@@ -65,7 +65,8 @@ def endless() -> Iterator[Machine]:
 
 STRANGE: list[list[bytes]] = [
     [b""], [b"nonsense"], [b"x" * 100_000], [b"a", b"b", b"c", b"d", b"e"], wire.frames(wire.Ping()),
-    wire.frames(wire.RoundEnd(0, 5)), [*wire.frames(wire.Pages(0, 0, b"\0\0\0\0", "none")), b"x" * PAGE],
+    wire.frames(wire.RoundEnd(0, 5)), [*wire.frames(wire.RoundEnd(0, 0)), b"x" * PAGE],
+    wire.frames(wire.Pages(0, 0, b"\0\0\0\0", "zero")),
     wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), wire.frames(wire.Join("00" * 16)),
     wire.frames(wire.Join("")), wire.frames(wire.Missing(0, b"")), wire.frames(wire.Abort("go")),
     wire.frames(wire.Done()), [b"\xc1", b"12345678"], [wire.frames(wire.Commit(wire.VERSION, ""))[0], b"12345678"],
@@ -181,11 +182,11 @@ def test_strangers_during_a_migration_are_ignored(address: str, paused: Machine)
     receiver = Receiver(address, accel="unicorn")
     with PlayedSource(address) as good, PlayedSource(address) as bad:
         good.offered(spec_of(paused))
-        channel = good.connect()
-        good.say(wire.Join(good.token), sock=channel)
+        channel, other = good.stream(), good.stream()
 
         def annoy() -> None:
-            bad.page(700, 0xEE)
+            with contextlib.suppress(OSError):      # it is shut out
+                bad.page(700, 0xEE, stream=bad.stream("0" * 32))
             for frames in STRANGE:
                 bad.sock.send_multipart(frames)
             bad.offer(IDLE)
@@ -194,8 +195,8 @@ def test_strangers_during_a_migration_are_ignored(address: str, paused: Machine)
             bad.hear(wire.Unknown)
 
         annoy()
-        good.page(700, 0x11, sock=channel)
-        good.page(701, 0x22)
+        good.page(700, 0x11, stream=channel)
+        good.page(701, 0x22, stream=other)
         good.say(wire.RoundEnd(0, 2))
         assert good.hear(wire.RoundAck).torn == []
         annoy()
@@ -215,14 +216,12 @@ def test_pages_on_a_connection_that_has_not_joined_do_not_count(address: str) ->
     receiver = Receiver(address, accel="unicorn")
     with PlayedSource(address) as good:
         good.offered(IDLE)
-        channel = good.connect()
-        good.say(wire.Join("0" * 32), sock=channel)
-        good.page(700, 0xEE, sock=channel)
+        with contextlib.suppress(OSError):
+            good.page(700, 0xEE, stream=good.stream("0" * 32))
         good.say(wire.RoundEnd(0, 1))
         with pytest.raises(AssertionError, match="no RoundAck"):
             hear_soon(good, wire.RoundAck)
-        good.say(wire.Join(good.token), sock=channel)
-        good.page(700, 0x11, sock=channel)
+        good.page(700, 0x11, stream=good.stream())
         good.hear(wire.RoundAck)
         good.say(wire.Abort("that is all"))
         receiver.failure()
@@ -244,7 +243,6 @@ def hear_soon(played: PlayedSource, kind: type[wire.Wire]) -> None:
 
 BAD_WORDS: dict[str, tuple[list[bytes], str]] = {
     "damaged": ([wire.frames(wire.Ping())[0], b"12345678"], "damaged"),
-    "slot": (wire.frames(wire.Pages(0, 9, b"\0\0\0\0", "zero")), "slot 9"),
     "commit": ([], "Commit out of turn"),
     "state": (wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), "vcpu 0"),
 }
@@ -257,6 +255,26 @@ def test_a_source_that_says_what_it_must_not_is_refused_and_nothing_is_left(what
     with PlayedSource(address) as bad:
         bad.offered(IDLE)
         bad.sock.send_multipart(frames or wire.frames(bad.commit()))
+        said = bad.hear(wire.Refused).error
+        assert why in said
+        assert receiver.failure() == said
+
+
+BAD_PAGES: dict[str, tuple[wire.Pages | wire.Join, bytes, str]] = {
+    "slot": (wire.Pages(0, 9, b"\0\0\0\0", "zero"), b"", "slot 9"),
+    "page": (wire.Pages(0, 0, b"\xff\xff\xff\xff", "zero"), b"", "page numbers"),
+    "bytes": (wire.Pages(0, 0, b"\0\0\0\0", "none"), b"x", "1 bytes for 1 pages"),
+    "join": (wire.Join("0" * 32), b"", "out of turn"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PAGES)
+def test_a_source_that_sends_pages_that_cannot_be_is_refused_and_nothing_is_left(what: str, address: str) -> None:
+    message, data, why = BAD_PAGES[what]
+    receiver = Receiver(address, accel="unicorn")
+    with PlayedSource(address) as bad:
+        bad.offered(IDLE)
+        bad.stream().send(message, data)
         said = bad.hear(wire.Refused).error
         assert why in said
         assert receiver.failure() == said

@@ -16,13 +16,14 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import until
-from migrations import Relay
+from migrations import Relay, listening
 
+from vmm.consumers.migration import door as door_module
 from vmm.consumers.migration import keys as keys_module
 from vmm.consumers.migration import sockets
 from vmm.consumers.migration.addresses import parse_address
 from vmm.consumers.migration.keys import Keys, load_keys, make_keys
-from vmm.consumers.migration.sockets import Unreachable, connect, listen
+from vmm.consumers.migration.sockets import Unreachable, connect
 from vmm.errors import VmmError
 
 LOCAL = parse_address("ipc://x")
@@ -62,10 +63,10 @@ def test_addresses_that_cannot_be_are_one_line(text: str) -> None:
 @given(st.text(max_size=40))
 def test_any_text_is_an_address_or_one_line(text: str) -> None:
     for prefix in ("", "tcp://", "ipc://", "tcp://a:"):
-        for listening in (False, True):
+        for listens in (False, True):
             error = ""
             try:
-                parse_address(prefix + text, listen=listening)
+                parse_address(prefix + text, listen=listens)
             except VmmError as exc:
                 error = str(exc)
             assert "\n" not in error
@@ -149,8 +150,9 @@ def test_keys_go_together_and_tcp_needs_them(tmp_path: Path) -> None:
 # --- listening at a path ------------------------------------------------------------------------------------------
 
 
-def listening(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> contextlib.AbstractContextManager[object]:
-    return listen(context, parse_address(f"ipc://{path}", listen=True), None)
+def at_path(context: zmq.Context[zmq.Socket[bytes]],
+            path: Path) -> contextlib.AbstractContextManager[tuple[zmq.Socket[bytes], str]]:
+    return listening(context, parse_address(f"ipc://{path}", listen=True))
 
 
 def test_what_is_at_the_path_stays_there(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_what_is_at_the_path_stays_there(context: zmq.Context[zmq.Socket[bytes]]
     folder.mkdir()
     link.symlink_to(file)
     for path in (file, folder, link):
-        with pytest.raises(VmmError, match="exists and is not a socket"), listening(context, path):
+        with pytest.raises(VmmError, match="exists and is not a socket"), at_path(context, path):
             pass
     assert file.read_text() == "precious"
     assert link.is_symlink()
@@ -172,13 +174,13 @@ def test_only_the_socket_of_one_who_was_killed_is_replaced(context: zmq.Context[
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
-        with pytest.raises(VmmError, match="another program is already listening there"), listening(context, path):
+        with pytest.raises(VmmError, match="another program is already listening there"), at_path(context, path):
             pass
         assert stat.S_ISSOCK(path.lstat().st_mode)
     # It has ended, and left its file behind.
-    with listening(context, path):
+    with at_path(context, path):
         assert stat.S_IMODE(path.lstat().st_mode) == 0o600
-        with pytest.raises(VmmError, match="another program is already listening there"), listening(context, path):
+        with pytest.raises(VmmError, match="another program is already listening there"), at_path(context, path):
             pass
     assert not path.exists()
 
@@ -190,7 +192,7 @@ def test_a_stale_socket_of_another_user_is_not_touched(context: zmq.Context[zmq.
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
     os.chown(path, 65534, 65534)
-    with pytest.raises(VmmError, match="another user"), listening(context, path):
+    with pytest.raises(VmmError, match="another user"), at_path(context, path):
         pass
     assert path.lstat().st_uid == 65534
 
@@ -198,7 +200,7 @@ def test_a_stale_socket_of_another_user_is_not_touched(context: zmq.Context[zmq.
 def test_what_another_has_put_in_the_place_meanwhile_stays(context: zmq.Context[zmq.Socket[bytes]],
                                                            tmp_path: Path) -> None:
     path = tmp_path / "s"
-    with listening(context, path):
+    with at_path(context, path):
         path.unlink()
         path.write_text("precious")
     assert path.read_text() == "precious"
@@ -216,7 +218,7 @@ def test_of_two_that_replace_a_stale_socket_at_once_one_listens(context: zmq.Con
         def one(begin: threading.Barrier = begin, end: threading.Barrier = end, found: list[str] = found) -> None:
             begin.wait()
             try:
-                with listening(context, path):
+                with at_path(context, path):
                     found.append("listens")
                     end.wait(10)
             except VmmError:
@@ -236,10 +238,10 @@ def test_a_folder_that_somebody_else_has_locked_is_one_line(context: zmq.Context
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    monkeypatch.setattr(sockets, "_LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(door_module, "_LOCK_PATIENCE", 0.1)
     fd = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    with pytest.raises(VmmError, match="locked by another process"), listening(context, tmp_path / "s"):
+    with pytest.raises(VmmError, match="locked by another process"), at_path(context, tmp_path / "s"):
         pass
     os.close(fd)
 
@@ -258,7 +260,7 @@ def test_another_user_is_not_listened_to_and_not_sent_anything(context: zmq.Cont
         if folder.stat().st_uid == 0 and folder != Path("/") and folder != Path("/tmp"):
             folder.chmod(0o711)
     path = tmp_path / "s"
-    with listening(context, path) as sock:
+    with at_path(context, path) as (sock, _):
         path.chmod(0o777)       # as if nothing but the peer's credentials were in the way
         child = os.fork()
         if child == 0:
@@ -315,8 +317,8 @@ def test_curve_lets_the_right_key_in_and_no_other(context: zmq.Context[zmq.Socke
                                                   own: str | None, peer: str | None) -> None:
     good = pair_of(tmp_path, "source", "target")
     bad = pair_of(tmp_path, own, peer) if own and peer else None
-    with listen(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as at:
-        address = parse_address(at.get_string(zmq.LAST_ENDPOINT))
+    with listening(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as (at, endpoint):
+        address = parse_address(endpoint)
         with pytest.raises(VmmError, match=r"rejected these keys|with the right keys"):
             connect(context, address, bad, until=time.monotonic() + 1.5)
         connection = connect(context, address, good, until=time.monotonic() + 10)
@@ -336,8 +338,8 @@ def test_without_its_authenticator_a_target_lets_nobody_in(context: zmq.Context[
         def stop(self) -> None: ...
 
     monkeypatch.setattr(keys_module, "ThreadAuthenticator", Dead)
-    with listen(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as at:
-        address = parse_address(at.get_string(zmq.LAST_ENDPOINT))
+    with listening(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as (_, endpoint):
+        address = parse_address(endpoint)
         with pytest.raises(VmmError):
             connect(context, address, pair_of(tmp_path, "source", "target"), until=time.monotonic() + 1.5)
 
@@ -355,7 +357,7 @@ def test_one_who_comes_later_is_waited_for(context: zmq.Context[zmq.Socket[bytes
     over = threading.Event()
 
     def later() -> None:
-        with listening(context, tmp_path / "s"):
+        with at_path(context, tmp_path / "s"):
             over.wait(20)
 
     thread = threading.Timer(0.5, later)
@@ -370,8 +372,7 @@ def test_what_a_peer_said_last_is_heard_after_it_has_gone(tmp_path: Path, scheme
     """Its reason for refusing, say: who listens closes right after it, and the other end looks only then."""
     text = "tcp://127.0.0.1:*" if scheme == "tcp" else f"ipc://{tmp_path}/t"
     with zmq.Context() as theirs, zmq.Context() as ours:
-        with listen(theirs, parse_address(text, listen=True), None) as target:
-            at = target.get_string(zmq.LAST_ENDPOINT)
+        with listening(theirs, parse_address(text, listen=True)) as (target, at):
             connection = connect(ours, parse_address(at), None, until=time.monotonic() + 10)
             connection.sock.send(b"hello")
             who, _ = target.recv_multipart()
@@ -394,22 +395,21 @@ def test_a_peer_that_is_cut_off_without_a_word_is_noticed(context: zmq.Context[z
     ours = pair_of(tmp_path, "source", "target") if curve else None
     theirs = pair_of(tmp_path, "target", "source") if curve else None
     text = "tcp://127.0.0.1:*" if scheme == "tcp" else f"ipc://{tmp_path}/t"
-    with listen(context, parse_address(text, listen=True), theirs) as target:
-        at = target.get_string(zmq.LAST_ENDPOINT)
-        with Relay(at, tmp_path / "relay") as relay:
-            connection = connect(context, parse_address(relay.address), ours, until=time.monotonic() + 10)
-            connection.sock.send(b"hello")
-            who, _ = target.recv_multipart()
-            assert not connection.broken
-            relay.cut()
-            until(lambda: connection.broken, "the source has noticed")
+    with (listening(context, parse_address(text, listen=True), theirs) as (target, at),
+          Relay(at, tmp_path / "relay") as relay):
+        connection = connect(context, parse_address(relay.address), ours, until=time.monotonic() + 10)
+        connection.sock.send(b"hello")
+        who, _ = target.recv_multipart()
+        assert not connection.broken
+        relay.cut()
+        until(lambda: connection.broken, "the source has noticed")
 
-            def gone() -> bool:
-                try:
-                    target.send_multipart([who, b"are you there?"])
-                except zmq.ZMQError:
-                    return True
-                return False
+        def gone() -> bool:
+            try:
+                target.send_multipart([who, b"are you there?"])
+            except zmq.ZMQError:
+                return True
+            return False
 
-            until(gone, "the target has noticed")
-            connection.close()
+        until(gone, "the target has noticed")
+        connection.close()

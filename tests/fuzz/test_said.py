@@ -128,11 +128,12 @@ def check_fence(maps: Segment, size: int) -> None:
 
 def test_migration_messages(surface: Surface) -> None:
     """Both ends' ways of reading; the checksum is right."""
-    seeds = [*of_union(wire.Message), *of_union(wire.Answer)]
+    seeds = [*of_union(wire.Message), *of_union(wire.Join | wire.Pages), *of_union(wire.Answer)]
     for each in seeds:      # as they are they must be taken, or nothing behind the first look is tried
         frame = packed(each) or b""
         digest = xxhash.xxh3_64_digest(frame)
         taken_by(each, lambda frame=frame, digest=digest: wire.decode_message(frame, digest),
+                 lambda frame=frame, digest=digest: wire.decode_stream(frame, digest),
                  lambda frame=frame, digest=digest: wire.decode_answer([frame, digest]))
 
     @surface.settings()
@@ -142,6 +143,7 @@ def test_migration_messages(surface: Surface) -> None:
             return
         digest = xxhash.xxh3_64_digest(data)
         surface.read(lambda: wire.decode_message(data, digest), wire.WireError)
+        surface.read(lambda: wire.decode_stream(data, digest), wire.WireError)
         surface.read(lambda: wire.decode_answer([data, digest]), wire.WireError)
 
     try_it()

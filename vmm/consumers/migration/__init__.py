@@ -4,14 +4,16 @@ beside the one that arrives; to their coordinators they are clients like others.
 Down the way of a page, and of the hand-over::
 
     source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
-      precopy.py           the rounds                                       peers.py      who is listened to
-      converge.py          when to stop (no I/O)                            offers.py     what is taken
-      handover.py          what outlives the source's process               memory.py     the memory, filled in
-      channels.py          threads that pack and send pages                 postcopy.py   holes, filled in later
-      postcopy_source.py   what is asked for after the hand-over
+      precopy.py           the rounds                                       door.py       its one address
+      converge.py          when to stop (no I/O)                            peers.py      who is listened to
+      handover.py          what outlives the source's process               offers.py     what is taken
+      channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
+      postcopy_source.py   what is asked for after the hand-over            postcopy.py   holes, filled in later
       talk.py, progress.py the control connection; what is counted
                   \\                                                        /
+                   memory.py    the memory, sent and filled in
                    pages.py     pages and bitmaps, packed and checked
+                   streams.py   the connections for pages; tls.py
                    wire.py      the messages (docs/protocol.md)
                    sockets.py   connections; keys.py, addresses.py
 

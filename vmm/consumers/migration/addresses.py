@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ...errors import VmmError
 
@@ -19,6 +20,13 @@ __all__ = ["Address", "parse_address"]
 
 _PATH_MAX = 107     # sun_path, less its terminating NUL
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+
+
+class Plain(NamedTuple):
+    """What socket(2) and connect(2) take."""
+
+    family: socket.AddressFamily
+    name: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +54,24 @@ class Address:
             return [f"ipc://{self.path}"]
         return [f"tcp://{_bracketed(host)}:{self.port}" for host in self._resolve(passive=False)]
 
-    def listening(self) -> list[str]:
-        """What ZeroMQ may be given to listen at, the best first. Raises VmmError for a name that is not known."""
+    def plain(self) -> list[Plain]:
+        """What a plain socket may be connected to, the best first. Raises VmmError for a name that is not known."""
         if self.path:
-            return [f"ipc://{self.path}"]
-        port = self.port or "*"
+            return [Plain(socket.AF_UNIX, "\0" + self.path[1:] if self.abstract else self.path)]
+        return [Plain(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, self.port))
+                for host in self._resolve(passive=False)]
+
+    def listening(self) -> list[tuple[str, int]]:
+        """Of a tcp address: (host, port) to listen at, the best first. Raises VmmError for a name that is not
+        known."""
         if self.host == "*":
-            return [f"tcp://[::]:{port}", f"tcp://0.0.0.0:{port}"]      # the first takes IPv4 too
-        if self.host in (name for _, name in socket.if_nameindex()):
-            return [f"tcp://{self.host}:{port}"]
-        return [f"tcp://{_bracketed(host)}:{port}" for host in self._resolve(passive=True)]
+            return [("::", self.port), ("0.0.0.0", self.port)]      # the first takes IPv4 too
+        import psutil  # who connects has no use for it
+
+        here = psutil.net_if_addrs().get(self.host)
+        if here is not None:
+            return [(each.address, self.port) for each in here if each.family == socket.AF_INET]
+        return [(host, self.port) for host in self._resolve(passive=True)]
 
     def _resolve(self, *, passive: bool) -> list[str]:
         """Numeric addresses of the host."""

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
-from .pages import CHUNK_PAGES, PAGE, Encoding, Packer
-from .sockets import Connection
-from .wire import Buffer, Join, Pages, frames
+from .pages import CHUNK_PAGES, PAGE, Encoding, Packer, Runs
+from .streams import Sent, Stream
+from .wire import Join, Pages
 
-__all__ = ["Channels", "Job", "chunk_pages", "send_pages"]
+__all__ = ["Channels", "Job", "chunk_pages"]
 
 _QUEUE = 8                  # chunks that wait for a channel
 _CHUNK_SECONDS = 0.1        # of a capped bandwidth that one message may take: then a stop comes soon
@@ -28,20 +27,13 @@ class Job(NamedTuple):
 
     round: int
     slot: int
-    memory: NDArray[np.uint8]
+    memory: Sent
     pages: NDArray[np.int64]
 
 
 def chunk_pages(bandwidth: float) -> int:
     """Pages of a message, under a cap of so many bytes per second (0: none)."""
     return CHUNK_PAGES if not bandwidth else max(1, min(CHUNK_PAGES, int(bandwidth * _CHUNK_SECONDS / PAGE)))
-
-
-def send_pages(sock: zmq.Socket[bytes], message: Pages, data: Buffer) -> int:
-    """Without a copy: ZeroMQ holds on to ``data`` until it is sent. How many bytes it is."""
-    parts: list[Buffer] = [*frames(message), data] if len(data) else [*frames(message)]
-    sock.send_multipart(parts, copy=False)
-    return sum(len(part) for part in parts)
 
 
 class _Limiter:
@@ -65,18 +57,24 @@ class _Limiter:
 
 
 class Channels:
-    """``connections`` are theirs from now on. ``sent`` is called in their threads: message, bytes on the wire."""
+    """``streams`` are theirs from now on: the first is for what cannot wait (``send_now``), the others have a thread
+    each. ``sums``: pages are sent with sums (pages.py). ``sent`` is called in the threads: message, bytes on the
+    wire."""
 
-    def __init__(self, connections: list[Connection], token: str, compression: Encoding, bandwidth: float,
-                 sent: Callable[[Pages, int], None]) -> None:
+    def __init__(self, streams: list[Stream], token: str, compression: Encoding, bandwidth: float,
+                 sent: Callable[[Pages, int], None], *, sums: bool) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue(_QUEUE)
         self._stop = threading.Event()
+        self._streams = streams
+        self._token = token
         self._sent = sent
+        self._now = Packer(compression, sums=sums)
+        self._joined = False
         #: Why pages may be missing at the target; empty while all is well.
         self.failure = ""
         limiter = _Limiter(bandwidth, self._stop)
-        self._threads = [threading.Thread(target=self._work, args=(c, token, Packer(compression), limiter),
-                                          name="channel", daemon=True) for c in connections]
+        self._threads = [threading.Thread(target=self._work, args=(s, Packer(compression, sums=sums), limiter),
+                                          name="channel", daemon=True) for s in streams[1:]]
         for thread in self._threads:
             thread.start()
 
@@ -90,37 +88,45 @@ class Channels:
 
     @property
     def idle(self) -> bool:
-        """All that was put has been given to ZeroMQ."""
+        """All that was put has been given to the kernel."""
         return not self._jobs.unfinished_tasks
 
-    def _work(self, connection: Connection, token: str, packer: Packer, limiter: _Limiter) -> None:
+    def send_now(self, job: Job) -> None:
+        """Past all that waits, and past the cap of the bandwidth. Where it fails, ``failure`` says so."""
         try:
-            connection.sock.send_multipart(frames(Join(token)))
-            while (job := self._jobs.get()) is not None:
-                try:
-                    if not self._stop.is_set():
-                        self._send(connection, packer, limiter, job)
-                except Exception as exc:    # whatever it was, this job was not sent
-                    self._fail(str(exc) or type(exc).__name__)
-                finally:
-                    self._jobs.task_done()
-        finally:
-            connection.close()
+            if not self._joined:
+                self._joined = True
+                self._streams[0].send(Join(self._token))
+            for message, data in self._now.pack(job.round, job.slot, job.memory.memory, job.pages):
+                self._sent(message, self._streams[0].send(message, data, job.memory))
+        except OSError as exc:
+            self._fail(exc)
 
-    def _send(self, connection: Connection, packer: Packer, limiter: _Limiter, job: Job) -> None:
-        for message, data in packer.pack(*job):
-            limiter.take(len(message.numbers) + len(data))
-            while not connection.sock.poll(100, zmq.POLLOUT):
-                if self._stop.is_set() or connection.broken:
-                    break
-            if connection.broken:
-                self._fail("the connection of a page channel broke")
+    def _work(self, stream: Stream, packer: Packer, limiter: _Limiter) -> None:
+        joined = False
+        while (job := self._jobs.get()) is not None:
+            try:
+                if not joined:
+                    stream.send(Join(self._token))
+                    joined = True
+                if not self._stop.is_set():
+                    self._send(stream, packer, limiter, job)
+            except Exception as exc:    # whatever it was, this job was not sent
+                self._fail(exc)
+            finally:
+                self._jobs.task_done()
+
+    def _send(self, stream: Stream, packer: Packer, limiter: _Limiter, job: Job) -> None:
+        for message, data in packer.pack(job.round, job.slot, job.memory.memory, job.pages):
+            limiter.take(len(message.numbers) + (data.size if isinstance(data, Runs) else len(data)))
             if self._stop.is_set():
                 return
-            self._sent(message, send_pages(connection.sock, message, data))
+            self._sent(message, stream.send(message, data, job.memory))
 
-    def _fail(self, why: str) -> None:
-        self.failure = self.failure or why
+    def _fail(self, exc: Exception) -> None:
+        why = str(exc) or type(exc).__name__
+        self.failure = self.failure or (f"the connection of a page channel broke ({why})" if isinstance(exc, OSError)
+                                        else why)
         self._stop.set()
 
     def close(self) -> None:
@@ -130,7 +136,11 @@ class Channels:
             while True:
                 self._jobs.get_nowait()
                 self._jobs.task_done()
+        for stream in self._streams:
+            stream.shut()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
+        for stream in self._streams:
+            stream.close()

@@ -37,6 +37,7 @@ class HandOver(msgspec.Struct, frozen=True):
     token: str
     address: str
     options: Options
+    certificate: bytes = b""    # the target's (tls.py)
 
     @property
     def where(self) -> str:

@@ -1,14 +1,17 @@
 """Pages on their way: packed, checked, unpacked; and bitmaps of pages that are missing.
 
-The bytes of pages are a frame of their own, so that they need not be copied into the message: ZeroMQ sends them
-from guest memory itself where they lie there one after the other. A page that the guest writes meanwhile arrives
-half old, half new. It is dirty then, and comes again; but its checksum is wrong, as that of a damaged page is. So
-the target sums up what it got instead, page by page, and the source, when it knows which pages are dirty, compares
-those that are not with its own (``changed``).
+The bytes of pages are not copied where they lie one after the other: the kernel sends them from guest memory itself
+(streams.py). A page that the guest writes meanwhile arrives half old, half new. It is dirty then, and comes again.
+
+Over a network that nothing else protects pages have a sum (``sums``; a Unix socket's bytes do not leave the kernel, and
+what is encrypted cannot be damaged unseen). It is wrong for a page that was written meanwhile, as for a damaged one.
+So the target sums up what it got instead, page by page, and the source, when it knows which pages are dirty,
+compares those that are not with its own (``changed``).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,7 +24,7 @@ from ipc.shm import PAGE_SIZE
 from ...optional import lz4_block
 from .wire import Buffer, Missing, Pages, Torn, Want, WireError
 
-__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "changed", "missing", "missing_pages", "page_numbers",
+__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "Runs", "changed", "missing", "missing_pages", "page_numbers",
            "torn", "unpack", "want"]
 
 PAGE = PAGE_SIZE
@@ -30,19 +33,34 @@ CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
 Encoding = Literal["none", "zstd", "lz4"]
 
 
-class Packer:
-    """Encodes pages. One for each thread."""
+_RUN = 4                    # pages that must follow one another, on average, for them to be sent from where they lie
 
-    def __init__(self, encoding: Encoding) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Bytes of a slot that are sent from where they lie: (first byte, bytes) of each run."""
+
+    runs: list[tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(count for _, count in self.runs)
+
+
+class Packer:
+    """Encodes pages. One for each thread. ``sums``: what is sent has a sum."""
+
+    def __init__(self, encoding: Encoding, *, sums: bool) -> None:
         """Raises MissingPackage."""
         self._encoding = encoding
+        self._sums = sums
         self._zstd = zstandard.ZstdCompressor(level=1)
         self._lz4 = lz4_block() if encoding == "lz4" else None
 
     def pack(self, round_: int, slot: int, memory: NDArray[np.uint8],
-             pages: NDArray[np.int64]) -> list[tuple[Pages, Buffer]]:
-        """The messages for these pages (ascending, at most CHUNK_PAGES) of the slot's memory, as it is now; bytes
-        may be a view of that memory."""
+             pages: NDArray[np.int64]) -> list[tuple[Pages, Buffer | Runs]]:
+        """The messages for these pages (ascending, at most CHUNK_PAGES) of the slot's memory, as it is now."""
         memory = memory.reshape(-1, PAGE)
         first, end = int(pages[0]), int(pages[-1]) + 1
         data = memory[first:end] if end - first == len(pages) else memory[pages]
@@ -51,27 +69,36 @@ class Packer:
         if not filled.all():
             suspects = np.flatnonzero(~filled)
             filled[suspects] = (words if len(suspects) == len(words) else words[suspects]).any(axis=1)
-        found: list[tuple[Pages, Buffer]] = []
+        found: list[tuple[Pages, Buffer | Runs]] = []
         if not filled.all():
             found.append((Pages(round_, slot, _numbers(pages[~filled]), "zero"), b""))
-        if filled.any():
-            raw = (data if filled.all() else data[filled]).reshape(-1)
-            packed, encoding = self._encode(raw)
-            found.append((Pages(round_, slot, _numbers(pages[filled]), encoding, xxhash.xxh3_64_digest(packed)),
-                          packed))
+            pages = pages[filled]
+        if len(pages):
+            packed, encoding = self._encode(memory, pages)
+            sum_ = _sum(memory, packed) if self._sums else b""
+            found.append((Pages(round_, slot, _numbers(pages), encoding, sum_), packed))
         return found
 
-    def _encode(self, raw: NDArray[np.uint8]) -> tuple[Buffer, Encoding]:
+    def _encode(self, memory: NDArray[np.uint8], pages: NDArray[np.int64]) -> tuple[Buffer | Runs, Encoding]:
         """What does not get smaller is sent as it is. A compressor reads more than once, and must not see the
         guest's writes in between: it is given a copy."""
-        packed: Buffer
-        if self._encoding == "zstd":
-            packed = self._zstd.compress(raw.tobytes())
-        elif self._lz4 is not None:
-            packed = self._lz4.compress(raw.tobytes(), store_size=False)
-        else:
-            return raw.data, "none"
-        return (packed, self._encoding) if len(packed) < len(raw) else (raw.data, "none")
+        if self._encoding == "none":
+            breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+            if len(breaks) < len(pages) // _RUN:
+                return Runs([(int(run[0]) * PAGE, len(run) * PAGE) for run in np.split(pages, breaks)]), "none"
+            return memory[pages].reshape(-1).data, "none"
+        raw = memory[pages].tobytes()
+        packed = self._zstd.compress(raw) if self._lz4 is None else bytes(self._lz4.compress(raw, store_size=False))
+        return (packed, self._encoding) if len(packed) < len(raw) else (raw, "none")
+
+
+def _sum(memory: NDArray[np.uint8], data: Buffer | Runs) -> bytes:
+    if not isinstance(data, Runs):
+        return xxhash.xxh3_64_digest(data)
+    flat, found = memory.reshape(-1), xxhash.xxh3_64()
+    for first, count in data.runs:
+        found.update(flat[first:first + count].data)
+    return found.digest()
 
 
 def _numbers(pages: NDArray[np.int64]) -> bytes:
@@ -95,15 +122,15 @@ def page_numbers(message: Pages | Want | Torn, total: int) -> NDArray[np.int64]:
 
 def unpack(message: Pages, data: Buffer, total: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None, bool]:
     """(page numbers, their bytes [n, 4096] or None for zero pages, intact), for a slot of ``total`` pages; the
-    bytes may be a view of ``data``. Not intact: the bytes do not have the sum that they were sent with; there are
-    none then of pages that were compressed. Raises WireError for anything that does not fit."""
+    bytes may be a view of ``data``. Not intact: the bytes have another sum than they were sent with; there are none
+    then of pages that were compressed. Raises WireError for anything that does not fit."""
     numbers = page_numbers(message, total)
     size = len(numbers) * PAGE
     if message.encoding == "zero":
         if len(data):
             raise WireError("the source sent data for zero pages")
         return numbers, None, True
-    intact = xxhash.xxh3_64_digest(data) == message.sum
+    intact = not message.sum or xxhash.xxh3_64_digest(data) == message.sum
     if not intact and message.encoding != "none":
         return numbers, None, False
     raw = data

@@ -1,6 +1,5 @@
-"""Which peers the target listens to: the source's connection (that of the offer, or of the last Commit with its
-token) and the channels that have joined with that token. All others are told that this place is taken, or
-nothing."""
+"""Which peers the target listens to: the source's connection, which is that of the offer, or of the last Commit with
+its token. All others are told that this place is taken, or nothing. (Connections for pages: arrivals.py.)"""
 
 from __future__ import annotations
 
@@ -12,16 +11,14 @@ from collections.abc import Callable
 import zmq
 
 from ...errors import VmmError
+from .arrivals import Arrivals
 from .wire import (
     Alive,
     Answer,
-    Buffer,
     Commit,
-    Join,
     Message,
     Offer,
     OtherVersion,
-    Pages,
     Refused,
     Unknown,
     WireError,
@@ -44,25 +41,25 @@ class Gone(ReceiveError):
 
 
 class Peers:
-    """One migration on a ROUTER socket. ``refused`` is told why another than the source was turned away; ``look``
-    is called every LOOK_EVERY seconds, and may raise what is to end the migration."""
+    """One migration on a ROUTER socket, whose pages are ``arrivals``. ``refused`` is told why another than the source
+    was turned away; ``look`` is called every LOOK_EVERY seconds, and may raise what is to end the migration."""
 
-    def __init__(self, sock: zmq.Socket[bytes], refused: Callable[[str], None], look: Callable[[], None]) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], arrivals: Arrivals, refused: Callable[[str], None],
+                 look: Callable[[], None]) -> None:
         self._sock = sock
+        self._arrivals = arrivals
         self._refused = refused
         self._look_now = look
         #: The source; b"": there is none yet.
         self.source = b""
-        self._channels: set[bytes] = set()
         #: Of the migration, once its offer has been taken.
         self.token = ""
         #: When the source was last heard, seconds of CLOCK_MONOTONIC.
         self.heard_at = time.monotonic()
-        #: Messages of pages that have been taken.
-        self.taken = 0
         self._said = self._looked = self.heard_at
         self.poller = zmq.Poller()
         self.poller.register(sock, zmq.POLLIN)
+        self.poller.register(arrivals.fd, zmq.POLLIN)
 
     def _send(self, who: bytes, message: Answer) -> None:
         """Raises Gone. What does not fit into the queue is dropped: the other end takes nothing."""
@@ -84,27 +81,28 @@ class Peers:
         with contextlib.suppress(Gone):
             self._send(who, answer)
 
-    def hear(self, seconds: float) -> tuple[Message, Buffer] | None:
-        """The next message of the source (its bytes of pages beside it); None when there was none within
-        ``seconds``, or another of the ``poller``'s descriptors is readable. All others are ignored, but for a
-        source that takes over (Commit with the token) and those that are told that this place is taken. Raises
-        Gone, WireError for what the source must not say, and what ``look`` does."""
+    def hear(self, seconds: float) -> Message | None:
+        """The next message of the source; None when there was none within ``seconds``, or another of the ``poller``'s
+        descriptors is readable. All others are ignored, but for a source that takes over (Commit with the token) and
+        those that are told that this place is taken. Raises Gone, WireError for what the source must not say,
+        and what ``look`` does."""
         until = time.monotonic() + seconds
         while True:
             gone = self._look()
             left = max(0.0, min(until - time.monotonic(), LOOK_EVERY))
             ready = dict(self.poller.poll(int(left * 1000)))
+            if self._arrivals.fd in ready:
+                self._arrivals.seen()
             if self._sock not in ready:
                 if gone is not None:
                     raise gone
                 if ready or time.monotonic() >= until:
                     return None
                 continue
-            received = self._sock.recv_multipart(copy=False)
-            who = received[0].bytes
-            ours = who == self.source or who in self._channels
+            who, *received = self._sock.recv_multipart()
+            ours = who == self.source
             try:
-                message, data = _decode([frame.buffer for frame in received[1:]])
+                message = _decode(received)
             except WireError as exc:
                 if ours:
                     raise
@@ -114,24 +112,20 @@ class Peers:
             else:
                 if self._let_in(who, message, ours=ours):
                     self.heard_at = time.monotonic()
-                    return message, data
+                    return message
             if time.monotonic() >= until:
                 return None
 
     def _let_in(self, who: bytes, message: Message, *, ours: bool) -> bool:
         """The message is one of this migration's."""
         match message:
-            case Join(token=token):
-                if self._is_token(token):
-                    self._channels.add(who)
-                return False
             case Commit(token=token):
                 if not self._is_token(token):
                     self.tell_stranger(who, Unknown())
                     return False
                 if who != self.source:       # another process, or another connection: the old ones are void
                     self.source = who
-                    self._channels.clear()
+                    self._arrivals.drop()
                 return True
             case Offer() if not self.source:
                 self.source = who
@@ -139,7 +133,7 @@ class Peers:
             case Offer() if not ours:
                 self.tell_stranger(who, Refused("a machine is already being received here"))
                 return False
-        return ours if isinstance(message, Pages) else who == self.source
+        return ours
 
     def _is_token(self, token: str) -> bool:
         return bool(self.token) and hmac.compare_digest(token.encode(), self.token.encode())
@@ -153,18 +147,14 @@ class Peers:
             self._look_now()
         if self.source and now - self._said >= _ALIVE_EVERY:
             try:
-                self.say(Alive(self.taken))
+                self.say(Alive(self._arrivals.taken))
             except Gone as exc:
                 return exc
         return None
 
 
-def _decode(parts: list[Buffer]) -> tuple[Message, Buffer]:
+def _decode(parts: list[bytes]) -> Message:
     """Raises WireError."""
-    if len(parts) not in (1, 2, 3):
+    if len(parts) not in (1, 2):
         raise WireError(f"the source sent a message of {len(parts)} frames")
-    message = decode_message(parts[0], parts[1] if len(parts) > 1 else b"")
-    data = parts[2] if len(parts) == 3 else b""
-    if len(data) and not isinstance(message, Pages):
-        raise WireError(f"the source sent {len(data)} bytes of pages with {type(message).__name__}")
-    return message, data
+    return decode_message(parts[0], parts[1] if len(parts) > 1 else b"")

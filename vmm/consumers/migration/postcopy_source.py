@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ...client.machine import Machine
-from .channels import Channels, Job, send_pages
-from .pages import PAGE, Encoding, Packer, page_numbers
+from .channels import Channels, Job
+from .memory import SentMemory
+from .pages import PAGE, page_numbers
 from .report import Report
 from .talk import RUNNING_PATIENCE, GoneThere, Lost, Talk
-from .wire import POSTCOPY, Complete, Ended, Pages, Want, WireError
+from .wire import POSTCOPY, Complete, Ended, Want, WireError
 
 __all__ = ["serve"]
 
@@ -21,15 +21,14 @@ _CHUNK_PAGES = 64           # what is asked for must not wait long behind a mess
 _WINDOW = 1 << 16           # pages looked at for the next chunk
 
 
-def serve(talk: Talk, channels: Channels, machine: Machine, there: dict[int, NDArray[np.int64]], report: Report,
-          compression: Encoding, sent: Callable[[Pages, int], None], tell: Callable[[], None]) -> None:
+def serve(talk: Talk, channels: Channels, memory: SentMemory, there: dict[int, NDArray[np.int64]], report: Report,
+          tell: Callable[[], None]) -> None:
     """Until the target says that it has everything. ``there``: the pages that are missing there, {slot: pages}.
     Raises Lost when the connection breaks (what had not arrived by then is still missing), GoneThere when the
     machine has ended there."""
     talk.patience = RUNNING_PATIENCE
     talk.begin()
     work = _Missing({slot: pages for slot, pages in there.items() if len(pages)})
-    packer = Packer(compression)
     ram = report.ram
     while True:
         ram.remaining = work.left * PAGE
@@ -37,7 +36,7 @@ def serve(talk: Talk, channels: Channels, machine: Machine, there: dict[int, NDA
         wait = 0.1
         if (job := work.next()) is not None:
             slot, pages = job
-            wait = 0.0 if channels.put(Job(POSTCOPY, slot, machine.ram(slot), pages), 0.0) else 0.001
+            wait = 0.0 if channels.put(Job(POSTCOPY, slot, memory[slot], pages), 0.0) else 0.001
             if not wait:
                 ram.postcopy_pages += work.sent(slot, pages)
         while (answer := talk.hear(wait)) is not None:
@@ -48,9 +47,7 @@ def serve(talk: Talk, channels: Channels, machine: Machine, there: dict[int, NDA
                     return
                 case Want(slot=slot):
                     pages = work.wanted(talk, answer)
-                    # At once, past everything that waits for the channels.
-                    for message, data in packer.pack(POSTCOPY, slot, machine.ram(slot), pages):
-                        sent(message, send_pages(talk.sock, message, data))
+                    channels.send_now(Job(POSTCOPY, slot, memory[slot], pages))
                     ram.postcopy_requests += len(pages)
                     ram.postcopy_pages += work.sent(slot, pages)
                 case Ended(error=error):

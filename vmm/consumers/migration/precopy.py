@@ -7,7 +7,6 @@ When that is, vmm/consumers/migration/converge.py says; from there on the rounds
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.shm import data_extents, open_fd
+from ipc.shm import data_extents
 
 from ...client.machine import Machine
 from ...errors import VmmError
 from .channels import Channels, Job, chunk_pages
 from .converge import Convergence, Next, Round, Rules
+from .memory import SentMemory
 from .pages import PAGE, changed
 from .progress import Progress
 from .report import Options
@@ -37,9 +37,10 @@ class PreCopy:
     """The machine's dirty pages as this migration's client has them, and how they are sent. ``obey`` raises what is
     to end a round."""
 
-    def __init__(self, machine: Machine, options: Options, progress: Progress, why: str,
+    def __init__(self, machine: Machine, memory: SentMemory, options: Options, progress: Progress, why: str,
                  obey: Callable[[], None]) -> None:
         self._machine = machine
+        self._memory = memory
         self._options = options
         self._progress = progress
         self._report = progress.report
@@ -81,11 +82,8 @@ class PreCopy:
     def touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
         """The slot's pages but for those that were never touched: they are zero, at the target too. ``slot``:
         as the machine's report has it."""
-        fd = open_fd(self._machine.ram_segment(slot["id"]))
-        try:
-            extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
-        finally:
-            os.close(fd)
+        fd = self._memory[slot["id"]].fd
+        extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
         pages = np.concatenate([np.zeros(0, np.int64), *extents])
         self._report.ram.duplicate += slot["pages"] - len(pages)
         return pages
@@ -113,7 +111,7 @@ class PreCopy:
         chunk = chunk_pages(self._options.bandwidth)
         talk.begin()
         for slot, numbers in todo.items():
-            memory = self._machine.ram(slot)
+            memory = self._memory[slot]
             for at in range(0, len(numbers), chunk):
                 job = Job(number, slot, memory, numbers[at:at + chunk])
                 while not channels.put(job, 0.1):

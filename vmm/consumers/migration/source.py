@@ -41,12 +41,13 @@ from .addresses import parse_address
 from .channels import Channels
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
+from .memory import SentMemory
 from .pages import PAGE, missing, missing_pages
 from .postcopy_source import serve
 from .precopy import PreCopy, Todo
 from .progress import Progress
 from .report import MigrationError, Options, Report
-from .sockets import Unreachable, connect
+from .sockets import Unreachable, connect_stream
 from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
 from .wire import (
     VERSION,
@@ -135,8 +136,10 @@ class Source:
         self._talk: Talk | None = None
         self._channels: Channels | None = None
         self._token = secrets.token_hex(16)
+        self._certificate = b""                 # the target's, for the connections of pages
         self._progress = Progress(report, progress)
-        self._pre_copy = PreCopy(machine, options, self._progress, f"migration to {address}", self._obey)
+        self._memory = SentMemory(machine)
+        self._pre_copy = PreCopy(machine, self._memory, options, self._progress, f"migration to {address}", self._obey)
         self._offered: MachineSpec | None = None
         self._rest: Todo = {}                   # what pre-copy has left
         self._there: Todo = {}                  # post-copy: what is missing at the target
@@ -168,7 +171,7 @@ class Source:
         record = load_hand_over(self.machine.name)
         with self.machine.lease("migration", f"to {self._address.text}", recover=True) as self._lease:
             self._shield.enter_context(uninterrupted(self._on_signal))
-            self._token = record.token
+            self._token, self._certificate = record.token, record.certificate
             self._committed = True
             self.report.status = "handed-over"
             self._progress.tell(force=True)
@@ -201,7 +204,7 @@ class Source:
         talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy))
         talk.expect(Received)
         talk.patience = _RESERVING
-        talk.expect(Accept)
+        self._certificate = talk.expect(Accept).certificate
         talk.patience = RUNNING_PATIENCE
         channels = self._open_channels()
         self.report.setup_time = self._progress.elapsed_ms
@@ -213,11 +216,16 @@ class Source:
         return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._progress.tell)
 
     def _open_channels(self) -> Channels:
+        if (self._keys is not None) != bool(self._certificate):
+            raise MigrationError(f"{self._address.text}: the connections for pages would "
+                                 f"{'not ' * (not self._certificate)}be encrypted, other than this one")
         until = time.monotonic() + _PATIENCE
-        connections = [connect(self._context, self._address, self._keys, until=until, queue=8)
-                       for _ in range(self.options.channels)]
-        self._channels = Channels(connections, self._token, self.options.compression, self.options.bandwidth,
-                                  self._progress.count)
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(connect_stream(self._address, until, self._certificate))
+                       for _ in range(1 + self.options.channels)]
+            stack.pop_all()
+        self._channels = Channels(streams, self._token, self.options.compression, self.options.bandwidth,
+                                  self._progress.count, sums=not (self._address.local or self._certificate))
         return self._channels
 
     # --- stop-and-copy, hand-over ----------------------------------------------------------------------------
@@ -278,7 +286,7 @@ class Source:
     def _hand_over(self) -> None:
         """The point of no return."""
         name = self.machine.name
-        record = HandOver(self.report.id, self._token, self._address.text, self.options)
+        record = HandOver(self.report.id, self._token, self._address.text, self.options, self._certificate)
         save_hand_over(name, record)
         self._shield.enter_context(uninterrupted(self._on_signal))
         self._obey()
@@ -359,8 +367,8 @@ class Source:
             self._progress.tell(force=True)
             assert self._talk is not None
             try:
-                serve(self._talk, self._channels or self._open_channels(), self.machine, self._there, report,
-                      self.options.compression, self._progress.count, self._progress.tell)
+                serve(self._talk, self._channels or self._open_channels(), self._memory, self._there, report,
+                      self._progress.tell)
                 break
             except GoneThere as exc:
                 raise self._stranded(str(exc)) from None
@@ -424,6 +432,7 @@ class Source:
     def close(self) -> None:
         """Idempotent."""
         self._disconnect()
+        self._memory.close()
         self._context.term()
         self._shield.close()
 

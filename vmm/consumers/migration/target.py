@@ -35,6 +35,8 @@ from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from . import wire
 from .addresses import parse_address
+from .arrivals import Arrivals
+from .door import Door
 from .keys import load_keys
 from .memory import SlotMemory
 from .offers import check_settings, taken
@@ -42,6 +44,7 @@ from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .postcopy import MissingPages, Wanted
 from .sockets import listen
+from .tls import Certificate
 from .wire import (
     Abort,
     Accept,
@@ -91,19 +94,26 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
     accel = choose_accelerator(accel)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
     with contextlib.ExitStack() as stack:
+        door = stack.enter_context(Door(where))
         stack.callback(context.term)
-        sock = stack.enter_context(listen(context, where, keys))
+        sock = stack.enter_context(listen(context, door, keys))
         sock.linger = 2000
-        waiting(sock.get_string(zmq.LAST_ENDPOINT))
-        return _Target(sock, name, accel, detach, timeout, refused, trees).run()
+        certificate = Certificate() if keys is not None else None
+        target = _Target(sock, certificate, name, accel, detach, timeout, refused, trees)
+        arrivals = stack.enter_context(target.arrivals)
+        door.serve(arrivals.serve)
+        waiting(door.endpoint)
+        return target.run()
 
 
 class _Target:
     """One migration on a ROUTER socket."""
 
-    def __init__(self, sock: zmq.Socket[bytes], name: str | None, accel: str, detach: bool, timeout: float | None,
-                 refused: Callable[[str], None], trees: Trees) -> None:
-        self._peers = Peers(sock, refused, self._look)
+    def __init__(self, sock: zmq.Socket[bytes], certificate: Certificate | None, name: str | None, accel: str,
+                 detach: bool, timeout: float | None, refused: Callable[[str], None], trees: Trees) -> None:
+        self._certificate = certificate
+        self.arrivals = Arrivals(self._write, None if certificate is None else certificate.context)
+        self._peers = Peers(sock, self.arrivals, refused, self._look)
         self._name = name
         self._accel = accel
         self._detach = detach
@@ -114,9 +124,6 @@ class _Target:
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
-        self._arrived: dict[int, int] = {}      # {round: messages of pages}
-        self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
-        self._torn: dict[int, list[Torn]] = {}
         self._prepared = False
         self._paused = False
         self._lease: Lease
@@ -186,9 +193,9 @@ class _Target:
         while True:
             heard = self._peers.hear(LOOK_EVERY if deadline is None else max(0.0, min(LOOK_EVERY, deadline
                                                                                   - time.monotonic())))
-            if heard is not None and isinstance(offer := heard[0], Offer):
+            if isinstance(heard, Offer):
                 try:
-                    return self._take_offer(offer)
+                    return self._take_offer(heard)
                 except _NotWanted as exc:
                     self._peers.tell_stranger(self._peers.source, Refused(str(exc)))
                     self._refused(str(exc))
@@ -211,6 +218,7 @@ class _Target:
             except UserfaultError as exc:
                 raise _NotWanted(f"post-copy is not possible here: {exc}") from None
             self._peers.token = offer.token
+            self.arrivals.expect(offer.token)
             self._peers.say(Received())
             self._machine = Machine.launch(spec, detach=self._detach, start=False)
         # Only we may start it, or write to it; should we go before, it does.
@@ -220,7 +228,7 @@ class _Target:
             self._memory[slot.id] = SlotMemory(self._machine, slot.id)
             self._pages[slot.id] = slot.pages
         self._peers.heard_at = time.monotonic()
-        self._peers.say(Accept())
+        self._peers.say(Accept(b"" if self._certificate is None else self._certificate.der))
 
     # --- memory and state -----------------------------------------------------------------------------------------
 
@@ -228,23 +236,21 @@ class _Target:
         """Rounds of pages and the state, both as often as the source says; until it commits."""
         while True:
             try:
-                heard = self._peers.hear(LOOK_EVERY)
+                message = self._peers.hear(LOOK_EVERY)
             except Gone:
                 if not self._prepared:
                     raise
-                heard = None    # the source decides now, and may come back
-            if heard is None:
-                self._be_patient()
-                continue
-            message, data = heard
+                message = None      # the source decides now, and may come back
+            self.arrivals.check()
+            self._acknowledge()
             match message:
-                case Pages():
-                    self._write(message, data)
+                case None:
+                    self._be_patient()
                 case Ping():
                     pass
                 case RoundEnd():
-                    self._expected[message.round] = message.messages
-                    self._acknowledge(message.round)
+                    self.arrivals.round_end(message.round, message.messages)
+                    self._acknowledge()
                 case wire.Missing():
                     self._note_missing(message)
                 case State():
@@ -267,21 +273,21 @@ class _Target:
             raise WireError(f"the source sent pages of slot {slot}, which the machine does not have")
         return self._pages[slot]
 
-    def _write(self, message: Pages, data: Buffer) -> None:
+    def _write(self, message: Pages, data: Buffer) -> Torn | None:
+        """In any thread. What was torn of it. Raises WireError, OSError."""
         numbers, content, intact = unpack(message, data, self._total(message.slot))
-        if not intact:
-            self._torn.setdefault(message.round, []).append(torn(message, content))
         if intact or content is not None:
-            self._memory[message.slot].write(numbers, content)
-        self._peers.taken += 1
-        self._arrived[message.round] = self._arrived.get(message.round, 0) + 1
-        self._acknowledge(message.round)
+            try:
+                self._memory[message.slot].write(numbers, content)
+            except OSError as exc:
+                raise ReceiveError(f"pages of slot {message.slot} cannot be written: {exc.strerror} (is /dev/shm "
+                                   "full?)") from None
+        return None if intact else torn(message, content)
 
-    def _acknowledge(self, number: int) -> None:
-        if self._expected.get(number) == self._arrived.get(number, 0):
-            del self._expected[number]
-            self._arrived.pop(number, None)
-            self._peers.say(RoundAck(number, self._torn.pop(number, [])))
+    def _acknowledge(self) -> None:
+        """The rounds whose pages are all here."""
+        for number, found in self.arrivals.rounds():
+            self._peers.say(RoundAck(number, found))
 
     def _note_missing(self, message: wire.Missing) -> None:
         bits = missing_pages(message, self._total(message.slot))
@@ -365,9 +371,9 @@ class _Target:
         while (left := until - time.monotonic()) > 0:
             try:
                 match self._peers.hear(min(left, LOOK_EVERY)):
-                    case (Done() | Abort(), _):
+                    case Done() | Abort():
                         return
-                    case (Commit(), _):
+                    case Commit():
                         self._peers.say(*verdict)
             except (Gone, WireError):
                 time.sleep(LOOK_EVERY / 10)
@@ -389,13 +395,14 @@ class _Target:
                 # A peer that sends nonsense is ignored: the machine is here alone by now.
                 with contextlib.suppress(WireError):
                     heard = self._peers.hear(LOOK_EVERY)
-                match heard:
-                    case (Pages() as message, data):
-                        if self._put(pages, message, data):
-                            came = time.monotonic()
-                    case (Commit(), _):         # Running was lost, or another process takes over
-                        self._tell_how_it_is()
-                        self._want(pages.ask_again())
+                while (arrived := self.arrivals.next()) is not None:
+                    if self._put(pages, *arrived):
+                        came = time.monotonic()
+                with contextlib.suppress(VmmError):     # of a connection that has ended: what it has not brought is
+                    self.arrivals.check()               # asked for
+                if isinstance(heard, Commit):           # Running was lost, or another process takes over
+                    self._tell_how_it_is()
+                    self._want(pages.ask_again())
                 self._want([each for fd in pages.faults for each in pages.wanted(fd)])
                 if time.monotonic() - came > _ASK_AGAIN:
                     came = time.monotonic()

@@ -1,9 +1,10 @@
-"""What a migration's two ends say to each other: MessagePack over ZeroMQ DEALER -> ROUTER.
+"""What a migration's two ends say to each other, in MessagePack.
 
-One control connection and several for pages. A message is two frames, and a third for the bytes of pages: the
-message, its checksum (XXH3, 64 bits), the bytes. The control connection is the one that made the offer; the others
-say the token of that offer first (Join), and so does a source that takes over from another (Commit). A peer that
-does neither is a stranger, and is not listened to.
+One control connection, ZeroMQ DEALER -> ROUTER, and several for pages, which are plain sockets
+(vmm/consumers/migration/streams.py). A message of the control connection is two frames: the message, its checksum
+(XXH3, 64 bits). It is the connection that made the offer; those for pages say the token of that offer first (Join),
+and so does a source that takes over from another (Commit). A peer that does neither is a stranger, and is not
+listened to.
 
 A round of pages ends with a barrier: the target acknowledges when it has every message of the round, so that a page
 of the next round cannot be overtaken by an older copy.
@@ -28,9 +29,9 @@ from ...machine.spec import MachineSpec
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
            "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared",
            "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
-           "WireError", "decode_answer", "decode_message", "frames"]
+           "WireError", "decode_answer", "decode_message", "decode_stream", "frames"]
 
-VERSION = 3
+VERSION = 4
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
 
 Buffer = bytes | memoryview
@@ -70,8 +71,9 @@ class Join(Wire, frozen=True, tag="join"):
 
 
 class Pages(Wire, frozen=True, tag="pages"):
-    """Pages of a slot: their numbers (uint32, little endian, ascending). In the last frame their bytes one after
-    the other, encoded; none for pages that are zero. All pages are zero at first. ``sum``: XXH3 of those bytes."""
+    """Pages of a slot: their numbers (uint32, little endian, ascending). Behind it come their bytes one after the
+    other, encoded; none for pages that are zero. All pages are zero at first. ``sum``: XXH3 of those bytes; empty
+    where nothing can damage them on their way."""
 
     round: int
     slot: int
@@ -136,7 +138,10 @@ class Received(Wire, frozen=True, tag="received"):
 
 
 class Accept(Wire, frozen=True, tag="accept"):
-    """The machine's memory is there, its vCPUs stand before their first instruction."""
+    """The machine's memory is there, its vCPUs stand before their first instruction. ``certificate`` (DER): what the
+    connections for pages are encrypted by (vmm/consumers/migration/tls.py); empty where there are no keys."""
+
+    certificate: bytes = b""
 
 
 class Alive(Wire, frozen=True, tag="alive"):
@@ -198,7 +203,7 @@ class Unknown(Wire, frozen=True, tag="unknown"):
     """Answer to a Commit whose token is of no migration here: another receiver is at this address now."""
 
 
-Message = Offer | Join | Pages | RoundEnd | Missing | State | Commit | Done | Abort | Ping
+Message = Offer | RoundEnd | Missing | State | Commit | Done | Abort | Ping
 Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
           | Ended | Unknown)
 
@@ -214,11 +219,12 @@ class _AnyVersion(msgspec.Struct):
 _encoder = msgspec.msgpack.Encoder()
 _messages = msgspec.msgpack.Decoder(Message)
 _answers = msgspec.msgpack.Decoder(Answer)
+_stream = msgspec.msgpack.Decoder(Join | Pages)
 _any_version = msgspec.msgpack.Decoder(_AnyVersion)
 
 
 def frames(message: Wire) -> list[bytes]:
-    """What is sent of it; the bytes of pages follow as one more frame."""
+    """Of a message: itself, and its checksum."""
     frame = _encoder.encode(message)
     return [frame, xxhash.xxh3_64_digest(frame)]
 
@@ -236,6 +242,18 @@ def decode_message(frame: Buffer, digest: Buffer) -> Message:
         why = one_line(str(exc))
     _look_for_version(frame)
     raise WireError(f"the source sent something that is not a message of protocol {VERSION}: {why}")
+
+
+def decode_stream(frame: Buffer, digest: Buffer) -> Join | Pages:
+    """What comes over a connection for pages. Raises WireError."""
+    try:
+        if xxhash.xxh3_64_digest(frame) == bytes(digest):
+            return _stream.decode(frame)
+        why = "it was damaged in transit"
+    except UNREADABLE as exc:
+        why = one_line(str(exc))
+    raise WireError(f"the source sent something on a connection for pages that is not a message of protocol "
+                    f"{VERSION}: {why}")
 
 
 def _look_for_version(frame: Buffer) -> None:
