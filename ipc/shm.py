@@ -23,7 +23,7 @@ from .linux.memory import available_memory, cgroup_left
 from .steps import step
 
 __all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",
-           "list_segments", "open_fd", "room", "unlink_segment"]
+           "list_segments", "open_fd", "reserve", "room", "unlink_segment"]
 
 PAGE_SIZE = 4096
 SHM_DIRECTORY = Path("/dev/shm")
@@ -107,6 +107,12 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start // PAGE_SIZE * PAGE_SIZE, min(-(-at // PAGE_SIZE) * PAGE_SIZE, size)
 
 
+def reserve(fd: int, start: int, size: int) -> None:
+    """What of [start, start + size) of a segment has no memory yet gets some. Raises OSError (ENOSPC: /dev/shm is
+    full)."""
+    os.posix_fallocate(fd, start, size)
+
+
 class Segment:
     """One mapped shared-memory segment.
 
@@ -132,17 +138,18 @@ class Segment:
     def create(cls, name: str, size: int, *, reserve: bool = True) -> Segment:
         """Make a zero-filled segment of ``size`` bytes (rounded up to whole pages).
 
-        ``reserve=False`` leaves it sparse (only for memory known to be far larger than the host's).
+        ``reserve=False`` leaves it sparse (for memory known to be far larger than the host's, or that is filled
+        before a guest has it).
         Raises SegmentError when the name exists or /dev/shm has no room.
         """
         begun = _begun.pop(name, None)
         return cls._make(name, size, reserve=reserve) if begun is None else begun.made()
 
     @classmethod
-    def begin(cls, name: str, size: int) -> None:
+    def begin(cls, name: str, size: int, *, reserve: bool = True) -> None:
         """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it, or fails as that has
         failed."""
-        _begun[name] = _Begun(name, size)
+        _begun[name] = _Begun(name, size, reserve)
 
     @staticmethod
     def settle() -> None:
@@ -237,16 +244,17 @@ class Segment:
 class _Begun(threading.Thread):
     """The making of a segment."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, reserve: bool) -> None:
         super().__init__(name="segment", daemon=True)
         self._wanted = name, size
+        self._reserve = reserve
         self._segment: Segment | None = None
         self._error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._segment = Segment._make(*self._wanted, reserve=True)
+            self._segment = Segment._make(*self._wanted, reserve=self._reserve)
         except Exception as exc:    # of whoever asks for it
             self._error = exc
 

@@ -25,8 +25,10 @@ class KeeperProcess:
     def __init__(self, name: str, *, quiet: bool, programs: bool = False, fork: bool = False) -> None:
         """``quiet``: nothing is printed by anybody. ``programs``: the machine runs a Linux program. ``fork``: this
         process has imported little else than what a keeper needs, so where it has one thread there is no new
-        interpreter. Raises VmmError."""
-        check_machine_name(name)
+        interpreter. ``name`` may be empty, for a machine that nobody knows yet: it takes no name then, and
+        imports all that it can. Raises VmmError."""
+        if name:
+            check_machine_name(name)
         self.name = name
         life, self.life = _pipe()
         self.status, say = _pipe()
@@ -52,6 +54,13 @@ class KeeperProcess:
         """It is somebody else's now, with both pipes."""
         self._waits = False
         return self.process
+
+    def tell(self, name: str, *, programs: bool, spec: bytes) -> None:
+        """What the machine is. Raises BrokenPipeError where the keeper has ended."""
+        with self.stdin as stdin:
+            if not self.name:
+                stdin.write(f"{name} {PROGRAMS * programs}\n".encode())
+            stdin.write(spec)
 
     def give_up(self) -> None:
         """There is no machine: wait until nothing is left. Nothing, if it has been taken. Idempotent."""

@@ -28,42 +28,54 @@ class Launched:
     ``warnings``: what its user should know."""
 
     def __init__(self, spec: MachineSpec, *, quiet: bool, keeper: KeeperProcess | None = None) -> None:
-        """``quiet``: nothing is printed by anybody. ``keeper``: one that has been started for this name. Raises
-        VmmError, with nothing left behind."""
+        """``quiet``: nothing is printed by anybody. ``keeper``: one that has been started for this name, or for
+        none. Of a machine whose memory comes from elsewhere (``spec.incoming``) that memory is there when this
+        returns, and the machine is once it ``is_ready``. Raises VmmError, with nothing left behind."""
         self.spec, self.name = spec, spec.name
         self.warnings: list[str] = []
         begun = keeper or KeeperProcess(spec.name, quiet=quiet, programs=spec.program is not None)
-        self.keeper, self._life = begun.take(), begun.life
+        self.keeper, self._life, self._status = begun.take(), begun.life, begun.status
+        self._deadline = time.monotonic() + _LAUNCH_TIMEOUT
+        self._said = b""
+        self._has_memory = False
         try:
-            with begun.status as status:
-                with contextlib.suppress(BrokenPipeError), begun.stdin as stdin:
-                    stdin.write(encode_spec(spec))
-                self._await_ready(status.fileno())
+            with contextlib.suppress(BrokenPipeError):
+                begun.tell(spec.name, programs=spec.program is not None, spec=encode_spec(spec))
+            while not (self.is_ready(wait=True) or (spec.incoming and self._has_memory)):
+                pass
         except BaseException:
             self.end()
             raise
 
-    def _await_ready(self, fd: int) -> None:
-        """What the keeper says, in lines. Raises VmmError with its reason, or that it said nothing."""
-        deadline = time.monotonic() + _LAUNCH_TIMEOUT
+    def is_ready(self, *, wait: bool = False) -> bool:
+        """The machine can be spoken to. ``wait``: until there is news. Raises VmmError with the keeper's reason why it
+        never will be, or that it said nothing."""
+        if self._status.closed:
+            return True
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        text = b""
-        while True:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise VmmError(f"machine '{self.name}' was not ready within {_LAUNCH_TIMEOUT:.0f} s",
-                               ExitCode.WORKER_DIED)
-            chunk = os.read(fd, 65536)
-            if not chunk:
-                raise VmmError(f"machine '{self.name}' did not start: its keeper ended (see vmm logs {self.name})",
-                               ExitCode.WORKER_DIED)
-            *lines, text = (text + chunk).split(b"\n")
-            for answer in map(msgspec.json.decode, lines):
-                if "error" in answer:
-                    raise VmmError(answer["error"], ExitCode(answer["code"]))
-                if "ready" in answer:
-                    return
+        poll.register(self._status, select.POLLIN)
+        left = max(0.0, self._deadline - time.monotonic())
+        if not poll.poll(left * 1000 if wait else 0.0):
+            if left:
+                return False
+            raise VmmError(f"machine '{self.name}' was not ready within {_LAUNCH_TIMEOUT:.0f} s",
+                           ExitCode.WORKER_DIED)
+        chunk = os.read(self._status.fileno(), 65536)
+        if not chunk:
+            raise VmmError(f"machine '{self.name}' did not start: its keeper ended (see vmm logs {self.name})",
+                           ExitCode.WORKER_DIED)
+        *lines, self._said = (self._said + chunk).split(b"\n")
+        for answer in map(msgspec.json.decode, lines):
+            if "error" in answer:
+                raise VmmError(answer["error"], ExitCode(answer["code"]))
+            if "ready" in answer:
+                self._status.close()
+                return True
+            if "memory" in answer:
+                self._has_memory = True
+            else:
                 self.warnings.append(answer["warning"])
+        return False
 
     def let_go(self) -> None:
         """The machine lives on without this process. Idempotent."""
@@ -79,6 +91,7 @@ class Launched:
     def end(self) -> bool:
         """Have the machine end, in order if it can, and wait until nothing of it is left. False when its keeper was
         killed: a process of it may be there still."""
+        self._status.close()
         if self._life.closed:
             self.keeper.terminate()
         self._say(END)

@@ -124,7 +124,9 @@ class Machine:
 
         The machine ends when this process does; one that is detached (``detach``) lives on, once it runs.
         ``start=False`` leaves the vCPUs before their first instruction until ``start()``. ``keeper``: one that was
-        started before, with what is said here. Raises VmmError, with nothing left behind.
+        started before, with what is said here. A machine whose memory comes from elsewhere (``incoming`` in its
+        specification) can be asked for nothing until it ``is_ready``; its memory is there when this returns (see
+        vmm.machine.names.slot_segment). Raises VmmError, with nothing left behind.
         """
         if isinstance(config, MachineSpec):
             from ..machine.room import check_room
@@ -154,6 +156,14 @@ class Machine:
         return cls(name)
 
     # --- life -----------------------------------------------------------------------------------
+
+    def is_ready(self, *, wait: bool = False) -> bool:
+        """Of a machine that was launched here with memory from elsewhere: it can be spoken to (``wait``: it is waited
+        for). Raises VmmError with the reason why it never will be."""
+        assert self._launched is not None
+        while not (ready := self._launched.is_ready(wait=wait)) and wait:
+            pass
+        return ready
 
     def start(self) -> None:
         """Let the vCPUs enter the guest for the first time. Raises VmmError."""

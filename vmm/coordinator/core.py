@@ -38,6 +38,8 @@ class Core:
         self.tracer = tracer
         self.owners = Owners()
         self.state = "starting"
+        #: Its memory comes from elsewhere, and whoever launched it is to have it alone (leases.py).
+        self.incoming = False
         self.verifier: AnyVerifier | None = None
         self.parts: Parts
         self.vcpus: VcpuPool

@@ -58,6 +58,9 @@ def main(argv: list[str]) -> int:
         if zygote_fd >= 0:      # one that takes over has it from the keeper
             check_machine(spec)
             _begin_memory(spec)
+            if spec.incoming:
+                Segment.settle()
+                _tell(status_fd, memory=True)
         from .loop import Coordinator  # numpy and much else, while the memory is being made
 
         if zygote_fd >= 0:
@@ -88,7 +91,7 @@ def _begin_memory(spec: MachineSpec) -> None:
     """It is reserved, which takes longer than all else that the kernel has to do."""
     if spec.can.guests:
         for slot in spec.slots:
-            Segment.begin(slot_segment(spec.name, "ram", slot), slot.size)
+            Segment.begin(slot_segment(spec.name, "ram", slot), slot.size, reserve=not spec.incoming)
 
 
 def _compile_loops() -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import json
 import os
 import select
@@ -55,6 +56,7 @@ _LIVED = 60.0
 _END_TIMEOUT = 20.0         # seconds in which a coordinator must end that was told to, or has said that it will
 _REAP_TIMEOUT = 5.0         # seconds for killed children to be gone
 _READ = 64 << 10
+_MODULE = "vmm.coordinator.keeper"
 
 
 class Deaths:
@@ -268,6 +270,8 @@ class Keeper:
         if "error" in answer:
             self._error = str(answer["error"])
             self._log.say("error", self._error)
+        if "memory" in answer:
+            self.tell(answer)
         if "ready" in answer:
             self._at_work_since = time.monotonic()
         if self._ready:
@@ -387,8 +391,9 @@ def _open_record(name: str) -> records.Record | str:
 
 def main(argv: list[str]) -> int:
     """``vmm.coordinator.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID [programs]``; the machine's specification is on
-    standard input. Where none comes, nothing of the machine is left."""
-    name = argv[0]
+    standard input. Where none comes, nothing of the machine is left. An empty NAME: it comes there too, in a line
+    before (with ``programs``), and meanwhile everything is imported."""
+    name, words = argv[0], argv[4:]
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
     process.set_name(KEEPER)
     process.set_subreaper()
@@ -396,12 +401,18 @@ def main(argv: list[str]) -> int:
     process.raise_descriptor_limit()
     os.environ["OPENBLAS_NUM_THREADS"] = "1"    # of all that come from here: numpy's threads have nothing to do
     signals = _catch_signals()
+    if not name:
+        importlib.import_module("vmm.coordinator.loop")
+        name, *words = sys.stdin.buffer.readline().decode().split() or [""]
+        if not name:
+            return int(ExitCode.STOPPED)
+        process.set_command_line([_MODULE, name])
     try:
         taken = claim(name)
     except VmmError as exc:
         os.write(status_fd, json.dumps({"error": str(exc), "code": int(exc.exit_code)}).encode() + b"\n")
         return int(exc.exit_code)
-    keeper = Keeper(name, taken, status_fd, life_fd, launcher, signals, programs=PROGRAMS in argv[4:])
+    keeper = Keeper(name, taken, status_fd, life_fd, launcher, signals, programs=PROGRAMS in words)
     spec = b""
     try:
         keeper.begin()

@@ -108,9 +108,19 @@ class Leases:
             if change is Change.HOST_WRITE and lease.frozen:
                 raise VmmError(f"machine '{name}' cannot {change.value} now: its memory is being copied for the "
                                f"last time ({lease.who}); wait for that")
+        if self._is_awaited and change is not Change.INCOMING and change in (
+                _KEPT_OUT["incoming"] | _KEPT_OUT_OTHERS["incoming"]):
+            raise VmmError(f"machine '{name}' cannot {change.value} now: it is still arriving; wait until it has "
+                           "arrived")
         handed_over = self._pauses.handed_over
         if handed_over is not None and change in _KEPT_OUT_HANDED_OVER:
             raise VmmError(f"machine '{name}' cannot {change.value}: it was handed over to {handed_over.to}")
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Its memory comes from elsewhere, and who brings it has no lease yet."""
+        return (self._core.incoming and self._core.state == "ready"
+                and not any(lease.kind == "incoming" for lease in self.held))
 
     @property
     def at_hand_over(self) -> str:

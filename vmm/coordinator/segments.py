@@ -58,9 +58,9 @@ def copy_image(source: str, target: Path) -> None:
         raise VmmError(f"guest image {source}: cannot be copied: {exc.strerror}") from None
 
 
-def make_parts(spec: MachineSpec, tracking: str) -> Parts:
+def make_parts(spec: MachineSpec, tracking: str, *, incoming: bool = False) -> Parts:
     """Make every segment, load the image, write the boot structures. ``tracking``: one of
-    vmm.machine.trackings.MODES.
+    vmm.machine.trackings.MODES. ``incoming``: the memory comes from elsewhere, and is left alone.
 
     Raises VmmError and SegmentError; nothing is left behind then.
     """
@@ -81,10 +81,10 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
         parts = Parts(spec, control, system, log, mode, entry=image.entry if image else 0,
                       usable=_usable_pages(slots), stack=stack)
         for slot in spec.slots:
-            log.add_slot(parts.new_slot(slot, create=True))
+            log.add_slot(parts.new_slot(slot, create=True, incoming=incoming))
         mode.need(parts, fresh=False)
         if image is not None:
-            _load(parts, image, slots)
+            _load(parts, image, slots, system_only=incoming)
         elif spec.program is not None:
             _write_system(parts, lambda view: boot.write_program_slot(view, threads=spec.threads))
         if spec.replay_trace:
@@ -143,12 +143,12 @@ def _usable_pages(slots: list[boot.BootSlot]) -> dict[int, tuple[int, int]]:
     return {s.id: ((s.usable_start - s.gpa) // PAGE_SIZE, (s.usable_end - s.gpa) // PAGE_SIZE) for s in slots}
 
 
-def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) -> None:
+def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot], *, system_only: bool) -> None:
     spec = parts.spec
     _write_system(parts, lambda view: boot.write_system_slot(
         view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end, params=spec.params, cmdline=spec.cmdline,
         stack_size=spec.stack_size, top_gpa=_top_gpa(spec)))
-    for segment in image.segments:
+    for segment in () if system_only else image.segments:
         for slot in spec.slots:
             # A segment may span slots that touch.
             first = max(segment.gpa, slot.gpa)

@@ -49,11 +49,12 @@ class Parts:
     def control(self) -> MachineControl:
         return machine_control(self.control_segment.address)
 
-    def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
+    def new_slot(self, slot: RamSlot, *, create: bool, incoming: bool = False) -> MemorySlot:
+        """``incoming``: its memory is filled before the guest has it (ipc/shm.py)."""
         replay = not self.spec.can.guests
         logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.mode.logs) else 0
         return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
-                          reapers=self.spec.reaper.reapers)
+                          incoming=incoming, reapers=self.spec.reaper.reapers)
 
     @property
     def ring_entries(self) -> int:

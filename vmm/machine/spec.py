@@ -80,6 +80,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
                                         # its system, are for its threads
     nice: int = 0               # of the vCPU processes, 0 to 19
     linger: bool                # stay after the end until a client releases the machine
+    incoming: bool = False      # its memory comes from elsewhere: nothing is loaded, and whoever launches it reserves
+                                # what he does not fill before it starts
 
     @property
     def can(self) -> Capabilities:

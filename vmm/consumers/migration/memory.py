@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.shm import data_extents, open_fd
+from ipc.shm import open_fd, reserve
 
 from ...client.machine import Machine
 from .pages import PAGE
@@ -17,7 +18,7 @@ from .streams import Sent
 
 __all__ = ["SentMemory", "SlotMemory"]
 
-_RUN = 4                    # pages that must follow one another, on average, to be written through the file
+_PIECE = 256 << 20          # bytes that are reserved at a time
 
 
 class SentMemory:
@@ -40,18 +41,18 @@ class SentMemory:
 
 
 class SlotMemory:
-    """A slot of the machine that is to come; all zero at first. Threads may write different pages at once."""
+    """A slot of the machine that is to come; all zero at first, and sparse. Threads may write different pages at
+    once."""
 
-    def __init__(self, machine: Machine, slot: int) -> None:
-        self._pages = machine.ram(slot, writable=True).reshape(-1, PAGE)
-        self._fd = open_fd(machine.ram_segment(slot))
+    def __init__(self, segment: str, size: int) -> None:
+        """``size``: of the slot, in bytes. Raises SegmentError."""
+        self._fd = open_fd(segment)
+        self._size = size
         self._lock = threading.Condition()
         self._writers = 0
         self._closed = False
         #: Pages that are zero for certain: never touched.
-        self._untouched = np.ones(len(self._pages), bool)
-        for start, end in data_extents(self._fd, self._pages.size):     # what the loader has put there
-            self._pages[start // PAGE:end // PAGE] = 0
+        self._untouched = np.ones(size // PAGE, bool)
 
     def write(self, numbers: NDArray[np.int64], data: NDArray[np.uint8] | None) -> None:
         """``data`` [n, 4096], None: zeros. Not once it is closed. Raises OSError."""
@@ -67,18 +68,14 @@ class SlotMemory:
                 self._lock.notify_all()
 
     def _write(self, numbers: NDArray[np.int64], data: NDArray[np.uint8] | None) -> None:
+        """Through the file, not a mapping: a page that was never touched costs no fault then, and one that cannot be
+        had is an error rather than SIGBUS."""
         if data is None:
-            touched = numbers[~self._untouched[numbers]]
-            self._pages[touched] = 0
-            return
+            numbers = numbers[~self._untouched[numbers]]
+            data = np.zeros((len(numbers), PAGE), np.uint8)
         self._untouched[numbers] = False
-        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-        if len(breaks) >= len(numbers) // _RUN:
-            self._pages[numbers] = data
-            return
-        # Through the file, not the mapping: a page that was never touched costs no fault then.
         at = 0
-        for run in np.split(numbers, breaks):
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []:
             self._put(data[at:at + len(run)], int(run[0]) * PAGE)
             at += len(run)
 
@@ -89,10 +86,18 @@ class SlotMemory:
             view = view[count:]
             offset += count
 
+    def reserve(self) -> Iterator[int]:
+        """What has not been written gets memory, piece by piece; bytes so far. Before a guest has it: what it touches
+        first must be there. Raises OSError (ENOSPC)."""
+        for start in range(0, self._size, _PIECE):
+            reserve(self._fd, start, min(_PIECE, self._size - start))
+            yield min(start + _PIECE, self._size)
+
     def close(self) -> None:
-        """Nobody writes any more when this returns. The mapping goes with the last view of it."""
+        """Nobody writes any more when this returns. Idempotent."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             self._lock.wait_for(lambda: not self._writers)
         os.close(self._fd)
-        del self._pages

@@ -26,7 +26,8 @@ def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
     try:
         if not offer.spec.can.guests:
             raise WireError("the source offered a machine that has no memory")
-        return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees)
+        return msgspec.structs.replace(
+            arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees), incoming=True)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
 

@@ -145,12 +145,16 @@ class Peers:
         if now - self._looked >= LOOK_EVERY:
             self._looked = now
             self._look_now()
-        if self.source and now - self._said >= _ALIVE_EVERY:
-            try:
-                self.say(Alive(self._arrivals.taken))
-            except Gone as exc:
-                return exc
+        try:
+            self.alive()
+        except Gone as exc:
+            return exc
         return None
+
+    def alive(self) -> None:
+        """Say so, if it has not been said for a while. Raises Gone."""
+        if self.source and time.monotonic() - self._said >= _ALIVE_EVERY:
+            self.say(Alive(self._arrivals.taken))
 
 
 def _decode(parts: list[bytes]) -> Message:

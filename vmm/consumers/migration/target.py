@@ -1,5 +1,8 @@
 """Live migration, the target: wait for a machine, take its memory and state, run it when told to.
 
+Memory is sparse at first, and filled while the machine's processes begin; what the first round has not filled is
+reserved then, so that a full /dev/shm is a reason to refuse, and nothing that a guest meets.
+
 Until Commit the vCPUs stand before their first instruction. Whatever goes wrong before, the machine made here is
 torn down, and only when nothing of it is left the source is told (Refused): it may then let the guest continue there.
 Once everything is in its place only the source knows who is to run the machine; should the connection break then,
@@ -27,9 +30,10 @@ from workers.state import StateError, check_states
 
 from ...client.accelerators import choose_accelerator
 from ...client.holds import Lease
+from ...client.keeper import KeeperProcess
 from ...client.machine import Machine
 from ...errors import ExitCode, VmmError
-from ...machine.names import check_machine_name
+from ...machine.names import check_machine_name, slot_segment
 from ...machine.rules import NO_TREES, Trees
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
@@ -92,14 +96,17 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
     if name is not None:
         check_machine_name(name)
     accel = choose_accelerator(accel)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
     with contextlib.ExitStack() as stack:
+        # What takes long is done while nobody waits: whoever comes, there will be a machine.
+        keeper = KeeperProcess("", quiet=detach, fork=True)
+        stack.callback(keeper.give_up)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         door = stack.enter_context(Door(where))
         stack.callback(context.term)
         sock = stack.enter_context(listen(context, door, keys))
         sock.linger = 2000
         certificate = Certificate() if keys is not None else None
-        target = _Target(sock, certificate, name, accel, detach, timeout, refused, trees)
+        target = _Target(sock, keeper, certificate, name, accel, detach, timeout, refused, trees)
         arrivals = stack.enter_context(target.arrivals)
         door.serve(arrivals.serve)
         waiting(door.endpoint)
@@ -109,8 +116,10 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
 class _Target:
     """One migration on a ROUTER socket."""
 
-    def __init__(self, sock: zmq.Socket[bytes], certificate: Certificate | None, name: str | None, accel: str,
-                 detach: bool, timeout: float | None, refused: Callable[[str], None], trees: Trees) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], keeper: KeeperProcess, certificate: Certificate | None,
+                 name: str | None, accel: str, detach: bool, timeout: float | None, refused: Callable[[str], None],
+                 trees: Trees) -> None:
+        self._keeper = keeper
         self._certificate = certificate
         self.arrivals = Arrivals(self._write, None if certificate is None else certificate.context)
         self._peers = Peers(sock, self.arrivals, refused, self._look)
@@ -121,6 +130,8 @@ class _Target:
         self._refused = refused
         self._trees = trees
         self._machine: Machine | None = None
+        self._begun = contextlib.ExitStack()    # what is needed until the machine is ready
+        self._ready = self._reserved = False
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
@@ -172,9 +183,12 @@ class _Target:
         machine, self._machine = self._machine, None
         if machine is None:
             return True
-        with contextlib.suppress(VmmError):
-            machine.stop()
-        return machine.close()
+        if self._ready:
+            with contextlib.suppress(VmmError):
+                machine.stop()
+        gone = machine.close()
+        self._begun.close()
+        return gone
 
     def _close_memory(self) -> None:
         for memory in self._memory.values():
@@ -197,6 +211,7 @@ class _Target:
                 try:
                     return self._take_offer(heard)
                 except _NotWanted as exc:
+                    self._begun.close()
                     self._peers.tell_stranger(self._peers.source, Refused(str(exc)))
                     self._refused(str(exc))
                 self._peers.source = b""
@@ -205,30 +220,40 @@ class _Target:
 
     def _take_offer(self, offer: Offer) -> None:
         """Raises _NotWanted."""
-        with tempfile.NamedTemporaryFile(prefix="shardvmm-image-") as image:
-            image.write(offer.image)
-            image.flush()
-            try:
-                spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
-                             linger=not self._detach, trees=self._trees)
-                if offer.postcopy:
-                    Userfault.make().close()
-            except WireError as exc:
-                raise _NotWanted(str(exc)) from None
-            except UserfaultError as exc:
-                raise _NotWanted(f"post-copy is not possible here: {exc}") from None
-            self._peers.token = offer.token
-            self.arrivals.expect(offer.token)
-            self._peers.say(Received())
-            self._machine = Machine.launch(spec, detach=self._detach, start=False)
-        # Only we may start it, or write to it; should we go before, it does.
-        self._lease = self._machine.lease("incoming", "via vmm receive")
+        image = self._begun.enter_context(tempfile.NamedTemporaryFile(prefix="shardvmm-image-"))   # noqa: SIM115
+        image.write(offer.image)
+        image.flush()
+        try:
+            spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
+                         linger=not self._detach, trees=self._trees)
+            if offer.postcopy:
+                Userfault.make().close()
+        except WireError as exc:
+            raise _NotWanted(str(exc)) from None
+        except UserfaultError as exc:
+            raise _NotWanted(f"post-copy is not possible here: {exc}") from None
+        self._peers.token = offer.token
+        self.arrivals.expect(offer.token)
+        self._peers.say(Received())
+        self._machine = Machine.launch(spec, detach=self._detach, start=False, keeper=self._keeper)
         self._offered = offer.spec
         for slot in offer.spec.slots:
-            self._memory[slot.id] = SlotMemory(self._machine, slot.id)
+            self._memory[slot.id] = SlotMemory(slot_segment(spec.name, "ram", slot), slot.size)
             self._pages[slot.id] = slot.pages
         self._peers.heard_at = time.monotonic()
         self._peers.say(Accept(b"" if self._certificate is None else self._certificate.der))
+
+    def _await_machine(self, *, wait: bool) -> None:
+        """Its processes begin while its memory comes. Raises VmmError for a machine that cannot be."""
+        try:
+            if not self._ready and self._machine is not None and self._machine.is_ready(wait=wait):
+                self._begun.close()
+                # Only we may start it, or write to it; should we go before, it does.
+                self._lease = self._machine.lease("incoming", "via vmm receive")
+                self._ready = True
+        except VmmError:
+            self._look()
+            raise
 
     # --- memory and state -----------------------------------------------------------------------------------------
 
@@ -241,6 +266,7 @@ class _Target:
                 if not self._prepared:
                     raise
                 message = None      # the source decides now, and may come back
+            self._await_machine(wait=False)
             self.arrivals.check()
             self._acknowledge()
             match message:
@@ -287,13 +313,31 @@ class _Target:
     def _acknowledge(self) -> None:
         """The rounds whose pages are all here."""
         for number, found in self.arrivals.rounds():
+            self._reserve()
             self._peers.say(RoundAck(number, found))
+
+    def _reserve(self) -> None:
+        """What the first round has not filled: later on the guest stands still. The source sees progress. Raises
+        ReceiveError."""
+        if self._reserved:
+            return
+        for slot, memory in self._memory.items():
+            try:
+                for _ in memory.reserve():
+                    self.arrivals.taken += 1
+                    self._peers.alive()
+            except OSError as exc:
+                raise ReceiveError(f"slot {slot}: its memory cannot be had: {exc.strerror} (is /dev/shm full?)"
+                                   ) from None
+        self._reserved = True
 
     def _note_missing(self, message: wire.Missing) -> None:
         bits = missing_pages(message, self._total(message.slot))
         self._absent[message.slot] = self._absent.get(message.slot, False) | bits
 
     def _set_state(self, message: State) -> None:
+        self._await_machine(wait=True)
+        self._reserve()
         machine = self._machine
         assert machine is not None
         assert self._offered is not None

@@ -134,11 +134,11 @@ class Ping(Wire, frozen=True, tag="ping"):
 
 
 class Received(Wire, frozen=True, tag="received"):
-    """The offer has come; making the machine may take a while."""
+    """The offer has come; making room for the machine may take a while."""
 
 
 class Accept(Wire, frozen=True, tag="accept"):
-    """The machine's memory is there, its vCPUs stand before their first instruction. ``certificate`` (DER): what the
+    """There is memory for the machine's; its processes may still be being made. ``certificate`` (DER): what the
     connections for pages are encrypted by (vmm/consumers/migration/tls.py); empty where there are no keys."""
 
     certificate: bytes = b""
