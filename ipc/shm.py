@@ -23,7 +23,7 @@ from .linux.memory import available_memory, cgroup_left
 from .steps import step
 
 __all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",
-           "list_segments", "open_fd", "reserve", "room", "unlink_segment"]
+           "is_named", "list_segments", "open_fd", "reserve", "room", "unlink_segment"]
 
 PAGE_SIZE = 4096
 SHM_DIRECTORY = Path("/dev/shm")
@@ -72,6 +72,15 @@ def list_segments(prefix: str) -> list[str]:
     if not SHM_DIRECTORY.is_dir():
         return []
     return sorted(f"/{p.name}" for p in SHM_DIRECTORY.iterdir() if p.name.startswith(prefix))
+
+
+def _path(name: str) -> Path:
+    return SHM_DIRECTORY / name.removeprefix("/")
+
+
+def is_named(name: str) -> bool:
+    """There is a segment of that name."""
+    return _path(name).exists()
 
 
 def unlink_segment(name: str) -> bool:
@@ -146,10 +155,10 @@ class Segment:
         return cls._make(name, size, reserve=reserve) if begun is None else begun.made()
 
     @classmethod
-    def begin(cls, name: str, size: int, *, reserve: bool = True) -> None:
+    def begin(cls, name: str, size: int, *, reserve: bool = True, link: str = "") -> None:
         """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it, or fails as that has
-        failed."""
-        _begun[name] = _Begun(name, size, reserve)
+        failed. ``link``: it is the same memory as that segment, under a name of its own."""
+        _begun[name] = _Begun(name, size, reserve, link)
 
     @staticmethod
     def settle() -> None:
@@ -185,6 +194,20 @@ class Segment:
             if exc.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise SegmentError(room().shortage(f"segment {name}", size)) from None
             raise SegmentError(f"cannot set the size of shared-memory segment {name}: {exc}") from None
+
+    @classmethod
+    def _link(cls, name: str, size: int, other: str) -> Segment:
+        """Raises SegmentError."""
+        fd = open_fd(other)
+        try:
+            if os.fstat(fd).st_size != size:
+                raise SegmentError(f"shared-memory segment {other} has {os.fstat(fd).st_size} bytes, expected {size}")
+            os.link(_path(other), _path(name))
+            return cls(name, os.dup(fd), size, owner=True)
+        except OSError as exc:
+            raise SegmentError(f"shared-memory segment {other} cannot be given another name: {exc.strerror}") from None
+        finally:
+            os.close(fd)
 
     @classmethod
     def open(cls, name: str) -> Segment:
@@ -244,17 +267,20 @@ class Segment:
 class _Begun(threading.Thread):
     """The making of a segment."""
 
-    def __init__(self, name: str, size: int, reserve: bool) -> None:
+    def __init__(self, name: str, size: int, reserve: bool, link: str) -> None:
         super().__init__(name="segment", daemon=True)
         self._wanted = name, size
-        self._reserve = reserve
+        self._reserve, self._link = reserve, link
         self._segment: Segment | None = None
         self._error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._segment = Segment._make(*self._wanted, reserve=self._reserve)
+            if self._link:
+                self._segment = Segment._link(*self._wanted, self._link)
+            else:
+                self._segment = Segment._make(*self._wanted, reserve=self._reserve)
         except Exception as exc:    # of whoever asks for it
             self._error = exc
 

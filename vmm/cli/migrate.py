@@ -73,6 +73,8 @@ def migrate() -> None:
                                                "arrived, if pre-copy does not converge at once.")
 @click.option("--postcopy-after", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="ROUNDS",
               help="Pre-copy rounds before switching to post-copy.")
+@click.option("--in-place", is_flag=True, help="Do not copy: hand the memory itself over, to a target on this host "
+                                               "(ipc://PATH).")
 @click.option("--recover", is_flag=True, help="Finish a migration whose source was lost after the "
                                                "hand-over.")
 @_key
@@ -84,8 +86,8 @@ def migrate() -> None:
 @click.option("--id", "migration_id", default="", hidden=True)
 @json_option
 def start(name: str, address: str, compression: Any, channels: int, bandwidth: float | None, downtime: float,
-          max_rounds: int, no_converge: bool, postcopy: bool, postcopy_after: int, recover: bool, key: str,
-          peer: str, insecure: bool, background: bool, report_path: Path | None, migration_id: str,
+          max_rounds: int, no_converge: bool, postcopy: bool, postcopy_after: int, in_place: bool, recover: bool,
+          key: str, peer: str, insecure: bool, background: bool, report_path: Path | None, migration_id: str,
           as_json: bool) -> None:
     """Migrate machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). If that fails, it keeps running here."""
     from .. import migrate as migration
@@ -101,7 +103,7 @@ def start(name: str, address: str, compression: Any, channels: int, bandwidth: f
     options = migration.Options(
         compression=compression, channels=channels, bandwidth=bandwidth or 0.0, downtime=downtime,
         max_rounds=max_rounds, converge=not no_converge, postcopy=postcopy, postcopy_after=postcopy_after, key=key,
-        peer=peer, insecure=insecure)
+        peer=peer, insecure=insecure, in_place=in_place)
     run = migration.recover if recover else migration.migrate
     signal.signal(signal.SIGTERM, _cancel)
     with contextlib.ExitStack() as stack:

@@ -91,7 +91,8 @@ def _begin_memory(spec: MachineSpec) -> None:
     """It is reserved, which takes longer than all else that the kernel has to do."""
     if spec.can.guests:
         for slot in spec.slots:
-            Segment.begin(slot_segment(spec.name, "ram", slot), slot.size, reserve=not spec.incoming)
+            Segment.begin(slot_segment(spec.name, "ram", slot), slot.size, reserve=not spec.incoming,
+                          link=spec.links.get(slot.id, ""))
 
 
 def _compile_loops() -> None:

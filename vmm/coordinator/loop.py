@@ -80,7 +80,7 @@ class Coordinator:
             if zygote is not None:
                 segments.copy_image(spec.image, image)
             spec = msgspec.structs.replace(spec, image=str(image))
-        incoming, spec = spec.incoming, msgspec.structs.replace(spec, incoming=False)    # it is so once
+        incoming, spec = spec.incoming, msgspec.structs.replace(spec, incoming=False, links={})     # it is so once
         self.spec = spec
         tracer = Tracer(spec.trace, spec.trace_file, terminal, self._warn)
         self._closing.callback(tracer.close)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from ipc.linux.processid import ProcessId
+from ipc.shm import is_named
 from ipc.steps import step
 
 from ..errors import VmmError
@@ -103,6 +104,10 @@ class Pauses:
                 raise VmmError(f"machine '{core.spec.name}' was handed over to {to} and runs there. If it is lost "
                                f"there for good, vmm resume --force {core.spec.name} resumes it here from the "
                                "hand-over")
+            # Who takes over memory in place takes its names first (vmm/consumers/migration/target.py).
+            if not all(is_named(slot.ram.name) for slot in core.parts.log.slots.values()):
+                raise VmmError(f"machine '{core.spec.name}' was handed over to {to} in place, and its memory has been "
+                               f"taken there: it cannot run here again; end it with: vmm stop {core.spec.name}")
         before = self.user, self.handed_over
         self.user, self.handed_over = False, None
         try:

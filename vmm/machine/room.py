@@ -47,7 +47,7 @@ def shared_memory(spec: MachineSpec) -> int:
     total = control_size(spec.vcpus)
     for slot in spec.slots:
         if not replay:
-            total += slot.size * (2 if verify else 1)
+            total += slot.size * ((slot.id not in spec.links) + verify)
         total += bitmap_bytes(slot.pages) * (spec.reaper.reapers + 1 + (2 if replay and verify else 0))
         if spec.asked_tracking in BITMAPS:
             total += 8 * word_count(slot.pages) * spec.vcpus

@@ -82,6 +82,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     linger: bool                # stay after the end until a client releases the machine
     incoming: bool = False      # its memory comes from elsewhere: nothing is loaded, and whoever launches it reserves
                                 # what he does not fill before it starts
+    links: dict[int, str] = {}  # with incoming: segments that are its memory already, by slot (another machine's,
+                                # which is handed over in place)
 
     @property
     def can(self) -> Capabilities:

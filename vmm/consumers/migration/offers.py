@@ -16,6 +16,7 @@ from .wire import Offer, WireError
 __all__ = ["check_settings", "taken"]
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
+_SEGMENT = re.compile(r"/shardvmm\.[^/]+\.ram[0-9]+\.[0-9a-f]+")
 
 
 def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
@@ -26,8 +27,13 @@ def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
     try:
         if not offer.spec.can.guests:
             raise WireError("the source offered a machine that has no memory")
+        if offer.segments and set(offer.segments) != {slot.id for slot in offer.spec.slots}:
+            raise WireError("the source offered segments of other slots than the machine has")
+        if not all(_SEGMENT.fullmatch(name) for name in offer.segments.values()):
+            raise WireError("the source offered segments that are not a machine's")
         return msgspec.structs.replace(
-            arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees), incoming=True)
+            arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees), incoming=True,
+            links=offer.segments)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
 

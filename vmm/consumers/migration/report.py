@@ -38,6 +38,7 @@ class Options:
     key: str = ""               # CURVE: own secret key file
     peer: str = ""              # and the target's public one
     insecure: bool = False
+    in_place: bool = False      # not copied: the memory itself is handed over, to a target on this host
 
 
 @dataclass

@@ -158,7 +158,8 @@ class Source:
             try:
                 self._talk = talk = self._connect(_PATIENCE)
                 channels = self._offer(talk, spec)
-                self._rest, self._postcopy = self._pre_copy.run(talk, channels)
+                if not self.options.in_place:
+                    self._rest, self._postcopy = self._pre_copy.run(talk, channels)
                 self._stop_and_copy()
             except BaseException as exc:
                 if not self._committed:
@@ -191,7 +192,20 @@ class Source:
         if (state := machine.status()["state"]) not in ("running", "paused"):
             raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
         with machine.paused("migration"):   # for its specification; the state that comes with it is not used
-            return msgspec.convert(machine.state()["spec"], MachineSpec)
+            spec = msgspec.convert(machine.state()["spec"], MachineSpec)
+        if self.options.in_place:
+            self._check_in_place(spec)
+        return spec
+
+    def _check_in_place(self, spec: MachineSpec) -> None:
+        """Raises VmmError where the memory cannot be handed over as it lies there."""
+        if not self._address.local:
+            raise VmmError(f"{self._address.text}: memory is handed over in place on one host: use ipc://PATH")
+        if self.options.postcopy:
+            raise VmmError("memory that is handed over in place is there at once: leave out the post-copy")
+        if spec.verify is not None:
+            raise VmmError(f"machine '{spec.name}' has a verifier, which would compare memory that is no longer its "
+                           "own: migrate it without --in-place")
 
     def _offer(self, talk: Talk, spec: MachineSpec) -> Channels:
         """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""
@@ -200,8 +214,10 @@ class Source:
             raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB, but at "
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
         self._offered = spec
+        segments = {s.id: self.machine.ram_segment(s.id) for s in spec.slots} if self.options.in_place else {}
         talk.patience = _PATIENCE
-        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy))
+        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy,
+                        segments))
         talk.expect(Received)
         talk.patience = _RESERVING
         self._certificate = talk.expect(Accept).certificate
@@ -242,11 +258,12 @@ class Source:
             stopped = time.monotonic()
             step("migrate-frozen")
             self._pre_copy.release_limits()
-            todo = _joined(self._rest, self._pre_copy.dirty())
-            for slot in machine.status()["slots"]:
-                if not slot["logged"]:      # it is unknown what changed there: all of it, now
-                    todo[slot["id"]] = self._pre_copy.touched(slot)
-            self._send_rest(talk, channels, todo)
+            if not self.options.in_place:
+                todo = _joined(self._rest, self._pre_copy.dirty())
+                for slot in machine.status()["slots"]:
+                    if not slot["logged"]:      # it is unknown what changed there: all of it, now
+                        todo[slot["id"]] = self._pre_copy.touched(slot)
+                self._send_rest(talk, channels, todo)
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)

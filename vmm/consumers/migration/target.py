@@ -24,6 +24,7 @@ import zmq
 import zstandard
 from numpy.typing import NDArray
 
+from ipc.shm import unlink_segment
 from ipc.steps import step
 from ipc.userfault import Userfault, UserfaultError
 from workers.state import StateError, check_states
@@ -106,7 +107,7 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
         sock = stack.enter_context(listen(context, door, keys))
         sock.linger = 2000
         certificate = Certificate() if keys is not None else None
-        target = _Target(sock, keeper, certificate, name, accel, detach, timeout, refused, trees)
+        target = _Target(sock, keeper, certificate, where.local, name, accel, detach, timeout, refused, trees)
         arrivals = stack.enter_context(target.arrivals)
         door.serve(arrivals.serve)
         waiting(door.endpoint)
@@ -117,9 +118,10 @@ class _Target:
     """One migration on a ROUTER socket."""
 
     def __init__(self, sock: zmq.Socket[bytes], keeper: KeeperProcess, certificate: Certificate | None,
-                 name: str | None, accel: str, detach: bool, timeout: float | None, refused: Callable[[str], None],
-                 trees: Trees) -> None:
+                 local: bool, name: str | None, accel: str, detach: bool, timeout: float | None,
+                 refused: Callable[[str], None], trees: Trees) -> None:
         self._keeper = keeper
+        self._local = local
         self._certificate = certificate
         self.arrivals = Arrivals(self._write, None if certificate is None else certificate.context)
         self._peers = Peers(sock, self.arrivals, refused, self._look)
@@ -132,6 +134,8 @@ class _Target:
         self._machine: Machine | None = None
         self._begun = contextlib.ExitStack()    # what is needed until the machine is ready
         self._ready = self._reserved = False
+        self._in_place: list[str] = []          # segments of the source's that are the machine's memory
+        self._taken = False                     # it can no longer be the source's
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
@@ -171,7 +175,9 @@ class _Target:
         gone = self._end_machine()
         if self._missing is not None:
             self._missing.close()
-        if self._prepared and gone:
+        if self._taken:
+            self._answer_until_heard([Ended(_reason(exc))])
+        elif self._prepared and gone:
             self._answer_until_heard([Refused(_reason(exc))])
         elif self._peers.source and not self._prepared:
             with contextlib.suppress(Gone):
@@ -226,6 +232,8 @@ class _Target:
         try:
             spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
                          linger=not self._detach, trees=self._trees)
+            if offer.segments and not self._local:
+                raise WireError("the source offered its memory in place, which takes a Unix socket")
             if offer.postcopy:
                 Userfault.make().close()
         except WireError as exc:
@@ -237,9 +245,13 @@ class _Target:
         self._peers.say(Received())
         self._machine = Machine.launch(spec, detach=self._detach, start=False, keeper=self._keeper)
         self._offered = offer.spec
-        for slot in offer.spec.slots:
-            self._memory[slot.id] = SlotMemory(slot_segment(spec.name, "ram", slot), slot.size)
-            self._pages[slot.id] = slot.pages
+        if offer.segments:
+            self._in_place, self._reserved = list(offer.segments.values()), True
+            self._await_machine(wait=True)      # there is nothing else to do meanwhile
+        else:
+            for slot in offer.spec.slots:
+                self._memory[slot.id] = SlotMemory(slot_segment(spec.name, "ram", slot), slot.size)
+                self._pages[slot.id] = slot.pages
         self._peers.heard_at = time.monotonic()
         self._peers.say(Accept(b"" if self._certificate is None else self._certificate.der))
 
@@ -392,6 +404,11 @@ class _Target:
         assert machine is not None
         self._close_memory()
         step("receive-commit")
+        for segment in self._in_place:      # the source's machine cannot run with this memory any more
+            self._taken = True
+            unlink_segment(segment)
+        if self._in_place:
+            step("receive-taken")
         if self._paused:
             machine.pause()
         machine.start()

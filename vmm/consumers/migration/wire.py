@@ -54,7 +54,8 @@ class Wire(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=Tru
 
 class Offer(Wire, frozen=True, tag="offer"):
     """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on. ``token``
-    names this migration: it is known to its two ends alone. ``postcopy``: memory may come after the start."""
+    names this migration: it is known to its two ends alone. ``postcopy``: memory may come after the start.
+    ``segments``: of a machine whose memory is handed over in place, by slot; no pages are sent then."""
 
     version: int
     program: str
@@ -62,6 +63,7 @@ class Offer(Wire, frozen=True, tag="offer"):
     spec: MachineSpec
     image: bytes
     postcopy: bool
+    segments: dict[int, str] = {}
 
 
 class Join(Wire, frozen=True, tag="join"):
