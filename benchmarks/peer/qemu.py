@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from workers.accel.kvm import host
 
 from .build import ROM
 
-__all__ = ["PAGE", "RAM_START", "Qemu", "missing", "version"]
+__all__ = ["PAGE", "RAM_START", "Qemu", "make_key", "missing", "version"]
 
 PAGE = 4096
 PROGRAM = "qemu-system-x86_64"
@@ -50,6 +51,11 @@ def missing() -> str:
     return ""
 
 
+def make_key(folder: Path) -> None:
+    """What both ends of an encrypted migration have (TLS with a pre-shared key)."""
+    (folder / "keys.psk").write_text(f"qemu:{os.urandom(32).hex()}\n")
+
+
 @functools.cache
 def version() -> str:
     text = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
@@ -59,13 +65,14 @@ def version() -> str:
 class Qemu:
     """A virtual machine whose vCPUs walk over their shares of [RAM_START, RAM_START + pages).
 
-    ``spin``: pauses after each write; ``idle``: one pass, then the vCPUs halt. ``incoming``: the fd of a socket
-    that a migration will come from. ``ring``: 0 is the plain dirty bitmap. ``shared``: guest RAM is shared memory,
-    as it is for a machine of ours, and is looked into at once; else it is QEMU's own, asked for over QMP.
+    ``spin``: pauses after each write; ``idle``: one pass, then the vCPUs halt. ``incoming``: a migration will come
+    (``receive``). ``keys``: a folder with a key that both ends of an encrypted one have (``make_key``). ``ring``: 0 is
+    the plain dirty bitmap. ``shared``: guest RAM is shared memory, as it is for a machine of ours, and is looked into
+    at once; else it is QEMU's own, asked for over QMP.
     """
 
     def __init__(self, *, mib: int, vcpus: int, ring: int, spin: int = 0, idle: bool = False,
-                 incoming: int = -1, shared: bool = False) -> None:
+                 incoming: bool = False, shared: bool = False, keys: str = "") -> None:
         from qemu.qmp.legacy import QEMUMonitorProtocol
 
         total = ((mib << 20) - RAM_START) // PAGE
@@ -89,9 +96,11 @@ class Qemu:
             command += ["-machine", "memory-backend=ram", "-object",
                         f"memory-backend-file,id=ram,size={mib}M,share=on,mem-path=/proc/self/fd/{memory}"]
             fds.append(memory)
-        if incoming >= 0:
-            command += ["-incoming", f"fd:{incoming}"]
-            fds.append(incoming)
+        if incoming:
+            command += ["-incoming", "defer"]
+        if keys:
+            command += ["-object", f"tls-creds-psk,id=tls,dir={keys},endpoint={'server' if incoming else 'client'}"]
+        self._encrypted = bool(keys)
         parent = os.getpid()
         self._process = subprocess.Popen(
             command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -117,10 +126,6 @@ class Qemu:
     def ask(self, command: str, **arguments: Any) -> Any:
         """A QMP command; an underscore in an argument's name stands for a dash."""
         return self._qmp.cmd(command, **{name.replace("_", "-"): value for name, value in arguments.items()})
-
-    def send_fd(self, name: str, fd: int) -> None:
-        self._qmp.send_fd_scm(fd)
-        self.ask("getfd", fdname=name)
 
     def word(self, address: int) -> int:
         """64 bits of guest memory, as they are now."""
@@ -168,12 +173,26 @@ class Qemu:
 
     # --- migration -------------------------------------------------------------------------------------------
 
-    def migrate(self, fd: int, *, downtime: float) -> dict[str, Any]:
-        """Migrate to who has the other end of the socket ``fd``; QEMU's report once it is over."""
-        self.ask("migrate-set-parameters", max_bandwidth=1 << 40, downtime_limit=round(downtime * 1000))
-        self.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-        self.send_fd("target", fd)
-        self.ask("migrate", uri="fd:target")
+    def _set_up(self, channels: int, **parameters: Any) -> None:
+        """Both ends alike."""
+        self.ask("migrate-set-capabilities", capabilities=[
+            {"capability": "events", "state": True}, {"capability": "multifd", "state": channels > 1}])
+        if channels > 1:
+            parameters["multifd_channels"] = channels
+        if self._encrypted:
+            parameters["tls_creds"] = "tls"
+        if parameters:
+            self.ask("migrate-set-parameters", **parameters)
+
+    def receive(self, uri: str, *, channels: int = 1) -> None:
+        """Wait for a migration at ``unix:PATH`` or ``tcp:HOST:PORT``."""
+        self._set_up(channels)
+        self.ask("migrate-incoming", uri=uri)
+
+    def migrate(self, uri: str, *, downtime: float, channels: int = 1) -> dict[str, Any]:
+        """Migrate to who waits there; QEMU's report once it is over. ``channels``: more than one is multifd."""
+        self._set_up(channels, max_bandwidth=1 << 40, downtime_limit=round(downtime * 1000))
+        self.ask("migrate", uri=uri)
         while (found := self.ask("query-migrate")).get("status") not in ("completed", "failed", "cancelled"):
             time.sleep(0.01)
         if found["status"] != "completed":
