@@ -127,7 +127,7 @@ MESSAGES = [
     wire.State(b"x", [{}], spec("idle", accel="unicorn"), False), wire.Commit(wire.VERSION, "a"), wire.Done(),
     wire.Abort("why"), wire.Ping(),
 ]
-ON_STREAMS = [wire.Join("a"), wire.Pages(1, 2, b"\0\0\0\0", "zero")]
+ON_STREAMS = [wire.Join("a"), wire.Pages(1, 2, b"\0\0\0\0", "zero"), wire.Want(0, b"\0\0\0\0")]
 ANSWERS = [
     wire.Received(), wire.Accept(), wire.Alive(3), wire.RoundAck(1, [wire.Torn(0, b"\0\0\0\0", b"12345678")]),
     wire.Prepared(), wire.Running(), wire.Missing(0, b"x"), wire.Want(0, b"\0\0\0\0"), wire.Complete([1.5]),
@@ -158,7 +158,7 @@ def test_an_answer_arrives_as_it_was_said_and_no_flipped_bit_does(answer: Any) -
 
 def test_every_message_is_among_those_tested() -> None:
     assert {type(m) for m in MESSAGES} == set(wire.Message.__args__)
-    assert {type(m) for m in ON_STREAMS} == {wire.Join, wire.Pages}
+    assert {type(m) for m in ON_STREAMS} == set(wire.OnStream.__args__)
     assert {type(m) for m in ANSWERS} == set(wire.Answer.__args__)
 
 

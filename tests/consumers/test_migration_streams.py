@@ -151,6 +151,27 @@ def test_a_round_is_complete_with_its_last_message_whichever_connection_brings_i
             thread.join(20)
 
 
+def test_what_is_wanted_is_asked_for_over_the_connection_that_is_for_that() -> None:
+    with Arrivals(lambda message, data: None) as arrivals:
+        arrivals.expect(TOKEN)
+        want = wire.Want(0, b"\0\0\0\0")
+        assert not arrivals.ask(want)
+        (here, there), (one, other) = socket.socketpair(), socket.socketpair()
+        threads = [threading.Thread(target=arrivals.serve, args=(sock,)) for sock in (here, one)]
+        for thread in threads:
+            thread.start()
+        with Stream(there) as asked, Stream(other) as second:
+            second.send(wire.Join(TOKEN))
+            asked.send(wire.Join(TOKEN, asked=True))
+            until(lambda: arrivals.ask(want), "it is asked")
+            received = asked.receive()
+            assert received is not None
+            assert received[0] == want
+        for thread in threads:
+            thread.join(20)
+        assert not arrivals.ask(want)       # it has broken
+
+
 def test_a_connection_of_a_source_that_has_gone_is_ended_and_its_nonsense_is_not_the_next_ones() -> None:
     with Arrivals(lambda message, data: None) as arrivals:
         arrivals.expect(TOKEN)

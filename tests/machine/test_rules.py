@@ -139,7 +139,9 @@ def test_a_machine_from_elsewhere_is_held_to_the_same(field: str, value: Any, sa
 def test_nothing_that_arrives_is_a_path() -> None:
     everything = replaced(GUEST, trace=["*"], trace_file="/root/.bashrc", replay_trace="/etc/passwd",
                           image="/etc/shadow")
+    everything = replaced(everything, incoming=True, links={0: "/another's"})
     here = arriving(everything, name="here", image=GUEST.image, accel="unicorn", linger=True)
+    assert (here.incoming, here.links) == (False, {})       # that is for who launches it to say
     assert here.image == GUEST.image
     texts = [v for v in msgspec.to_builtins(here).values() if isinstance(v, str)]
     assert [t for t in texts if "/" in t] == [GUEST.image]

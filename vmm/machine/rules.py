@@ -117,6 +117,7 @@ def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bo
     what no machine may be."""
     program = None if spec.program is None else _arriving(spec.program, trees, linger=linger)
     found = msgspec.structs.replace(spec, name=name, image="" if program else image, accel=accel, linger=linger,
+                                    incoming=False, links={},
                                     trace=[], trace_file="", replay_trace="", program=program)
     check_machine(found)
     return found

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ...errors import VmmError
 from .streams import Stream
-from .wire import POSTCOPY, Buffer, Join, Pages, Torn, WireError
+from .wire import POSTCOPY, Buffer, Join, OnStream, Pages, Torn, Want, WireError
 
 __all__ = ["Arrivals"]
 
@@ -38,6 +38,7 @@ class Arrivals:
         self._token = ""
         self._strangers = threading.BoundedSemaphore(_STRANGERS)
         self._streams: set[Stream] = set()
+        self._asked: Stream | None = None
         self._over = False
         self._messages: dict[int, int] = {}     # {round: messages of pages}
         self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
@@ -97,16 +98,20 @@ class Arrivals:
         stream.bear(_PATIENCE)
         with contextlib.suppress(WireError):
             match _next(stream):
-                case (Join(token=token), _):
-                    return bool(self._token) and hmac.compare_digest(token.encode(), self._token.encode())
+                case (Join(token=token, asked=asked), _) if self._token and hmac.compare_digest(
+                        token.encode(), self._token.encode()):
+                    if asked:
+                        with self._lock:
+                            self._asked = stream
+                    return True
         return False
 
     def _take(self, stream: Stream) -> None:
         stream.bear(None)
         while (received := _next(stream)) is not None:
             message, data = received
-            if isinstance(message, Join):
-                raise WireError("the source sent Join out of turn")
+            if not isinstance(message, Pages):
+                raise WireError(f"the source sent {type(message).__name__} out of turn")
             with self._lock:
                 self.taken += 1
             if message.round == POSTCOPY:
@@ -156,6 +161,18 @@ class Arrivals:
                 self._messages.pop(number, None)
             return [(number, self._torn.pop(number, [])) for number in found]
 
+    def ask(self, message: Want) -> bool:
+        """Over the connection that is for that. False where there is none, or it has broken."""
+        with self._lock:
+            stream = self._asked if self._asked in self._streams else None
+        if stream is None:
+            return False
+        try:
+            stream.send(message)
+        except OSError:
+            return False
+        return True
+
     def next(self) -> tuple[Pages, bytes] | None:
         """Of post-copy, what has come first."""
         return self._waiting.popleft() if self._waiting else None
@@ -183,7 +200,7 @@ class Arrivals:
         self.close()
 
 
-def _next(stream: Stream) -> tuple[Join | Pages, memoryview] | None:
+def _next(stream: Stream) -> tuple[OnStream, memoryview] | None:
     """None at its end, or when it has broken: what that means the control connection says. Raises WireError."""
     try:
         return stream.receive()

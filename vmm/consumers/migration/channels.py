@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .pages import CHUNK_PAGES, PAGE, Encoding, Packer, Runs
 from .streams import Sent, Stream
-from .wire import Join, Pages
+from .wire import Join, Pages, Want, WireError
 
 __all__ = ["Channels", "Job", "chunk_pages"]
 
@@ -57,8 +57,8 @@ class _Limiter:
 
 
 class Channels:
-    """``streams`` are theirs from now on: the first is for what cannot wait (``send_now``), the others have a thread
-    each. ``sums``: pages are sent with sums (pages.py). ``sent`` is called in the threads: message, bytes on the
+    """``streams`` are theirs from now on: the first is for what the target asks for (``answer``), the others have a
+    thread each. ``sums``: pages are sent with sums (pages.py). ``sent`` is called in the threads: message, bytes on the
     wire."""
 
     def __init__(self, streams: list[Stream], token: str, compression: Encoding, bandwidth: float,
@@ -69,12 +69,14 @@ class Channels:
         self._token = token
         self._sent = sent
         self._now = Packer(compression, sums=sums)
-        self._joined = False
+        self._answers: Callable[[Want], Job] | None = None
+        self._can_answer = threading.Condition()
         #: Why pages may be missing at the target; empty while all is well.
         self.failure = ""
         limiter = _Limiter(bandwidth, self._stop)
         self._threads = [threading.Thread(target=self._work, args=(s, Packer(compression, sums=sums), limiter),
                                           name="channel", daemon=True) for s in streams[1:]]
+        self._threads.append(threading.Thread(target=self._be_asked, name="asked", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -91,16 +93,38 @@ class Channels:
         """All that was put has been given to the kernel."""
         return not self._jobs.unfinished_tasks
 
+    def answer(self, answers: Callable[[Want], Job]) -> None:
+        """From now on, what the target asks for over the first connection is sent there, past all that waits, and past
+        the cap of the bandwidth. ``answers`` is called in another thread."""
+        with self._can_answer:
+            self._answers = answers
+            self._can_answer.notify_all()
+
     def send_now(self, job: Job) -> None:
-        """Past all that waits, and past the cap of the bandwidth. Where it fails, ``failure`` says so."""
+        """The same, for what was asked otherwise. Where it fails, ``failure`` says so."""
         try:
-            if not self._joined:
-                self._joined = True
-                self._streams[0].send(Join(self._token))
-            for message, data in self._now.pack(job.round, job.slot, job.memory.memory, job.pages):
-                self._sent(message, self._streams[0].send(message, data, job.memory))
+            with self._can_answer:      # one at a time
+                for message, data in self._now.pack(job.round, job.slot, job.memory.memory, job.pages):
+                    self._sent(message, self._streams[0].send(message, data, job.memory))
         except OSError as exc:
             self._fail(exc)
+
+    def _be_asked(self) -> None:
+        stream = self._streams[0]
+        try:
+            stream.send(Join(self._token, asked=True))
+            while (received := stream.receive()) is not None:
+                if not isinstance(want := received[0], Want):
+                    raise WireError(f"the target sent {type(want).__name__} on a connection for pages")
+                with self._can_answer:
+                    self._can_answer.wait_for(lambda: self._answers is not None or self._stop.is_set())
+                    answers = self._answers
+                if answers is None:
+                    return
+                self.send_now(answers(want))
+        except Exception as exc:
+            if not self._stop.is_set():
+                self._fail(exc)
 
     def _work(self, stream: Stream, packer: Packer, limiter: _Limiter) -> None:
         joined = False
@@ -138,7 +162,9 @@ class Channels:
                 self._jobs.task_done()
         for stream in self._streams:
             stream.shut()
-        for _ in self._threads:
+        with self._can_answer:
+            self._can_answer.notify_all()
+        for _ in self._streams[1:]:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()

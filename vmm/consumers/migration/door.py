@@ -32,6 +32,7 @@ PAGES = b"\0"               # the first byte of a connection for pages
 _ZMTP = b"\xff"
 _BACKLOG = 64
 _STRANGERS = 64             # connections that have not said what they want
+_LED = 256                  # to ZeroMQ at a time
 _PATIENCE = 10.0            # seconds for them to say it
 _DRAIN = 2.0                # seconds at the end for what ZeroMQ has said last
 _LOCK_PATIENCE = 2.0        # seconds for another that is about to listen in the same folder
@@ -58,6 +59,7 @@ class Door:
         self.behind = f"ipc://@shardvmm-{secrets.token_hex(16)}"
         self._pages: Callable[[socket.socket], None] = lambda sock: None
         self._strangers = threading.BoundedSemaphore(_STRANGERS)
+        self._led = threading.BoundedSemaphore(_LED)
         self._lock = threading.Lock()
         self._over = False
         self._sockets: set[socket.socket] = set()
@@ -132,8 +134,11 @@ class Door:
                     sock.settimeout(None)
         finally:
             self._strangers.release()
-        if wants == _ZMTP:
-            self._lead(sock)
+        if wants == _ZMTP and self._led.acquire(blocking=False):
+            try:
+                self._lead(sock)
+            finally:
+                self._led.release()
         elif wants == PAGES:
             try:
                 sock.recv(1)

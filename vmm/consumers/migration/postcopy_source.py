@@ -3,6 +3,7 @@ first. The machine stays paused here, with its memory as it was handed over, unt
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -29,27 +30,32 @@ def serve(talk: Talk, channels: Channels, memory: SentMemory, there: dict[int, N
     talk.patience = RUNNING_PATIENCE
     talk.begin()
     work = _Missing({slot: pages for slot, pages in there.items() if len(pages)})
-    ram = report.ram
+    ram, of = report.ram, {slot: memory[slot] for slot in there}
+
+    def answer(want: Want) -> Job:
+        pages = work.wanted(talk, want)
+        ram.postcopy_requests += len(pages)
+        ram.postcopy_pages += work.sent(want.slot, pages)
+        return Job(POSTCOPY, want.slot, of[want.slot], pages)
+
+    channels.answer(answer)
     while True:
         ram.remaining = work.left * PAGE
         tell()
         wait = 0.1
         if (job := work.next()) is not None:
             slot, pages = job
-            wait = 0.0 if channels.put(Job(POSTCOPY, slot, memory[slot], pages), 0.0) else 0.001
+            wait = 0.0 if channels.put(Job(POSTCOPY, slot, of[slot], pages), 0.0) else 0.001
             if not wait:
                 ram.postcopy_pages += work.sent(slot, pages)
-        while (answer := talk.hear(wait)) is not None:
+        while (said := talk.hear(wait)) is not None:
             wait = 0.0
-            match answer:
+            match said:
                 case Complete(blocked=blocked):
                     report.postcopy_blocktime = blocked
                     return
-                case Want(slot=slot):
-                    pages = work.wanted(talk, answer)
-                    channels.send_now(Job(POSTCOPY, slot, memory[slot], pages))
-                    ram.postcopy_requests += len(pages)
-                    ram.postcopy_pages += work.sent(slot, pages)
+                case Want():        # it has no connection for that, or that one has broken
+                    channels.send_now(answer(said))
                 case Ended(error=error):
                     raise talk.error(f"the machine has ended there: {error}", GoneThere)
         if channels.failure:
@@ -58,7 +64,7 @@ def serve(talk: Talk, channels: Channels, memory: SentMemory, there: dict[int, N
 
 class _Missing:
     """Pages that were not sent yet, and where to continue. A cursor jumps to what was asked for last, since its
-    neighbours will be wanted too."""
+    neighbours will be wanted too. Two threads may use it."""
 
     def __init__(self, pages: dict[int, NDArray[np.int64]]) -> None:
         self.left = sum(len(p) for p in pages.values())
@@ -66,6 +72,7 @@ class _Missing:
         for slot, bits in self._bits.items():
             bits[pages[slot]] = True
         self._cursor = dict.fromkeys(self._bits, 0)
+        self._lock = threading.Lock()
 
     def next(self) -> tuple[int, NDArray[np.int64]] | None:
         """Pages of a slot from where its cursor is, round and round."""
@@ -89,8 +96,9 @@ class _Missing:
     def sent(self, slot: int, pages: NDArray[np.int64]) -> int:
         """How many of them were not before."""
         bits = self._bits[slot]
-        fresh = int(bits[pages].sum())
-        bits[pages] = False
-        self._cursor[slot] = int(pages[-1]) + 1
-        self.left -= fresh
+        with self._lock:
+            fresh = int(bits[pages].sum())
+            bits[pages] = False
+            self._cursor[slot] = int(pages[-1]) + 1
+            self.left -= fresh
         return fresh

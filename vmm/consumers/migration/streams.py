@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .pages import CHUNK_PAGES, PAGE, Runs
-from .wire import Buffer, Join, Pages, WireError, decode_stream, frames
+from .wire import Buffer, OnStream, Pages, WireError, decode_stream, frames
 
 __all__ = ["Sent", "Stream"]
 
@@ -49,9 +49,9 @@ class Stream:
         self._encrypts = isinstance(sock, ssl.SSLSocket)
         # To be shut by: what encrypts must not be touched by another thread.
         self._raw = socket.socket(fileno=os.dup(sock.fileno()))
-        self._buffer = memoryview(bytearray(_DATA_MAX))
+        self._buffer = memoryview(b"")      # of one that receives
 
-    def send(self, message: Join | Pages, data: Buffer | Runs = b"", of: Sent | None = None) -> int:
+    def send(self, message: OnStream, data: Buffer | Runs = b"", of: Sent | None = None) -> int:
         """``data``: bytes, or runs of the memory ``of`` a slot. How many bytes it was on the way. Raises OSError."""
         frame, digest = frames(message)
         size = data.size if isinstance(data, Runs) else len(data)
@@ -80,7 +80,7 @@ class Stream:
                 raise ConnectionError("the memory's segment has become smaller")
             first, count = first + sent, count - sent
 
-    def receive(self) -> tuple[Join | Pages, memoryview] | None:
+    def receive(self) -> tuple[OnStream, memoryview] | None:
         """The next message and its data, which are good until the next call; None at the end. Raises OSError, and
         WireError for what is no message."""
         head = bytearray(_HEAD.size)
@@ -88,14 +88,16 @@ class Stream:
             return None
         size, data_size, digest = _HEAD.unpack(head)
         if not 0 < size <= _MESSAGE_MAX or data_size > _DATA_MAX:
-            raise WireError(f"the source sent a message of {size} bytes with {data_size} bytes of pages")
+            raise WireError(f"the other end sent a message of {size} bytes with {data_size} bytes of pages")
+        if not self._buffer:
+            self._buffer = memoryview(bytearray(_DATA_MAX))
         frame = bytearray(size)
         data = self._buffer[:data_size]
         if not (self._fill(memoryview(frame)) and self._fill(data)):
             return None
         message = decode_stream(bytes(frame), digest)
-        if data_size and isinstance(message, Join):
-            raise WireError(f"the source sent {data_size} bytes of pages with Join")
+        if data_size and not isinstance(message, Pages):
+            raise WireError(f"the other end sent {data_size} bytes of pages with {type(message).__name__}")
         return message, data
 
     def _fill(self, buffer: memoryview) -> bool:

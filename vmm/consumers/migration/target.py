@@ -492,7 +492,9 @@ class _Target:
         for slot in {w.slot for w in wanted}:
             numbers = sorted(w.page for w in wanted if w.slot == slot)
             for at in range(0, len(numbers), CHUNK_PAGES):
-                self._peers.say(want(slot, numbers[at:at + CHUNK_PAGES]))
+                message = want(slot, numbers[at:at + CHUNK_PAGES])
+                if not self.arrivals.ask(message):
+                    self._peers.say(message)
 
 
 def _reason(exc: BaseException) -> str:

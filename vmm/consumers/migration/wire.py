@@ -27,7 +27,7 @@ from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
-           "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared",
+           "Ended", "Join", "Message", "Missing", "Offer", "OnStream", "OtherVersion", "Pages", "Ping", "Prepared",
            "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
            "WireError", "decode_answer", "decode_message", "decode_stream", "frames"]
 
@@ -67,9 +67,11 @@ class Offer(Wire, frozen=True, tag="offer"):
 
 
 class Join(Wire, frozen=True, tag="join"):
-    """First on each connection for pages: it belongs to the migration of this token."""
+    """First on each connection for pages: it belongs to the migration of this token. ``asked``: what the target wants
+    at once (``want``) it may say here, and is answered here."""
 
     token: str
+    asked: bool = False
 
 
 class Pages(Wire, frozen=True, tag="pages"):
@@ -205,6 +207,7 @@ class Unknown(Wire, frozen=True, tag="unknown"):
     """Answer to a Commit whose token is of no migration here: another receiver is at this address now."""
 
 
+OnStream = Join | Pages | Want      # on connections for pages
 Message = Offer | RoundEnd | Missing | State | Commit | Done | Abort | Ping
 Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
           | Ended | Unknown)
@@ -221,7 +224,7 @@ class _AnyVersion(msgspec.Struct):
 _encoder = msgspec.msgpack.Encoder()
 _messages = msgspec.msgpack.Decoder(Message)
 _answers = msgspec.msgpack.Decoder(Answer)
-_stream = msgspec.msgpack.Decoder(Join | Pages)
+_stream = msgspec.msgpack.Decoder(OnStream)
 _any_version = msgspec.msgpack.Decoder(_AnyVersion)
 
 
@@ -246,15 +249,15 @@ def decode_message(frame: Buffer, digest: Buffer) -> Message:
     raise WireError(f"the source sent something that is not a message of protocol {VERSION}: {why}")
 
 
-def decode_stream(frame: Buffer, digest: Buffer) -> Join | Pages:
-    """What comes over a connection for pages. Raises WireError."""
+def decode_stream(frame: Buffer, digest: Buffer) -> OnStream:
+    """What comes over a connection for pages, either way. Raises WireError."""
     try:
         if xxhash.xxh3_64_digest(frame) == bytes(digest):
             return _stream.decode(frame)
         why = "it was damaged in transit"
     except UNREADABLE as exc:
         why = one_line(str(exc))
-    raise WireError(f"the source sent something on a connection for pages that is not a message of protocol "
+    raise WireError(f"the other end sent something on a connection for pages that is not a message of protocol "
                     f"{VERSION}: {why}")
 
 
