@@ -76,7 +76,7 @@ def test_every_plan_can_be_carried_out() -> None:
                     assert not dead
                 case "migrate":
                     how, accel = event.arguments
-                    assert how in ("precopy", "postcopy")
+                    assert how in ("precopy", "postcopy", "in-place")
                     assert not dead
                     accels.add(str(accel))      # it may have stayed
                     assert not mode or all(mode in CAN[each] for each in accels)
@@ -101,7 +101,7 @@ def test_every_plan_can_be_carried_out() -> None:
         assert dead < episode.vcpus
     assert set(done) == {"start", "check", "look", "run", "write", "plug", "unplug", "log-stop", "log-start",
                          "tracking", "snapshot", "client", "pause", "resume", "migrate precopy", "migrate postcopy",
-                         "limit", "record", "stop"}
+                         "migrate in-place", "limit", "record", "stop"}
     either = {"coordinator", "vcpu", "source", "target", "target-coordinator", "target-keeper", "target-vcpu"}
     assert set(faults) == {"delay messages", "stop keeper",
                            *(f"{what} {whom}" for what in ("kill", "stop") for whom in either)}
@@ -255,39 +255,41 @@ def test_late_messages_arrive_in_their_order_and_to_the_last(tmp_path: Path) -> 
     assert [each.name for each in tmp_path.iterdir()] == ["there"]
 
 
-MOVES = ["precopy", pytest.param("postcopy", marks=pytest.mark.postcopy)]
+MOVES = ["precopy", "in-place", pytest.param("postcopy", marks=pytest.mark.postcopy)]
 
 
-def _episode(accel: str, *events: Event) -> Episode:
-    return Episode(1, 0, accel, "ring", 2, 1024, 4, True, (Event("start"), *events, Event("check"), Event("stop")))
+def _episode(accel: str, *events: Event, verify: bool = True) -> Episode:
+    return Episode(1, 0, accel, "ring", 2, 1024, 4, verify, (Event("start"), *events, Event("check"), Event("stop")))
 
 
 @pytest.mark.parametrize("accel", ANY)
 @pytest.mark.parametrize("how", MOVES)
 def test_limits_and_recordings_go_on_after_a_migration(accel: str, how: str) -> None:
     outcome = run_episode(_episode(accel, Event("limit", (2000,)), Event("record"), Event("migrate", (how, accel)),
-                                   Event("record"), Event("limit", (0,))))
+                                   Event("record"), Event("limit", (0,)), verify=how != "in-place"))
     assert (outcome.problem, outcome.done[f"migrate {how}"]) == ("", 1)
     assert outcome.compared_pages > outcome.dirty_pages > 0
 
 
 @pytest.mark.parametrize("accel", ANY)
+@pytest.mark.parametrize("how", ["precopy", "in-place"])
 @pytest.mark.parametrize("victim", ["source", "target"])
-def test_a_killed_end_of_a_migration_leaves_the_machine_on_one_side(accel: str, victim: str) -> None:
+def test_a_killed_end_of_a_migration_leaves_the_machine_on_one_side(accel: str, how: str, victim: str) -> None:
     """As soon as the target has begun to make the machine."""
-    outcome = run_episode(_episode(accel, Event("migrate", ("precopy", accel), Fault(victim, 0, 0.0))))
+    outcome = run_episode(_episode(accel, Event("migrate", (how, accel), Fault(victim, 0, 0.0)),
+                                   verify=how != "in-place"))
     assert (outcome.problem, outcome.hits) == ("", {f"kill {victim}": 1})
 
 
 def test_a_migration_that_fails_for_no_reason_is_a_finding(machine: Machine, tmp_path: Path) -> None:
     """There is no such accelerator to receive it on."""
     with pytest.raises(VmmError, match="Invalid value for '--accel'"):
-        move(machine, Move("t-1", "dream", False, tmp_path), None)
+        move(machine, Move("t-1", "dream", "precopy", tmp_path), None)
 
 
 def test_a_machine_of_nobody_is_ended(machine: Machine, tmp_path: Path) -> None:
     machine.pause()
-    moved, hit = move(machine, Move("t-1", machine.status()["accelerator"], False, tmp_path), None)
+    moved, hit = move(machine, Move("t-1", machine.status()["accelerator"], "precopy", tmp_path), None)
     assert (moved, hit) == (True, False)
     end("t-1")
     assert nothing_left("t-1")

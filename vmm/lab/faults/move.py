@@ -45,12 +45,16 @@ class Ended(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What is asked for. ``target``: the machine's name there. ``folder``: for sockets and what the processes say."""
+    """What is asked for. ``target``: the machine's name there. ``how``: precopy, postcopy or in-place. ``folder``: for
+    sockets and what the processes say."""
 
     target: str
     accel: str
-    postcopy: bool
+    how: str
     folder: Path
+
+
+_OPTIONS = {"precopy": (), "postcopy": ("--postcopy", "--downtime", "1us"), "in-place": ("--in-place",)}
 
 
 def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool]:
@@ -70,7 +74,7 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
             address = relay.address
         mover = stack.enter_context(_Process(
             path.with_suffix(".migrate"), "migrate", source.name, address,
-            *(("--postcopy", "--downtime", "1us") if wanted.postcopy else ())))
+            *_OPTIONS[wanted.how]))
         if fault is None or relay is not None:
             mover.wait()
             hit = relay is not None and relay.held > 0
@@ -78,7 +82,7 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
             with Hit(fault, lambda: _victim(fault.victim, source, wanted.target, mover, receiver), late=False) as hits:
                 mover.wait()
             hit = hits.done
-        return _settle(source, wanted.target, mover, receiver, fault if hit else None), hit
+        return _settle(source, wanted, mover, receiver, fault if hit else None), hit
 
 
 class _Process:
@@ -143,8 +147,10 @@ def _victim(victim: str, source: Machine, target: str, mover: _Process, receiver
     return pid_in(status, victim.removeprefix("target-"))
 
 
-def _settle(source: Machine, target: str, mover: _Process, receiver: _Process, fault: Fault | None) -> bool:
-    """The one that migrates has ended: whether the machine has moved."""
+def _settle(source: Machine, wanted: Move, mover: _Process, receiver: _Process, fault: Fault | None) -> bool:
+    """The one that migrates has ended: whether the machine has moved. Raises Ended, where a receiver was killed that
+    had taken the memory in place."""
+    target = wanted.target
     killed = "" if fault is None or fault.stop_ms or fault.delay_ms else fault.victim
     ends = {"gone", "here"} if killed == "source" else {"gone", "here", "handed over"}
     until(lambda: _state(source) in ends, f"whose the machine is after: {mover.said}")
@@ -165,7 +171,12 @@ def _settle(source: Machine, target: str, mover: _Process, receiver: _Process, f
                 source.stop()
                 return True
             until(lambda: not belongings(target).left(), "nothing is left at the target")
-            source.resume(force=True)
+            try:
+                source.resume(force=True)
+            except VmmError as exc:
+                if wanted.how == "in-place" and "has been taken there" in str(exc):
+                    raise Ended from None
+                raise
             return False
     if killed in ("", "coordinator", "target-coordinator"):
         raise VmmError(f"the migration failed: {mover.said}; the target says: {receiver.said}")

@@ -202,7 +202,8 @@ class _Events:
     def _way(self) -> tuple[str, str]:
         """Of a migration: how, and to which accelerator."""
         accels = [accel for accel in sorted(self._can) if accel == self._accel or self._mode in self._can[accel]]
-        return self._dice.choice(("precopy", "postcopy") if self._postcopy else ("precopy",)), self._dice.choice(accels)
+        ways = ("precopy", "in-place", *(["postcopy"] if self._postcopy else []))
+        return self._dice.choice(ways), self._dice.choice(accels)
 
     def _fault(self, do: str) -> Fault | None:
         dice = self._dice

@@ -97,6 +97,7 @@ class _Run:
     def __init__(self, episode: Episode, name: str, folder: Path, outcome: Outcome) -> None:
         """Raises VmmError."""
         self._folder = folder
+        self._verifies = episode.verify
         self._outcome = outcome
         self._names = [name]                # of the machine, and of where it has moved to
         self._paused = False                # by the user
@@ -268,7 +269,9 @@ class _Run:
         left = {each["id"]: source.ram(each["id"]) for each in status["slots"]}
         name = f"{self._names[0]}-{len(self._names)}"
         self._names.append(name)
-        moved, hit = move(source, Move(name, accel, how == "postcopy", self._folder), fault)
+        if how == "in-place" and self._verifies:
+            how = "precopy"     # its verifier would compare memory that is no longer its own
+        moved, hit = move(source, Move(name, accel, how, self._folder), fault)
         if fault is not None and hit:
             self._hit(fault)
         if not moved:
