@@ -17,20 +17,20 @@ _RATE_OVER = 0.5            # seconds
 
 
 class Progress:
-    """From its making on. ``messages``: of pages, since it was last set to 0."""
+    """From the migration's beginning on. ``messages``: of pages, since it was last set to 0."""
 
     def __init__(self, report: Report, told: Callable[[Report], None]) -> None:
         self.report = report
         self.messages = 0
         self._told = told
         self._lock = threading.Lock()           # for what the channels count
-        self._began = time.monotonic()
+        self._began = time.monotonic() - report.total_time / 1000     # another process may have begun it
         self._told_at = 0.0
-        self._measured = (self._began, 0)       # when, bytes transferred by then
+        self._measured = (time.monotonic(), report.ram.transferred)     # when, bytes transferred by then
 
     @property
     def elapsed_ms(self) -> float:
-        """Since its making."""
+        """Since then."""
         return (time.monotonic() - self._began) * 1000
 
     def count(self, message: Pages, size: int) -> None:

@@ -35,6 +35,8 @@ class Options:
     converge: bool = True       # throttle vCPUs that dirty faster than can be sent
     postcopy: bool = False      # resume the guest at the target before all of its memory is there
     postcopy_after: int = 1     # rounds of pre-copy before that
+    paused: bool = False        # it stands still at the target until it is resumed there
+    keep_source: bool = False   # the machine here is not ended, but stays paused, as one that was handed over
     key: str = ""               # CURVE: own secret key file
     peer: str = ""              # and the target's public one
     insecure: bool = False

@@ -47,6 +47,7 @@ from .precopy import PreCopy, Todo
 from .progress import Progress
 from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect
+from .status import continued
 from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
 from .wire import (
     VERSION,
@@ -86,8 +87,8 @@ def migrate(machine: Machine, address: str, options: Options | None = None, *, m
     here; KeyboardInterrupt (and whatever else is raised into it) cancels in the same way, until the machine is
     handed over: nothing cancels it then. VmmError for an invalid address or keys, and for a machine that
     cannot be migrated now."""
-    return _carry_out(machine, address, options or Options(), migration_id or uuid.uuid4().hex[:8], progress,
-                      Source.run)
+    report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address)
+    return _carry_out(machine, options or Options(), report, progress, Source.run)
 
 
 def recover(machine: Machine, address: str = "", options: Options | None = None, *, migration_id: str = "",
@@ -96,18 +97,17 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
     target waits. ``address`` and ``options``: as they were, unless others are given. Raises MigrationError,
     VmmError."""
     record = load_hand_over(machine.name)
-    return _carry_out(machine, address or record.address, options or record.options, migration_id or record.id,
-                      progress, Source.recover)
+    report = continued(Report(migration_id or record.id, machine.name, address or record.address))
+    return _carry_out(machine, options or record.options, report, progress, Source.recover)
 
 
-def _carry_out(machine: Machine, address: str, options: Options, migration_id: str,
-               progress: Callable[[Report], None], work: Callable[[Source], None]) -> Report:
+def _carry_out(machine: Machine, options: Options, report: Report, progress: Callable[[Report], None],
+               work: Callable[[Source], None]) -> Report:
     if options.compression == "lz4":
         lz4_block()     # it is installed, or that is said now
     process = identity()
-    report = Report(migration_id, machine.name, address, compression=options.compression, pid=process.pid,
-                    pid_started=process.start)
-    with Source(machine, address, options, report, progress) as source:
+    report.compression, report.pid, report.pid_started = options.compression, process.pid, process.start
+    with Source(machine, report.target, options, report, progress) as source:
         try:
             work(source)
         except BaseException as exc:
@@ -115,7 +115,7 @@ def _carry_out(machine: Machine, address: str, options: Options, migration_id: s
             report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
             progress(report)
             if isinstance(exc, zmq.ZMQError):
-                raise MigrationError(f"{address}: {exc}") from None
+                raise MigrationError(f"{report.target}: {exc}") from None
             raise
     return report
 
@@ -172,8 +172,11 @@ class Source:
             self._committed = True
             self.report.status = "handed-over"
             self._progress.tell(force=True)
-            self._commit()
-            self._finish()
+            if not record.finished:
+                self._commit()
+                self._finish()
+                return
+        self._completed()
 
     def failed(self, exc: BaseException) -> str:
         """The status that an end by this exception is."""
@@ -245,7 +248,7 @@ class Source:
             system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes()
                                                                 if spec.keeps_system else b"")
             step("migrate-state")
-            talk.send(State(system, state["vcpus"], spec, state["paused"]))
+            talk.send(State(system, state["vcpus"], spec, state["paused"] or self.options.paused))
             talk.expect(Prepared)
             step("migrate-prepared")
             self._hand_over()
@@ -278,7 +281,7 @@ class Source:
     def _hand_over(self) -> None:
         """The point of no return."""
         name = self.machine.name
-        record = HandOver(self.report.id, self._token, self._address.text, self.options)
+        record = self._record()
         save_hand_over(name, record)
         self._shield.enter_context(uninterrupted(self._on_signal))
         self._obey()
@@ -369,15 +372,26 @@ class Source:
                 self._commit()
         step("migrate-stop")
         try:
-            self.machine.stop()
+            if self.options.keep_source:
+                self._pre_copy.unregister()
+                save_hand_over(self.machine.name, self._record(finished=True))
+            else:
+                self.machine.stop()
         except VmmError as exc:
-            report.warnings.append(f"the machine runs at the target, but could not be ended here: {exc}")
+            what = "noted" if self.options.keep_source else "ended"
+            report.warnings.append(f"the machine runs at the target, but the machine here could not be {what}: {exc}")
         step("migrate-done")
+        self._completed()
+
+    def _completed(self) -> None:
         if self._talk is not None:
             self._talk.close(Done())
             self._talk = None
-        report.status = "completed"
+        self.report.status = "completed"
         self._progress.tell(force=True)
+
+    def _record(self, *, finished: bool = False) -> HandOver:
+        return HandOver(self.report.id, self._token, self._address.text, self.options, finished)
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
