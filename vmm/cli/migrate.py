@@ -19,7 +19,7 @@ from ipc.run import python_module
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
-from .migrating import Shown, key_options, print_report, progress_text
+from .migrating import JsonLines, Shown, key_options, print_report, print_status
 
 if TYPE_CHECKING:
     pass
@@ -70,10 +70,12 @@ def migrate() -> None:
 @click.option("--background", is_flag=True, help="Return at once and print the migration's id.")
 @click.option("--report", "report_path", type=click.Path(path_type=Path),
               help="Write the final report to this file.")
+@click.option("--json-lines", is_flag=True,
+              help="Print progress, each round and the end as JSON, a document a line.")
 @click.option("--id", "migration_id", default="", hidden=True)
 @json_option
 def start(name: str, address: str, recover: bool, background: bool, report_path: Path | None, migration_id: str,
-          as_json: bool, **asked: Any) -> None:
+          as_json: bool, json_lines: bool, **asked: Any) -> None:
     """Migrate machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). If that fails, it keeps running here."""
     from .. import migrate as migration
     from ..client.machine import Machine
@@ -84,7 +86,7 @@ def start(name: str, address: str, recover: bool, background: bool, report_path:
     # Before anything else, to say what is wrong.
     load_keys(asked["key"], asked["peer"], parse_address(address), insecure=asked["insecure"])
     if background:
-        _start_in_background(name, address, as_json)
+        _start_in_background(name, address, as_json or json_lines)
         return
     options = migration.Options(converge=not asked.pop("no_converge"),
                                 **{**asked, "bandwidth": asked["bandwidth"] or 0.0})
@@ -93,11 +95,11 @@ def start(name: str, address: str, recover: bool, background: bool, report_path:
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine.attach(name))
         output = None if report_path is None else stack.enter_context(contextlib.closing(open_output(report_path)))
-        shown = stack.enter_context(Shown(output))
+        shown = stack.enter_context(Shown(output, stack.enter_context(JsonLines()) if json_lines else None))
         report = run(machine, address, options, migration_id=migration_id, progress=shown.tell)
     if as_json:
         print_json(report.as_dict())
-    else:
+    elif not json_lines:
         print_report(report)
         if options.keep_source:
             click.echo(f"{name} stays paused here, as it was handed over: vmm stop {name} ends it; vmm resume {name} "
@@ -113,7 +115,7 @@ def _start_in_background(name: str, address: str, as_json: bool) -> None:
     from ..consumers.migration.status import load_status
 
     migration_id = uuid.uuid4().hex[:8]
-    arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json")]
+    arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json", "--json-lines")]
     with tempfile.TemporaryFile() as errors:    # a pipe would break when this process has gone
         process = subprocess.Popen(python_module("vmm", *arguments, "--id", migration_id),
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
@@ -143,16 +145,18 @@ def _exit_code(status: int) -> ExitCode:
 @click.argument("name")
 @json_option
 def status(name: str, as_json: bool) -> None:
-    """Show the progress or outcome of the last migration of machine NAME."""
+    """Show the progress or outcome of the last migration of machine NAME, which left this host or came to it; with the
+    figures of each round. It is kept with the machine's record."""
+    import msgspec
+
+    from ..consumers.migration.report import Report
     from ..consumers.migration.status import load_status
 
     found = load_status(name)
     if as_json:
         print_json(found)
         return
-    click.echo(f"{found['id']}: {name} to {found['target']}, {found['total_time'] / 1000:,.1f} s"
-               + (f": {found['error']}" if found["error"] else ""))
-    click.echo(progress_text(found))
+    print_status(msgspec.convert(found, Report))
 
 
 @migrate.command()
@@ -183,9 +187,13 @@ def cancel(name: str, as_json: bool) -> None:
 
 
 def _refuse_to_cancel(report: dict[str, Any]) -> None:
-    from ..consumers.migration.report import COMMITTED
+    from ..consumers.migration.report import COMMITTED, OVER
 
     name, target = report["machine"], report["target"]
+    if report["direction"] == "incoming":
+        raise VmmError(f"machine '{name}' is not being migrated: it came here from {target}"
+                       if report["status"] in OVER else
+                       f"machine '{name}' is arriving here: cancel that where it comes from, or run vmm stop {name}")
     if report["status"] == "completed":
         raise VmmError(f"machine '{name}' has already been migrated to {target}")
     if report["status"] in COMMITTED:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import queue
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +21,11 @@ if TYPE_CHECKING:
     from ..migrate import Report
     from ..outputs import Output
 
-__all__ = ["Shown", "key_options", "print_report", "progress_text"]
+__all__ = ["JsonLines", "Shown", "key_options", "print_report", "print_status"]
 
 _MIB = 1 << 20
+_LINES_WAITING = 64         # lines of JSON that may wait for whoever reads them
+_LINES_PATIENCE = 5.0       # seconds for the last of them
 
 
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,14 +38,55 @@ def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-class Shown:
-    """Keeps the status file up to date, and a line on a terminal; writes ``output`` when all is over."""
+class JsonLines:
+    """On standard output, by a thread of its own: a migration does not wait for whoever reads it. ``event``: progress
+    (the report without its rounds), round (``round``: its number, and what it was), end (the whole report). When
+    progress is not read, some of it is left out."""
 
-    def __init__(self, output: Output | None) -> None:
+    def __init__(self) -> None:
+        self._rounds = 0
+        self._queue: queue.Queue[bytes] = queue.Queue()
+        self._thread = threading.Thread(target=self._write, name="json-lines", daemon=True)
+        self._thread.start()
+
+    def tell(self, report: Report) -> None:
+        from ..consumers.migration.report import OVER
+
+        said = report.as_dict()
+        if report.status in OVER:
+            return self._put({"event": "end", **said})
+        for number, each in enumerate(said.pop("rounds")[self._rounds:], self._rounds):
+            self._put({"event": "round", "round": number, **each})
+            self._rounds = number + 1
+        if self._queue.qsize() < _LINES_WAITING:
+            self._put({"event": "progress", **said})
+
+    def _put(self, document: dict[str, Any]) -> None:
+        self._queue.put(json.dumps(document).encode() + b"\n")
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):      # nobody reads it: that is no reason to stop
+            while line := self._queue.get():
+                while line:
+                    line = line[os.write(1, line):]
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._queue.put(b"")
+        self._thread.join(_LINES_PATIENCE)
+
+
+class Shown:
+    """Keeps a line on a terminal up to date; writes ``output`` when all is over."""
+
+    def __init__(self, output: Output | None, lines: JsonLines | None) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self._output = output
+        self._lines = lines
         self._console = Console(stderr=True, highlight=False)
         self._live = Live(console=self._console, transient=True, auto_refresh=False, redirect_stdout=False,
                           redirect_stderr=False)
@@ -48,9 +94,8 @@ class Shown:
 
     def tell(self, report: Report) -> None:
         from ..consumers.migration.report import OVER
-        from ..consumers.migration.status import save_status
-
-        save_status(report)
+        if self._lines is not None:
+            self._lines.tell(report)
         if self._output is not None and report.status in OVER:
             self._write(self._output, report)
         for text in report.warnings:
@@ -61,7 +106,7 @@ class Shown:
         if self._console.is_terminal:
             from rich.text import Text
 
-            self._live.update(Text(progress_text(report.as_dict())), refresh=True)
+            self._live.update(Text(_progress_text(report.as_dict())), refresh=True)
 
     @staticmethod
     def _write(output: Output, report: Report) -> None:
@@ -80,7 +125,7 @@ class Shown:
         self._live.__exit__(*error)
 
 
-def progress_text(report: dict[str, Any]) -> str:
+def _progress_text(report: dict[str, Any]) -> str:
     """One line of a migration under way."""
     ram = report["ram"]
     share = f"{100 * (1 - ram['remaining'] / ram['total']):.0f} %, " if ram["total"] else ""
@@ -97,7 +142,9 @@ def progress_text(report: dict[str, Any]) -> str:
 
 def print_report(report: Report) -> None:
     ram = report.ram
-    click.echo(f"{report.machine} was migrated to {report.target}: total {report.total_time:,.0f} ms, downtime "
+    moved = (f"{report.machine} was migrated to {report.target}" if report.direction == "outgoing" else
+             f"{report.machine} has come from {report.source} at {report.target}")
+    click.echo(f"{moved}: total {report.total_time:,.0f} ms, downtime "
                f"{report.downtime:,.1f} ms, {ram.dirty_sync_count} rounds")
     click.echo(f"ram: {ram.transferred / _MIB:,.1f} MiB transferred, {ram.normal:,} pages, {ram.duplicate:,} zero "
                f"pages, {ram.mbps:,.0f} Mbit/s in the last round, compression {report.compression} "
@@ -107,3 +154,25 @@ def print_report(report: Report) -> None:
                    f"waited {', '.join(f'{ms:,.1f}' for ms in report.postcopy_blocktime)} ms")
     for vcpu, quota in report.throttled.items():
         click.echo(f"vCPU {vcpu} was throttled to {quota:,.1f} MB/s")
+
+
+def print_status(report: Report) -> None:
+    """Of a migration that is under way, or has ended; with its rounds."""
+    from ..tables import print_table, screen, table
+
+    way = (f"{report.machine} to {report.target}" if report.direction == "outgoing" else
+           f"{report.machine} from {report.source} at {report.target}")
+    error = f": {report.error}" if report.error else ""
+    click.echo(f"{report.id}: {way}, begun {report.began_at}, {report.total_time / 1000:,.1f} s{error}")
+    click.echo(_progress_text(report.as_dict()))
+    if report.status == "completed":
+        print_report(report)
+    if not report.rounds:
+        return
+    shown = table("round", numbers=("pages", "zero", "MB", "s", "MB/s", "dirtied MB/s", "left"))
+    for number, each in enumerate(report.rounds):
+        shown.add_row(str(number), f"{each.pages:,}", f"{each.zero:,}", f"{each.transferred / 1e6:,.1f}",
+                      f"{each.seconds:,.3f}", f"{each.transferred / 1e6 / max(each.seconds, 1e-6):,.1f}",
+                      "" if each.dirtied is None else f"{each.dirtied * PAGE_SIZE / 1e6:,.1f}",
+                      "" if each.left is None else f"{each.left:,}")
+    print_table(shown, screen())

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from ipc.shm import data_extents, open_fd
 
-from ...client.machine import Machine
+from ...client.machine import Flushed, Machine
 from ...errors import VmmError
 from .channels import Channels, Job, chunk_pages
 from .converge import Convergence, Next, Round, Rules
 from .pages import PAGE, changed
 from .progress import Progress
-from .report import Options
+from .report import Options, RoundReport
 from .talk import Lost, Talk
 from .wire import RoundAck, RoundEnd, Torn
 
@@ -50,27 +50,30 @@ class PreCopy:
                                               options.postcopy, options.postcopy_after))
         self._number = 0                # of the round
         self._torn: list[Torn] = []
+        self._flushed: Flushed          # when ``dirty`` last looked
 
     def run(self, talk: Talk, channels: Channels) -> tuple[Todo, bool]:
         """Until the guest is to be stopped: the pages that are dirty then, and whether they go after the hand-over
         (post-copy). Raises MigrationError, VmmError, WireError."""
         machine, report = self._machine, self._report
         machine.register(self._client, mine=True)
-        machine.sync(self._client)              # from here on counts
+        before = machine.flush(self._client)    # from here on counts
         todo = {s["id"]: self.touched(s) for s in machine.status()["slots"] if s["logged"]}   # round 0
         while True:
-            before, began, normal = machine.status(), time.monotonic(), report.ram.normal
+            began, normal = time.monotonic(), report.ram.normal
             self.send(talk, channels, todo)
             took = max(time.monotonic() - began, 1e-6)
-            status = machine.status()
-            dirtied = [(new["dirty_pages"] - old["dirty_pages"]) / took
-                       for old, new in zip(before["vcpus"], status["vcpus"], strict=True)]
             todo = self.dirty()
+            flushed, since = self._flushed, max(self._flushed.at - before.at, 1e-6)
+            dirtied = [(new - old) / since
+                       for old, new in zip(before.vcpu_pages, flushed.vcpu_pages, strict=True)]
+            before = flushed
             left = sum(len(p) for p in todo.values())
             what = self._convergence.after(Round(report.ram.normal - normal, took, left, dirtied),
-                                           can_limit=status["can_limit"])
+                                           can_limit=machine.status()["can_limit"])
             report.ram.dirty_pages_rate = round(sum(dirtied))
             report.ram.remaining = left * PAGE
+            report.rounds[-1].left, report.rounds[-1].dirtied = left, report.ram.dirty_pages_rate
             expected = self._convergence.expected_downtime(left)
             report.expected_downtime = None if expected is None else expected * 1000
             self._progress.tell(force=True)
@@ -93,8 +96,8 @@ class PreCopy:
     def dirty(self) -> Todo:
         """The pages dirtied since the last call, by slot, and those that did not arrive as they were sent."""
         machine = self._machine
-        counts = machine.collect(self._client)
-        bits = {slot: machine.bitmap(slot, self._client).bools() for slot in counts}
+        self._flushed = machine.flush(self._client)
+        bits = {slot: machine.bitmap(slot, self._client).bools() for slot in self._flushed.slots}
         for message in self._torn:
             if message.slot not in bits:
                 continue
@@ -107,7 +110,7 @@ class PreCopy:
     def send(self, talk: Talk, channels: Channels, todo: Todo) -> None:
         """A round: send these pages, and wait until they are there."""
         report, progress = self._report, self._progress
-        began, sent_before = time.monotonic(), report.ram.transferred
+        began, sent_before, zero_before = time.monotonic(), report.ram.transferred, report.ram.duplicate
         number, self._number, progress.messages = self._number, self._number + 1, 0
         left = pages = sum(len(p) for p in todo.values())
         chunk = chunk_pages(self._options.bandwidth)
@@ -125,13 +128,13 @@ class PreCopy:
             self._check(talk, channels)
             time.sleep(0.001)
         self._check(talk, channels)
-        talk.send(RoundEnd(number, progress.messages))
+        sent, zero = report.ram.transferred - sent_before, report.ram.duplicate - zero_before
+        talk.send(RoundEnd(number, progress.messages, pages, zero, sent))
         self._torn += talk.expect(RoundAck).torn
         took = max(time.monotonic() - began, 1e-6)
         report.ram.dirty_sync_count += 1
         report.ram.pages_per_second = round(pages / took)
-        report.rounds.append({"pages": pages, "seconds": round(took, 4),
-                              "transferred": report.ram.transferred - sent_before})
+        report.rounds.append(RoundReport(pages, zero, round(took, 4), sent))
 
     def _check(self, talk: Talk, channels: Channels) -> None:
         """A channel's failure, or the target's refusal, ends the round."""

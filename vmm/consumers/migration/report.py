@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...errors import ExitCode, VmmError
+from ...machine.records import now
 from .pages import PAGE, Encoding
 
-__all__ = ["COMMITTED", "OVER", "MigrationError", "Options", "Ram", "Report"]
+__all__ = ["COMMITTED", "OVER", "MigrationError", "Options", "Ram", "Report", "RoundReport"]
 
 #: Of ``Report.status``: from here on the target runs the machine, or will; it can no longer be cancelled.
 COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
@@ -63,12 +64,28 @@ class Ram:
 
 
 @dataclass
+class RoundReport:
+    """What a round has sent, in bytes and pages; ``zero``: of these pages, those that went without their bytes.
+    ``left``: pages that were dirty after it, ``dirtied``: pages that the guest dirtied per second meanwhile; None where
+    the guest stood still, and at the target, which does not know."""
+
+    pages: int
+    zero: int
+    seconds: float
+    transferred: int
+    left: int | None = None
+    dirtied: int | None = None
+
+
+@dataclass
 class Report:
     """Times in milliseconds. ``status``: setup, active, device (the guest is stopped), handed-over,
     postcopy-active, completed, failed, cancelled; handed-over-paused, postcopy-paused: the source gave up after the
     hand-over, and the machine stays paused there. ``pid`` and ``pid_started``: the source's process, whose start
     the second is (clock ticks since the boot, as in /proc/PID/stat). ``warnings``: what went wrong beside, after it
-    was completed."""
+    was completed. ``direction``: "outgoing", or, of a machine that has come here, "incoming"; then ``machine`` is its
+    name here, ``source`` the one that it had there, ``target`` the address at which it was awaited, and the process is
+    the receiver's. ``began_at``, ``ended_at``: ISO 8601, UTC."""
 
     id: str
     machine: str
@@ -81,13 +98,17 @@ class Report:
     compression: str = "none"
     compression_ratio: float = 1.0
     ram: Ram = field(default_factory=Ram)
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    rounds: list[RoundReport] = field(default_factory=list)
     throttled: dict[str, float] = field(default_factory=dict)   # {vCPU: quota in MB/s at the end}
     postcopy_blocktime: list[float] = field(default_factory=list)   # each vCPU's wait for pages
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     pid: int = 0
     pid_started: int = 0
+    direction: str = "outgoing"
+    source: str = ""
+    began_at: str = field(default_factory=now)
+    ended_at: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -111,9 +111,7 @@ def _carry_out(machine: Machine, options: Options, report: Report, progress: Cal
         try:
             work(source)
         except BaseException as exc:
-            report.status = source.failed(exc)
-            report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
-            progress(report)
+            source.failed(exc)
             if isinstance(exc, zmq.ZMQError):
                 raise MigrationError(f"{report.target}: {exc}") from None
             raise
@@ -151,6 +149,7 @@ class Source:
     def run(self) -> None:
         """From the offer to the end. Raises MigrationError, VmmError."""
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
+            self._progress.kept = True
             spec = self._read_spec()
             try:
                 self._talk = talk = self._connect(_PATIENCE)
@@ -167,6 +166,7 @@ class Source:
         """From the hand-over to the end. Raises MigrationError, VmmError."""
         record = load_hand_over(self.machine.name)
         with self.machine.lease("migration", f"to {self._address.text}", recover=True) as self._lease:
+            self._progress.kept = True
             self._shield.enter_context(uninterrupted(self._on_signal))
             self._token = record.token
             self._committed = True
@@ -178,11 +178,15 @@ class Source:
                 return
         self._completed()
 
-    def failed(self, exc: BaseException) -> str:
-        """The status that an end by this exception is."""
+    def failed(self, exc: BaseException) -> None:
+        """It has ended by this exception, as its report says now."""
+        report = self.report
         if self._committed:
-            return "postcopy-paused" if self._postcopy else "handed-over-paused"
-        return "failed" if isinstance(exc, Exception) else "cancelled"
+            report.status = "postcopy-paused" if self._postcopy else "handed-over-paused"
+        else:
+            report.status = "failed" if isinstance(exc, Exception) else "cancelled"
+        report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
+        self._progress.tell(force=True)
 
     def _read_spec(self) -> MachineSpec:
         """Of the machine, with its slots as they are. Raises VmmError when it is not one that runs."""
@@ -201,7 +205,8 @@ class Source:
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
         self._offered = spec
         talk.patience = _PATIENCE
-        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy))
+        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy,
+                        self.report.id))
         talk.expect(Received)
         talk.patience = _RESERVING
         talk.expect(Accept)
@@ -385,7 +390,7 @@ class Source:
 
     def _completed(self) -> None:
         if self._talk is not None:
-            self._talk.close(Done())
+            self._talk.close(Done(self.report.downtime))
             self._talk = None
         self.report.status = "completed"
         self._progress.tell(force=True)

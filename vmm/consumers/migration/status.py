@@ -52,7 +52,7 @@ def load_status(machine: str) -> dict[str, Any]:
     found = _read(machine)
     if found["status"] not in OVER and not _alive(found):
         found["error"] = f"its process (pid {found['pid']}) was killed in status {found['status']}"
-        if found["status"] not in COMMITTED:        # else another takes over
+        if found["status"] not in COMMITTED or found["direction"] == "incoming":    # else another takes over
             found["status"] = "failed"
     return found
 

@@ -35,6 +35,7 @@ from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from . import wire
 from .addresses import parse_address
+from .arrival import Arrival
 from .keys import load_keys
 from .memory import SlotMemory
 from .offers import check_settings, taken
@@ -110,12 +111,13 @@ class _Target:
         self._timeout = timeout
         self._refused = refused
         self._trees = trees
+        self._arrival = Arrival(sock.get_string(zmq.LAST_ENDPOINT))
         self._machine: Machine | None = None
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
         self._arrived: dict[int, int] = {}      # {round: messages of pages}
-        self._expected: dict[int, int] = {}     # {round: messages that the source says it sent}
+        self._expected: dict[int, RoundEnd] = {}        # {round: what the source says it sent}
         self._torn: dict[int, list[Torn]] = {}
         self._prepared = False
         self._paused = False
@@ -142,15 +144,19 @@ class _Target:
                 self._fetch(machine, pages)
             except BaseException as exc:
                 self._end_machine()
+                self._arrival.tell("failed", _reason(exc))
                 self._answer_until_heard([Ended(_reason(exc))])
                 raise
-            self._answer_until_heard([Running(), Complete([round(s * 1000, 3) for s in pages.blocked])])
+            blocked = [round(s * 1000, 3) for s in pages.blocked]
+            self._arrival.complete(blocked)
+            self._answer_until_heard([Running(), Complete(blocked)])
         return machine
 
     def _refuse(self, exc: BaseException) -> None:
         """End the machine, and only then say so; nothing, if that is not certain, and the source may have handed
         the machine over already."""
         gone = self._end_machine()
+        self._arrival.tell("cancelled" if isinstance(exc, KeyboardInterrupt) else "failed", _reason(exc))
         if self._missing is not None:
             self._missing.close()
         if self._prepared and gone:
@@ -216,10 +222,12 @@ class _Target:
         # Only we may start it, or write to it; should we go before, it does.
         self._lease = self._machine.lease("incoming", "via vmm receive")
         self._offered = offer.spec
+        self._arrival.begin(offer, spec.name)
         for slot in offer.spec.slots:
             self._memory[slot.id] = SlotMemory(self._machine, slot.id)
             self._pages[slot.id] = slot.pages
         self._peers.heard_at = time.monotonic()
+        self._arrival.taking()
         self._peers.say(Accept())
 
     # --- memory and state -----------------------------------------------------------------------------------------
@@ -243,7 +251,7 @@ class _Target:
                 case Ping():
                     pass
                 case RoundEnd():
-                    self._expected[message.round] = message.messages
+                    self._expected[message.round] = message
                     self._acknowledge(message.round)
                 case wire.Missing():
                     self._note_missing(message)
@@ -278,10 +286,12 @@ class _Target:
         self._acknowledge(message.round)
 
     def _acknowledge(self, number: int) -> None:
-        if self._expected.get(number) == self._arrived.get(number, 0):
+        said = self._expected.get(number)
+        if said is not None and said.messages == self._arrived.get(number, 0):
             del self._expected[number]
             self._arrived.pop(number, None)
             self._peers.say(RoundAck(number, self._torn.pop(number, [])))
+            self._arrival.round(said)
 
     def _note_missing(self, message: wire.Missing) -> None:
         bits = missing_pages(message, self._total(message.slot))
@@ -308,6 +318,7 @@ class _Target:
         self._paused = message.paused
         self._prepared = True
         self._peers.say(Prepared())
+        self._arrival.tell("device")
 
     @staticmethod
     def _set_system(system: NDArray[np.uint8], sent: bytes) -> None:
@@ -346,6 +357,7 @@ class _Target:
             machine.pause()
         machine.start()
         step("receive-started")
+        self._arrival.tell("completed" if self._missing is None else "postcopy-active")
         with contextlib.suppress(Gone):        # it will ask again
             self._tell_how_it_is()
         return machine
@@ -365,7 +377,9 @@ class _Target:
         while (left := until - time.monotonic()) > 0:
             try:
                 match self._peers.hear(min(left, LOOK_EVERY)):
-                    case (Done() | Abort(), _):
+                    case (Done() as done, _):
+                        return self._arrival.heard(done)
+                    case (Abort(), _):
                         return
                     case (Commit(), _):
                         self._peers.say(*verdict)
@@ -402,6 +416,7 @@ class _Target:
                     self._want(pages.some(CHUNK_PAGES))
             if not pages.left or time.monotonic() - looked > LOOK_EVERY:
                 looked = time.monotonic()
+                self._arrival.lack(pages.left)
                 if machine.status()["state"] == "ended":
                     raise ReceiveError("the machine was stopped before all of its memory had arrived")
         for fd in pages.faults:

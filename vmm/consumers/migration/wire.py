@@ -30,7 +30,7 @@ __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer"
            "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
            "WireError", "decode_answer", "decode_message", "frames"]
 
-VERSION = 3
+VERSION = 4
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
 
 Buffer = bytes | memoryview
@@ -53,7 +53,8 @@ class Wire(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=Tru
 
 class Offer(Wire, frozen=True, tag="offer"):
     """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on. ``token``
-    names this migration: it is known to its two ends alone. ``postcopy``: memory may come after the start."""
+    names this migration: it is known to its two ends alone; ``id`` names it to people. ``postcopy``: memory may come
+    after the start."""
 
     version: int
     program: str
@@ -61,6 +62,7 @@ class Offer(Wire, frozen=True, tag="offer"):
     spec: MachineSpec
     image: bytes
     postcopy: bool
+    id: str = ""
 
 
 class Join(Wire, frozen=True, tag="join"):
@@ -81,10 +83,14 @@ class Pages(Wire, frozen=True, tag="pages"):
 
 
 class RoundEnd(Wire, frozen=True, tag="round-end"):
-    """``messages`` of Pages were sent in this round."""
+    """``messages`` of Pages were sent in this round; with so many pages, of them so many that are zero, and so many
+    bytes, for the target's report."""
 
     round: int
     messages: int
+    pages: int = 0
+    zero: int = 0
+    transferred: int = 0
 
 
 class Missing(Wire, frozen=True, tag="missing"):
@@ -115,7 +121,10 @@ class Commit(Wire, frozen=True, tag="commit"):
 
 
 class Done(Wire, frozen=True, tag="done"):
-    """The source has heard that the machine runs (post-copy: that it is complete) and has ended."""
+    """The source has heard that the machine runs (post-copy: that it is complete) and has ended. ``downtime``: as the
+    source has measured it, in milliseconds."""
+
+    downtime: float = 0.0
 
 
 class Abort(Wire, frozen=True, tag="abort"):
