@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from machines import spec
 
 from vmm.consumers.migration import pages, wire
-from vmm.consumers.migration.converge import Convergence, Next, Round, Rules
+from vmm.consumers.migration.converge import LATE, Convergence, Next, Round, Rules
 from vmm.consumers.migration.pages import PAGE, unpack
 from vmm.consumers.migration.wire import Pages, WireError
 
@@ -240,3 +240,37 @@ def test_vcpus_are_throttled_only_if_that_is_wanted_possible_and_needed(converge
     convergence.after(Round(1000, 1.0, 990, [490.0, 10.0]), can_limit=can_limit)
     if limited:
         assert convergence.quotas == {0: 245}
+
+
+@pytest.mark.parametrize("late", list(LATE.values()))
+def test_rounds_that_leave_no_less_for_so_long_are_a_stall(late: Next) -> None:
+    """The seconds are those since the round that left the least; one that leaves less starts anew."""
+    rules = Rules(0.0, 100, False, False, 1, stall=2.5, late=late)
+    ends = [Round(1000, 1.0, left, [1000.0]) for left in (1000, 900, 950, 900, 800, 900, 800, 801)]
+    convergence, what = rounds(rules, *ends)
+    assert what == [Next.ROUND] * 7 + [late]
+    assert convergence.stalled == pytest.approx(3.0)
+    assert rounds(Rules(0.0, 100, False, False, 1), *ends)[1] == [Next.ROUND] * 8
+
+
+@pytest.mark.parametrize(("left", "downtime", "converges", "seconds", "more"), [
+    (5000, 0.1, True, 0.5 + 0.25 + 0.125, 3),       # each round takes half as long as the last: 5000, 2500, 1250, 625
+    (900, 0.1, True, 0.0, 0),
+    (5000, 0.0, False, 0.5 + 0.25 + 0.125 + 0.0625, 4),
+    (10_000, 0.1, False, 1.0, 1), (20_000, 0.1, False, 2.0, 1)])
+def test_a_forecast_goes_on_as_the_last_round_did(left: int, downtime: float, converges: bool, seconds: float,
+                                                  more: int) -> None:
+    """10,000 pages per second can be sent; the round took a second. Four more are allowed."""
+    convergence, _ = rounds(Rules(downtime, 5, False, False, 1), Round(10_000, 1.0, left, [0.0]))
+    found = convergence.forecast(left)
+    assert found is not None
+    assert found.converges == converges
+    assert found.rounds == more
+    assert found.seconds == pytest.approx(seconds)
+    assert (found.dirtied, found.rate) == (left, 10_000)
+    assert found.downtime <= downtime or not converges
+
+
+def test_without_a_rate_there_is_no_forecast() -> None:
+    convergence, _ = rounds(RULES, Round(0, 1.0, 1000, [0.0]))
+    assert convergence.forecast(1000) is None

@@ -29,6 +29,16 @@ __all__ = ["migrate"]
 _BACKGROUND_PATIENCE = 60.0
 _CANCEL_PATIENCE = 15.0
 
+_LATE = click.Choice(["cancel", "force", "postcopy"])
+
+
+class _RateOrNone(Rate):
+    """And ``none``, which is 0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return 0.0 if value == "none" else super().convert(value, param, ctx)
+
+
 class _Migrate(click.Group):
     """``vmm migrate NAME ADDRESS`` is ``vmm migrate start NAME ADDRESS``."""
 
@@ -61,6 +71,11 @@ def migrate() -> None:
                                                "arrived, if pre-copy does not converge at once.")
 @click.option("--postcopy-after", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="ROUNDS",
               help="Pre-copy rounds before switching to post-copy.")
+@click.option("--timeout", type=Duration(), help="How long it may take until the hand-over.")
+@click.option("--stall", type=Duration(), help="How long rounds may leave no less than one before them.")
+@click.option("--on-timeout", type=_LATE, default="cancel", show_default=True,
+              help="What comes then: the migration is given up; the guest is stopped until the rest has been sent; or "
+                   "post-copy.")
 @click.option("--paused", is_flag=True, help="Leave the guest paused at the target, until vmm resume there.")
 @click.option("--keep-source", is_flag=True, help="Keep the machine here, paused, as a copy that only vmm resume "
                                                    "--force runs.")
@@ -88,8 +103,8 @@ def start(name: str, address: str, recover: bool, background: bool, report_path:
     if background:
         _start_in_background(name, address, as_json or json_lines)
         return
-    options = migration.Options(converge=not asked.pop("no_converge"),
-                                **{**asked, "bandwidth": asked["bandwidth"] or 0.0})
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    options = migration.Options(converge=not given.pop("no_converge"), **given)
     run = migration.recover if recover else migration.migrate
     signal.signal(signal.SIGTERM, _cancel)
     with contextlib.ExitStack() as stack:
@@ -157,6 +172,55 @@ def status(name: str, as_json: bool) -> None:
         print_json(found)
         return
     print_status(msgspec.convert(found, Report))
+
+
+@migrate.command("set")
+@click.argument("name")
+@click.option("--bandwidth", type=_RateOrNone(), help="Bandwidth limit, or none.")
+@click.option("--downtime", type=Duration(), help="Maximum downtime of the guest.")
+@click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]),
+              help="Compression of memory pages.")
+@click.option("--channels", type=click.IntRange(1, 16), help="Number of parallel channels for memory pages.")
+@click.option("--max-rounds", type=click.IntRange(1, 1000), help="Rounds after which the guest is stopped.")
+@click.option("--timeout", type=Duration(), help="How long it may take until the hand-over, from its beginning.")
+@click.option("--stall", type=Duration(), help="How long rounds may leave no less than one before them.")
+@click.option("--on-timeout", type=_LATE, help="What comes then.")
+@click.option("--converge/--no-converge", default=None, help="Throttle the vCPUs that dirty most, or no others.")
+@json_option
+def set_(name: str, as_json: bool, **wanted: Any) -> None:
+    """Change how the migration of machine NAME goes on. The round under way ends for it, and the rest of its pages goes
+    as is asked here."""
+    if all(value is None for value in wanted.values()):
+        raise VmmError("say what is to change: see vmm migrate set --help")
+    _change(name, as_json, **wanted)
+
+
+@migrate.command()
+@click.argument("name")
+@json_option
+def postcopy(name: str, as_json: bool) -> None:
+    """Have the migration of machine NAME go over to post-copy now. The guest resumes at the target, and the rest of its
+    memory follows."""
+    _change(name, as_json, postcopy=True)
+
+
+def _change(name: str, as_json: bool, **changes: Any) -> None:
+    from ..consumers.migration.control import change
+    from ..consumers.migration.steering import Changes
+
+    settings = change(name, Changes(**changes))
+    if as_json:
+        print_json({"name": name, "settings": settings})
+    elif changes.get("postcopy"):
+        click.echo(f"{name}: goes over to post-copy")
+    else:
+        click.echo(f"{name}: {', '.join(f'{key} {_text(key, value)}' for key, value in settings.items())}")
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "bandwidth":
+        return f"{value / 1e6:,.3f} MB/s" if value else "none"
+    return f"{value:g} ms" if key == "downtime" else str(value)
 
 
 @migrate.command()

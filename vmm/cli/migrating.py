@@ -137,7 +137,18 @@ def _progress_text(report: dict[str, Any]) -> str:
         text += f", dirty rate {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
         if report["expected_downtime"] is not None:
             text += f", expected downtime {report['expected_downtime']:,.0f} ms"
+        if report["forecast"] is not None and report["status"] == "active":
+            text += f"; {_forecast_text(report)}"
     return text
+
+
+def _forecast_text(report: dict[str, Any]) -> str:
+    found = report["forecast"]
+    if found["converges"]:
+        left = max(0.0, found["seconds"] - (report["total_time"] - found["at"]) / 1000)
+        return f"converges in about {left:,.0f} s"
+    return (f"does not converge: {found['dirtied']:,.1f} MB/s get dirty, {found['rate']:,.1f} MB/s can be sent; "
+            f"{found['downtime'] / 1000:,.1f} s of downtime otherwise")
 
 
 def print_report(report: Report) -> None:

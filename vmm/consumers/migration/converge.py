@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Convergence", "Next", "Round", "Rules"]
+__all__ = ["LATE", "Convergence", "Forecast", "Next", "Round", "Rules"]
 
 _THROTTLE_AFTER = 3         # rounds without convergence before vCPUs are held to a rate
 _THROTTLE_STEP = 0.5        # of the quota, each further round
@@ -25,6 +25,11 @@ class Next(Enum):
     ROUND = "another round"
     STOP = "the guest is stopped, the rest is sent"
     POSTCOPY = "the guest is stopped, and resumes at the target before the rest has arrived"
+    CANCEL = "the migration is given up"
+
+
+#: What comes when there was no end in time, by the words of Options.on_timeout.
+LATE = {"cancel": Next.CANCEL, "force": Next.STOP, "postcopy": Next.POSTCOPY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,8 @@ class Rules:
     converge: bool
     postcopy: bool
     postcopy_after: int
+    stall: float = 0.0      # seconds without less being left, after which
+    late: Next = Next.CANCEL    # this comes; 0: never
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +56,32 @@ class Round:
     dirtied: list[float]
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Whether what is left will fit into the downtime, if the guest goes on as in the last round; after how many more
+    seconds and rounds, or with how many seconds of downtime after the last that the rules allow. ``dirtied``: pages
+    that were dirty after the last round, by the second that it took, against ``rate``, which can be sent."""
+
+    converges: bool
+    seconds: float
+    rounds: int
+    downtime: float
+    dirtied: float
+    rate: float
+
+
 class Convergence:
     """The rounds of one migration."""
 
     def __init__(self, rules: Rules) -> None:
-        self._rules = rules
+        #: They may be changed between rounds.
+        self.rules = rules
         self._rounds = 0
         self._before: int | None = None     # pages left after the last round
+        self._least: int | None = None      # and after any
+        self._dirtied = 0.0                 # pages left by the last round, by its seconds
+        #: Seconds of rounds since the one that left the least.
+        self.stalled = 0.0
         #: Pages per second that can be sent; None until some with bytes were.
         self.rate: float | None = None
         #: {vCPU: pages per second it is held to}
@@ -67,12 +93,29 @@ class Convergence:
             return 0.0
         return left / self.rate if self.rate else None
 
+    def forecast(self, left: int) -> Forecast | None:
+        """With so many pages left; None while that is not known."""
+        if not self.rate:
+            return None
+        rate, dirtied, rules = self.rate, self._dirtied, self.rules
+        seconds, rounds, now = 0.0, 0, float(left)
+        while now > rate * rules.downtime and self._rounds + rounds < rules.max_rounds:
+            seconds, rounds, now = seconds + now / rate, rounds + 1, now * dirtied / rate
+            if dirtied >= rate:
+                break       # no round leaves less
+        return Forecast(now <= rate * rules.downtime, seconds, rounds, now / rate, dirtied, rate)
+
     def after(self, done: Round, *, can_limit: bool) -> Next:
         """``quotas`` may have changed afterwards. ``can_limit``: vCPUs can be held to a rate."""
         self._rounds += 1
         if done.normal:
             self.rate = done.normal / max(done.seconds, 1e-6)
-        rules = self._rules
+        self._dirtied = done.left / max(done.seconds, 1e-6)
+        if self._least is None or done.left < self._least:
+            self._least, self.stalled = done.left, 0.0
+        else:
+            self.stalled += done.seconds
+        rules = self.rules
         expected = self.expected_downtime(done.left)
         if expected is not None and expected <= rules.downtime:
             return Next.STOP
@@ -80,6 +123,8 @@ class Convergence:
             return Next.POSTCOPY
         if self._rounds >= rules.max_rounds:
             return Next.STOP
+        if rules.stall and self.stalled >= rules.stall:
+            return rules.late
         if (rules.converge and can_limit and self.rate and self._rounds >= _THROTTLE_AFTER and self._before
                 and done.left > self._before * _CONVERGING):
             self._hold_back(done.dirtied)

@@ -6,14 +6,16 @@ import re
 
 import msgspec
 
+from ipc.userfault import Userfault, UserfaultError
 from workers.accel.base import AccelError
 
 from ...errors import VmmError
 from ...machine.rules import NO_TREES, Trees, arriving, check_machine
 from ...machine.spec import MachineSpec
+from ...optional import lz4_block
 from .wire import Offer, WireError
 
-__all__ = ["check_settings", "taken"]
+__all__ = ["check_settings", "encodings", "no_postcopy", "taken"]
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
@@ -29,6 +31,24 @@ def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
         return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
+
+
+def no_postcopy() -> str:
+    """Why there can be no post-copy here; empty: there can."""
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return str(exc)
+    return ""
+
+
+def encodings() -> list[str]:
+    """Those of pages that can be read here."""
+    try:
+        lz4_block()
+    except VmmError:
+        return ["none", "zstd"]
+    return ["none", "zstd", "lz4"]
 
 
 def check_settings(spec: MachineSpec, offered: MachineSpec) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,38 +22,52 @@ from ipc.shm import data_extents, open_fd
 from ...client.machine import Flushed, Machine
 from ...errors import VmmError
 from .channels import Channels, Job, chunk_pages
-from .converge import Convergence, Next, Round, Rules
+from .converge import LATE, Convergence, Next, Round, Rules
 from .pages import PAGE, changed
 from .progress import Progress
 from .report import Options, RoundReport
+from .steering import Steering
 from .talk import Lost, Talk
 from .wire import RoundAck, RoundEnd, Torn
 
-__all__ = ["PreCopy", "Todo"]
+__all__ = ["PreCopy", "Todo", "joined"]
 
 Todo = dict[int, NDArray[np.int64]]     # {slot: pages, ascending}
 
 
-class PreCopy:
-    """The machine's dirty pages as this migration's client has them, and how they are sent. ``obey`` raises what is
-    to end a round."""
+_NONE = np.zeros(0, np.int64)
 
-    def __init__(self, machine: Machine, options: Options, progress: Progress, why: str,
-                 obey: Callable[[], None]) -> None:
+
+def joined(one: Todo, other: Todo) -> Todo:
+    """What is in either."""
+    return {slot: np.union1d(one.get(slot, _NONE), other.get(slot, _NONE)) for slot in {*one, *other}}
+
+
+def _rules(options: Options) -> Rules:
+    return Rules(options.downtime, options.max_rounds, options.converge, options.postcopy, options.postcopy_after,
+                 options.stall, LATE[options.on_timeout])
+
+
+class PreCopy:
+    """The machine's dirty pages as this migration's client has them, and how they are sent: by ``channels``, asked for
+    at the beginning of each round. ``obey`` raises what is to end a round."""
+
+    def __init__(self, machine: Machine, steering: Steering, progress: Progress, why: str,
+                 channels: Callable[[], Channels], obey: Callable[[], None]) -> None:
         self._machine = machine
-        self._options = options
+        self._steering = steering
+        self._channels = channels
         self._progress = progress
         self._report = progress.report
         self._obey = obey
         self._client = f"migrate_{uuid.uuid4().hex[:8]}"
         self._limits = machine.limits(why)
-        self._convergence = Convergence(Rules(options.downtime, options.max_rounds, options.converge,
-                                              options.postcopy, options.postcopy_after))
+        self._convergence = Convergence(_rules(steering.options))
         self._number = 0                # of the round
         self._torn: list[Torn] = []
         self._flushed: Flushed          # when ``dirty`` last looked
 
-    def run(self, talk: Talk, channels: Channels) -> tuple[Todo, bool]:
+    def run(self, talk: Talk) -> tuple[Todo, bool]:
         """Until the guest is to be stopped: the pages that are dirty then, and whether they go after the hand-over
         (post-copy). Raises MigrationError, VmmError, WireError."""
         machine, report = self._machine, self._report
@@ -61,22 +76,26 @@ class PreCopy:
         todo = {s["id"]: self.touched(s) for s in machine.status()["slots"] if s["logged"]}   # round 0
         while True:
             began, normal = time.monotonic(), report.ram.normal
-            self.send(talk, channels, todo)
+            rest = self.send(talk, todo)
             took = max(time.monotonic() - began, 1e-6)
-            todo = self.dirty()
+            todo = joined(rest, self.dirty())
             flushed, since = self._flushed, max(self._flushed.at - before.at, 1e-6)
             dirtied = [(new - old) / since
                        for old, new in zip(before.vcpu_pages, flushed.vcpu_pages, strict=True)]
             before = flushed
             left = sum(len(p) for p in todo.values())
-            what = self._convergence.after(Round(report.ram.normal - normal, took, left, dirtied),
-                                           can_limit=machine.status()["can_limit"])
+            self._convergence.rules = _rules(self._steering.options)
+            what = self._steering.now or (Next.ROUND if rest else self._convergence.after(
+                Round(report.ram.normal - normal, took, left, dirtied), can_limit=machine.status()["can_limit"]))
             report.ram.dirty_pages_rate = round(sum(dirtied))
             report.ram.remaining = left * PAGE
             report.rounds[-1].left, report.rounds[-1].dirtied = left, report.ram.dirty_pages_rate
             expected = self._convergence.expected_downtime(left)
             report.expected_downtime = None if expected is None else expected * 1000
+            self._foresee(left)
             self._progress.tell(force=True)
+            if what is Next.CANCEL:
+                raise talk.error(f"no round has left less than another for {self._convergence.stalled:.0f} s")
             if what is not Next.ROUND:
                 return todo, what is Next.POSTCOPY
             self._limit()
@@ -107,17 +126,22 @@ class PreCopy:
         self._torn.clear()
         return {slot: pages for slot, b in bits.items() if len(pages := np.flatnonzero(b))}
 
-    def send(self, talk: Talk, channels: Channels, todo: Todo) -> None:
-        """A round: send these pages, and wait until they are there."""
-        report, progress = self._report, self._progress
+    def send(self, talk: Talk, todo: Todo, *, stopped: bool = False) -> Todo:
+        """A round: send these pages, and wait until they are there; what was not sent, since something else is wanted
+        by now. ``stopped``: the guest stands still."""
+        report, progress, channels = self._report, self._progress, self._channels()
         began, sent_before, zero_before = time.monotonic(), report.ram.transferred, report.ram.duplicate
         number, self._number, progress.messages = self._number, self._number + 1, 0
         left = pages = sum(len(p) for p in todo.values())
-        chunk = chunk_pages(self._options.bandwidth)
+        chunk = chunk_pages(self._steering.options.bandwidth)
+        rest: Todo = {}
         talk.begin()
         for slot, numbers in todo.items():
             memory = self._machine.ram(slot)
             for at in range(0, len(numbers), chunk):
+                if self._steering.interrupts(stopped=stopped):
+                    rest[slot] = numbers[at:]
+                    break
                 job = Job(number, slot, memory, numbers[at:at + chunk])
                 while not channels.put(job, 0.1):
                     self._check(talk, channels)
@@ -128,6 +152,7 @@ class PreCopy:
             self._check(talk, channels)
             time.sleep(0.001)
         self._check(talk, channels)
+        pages -= left
         sent, zero = report.ram.transferred - sent_before, report.ram.duplicate - zero_before
         talk.send(RoundEnd(number, progress.messages, pages, zero, sent))
         self._torn += talk.expect(RoundAck).torn
@@ -135,6 +160,7 @@ class PreCopy:
         report.ram.dirty_sync_count += 1
         report.ram.pages_per_second = round(pages / took)
         report.rounds.append(RoundReport(pages, zero, round(took, 4), sent))
+        return rest
 
     def _check(self, talk: Talk, channels: Channels) -> None:
         """A channel's failure, or the target's refusal, ends the round."""
@@ -142,6 +168,12 @@ class PreCopy:
         talk.check()
         if channels.failure:
             raise talk.error(channels.failure, Lost)
+
+    def _foresee(self, left: int) -> None:
+        found = self._convergence.forecast(left)
+        self._report.forecast = None if found is None else {
+            **asdict(found), "downtime": found.downtime * 1000, "dirtied": found.dirtied * PAGE / 1e6,
+            "rate": found.rate * PAGE / 1e6, "at": self._progress.elapsed_ms}
 
     def _limit(self) -> None:
         for vcpu, quota in self._convergence.quotas.items():

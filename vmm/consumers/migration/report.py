@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import ExitCode, VmmError
 from ...machine.records import now
 from .pages import PAGE, Encoding
 
-__all__ = ["COMMITTED", "OVER", "MigrationError", "Options", "Ram", "Report", "RoundReport"]
+__all__ = ["COMMITTED", "OVER", "Late", "MigrationError", "Options", "Ram", "Report", "RoundReport"]
 
 #: Of ``Report.status``: from here on the target runs the machine, or will; it can no longer be cancelled.
 COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
 #: The migration is over, one way or the other.
 OVER = frozenset({"completed", "failed", "cancelled", "postcopy-paused", "handed-over-paused"})
+
+
+Late = Literal["cancel", "force", "postcopy"]
 
 
 class MigrationError(VmmError):
@@ -36,6 +39,9 @@ class Options:
     converge: bool = True       # throttle vCPUs that dirty faster than can be sent
     postcopy: bool = False      # resume the guest at the target before all of its memory is there
     postcopy_after: int = 1     # rounds of pre-copy before that
+    timeout: float = 0.0        # seconds until the hand-over, and (0: none for either)
+    stall: float = 0.0          # seconds of rounds that leave no less than an earlier one; after either comes this:
+    on_timeout: Late = "cancel"
     paused: bool = False        # it stands still at the target until it is resumed there
     keep_source: bool = False   # the machine here is not ended, but stays paused, as one that was handed over
     key: str = ""               # CURVE: own secret key file
@@ -95,6 +101,8 @@ class Report:
     setup_time: float = 0.0
     downtime: float = 0.0
     expected_downtime: float | None = None      # None: not known yet
+    forecast: dict[str, Any] | None = None      # converge.Forecast in seconds and MB/s; ``at``: of total_time
+    settings: dict[str, Any] = field(default_factory=dict)      # as in Options, as they are now; downtime in ms
     compression: str = "none"
     compression_ratio: float = 1.0
     ram: Ram = field(default_factory=Ram)

@@ -39,15 +39,18 @@ from ...machine.spec import MachineSpec
 from ...optional import lz4_block
 from .addresses import parse_address
 from .channels import Channels
+from .control import Control
+from .converge import Next
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
 from .pages import PAGE, missing, missing_pages
 from .postcopy_source import serve
-from .precopy import PreCopy, Todo
+from .precopy import PreCopy, Todo, joined
 from .progress import Progress
 from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect
 from .status import continued
+from .steering import Steering
 from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
 from .wire import (
     VERSION,
@@ -77,8 +80,6 @@ _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
 _NOBODY_PATIENCE = 5.0      # seconds without a listener at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
 
-_NONE = np.zeros(0, np.int64)
-
 
 def migrate(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
             progress: Callable[[Report], None] = lambda report: None) -> Report:
@@ -106,7 +107,7 @@ def _carry_out(machine: Machine, options: Options, report: Report, progress: Cal
     if options.compression == "lz4":
         lz4_block()     # it is installed, or that is said now
     process = identity()
-    report.compression, report.pid, report.pid_started = options.compression, process.pid, process.start
+    report.pid, report.pid_started = process.pid, process.start
     with Source(machine, report.target, options, report, progress) as source:
         try:
             work(source)
@@ -125,7 +126,8 @@ class Source:
     def __init__(self, machine: Machine, address: str, options: Options, report: Report,
                  progress: Callable[[Report], None]) -> None:
         self.machine = machine
-        self.options = options
+        self._steering = Steering(options, report)
+        self._control: Control | None = None
         self.report = report
         self._address = parse_address(address)
         self._keys = load_keys(options.key, options.peer, self._address, insecure=options.insecure)
@@ -134,7 +136,8 @@ class Source:
         self._channels: Channels | None = None
         self._token = secrets.token_hex(16)
         self._progress = Progress(report, progress)
-        self._pre_copy = PreCopy(machine, options, self._progress, f"migration to {address}", self._obey)
+        self._pre_copy = PreCopy(machine, self._steering, self._progress, f"migration to {address}",
+                                 self._channels_now, self._obey)
         self._offered: MachineSpec | None = None
         self._rest: Todo = {}                   # what pre-copy has left
         self._there: Todo = {}                  # post-copy: what is missing at the target
@@ -144,17 +147,23 @@ class Source:
         self._interrupted = False
         self._shield = contextlib.ExitStack()   # against signals
 
+    @property
+    def options(self) -> Options:
+        """As they are now."""
+        return self._steering.options
+
     # --- the way of a migration ----------------------------------------------------------------------------
 
     def run(self) -> None:
         """From the offer to the end. Raises MigrationError, VmmError."""
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             self._progress.kept = True
+            self._listen()
             spec = self._read_spec()
             try:
                 self._talk = talk = self._connect(_PATIENCE)
-                channels = self._offer(talk, spec)
-                self._rest, self._postcopy = self._pre_copy.run(talk, channels)
+                self._offer(talk, spec)
+                self._rest, self._postcopy = self._pre_copy.run(talk)
                 self._stop_and_copy()
             except BaseException as exc:
                 if not self._committed:
@@ -167,6 +176,7 @@ class Source:
         record = load_hand_over(self.machine.name)
         with self.machine.lease("migration", f"to {self._address.text}", recover=True) as self._lease:
             self._progress.kept = True
+            self._listen()
             self._shield.enter_context(uninterrupted(self._on_signal))
             self._token = record.token
             self._committed = True
@@ -197,7 +207,7 @@ class Source:
         with machine.paused("migration"):   # for its specification; the state that comes with it is not used
             return msgspec.convert(machine.state()["spec"], MachineSpec)
 
-    def _offer(self, talk: Talk, spec: MachineSpec) -> Channels:
+    def _offer(self, talk: Talk, spec: MachineSpec) -> None:
         """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""
         image = Path(spec.image).read_bytes() if spec.image else b""
         if len(image) > _IMAGE_MAX:
@@ -205,36 +215,50 @@ class Source:
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
         self._offered = spec
         talk.patience = _PATIENCE
-        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy,
+        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image,
+                        self.options.postcopy or self.options.on_timeout == "postcopy",
                         self.report.id))
         talk.expect(Received)
         talk.patience = _RESERVING
-        talk.expect(Accept)
+        there = talk.expect(Accept)
+        self._steering.no_postcopy, self._steering.encodings = there.no_postcopy, there.encodings
         talk.patience = RUNNING_PATIENCE
-        channels = self._open_channels()
+        self._open_channels()
         self.report.setup_time = self._progress.elapsed_ms
         self.report.ram.total = sum(s.size for s in spec.slots)
         self.report.status = "active"
-        return channels
 
     def _connect(self, patience: float) -> Talk:
-        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._progress.tell)
+        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._waiting)
+
+    def _waiting(self) -> None:
+        """Raises MigrationError."""
+        self._progress.tell()
+        if not self._committed:
+            self._steering.keep_time(self._progress.elapsed_ms / 1000)
 
     def _open_channels(self) -> Channels:
-        until = time.monotonic() + _PATIENCE
+        until, options = time.monotonic() + _PATIENCE, self._steering.opening()
         connections = [connect(self._context, self._address, self._keys, until=until, queue=8)
-                       for _ in range(self.options.channels)]
-        self._channels = Channels(connections, self._token, self.options.compression, self.options.bandwidth,
+                       for _ in range(options.channels)]
+        self._channels = Channels(connections, self._token, options.compression, options.bandwidth,
                                   self._progress.count)
         return self._channels
+
+    def _channels_now(self) -> Channels:
+        """As they are asked for; between rounds, when nothing is on its way through the last ones."""
+        if self._channels is not None and not self._steering.reopen:
+            return self._channels
+        if self._channels is not None:
+            self._channels.close()
+        return self._open_channels()
 
     # --- stop-and-copy, hand-over ----------------------------------------------------------------------------
 
     def _stop_and_copy(self) -> None:
         """Up to the hand-over, and until the target runs the machine."""
         assert self._talk is not None
-        assert self._channels is not None
-        machine, report, talk, channels = self.machine, self.report, self._talk, self._channels
+        machine, report, talk = self.machine, self.report, self._talk
         report.status = "device"
         self._progress.tell(force=True)
         talk.patience = PAUSED_PATIENCE
@@ -242,11 +266,11 @@ class Source:
             stopped = time.monotonic()
             step("migrate-frozen")
             self._pre_copy.release_limits()
-            todo = _joined(self._rest, self._pre_copy.dirty())
+            todo = joined(self._rest, self._pre_copy.dirty())
             for slot in machine.status()["slots"]:
                 if not slot["logged"]:      # it is unknown what changed there: all of it, now
                     todo[slot["id"]] = self._pre_copy.touched(slot)
-            self._send_rest(talk, channels, todo)
+            self._send_rest(talk, todo)
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)
@@ -260,19 +284,21 @@ class Source:
             self._commit()
             report.downtime = (time.monotonic() - stopped) * 1000
 
-    def _send_rest(self, talk: Talk, channels: Channels, todo: Todo) -> None:
+    def _send_rest(self, talk: Talk, todo: Todo) -> None:
         """The guest stands still: send what is left, or with post-copy say what it is."""
-        if self._postcopy:
-            for slot in self.machine.status()["slots"]:
-                bits = np.zeros(slot["pages"], bool)
-                bits[todo.get(slot["id"], [])] = True
-                talk.send(missing(slot["id"], bits))
-            return
-        for _ in range(_TRIES):
-            self._pre_copy.send(talk, channels, todo)
-            if not (todo := self._pre_copy.dirty()):
+        tries = 0
+        while not self._postcopy:
+            rest = self._pre_copy.send(talk, todo, stopped=True)
+            if not (todo := joined(rest, self._pre_copy.dirty())):
                 return
-        raise talk.error("pages repeatedly arrived damaged at the target")
+            self._postcopy = self._steering.now is Next.POSTCOPY
+            tries += not rest
+            if tries == _TRIES:
+                raise talk.error("pages repeatedly arrived damaged at the target")
+        for slot in self.machine.status()["slots"]:
+            bits = np.zeros(slot["pages"], bool)
+            bits[todo.get(slot["id"], [])] = True
+            talk.send(missing(slot["id"], bits))
 
     def _check_slots(self, now: MachineSpec) -> None:
         """The machine has the memory that was offered. Raises MigrationError."""
@@ -368,13 +394,14 @@ class Source:
             assert self._talk is not None
             try:
                 serve(self._talk, self._channels or self._open_channels(), self.machine, self._there, report,
-                      self.options.compression, self._progress.count, self._progress.tell)
+                      self.options.compression, self._progress.count, self._in_postcopy)
                 break
             except GoneThere as exc:
                 raise self._stranded(str(exc)) from None
             except (Lost, WireError):
                 self._disconnect()
                 self._commit()
+        self._deafen()
         step("migrate-stop")
         try:
             if self.options.keep_source:
@@ -387,6 +414,12 @@ class Source:
             report.warnings.append(f"the machine runs at the target, but the machine here could not be {what}: {exc}")
         step("migrate-done")
         self._completed()
+
+    def _in_postcopy(self) -> None:
+        """Raises Lost for channels that are not as they are asked for: with others, the target says what is missing."""
+        self._progress.tell()
+        if self._steering.reopen:
+            raise Lost("its settings have changed")
 
     def _completed(self) -> None:
         if self._talk is not None:
@@ -430,6 +463,20 @@ class Source:
         if self._interrupted and not self._committed:
             raise KeyboardInterrupt
 
+    # --- whoever has something to say to it -------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """For the holder of the lease."""
+        try:
+            self._control = Control(self.machine.name, self._steering.change)
+        except OSError as exc:
+            self.report.warnings.append(f"its settings cannot be changed while it goes on: {exc}")
+
+    def _deafen(self) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+
     # --- end ------------------------------------------------------------------------------------------------------
 
     def _disconnect(self) -> None:
@@ -442,6 +489,7 @@ class Source:
 
     def close(self) -> None:
         """Idempotent."""
+        self._deafen()
         self._disconnect()
         self._context.term()
         self._shield.close()
@@ -451,7 +499,3 @@ class Source:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _joined(one: Todo, other: Todo) -> Todo:
-    return {slot: np.union1d(one.get(slot, _NONE), other.get(slot, _NONE)) for slot in {*one, *other}}

@@ -22,7 +22,6 @@ import zstandard
 from numpy.typing import NDArray
 
 from ipc.steps import step
-from ipc.userfault import Userfault, UserfaultError
 from workers.state import StateError, check_states
 
 from ...client.accelerators import choose_accelerator
@@ -38,7 +37,7 @@ from .addresses import parse_address
 from .arrival import Arrival
 from .keys import load_keys
 from .memory import SlotMemory
-from .offers import check_settings, taken
+from .offers import check_settings, encodings, no_postcopy, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .postcopy import MissingPages, Wanted
@@ -210,12 +209,10 @@ class _Target:
             try:
                 spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
                              linger=not self._detach, trees=self._trees)
-                if offer.postcopy:
-                    Userfault.make().close()
+                if offer.postcopy and (why := no_postcopy()):
+                    raise _NotWanted(f"post-copy is not possible here: {why}")
             except WireError as exc:
                 raise _NotWanted(str(exc)) from None
-            except UserfaultError as exc:
-                raise _NotWanted(f"post-copy is not possible here: {exc}") from None
             self._peers.token = offer.token
             self._peers.say(Received())
             self._machine = Machine.launch(spec, detach=self._detach, start=False)
@@ -228,7 +225,7 @@ class _Target:
             self._pages[slot.id] = slot.pages
         self._peers.heard_at = time.monotonic()
         self._arrival.taking()
-        self._peers.say(Accept())
+        self._peers.say(Accept(no_postcopy(), encodings()))
 
     # --- memory and state -----------------------------------------------------------------------------------------
 

@@ -145,7 +145,11 @@ class Received(Wire, frozen=True, tag="received"):
 
 
 class Accept(Wire, frozen=True, tag="accept"):
-    """The machine's memory is there, its vCPUs stand before their first instruction."""
+    """The machine's memory is there, its vCPUs stand before their first instruction. ``no_postcopy``: why there can be
+    none; ``encodings``: those of pages that can be read; empty: all."""
+
+    no_postcopy: str = ""
+    encodings: list[str] = []
 
 
 class Alive(Wire, frozen=True, tag="alive"):
