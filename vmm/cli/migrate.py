@@ -71,6 +71,7 @@ def migrate() -> None:
                                                "arrived, if pre-copy does not converge at once.")
 @click.option("--postcopy-after", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="ROUNDS",
               help="Pre-copy rounds before switching to post-copy.")
+@click.option("--wait", type=Duration(), help="How long to try again while the target is busy with another machine.")
 @click.option("--timeout", type=Duration(), help="How long it may take until the hand-over.")
 @click.option("--stall", type=Duration(), help="How long rounds may leave no less than one before them.")
 @click.option("--on-timeout", type=_LATE, default="cancel", show_default=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,22 +16,45 @@ from ...machine.spec import MachineSpec
 from ...optional import lz4_block
 from .wire import Offer, WireError
 
-__all__ = ["check_settings", "encodings", "no_postcopy", "taken"]
+__all__ = ["ANY", "Limits", "check_settings", "encodings", "no_postcopy", "taken"]
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
-def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
-          trees: Trees = NO_TREES) -> MachineSpec:
+class Limits(NamedTuple):
+    """The largest machine that is taken; 0: any."""
+
+    memory: int = 0     # bytes
+    vcpus: int = 0
+
+    def exceeded(self, spec: MachineSpec) -> list[str]:
+        """Why it is not."""
+        memory = sum(slot.size for slot in spec.slots)
+        found = []
+        if self.memory and memory > self.memory:
+            found.append(f"it has {memory >> 20:,} MiB of memory, and at most {self.memory >> 20:,} MiB are taken here")
+        if self.vcpus and spec.vcpus > self.vcpus:
+            found.append(f"it has {spec.vcpus} vCPUs, and at most {self.vcpus} are taken here")
+        return found
+
+
+ANY = Limits()
+
+
+def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool, trees: Trees = NO_TREES,
+          limits: Limits = ANY) -> MachineSpec:
     """The offered machine as it is to be here. Raises WireError for one that cannot be."""
     if not _TOKEN.fullmatch(offer.token):
         raise WireError("the source offered a machine without a valid token")
     try:
         if not offer.spec.can.guests:
             raise WireError("the source offered a machine that has no memory")
-        return arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees)
+        spec = arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
+    if why := limits.exceeded(spec):
+        raise WireError(f"machine '{offer.spec.name}' is not taken: {'; '.join(why)}")
+    return spec
 
 
 def no_postcopy() -> str:

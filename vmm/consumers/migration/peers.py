@@ -16,6 +16,7 @@ from .wire import (
     Alive,
     Answer,
     Buffer,
+    Busy,
     Commit,
     Join,
     Message,
@@ -45,10 +46,13 @@ class Gone(ReceiveError):
 
 class Peers:
     """One migration on a ROUTER socket. ``refused`` is told why another than the source was turned away; ``look``
-    is called every LOOK_EVERY seconds, and may raise what is to end the migration."""
+    is called every LOOK_EVERY seconds, and may raise what is to end the migration. ``known``: how earlier migrations
+    have ended here, {token: what is said to their sources, should they ask again}."""
 
-    def __init__(self, sock: zmq.Socket[bytes], refused: Callable[[str], None], look: Callable[[], None]) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], refused: Callable[[str], None], look: Callable[[], None],
+                 known: dict[str, list[Answer]]) -> None:
         self._sock = sock
+        self._known = known
         self._refused = refused
         self._look_now = look
         #: The source; b"": there is none yet.
@@ -127,7 +131,8 @@ class Peers:
                 return False
             case Commit(token=token):
                 if not self._is_token(token):
-                    self.tell_stranger(who, Unknown())
+                    for answer in self._verdict(token):
+                        self.tell_stranger(who, answer)
                     return False
                 if who != self.source:       # another process, or another connection: the old ones are void
                     self.source = who
@@ -137,9 +142,16 @@ class Peers:
                 self.source = who
                 return True
             case Offer() if not ours:
-                self.tell_stranger(who, Refused("a machine is already being received here"))
+                self.tell_stranger(who, Busy())
                 return False
         return ours if isinstance(message, Pages) else who == self.source
+
+    def _verdict(self, token: str) -> list[Answer]:
+        """Of an earlier migration."""
+        for known, verdict in self._known.items():
+            if hmac.compare_digest(token.encode(), known.encode()):
+                return verdict
+        return [Unknown()]
 
     def _is_token(self, token: str) -> bool:
         return bool(self.token) and hmac.compare_digest(token.encode(), self.token.encode())

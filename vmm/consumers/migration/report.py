@@ -39,6 +39,7 @@ class Options:
     converge: bool = True       # throttle vCPUs that dirty faster than can be sent
     postcopy: bool = False      # resume the guest at the target before all of its memory is there
     postcopy_after: int = 1     # rounds of pre-copy before that
+    wait: float = 0.0           # seconds in which the offer is made again to a target that is busy
     timeout: float = 0.0        # seconds until the hand-over, and (0: none for either)
     stall: float = 0.0          # seconds of rounds that leave no less than an earlier one; after either comes this:
     on_timeout: Late = "cancel"

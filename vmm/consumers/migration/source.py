@@ -51,7 +51,7 @@ from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect
 from .status import continued
 from .steering import Steering
-from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
+from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, Busy, GoneThere, Lost, Talk
 from .wire import (
     VERSION,
     Abort,
@@ -76,6 +76,7 @@ _PATIENCE = 10.0            # seconds for a target to be there, and to take the 
 _RESERVING = 300.0          # seconds that the target may take to make and reserve the memory
 _COMMIT_PATIENCE = 60.0     # seconds that Commit is repeated
 _COMMIT_EVERY = 2.0
+_BUSY_EVERY = 0.25          # seconds between two offers
 _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
 _NOBODY_PATIENCE = 5.0      # seconds without a listener at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
@@ -161,8 +162,7 @@ class Source:
             self._listen()
             spec = self._read_spec()
             try:
-                self._talk = talk = self._connect(_PATIENCE)
-                self._offer(talk, spec)
+                talk = self._offer_until_taken(spec)
                 self._rest, self._postcopy = self._pre_copy.run(talk)
                 self._stop_and_copy()
             except BaseException as exc:
@@ -206,6 +206,21 @@ class Source:
             raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
         with machine.paused("migration"):   # for its specification; the state that comes with it is not used
             return msgspec.convert(machine.state()["spec"], MachineSpec)
+
+    def _offer_until_taken(self, spec: MachineSpec) -> Talk:
+        """To a target that may be busy for a while. Raises MigrationError, VmmError."""
+        until = time.monotonic() + self.options.wait
+        while True:
+            self._talk = talk = self._connect(_PATIENCE)
+            try:
+                self._offer(talk, spec)
+                return talk
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+            self._disconnect()
+            self._waiting()
+            time.sleep(_BUSY_EVERY)
 
     def _offer(self, talk: Talk, spec: MachineSpec) -> None:
         """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""

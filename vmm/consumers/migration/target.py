@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import zmq
@@ -37,7 +37,7 @@ from .addresses import parse_address
 from .arrival import Arrival
 from .keys import load_keys
 from .memory import SlotMemory
-from .offers import check_settings, encodings, no_postcopy, taken
+from .offers import ANY, Limits, check_settings, encodings, no_postcopy, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .postcopy import MissingPages, Wanted
@@ -65,11 +65,12 @@ from .wire import (
     WireError,
 )
 
-__all__ = ["ReceiveError", "receive"]
+__all__ = ["ReceiveError", "receive", "receive_all"]
 
 _SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
 _UNDECIDED = 300.0          # seconds that Commit is awaited after Prepared, when the connection has broken
 _HEARD = 30.0               # seconds after the end of it all that a source may ask once more how it went
+_KNOWN = 64                 # migrations whose end is still told after others have come
 _ASK_AGAIN = 2.0            # seconds without pages after which missing ones are asked for
 
 
@@ -79,31 +80,63 @@ class _NotWanted(VmmError):
 
 def receive(address: str, *, name: str | None = None, accel: str = "auto", detach: bool = False, key: str = "",
             peer: str = "", insecure: bool = False, timeout: float | None = None, trees: Trees = NO_TREES,
-            waiting: Callable[[str], None] = lambda address: None,
+            limits: Limits = ANY, waiting: Callable[[str], None] = lambda address: None,
             refused: Callable[[str], None] = lambda why: None) -> Machine:
     """Wait for one machine and return it, running. ``timeout`` (seconds) bounds the wait for a source; ``trees``:
-    files that its program has, if it is one's; ``waiting`` is told the address when a source may connect,
-    ``refused`` why an offer was refused (another is awaited then). Raises VmmError."""
-    where = parse_address(address, listen=True)
-    keys = load_keys(key, peer, where, insecure=insecure)
+    files that its program has, if it is one's; ``limits``: the largest that is taken; ``waiting`` is told the address
+    when a source may connect, ``refused`` why an offer was refused (another is awaited then). Raises VmmError."""
     if name is not None:
         check_machine_name(name)
     accel = choose_accelerator(accel)
+    with _listening(address, key, peer, insecure, waiting) as sock:
+        return _Target(sock, name, accel, detach, timeout, refused, trees, limits, {}).run()
+
+
+def receive_all(address: str, *, arrived: Callable[[Machine], None], failed: Callable[[str], None],
+                accel: str = "auto", key: str = "", peer: str = "", insecure: bool = False,
+                timeout: float | None = None, trees: Trees = NO_TREES, limits: Limits = ANY,
+                waiting: Callable[[str], None] = lambda address: None,
+                refused: Callable[[str], None] = lambda why: None) -> None:
+    """As ``receive``, one machine after the other, under the names that they have; each lives on without this process
+    from when it runs. ``arrived`` is told of each; ``failed`` why one did not arrive, of which nothing is left here.
+    Raises VmmError when no source has come for ``timeout`` seconds, or there can be none."""
+    accel = choose_accelerator(accel)
+    known: dict[str, list[Answer]] = {}
+    with _listening(address, key, peer, insecure, waiting) as sock:
+        while True:
+            try:
+                arrived(_Target(sock, None, accel, True, timeout, refused, trees, limits, known).run())
+            except VmmError as exc:
+                if exc.exit_code is ExitCode.TIMEOUT:
+                    raise
+                failed(str(exc))
+            while len(known) > _KNOWN:
+                del known[next(iter(known))]
+
+
+@contextlib.contextmanager
+def _listening(address: str, key: str, peer: str, insecure: bool,
+               waiting: Callable[[str], None]) -> Iterator[zmq.Socket[bytes]]:
+    where = parse_address(address, listen=True)
+    keys = load_keys(key, peer, where, insecure=insecure)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
     with contextlib.ExitStack() as stack:
         stack.callback(context.term)
         sock = stack.enter_context(listen(context, where, keys))
         sock.linger = 2000
         waiting(sock.get_string(zmq.LAST_ENDPOINT))
-        return _Target(sock, name, accel, detach, timeout, refused, trees).run()
+        yield sock
 
 
 class _Target:
     """One migration on a ROUTER socket."""
 
     def __init__(self, sock: zmq.Socket[bytes], name: str | None, accel: str, detach: bool, timeout: float | None,
-                 refused: Callable[[str], None], trees: Trees) -> None:
-        self._peers = Peers(sock, refused, self._look)
+                 refused: Callable[[str], None], trees: Trees, limits: Limits,
+                 known: dict[str, list[Answer]]) -> None:
+        self._peers = Peers(sock, refused, self._look, known)
+        self._known = known
+        self._limits = limits
         self._name = name
         self._accel = accel
         self._detach = detach
@@ -208,7 +241,7 @@ class _Target:
             image.flush()
             try:
                 spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
-                             linger=not self._detach, trees=self._trees)
+                             linger=not self._detach, trees=self._trees, limits=self._limits)
                 if offer.postcopy and (why := no_postcopy()):
                     raise _NotWanted(f"post-copy is not possible here: {why}")
             except WireError as exc:
@@ -368,6 +401,7 @@ class _Target:
         """How it ended, to the source; and again to any that asks with the token, until the source says that it has
         heard, or for a while."""
         self._machine = None        # no longer to be looked after
+        self._known[self._peers.token] = verdict
         with contextlib.suppress(Gone):
             self._peers.say(*verdict)
         until = time.monotonic() + _HEARD

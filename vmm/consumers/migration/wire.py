@@ -25,7 +25,7 @@ from ipc.messages import UNREADABLE
 from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
-__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
+__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Commit", "Complete", "Done",
            "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared",
            "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
            "WireError", "decode_answer", "decode_message", "frames"]
@@ -201,6 +201,10 @@ class Refused(Wire, frozen=True, tag="refused"):
     error: str
 
 
+class Busy(Wire, frozen=True, tag="busy"):
+    """Answer to an offer while another machine is being received: it may be made again later."""
+
+
 class Ended(Wire, frozen=True, tag="ended"):
     """Post-copy: the machine has run here and ended before all of its memory had come."""
 
@@ -213,7 +217,7 @@ class Unknown(Wire, frozen=True, tag="unknown"):
 
 Message = Offer | Join | Pages | RoundEnd | Missing | State | Commit | Done | Abort | Ping
 Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
-          | Ended | Unknown)
+          | Ended | Unknown | Busy)
 
 
 class _AnyVersion(msgspec.Struct):
