@@ -228,7 +228,7 @@ class PlayedTarget(threading.Thread):
                 who, frame, digest, *_ = sock.recv_multipart()
                 message = wire.decode_message(frame, digest)
                 self.seen.append(message)
-                if isinstance(message, wire.Offer | wire.Commit):
+                if isinstance(message, wire.Offer | wire.Commit | wire.Check):
                     peer = who
                 for answer in self._answers(message):
                     sock.send_multipart([peer, answer] if isinstance(answer, bytes) else [peer,

@@ -121,7 +121,7 @@ def test_many_are_received_one_after_the_other(address: str) -> None:
             bad.say(wire.Abort("that is all"))
         large_memory = spec("idle", accel="unicorn", mib=64).slots
         for changes, why in (({"vcpus": 4}, "4 vCPUs, and at most 3"),
-                             ({"slots": large_memory}, "64 MiB of memory, and at most 32 MiB")):
+                             ({"slots": large_memory}, "64.01 MiB of memory, and at most 32.00 MiB")):
             with PlayedSource(address) as large:
                 large.offer(replace(WALK, name="five", **changes))
                 assert why in large.hear(wire.Refused).error
@@ -141,8 +141,8 @@ def test_many_are_received_one_after_the_other(address: str) -> None:
             source.say(wire.Done())
     loop.over()
     assert [machine.name for machine in loop.arrived] == ["one", "two", "three"]
-    assert len(loop.failed) == 5        # three, and one, that were there already; the one that gave up
-    assert len(loop.refused) == 2
+    assert loop.failed == ["the source gave up: that is all"]
+    assert len(loop.refused) == 6       # three, and one, that were there already; two that were too large
     for machine in loop.arrived:
         goes_on(machine)
         machine.stop()

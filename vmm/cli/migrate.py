@@ -22,7 +22,7 @@ from .common import Duration, Rate, json_option, print_json
 from .migrating import JsonLines, Shown, key_options, print_report, print_status
 
 if TYPE_CHECKING:
-    pass
+    from ..migrate import Options
 
 __all__ = ["migrate"]
 
@@ -80,6 +80,7 @@ def migrate() -> None:
 @click.option("--paused", is_flag=True, help="Leave the guest paused at the target, until vmm resume there.")
 @click.option("--keep-source", is_flag=True, help="Keep the machine here, paused, as a copy that only vmm resume "
                                                    "--force runs.")
+@click.option("--check", is_flag=True, help="Only ask whether the target can run it; exit status 9 if not.")
 @click.option("--recover", is_flag=True, help="Finish a migration whose source was lost after the "
                                                "hand-over.")
 @key_options
@@ -90,8 +91,8 @@ def migrate() -> None:
               help="Print progress, each round and the end as JSON, a document a line.")
 @click.option("--id", "migration_id", default="", hidden=True)
 @json_option
-def start(name: str, address: str, recover: bool, background: bool, report_path: Path | None, migration_id: str,
-          as_json: bool, json_lines: bool, **asked: Any) -> None:
+def start(name: str, address: str, check: bool, recover: bool, background: bool, report_path: Path | None,
+          migration_id: str, as_json: bool, json_lines: bool, **asked: Any) -> int:
     """Migrate machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). If that fails, it keeps running here."""
     from .. import migrate as migration
     from ..client.machine import Machine
@@ -103,9 +104,11 @@ def start(name: str, address: str, recover: bool, background: bool, report_path:
     load_keys(asked["key"], asked["peer"], parse_address(address), insecure=asked["insecure"])
     if background:
         _start_in_background(name, address, as_json or json_lines)
-        return
+        return ExitCode.OK
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     options = migration.Options(converge=not given.pop("no_converge"), **given)
+    if check:
+        return _check(name, address, options, as_json)
     run = migration.recover if recover else migration.migrate
     signal.signal(signal.SIGTERM, _cancel)
     with contextlib.ExitStack() as stack:
@@ -120,6 +123,26 @@ def start(name: str, address: str, recover: bool, background: bool, report_path:
         if options.keep_source:
             click.echo(f"{name} stays paused here, as it was handed over: vmm stop {name} ends it; vmm resume {name} "
                        "--force runs it here, which is for when the other does not")
+    return ExitCode.OK
+
+
+def _check(name: str, address: str, options: Options, as_json: bool) -> int:
+    from .. import migrate as migration
+    from ..client.machine import Machine
+
+    with Machine.attach(name) as machine:
+        found = migration.check(machine, address, options)
+    if as_json:
+        print_json({"name": name, "target": address, "problems": found.problems, "notes": found.notes,
+                    "there": {"name": found.name, "accel": found.accel}})
+    else:
+        for text in found.notes:
+            click.echo(f"vmm: note: {text}", err=True)
+        for text in found.problems:
+            click.echo(text)
+        click.echo(f"{name} cannot be migrated to {address}" if found.problems else
+                   f"{name} can be migrated to {address}, as {found.name} with accel {found.accel}")
+    return ExitCode.MIGRATION_FAILED if found.problems else ExitCode.OK
 
 
 def _cancel(signum: int, frame: FrameType | None) -> None:

@@ -4,6 +4,7 @@ beside the one that arrives; to their coordinators they are clients like others.
 Down the way of a page, and of the hand-over::
 
     source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
+      fitness.py           whether the target can run it (checking.py only asks)
       precopy.py           the rounds                                       peers.py      who is listened to
       converge.py          when to stop (no I/O)                            offers.py     what is taken
       steering.py          what it is told while it goes on; control.py: where

@@ -18,6 +18,7 @@ from .wire import Offer, WireError
 
 __all__ = ["ANY", "Limits", "check_settings", "encodings", "no_postcopy", "taken"]
 
+_MIB = 1 << 20
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
@@ -32,7 +33,8 @@ class Limits(NamedTuple):
         memory = sum(slot.size for slot in spec.slots)
         found = []
         if self.memory and memory > self.memory:
-            found.append(f"it has {memory >> 20:,} MiB of memory, and at most {self.memory >> 20:,} MiB are taken here")
+            found.append(f"it has {memory / _MIB:,.2f} MiB of memory, and at most {self.memory / _MIB:,.2f} MiB are "
+                         "taken here")
         if self.vcpus and spec.vcpus > self.vcpus:
             found.append(f"it has {spec.vcpus} vCPUs, and at most {self.vcpus} are taken here")
         return found
@@ -41,20 +43,18 @@ class Limits(NamedTuple):
 ANY = Limits()
 
 
-def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool, trees: Trees = NO_TREES,
-          limits: Limits = ANY) -> MachineSpec:
+def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool, trees: Trees = NO_TREES) -> MachineSpec:
     """The offered machine as it is to be here. Raises WireError for one that cannot be."""
     if not _TOKEN.fullmatch(offer.token):
         raise WireError("the source offered a machine without a valid token")
     try:
         if not offer.spec.can.guests:
             raise WireError("the source offered a machine that has no memory")
-        spec = arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees)
+        shown = sorted({*offer.spec.shown, *offer.needs.features})
+        return arriving(msgspec.structs.replace(offer.spec, shown=shown), name=name, accel=accel, image=image,
+                        linger=linger, trees=trees)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
-    if why := limits.exceeded(spec):
-        raise WireError(f"machine '{offer.spec.name}' is not taken: {'; '.join(why)}")
-    return spec
 
 
 def no_postcopy() -> str:

@@ -17,6 +17,7 @@ from .wire import (
     Answer,
     Buffer,
     Busy,
+    Check,
     Commit,
     Join,
     Message,
@@ -57,6 +58,8 @@ class Peers:
         self._look_now = look
         #: The source; b"": there is none yet.
         self.source = b""
+        #: Who sent the last Check that was let in.
+        self.asker = b""
         self._channels: set[bytes] = set()
         #: Of the migration, once its offer has been taken.
         self.token = ""
@@ -138,6 +141,12 @@ class Peers:
                     self.source = who
                     self._channels.clear()
                 return True
+            case Check() if not self.source:
+                self.asker = who
+                return True
+            case Check():
+                self.tell_stranger(who, Busy())
+                return False
             case Offer() if not self.source:
                 self.source = who
                 return True

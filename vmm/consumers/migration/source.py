@@ -41,6 +41,7 @@ from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
+from .fitness import needs, specification
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
 from .pages import PAGE, missing, missing_pages
@@ -160,7 +161,7 @@ class Source:
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             self._progress.kept = True
             self._listen()
-            spec = self._read_spec()
+            spec = specification(self.machine)
             try:
                 talk = self._offer_until_taken(spec)
                 self._rest, self._postcopy = self._pre_copy.run(talk)
@@ -198,15 +199,6 @@ class Source:
         report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
         self._progress.tell(force=True)
 
-    def _read_spec(self) -> MachineSpec:
-        """Of the machine, with its slots as they are. Raises VmmError when it is not one that runs."""
-        machine = self.machine
-        machine.require_state()
-        if (state := machine.status()["state"]) not in ("running", "paused"):
-            raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
-        with machine.paused("migration"):   # for its specification; the state that comes with it is not used
-            return msgspec.convert(machine.state()["spec"], MachineSpec)
-
     def _offer_until_taken(self, spec: MachineSpec) -> Talk:
         """To a target that may be busy for a while. Raises MigrationError, VmmError."""
         until = time.monotonic() + self.options.wait
@@ -228,11 +220,10 @@ class Source:
         if len(image) > _IMAGE_MAX:
             raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB, but at "
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
-        self._offered = spec
+        self._offered, wanted = spec, needs(spec, self.options)
         talk.patience = _PATIENCE
         talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image,
-                        self.options.postcopy or self.options.on_timeout == "postcopy",
-                        self.report.id))
+                        wanted.postcopy, self.report.id, wanted))
         talk.expect(Received)
         talk.patience = _RESERVING
         there = talk.expect(Accept)

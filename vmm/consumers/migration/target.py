@@ -16,25 +16,28 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import zmq
 import zstandard
 from numpy.typing import NDArray
 
 from ipc.steps import step
+from workers.accel.base import AccelError
 from workers.state import StateError, check_states
 
 from ...client.accelerators import choose_accelerator
 from ...client.holds import Lease
 from ...client.machine import Machine
-from ...errors import ExitCode, VmmError
+from ...errors import ExitCode, VmmError, one_line
 from ...machine.names import check_machine_name
-from ...machine.rules import NO_TREES, Trees
+from ...machine.rules import NO_TREES, Trees, arriving
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from . import wire
 from .addresses import parse_address
 from .arrival import Arrival
+from .fitness import in_the_way, notes
 from .keys import load_keys
 from .memory import SlotMemory
 from .offers import ANY, Limits, check_settings, encodings, no_postcopy, taken
@@ -47,6 +50,8 @@ from .wire import (
     Accept,
     Answer,
     Buffer,
+    Check,
+    Checked,
     Commit,
     Complete,
     Done,
@@ -224,7 +229,9 @@ class _Target:
         while True:
             heard = self._peers.hear(LOOK_EVERY if deadline is None else max(0.0, min(LOOK_EVERY, deadline
                                                                                   - time.monotonic())))
-            if heard is not None and isinstance(offer := heard[0], Offer):
+            if heard is not None and isinstance(check := heard[0], Check):
+                self._peers.tell_stranger(self._peers.asker, self._look_at(check))
+            elif heard is not None and isinstance(offer := heard[0], Offer):
                 try:
                     return self._take_offer(offer)
                 except _NotWanted as exc:
@@ -241,11 +248,12 @@ class _Target:
             image.flush()
             try:
                 spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
-                             linger=not self._detach, trees=self._trees, limits=self._limits)
-                if offer.postcopy and (why := no_postcopy()):
-                    raise _NotWanted(f"post-copy is not possible here: {why}")
+                             linger=not self._detach, trees=self._trees)
             except WireError as exc:
                 raise _NotWanted(str(exc)) from None
+            wanted = msgspec.structs.replace(offer.needs, postcopy=offer.needs.postcopy or offer.postcopy)
+            if found := in_the_way(spec, wanted, self._limits):
+                raise _NotWanted(f"machine '{one_line(offer.spec.name)}' cannot run here: {'; '.join(found)}")
             self._peers.token = offer.token
             self._peers.say(Received())
             self._machine = Machine.launch(spec, detach=self._detach, start=False)
@@ -259,6 +267,15 @@ class _Target:
         self._peers.heard_at = time.monotonic()
         self._arrival.taking()
         self._peers.say(Accept(no_postcopy(), encodings()))
+
+    def _look_at(self, check: Check) -> Checked:
+        name = self._name or check.spec.name
+        try:
+            spec = arriving(check.spec, name=name, accel=self._accel, image="/image", linger=not self._detach,
+                            trees=self._trees)
+        except (VmmError, AccelError) as exc:
+            return Checked([f"it is not a valid machine here: {exc}"], [], one_line(name), self._accel)
+        return Checked(in_the_way(spec, check.needs, self._limits), notes(spec, check.needs), spec.name, spec.accel)
 
     # --- memory and state -----------------------------------------------------------------------------------------
 

@@ -21,13 +21,14 @@ import msgspec
 import xxhash
 
 from ipc.messages import UNREADABLE
+from workers.state import STATE_VERSION
 
 from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
-__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Commit", "Complete", "Done",
-           "Ended", "Join", "Message", "Missing", "Offer", "OtherVersion", "Pages", "Ping", "Prepared",
-           "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
+__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Check", "Checked", "Commit",
+           "Complete", "Done", "Ended", "Join", "Message", "Missing", "Needs", "Offer", "OtherVersion", "Pages", "Ping",
+           "Prepared", "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
            "WireError", "decode_answer", "decode_message", "frames"]
 
 VERSION = 4
@@ -51,6 +52,26 @@ class Wire(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=Tru
 # --- source to target ------------------------------------------------------------------------------------
 
 
+class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a machine needs of its target beside its specification: ``features``, the CPU features that its guest was
+    shown; pages in this encoding read; post-copy; vCPU states of this version. ``accel``: that of the source."""
+
+    accel: str = ""
+    features: list[str] = []
+    compression: str = "none"
+    postcopy: bool = False
+    state_version: int = STATE_VERSION
+
+
+class Check(Wire, frozen=True, tag="check"):
+    """Could this machine come? By anybody, who is not listened to any further."""
+
+    version: int
+    program: str
+    spec: MachineSpec
+    needs: Needs
+
+
 class Offer(Wire, frozen=True, tag="offer"):
     """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on. ``token``
     names this migration: it is known to its two ends alone; ``id`` names it to people. ``postcopy``: memory may come
@@ -63,6 +84,7 @@ class Offer(Wire, frozen=True, tag="offer"):
     image: bytes
     postcopy: bool
     id: str = ""
+    needs: Needs = Needs()
 
 
 class Join(Wire, frozen=True, tag="join"):
@@ -201,6 +223,16 @@ class Refused(Wire, frozen=True, tag="refused"):
     error: str
 
 
+class Checked(Wire, frozen=True, tag="checked"):
+    """Answer to Check: all that is in the way (none: it could come), and what should be known beside; the machine's
+    name and accelerator there."""
+
+    problems: list[str]
+    notes: list[str]
+    name: str
+    accel: str
+
+
 class Busy(Wire, frozen=True, tag="busy"):
     """Answer to an offer while another machine is being received: it may be made again later."""
 
@@ -215,9 +247,9 @@ class Unknown(Wire, frozen=True, tag="unknown"):
     """Answer to a Commit whose token is of no migration here: another receiver is at this address now."""
 
 
-Message = Offer | Join | Pages | RoundEnd | Missing | State | Commit | Done | Abort | Ping
+Message = Check | Offer | Join | Pages | RoundEnd | Missing | State | Commit | Done | Abort | Ping
 Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
-          | Ended | Unknown | Busy)
+          | Ended | Unknown | Busy | Checked)
 
 
 class _AnyVersion(msgspec.Struct):
@@ -245,7 +277,7 @@ def decode_message(frame: Buffer, digest: Buffer) -> Message:
     try:
         if xxhash.xxh3_64_digest(frame) == bytes(digest):
             found = _messages.decode(frame)
-            if isinstance(found, Offer | Commit) and found.version != VERSION:
+            if isinstance(found, Offer | Commit | Check) and found.version != VERSION:
                 raise msgspec.ValidationError("of another version")
             return found
         why = "it was damaged in transit"
@@ -261,7 +293,7 @@ def _look_for_version(frame: Buffer) -> None:
         other = _any_version.decode(frame)
     except UNREADABLE:
         return
-    if other.t in ("offer", "commit") and other.version != VERSION:
+    if other.t in ("offer", "commit", "check") and other.version != VERSION:
         raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, but "
                            f"this program speaks {VERSION}")
 
