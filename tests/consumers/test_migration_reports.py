@@ -133,8 +133,10 @@ def _state(name: str) -> str:
 
 def test_a_receiver_that_is_killed_is_a_migration_that_failed(running: Machine, address: str) -> None:
     process = receiver_process(address, "--accel", "unicorn")
-    source = vmm("migrate", "source", address, "--bandwidth", "1MB/s")
-    until(lambda: _state("target") == "active", "it is arriving", TIMEOUT)
+    source = vmm("migrate", "source", address, "--bandwidth", "100kB/s")
+    until(lambda: _state("source") == "active" and load_status("source")["ram"]["transferred"] > 0, "pages are sent",
+          TIMEOUT)
+    assert _state("target") == "active"
     process.kill()
     process.communicate()
     ended(source, ExitCode.MIGRATION_FAILED)

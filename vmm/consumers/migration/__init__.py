@@ -6,7 +6,7 @@ Down the way of a page, and of the hand-over::
     source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
       fitness.py           whether the target can run it (checking.py only asks)
       precopy.py           the rounds                                       peers.py      who is listened to
-      converge.py          when to stop (no I/O)                            offers.py     what is taken
+      converge.py, hot.py  when to stop, what waits until then (no I/O)     offers.py     what is taken
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               memory.py     the memory, filled in
       channels.py          threads that pack and send pages                 postcopy.py   holes, filled in later

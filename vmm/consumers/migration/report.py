@@ -65,6 +65,7 @@ class Ram:
     mbps: float = 0.0           # megabits per second, of late
     pages_per_second: int = 0
     page_size: int = PAGE
+    held: int = 0               # pages dirtied in every round, which wait for the last
     resent: int = 0             # pages sent again because they had not arrived as they were sent
     postcopy_requests: int = 0  # pages that the guest waited for at the target
     postcopy_pages: int = 0     # pages sent after the hand-over, those among them

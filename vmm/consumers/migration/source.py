@@ -161,10 +161,12 @@ class Source:
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             self._progress.kept = True
             self._listen()
+            began = time.monotonic()
             spec = specification(self.machine)
+            standstill = time.monotonic() - began
             try:
                 talk = self._offer_until_taken(spec)
-                self._rest, self._postcopy = self._pre_copy.run(talk)
+                self._rest, self._postcopy = self._pre_copy.run(talk, standstill)
                 self._stop_and_copy()
             except BaseException as exc:
                 if not self._committed:
