@@ -254,7 +254,7 @@ class PlayedTarget(threading.Thread):
                 elif sock.poll(5):
                     who, frame, digest = sock.recv_multipart()
                     message = wire.decode_message(frame, digest)
-                    if isinstance(message, wire.Offer | wire.Commit):
+                    if isinstance(message, wire.Offer | wire.Commit | wire.Check):
                         peer = who
                 else:
                     continue

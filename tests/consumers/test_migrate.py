@@ -504,11 +504,13 @@ def test_an_arriving_machine_is_the_receivers_alone(endless: Machine, address: s
 
 def test_a_target_that_cannot_is_a_reason_and_the_source_runs_on(endless: Machine, address: str) -> None:
     with Machine.launch(spec("idle", accel="unicorn", milliseconds=0, timeout=None), name="target"):
-        receiver = Receiver(address, accel="unicorn")
+        receiver = Receiver(address, accel="unicorn", timeout=3.0)
         with pytest.raises(MigrationError, match="'target' is already running"):
             migrate.migrate(endless, address)
-        receiver.join(TIMEOUT)
+        receiver.join(TIMEOUT)      # another may come
         assert isinstance(receiver.error, VmmError)
+        assert receiver.error.exit_code == ExitCode.TIMEOUT
+        assert "'target' is already running" in receiver.refused[0]
     goes_on(endless)
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from machines import spec
 
 from vmm.consumers.migration import pages, wire
-from vmm.consumers.migration.converge import Convergence, Next, Round, Rules
+from vmm.consumers.migration.converge import LATE, Convergence, Next, Round, Rules
+from vmm.consumers.migration.hot import Hot, Todo, joined
+from vmm.consumers.migration.hot import pages as count
 from vmm.consumers.migration.pages import PAGE, unpack
 from vmm.consumers.migration.wire import Pages, WireError
 
@@ -126,12 +128,14 @@ MESSAGES = [
     wire.RoundEnd(1, 2), wire.Missing(0, b"x"),
     wire.State(b"x", [{}], spec("idle", accel="unicorn"), False), wire.Commit(wire.VERSION, "a"), wire.Done(),
     wire.Abort("why"), wire.Ping(),
+    wire.Check(wire.VERSION, "1", spec("idle", accel="unicorn"), wire.Needs("kvm", ["sse"])),
 ]
 ON_STREAMS = [wire.Join("a"), wire.Pages(1, 2, b"\0\0\0\0", "zero"), wire.Want(0, b"\0\0\0\0")]
 ANSWERS = [
     wire.Received(), wire.Accept(), wire.Alive(3), wire.RoundAck(1, [wire.Torn(0, b"\0\0\0\0", b"12345678")]),
     wire.Prepared(), wire.Running(), wire.Missing(0, b"x"), wire.Want(0, b"\0\0\0\0"), wire.Complete([1.5]),
-    wire.Refused("why"), wire.Ended("why"), wire.Unknown(),
+    wire.Refused("why"), wire.Ended("why"), wire.Unknown(), wire.Busy(),
+    wire.Checked(["no"], ["note"], "a", "kvm"),
 ]
 
 
@@ -205,7 +209,7 @@ def rounds(rules: Rules, *done: Round, can_limit: bool = True) -> tuple[Converge
 def test_the_guest_is_stopped_when_the_rest_fits_into_the_downtime() -> None:
     convergence, what = rounds(RULES, Round(10_000, 1.0, 3001, [0.0]), Round(3001, 0.3001, 2999, [0.0]))
     assert what == [Next.ROUND, Next.STOP]
-    assert convergence.expected_downtime(2999) == pytest.approx(0.2999)
+    assert convergence.expected_downtime(Round(0, 1.0, 2999, [0.0])) == pytest.approx(0.2999)
 
 
 def test_zero_pages_do_not_count_as_what_can_be_sent() -> None:
@@ -213,10 +217,10 @@ def test_zero_pages_do_not_count_as_what_can_be_sent() -> None:
     others will take long."""
     convergence, what = rounds(RULES, Round(100, 1.0, 10_000, [0.0]))
     assert what == [Next.ROUND]
-    assert convergence.expected_downtime(10_000) == pytest.approx(100)
+    assert convergence.expected_downtime(Round(0, 1.0, 10_000, [0.0])) == pytest.approx(100)
     convergence, what = rounds(RULES, Round(0, 1.0, 1, [0.0]))
     assert what == [Next.ROUND]
-    assert convergence.expected_downtime(1) is None
+    assert convergence.expected_downtime(Round(0, 1.0, 1, [0.0])) is None
 
 
 def test_nothing_left_needs_no_rate() -> None:
@@ -250,3 +254,97 @@ def test_vcpus_are_throttled_only_if_that_is_wanted_possible_and_needed(converge
     convergence.after(Round(1000, 1.0, 990, [490.0, 10.0]), can_limit=can_limit)
     if limited:
         assert convergence.quotas == {0: 245}
+
+
+@pytest.mark.parametrize("late", list(LATE.values()))
+def test_rounds_that_leave_no_less_for_so_long_are_a_stall(late: Next) -> None:
+    """The seconds are those since the round that left the least; one that leaves less starts anew."""
+    rules = Rules(0.0, 100, False, False, 1, stall=2.5, late=late)
+    ends = [Round(1000, 1.0, left, [1000.0]) for left in (1000, 900, 950, 900, 800, 900, 800, 801)]
+    convergence, what = rounds(rules, *ends)
+    assert what == [Next.ROUND] * 7 + [late]
+    assert convergence.stalled == pytest.approx(3.0)
+    assert rounds(Rules(0.0, 100, False, False, 1), *ends)[1] == [Next.ROUND] * 8
+
+
+@pytest.mark.parametrize(("left", "downtime", "converges", "seconds", "more"), [
+    (5000, 0.1, True, 0.5 + 0.25 + 0.125, 3),       # each round takes half as long as the last: 5000, 2500, 1250, 625
+    (900, 0.1, True, 0.0, 0),
+    (5000, 0.0, False, 0.5 + 0.25 + 0.125 + 0.0625, 4),
+    (10_000, 0.1, False, 1.0, 1), (20_000, 0.1, False, 2.0, 1)])
+def test_a_forecast_goes_on_as_the_last_round_did(left: int, downtime: float, converges: bool, seconds: float,
+                                                  more: int) -> None:
+    """10,000 pages per second can be sent; the round took a second. Four more are allowed."""
+    convergence, _ = rounds(Rules(downtime, 5, False, False, 1), Round(10_000, 1.0, left, [0.0]))
+    found = convergence.forecast(left)
+    assert found is not None
+    assert found.converges == converges
+    assert found.rounds == more
+    assert found.seconds == pytest.approx(seconds)
+    assert (found.dirtied, found.rate) == (left, 10_000)
+    assert found.downtime <= downtime or not converges
+
+
+def test_without_a_rate_there_is_no_forecast() -> None:
+    convergence, _ = rounds(RULES, Round(0, 1.0, 1000, [0.0]))
+    assert convergence.forecast(1000) is None
+
+
+def test_zero_pages_that_are_left_take_an_eighth() -> None:
+    """10,000 pages with bytes can be sent per second; 24,000 of the 24,600 that are left are zero."""
+    left = Round(10_000, 1.0, 24_600, [0.0], zero=24_000)
+    convergence, what = rounds(Rules(0.36, 30, True, False, 1), left)
+    assert what == [Next.STOP]
+    assert convergence.expected_downtime(left) == pytest.approx(0.36)
+    assert rounds(Rules(0.36, 30, True, False, 1), Round(10_000, 1.0, 24_600, [0.0]))[1] == [Next.ROUND]
+
+
+@pytest.mark.parametrize(("beside", "lag", "dirtied", "downtime", "stops"), [
+    (0.0, 0.0, 0.0, 0.1, True),         # the 1,000 pages that are left take just as long
+    (0.01, 0.0, 0.0, 0.1, False),       # with 10 ms for the hand-over it is too long
+    (0.01, 0.0, 0.0, 0.11, True),
+    (0.0, 0.01, 5000.0, 0.1, False),    # and with 50 more pages until the guest stands still
+    (0.0, 0.01, 5000.0, 0.105, True),
+    (10.0, 0.0, 0.0, 0.4, True)])       # a quarter of the limit is for pages, come what may
+def test_the_downtime_is_more_than_the_pages(beside: float, lag: float, dirtied: float, downtime: float,
+                                             stops: bool) -> None:
+    done = Round(10_000, 1.0, 1000, [dirtied])
+    convergence = Convergence(Rules(downtime, 30, False, False, 1), beside, lag)
+    assert (convergence.after(done, can_limit=False) is Next.STOP) == stops
+    assert convergence.expected_downtime(done) == pytest.approx(beside + 0.1 + lag * dirtied / 10_000)
+
+
+# --- hot pages ----------------------------------------------------------------------------------------------------
+
+
+def test_pages_of_two_rounds_running_are_kept_until_the_end() -> None:
+    """Against sets: what was dirtied in both of the last two rounds, and is left, is kept; all else is sent, what was
+    kept before among it."""
+    random = np.random.default_rng(1)
+    sizes = {0: 64, 7: 300}
+    hot = Hot()
+    held: Todo = {}
+    before: dict[int, set[int]] = {}
+    kept = 0
+    for _ in range(50):
+        dirty = {slot: np.flatnonzero(random.random(size) < random.random()) for slot, size in sizes.items()}
+        hot.look(dirty, sizes)
+        left = joined(held, dirty)
+        now, held = hot.split(left, 10_000)
+        for slot in sizes:
+            both = before.get(slot, set()) & {*dirty[slot].tolist()}
+            assert {*held[slot].tolist()} == both
+            assert {*now[slot].tolist()} == {*left[slot].tolist()} - both
+            before[slot] = {*dirty[slot].tolist()}
+        kept += count(held)
+        assert count(now) + count(held) == count(left)
+    assert kept
+
+
+def test_none_is_kept_where_they_do_not_fit() -> None:
+    hot, all_of_it = Hot(), {0: np.arange(100)}
+    for _ in range(3):
+        hot.look(all_of_it, {0: 100})
+    assert hot.split(all_of_it, 99) == (all_of_it, {})
+    now, held = hot.split(all_of_it, 100)
+    assert (count(now), count(held)) == (0, 100)

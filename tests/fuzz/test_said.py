@@ -59,7 +59,7 @@ def plain(kind: Any) -> Any:
             return msgspec.to_builtins(SPEC)
         case inspect.StructType():
             made = {field.encode_name: plain(field.type) for field in kind.fields}
-            if kind.cls in (wire.Offer, wire.Commit):
+            if kind.cls in (wire.Offer, wire.Commit, wire.Check):
                 made["version"] = wire.VERSION
             return {kind.tag_field: kind.tag, **made} if kind.tag_field else made
         case inspect.UnionType():

@@ -33,9 +33,10 @@ _MODULES = {
     "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
               "working-set": "working_set"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop", "wait": "wait"},
-    "migrate": {"keys": "keys", "migrate": "migrate", "receive": "receive"},
+    "migrate": {"migrate": "migrate"},
     "program": {"root": "make_root", "run": "run_program"},
     "programs": {"maps": "maps", "strace": "strace"},
+    "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
     "stress": {"stress": "stress"},
     "trace": {"trace": "trace"}}

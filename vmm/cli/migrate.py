@@ -1,9 +1,8 @@
-"""``vmm migrate``, ``migrate status``, ``migrate cancel``, ``receive``, ``keys``."""
+"""``vmm migrate``, and what is said to a migration that is under way or has ended."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -17,28 +16,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ipc.run import python_module
-from ipc.shm import PAGE_SIZE
-from workers.accel import registry
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
-from .program import run_arrived, trees_options
+from .migrating import JsonLines, Shown, key_options, print_report, print_status
 
 if TYPE_CHECKING:
-    from ..machine.rules import Trees
-    from ..migrate import Report
-    from ..outputs import Output
+    from ..migrate import Options
 
-__all__ = ["keys", "migrate", "receive"]
+__all__ = ["migrate"]
 
 _BACKGROUND_PATIENCE = 60.0
 _CANCEL_PATIENCE = 15.0
-_MIB = 1 << 20
 
-_key = click.option("--key", type=click.Path(), default="",
-                    help="This end's secret key file, for CURVE (see vmm keys).")
-_peer = click.option("--peer", type=click.Path(), default="", help="The other end's public key file.")
-_insecure = click.option("--insecure", is_flag=True, help="Allow tcp:// without encryption.")
+_LATE = click.Choice(["cancel", "force", "postcopy"])
+
+
+class _RateOrNone(Rate):
+    """And ``none``, which is 0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return 0.0 if value == "none" else super().convert(value, param, ctx)
 
 
 class _Migrate(click.Group):
@@ -75,20 +73,28 @@ def migrate() -> None:
               help="Pre-copy rounds before switching to post-copy.")
 @click.option("--in-place", is_flag=True, help="Do not copy: hand the memory itself over, to a target on this host "
                                                "(ipc://PATH).")
+@click.option("--wait", type=Duration(), help="How long to try again while the target is busy with another machine.")
+@click.option("--timeout", type=Duration(), help="How long it may take until the hand-over.")
+@click.option("--stall", type=Duration(), help="How long rounds may leave no less than one before them.")
+@click.option("--on-timeout", type=_LATE, default="cancel", show_default=True,
+              help="What comes then: the migration is given up; the guest is stopped until the rest has been sent; or "
+                   "post-copy.")
+@click.option("--paused", is_flag=True, help="Leave the guest paused at the target, until vmm resume there.")
+@click.option("--keep-source", is_flag=True, help="Keep the machine here, paused, as a copy that only vmm resume "
+                                                   "--force runs.")
+@click.option("--check", is_flag=True, help="Only ask whether the target can run it; exit status 9 if not.")
 @click.option("--recover", is_flag=True, help="Finish a migration whose source was lost after the "
                                                "hand-over.")
-@_key
-@_peer
-@_insecure
+@key_options
 @click.option("--background", is_flag=True, help="Return at once and print the migration's id.")
 @click.option("--report", "report_path", type=click.Path(path_type=Path),
               help="Write the final report to this file.")
+@click.option("--json-lines", is_flag=True,
+              help="Print progress, each round and the end as JSON, a document a line.")
 @click.option("--id", "migration_id", default="", hidden=True)
 @json_option
-def start(name: str, address: str, compression: Any, channels: int, bandwidth: float | None, downtime: float,
-          max_rounds: int, no_converge: bool, postcopy: bool, postcopy_after: int, in_place: bool, recover: bool,
-          key: str, peer: str, insecure: bool, background: bool, report_path: Path | None, migration_id: str,
-          as_json: bool) -> None:
+def start(name: str, address: str, check: bool, recover: bool, background: bool, report_path: Path | None,
+          migration_id: str, as_json: bool, json_lines: bool, **asked: Any) -> int:
     """Migrate machine NAME to ADDRESS (tcp://HOST:PORT or ipc://PATH). If that fails, it keeps running here."""
     from .. import migrate as migration
     from ..client.machine import Machine
@@ -96,25 +102,49 @@ def start(name: str, address: str, compression: Any, channels: int, bandwidth: f
     from ..consumers.migration.keys import load_keys
     from ..outputs import open_output
 
-    load_keys(key, peer, parse_address(address), insecure=insecure)     # before anything else, to say what is wrong
+    # Before anything else, to say what is wrong.
+    load_keys(asked["key"], asked["peer"], parse_address(address), insecure=asked["insecure"])
     if background:
-        _start_in_background(name, address, as_json)
-        return
-    options = migration.Options(
-        compression=compression, channels=channels, bandwidth=bandwidth or 0.0, downtime=downtime,
-        max_rounds=max_rounds, converge=not no_converge, postcopy=postcopy, postcopy_after=postcopy_after, key=key,
-        peer=peer, insecure=insecure, in_place=in_place)
+        _start_in_background(name, address, as_json or json_lines)
+        return ExitCode.OK
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    options = migration.Options(converge=not given.pop("no_converge"), **given)
+    if check:
+        return _check(name, address, options, as_json)
     run = migration.recover if recover else migration.migrate
     signal.signal(signal.SIGTERM, _cancel)
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine.attach(name))
         output = None if report_path is None else stack.enter_context(contextlib.closing(open_output(report_path)))
-        shown = stack.enter_context(_Shown(output))
+        shown = stack.enter_context(Shown(output, stack.enter_context(JsonLines()) if json_lines else None))
         report = run(machine, address, options, migration_id=migration_id, progress=shown.tell)
     if as_json:
         print_json(report.as_dict())
+    elif not json_lines:
+        print_report(report)
+        if options.keep_source:
+            click.echo(f"{name} stays paused here, as it was handed over: vmm stop {name} ends it; vmm resume {name} "
+                       "--force runs it here, which is for when the other does not")
+    return ExitCode.OK
+
+
+def _check(name: str, address: str, options: Options, as_json: bool) -> int:
+    from .. import migrate as migration
+    from ..client.machine import Machine
+
+    with Machine.attach(name) as machine:
+        found = migration.check(machine, address, options)
+    if as_json:
+        print_json({"name": name, "target": address, "problems": found.problems, "notes": found.notes,
+                    "there": {"name": found.name, "accel": found.accel}})
     else:
-        _print_report(report)
+        for text in found.notes:
+            click.echo(f"vmm: note: {text}", err=True)
+        for text in found.problems:
+            click.echo(text)
+        click.echo(f"{name} cannot be migrated to {address}" if found.problems else
+                   f"{name} can be migrated to {address}, as {found.name} with accel {found.accel}")
+    return ExitCode.MIGRATION_FAILED if found.problems else ExitCode.OK
 
 
 def _cancel(signum: int, frame: FrameType | None) -> None:
@@ -126,7 +156,7 @@ def _start_in_background(name: str, address: str, as_json: bool) -> None:
     from ..consumers.migration.status import load_status
 
     migration_id = uuid.uuid4().hex[:8]
-    arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json")]
+    arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json", "--json-lines")]
     with tempfile.TemporaryFile() as errors:    # a pipe would break when this process has gone
         process = subprocess.Popen(python_module("vmm", *arguments, "--id", migration_id),
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
@@ -152,96 +182,71 @@ def _exit_code(status: int) -> ExitCode:
     return ExitCode(status) if status in list(ExitCode) else ExitCode.MIGRATION_FAILED
 
 
-class _Shown:
-    """Keeps the status file up to date, and a line on a terminal; writes ``output`` when all is over."""
-
-    def __init__(self, output: Output | None) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._output = output
-        self._console = Console(stderr=True, highlight=False)
-        self._live = Live(console=self._console, transient=True, auto_refresh=False, redirect_stdout=False,
-                          redirect_stderr=False)
-        self._warned: set[str] = set()
-
-    def tell(self, report: Report) -> None:
-        from ..consumers.migration.report import OVER
-        from ..consumers.migration.status import save_status
-
-        save_status(report)
-        if self._output is not None and report.status in OVER:
-            self._write(self._output, report)
-        for text in report.warnings:
-            if text not in self._warned:
-                self._warned.add(text)
-                with contextlib.suppress(OSError):      # nobody reads it: that is no reason to stop here
-                    click.echo(f"vmm: warning: {text}", err=True)
-        if self._console.is_terminal:
-            from rich.text import Text
-
-            self._live.update(Text(_progress_text(report.as_dict())), refresh=True)
-
-    @staticmethod
-    def _write(output: Output, report: Report) -> None:
-        """The migration ended as it did: a report that cannot be written does not make it a failure."""
-        try:
-            output.write(json.dumps(report.as_dict()).encode() + b"\n")
-            output.commit()
-        except VmmError as exc:
-            report.warnings.append(f"the report was not written: {exc}")
-
-    def __enter__(self) -> _Shown:
-        self._live.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._live.__exit__(*error)
-
-
-def _progress_text(report: dict[str, Any]) -> str:
-    """One line of a migration under way."""
-    ram = report["ram"]
-    share = f"{100 * (1 - ram['remaining'] / ram['total']):.0f} %, " if ram["total"] else ""
-    left = f", {ram['remaining'] * 8 / (ram['mbps'] * 1e6):,.0f} s" if ram["mbps"] else ""
-    rounds = ram["dirty_sync_count"]
-    text = (f"{report['status']}: round {rounds}, {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
-            f"{ram['mbps'] / 8:,.1f} MB/s")
-    if rounds:
-        text += f", dirty rate {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
-        if report["expected_downtime"] is not None:
-            text += f", expected downtime {report['expected_downtime']:,.0f} ms"
-    return text
-
-
-def _print_report(report: Report) -> None:
-    ram = report.ram
-    click.echo(f"{report.machine} was migrated to {report.target}: total {report.total_time:,.0f} ms, downtime "
-               f"{report.downtime:,.1f} ms, {ram.dirty_sync_count} rounds")
-    click.echo(f"ram: {ram.transferred / _MIB:,.1f} MiB transferred, {ram.normal:,} pages, {ram.duplicate:,} zero "
-               f"pages, {ram.mbps:,.0f} Mbit/s in the last round, compression {report.compression} "
-               f"{report.compression_ratio:.2f}")
-    if report.ram.postcopy_pages:
-        click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them requested; vCPUs "
-                   f"waited {', '.join(f'{ms:,.1f}' for ms in report.postcopy_blocktime)} ms")
-    for vcpu, quota in report.throttled.items():
-        click.echo(f"vCPU {vcpu} was throttled to {quota:,.1f} MB/s")
-
-
 @migrate.command()
 @click.argument("name")
 @json_option
 def status(name: str, as_json: bool) -> None:
-    """Show the progress or outcome of the last migration of machine NAME."""
+    """Show the progress or outcome of the last migration of machine NAME, which left this host or came to it; with the
+    figures of each round. It is kept with the machine's record."""
+    import msgspec
+
+    from ..consumers.migration.report import Report
     from ..consumers.migration.status import load_status
 
     found = load_status(name)
     if as_json:
         print_json(found)
         return
-    click.echo(f"{found['id']}: {name} to {found['target']}, {found['total_time'] / 1000:,.1f} s"
-               + (f": {found['error']}" if found["error"] else ""))
-    click.echo(_progress_text(found))
+    print_status(msgspec.convert(found, Report))
+
+
+@migrate.command("set")
+@click.argument("name")
+@click.option("--bandwidth", type=_RateOrNone(), help="Bandwidth limit, or none.")
+@click.option("--downtime", type=Duration(), help="Maximum downtime of the guest.")
+@click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]),
+              help="Compression of memory pages.")
+@click.option("--channels", type=click.IntRange(1, 16), help="Number of parallel channels for memory pages.")
+@click.option("--max-rounds", type=click.IntRange(1, 1000), help="Rounds after which the guest is stopped.")
+@click.option("--timeout", type=Duration(), help="How long it may take until the hand-over, from its beginning.")
+@click.option("--stall", type=Duration(), help="How long rounds may leave no less than one before them.")
+@click.option("--on-timeout", type=_LATE, help="What comes then.")
+@click.option("--converge/--no-converge", default=None, help="Throttle the vCPUs that dirty most, or no others.")
+@json_option
+def set_(name: str, as_json: bool, **wanted: Any) -> None:
+    """Change how the migration of machine NAME goes on. The round under way ends for it, and the rest of its pages goes
+    as is asked here."""
+    if all(value is None for value in wanted.values()):
+        raise VmmError("say what is to change: see vmm migrate set --help")
+    _change(name, as_json, **wanted)
+
+
+@migrate.command()
+@click.argument("name")
+@json_option
+def postcopy(name: str, as_json: bool) -> None:
+    """Have the migration of machine NAME go over to post-copy now. The guest resumes at the target, and the rest of its
+    memory follows."""
+    _change(name, as_json, postcopy=True)
+
+
+def _change(name: str, as_json: bool, **changes: Any) -> None:
+    from ..consumers.migration.control import change
+    from ..consumers.migration.steering import Changes
+
+    settings = change(name, Changes(**changes))
+    if as_json:
+        print_json({"name": name, "settings": settings})
+    elif changes.get("postcopy"):
+        click.echo(f"{name}: goes over to post-copy")
+    else:
+        click.echo(f"{name}: {', '.join(f'{key} {_text(key, value)}' for key, value in settings.items())}")
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "bandwidth":
+        return f"{value / 1e6:,.3f} MB/s" if value else "none"
+    return f"{value:g} ms" if key == "downtime" else str(value)
 
 
 @migrate.command()
@@ -272,52 +277,15 @@ def cancel(name: str, as_json: bool) -> None:
 
 
 def _refuse_to_cancel(report: dict[str, Any]) -> None:
-    from ..consumers.migration.report import COMMITTED
+    from ..consumers.migration.report import COMMITTED, OVER
 
     name, target = report["machine"], report["target"]
+    if report["direction"] == "incoming":
+        raise VmmError(f"machine '{name}' is not being migrated: it came here from {target}"
+                       if report["status"] in OVER else
+                       f"machine '{name}' is arriving here: cancel that where it comes from, or run vmm stop {name}")
     if report["status"] == "completed":
         raise VmmError(f"machine '{name}' has already been migrated to {target}")
     if report["status"] in COMMITTED:
         raise VmmError(f"machine '{name}' has already been handed over to {target}: the migration can no longer be "
                        "cancelled")
-
-
-@click.command()
-@click.argument("address")
-@click.option("--name", help="Name of the machine here (default: its name at the source).")
-@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
-              help="Accelerator to use here.")
-@click.option("--detach", is_flag=True, help="Leave the machine running in the background once it has arrived.")
-@click.option("--timeout", type=Duration(), default=None, help="How long to wait for a source.")
-@trees_options
-@_key
-@_peer
-@_insecure
-@json_option
-def receive(address: str, name: str | None, accel: str, detach: bool, timeout: float | None, trees: Trees, key: str,
-            peer: str, insecure: bool, as_json: bool) -> int:
-    """Wait at ADDRESS for one incoming machine and run it."""
-    from ..receive import receive as run
-
-    signal.signal(signal.SIGTERM, _cancel)
-    machine = run(address, name=name, accel=accel, detach=detach, key=key, peer=peer, insecure=insecure,
-                  timeout=timeout, trees=trees, waiting=lambda at: click.echo(f"waiting at {at}", err=True),
-                  refused=lambda why: click.echo(f"refused an offer: {why}", err=True))
-    return run_arrived(machine, detach, as_json)
-
-
-@click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("name")
-@click.option("--force", is_flag=True, help="Replace an existing pair of that name.")
-@json_option
-def keys(directory: Path, name: str, force: bool, as_json: bool) -> None:
-    """Create a pair of CURVE keys. DIRECTORY/NAME.key is to be shared, DIRECTORY/NAME.key_secret to be kept
-    private."""
-    from ..consumers.migration.keys import make_keys
-
-    public, secret = make_keys(directory, name, force=force)
-    if as_json:
-        print_json({"public": str(public), "secret": str(secret)})
-    else:
-        click.echo(f"{public}\n{secret}")

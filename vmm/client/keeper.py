@@ -50,6 +50,11 @@ class KeeperProcess:
                 raise
         self._waits = True
 
+    @property
+    def waits(self) -> bool:
+        """Nobody has taken it yet, or given it up."""
+        return self._waits
+
     def take(self) -> subprocess.Popen[bytes] | Fork:
         """It is somebody else's now, with both pipes."""
         self._waits = False

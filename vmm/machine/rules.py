@@ -50,6 +50,7 @@ FORWARDS_MAX = 64                       # ports of the host that lead into a mac
 _PATTERNS = ("sequential", "strided", "random", "zipf")
 _INJECTIONS = ("none", "lost", "extra")
 _EVENT_PATTERNS_MAX = 64
+_SHOWN_MAX, _SHOWN_LENGTH = 2048, 64      # CPU features, characters of the name of one
 _PATH_MAX = 4095                        # bytes (PATH_MAX, less its NUL)
 
 
@@ -100,6 +101,8 @@ def check_machine(spec: MachineSpec) -> None:
     if len(spec.trace) > _EVENT_PATTERNS_MAX:
         raise RuleError("trace", f"must have at most {_EVENT_PATTERNS_MAX} patterns (got {len(spec.trace)})")
     check_patterns(spec.trace)
+    if len(spec.shown) > _SHOWN_MAX or any(len(name) > _SHOWN_LENGTH or not name.isprintable() for name in spec.shown):
+        raise RuleError("shown", f"must be at most {_SHOWN_MAX} names of CPU features")
     if spec.trace_file:
         _check_path("trace_file", spec.trace_file)
     if not can.guests:

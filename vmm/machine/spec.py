@@ -79,6 +79,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     program: ProgramSpec | None = None  # a Linux program instead of an image: all vCPUs but the last, which is
                                         # its system, are for its threads
     nice: int = 0               # of the vCPU processes, 0 to 19
+    shown: list[str] = []       # CPU features that the guest was shown where it ran before it came here
     linger: bool                # stay after the end until a client releases the machine
     incoming: bool = False      # its memory comes from elsewhere: nothing is loaded, and whoever launches it reserves
                                 # what he does not fill before it starts

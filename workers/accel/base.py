@@ -72,6 +72,10 @@ class Backend(Protocol):
         """Look; nothing is changed."""
         ...
 
+    def features(self) -> list[str]:
+        """CPU features that its guests are shown on this host, by name; empty where it does not know."""
+        ...
+
     def load(self) -> type[Accelerator]:
         """Import the accelerator itself. Raises ImportError."""
         ...

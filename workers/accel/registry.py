@@ -10,7 +10,7 @@ from typing import cast
 
 from .base import Accelerator, AccelError, Available, Backend, Capabilities, ProgramAccelerator
 
-__all__ = ["available", "capabilities", "load", "load_program", "names"]
+__all__ = ["available", "capabilities", "features", "load", "load_program", "names"]
 
 
 def names(section: str | None = None) -> tuple[str, ...]:
@@ -29,6 +29,11 @@ def capabilities(name: str) -> Capabilities:
 def available(name: str) -> Available:
     """On this host. Raises AccelError where there is none called so."""
     return _backend(name).probe()
+
+
+def features(name: str) -> list[str]:
+    """CPU features that its guests are shown on this host. Raises AccelError where there is none called so."""
+    return _backend(name).features()
 
 
 def load(name: str) -> type[Accelerator]:

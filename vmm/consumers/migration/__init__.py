@@ -4,8 +4,10 @@ beside the one that arrives; to their coordinators they are clients like others.
 Down the way of a page, and of the hand-over::
 
     source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
+      fitness.py           whether the target can run it (checking.py only asks)
       precopy.py           the rounds                                       door.py       its one address
-      converge.py          when to stop (no I/O)                            peers.py      who is listened to
+      converge.py, hot.py  when to stop, what waits until then (no I/O)     peers.py      who is listened to
+      steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
       postcopy_source.py   what is asked for after the hand-over            postcopy.py   holes, filled in later
@@ -17,7 +19,7 @@ Down the way of a page, and of the hand-over::
                    wire.py      the messages (docs/protocol.md)
                    sockets.py   connections; keys.py, addresses.py
 
-``report.py`` is what is asked for and said of it all, ``status.py`` where the CLI finds that. ``vmm.migrate`` and
-``vmm.receive`` are what others import. These modules import nothing of vmm but the client's side
-(``vmm.client.machine``), names, rules, errors and specifications.
+``report.py`` is what is asked for and said of it all, ``arrival.py`` that of the target, ``status.py`` where both are
+kept. ``vmm.migrate`` and ``vmm.receive`` are what others import. These modules import nothing of vmm but the client's
+side (``vmm.client.machine``), names, rules, errors, records and specifications.
 """

@@ -31,12 +31,14 @@ _FILE = "handed-over.json"
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """``token`` names the migration at its target, ``id`` to the user."""
+    """``token`` names the migration at its target, ``id`` to the user. ``finished``: the target has said that it runs
+    the machine, and what is here is a copy that is kept (``Options.keep_source``)."""
 
     id: str
     token: str
     address: str
     options: Options
+    finished: bool = False
     certificate: bytes = b""    # the target's (tls.py)
 
     @property
@@ -46,8 +48,8 @@ class HandOver(msgspec.Struct, frozen=True):
 
 
 def save_hand_over(machine: str, record: HandOver) -> None:
-    """Before the machine is handed over. It holds a secret: the machine's directory is the user's alone. Raises
-    VmmError."""
+    """Before the machine is handed over, and when it is kept here afterwards. It holds a secret: the machine's
+    directory is the user's alone. Raises VmmError."""
     path = machine_dir(machine) / _FILE
     options = record.options
     record = msgspec.structs.replace(record, options=dataclasses.replace(

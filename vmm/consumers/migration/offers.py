@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import msgspec
 
+from ipc.userfault import Userfault, UserfaultError
 from workers.accel.base import AccelError
 
 from ...errors import VmmError
 from ...machine.rules import NO_TREES, Trees, arriving, check_machine
 from ...machine.spec import MachineSpec
+from ...optional import lz4_block
 from .wire import Offer, WireError
 
-__all__ = ["check_settings", "taken"]
+__all__ = ["ANY", "Limits", "check_settings", "encodings", "no_postcopy", "taken"]
 
+_MIB = 1 << 20
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _SEGMENT = re.compile(r"/shardvmm\.[^/]+\.ram[0-9]+\.[0-9a-f]+")
 
 
-def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
-          trees: Trees = NO_TREES) -> MachineSpec:
+class Limits(NamedTuple):
+    """The largest machine that is taken; 0: any."""
+
+    memory: int = 0     # bytes
+    vcpus: int = 0
+
+    def exceeded(self, spec: MachineSpec) -> list[str]:
+        """Why it is not."""
+        memory = sum(slot.size for slot in spec.slots)
+        found = []
+        if self.memory and memory > self.memory:
+            found.append(f"it has {memory / _MIB:,.2f} MiB of memory, and at most {self.memory / _MIB:,.2f} MiB are "
+                         "taken here")
+        if self.vcpus and spec.vcpus > self.vcpus:
+            found.append(f"it has {spec.vcpus} vCPUs, and at most {self.vcpus} are taken here")
+        return found
+
+
+ANY = Limits()
+
+
+def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool, trees: Trees = NO_TREES) -> MachineSpec:
     """The offered machine as it is to be here. Raises WireError for one that cannot be."""
     if not _TOKEN.fullmatch(offer.token):
         raise WireError("the source offered a machine without a valid token")
@@ -31,11 +55,30 @@ def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool,
             raise WireError("the source offered segments of other slots than the machine has")
         if not all(_SEGMENT.fullmatch(name) for name in offer.segments.values()):
             raise WireError("the source offered segments that are not a machine's")
-        return msgspec.structs.replace(
-            arriving(offer.spec, name=name, accel=accel, image=image, linger=linger, trees=trees), incoming=True,
-            links=offer.segments)
+        shown = sorted({*offer.spec.shown, *offer.needs.features})
+        here = arriving(msgspec.structs.replace(offer.spec, shown=shown), name=name, accel=accel, image=image,
+                        linger=linger, trees=trees)
+        return msgspec.structs.replace(here, incoming=True, links=offer.segments)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
+
+
+def no_postcopy() -> str:
+    """Why there can be no post-copy here; empty: there can."""
+    try:
+        Userfault.make().close()
+    except UserfaultError as exc:
+        return str(exc)
+    return ""
+
+
+def encodings() -> list[str]:
+    """Those of pages that can be read here."""
+    try:
+        lz4_block()
+    except VmmError:
+        return ["none", "zstd"]
+    return ["none", "zstd", "lz4"]
 
 
 def check_settings(spec: MachineSpec, offered: MachineSpec) -> None:

@@ -15,6 +15,8 @@ from .arrivals import Arrivals
 from .wire import (
     Alive,
     Answer,
+    Busy,
+    Check,
     Commit,
     Message,
     Offer,
@@ -42,16 +44,20 @@ class Gone(ReceiveError):
 
 class Peers:
     """One migration on a ROUTER socket, whose pages are ``arrivals``. ``refused`` is told why another than the source
-    was turned away; ``look`` is called every LOOK_EVERY seconds, and may raise what is to end the migration."""
+    was turned away; ``look`` is called every LOOK_EVERY seconds, and may raise what is to end the migration. ``known``:
+    how earlier migrations have ended here, {token: what is said to their sources, should they ask again}."""
 
     def __init__(self, sock: zmq.Socket[bytes], arrivals: Arrivals, refused: Callable[[str], None],
-                 look: Callable[[], None]) -> None:
+                 look: Callable[[], None], known: dict[str, list[Answer]]) -> None:
         self._sock = sock
         self._arrivals = arrivals
+        self._known = known
         self._refused = refused
         self._look_now = look
         #: The source; b"": there is none yet.
         self.source = b""
+        #: Who sent the last Check that was let in.
+        self.asker = b""
         #: Of the migration, once its offer has been taken.
         self.token = ""
         #: When the source was last heard, seconds of CLOCK_MONOTONIC.
@@ -121,19 +127,33 @@ class Peers:
         match message:
             case Commit(token=token):
                 if not self._is_token(token):
-                    self.tell_stranger(who, Unknown())
+                    for answer in self._verdict(token):
+                        self.tell_stranger(who, answer)
                     return False
                 if who != self.source:       # another process, or another connection: the old ones are void
                     self.source = who
                     self._arrivals.drop()
                 return True
+            case Check() if not self.source:
+                self.asker = who
+                return True
+            case Check():
+                self.tell_stranger(who, Busy())
+                return False
             case Offer() if not self.source:
                 self.source = who
                 return True
             case Offer() if not ours:
-                self.tell_stranger(who, Refused("a machine is already being received here"))
+                self.tell_stranger(who, Busy())
                 return False
         return ours
+
+    def _verdict(self, token: str) -> list[Answer]:
+        """Of an earlier migration."""
+        for known, verdict in self._known.items():
+            if hmac.compare_digest(token.encode(), known.encode()):
+                return verdict
+        return [Unknown()]
 
     def _is_token(self, token: str) -> bool:
         return bool(self.token) and hmac.compare_digest(token.encode(), self.token.encode())

@@ -10,6 +10,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,82 +18,115 @@ from numpy.typing import NDArray
 
 from ipc.shm import data_extents
 
-from ...client.machine import Machine
+from ...client.machine import Flushed, Machine
 from ...errors import VmmError
 from .channels import Channels, Job, chunk_pages
-from .converge import Convergence, Next, Round, Rules
+from .converge import LATE, Convergence, Next, Round, Rules
+from .hot import Hot, Todo, joined, pages
 from .memory import SentMemory
 from .pages import PAGE, changed
 from .progress import Progress
-from .report import Options
+from .report import Options, RoundReport
+from .steering import Steering
 from .talk import Lost, Talk
 from .wire import RoundAck, RoundEnd, Torn
 
-__all__ = ["PreCopy", "Todo"]
+__all__ = ["PreCopy", "Todo", "joined"]
 
-Todo = dict[int, NDArray[np.int64]]     # {slot: pages, ascending}
+#: Of what a first standstill takes: what the last one takes beside the pages, and how long until the guest is in it.
+_BESIDE, _LAG = 2.0, 0.5
+_LOOKED_AT = 256            # pages of what is left, to tell how many are zero
+
+def _rules(options: Options) -> Rules:
+    return Rules(options.downtime, options.max_rounds, options.converge, options.postcopy, options.postcopy_after,
+                 options.stall, LATE[options.on_timeout])
 
 
 class PreCopy:
-    """The machine's dirty pages as this migration's client has them, and how they are sent. ``obey`` raises what is
-    to end a round."""
+    """The machine's dirty pages as this migration's client has them, and how they are sent: by ``channels``, asked for
+    at the beginning of each round. ``obey`` raises what is to end a round."""
 
-    def __init__(self, machine: Machine, memory: SentMemory, options: Options, progress: Progress, why: str,
-                 obey: Callable[[], None]) -> None:
+    def __init__(self, machine: Machine, memory: SentMemory, steering: Steering, progress: Progress, why: str,
+                 channels: Callable[[], Channels], obey: Callable[[], None]) -> None:
         self._machine = machine
         self._memory = memory
-        self._options = options
+        self._steering = steering
+        self._channels = channels
         self._progress = progress
         self._report = progress.report
         self._obey = obey
         self._client = f"migrate_{uuid.uuid4().hex[:8]}"
         self._limits = machine.limits(why)
-        self._convergence = Convergence(Rules(options.downtime, options.max_rounds, options.converge,
-                                              options.postcopy, options.postcopy_after))
+        self._convergence: Convergence
         self._number = 0                # of the round
         self._torn: list[Torn] = []
+        self._flushed: Flushed          # when ``dirty`` last looked
 
-    def run(self, talk: Talk, channels: Channels) -> tuple[Todo, bool]:
-        """Until the guest is to be stopped: the pages that are dirty then, and whether they go after the hand-over
+    def run(self, talk: Talk, standstill: float) -> tuple[Todo, bool]:
+        """``standstill``: seconds that it took to have the guest stand still for a moment, and to ask all of it.
+        Until the guest is to be stopped: the pages that are dirty then, and whether they go after the hand-over
         (post-copy). Raises MigrationError, VmmError, WireError."""
         machine, report = self._machine, self._report
+        self._convergence = Convergence(_rules(self._steering.options), standstill * _BESIDE, standstill * _LAG)
         machine.register(self._client, mine=True)
-        machine.sync(self._client)              # from here on counts
-        todo = {s["id"]: self.touched(s) for s in machine.status()["slots"] if s["logged"]}   # round 0
+        before = machine.flush(self._client)    # from here on counts
+        slots = [s for s in machine.status()["slots"] if s["logged"]]
+        hot, held = Hot(), Todo()
+        todo = {s["id"]: self.touched(s) for s in slots}       # round 0
         while True:
-            before, began, normal = machine.status(), time.monotonic(), report.ram.normal
-            self.send(talk, channels, todo)
+            began, normal = time.monotonic(), report.ram.normal
+            rest = self.send(talk, todo)
             took = max(time.monotonic() - began, 1e-6)
-            status = machine.status()
-            dirtied = [(new["dirty_pages"] - old["dirty_pages"]) / took
-                       for old, new in zip(before["vcpus"], status["vcpus"], strict=True)]
-            todo = self.dirty()
-            left = sum(len(p) for p in todo.values())
-            what = self._convergence.after(Round(report.ram.normal - normal, took, left, dirtied),
-                                           can_limit=status["can_limit"])
+            dirty = self.dirty()
+            todo = joined(joined(rest, held), dirty)
+            flushed, since = self._flushed, max(self._flushed.at - before.at, 1e-6)
+            dirtied = [(new - old) / since
+                       for old, new in zip(before.vcpu_pages, flushed.vcpu_pages, strict=True)]
+            before = flushed
+            left = pages(todo)
+            done = Round(report.ram.normal - normal, took, left, dirtied, self._zero(todo, left))
+            self._convergence.rules = _rules(self._steering.options)
+            what = self._steering.now or (Next.ROUND if rest else self._convergence.after(
+                done, can_limit=machine.status()["can_limit"]))
             report.ram.dirty_pages_rate = round(sum(dirtied))
             report.ram.remaining = left * PAGE
-            expected = self._convergence.expected_downtime(left)
+            report.rounds[-1].left, report.rounds[-1].dirtied = left, report.ram.dirty_pages_rate
+            expected = self._convergence.expected_downtime(done)
             report.expected_downtime = None if expected is None else expected * 1000
+            self._foresee(left)
             self._progress.tell(force=True)
+            if what is Next.CANCEL:
+                raise talk.error(f"no round has left less than another for {self._convergence.stalled:.0f} s")
             if what is not Next.ROUND:
                 return todo, what is Next.POSTCOPY
             self._limit()
+            hot.look(dirty, {slot: self._machine.ram(slot).size // PAGE for slot in dirty})
+            todo, held = hot.split(todo, self._convergence.budget * (self._convergence.rate or 0.0))
+            report.ram.held = pages(held)
+
+    def _zero(self, todo: Todo, left: int) -> int:
+        """About how many of these pages are zero: a few are looked at."""
+        found = looked = 0
+        for slot, numbers in todo.items():
+            some = numbers[::max(1, left // _LOOKED_AT)]
+            looked += len(some)
+            found += int((~self._machine.ram(slot).reshape(-1, PAGE)[some].any(axis=1)).sum())
+        return left * found // looked if looked else 0
 
     def touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
         """The slot's pages but for those that were never touched: they are zero, at the target too. ``slot``:
         as the machine's report has it."""
         fd = self._memory[slot["id"]].fd
         extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
-        pages = np.concatenate([np.zeros(0, np.int64), *extents])
-        self._report.ram.duplicate += slot["pages"] - len(pages)
-        return pages
+        found = np.concatenate([np.zeros(0, np.int64), *extents])
+        self._report.ram.duplicate += slot["pages"] - len(found)
+        return found
 
     def dirty(self) -> Todo:
         """The pages dirtied since the last call, by slot, and those that did not arrive as they were sent."""
         machine = self._machine
-        counts = machine.collect(self._client)
-        bits = {slot: machine.bitmap(slot, self._client).bools() for slot in counts}
+        self._flushed = machine.flush(self._client)
+        bits = {slot: machine.bitmap(slot, self._client).bools() for slot in self._flushed.slots}
         for message in self._torn:
             if message.slot not in bits:
                 continue
@@ -100,19 +134,24 @@ class PreCopy:
             bits[message.slot][again] = True
             self._report.ram.resent += len(again)
         self._torn.clear()
-        return {slot: pages for slot, b in bits.items() if len(pages := np.flatnonzero(b))}
+        return {slot: found for slot, b in bits.items() if len(found := np.flatnonzero(b))}
 
-    def send(self, talk: Talk, channels: Channels, todo: Todo) -> None:
-        """A round: send these pages, and wait until they are there."""
-        report, progress = self._report, self._progress
-        began, sent_before = time.monotonic(), report.ram.transferred
+    def send(self, talk: Talk, todo: Todo, *, stopped: bool = False) -> Todo:
+        """A round: send these pages, and wait until they are there; what was not sent, since something else is wanted
+        by now. ``stopped``: the guest stands still."""
+        report, progress, channels = self._report, self._progress, self._channels()
+        began, sent_before, zero_before = time.monotonic(), report.ram.transferred, report.ram.duplicate
         number, self._number, progress.messages = self._number, self._number + 1, 0
-        left = pages = sum(len(p) for p in todo.values())
-        chunk = chunk_pages(self._options.bandwidth)
+        left = count = pages(todo)
+        chunk = chunk_pages(self._steering.options.bandwidth)
+        rest: Todo = {}
         talk.begin()
         for slot, numbers in todo.items():
             memory = self._memory[slot]
             for at in range(0, len(numbers), chunk):
+                if self._steering.interrupts(stopped=stopped):
+                    rest[slot] = numbers[at:]
+                    break
                 job = Job(number, slot, memory, numbers[at:at + chunk])
                 while not channels.put(job, 0.1):
                     self._check(talk, channels)
@@ -123,13 +162,15 @@ class PreCopy:
             self._check(talk, channels)
             time.sleep(0.001)
         self._check(talk, channels)
-        talk.send(RoundEnd(number, progress.messages))
+        count -= left
+        sent, zero = report.ram.transferred - sent_before, report.ram.duplicate - zero_before
+        talk.send(RoundEnd(number, progress.messages, count, zero, sent))
         self._torn += talk.expect(RoundAck).torn
         took = max(time.monotonic() - began, 1e-6)
         report.ram.dirty_sync_count += 1
-        report.ram.pages_per_second = round(pages / took)
-        report.rounds.append({"pages": pages, "seconds": round(took, 4),
-                              "transferred": report.ram.transferred - sent_before})
+        report.ram.pages_per_second = round(count / took)
+        report.rounds.append(RoundReport(count, zero, round(took, 4), sent))
+        return rest
 
     def _check(self, talk: Talk, channels: Channels) -> None:
         """A channel's failure, or the target's refusal, ends the round."""
@@ -137,6 +178,12 @@ class PreCopy:
         talk.check()
         if channels.failure:
             raise talk.error(channels.failure, Lost)
+
+    def _foresee(self, left: int) -> None:
+        found = self._convergence.forecast(left)
+        self._report.forecast = None if found is None else {
+            **asdict(found), "downtime": found.downtime * 1000, "dirtied": found.dirtied * PAGE / 1e6,
+            "rate": found.rate * PAGE / 1e6, "at": self._progress.elapsed_ms}
 
     def _limit(self) -> None:
         for vcpu, quota in self._convergence.quotas.items():

@@ -1,4 +1,5 @@
-"""How far a migration is: what has been sent is counted into its report, and the report is told now and then."""
+"""How far a migration is: what has been sent is counted into its report, and the report is told now and then, to
+whoever migrates and to all who ask for it (vmm/consumers/migration/status.py)."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from ...machine import records
 from .pages import PAGE
-from .report import Report
+from .report import OVER, Report
+from .status import save_status
 from .wire import Pages
 
 __all__ = ["Progress"]
@@ -17,20 +20,22 @@ _RATE_OVER = 0.5            # seconds
 
 
 class Progress:
-    """From its making on. ``messages``: of pages, since it was last set to 0."""
+    """From the migration's beginning on. ``messages``: of pages, since it was last set to 0."""
 
     def __init__(self, report: Report, told: Callable[[Report], None]) -> None:
         self.report = report
         self.messages = 0
+        #: The machine is this migration's: its report is kept. One that is refused leaves the last one's in its place.
+        self.kept = False
         self._told = told
         self._lock = threading.Lock()           # for what the channels count
-        self._began = time.monotonic()
+        self._began = time.monotonic() - report.total_time / 1000     # another process may have begun it
         self._told_at = 0.0
-        self._measured = (self._began, 0)       # when, bytes transferred by then
+        self._measured = (time.monotonic(), report.ram.transferred)     # when, bytes transferred by then
 
     @property
     def elapsed_ms(self) -> float:
-        """Since its making."""
+        """Since then."""
         return (time.monotonic() - self._began) * 1000
 
     def count(self, message: Pages, size: int) -> None:
@@ -60,4 +65,8 @@ class Progress:
             self._measured = (now, report.ram.transferred)
         if report.ram.transferred:
             report.compression_ratio = report.ram.normal_bytes / report.ram.transferred
+        if report.status in OVER:
+            report.ended_at = records.now()
+        if self.kept:
+            save_status(report)
         self._told(report)

@@ -10,7 +10,6 @@ from ipc.steps import step
 from ...client.machine import Machine
 from ...errors import VmmError
 from .source import recover
-from .status import save_status
 
 __all__ = ["main"]
 
@@ -21,7 +20,7 @@ def main(argv: list[str]) -> int:
     step("recoverer-begun")
     try:
         with Machine.attach(name) as machine:
-            recover(machine, progress=save_status)
+            recover(machine)
     except VmmError as exc:
         print(f"vmm: error: machine '{name}': its migration could not be finished: {exc}", file=sys.stderr)
         return int(exc.exit_code)

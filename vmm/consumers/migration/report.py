@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import ExitCode, VmmError
+from ...machine.records import now
 from .pages import PAGE, Encoding
 
-__all__ = ["COMMITTED", "OVER", "MigrationError", "Options", "Ram", "Report"]
+__all__ = ["COMMITTED", "OVER", "Late", "MigrationError", "Options", "Ram", "Report", "RoundReport"]
 
 #: Of ``Report.status``: from here on the target runs the machine, or will; it can no longer be cancelled.
 COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
 #: The migration is over, one way or the other.
 OVER = frozenset({"completed", "failed", "cancelled", "postcopy-paused", "handed-over-paused"})
+
+
+Late = Literal["cancel", "force", "postcopy"]
 
 
 class MigrationError(VmmError):
@@ -35,6 +39,12 @@ class Options:
     converge: bool = True       # throttle vCPUs that dirty faster than can be sent
     postcopy: bool = False      # resume the guest at the target before all of its memory is there
     postcopy_after: int = 1     # rounds of pre-copy before that
+    wait: float = 0.0           # seconds in which the offer is made again to a target that is busy
+    timeout: float = 0.0        # seconds until the hand-over, and (0: none for either)
+    stall: float = 0.0          # seconds of rounds that leave no less than an earlier one; after either comes this:
+    on_timeout: Late = "cancel"
+    paused: bool = False        # it stands still at the target until it is resumed there
+    keep_source: bool = False   # the machine here is not ended, but stays paused, as one that was handed over
     key: str = ""               # CURVE: own secret key file
     peer: str = ""              # and the target's public one
     insecure: bool = False
@@ -56,9 +66,24 @@ class Ram:
     mbps: float = 0.0           # megabits per second, of late
     pages_per_second: int = 0
     page_size: int = PAGE
+    held: int = 0               # pages dirtied in every round, which wait for the last
     resent: int = 0             # pages sent again because they had not arrived as they were sent
     postcopy_requests: int = 0  # pages that the guest waited for at the target
     postcopy_pages: int = 0     # pages sent after the hand-over, those among them
+
+
+@dataclass
+class RoundReport:
+    """What a round has sent, in bytes and pages; ``zero``: of these pages, those that went without their bytes.
+    ``left``: pages that were dirty after it, ``dirtied``: pages that the guest dirtied per second meanwhile; None where
+    the guest stood still, and at the target, which does not know."""
+
+    pages: int
+    zero: int
+    seconds: float
+    transferred: int
+    left: int | None = None
+    dirtied: int | None = None
 
 
 @dataclass
@@ -67,7 +92,9 @@ class Report:
     postcopy-active, completed, failed, cancelled; handed-over-paused, postcopy-paused: the source gave up after the
     hand-over, and the machine stays paused there. ``pid`` and ``pid_started``: the source's process, whose start
     the second is (clock ticks since the boot, as in /proc/PID/stat). ``warnings``: what went wrong beside, after it
-    was completed."""
+    was completed. ``direction``: "outgoing", or, of a machine that has come here, "incoming"; then ``machine`` is its
+    name here, ``source`` the one that it had there, ``target`` the address at which it was awaited, and the process is
+    the receiver's. ``began_at``, ``ended_at``: ISO 8601, UTC."""
 
     id: str
     machine: str
@@ -77,16 +104,22 @@ class Report:
     setup_time: float = 0.0
     downtime: float = 0.0
     expected_downtime: float | None = None      # None: not known yet
+    forecast: dict[str, Any] | None = None      # converge.Forecast in seconds and MB/s; ``at``: of total_time
+    settings: dict[str, Any] = field(default_factory=dict)      # as in Options, as they are now; downtime in ms
     compression: str = "none"
     compression_ratio: float = 1.0
     ram: Ram = field(default_factory=Ram)
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    rounds: list[RoundReport] = field(default_factory=list)
     throttled: dict[str, float] = field(default_factory=dict)   # {vCPU: quota in MB/s at the end}
     postcopy_blocktime: list[float] = field(default_factory=list)   # each vCPU's wait for pages
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     pid: int = 0
     pid_started: int = 0
+    direction: str = "outgoing"
+    source: str = ""
+    began_at: str = field(default_factory=now)
+    ended_at: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

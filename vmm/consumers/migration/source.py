@@ -39,16 +39,21 @@ from ...machine.spec import MachineSpec
 from ...optional import lz4_block
 from .addresses import parse_address
 from .channels import Channels
+from .control import Control
+from .converge import Next
+from .fitness import needs, specification
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
 from .memory import SentMemory
 from .pages import PAGE, missing, missing_pages
 from .postcopy_source import serve
-from .precopy import PreCopy, Todo
+from .precopy import PreCopy, Todo, joined
 from .progress import Progress
 from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect_stream
-from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, GoneThere, Lost, Talk
+from .status import continued
+from .steering import Steering
+from .talk import PAUSED_PATIENCE, RUNNING_PATIENCE, Busy, GoneThere, Lost, Talk
 from .wire import (
     VERSION,
     Abort,
@@ -73,11 +78,10 @@ _PATIENCE = 10.0            # seconds for a target to be there, and to take the 
 _RESERVING = 300.0          # seconds that the target may take to make and reserve the memory
 _COMMIT_PATIENCE = 60.0     # seconds that Commit is repeated
 _COMMIT_EVERY = 2.0
+_BUSY_EVERY = 0.25          # seconds between two offers
 _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
 _NOBODY_PATIENCE = 5.0      # seconds without a listener at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
-
-_NONE = np.zeros(0, np.int64)
 
 
 def migrate(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
@@ -87,8 +91,8 @@ def migrate(machine: Machine, address: str, options: Options | None = None, *, m
     here; KeyboardInterrupt (and whatever else is raised into it) cancels in the same way, until the machine is
     handed over: nothing cancels it then. VmmError for an invalid address or keys, and for a machine that
     cannot be migrated now."""
-    return _carry_out(machine, address, options or Options(), migration_id or uuid.uuid4().hex[:8], progress,
-                      Source.run)
+    report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address)
+    return _carry_out(machine, options or Options(), report, progress, Source.run)
 
 
 def recover(machine: Machine, address: str = "", options: Options | None = None, *, migration_id: str = "",
@@ -97,26 +101,23 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
     target waits. ``address`` and ``options``: as they were, unless others are given. Raises MigrationError,
     VmmError."""
     record = load_hand_over(machine.name)
-    return _carry_out(machine, address or record.address, options or record.options, migration_id or record.id,
-                      progress, Source.recover)
+    report = continued(Report(migration_id or record.id, machine.name, address or record.address))
+    return _carry_out(machine, options or record.options, report, progress, Source.recover)
 
 
-def _carry_out(machine: Machine, address: str, options: Options, migration_id: str,
-               progress: Callable[[Report], None], work: Callable[[Source], None]) -> Report:
+def _carry_out(machine: Machine, options: Options, report: Report, progress: Callable[[Report], None],
+               work: Callable[[Source], None]) -> Report:
     if options.compression == "lz4":
         lz4_block()     # it is installed, or that is said now
     process = identity()
-    report = Report(migration_id, machine.name, address, compression=options.compression, pid=process.pid,
-                    pid_started=process.start)
-    with Source(machine, address, options, report, progress) as source:
+    report.pid, report.pid_started = process.pid, process.start
+    with Source(machine, report.target, options, report, progress) as source:
         try:
             work(source)
         except BaseException as exc:
-            report.status = source.failed(exc)
-            report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
-            progress(report)
+            source.failed(exc)
             if isinstance(exc, zmq.ZMQError):
-                raise MigrationError(f"{address}: {exc}") from None
+                raise MigrationError(f"{report.target}: {exc}") from None
             raise
     return report
 
@@ -128,7 +129,8 @@ class Source:
     def __init__(self, machine: Machine, address: str, options: Options, report: Report,
                  progress: Callable[[Report], None]) -> None:
         self.machine = machine
-        self.options = options
+        self._steering = Steering(options, report)
+        self._control: Control | None = None
         self.report = report
         self._address = parse_address(address)
         self._keys = load_keys(options.key, options.peer, self._address, insecure=options.insecure)
@@ -139,7 +141,8 @@ class Source:
         self._certificate = b""                 # the target's, for the connections of pages
         self._progress = Progress(report, progress)
         self._memory = SentMemory(machine)
-        self._pre_copy = PreCopy(machine, self._memory, options, self._progress, f"migration to {address}", self._obey)
+        self._pre_copy = PreCopy(machine, self._memory, self._steering, self._progress, f"migration to {address}",
+                                 self._channels_now, self._obey)
         self._offered: MachineSpec | None = None
         self._rest: Todo = {}                   # what pre-copy has left
         self._there: Todo = {}                  # post-copy: what is missing at the target
@@ -149,17 +152,27 @@ class Source:
         self._interrupted = False
         self._shield = contextlib.ExitStack()   # against signals
 
+    @property
+    def options(self) -> Options:
+        """As they are now."""
+        return self._steering.options
+
     # --- the way of a migration ----------------------------------------------------------------------------
 
     def run(self) -> None:
         """From the offer to the end. Raises MigrationError, VmmError."""
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
-            spec = self._read_spec()
+            self._progress.kept = True
+            self._listen()
+            began = time.monotonic()
+            spec = specification(self.machine)
+            standstill = time.monotonic() - began
+            if self.options.in_place:
+                self._check_in_place(spec)
             try:
-                self._talk = talk = self._connect(_PATIENCE)
-                channels = self._offer(talk, spec)
+                talk = self._offer_until_taken(spec)
                 if not self.options.in_place:
-                    self._rest, self._postcopy = self._pre_copy.run(talk, channels)
+                    self._rest, self._postcopy = self._pre_copy.run(talk, standstill)
                 self._stop_and_copy()
             except BaseException as exc:
                 if not self._committed:
@@ -171,31 +184,28 @@ class Source:
         """From the hand-over to the end. Raises MigrationError, VmmError."""
         record = load_hand_over(self.machine.name)
         with self.machine.lease("migration", f"to {self._address.text}", recover=True) as self._lease:
+            self._progress.kept = True
+            self._listen()
             self._shield.enter_context(uninterrupted(self._on_signal))
             self._token, self._certificate = record.token, record.certificate
             self._committed = True
             self.report.status = "handed-over"
             self._progress.tell(force=True)
-            self._commit()
-            self._finish()
+            if not record.finished:
+                self._commit()
+                self._finish()
+                return
+        self._completed()
 
-    def failed(self, exc: BaseException) -> str:
-        """The status that an end by this exception is."""
+    def failed(self, exc: BaseException) -> None:
+        """It has ended by this exception, as its report says now."""
+        report = self.report
         if self._committed:
-            return "postcopy-paused" if self._postcopy else "handed-over-paused"
-        return "failed" if isinstance(exc, Exception) else "cancelled"
-
-    def _read_spec(self) -> MachineSpec:
-        """Of the machine, with its slots as they are. Raises VmmError when it is not one that runs."""
-        machine = self.machine
-        machine.require_state()
-        if (state := machine.status()["state"]) not in ("running", "paused"):
-            raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
-        with machine.paused("migration"):   # for its specification; the state that comes with it is not used
-            spec = msgspec.convert(machine.state()["spec"], MachineSpec)
-        if self.options.in_place:
-            self._check_in_place(spec)
-        return spec
+            report.status = "postcopy-paused" if self._postcopy else "handed-over-paused"
+        else:
+            report.status = "failed" if isinstance(exc, Exception) else "cancelled"
+        report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
+        self._progress.tell(force=True)
 
     def _check_in_place(self, spec: MachineSpec) -> None:
         """Raises VmmError where the memory cannot be handed over as it lies there."""
@@ -203,54 +213,86 @@ class Source:
             raise VmmError(f"{self._address.text}: memory is handed over in place on one host: use ipc://PATH")
         if self.options.postcopy:
             raise VmmError("memory that is handed over in place is there at once: leave out the post-copy")
+        if self.options.keep_source:
+            raise VmmError("memory that is handed over in place is no longer here: no copy of the machine can be kept")
         if spec.verify is not None:
             raise VmmError(f"machine '{spec.name}' has a verifier, which would compare memory that is no longer its "
                            "own: migrate it without --in-place")
 
-    def _offer(self, talk: Talk, spec: MachineSpec) -> Channels:
+    def _offer_until_taken(self, spec: MachineSpec) -> Talk:
+        """To a target that may be busy for a while. Raises MigrationError, VmmError."""
+        until = time.monotonic() + self.options.wait
+        while True:
+            self._talk = talk = self._connect(_PATIENCE)
+            try:
+                self._offer(talk, spec)
+                return talk
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+            self._disconnect()
+            self._waiting()
+            time.sleep(_BUSY_EVERY)
+
+    def _offer(self, talk: Talk, spec: MachineSpec) -> None:
         """Taken: there is memory for it there, and pages can be sent. Raises MigrationError, VmmError."""
         image = Path(spec.image).read_bytes() if spec.image else b""
         if len(image) > _IMAGE_MAX:
             raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB, but at "
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
-        self._offered = spec
+        self._offered, wanted = spec, needs(spec, self.options)
         segments = {s.id: self.machine.ram_segment(s.id) for s in spec.slots} if self.options.in_place else {}
         talk.patience = _PATIENCE
-        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, self.options.postcopy,
-                        segments))
+        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image,
+                        wanted.postcopy, self.report.id, wanted, segments))
         talk.expect(Received)
         talk.patience = _RESERVING
-        self._certificate = talk.expect(Accept).certificate
+        there = talk.expect(Accept)
+        self._steering.no_postcopy, self._steering.encodings = there.no_postcopy, there.encodings
+        self._certificate = there.certificate
         talk.patience = RUNNING_PATIENCE
-        channels = self._open_channels()
+        if not self.options.in_place:
+            self._open_channels()
         self.report.setup_time = self._progress.elapsed_ms
         self.report.ram.total = sum(s.size for s in spec.slots)
         self.report.status = "active"
-        return channels
 
     def _connect(self, patience: float) -> Talk:
-        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._progress.tell)
+        return Talk(self._context, self._address, self._keys, time.monotonic() + patience, self._waiting)
+
+    def _waiting(self) -> None:
+        """Raises MigrationError."""
+        self._progress.tell()
+        if not self._committed:
+            self._steering.keep_time(self._progress.elapsed_ms / 1000)
 
     def _open_channels(self) -> Channels:
         if (self._keys is not None) != bool(self._certificate):
             raise MigrationError(f"{self._address.text}: the connections for pages would "
                                  f"{'not ' * (not self._certificate)}be encrypted, other than this one")
-        until = time.monotonic() + _PATIENCE
+        until, options = time.monotonic() + _PATIENCE, self._steering.opening()
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(connect_stream(self._address, until, self._certificate))
-                       for _ in range(1 + self.options.channels)]
+                       for _ in range(1 + options.channels)]
             stack.pop_all()
-        self._channels = Channels(streams, self._token, self.options.compression, self.options.bandwidth,
-                                  self._progress.count, sums=not (self._address.local or self._certificate))
+        self._channels = Channels(streams, self._token, options.compression, options.bandwidth, self._progress.count,
+                                  sums=not (self._address.local or self._certificate))
         return self._channels
+
+    def _channels_now(self) -> Channels:
+        """As they are asked for; between rounds, when nothing is on its way through the last ones."""
+        if self._channels is not None and not self._steering.reopen:
+            return self._channels
+        if self._channels is not None:
+            self._channels.close()
+        return self._open_channels()
 
     # --- stop-and-copy, hand-over ----------------------------------------------------------------------------
 
     def _stop_and_copy(self) -> None:
         """Up to the hand-over, and until the target runs the machine."""
         assert self._talk is not None
-        assert self._channels is not None
-        machine, report, talk, channels = self.machine, self.report, self._talk, self._channels
+        machine, report, talk = self.machine, self.report, self._talk
         report.status = "device"
         self._progress.tell(force=True)
         talk.patience = PAUSED_PATIENCE
@@ -259,37 +301,39 @@ class Source:
             step("migrate-frozen")
             self._pre_copy.release_limits()
             if not self.options.in_place:
-                todo = _joined(self._rest, self._pre_copy.dirty())
+                todo = joined(self._rest, self._pre_copy.dirty())
                 for slot in machine.status()["slots"]:
                     if not slot["logged"]:      # it is unknown what changed there: all of it, now
                         todo[slot["id"]] = self._pre_copy.touched(slot)
-                self._send_rest(talk, channels, todo)
+                self._send_rest(talk, todo)
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)
             system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes()
                                                                 if spec.keeps_system else b"")
             step("migrate-state")
-            talk.send(State(system, state["vcpus"], spec, state["paused"]))
+            talk.send(State(system, state["vcpus"], spec, state["paused"] or self.options.paused))
             talk.expect(Prepared)
             step("migrate-prepared")
             self._hand_over()
             self._commit()
             report.downtime = (time.monotonic() - stopped) * 1000
 
-    def _send_rest(self, talk: Talk, channels: Channels, todo: Todo) -> None:
+    def _send_rest(self, talk: Talk, todo: Todo) -> None:
         """The guest stands still: send what is left, or with post-copy say what it is."""
-        if self._postcopy:
-            for slot in self.machine.status()["slots"]:
-                bits = np.zeros(slot["pages"], bool)
-                bits[todo.get(slot["id"], [])] = True
-                talk.send(missing(slot["id"], bits))
-            return
-        for _ in range(_TRIES):
-            self._pre_copy.send(talk, channels, todo)
-            if not (todo := self._pre_copy.dirty()):
+        tries = 0
+        while not self._postcopy:
+            rest = self._pre_copy.send(talk, todo, stopped=True)
+            if not (todo := joined(rest, self._pre_copy.dirty())):
                 return
-        raise talk.error("pages repeatedly arrived damaged at the target")
+            self._postcopy = self._steering.now is Next.POSTCOPY
+            tries += not rest
+            if tries == _TRIES:
+                raise talk.error("pages repeatedly arrived damaged at the target")
+        for slot in self.machine.status()["slots"]:
+            bits = np.zeros(slot["pages"], bool)
+            bits[todo.get(slot["id"], [])] = True
+            talk.send(missing(slot["id"], bits))
 
     def _check_slots(self, now: MachineSpec) -> None:
         """The machine has the memory that was offered. Raises MigrationError."""
@@ -303,7 +347,7 @@ class Source:
     def _hand_over(self) -> None:
         """The point of no return."""
         name = self.machine.name
-        record = HandOver(self.report.id, self._token, self._address.text, self.options, self._certificate)
+        record = self._record()
         save_hand_over(name, record)
         self._shield.enter_context(uninterrupted(self._on_signal))
         self._obey()
@@ -385,24 +429,42 @@ class Source:
             assert self._talk is not None
             try:
                 serve(self._talk, self._channels or self._open_channels(), self._memory, self._there, report,
-                      self._progress.tell)
+                      self._in_postcopy)
                 break
             except GoneThere as exc:
                 raise self._stranded(str(exc)) from None
             except (Lost, WireError):
                 self._disconnect()
                 self._commit()
+        self._deafen()
         step("migrate-stop")
         try:
-            self.machine.stop()
+            if self.options.keep_source:
+                self._pre_copy.unregister()
+                save_hand_over(self.machine.name, self._record(finished=True))
+            else:
+                self.machine.stop()
         except VmmError as exc:
-            report.warnings.append(f"the machine runs at the target, but could not be ended here: {exc}")
+            what = "noted" if self.options.keep_source else "ended"
+            report.warnings.append(f"the machine runs at the target, but the machine here could not be {what}: {exc}")
         step("migrate-done")
+        self._completed()
+
+    def _in_postcopy(self) -> None:
+        """Raises Lost for channels that are not as they are asked for: with others, the target says what is missing."""
+        self._progress.tell()
+        if self._steering.reopen:
+            raise Lost("its settings have changed")
+
+    def _completed(self) -> None:
         if self._talk is not None:
-            self._talk.close(Done())
+            self._talk.close(Done(self.report.downtime))
             self._talk = None
-        report.status = "completed"
+        self.report.status = "completed"
         self._progress.tell(force=True)
+
+    def _record(self, *, finished: bool = False) -> HandOver:
+        return HandOver(self.report.id, self._token, self._address.text, self.options, finished, self._certificate)
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -436,6 +498,20 @@ class Source:
         if self._interrupted and not self._committed:
             raise KeyboardInterrupt
 
+    # --- whoever has something to say to it -------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """For the holder of the lease."""
+        try:
+            self._control = Control(self.machine.name, self._steering.change)
+        except OSError as exc:
+            self.report.warnings.append(f"its settings cannot be changed while it goes on: {exc}")
+
+    def _deafen(self) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+
     # --- end ------------------------------------------------------------------------------------------------------
 
     def _disconnect(self) -> None:
@@ -448,6 +524,7 @@ class Source:
 
     def close(self) -> None:
         """Idempotent."""
+        self._deafen()
         self._disconnect()
         self._memory.close()
         self._context.term()
@@ -458,7 +535,3 @@ class Source:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _joined(one: Todo, other: Todo) -> Todo:
-    return {slot: np.union1d(one.get(slot, _NONE), other.get(slot, _NONE)) for slot in {*one, *other}}

@@ -8,12 +8,15 @@ It lies in the machine's runtime directory while the machine is there. How it we
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import select
 import signal
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ipc.linux.processid import ProcessId, open_process
 
@@ -22,7 +25,7 @@ from ...machine import records
 from ...machine.runtime import is_running, machine_dir
 from .report import COMMITTED, OVER, Report
 
-__all__ = ["interrupt", "load_status", "save_status"]
+__all__ = ["continued", "interrupt", "load_status", "save_status"]
 
 _FILE = "migrate.json"
 
@@ -49,9 +52,20 @@ def load_status(machine: str) -> dict[str, Any]:
     found = _read(machine)
     if found["status"] not in OVER and not _alive(found):
         found["error"] = f"its process (pid {found['pid']}) was killed in status {found['status']}"
-        if found["status"] not in COMMITTED:        # else another takes over
+        if found["status"] not in COMMITTED or found["direction"] == "incoming":    # else another takes over
             found["status"] = "failed"
     return found
+
+
+def continued(report: Report) -> Report:
+    """``report``, of a migration that another process began, with what that one had counted and measured."""
+    try:
+        before = msgspec.convert(_read(report.machine), Report)
+    except (VmmError, msgspec.ValidationError):
+        return report
+    if before.id != report.id:
+        return report
+    return dataclasses.replace(before, target=report.target, pid=report.pid, pid_started=report.pid_started, error="")
 
 
 def _read(machine: str) -> dict[str, Any]:

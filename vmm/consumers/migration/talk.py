@@ -14,13 +14,14 @@ from typing import TypeVar
 import zmq
 
 from ...errors import VmmError
+from . import wire
 from .addresses import Address
 from .keys import Keys
 from .report import MigrationError
 from .sockets import connect
 from .wire import Alive, Answer, Ping, Refused, Wire, WireError, decode_answer, frames
 
-__all__ = ["PAUSED_PATIENCE", "RUNNING_PATIENCE", "GoneThere", "Lost", "Talk"]
+__all__ = ["PAUSED_PATIENCE", "RUNNING_PATIENCE", "Busy", "GoneThere", "Lost", "Talk"]
 
 RUNNING_PATIENCE = 30.0     # seconds without progress after which the target is given up
 PAUSED_PATIENCE = 7.0       # while the guest stands still
@@ -36,6 +37,10 @@ class Lost(MigrationError):
 
 class GoneThere(MigrationError):
     """Post-copy: the machine ran at the target, and has ended."""
+
+
+class Busy(MigrationError):
+    """The target is receiving another machine."""
 
 
 class Talk:
@@ -121,6 +126,8 @@ class Talk:
         """Raises MigrationError."""
         if isinstance(answer, Refused):
             raise self.error(f"the target refused: {answer.error}")
+        if isinstance(answer, wire.Busy):
+            raise self.error("the target is busy: another machine is being received there", Busy)
         raise WireError(f"{self._address.text}: the target sent {type(answer).__name__} out of turn")
 
     def close(self, farewell: Wire | None = None) -> None:

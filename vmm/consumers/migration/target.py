@@ -15,10 +15,12 @@ With post-copy (vmm/consumers/migration/postcopy.py) pages come after the start.
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import zmq
 import zstandard
@@ -26,25 +28,27 @@ from numpy.typing import NDArray
 
 from ipc.shm import unlink_segment
 from ipc.steps import step
-from ipc.userfault import Userfault, UserfaultError
+from workers.accel.base import AccelError
 from workers.state import StateError, check_states
 
 from ...client.accelerators import choose_accelerator
 from ...client.holds import Lease
 from ...client.keeper import KeeperProcess
 from ...client.machine import Machine
-from ...errors import ExitCode, VmmError
+from ...errors import ExitCode, VmmError, one_line
 from ...machine.names import check_machine_name, slot_segment
-from ...machine.rules import NO_TREES, Trees
+from ...machine.rules import NO_TREES, Trees, arriving
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from . import wire
 from .addresses import parse_address
+from .arrival import Arrival
 from .arrivals import Arrivals
 from .door import Door
+from .fitness import in_the_way, notes
 from .keys import load_keys
 from .memory import SlotMemory
-from .offers import check_settings, taken
+from .offers import ANY, Limits, check_settings, encodings, no_postcopy, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .postcopy import MissingPages, Wanted
@@ -55,6 +59,8 @@ from .wire import (
     Accept,
     Answer,
     Buffer,
+    Check,
+    Checked,
     Commit,
     Complete,
     Done,
@@ -73,11 +79,12 @@ from .wire import (
     WireError,
 )
 
-__all__ = ["ReceiveError", "receive"]
+__all__ = ["ReceiveError", "receive", "receive_all"]
 
 _SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
 _UNDECIDED = 300.0          # seconds that Commit is awaited after Prepared, when the connection has broken
 _HEARD = 30.0               # seconds after the end of it all that a source may ask once more how it went
+_KNOWN = 64                 # migrations whose end is still told after others have come
 _ASK_AGAIN = 2.0            # seconds without pages after which missing ones are asked for
 
 
@@ -87,50 +94,108 @@ class _NotWanted(VmmError):
 
 def receive(address: str, *, name: str | None = None, accel: str = "auto", detach: bool = False, key: str = "",
             peer: str = "", insecure: bool = False, timeout: float | None = None, trees: Trees = NO_TREES,
-            waiting: Callable[[str], None] = lambda address: None,
+            limits: Limits = ANY, waiting: Callable[[str], None] = lambda address: None,
             refused: Callable[[str], None] = lambda why: None) -> Machine:
     """Wait for one machine and return it, running. ``timeout`` (seconds) bounds the wait for a source; ``trees``:
-    files that its program has, if it is one's; ``waiting`` is told the address when a source may connect,
-    ``refused`` why an offer was refused (another is awaited then). Raises VmmError."""
-    where = parse_address(address, listen=True)
-    keys = load_keys(key, peer, where, insecure=insecure)
+    files that its program has, if it is one's; ``limits``: the largest that is taken; ``waiting`` is told the address
+    when a source may connect, ``refused`` why an offer was refused (another is awaited then). Raises VmmError."""
     if name is not None:
         check_machine_name(name)
     accel = choose_accelerator(accel)
+    # What takes long is done while nobody waits: whoever comes, there will be a machine.
+    keeper = KeeperProcess("", quiet=detach, fork=True)
+    try:
+        with _listening(address, key, peer, insecure, waiting) as place:
+            return _Target(place, keeper, name, accel, detach, timeout, refused, trees, limits, {}).run()
+    finally:
+        keeper.give_up()
+
+
+def receive_all(address: str, *, arrived: Callable[[Machine], None], failed: Callable[[str], None],
+                accel: str = "auto", key: str = "", peer: str = "", insecure: bool = False,
+                timeout: float | None = None, trees: Trees = NO_TREES, limits: Limits = ANY,
+                waiting: Callable[[str], None] = lambda address: None,
+                refused: Callable[[str], None] = lambda why: None) -> None:
+    """As ``receive``, one machine after the other, under the names that they have; each lives on without this process
+    from when it runs. ``arrived`` is told of each; ``failed`` why one did not arrive, of which nothing is left here.
+    Raises VmmError when no source has come for ``timeout`` seconds, or there can be none."""
+    accel = choose_accelerator(accel)
+    known: dict[str, list[Answer]] = {}
+    keeper = KeeperProcess("", quiet=True, fork=True)
+    try:
+        with _listening(address, key, peer, insecure, waiting) as place:
+            while True:
+                try:
+                    arrived(_Target(place, keeper, None, accel, True, timeout, refused, trees, limits, known).run())
+                except VmmError as exc:
+                    if exc.exit_code is ExitCode.TIMEOUT:
+                        raise
+                    failed(str(exc))
+                while len(known) > _KNOWN:
+                    del known[next(iter(known))]
+                if not keeper.waits:
+                    keeper = KeeperProcess("", quiet=True)
+    finally:
+        keeper.give_up()
+
+
+@contextlib.contextmanager
+def _listening(address: str, key: str, peer: str, insecure: bool,
+               waiting: Callable[[str], None]) -> Iterator[_Place]:
+    where = parse_address(address, listen=True)
+    keys = load_keys(key, peer, where, insecure=insecure)
+    if keys is not None:
+        Certificate()       # one can be made, or that is said now
     with contextlib.ExitStack() as stack:
-        # What takes long is done while nobody waits: whoever comes, there will be a machine.
-        keeper = KeeperProcess("", quiet=detach, fork=True)
-        stack.callback(keeper.give_up)
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         door = stack.enter_context(Door(where))
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         stack.callback(context.term)
         sock = stack.enter_context(listen(context, door, keys))
         sock.linger = 2000
-        certificate = Certificate() if keys is not None else None
-        target = _Target(sock, keeper, certificate, where.local, name, accel, detach, timeout, refused, trees)
-        arrivals = stack.enter_context(target.arrivals)
-        door.serve(arrivals.serve)
+        place = _Place(sock, door.endpoint, where.local, keys is not None)
+        door.serve(place.serve)
         waiting(door.endpoint)
-        return target.run()
+        yield place
+
+
+class _Place:
+    """Where one migration after the other comes to."""
+
+    def __init__(self, sock: zmq.Socket[bytes], endpoint: str, local: bool, encrypted: bool) -> None:
+        self.sock = sock
+        self.endpoint = endpoint
+        self.local = local
+        self.encrypted = encrypted
+        #: Of the present one.
+        self.arrivals: Arrivals | None = None
+
+    def serve(self, sock: socket.socket) -> None:
+        """A connection for pages has come."""
+        arrivals = self.arrivals
+        if arrivals is not None:
+            arrivals.serve(sock)
 
 
 class _Target:
-    """One migration on a ROUTER socket."""
+    """One migration."""
 
-    def __init__(self, sock: zmq.Socket[bytes], keeper: KeeperProcess, certificate: Certificate | None,
-                 local: bool, name: str | None, accel: str, detach: bool, timeout: float | None,
-                 refused: Callable[[str], None], trees: Trees) -> None:
+    def __init__(self, place: _Place, keeper: KeeperProcess, name: str | None, accel: str, detach: bool,
+                 timeout: float | None, refused: Callable[[str], None], trees: Trees, limits: Limits,
+                 known: dict[str, list[Answer]]) -> None:
+        self._place = place
         self._keeper = keeper
-        self._local = local
-        self._certificate = certificate
-        self.arrivals = Arrivals(self._write, None if certificate is None else certificate.context)
-        self._peers = Peers(sock, self.arrivals, refused, self._look)
+        self._certificate = Certificate() if place.encrypted else None
+        self._arrivals = Arrivals(self._write, None if self._certificate is None else self._certificate.context)
+        self._peers = Peers(place.sock, self._arrivals, refused, self._look, known)
+        self._known = known
+        self._limits = limits
         self._name = name
         self._accel = accel
         self._detach = detach
         self._timeout = timeout
         self._refused = refused
         self._trees = trees
+        self._arrival = Arrival(place.endpoint)
         self._machine: Machine | None = None
         self._begun = contextlib.ExitStack()    # what is needed until the machine is ready
         self._ready = self._reserved = False
@@ -139,6 +204,7 @@ class _Target:
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
+        self._ends: dict[int, RoundEnd] = {}    # of rounds whose pages are not all here
         self._prepared = False
         self._paused = False
         self._lease: Lease
@@ -148,6 +214,14 @@ class _Target:
     # --- the way of a migration -----------------------------------------------------------------------------
 
     def run(self) -> Machine:
+        with self._arrivals:
+            self._place.arrivals = self._arrivals
+            try:
+                return self._run()
+            finally:
+                self._place.arrivals = None
+
+    def _run(self) -> Machine:
         try:
             self._await_offer()
             self._until_commit()
@@ -164,15 +238,19 @@ class _Target:
                 self._fetch(machine, pages)
             except BaseException as exc:
                 self._end_machine()
+                self._arrival.tell("failed", _reason(exc))
                 self._answer_until_heard([Ended(_reason(exc))])
                 raise
-            self._answer_until_heard([Running(), Complete([round(s * 1000, 3) for s in pages.blocked])])
+            blocked = [round(s * 1000, 3) for s in pages.blocked]
+            self._arrival.complete(blocked)
+            self._answer_until_heard([Running(), Complete(blocked)])
         return machine
 
     def _refuse(self, exc: BaseException) -> None:
         """End the machine, and only then say so; nothing, if that is not certain, and the source may have handed
         the machine over already."""
         gone = self._end_machine()
+        self._arrival.tell("cancelled" if isinstance(exc, KeyboardInterrupt) else "failed", _reason(exc))
         if self._missing is not None:
             self._missing.close()
         if self._taken:
@@ -213,7 +291,9 @@ class _Target:
         while True:
             heard = self._peers.hear(LOOK_EVERY if deadline is None else max(0.0, min(LOOK_EVERY, deadline
                                                                                   - time.monotonic())))
-            if isinstance(heard, Offer):
+            if isinstance(heard, Check):
+                self._peers.tell_stranger(self._peers.asker, self._look_at(heard))
+            elif isinstance(heard, Offer):
                 try:
                     return self._take_offer(heard)
                 except _NotWanted as exc:
@@ -232,19 +312,19 @@ class _Target:
         try:
             spec = taken(offer, name=self._name or offer.spec.name, accel=self._accel, image=image.name,
                          linger=not self._detach, trees=self._trees)
-            if offer.segments and not self._local:
+            if offer.segments and not self._place.local:
                 raise WireError("the source offered its memory in place, which takes a Unix socket")
-            if offer.postcopy:
-                Userfault.make().close()
         except WireError as exc:
             raise _NotWanted(str(exc)) from None
-        except UserfaultError as exc:
-            raise _NotWanted(f"post-copy is not possible here: {exc}") from None
+        wanted = msgspec.structs.replace(offer.needs, postcopy=offer.needs.postcopy or offer.postcopy)
+        if found := in_the_way(spec, wanted, self._limits):
+            raise _NotWanted(f"machine '{one_line(offer.spec.name)}' cannot run here: {'; '.join(found)}")
         self._peers.token = offer.token
-        self.arrivals.expect(offer.token)
+        self._arrivals.expect(offer.token)
         self._peers.say(Received())
         self._machine = Machine.launch(spec, detach=self._detach, start=False, keeper=self._keeper)
         self._offered = offer.spec
+        self._arrival.begin(offer, spec.name)
         if offer.segments:
             self._in_place, self._reserved = list(offer.segments.values()), True
             self._await_machine(wait=True)      # there is nothing else to do meanwhile
@@ -253,7 +333,9 @@ class _Target:
                 self._memory[slot.id] = SlotMemory(slot_segment(spec.name, "ram", slot), slot.size)
                 self._pages[slot.id] = slot.pages
         self._peers.heard_at = time.monotonic()
-        self._peers.say(Accept(b"" if self._certificate is None else self._certificate.der))
+        self._arrival.taking()
+        self._peers.say(Accept(no_postcopy(), encodings(),
+                               b"" if self._certificate is None else self._certificate.der))
 
     def _await_machine(self, *, wait: bool) -> None:
         """Its processes begin while its memory comes. Raises VmmError for a machine that cannot be."""
@@ -267,6 +349,15 @@ class _Target:
             self._look()
             raise
 
+    def _look_at(self, check: Check) -> Checked:
+        name = self._name or check.spec.name
+        try:
+            spec = arriving(check.spec, name=name, accel=self._accel, image="/image", linger=not self._detach,
+                            trees=self._trees)
+        except (VmmError, AccelError) as exc:
+            return Checked([f"it is not a valid machine here: {exc}"], [], one_line(name), self._accel)
+        return Checked(in_the_way(spec, check.needs, self._limits), notes(spec, check.needs), spec.name, spec.accel)
+
     # --- memory and state -----------------------------------------------------------------------------------------
 
     def _until_commit(self) -> None:
@@ -279,7 +370,7 @@ class _Target:
                     raise
                 message = None      # the source decides now, and may come back
             self._await_machine(wait=False)
-            self.arrivals.check()
+            self._arrivals.check()
             self._acknowledge()
             match message:
                 case None:
@@ -287,7 +378,8 @@ class _Target:
                 case Ping():
                     pass
                 case RoundEnd():
-                    self.arrivals.round_end(message.round, message.messages)
+                    self._ends[message.round] = message
+                    self._arrivals.round_end(message.round, message.messages)
                     self._acknowledge()
                 case wire.Missing():
                     self._note_missing(message)
@@ -324,9 +416,10 @@ class _Target:
 
     def _acknowledge(self) -> None:
         """The rounds whose pages are all here."""
-        for number, found in self.arrivals.rounds():
+        for number, found in self._arrivals.rounds():
             self._reserve()
             self._peers.say(RoundAck(number, found))
+            self._arrival.round(self._ends.pop(number))
 
     def _reserve(self) -> None:
         """What the first round has not filled: later on the guest stands still. The source sees progress. Raises
@@ -336,7 +429,7 @@ class _Target:
         for slot, memory in self._memory.items():
             try:
                 for _ in memory.reserve():
-                    self.arrivals.taken += 1
+                    self._arrivals.taken += 1
                     self._peers.alive()
             except OSError as exc:
                 raise ReceiveError(f"slot {slot}: its memory cannot be had: {exc.strerror} (is /dev/shm full?)"
@@ -370,6 +463,7 @@ class _Target:
         self._paused = message.paused
         self._prepared = True
         self._peers.say(Prepared())
+        self._arrival.tell("device")
 
     @staticmethod
     def _set_system(system: NDArray[np.uint8], sent: bytes) -> None:
@@ -413,6 +507,7 @@ class _Target:
             machine.pause()
         machine.start()
         step("receive-started")
+        self._arrival.tell("completed" if self._missing is None else "postcopy-active")
         with contextlib.suppress(Gone):        # it will ask again
             self._tell_how_it_is()
         return machine
@@ -426,13 +521,16 @@ class _Target:
         """How it ended, to the source; and again to any that asks with the token, until the source says that it has
         heard, or for a while."""
         self._machine = None        # no longer to be looked after
+        self._known[self._peers.token] = verdict
         with contextlib.suppress(Gone):
             self._peers.say(*verdict)
         until = time.monotonic() + _HEARD
         while (left := until - time.monotonic()) > 0:
             try:
                 match self._peers.hear(min(left, LOOK_EVERY)):
-                    case Done() | Abort():
+                    case Done() as done:
+                        return self._arrival.heard(done)
+                    case Abort():
                         return
                     case Commit():
                         self._peers.say(*verdict)
@@ -456,11 +554,11 @@ class _Target:
                 # A peer that sends nonsense is ignored: the machine is here alone by now.
                 with contextlib.suppress(WireError):
                     heard = self._peers.hear(LOOK_EVERY)
-                while (arrived := self.arrivals.next()) is not None:
+                while (arrived := self._arrivals.next()) is not None:
                     if self._put(pages, *arrived):
                         came = time.monotonic()
                 with contextlib.suppress(VmmError):     # of a connection that has ended: what it has not brought is
-                    self.arrivals.check()               # asked for
+                    self._arrivals.check()              # asked for
                 if isinstance(heard, Commit):           # Running was lost, or another process takes over
                     self._tell_how_it_is()
                     self._want(pages.ask_again())
@@ -470,6 +568,7 @@ class _Target:
                     self._want(pages.some(CHUNK_PAGES))
             if not pages.left or time.monotonic() - looked > LOOK_EVERY:
                 looked = time.monotonic()
+                self._arrival.lack(pages.left)
                 if machine.status()["state"] == "ended":
                     raise ReceiveError("the machine was stopped before all of its memory had arrived")
         for fd in pages.faults:
@@ -493,7 +592,7 @@ class _Target:
             numbers = sorted(w.page for w in wanted if w.slot == slot)
             for at in range(0, len(numbers), CHUNK_PAGES):
                 message = want(slot, numbers[at:at + CHUNK_PAGES])
-                if not self.arrivals.ask(message):
+                if not self._arrivals.ask(message):
                     self._peers.say(message)
 
 

@@ -22,14 +22,15 @@ import msgspec
 import xxhash
 
 from ipc.messages import UNREADABLE
+from workers.state import STATE_VERSION
 
 from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
-__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Commit", "Complete", "Done",
-           "Ended", "Join", "Message", "Missing", "Offer", "OnStream", "OtherVersion", "Pages", "Ping", "Prepared",
-           "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn", "Unknown", "Want",
-           "WireError", "decode_answer", "decode_message", "decode_stream", "frames"]
+__all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Check", "Checked", "Commit",
+           "Complete", "Done", "Ended", "Join", "Message", "Missing", "Needs", "Offer", "OnStream", "OtherVersion",
+           "Pages", "Ping", "Prepared", "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn",
+           "Unknown", "Want", "WireError", "decode_answer", "decode_message", "decode_stream", "frames"]
 
 VERSION = 4
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
@@ -52,10 +53,31 @@ class Wire(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=Tru
 # --- source to target ------------------------------------------------------------------------------------
 
 
+class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a machine needs of its target beside its specification: ``features``, the CPU features that its guest was
+    shown; pages in this encoding read; post-copy; vCPU states of this version. ``accel``: that of the source."""
+
+    accel: str = ""
+    features: list[str] = []
+    compression: str = "none"
+    postcopy: bool = False
+    state_version: int = STATE_VERSION
+
+
+class Check(Wire, frozen=True, tag="check"):
+    """Could this machine come? By anybody, who is not listened to any further."""
+
+    version: int
+    program: str
+    spec: MachineSpec
+    needs: Needs
+
+
 class Offer(Wire, frozen=True, tag="offer"):
     """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on. ``token``
-    names this migration: it is known to its two ends alone. ``postcopy``: memory may come after the start.
-    ``segments``: of a machine whose memory is handed over in place, by slot; no pages are sent then."""
+    names this migration: it is known to its two ends alone; ``id`` names it to people. ``postcopy``: memory may come
+    after the start. ``segments``: of a machine whose memory is handed over in place, by slot; no pages are sent
+    then."""
 
     version: int
     program: str
@@ -63,6 +85,8 @@ class Offer(Wire, frozen=True, tag="offer"):
     spec: MachineSpec
     image: bytes
     postcopy: bool
+    id: str = ""
+    needs: Needs = Needs()
     segments: dict[int, str] = {}
 
 
@@ -87,10 +111,14 @@ class Pages(Wire, frozen=True, tag="pages"):
 
 
 class RoundEnd(Wire, frozen=True, tag="round-end"):
-    """``messages`` of Pages were sent in this round."""
+    """``messages`` of Pages were sent in this round; with so many pages, of them so many that are zero, and so many
+    bytes, for the target's report."""
 
     round: int
     messages: int
+    pages: int = 0
+    zero: int = 0
+    transferred: int = 0
 
 
 class Missing(Wire, frozen=True, tag="missing"):
@@ -121,7 +149,10 @@ class Commit(Wire, frozen=True, tag="commit"):
 
 
 class Done(Wire, frozen=True, tag="done"):
-    """The source has heard that the machine runs (post-copy: that it is complete) and has ended."""
+    """The source has heard that the machine runs (post-copy: that it is complete) and has ended. ``downtime``: as the
+    source has measured it, in milliseconds."""
+
+    downtime: float = 0.0
 
 
 class Abort(Wire, frozen=True, tag="abort"):
@@ -142,9 +173,12 @@ class Received(Wire, frozen=True, tag="received"):
 
 
 class Accept(Wire, frozen=True, tag="accept"):
-    """There is memory for the machine's; its processes may still be being made. ``certificate`` (DER): what the
-    connections for pages are encrypted by (vmm/consumers/migration/tls.py); empty where there are no keys."""
+    """There is memory for the machine's; its processes may still be being made. ``no_postcopy``: why there can be none;
+    ``encodings``: those of pages that can be read; empty: all. ``certificate`` (DER): what the connections for pages
+    are encrypted by (vmm/consumers/migration/tls.py); empty where there are no keys."""
 
+    no_postcopy: str = ""
+    encodings: list[str] = []
     certificate: bytes = b""
 
 
@@ -197,6 +231,20 @@ class Refused(Wire, frozen=True, tag="refused"):
     error: str
 
 
+class Checked(Wire, frozen=True, tag="checked"):
+    """Answer to Check: all that is in the way (none: it could come), and what should be known beside; the machine's
+    name and accelerator there."""
+
+    problems: list[str]
+    notes: list[str]
+    name: str
+    accel: str
+
+
+class Busy(Wire, frozen=True, tag="busy"):
+    """Answer to an offer while another machine is being received: it may be made again later."""
+
+
 class Ended(Wire, frozen=True, tag="ended"):
     """Post-copy: the machine has run here and ended before all of its memory had come."""
 
@@ -208,9 +256,9 @@ class Unknown(Wire, frozen=True, tag="unknown"):
 
 
 OnStream = Join | Pages | Want      # on connections for pages
-Message = Offer | RoundEnd | Missing | State | Commit | Done | Abort | Ping
+Message = Check | Offer | RoundEnd | Missing | State | Commit | Done | Abort | Ping
 Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
-          | Ended | Unknown)
+          | Ended | Unknown | Busy | Checked)
 
 
 class _AnyVersion(msgspec.Struct):
@@ -239,7 +287,7 @@ def decode_message(frame: Buffer, digest: Buffer) -> Message:
     try:
         if xxhash.xxh3_64_digest(frame) == bytes(digest):
             found = _messages.decode(frame)
-            if isinstance(found, Offer | Commit) and found.version != VERSION:
+            if isinstance(found, Offer | Commit | Check) and found.version != VERSION:
                 raise msgspec.ValidationError("of another version")
             return found
         why = "it was damaged in transit"
@@ -267,7 +315,7 @@ def _look_for_version(frame: Buffer) -> None:
         other = _any_version.decode(frame)
     except UNREADABLE:
         return
-    if other.t in ("offer", "commit") and other.version != VERSION:
+    if other.t in ("offer", "commit", "check") and other.version != VERSION:
         raise OtherVersion(f"the source ({other.program[:40]}) speaks migration protocol {other.version}, but "
                            f"this program speaks {VERSION}")
 

@@ -5,6 +5,7 @@
     vm.py       the accelerator: a VM of one vCPU
     program.py  the same for a thread of a Linux program
     tables.py   page tables of its own, by which reads are not logged
+    cpuid.py    CPU features that guests are shown
     state.py    the architectural state, in and out
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from ..base import Accelerator, Available, Capabilities, ProgramAccelerator
 
-__all__ = ["CAPABILITIES", "load", "load_program", "probe"]
+__all__ = ["CAPABILITIES", "features", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="guest", kernel_ring=True, interruptible_fault=True,
                             trackings=("ring", "bitmap", "uffd", "none"), preference=2,
@@ -27,6 +28,12 @@ def probe() -> Available:
         return Available(info.reason, "accel: unicorn works without it", ring_max=0)
     return Available(found=f"{host.DEVICE} can be used", ring_max=info.max_entries,
                      ring=f"KVM_CAP_{info.ring_capability}" if info.ring_capability else "")
+
+
+def features() -> list[str]:
+    from .cpuid import shown
+
+    return shown()
 
 
 def load() -> type[Accelerator]:

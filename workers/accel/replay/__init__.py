@@ -12,7 +12,7 @@ from ipc.layout import MAX_VCPUS
 
 from ..base import Accelerator, AccelError, Available, Capabilities, ProgramAccelerator
 
-__all__ = ["CAPABILITIES", "load", "load_program", "probe"]
+__all__ = ["CAPABILITIES", "features", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="replay", kernel_ring=False, interruptible_fault=True, trackings=("ring",),
                             preference=0, space=480, base_memory=90, worker_memory=10,
@@ -21,6 +21,10 @@ CAPABILITIES = Capabilities(section="replay", kernel_ring=False, interruptible_f
 
 def probe() -> Available:
     return Available(found=f"no CPU, no guest memory: up to {MAX_VCPUS} rings; runs no guest")
+
+
+def features() -> list[str]:
+    return []
 
 
 def load() -> type[Accelerator]:

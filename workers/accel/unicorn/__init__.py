@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ..base import Accelerator, AccelError, Available, Capabilities, ProgramAccelerator
 
-__all__ = ["CAPABILITIES", "load", "load_program", "probe"]
+__all__ = ["CAPABILITIES", "features", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="guest", kernel_ring=False, interruptible_fault=False,
                             trackings=("ring", "bitmap", "uffd", "none"), preference=1,
@@ -31,6 +31,10 @@ def probe() -> Available:
         return Available(found=f"version {importlib.metadata.version('unicorn')}")
     except importlib.metadata.PackageNotFoundError:
         return Available("not installed", "pip install 'shardvmm[software]'", ring_max=0)
+
+
+def features() -> list[str]:
+    return []
 
 
 def load() -> type[Accelerator]:

@@ -12,6 +12,10 @@ def probe() -> Available:
     return Available(found="one page after the other")
 
 
+def features() -> list[str]:
+    return []
+
+
 def load() -> type[Accelerator]:
     from .cpu import Stepper
 

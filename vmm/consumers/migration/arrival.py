@@ -1,0 +1,91 @@
+"""The report of a machine that arrives, as its target has it: kept where ``vmm migrate status`` finds it, like the
+source's (vmm/consumers/migration/status.py), with the same fields."""
+
+from __future__ import annotations
+
+import time
+
+from ipc.linux.processid import identity
+
+from ...errors import one_line
+from ...machine.records import now
+from .pages import PAGE
+from .report import OVER, Report, RoundReport
+from .status import save_status
+from .wire import Done, Offer, RoundEnd
+
+__all__ = ["Arrival"]
+
+_SHOWN = 64         # characters of a name that the source gives
+
+
+class Arrival:
+    """From the offer on; before there is one, nothing is kept."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._began = self._round_began = time.monotonic()
+        #: None: no offer was taken yet.
+        self.report: Report | None = None
+
+    def begin(self, offer: Offer, name: str) -> None:
+        """The machine of this offer is there, under this name, and its memory is awaited."""
+        self._began = time.monotonic()
+        process = identity()
+        self.report = Report(one_line(offer.id, _SHOWN), name, self._address, direction="incoming",
+                             source=one_line(offer.spec.name, _SHOWN), pid=process.pid, pid_started=process.start)
+        self.report.ram.total = self.report.ram.remaining = sum(slot.size for slot in offer.spec.slots)
+
+    def taking(self) -> None:
+        """The first page may come."""
+        assert self.report is not None
+        self._round_began = time.monotonic()
+        self.report.setup_time = (self._round_began - self._began) * 1000
+        self.tell("active")
+
+    def round(self, said: RoundEnd) -> None:
+        """All of this round has come."""
+        assert self.report is not None
+        report, ram, ended = self.report, self.report.ram, time.monotonic()
+        took = max(ended - self._round_began, 1e-6)
+        self._round_began = ended
+        report.rounds.append(RoundReport(said.pages, said.zero, round(took, 4), said.transferred))
+        ram.transferred += said.transferred
+        ram.duplicate += said.zero
+        ram.normal += said.pages - said.zero
+        ram.normal_bytes = ram.normal * PAGE
+        ram.dirty_sync_count += 1
+        ram.remaining = 0       # what is dirty by now, the source alone knows
+        ram.pages_per_second, ram.mbps = round(said.pages / took), said.transferred * 8 / 1e6 / took
+        if ram.transferred:
+            report.compression_ratio = ram.normal_bytes / ram.transferred
+        self.tell(report.status)
+
+    def lack(self, pages: int) -> None:
+        """Post-copy: so many pages are missing; now and then."""
+        assert self.report is not None
+        self.report.ram.remaining = pages * PAGE
+        self.tell(self.report.status)
+
+    def complete(self, blocked: list[float]) -> None:
+        """Post-copy: no page is missing; each vCPU has waited so many milliseconds for some."""
+        assert self.report is not None
+        self.report.ram.remaining, self.report.postcopy_blocktime = 0, blocked
+        self.tell("completed")
+
+    def tell(self, status: str, error: str = "") -> None:
+        """How it is now. Nothing without an offer, or when all is over."""
+        report = self.report
+        if report is None or report.status in OVER:
+            return
+        report.status, report.error = status, error
+        report.total_time = (time.monotonic() - self._began) * 1000
+        if status in OVER:
+            report.ended_at = now()
+        save_status(report)
+
+    def heard(self, done: Done) -> None:
+        """The source's last word."""
+        if self.report is not None and self.report.status == "completed":
+            self.report.downtime = done.downtime
+            save_status(self.report)

@@ -1,0 +1,82 @@
+"""Whether a target can run a machine, asked before anything of it is sent: all that is in the way, in one list.
+
+The source says what the machine needs beside its specification (``needs``): the CPU features that its guest was shown,
+here or where it has come from. Software that has seen one uses it for good, so a processor without it would crash the
+guest later, at an instruction that it does not know."""
+
+from __future__ import annotations
+
+import msgspec
+
+from workers.accel import registry
+from workers.accel.base import AccelError
+from workers.state import STATE_VERSION
+
+from ...client.machine import Machine
+from ...errors import VmmError
+from ...machine.room import check_room
+from ...machine.runtime import is_running
+from ...machine.spec import MachineSpec
+from ...machine.trackings import check_tracking
+from .offers import Limits, encodings, no_postcopy
+from .report import Options
+from .wire import Needs
+
+__all__ = ["in_the_way", "needs", "notes", "specification"]
+
+_LISTED = 12        # features that are named; of more, how many they are
+
+
+def specification(machine: Machine) -> MachineSpec:
+    """Of the machine, with its slots as they are. Raises VmmError when it is not one that can be moved."""
+    machine.require_state()
+    if (state := machine.status()["state"]) not in ("running", "paused"):
+        raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
+    with machine.paused("migration"):   # for its specification; the state that comes with it is not used
+        return msgspec.convert(machine.state()["spec"], MachineSpec)
+
+
+def needs(spec: MachineSpec, options: Options) -> Needs:
+    """Of a machine here."""
+    shown = {*spec.shown, *registry.features(spec.accel)}
+    return Needs(spec.accel, sorted(shown), options.compression,
+                 options.postcopy or options.on_timeout == "postcopy", STATE_VERSION)
+
+
+def in_the_way(spec: MachineSpec, wanted: Needs, limits: Limits) -> list[str]:
+    """Why this host cannot take the machine with this specification (as it would be here); empty: it can, as far as
+    can be told."""
+    found = limits.exceeded(spec)
+    if is_running(spec.name):
+        found.append(f"a machine named '{spec.name}' is already running here")
+    for look in (lambda: check_room(spec), lambda: check_tracking(spec.asked_tracking, spec.accel, spec.ring_entries)):
+        try:
+            look()
+        except (VmmError, AccelError) as exc:
+            found.append(str(exc))
+    largest = registry.available(spec.accel).ring_max
+    if spec.ring_entries > largest > 0:
+        found.append(f"its dirty rings have {spec.ring_entries} entries, and at most {largest} are possible here")
+    here = registry.features(spec.accel)
+    if here and (missing := sorted({*wanted.features} - {*here})):
+        found.append(f"its guest has seen CPU features that this host does not have: {_listed(missing)}")
+    if wanted.compression not in encodings():
+        found.append(f"pages compressed with {wanted.compression} cannot be read here")
+    if wanted.postcopy and (why := no_postcopy()):
+        found.append(f"post-copy is not possible here: {why}")
+    if wanted.state_version != STATE_VERSION:
+        found.append(f"its vCPU states are of version {wanted.state_version}, and this program reads {STATE_VERSION}")
+    return found
+
+
+def notes(spec: MachineSpec, wanted: Needs) -> list[str]:
+    """What is in nobody's way, and should be known."""
+    if wanted.features and not registry.features(spec.accel):
+        return [f"accel {spec.accel} does not say which CPU features it has: a guest that uses one of "
+                f"{wanted.accel}'s may crash there"]
+    return []
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} others" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
