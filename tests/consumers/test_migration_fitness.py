@@ -101,7 +101,7 @@ def test_a_check_is_one_message(running: Machine, address: str) -> None:
 def test_from_the_command_line(running: Machine, address: str) -> None:
     receiver = Receiver(address, accel="unicorn", limits=Limits(memory=4 << 20))
     out, _ = ended(vmm("migrate", "source", address, "--check"), ExitCode.MIGRATION_FAILED)
-    assert "at most 4.00 MiB are taken here" in out
+    assert "at most 4.00 MiB are taken at the target" in out
     with PlayedSource(address) as other:
         other.offered(spec("idle", accel="unicorn", mib=3, milliseconds=0))
         _, err = ended(vmm("migrate", "source", address, "--check"), ExitCode.MIGRATION_FAILED)
@@ -139,8 +139,9 @@ def test_everything_that_is_in_the_way_is_said_at_once_and_before_anything_is_ma
         problems = one.hear(wire.Checked).problems
         one.offer(huge, needs=wanted)
         said = one.hear(wire.Refused).error
-    for why in ("2 vCPUs, and at most 1", "'target' is already running", "memory: ", "post-copy is not possible here",
-                "does not have: time-travel, warp-drive", f"are of version {STATE_VERSION + 1}"):
+    for why in ("2 vCPUs, and at most 1", "'target' is already running", "memory: ",
+                "post-copy is not possible at the target", "does not have: time-travel, warp-drive",
+                f"are of version {STATE_VERSION + 1}"):
         assert len([each for each in problems if why in each]) == 1, why
         assert why in said
     assert len(problems) == 6
@@ -157,7 +158,7 @@ def test_a_machine_that_no_configuration_could_make_is_in_its_own_way(address: s
         for bad in (replace(WALK, vcpus=0), replace(WALK, shown=["\x1b[2J"]), replace(WALK, shown=["x"] * 5000)):
             one.say(wire.Check(wire.VERSION, "0", bad, needs()))
             answer = one.hear(wire.Checked)
-            assert "not a valid machine here" in answer.problems[0]
+            assert "not a valid machine at the target" in answer.problems[0]
             assert answer.problems[0].isprintable()
         one.offer(WALK, needs=needs(features=["\x1b[2J"]))
         assert "CPU features" in one.hear(wire.Refused).error
@@ -203,7 +204,7 @@ def test_what_a_guest_was_shown_elsewhere_goes_with_it(address: str) -> None:
             with pytest.raises(MigrationError, match=f"does not have: {UNHEARD}$"):
                 migrate.migrate(moved, there)
             assert migrate.check(moved, there).problems == [
-                f"its guest has seen CPU features that this host does not have: {UNHEARD}"]
+                f"its guest has seen CPU features that the target does not have: {UNHEARD}"]
             goes_on(moved)
             other.join(TIMEOUT)
             assert isinstance(other.error, VmmError)

@@ -141,7 +141,7 @@ def test_post_copy_that_cannot_be_is_refused_before_anything_is_made(address: st
     receiver = Receiver(address, accel="unicorn", timeout=TIMEOUT)
     with PlayedSource(address) as one:
         one.offer(IDLE, postcopy=True)
-        assert "post-copy is not possible here: userfaultfd" in one.hear(wire.Refused).error
+        assert "post-copy is not possible at the target: userfaultfd" in one.hear(wire.Refused).error
         assert nothing_left("target")
     with PlayedSource(address) as other:
         other.offered(IDLE)

@@ -133,7 +133,7 @@ def _progress_text(report: dict[str, Any]) -> str:
     rounds = ram["dirty_sync_count"]
     text = (f"{report['status']}: round {rounds}, {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
             f"{ram['mbps'] / 8:,.1f} MB/s")
-    if rounds:
+    if rounds and report["direction"] == "outgoing":
         text += f", dirty rate {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
         if report["expected_downtime"] is not None:
             text += f", expected downtime {report['expected_downtime']:,.0f} ms"

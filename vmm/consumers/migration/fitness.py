@@ -48,7 +48,7 @@ def in_the_way(spec: MachineSpec, wanted: Needs, limits: Limits) -> list[str]:
     can be told."""
     found = limits.exceeded(spec)
     if is_running(spec.name):
-        found.append(f"a machine named '{spec.name}' is already running here")
+        found.append(f"a machine named '{spec.name}' is already running at the target")
     for look in (lambda: check_room(spec), lambda: check_tracking(spec.asked_tracking, spec.accel, spec.ring_entries)):
         try:
             look()
@@ -56,16 +56,17 @@ def in_the_way(spec: MachineSpec, wanted: Needs, limits: Limits) -> list[str]:
             found.append(str(exc))
     largest = registry.available(spec.accel).ring_max
     if spec.ring_entries > largest > 0:
-        found.append(f"its dirty rings have {spec.ring_entries} entries, and at most {largest} are possible here")
+        found.append(f"its dirty rings have {spec.ring_entries} entries, and at most {largest} are possible at the "
+                     "target")
     here = registry.features(spec.accel)
     if here and (missing := sorted({*wanted.features} - {*here})):
-        found.append(f"its guest has seen CPU features that this host does not have: {_listed(missing)}")
+        found.append(f"its guest has seen CPU features that the target does not have: {_listed(missing)}")
     if wanted.compression not in encodings():
-        found.append(f"pages compressed with {wanted.compression} cannot be read here")
+        found.append(f"pages compressed with {wanted.compression} cannot be read at the target")
     if wanted.postcopy and (why := no_postcopy()):
-        found.append(f"post-copy is not possible here: {why}")
+        found.append(f"post-copy is not possible at the target: {why}")
     if wanted.state_version != STATE_VERSION:
-        found.append(f"its vCPU states are of version {wanted.state_version}, and this program reads {STATE_VERSION}")
+        found.append(f"its vCPU states are of version {wanted.state_version}, and the target reads {STATE_VERSION}")
     return found
 
 

@@ -35,9 +35,9 @@ class Limits(NamedTuple):
         found = []
         if self.memory and memory > self.memory:
             found.append(f"it has {memory / _MIB:,.2f} MiB of memory, and at most {self.memory / _MIB:,.2f} MiB are "
-                         "taken here")
+                         "taken at the target")
         if self.vcpus and spec.vcpus > self.vcpus:
-            found.append(f"it has {spec.vcpus} vCPUs, and at most {self.vcpus} are taken here")
+            found.append(f"it has {spec.vcpus} vCPUs, and at most {self.vcpus} are taken at the target")
         return found
 
 

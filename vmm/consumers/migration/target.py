@@ -318,7 +318,7 @@ class _Target:
             raise _NotWanted(str(exc)) from None
         wanted = msgspec.structs.replace(offer.needs, postcopy=offer.needs.postcopy or offer.postcopy)
         if found := in_the_way(spec, wanted, self._limits):
-            raise _NotWanted(f"machine '{one_line(offer.spec.name)}' cannot run here: {'; '.join(found)}")
+            raise _NotWanted(f"machine '{one_line(offer.spec.name)}' cannot be taken: {'; '.join(found)}")
         self._peers.token = offer.token
         self._arrivals.expect(offer.token)
         self._peers.say(Received())
@@ -355,7 +355,7 @@ class _Target:
             spec = arriving(check.spec, name=name, accel=self._accel, image="/image", linger=not self._detach,
                             trees=self._trees)
         except (VmmError, AccelError) as exc:
-            return Checked([f"it is not a valid machine here: {exc}"], [], one_line(name), self._accel)
+            return Checked([f"it is not a valid machine at the target: {exc}"], [], one_line(name), self._accel)
         return Checked(in_the_way(spec, check.needs, self._limits), notes(spec, check.needs), spec.name, spec.accel)
 
     # --- memory and state -----------------------------------------------------------------------------------------
