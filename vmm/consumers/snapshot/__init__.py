@@ -4,7 +4,7 @@ A chain lives in one directory, a snapshot in a directory of its own below: ``00
 
     manifest.json   format, parent, machine, slots with their checksums, vCPU states (docs/snapshots.md)
     manifest.sum    BLAKE2b-256 of manifest.json
-    slot<id>.map, slot<id>.mem (or .zst)    vmm/consumers/snapshot/pagefile.py
+    slot<id>.map, slot<id>.mem (or .zst)    vmm/consumers/snapshot/pagefile.py, pagemap.py
     system.map, system.mem                  the system slot, whole
     image           the guest image, for a host that does not have it
 
@@ -13,6 +13,8 @@ Whatever else is in the directory is not this program's: it is neither read nor 
     folder      names and files that are a snapshot's, the lock, removal
     manifest    the manifest: what it says, and what of that is believed
     chain       which snapshots there are, what one is built on, verification
+    layers      what a chain holds of one slot
+    pagefile, pagemap, threads  page files, written and read by several threads
     take, restore, merge    what is done with them
 """
 

@@ -29,7 +29,7 @@ __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "Snapshot
            "load_manifest", "write_manifest"]
 
 FORMAT = "shardvmm-snapshot"
-VERSION = 1
+VERSION = 2
 _MANIFEST_MAX = 64 << 20    # bytes; 256 vCPU states of about 20 KiB are 5 MiB
 _SYSTEM_MAX = 1 << 30       # bytes of the system slot
 

@@ -10,7 +10,7 @@ import msgspec
 from ipc.linux.files import exchange
 from ipc.steps import step
 
-from .chain import Progress, chain, layers, list_snapshots
+from .chain import chain, list_snapshots, open_slot
 from .folder import (
     SnapshotError,
     clear_leftovers,
@@ -24,7 +24,8 @@ from .folder import (
     sync_file,
 )
 from .manifest import Manifest, SlotFile, load_manifest, write_manifest
-from .pagefile import PAGE, PageWriter, compress, iter_pages
+from .pagefile import PAGE, PageWriter, compress
+from .threads import Progress, behind
 
 __all__ = ["delete", "merge"]
 
@@ -48,17 +49,15 @@ def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
         return newest
     aside = new_aside(directory, newest.id)
     try:
-        total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
+        total = sum(slot.size // PAGE for slot in newest.slots)     # there may be fewer, when it was not logged
         done = 0
         files = []
         for slot in newest.slots:
-            with PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer:
-                for folder, each in layers(directory, manifests, slot):
-                    for first, data in iter_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum):
-                        writer.put(first, data)     # over what an older one had
-                        done += len(data) // PAGE
-                        progress(done, total)
+            with (PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer,
+                  open_slot(directory, manifests, slot) as pages):
+                pages.merge_into(writer, behind(progress, done, total))
                 files.append(_merged(slot, writer.finish()))
+            done += slot.size // PAGE
             if newest.compression == "zstd":
                 compress(aside, f"slot{slot.id}")
         for part in ("system.map", "system.mem", "image"):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
+
+from ipc.shm import data_extents, open_fd
 
 from ...client.machine import Machine
 from ...machine.rules import NO_TREES, Trees, arriving
-from .chain import Progress, chain, fill, layers
+from .chain import chain, open_slot
 from .folder import SnapshotError
+from .layers import SlotPages
 from .manifest import Manifest, file_checksum
 from .pagefile import PAGE, read_pages
+from .threads import Progress, behind
 
 __all__ = ["restore"]
 
@@ -33,14 +39,9 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
     machine = Machine.launch(spec, detach=detach, start=False)
     try:
         with machine.lease("incoming", f"from {folder}"):     # half restored, no other may start or write it
-            total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
-            done = 0
-            for slot in newest.slots:
-                memory = machine.ram(slot.id, writable=True)
-                memory[:] = 0       # the loader has put the image there
-                for count in fill(directory, manifests, slot, memory):
-                    done += count
-                    progress(done, total)
+            with contextlib.ExitStack() as stack:
+                slots = {slot.id: stack.enter_context(open_slot(directory, manifests, slot)) for slot in newest.slots}
+                _fill(machine, slots, progress)
             if newest.spec.keeps_system:
                 _restore_system(machine, folder, newest)
             machine.set_state(newest.vcpus)
@@ -51,6 +52,23 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
         machine.close()
         raise
     return machine
+
+
+def _fill(machine: Machine, slots: dict[int, SlotPages], progress: Progress) -> None:
+    """The memory of a machine that was reserved. Raises VmmError."""
+    total, before = sum(pages.pages for pages in slots.values()), 0
+    for slot, pages in slots.items():
+        fd = open_fd(machine.ram_segment(slot))
+        try:
+            memory = machine.ram(slot, writable=True)
+            for start, end in data_extents(fd, len(memory)):        # what the loader has put there
+                memory[start:end] = 0
+            pages.copy_to([fd], behind(progress, before, total))
+        except OSError as exc:
+            raise SnapshotError(f"slot {slot} of machine '{machine.name}': cannot be filled: {exc.strerror}") from None
+        finally:
+            os.close(fd)
+        before += pages.pages
 
 
 def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:

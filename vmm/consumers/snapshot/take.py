@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ipc.shm import open_fd
 from ipc.steps import step
 
 from ...client.machine import Machine
 from ...errors import VmmError
 from ...machine.spec import MachineSpec
-from .chain import Progress, survey
+from .chain import survey
 from .folder import SnapshotError, clear_leftovers, discard, locked, new_aside, next_id, sync_directory, sync_file
 from .manifest import FORMAT, VERSION, Compression, Manifest, SlotFile, file_checksum, write_manifest
 from .pagefile import PAGE, PageWriter, compress
+from .pagemap import Words, all_pages
+from .threads import Progress, behind
 
 __all__ = ["create"]
 
@@ -159,19 +163,23 @@ class _Taking:
         todo = []
         for slot in self._slots():
             writer, fresh = self._writer(slot)
-            dirty = np.flatnonzero(self._machine.bitmap(slot["id"], self._client).bools())
+            dirty = self._machine.bitmap(slot["id"], self._client).words & all_pages(slot["pages"])
             if fresh and (self._whole or not slot["logged"]):
-                dirty = np.arange(slot["pages"])    # it is unknown what changed in a slot that is not logged
+                dirty = all_pages(slot["pages"])    # it is unknown what changed in a slot that is not logged
             todo.append((slot, writer, dirty))
-            total += len(dirty)
+            total += int(np.bitwise_count(dirty).sum())
+        before, self._done = self._done, self._done + total
         for slot, writer, dirty in todo:
-            memory = self._machine.ram(slot["id"])
-            for at in range(0, len(dirty), 16384):
-                part = dirty[at:at + 16384]
-                writer.write(memory, part)
-                self._done += len(part)
-                self._progress(self._done, self._done + total - at - len(part))
+            self._copy(slot, writer, dirty, behind(self._progress, before, self._done))
+            before += int(np.bitwise_count(dirty).sum())
         return total
+
+    def _copy(self, slot: dict[str, Any], writer: PageWriter, words: Words, done: Callable[[int], None]) -> None:
+        fd = open_fd(self._machine.ram_segment(slot["id"]))
+        try:
+            writer.copy(fd, words, done)
+        finally:
+            os.close(fd)
 
     def finish_memory(self) -> None:
         """The guest stands still: the rest. Slots that are not logged are written again."""
@@ -179,7 +187,7 @@ class _Taking:
             if not slot["logged"]:
                 writer, fresh = self._writer(slot)
                 if not fresh:
-                    writer.write(self._machine.ram(slot["id"]), np.arange(slot["pages"]))
+                    self._copy(slot, writer, all_pages(slot["pages"]), lambda count: None)
         self._round()
 
     def take_state(self) -> None:
