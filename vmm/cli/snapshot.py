@@ -156,14 +156,18 @@ def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
 @click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
               help="Accelerator to use.")
 @click.option("--detach", is_flag=True, help="Leave the machine running in the background.")
+@click.option("--lazy", is_flag=True, help="Let the guest run at once, and read its memory meanwhile.")
 @trees_options
 @json_option
-def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool, trees: Trees,
-            as_json: bool) -> int:
-    """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends."""
+def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool, lazy: bool,
+            trees: Trees, as_json: bool) -> int:
+    """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends.
+
+    With --lazy and --detach this command ends when all of the memory is there. DIRECTORY must stay until then.
+    """
     from ..consumers import snapshot as snapshots
 
     with _bar("loading") as progress:
         machine = snapshots.restore(directory, snapshot_id, machine_name=name, accel=accel, detach=detach,
-                                    start=detach, trees=trees, progress=progress)
+                                    start=detach, trees=trees, lazy=lazy, progress=progress)
     return run_arrived(machine, detach, as_json)

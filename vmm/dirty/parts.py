@@ -49,10 +49,11 @@ class Parts:
     def control(self) -> MachineControl:
         return machine_control(self.control_segment.address)
 
-    def new_slot(self, slot: RamSlot, *, create: bool) -> MemorySlot:
+    def new_slot(self, slot: RamSlot, *, create: bool, holes: bool = False) -> MemorySlot:
+        """``holes``: its memory is not reserved."""
         replay = not self.spec.can.guests
         logs = self.spec.vcpus if (self.spec.verify is not None if replay else self.mode.logs) else 0
-        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay,
+        return MemorySlot(self.spec.name, slot, vcpu_logs=logs, create=create, replay=replay, holes=holes,
                           reapers=self.spec.reaper.reapers)
 
     @property

@@ -43,17 +43,17 @@ class MemorySlot:
     consumers' bitmaps are folded from.
 
     ``replay``: the memory is never touched, and its segment sparse; ``vcpu_logs`` are records (with a summary,
-    sparse too) of the pages that each vCPU wrote."""
+    sparse too) of the pages that each vCPU wrote. ``holes``: who fills in the memory has it accounted for."""
 
     def __init__(self, machine: str, spec: RamSlot, *, vcpu_logs: int, create: bool, replay: bool = False,
-                 reapers: int = 1) -> None:
+                 reapers: int = 1, holes: bool = False) -> None:
         self.machine = machine
         self.spec = spec
         self.pages = spec.pages
         self.logged = spec.log
         self._open: list[Segment] = []
         try:
-            self.ram = self._segment("ram", spec.size, create, reserve=not replay)
+            self.ram = self._segment("ram", spec.size, create, reserve=not (replay or holes))
             # Not all slots' bitmaps at the start of a page: a harvest that goes from slot to slot would need the
             # same few lines of the processor's cache for all of them.
             start = spec.id % _CACHE_SETS * _CACHE_LINE

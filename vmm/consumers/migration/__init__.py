@@ -7,7 +7,7 @@ Down the way of a page, and of the hand-over::
       precopy.py           the rounds                                       peers.py      who is listened to
       converge.py          when to stop (no I/O)                            offers.py     what is taken
       handover.py          what outlives the source's process               memory.py     the memory, filled in
-      channels.py          threads that pack and send pages                 postcopy.py   holes, filled in later
+      channels.py          threads that pack and send pages                 ../missing.py holes, filled in later
       postcopy_source.py   what is asked for after the hand-over
       talk.py, progress.py the control connection; what is counted
                   \\                                                        /

@@ -6,7 +6,7 @@ Once everything is in its place only the source knows who is to run the machine;
 Commit is awaited for a while from any peer that knows the token of the migration. After Commit the machine is the
 target's, and Commit is answered until the source says that it has heard (Done).
 
-With post-copy (vmm/consumers/migration/postcopy.py) pages come after the start.
+With post-copy (vmm/consumers/missing.py) pages come after the start.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ...machine.names import check_machine_name
 from ...machine.rules import NO_TREES, Trees
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
+from ..missing import MissingPages, Wanted
 from . import wire
 from .addresses import parse_address
 from .keys import load_keys
@@ -40,7 +41,6 @@ from .memory import SlotMemory
 from .offers import check_settings, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
-from .postcopy import MissingPages, Wanted
 from .sockets import listen
 from .wire import (
     Abort,

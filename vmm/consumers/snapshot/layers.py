@@ -33,6 +33,7 @@ class SlotPages:
 
     def __init__(self, files: list[tuple[Path, str, str]], total: int) -> None:
         """Raises PageFileError."""
+        self.total = total
         self._open = contextlib.ExitStack()
         self._files: list[PageFile] = []
         self._have: list[NDArray[np.uint64]] = []       # of each file, the pages that no newer one has
@@ -57,8 +58,21 @@ class SlotPages:
 
     def blocks(self) -> list[Block]:
         """What has to be read to have every page once, the newest file first."""
-        return [Block(index, number) for index, (file, have) in enumerate(zip(self._files, self._have, strict=True))
-                for number in np.flatnonzero(have & file.map.filled).tolist()]
+        return [Block(file, number) for file in range(self.files) for number in self.numbers(file).tolist()]
+
+    @property
+    def files(self) -> int:
+        """How many there are; 0 is the newest."""
+        return len(self._files)
+
+    def numbers(self, file: int) -> NDArray[np.int64]:
+        """The blocks to be read of this file, ascending."""
+        return np.flatnonzero(self._have[file] & self._files[file].map.filled)
+
+    def find(self, page: int) -> Block | None:
+        """The block that this page is read with; None: it is zero."""
+        number, bit = divmod(page, BLOCK_PAGES)
+        return next((block for file in range(self.files) if self.mask(block := Block(file, number)) >> bit & 1), None)
 
     def mask(self, block: Block) -> int:
         """The pages that ``read`` gives of it, a bit each."""

@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 
 from ipc.shm import data_extents, open_fd
+from ipc.userfault import post_copy_missing
 
 from ...client.machine import Machine
+from ...errors import VmmError
 from ...machine.rules import NO_TREES, Trees, arriving
 from .chain import chain, open_slot
 from .folder import SnapshotError
 from .layers import SlotPages
+from .lazy import Arriving
 from .manifest import Manifest, file_checksum
 from .pagefile import PAGE, read_pages
 from .threads import Progress, behind
@@ -21,13 +24,17 @@ __all__ = ["restore"]
 
 
 def restore(directory: Path, name: str | None = None, *, machine_name: str | None = None, accel: str = "auto",
-            detach: bool = False, start: bool = True, trees: Trees = NO_TREES,
+            detach: bool = False, start: bool = True, trees: Trees = NO_TREES, lazy: bool = False,
             progress: Progress = lambda done, total: None) -> Machine:
     """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
-    ``start=False`` it is left before its first instruction. ``trees``: files that its program has. Raises VmmError,
-    with nothing left behind."""
+    ``start=False`` it is left before its first instruction. ``trees``: files that its program has. ``lazy``: it
+    is returned at once, and its memory is read while it runs, by threads of this process, which must live as long
+    (``status()["incoming"]``); with ``detach`` when all of it is there. Should that fail, the machine ends, and its
+    report says why. Raises VmmError, with nothing left behind."""
     from ...client.accelerators import choose_accelerator
 
+    if lazy and (lacking := post_copy_missing()):
+        raise VmmError(f"a lazy restore is not possible here: {lacking}; restore without --lazy")
     manifests = chain(directory, name)
     newest = manifests[-1]
     folder = directory / newest.id
@@ -35,23 +42,41 @@ def restore(directory: Path, name: str | None = None, *, machine_name: str | Non
         raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
     spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str((folder / "image").resolve()),
                     accel=choose_accelerator(accel, programs=newest.spec.program is not None),
-                    linger=not detach, trees=trees)
-    machine = Machine.launch(spec, detach=detach, start=False)
-    try:
-        with machine.lease("incoming", f"from {folder}"):     # half restored, no other may start or write it
-            with contextlib.ExitStack() as stack:
-                slots = {slot.id: stack.enter_context(open_slot(directory, manifests, slot)) for slot in newest.slots}
+                    linger=not detach, trees=trees, lazy=lazy)
+    with contextlib.ExitStack() as stack:
+        slots = {slot.id: stack.enter_context(open_slot(directory, manifests, slot)) for slot in newest.slots}
+        machine = Machine.launch(spec, detach=detach, start=False)
+        coming: Arriving | None = None
+        try:
+            lease = machine.lease("incoming", f"from {folder}")     # half restored, no other may start or write it
+            if lazy:
+                coming = Arriving(machine, lease, slots, progress if detach else _nobody)
+                stack.pop_all()
+            else:
                 _fill(machine, slots, progress)
             if newest.spec.keeps_system:
                 _restore_system(machine, folder, newest)
             machine.set_state(newest.vcpus)
             if start:
                 machine.start()
-    except BaseException:
-        machine.stop()
-        machine.close()
-        raise
+            if coming is None:
+                lease.close()
+            else:
+                coming.start()
+                if detach:
+                    coming.wait()
+        except BaseException:
+            with contextlib.suppress(VmmError):     # it may have gone already
+                machine.stop()
+            machine.close()
+            if coming is not None:
+                coming.give_up()
+            raise
     return machine
+
+
+def _nobody(done: int, total: int) -> None:
+    """Is told how far it is."""
 
 
 def _fill(machine: Machine, slots: dict[int, SlotPages], progress: Progress) -> None:
