@@ -28,6 +28,7 @@ from machines import replace, spec
 from ipc.steps import STEPS
 from vmm.consumers import snapshot
 from vmm.consumers.snapshot import Damaged, Manifest, SnapshotError
+from vmm.consumers.snapshot.aside import Aside
 from vmm.consumers.snapshot.folder import next_id
 from vmm.consumers.snapshot.manifest import FORMAT, VERSION, SlotFile, file_checksum, write_manifest
 from vmm.consumers.snapshot.pagefile import (
@@ -393,6 +394,32 @@ def test_pages_of_a_segment_are_as_they_were_when_they_were_copied(rounds: Any) 
                  for i, value in enumerate(data[::PAGE])}
     assert found == model
     assert (done["pages"], done["zero_pages"]) == (len(model), sum(value == 0 for value in model.values()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rounds=st.lists(st.dictionaries(st.integers(0, 149), st.integers(0, 3), max_size=60), min_size=1, max_size=4),
+       room=st.integers(0, 100))
+def test_what_is_set_aside_is_written_as_it_was_then(tmp_path_factory: pytest.TempPathFactory, room: int,
+                                                     rounds: list[dict[int, int]]) -> None:
+    """Later copies of a page come after earlier ones; some find room that was mapped before, others do not."""
+    folder, total = tmp_path_factory.mktemp("a"), 150
+    memory, aside, model, told = np.zeros(total * PAGE, np.uint8), Aside(room), {}, []
+    with PageWriter(folder, "f", total) as writer:
+        for writes in rounds:
+            words = np.zeros(3, np.uint64)
+            for page, value in writes.items():
+                memory[page * PAGE:(page + 1) * PAGE] = value
+                words[page // 64] |= np.uint64(1 << page % 64)
+            aside.copy(writer, memory, words)
+            model |= writes
+        memory[:] = 77
+        assert aside.pages == sum(map(len, rounds))
+        aside.write(lambda done, total: told.append((done, total)), 5, 5 + aside.pages)
+        done = writer.finish()
+    assert {first + i: int(value) for first, data in iter_pages(folder, "f", total, str(done["checksum"]))
+            for i, value in enumerate(data[::PAGE])} == model
+    assert not model or told[-1] == (5 + sum(map(len, rounds)), 5 + sum(map(len, rounds)))
+    assert aside.pages == 0
 
 
 def test_what_is_written_while_it_is_copied_does_not_harm_the_file(tmp_path: Path) -> None:

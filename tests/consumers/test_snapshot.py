@@ -239,6 +239,42 @@ def test_what_the_host_writes_while_a_snapshot_is_taken_is_in_it_or_in_the_next(
     assert memory_of(directory) == endless.ram(0).tobytes()
 
 
+def test_a_live_snapshot_writes_no_page_while_the_guest_stands_still(endless: Machine, tmp_path: Path) -> None:
+    """What is copied last goes to memory first."""
+    states = []
+    with Machine.attach(endless.name) as other:
+        for incremental in (False, True):
+            snapshot.create(endless, tmp_path / "s", live=True, incremental=incremental,
+                            progress=lambda done, total: states.append(other.status()["state"]))
+    assert set(states) == {"running"}
+    endless.pause()
+    snapshot.create(endless, tmp_path / "s", incremental=True)
+    assert memory_of(tmp_path / "s") == endless.ram(0).tobytes()
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_one_that_is_interrupted_leaves_nothing(endless: Machine, tmp_path: Path, live: bool, at: int) -> None:
+    """Ctrl-C, when it has told how far it is for the n-th time, if it does so as often."""
+    directory = tmp_path / "s"
+    snapshot.create(endless, directory)
+    told = iter(range(100))
+
+    def interrupt(done: int, total: int) -> None:
+        if next(told) == at:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        snapshot.create(endless, directory, live=live, progress=interrupt)
+        assert next(told) <= at
+    assert [n for n in os.listdir(directory) if n.startswith(".")] == []
+    assert endless.status()["state"] == "running"
+    assert len([c for c in endless.status()["clients"] if c.startswith("snap")]) == 1
+    endless.pause()
+    snapshot.create(endless, directory, incremental=True)
+    assert memory_of(directory) == endless.ram(0).tobytes()
+
+
 @pytest.mark.parametrize(("at", "how"), [*((at, "kill") for at in STEPS["snapshot create"]),
                                          *((at, "fail") for at in STEPS["snapshot create"][:-1])])
 def test_a_snapshot_that_ends_at_any_step_has_lost_nothing(endless: Machine, tmp_path: Path, at: str,

@@ -49,6 +49,7 @@ __all__ = ["PAGE", "PageFile", "PageFileError", "PageWriter", "Scratch", "compre
 _LEVEL = 1              # zstd's fastest ordinary level: the disk is rarely faster
 _WINDOW_MAX = 1 << 23   # bytes that a zstd frame may ask its reader to keep; our own ask for less
 _FRAME_MAX = BLOCK_PAGES * PAGE + (1 << 14)     # bytes: what cannot be compressed is a little longer
+_RUNS = 8               # of pages in a block that are more work than the whole block
 _INDEX = struct.Struct("<II")       # zstd's number of a skippable frame, bytes that follow
 _SKIPPABLE = 0x184D2A50
 
@@ -87,13 +88,21 @@ class PageWriter:
     def write(self, memory: Data, pages: Pages) -> None:
         """Put these pages of the slot's memory (uint8, [pages * 4096]) into the file; ``pages`` ascend. Raises
         OSError."""
-        view = memory.reshape(-1, PAGE)
-        blocks = pages // BLOCK_PAGES
-        for part in np.split(pages, np.flatnonzero(np.diff(blocks)) + 1):
-            if len(part):
-                block = int(part[0]) // BLOCK_PAGES
-                mask = sum(1 << page for page in (part % BLOCK_PAGES).tolist())
-                self._put(block, mask, view[part])
+        self.put_pages(pages, memory.reshape(-1, PAGE)[pages])
+
+    def put_pages(self, pages: Pages, data: Data, done: Callable[[int], None] = lambda pages: None) -> None:
+        """Put these pages into the file: ``data`` [n, 4096]; ``pages`` ascend. ``done`` is told how many there
+        are so far. Raises OSError."""
+        starts = [0, *(np.flatnonzero(np.diff(pages // BLOCK_PAGES)) + 1).tolist(), len(pages)]
+
+        def one(at: int, scratch: None) -> int:
+            part = slice(starts[at], starts[at + 1])
+            mask = sum(1 << page for page in (pages[part] % BLOCK_PAGES).tolist())
+            self._put(int(pages[part][0]) // BLOCK_PAGES, mask, data[part])
+            return len(pages[part])
+
+        if len(pages):
+            in_threads(range(len(starts) - 1), lambda: None, one, done)
 
     def put(self, first: int, data: Data) -> None:
         """Put pages ``first``, ``first + 1``, … into the file, uint8 [pages * 4096]. Raises OSError."""
@@ -114,12 +123,11 @@ class PageWriter:
         self._map.present[unread] |= words[unread]
 
         def one(block: int, scratch: Data) -> int:
-            mask, at = int(words[block]), 0
-            for first, count in bit_runs(mask):
-                _read_all(fd, scratch[at:at + count], (block * BLOCK_PAGES + first) * PAGE)
-                at += count
-            self._put(block, mask, scratch[:at])
-            return at
+            mask = int(words[block])
+            if (mask & ~(mask << 1)).bit_count() >= _RUNS:
+                mask |= int(self._map.present[block])       # as they are now: it is less work than each by itself
+            self._put(block, mask, _read_block(fd, block, mask, scratch))
+            return int(words[block]).bit_count()
 
         before = int(np.bitwise_count(words[unread]).sum())
         in_threads(np.flatnonzero(words * ~unread).tolist(), lambda: np.empty((BLOCK_PAGES, PAGE), np.uint8), one,
@@ -200,7 +208,7 @@ def _read_all(fd: int, data: Data, at: int) -> None:
 
 
 def _read_block(fd: int, block: int, filled: int, scratch: Data) -> Data:
-    """The pages of a ``.mem`` that are not zero. Raises OSError."""
+    """The pages ``filled`` of a block, of a segment or a ``.mem``. Raises OSError."""
     at = 0
     for first, count in bit_runs(filled):
         _read_all(fd, scratch[at:at + count], (block * BLOCK_PAGES + first) * PAGE)

@@ -31,6 +31,7 @@ from ipc.steps import step
 from ...client.machine import Machine
 from ...errors import VmmError
 from ...machine.spec import MachineSpec
+from .aside import Aside
 from .chain import survey
 from .folder import SnapshotError, clear_leftovers, discard, locked, new_aside, next_id, sync_directory, sync_file
 from .manifest import FORMAT, VERSION, Compression, Manifest, SlotFile, file_checksum, write_manifest
@@ -76,11 +77,13 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
             stack.callback(taking.close)
             if live:
                 taking.copy_while_it_runs()
+                taking.set_aside_while_it_runs()
             with machine.paused("snapshot"):
                 machine.register(epoch)     # before the last pages are looked for: nothing falls between the two
                 step("snapshot-epoch")
                 taking.finish_memory()
                 taking.take_state()
+            taking.write_what_was_set_aside()
             manifest = taking.manifest(name, parent, live, compression, epoch)
             write_manifest(aside, manifest)
             step("snapshot-written")
@@ -129,12 +132,14 @@ class _Taking:
 
     def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, progress: Progress) -> None:
         self._machine = machine
-        self._aside = aside
+        self._folder = aside
         self._client = client
         self._whole = whole
         self._progress = progress
         self._writers: dict[tuple[int, int], PageWriter] = {}
         self._done = 0
+        self._last = 0      # pages of the last round
+        self._aside: Aside | None = None
 
     def _slots(self) -> list[dict[str, Any]]:
         return list(self._machine.status()["slots"])
@@ -144,7 +149,7 @@ class _Taking:
         key = (slot["id"], slot["born"])
         fresh = key not in self._writers
         if fresh:
-            self._writers[key] = PageWriter(self._aside, f"slot{slot['id']}", slot["pages"])
+            self._writers[key] = PageWriter(self._folder, f"slot{slot['id']}", slot["pages"])
         return self._writers[key], fresh
 
     def copy_while_it_runs(self) -> None:
@@ -156,9 +161,28 @@ class _Taking:
                 return
             before = pages
 
-    def _round(self) -> int:
-        """Write what is new since the last round; pages."""
-        self._machine.sync(self._client)
+    def set_aside_while_it_runs(self) -> None:
+        """As above, but into memory: what is left for the pause is little then, whatever the size of the machine and
+        the speed of the disk."""
+        self._aside = Aside(self._last + self._last // 4)
+        for slot in self._slots():
+            self._aside.map(self._machine.ram(slot["id"]))
+        before = None
+        for _ in range(_LIVE_ROUNDS):
+            pages = self._round()
+            if pages <= _LIVE_ENOUGH or (before is not None and pages > before // 2):
+                return
+            before = pages
+
+    def write_what_was_set_aside(self) -> None:
+        """Into the files; the guest runs again."""
+        if self._aside is not None:
+            before, self._done = self._done, self._done + self._aside.pages
+            self._aside.write(self._progress, before, self._done)
+
+    def _dirty(self) -> tuple[int, list[tuple[dict[str, Any], PageWriter, Words]]]:
+        """What is new since the last round; how many pages."""
+        self._machine.collect(self._client)
         total = 0
         todo = []
         for slot in self._slots():
@@ -168,6 +192,17 @@ class _Taking:
                 dirty = all_pages(slot["pages"])    # it is unknown what changed in a slot that is not logged
             todo.append((slot, writer, dirty))
             total += int(np.bitwise_count(dirty).sum())
+        return total, todo
+
+    def _round(self) -> int:
+        """Write what is new since the last round, or set it aside if there is room for it; pages."""
+        total, todo = self._dirty()
+        self._last = total
+        if self._aside is not None and self._aside.has_room(total):
+            for slot, writer, dirty in todo:
+                self._aside.copy(writer, self._machine.ram(slot["id"]), dirty)
+            return total
+        self.write_what_was_set_aside()     # it is older
         before, self._done = self._done, self._done + total
         for slot, writer, dirty in todo:
             self._copy(slot, writer, dirty, behind(self._progress, before, self._done))
@@ -194,11 +229,7 @@ class _Taking:
         """And the system slot."""
         state = self._machine.state()
         self._spec, self._vcpus = msgspec.convert(state["spec"], MachineSpec), state["vcpus"]
-        system = self._machine.system()
-        self._system = PageWriter(self._aside, "system", len(system) // PAGE)
-        if self._spec.keeps_system:
-            self._system.write(system, np.arange(len(system) // PAGE))
-        self._system_size = len(system)
+        self._system = self._machine.system().copy()
 
     def manifest(self, name: str, parent: Manifest | None, live: bool, compression: Compression,
                  epoch: str) -> Manifest:
@@ -207,25 +238,26 @@ class _Taking:
             finished = self._writers[slot.id, slot.born].finish()
             files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, finished))
             if compression == "zstd":
-                compress(self._aside, f"slot{slot.id}")
-        system = _slot_file(0, 0, self._system_size, False, 0, self._system.finish())
+                compress(self._folder, f"slot{slot.id}")
+        with PageWriter(self._folder, "system", len(self._system) // PAGE) as writer:
+            if spec.keeps_system:
+                writer.put(0, self._system)
+            system = _slot_file(0, 0, len(self._system), False, 0, writer.finish())
         if spec.image:
-            shutil.copyfile(spec.image, self._aside / "image")
+            shutil.copyfile(spec.image, self._folder / "image")
         else:
-            (self._aside / "image").touch()
-        sync_file(self._aside / "image")
+            (self._folder / "image").touch()
+        sync_file(self._folder / "image")
         return Manifest(
             format=FORMAT, version=VERSION, id=name, parent=parent.id if parent else None,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             program=metadata.version("shardvmm"), accelerator=spec.accel, live=live, compression=compression,
-            epoch=epoch, image_checksum=file_checksum(self._aside / "image"), spec=spec, slots=files, system=system,
+            epoch=epoch, image_checksum=file_checksum(self._folder / "image"), spec=spec, slots=files, system=system,
             vcpus=self._vcpus)
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
-        if hasattr(self, "_system"):
-            self._system.close()
 
 
 def _slot_file(slot_id: int, gpa: int, size: int, log: bool, born: int, finished: dict[str, Any]) -> SlotFile:
