@@ -496,6 +496,40 @@ def test_a_merge_that_fails_leaves_the_chain_as_it_was(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers=st.lists(st.tuples(st.dictionaries(st.integers(0, PAGES - 1), st.integers(0, 3), max_size=20),
+                                 st.booleans(), st.integers(0, 3)), min_size=2, max_size=6), data=st.data())
+def test_one_in_the_middle_is_deleted_and_the_others_are_what_they_were(tmp_path_factory: pytest.TempPathFactory,
+                                                                        layers: Any, data: st.DataObject) -> None:
+    """A tree: each is built on one of the three before it."""
+    directory = tmp_path_factory.mktemp("t")
+    model: dict[str, dict[int, int]] = {}
+    for number, (pages, packed, back) in enumerate(layers, 1):
+        parent = f"{number - back:04d}" if 0 < back < number else None
+        name = f"{number:04d}"
+        made(directory, name, parent, pages, packed=packed)
+        model[name] = (model[parent] if parent else {}) | pages
+    while len(model) > 1:
+        name = data.draw(st.sampled_from(sorted(model)))
+        snapshot.delete(directory, name, fold=True)
+        del model[name]
+        assert names(directory) == sorted(model)
+        assert {each: contents(directory, each) for each in model} == model
+    snapshot.verify(directory)
+    assert sorted(os.listdir(directory)) == sorted(model)
+
+
+def test_one_that_is_damaged_is_not_folded(tmp_path: Path) -> None:
+    made(tmp_path, "0001", None)
+    made(tmp_path, "0002", "0001")
+    made(tmp_path, "0003", "0002")
+    damage(tmp_path / "0002" / "slot0.map")
+    before = tree(tmp_path)
+    with pytest.raises(PageFileError):
+        snapshot.delete(tmp_path, "0002", fold=True)
+    assert tree(tmp_path) == before
+
+
 ACTS = {"snapshot merge": "snapshot.merge(Path(sys.argv[1]), '0003')",
         "snapshot delete": "snapshot.delete(Path(sys.argv[1]), '0004')"}
 

@@ -26,8 +26,8 @@ from .chain import Damaged, chain, list_snapshots, read_memory, survey, verify
 from .manifest import Manifest, SnapshotError, load_manifest
 from .merge import delete, merge
 from .pagefile import PageFileError
-from .restore import restore
+from .restore import restore, restore_many
 from .take import create
 
 __all__ = ["Damaged", "Manifest", "PageFileError", "SnapshotError", "chain", "create", "delete", "list_snapshots",
-           "load_manifest", "merge", "read_memory", "restore", "survey", "verify"]
+           "load_manifest", "merge", "read_memory", "restore", "restore_many", "survey", "verify"]

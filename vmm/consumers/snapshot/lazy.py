@@ -13,6 +13,7 @@ rest, which is zero, is reserved. Until then nobody writes to a hole but this pr
 from __future__ import annotations
 
 import bisect
+import contextlib
 import os
 import select
 import threading
@@ -33,18 +34,49 @@ from .pagefile import PAGE, Scratch
 from .pagemap import BLOCK_PAGES, page_numbers
 from .threads import THREADS, Progress
 
-__all__ = ["Arriving", "Order"]
+__all__ = ["Arriving", "Order", "Shared"]
 
 _LOOK_EVERY = 0.2       # seconds between two looks whether the machine is there still
 _RESERVED = 64 << 20    # bytes of zeros that are reserved at once
 _WHAT = "lazy restore"
 
 
-class Arriving(threading.Thread):
-    """The pages of a machine that has not started yet, on their way as soon as the thread is started. It ends ``lease``
-    and closes ``slots``. ``failed``: why pages could not come, once it has ended; the machine was stopped for that."""
+class Shared:
+    """Files that several machines are restored from: the last that needs them closes them."""
 
-    def __init__(self, machine: Machine, lease: Lease, slots: dict[int, SlotPages], progress: Progress) -> None:
+    def __init__(self, files: contextlib.ExitStack) -> None:
+        self._files = files
+        self._kept: contextlib.ExitStack | None = None
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def join(self) -> None:
+        """One more needs them."""
+        with self._lock:
+            self._users += 1
+
+    def leave(self) -> None:
+        """One less."""
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._kept is not None:
+                self._kept.close()
+
+    def keep(self) -> None:
+        """Who has opened them closes them no more: whoever needs them does."""
+        with self._lock:
+            self._kept = self._files.pop_all()
+            if not self._users:
+                self._kept.close()
+
+
+class Arriving(threading.Thread):
+    """The pages of a machine that has not started yet, on their way as soon as the thread is started. It ends
+    ``lease``, and needs ``slots`` (that are of ``shared``) as long as it lives. ``failed``: why pages could not come,
+    once it has ended; the machine was stopped for that."""
+
+    def __init__(self, machine: Machine, lease: Lease, slots: dict[int, SlotPages], shared: Shared,
+                 progress: Progress) -> None:
         """Raises VmmError, with nothing open that was not before."""
         super().__init__(name=_WHAT)
         self._lease = lease
@@ -65,6 +97,9 @@ class Arriving(threading.Thread):
             self._machine.detach()
             raise
         self._wake, self._waker = os.pipe()
+        self._ended = False
+        self._shared = shared
+        shared.join()
 
     def wait(self) -> None:
         """Until every page is there. Raises VmmError with the reason when they do not come."""
@@ -76,7 +111,9 @@ class Arriving(threading.Thread):
         """The machine is no more. Idempotent."""
         self._over.set()
         if self.ident is None:
-            self._end()
+            if not self._ended:
+                self._ended = True
+                self._end()
         else:
             self.join()
 
@@ -173,8 +210,7 @@ class Arriving(threading.Thread):
             self._missing.close()
             os.close(self._wake)
             os.close(self._waker)
-            for pages in self._slots.values():
-                pages.close()
+            self._shared.leave()
             self._machine.detach()
 
 

@@ -99,7 +99,7 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
             raise SnapshotError(f"{exc.filename or directory}: cannot be written: {exc.strerror}") from None
         raise
     for client in machine.status()["clients"]:      # epochs that ended with this snapshot
-        if client.startswith(family) and client != epoch:
+        if client != epoch and (client.startswith(family) or (parent is not None and client == parent.epoch)):
             _forget(machine, client)
             step("snapshot-epoch-dropped")
     return manifest
@@ -113,12 +113,15 @@ def _parent(machine: Machine, directory: Path) -> Manifest:
     there = survey(directory)
     if not there:
         raise SnapshotError(f"{directory}: contains no snapshot to build on: take a full one first")
-    parent = there[-1]
-    if not isinstance(parent, Manifest):
-        raise SnapshotError(f"{parent.reason}: take a full snapshot, or delete the damaged one first")
-    if parent.epoch not in machine.status()["clients"]:
-        raise SnapshotError(f"{directory / parent.id}: machine '{machine.name}' has no record of what was "
-                            "dirtied since (it is another machine, or was restored or restarted): take a full one")
+    newest = there[-1]
+    if not isinstance(newest, Manifest):
+        raise SnapshotError(f"{newest.reason}: take a full snapshot, or delete the damaged one first")
+    clients = machine.status()["clients"]
+    # Not always the newest: another machine that was restored from this chain may have gone on with it, too.
+    parent = next((m for m in reversed(there) if isinstance(m, Manifest) and m.epoch in clients), None)
+    if parent is None:
+        raise SnapshotError(f"{directory / newest.id}: machine '{machine.name}' has no record of what was "
+                            "dirtied since (it is another machine, or was migrated): take a full one")
     return parent
 
 
