@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 def _begin_memory(spec: MachineSpec) -> None:
     """It is reserved, which takes longer than all else that the kernel has to do."""
-    if spec.can.guests and not spec.lazy:
+    if spec.can.guests and not spec.holes:
         for slot in spec.slots:
             Segment.begin(slot_segment(spec.name, "ram", slot), slot.size)
 

@@ -81,7 +81,7 @@ def make_parts(spec: MachineSpec, tracking: str) -> Parts:
         parts = Parts(spec, control, system, log, mode, entry=image.entry if image else 0,
                       usable=_usable_pages(slots), stack=stack)
         for slot in spec.slots:
-            log.add_slot(parts.new_slot(slot, create=True, holes=spec.lazy))
+            log.add_slot(parts.new_slot(slot, create=True, holes=spec.holes))
         mode.need(parts, fresh=False)
         if image is not None:
             _load(parts, image, slots)
@@ -148,7 +148,7 @@ def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot]) ->
     _write_system(parts, lambda view: boot.write_system_slot(
         view, vcpu_count=spec.vcpus, slots=slots, image_end=image.end, params=spec.params, cmdline=spec.cmdline,
         stack_size=spec.stack_size, top_gpa=_top_gpa(spec)))
-    for segment in image.segments if not spec.lazy else ():     # else it comes with the rest of the memory
+    for segment in image.segments if not spec.holes else ():     # else it comes with the rest of the memory
         for slot in spec.slots:
             # A segment may span slots that touch.
             first = max(segment.gpa, slot.gpa)

@@ -110,14 +110,14 @@ def check_machine(spec: MachineSpec) -> None:
 
 
 def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bool,
-             trees: Trees = NO_TREES, lazy: bool = False) -> MachineSpec:
+             trees: Trees = NO_TREES, holes: bool = False) -> MachineSpec:
     """What a specification from elsewhere (an offer, a manifest) is here: under this name, on this accelerator,
-    with the image at this path (a program has none), with these files for a program, and with RAM that is filled in
-    while it runs (``lazy``) or before. Nothing of its own is used as a path or written to: where it traced to, and what
+    with the image at this path (a program has none), with these files for a program, and with RAM that has to be
+    filled in (``holes``). Nothing of its own is used as a path or written to: where it traced to, and what
     it replayed, is the other host's business. Raises RuleError for what no machine may be."""
     program = None if spec.program is None else _arriving(spec.program, trees, linger=linger)
     found = msgspec.structs.replace(spec, name=name, image="" if program else image, accel=accel, linger=linger,
-                                    trace=[], trace_file="", replay_trace="", program=program, lazy=lazy)
+                                    trace=[], trace_file="", replay_trace="", program=program, holes=holes)
     check_machine(found)
     return found
 

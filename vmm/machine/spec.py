@@ -79,7 +79,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     program: ProgramSpec | None = None  # a Linux program instead of an image: all vCPUs but the last, which is
                                         # its system, are for its threads
     nice: int = 0               # of the vCPU processes, 0 to 19
-    lazy: bool = False          # RAM is all holes, not reserved: who launches it fills it in while it runs
+    holes: bool = False         # RAM is all holes, not reserved: who launches it fills all of it in
     linger: bool                # stay after the end until a client releases the machine
 
     @property

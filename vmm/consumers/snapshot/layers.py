@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .pagefile import PAGE, PageFile, PageWriter, Scratch
 from .pagemap import BLOCK_PAGES, bit_runs, page_numbers
-from .threads import behind, in_threads
+from .threads import THREADS, behind, in_threads
 
 __all__ = ["Block", "SlotPages"]
 
@@ -110,7 +110,8 @@ class SlotPages:
                 at += count
             return at
 
-        in_threads(self.blocks(), Scratch, one, done)
+        in_threads(self.blocks(), Scratch, one, done,
+                   threads=THREADS if any(file.packed for file in self._files) else 1)
 
     def merge_into(self, writer: PageWriter, done: Callable[[int], None] = _NOBODY) -> None:
         """Every page that is in one of the files, as it is in the newest that has it. Raises PageFileError and

@@ -26,6 +26,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from ipc.linux.files import write_back
 from ipc.shm import data_extents
 
 from ...inputs import open_input
@@ -50,6 +51,7 @@ _LEVEL = 1              # zstd's fastest ordinary level: the disk is rarely fast
 _WINDOW_MAX = 1 << 23   # bytes that a zstd frame may ask its reader to keep; our own ask for less
 _FRAME_MAX = BLOCK_PAGES * PAGE + (1 << 14)     # bytes: what cannot be compressed is a little longer
 _RUNS = 8               # of pages in a block that are more work than the whole block
+_AHEAD = 32             # blocks, 8 MiB, whose way to the disk begins at once
 _INDEX = struct.Struct("<II")       # zstd's number of a skippable frame, bytes that follow
 _SKIPPABLE = 0x184D2A50
 
@@ -122,16 +124,20 @@ class PageWriter:
         unread = words & (touched_pages(fd, self._total) | self._written) == 0      # blocks that are zero, as they were
         self._map.present[unread] |= words[unread]
 
+        size = BLOCK_PAGES * PAGE
+
         def one(block: int, scratch: Data) -> int:
             mask = int(words[block])
             if (mask & ~(mask << 1)).bit_count() >= _RUNS:
                 mask |= int(self._map.present[block])       # as they are now: it is less work than each by itself
             self._put(block, mask, _read_block(fd, block, mask, scratch))
+            if block % _AHEAD == _AHEAD - 1:
+                write_back(self._file.fileno(), max(0, block + 1 - 2 * _AHEAD) * size, _AHEAD * size)
             return int(words[block]).bit_count()
 
         before = int(np.bitwise_count(words[unread]).sum())
         in_threads(np.flatnonzero(words * ~unread).tolist(), lambda: np.empty((BLOCK_PAGES, PAGE), np.uint8), one,
-                   lambda pages: done(before + pages))
+                   lambda pages: done(before + pages), threads=1)
 
     def put_block(self, block: int, mask: int, filled: int, data: Data) -> None:
         """Put the pages ``mask`` of a block into the file: ``data`` [n, 4096] of those that are not zero
@@ -279,6 +285,11 @@ class PageFile:
         if (sizes > _FRAME_MAX).any() or starts[-1] > size:
             raise refuse(self._open, "is damaged: it ends too early, or the sizes of its frames are not right")
         return starts
+
+    @property
+    def packed(self) -> bool:
+        """It is a ``.zst``."""
+        return self._starts is not None
 
     def read(self, block: int, scratch: Scratch) -> Data:
         """The block's pages that are not zero (``map.filled``), [n, 4096], as they were saved; they are good until

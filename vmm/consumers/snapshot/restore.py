@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from ipc.shm import data_extents, open_fd, room
+from ipc.shm import open_fd, room
 from ipc.userfault import post_copy_missing
 
 from ...client.machine import Machine
@@ -108,7 +108,7 @@ def _restore(directory: Path, name: str | None, names: Callable[[str], list[str]
             raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
         spec = arriving(saved.spec, name=saved.spec.name, image=str((folder / "image").resolve()),
                         accel=choose_accelerator(accel, programs=saved.spec.program is not None),
-                        linger=not detach, trees=trees, lazy=lazy)
+                        linger=not detach, trees=trees, holes=True)
         wanted = names(spec.name)
         _check(spec, wanted)
         machines: list[Machine] = []
@@ -160,7 +160,8 @@ def _check(spec: MachineSpec, names: list[str]) -> None:
 
 
 def _fill(machines: list[Machine], slots: dict[int, SlotPages], progress: Progress) -> None:
-    """Their memory, which was reserved. Raises VmmError."""
+    """Their memory, which is all holes: who writes to a hole through a descriptor is told when there is no room. Raises
+    VmmError."""
     total, before = sum(pages.pages for pages in slots.values()), 0
     for slot, pages in slots.items():
         with contextlib.ExitStack() as stack:
@@ -168,11 +169,10 @@ def _fill(machines: list[Machine], slots: dict[int, SlotPages], progress: Progre
             for machine in machines:
                 fds.append(open_fd(machine.ram_segment(slot)))
                 stack.callback(os.close, fds[-1])
-                memory = machine.ram(slot, writable=True)
-                for start, end in data_extents(fds[-1], len(memory)):       # what the loader has put there
-                    memory[start:end] = 0
             try:
                 pages.copy_to(fds, behind(progress, before, total))
+                for fd in fds if pages.pages < pages.total else ():
+                    os.posix_fallocate(fd, 0, pages.total * PAGE)       # the rest is zero
             except OSError as exc:
                 raise SnapshotError(f"slot {slot} of machine '{machines[0].name}': cannot be filled: "
                                     f"{exc.strerror}") from None

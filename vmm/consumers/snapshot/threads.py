@@ -1,5 +1,9 @@
 """Pages are read, checked and packed in several threads: what takes the time is the kernel's, XXH3's and zstd's, and
-none of them holds Python's lock."""
+none of them holds Python's lock.
+
+Where pages are only copied, one thread is as fast: a file is written by one at a time, and where the host has other
+work, a second that waits for it costs more than it brings (docs/benchmarks.md).
+"""
 
 from __future__ import annotations
 
@@ -30,21 +34,21 @@ def behind(progress: Progress, before: int, total: int) -> Callable[[int], None]
 
 
 def in_threads(items: Sequence[_T], scratch: Callable[[], _S], work: Callable[[_T, _S], int],
-               done: Callable[[int], None] = lambda count: None) -> int:
-    """``work`` on every item, in any order; ``scratch`` is made once for each thread. ``done`` is told by the calling
-    thread, time and again and at the end, the sum of what ``work`` has returned, which is returned. Raises what
-    ``work`` raises first, when every thread has come to rest; a KeyboardInterrupt too."""
+               done: Callable[[int], None] = lambda count: None, *, threads: int = THREADS) -> int:
+    """``work`` on every item, in any order; ``scratch`` is made once for each of ``threads``. ``done`` is told by the
+    calling  thread, time and again and at the end, the sum of what ``work`` has returned, which is returned. Raises
+    what  ``work`` raises first, when every thread has come to rest; a KeyboardInterrupt too."""
     counter, over = itertools.count(), False
-    sums = [0] * THREADS
+    sums = [0] * threads
 
     def run(number: int) -> None:
         own = scratch()
         while not over and (at := next(counter)) < len(items):
             sums[number] += work(items[at], own)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            running = [pool.submit(run, number) for number in range(min(THREADS, len(items)))]
+            running = [pool.submit(run, number) for number in range(min(threads, len(items)))]
             while running and wait(running, _LOOK_EVERY, FIRST_EXCEPTION).not_done:
                 for each in running:
                     if each.done():
