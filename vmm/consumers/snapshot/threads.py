@@ -36,8 +36,8 @@ def behind(progress: Progress, before: int, total: int) -> Callable[[int], None]
 def in_threads(items: Sequence[_T], scratch: Callable[[], _S], work: Callable[[_T, _S], int],
                done: Callable[[int], None] = lambda count: None, *, threads: int = THREADS) -> int:
     """``work`` on every item, in any order; ``scratch`` is made once for each of ``threads``. ``done`` is told by the
-    calling  thread, time and again and at the end, the sum of what ``work`` has returned, which is returned. Raises
-    what  ``work`` raises first, when every thread has come to rest; a KeyboardInterrupt too."""
+    calling thread, time and again and at the end, the sum of what ``work`` has returned, which is returned. Raises
+    what ``work`` raises first, when every thread has come to rest; a KeyboardInterrupt too."""
     counter, over = itertools.count(), False
     sums = [0] * threads
 
