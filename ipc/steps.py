@@ -56,6 +56,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "a hand-over that is not finished": ("unfinished-noted", "recoverer-begun"),
     "dirty limit": ("limit-noted",),
     "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),
+    "lazy restore": ("restore-begun", "restore-read"),
     "snapshot merge": ("snapshot-merge-written", "snapshot-merge-exchanged", "snapshot-merge-synced"),
     "snapshot delete": ("snapshot-out-of-chain",),
     "claiming a machine's name": ("claim-locked", "claim-cleared"),

@@ -120,9 +120,10 @@ class Userfault:
                 found.append(int.from_bytes(data[at + 16:at + 24], "little") & ~(PAGE_SIZE - 1))
         return found
 
-    def fill(self, address: int, source: int, size: int) -> None:
+    def fill(self, address: int, source: int, size: int, *, holes: bool = False) -> None:
         """Put ``size`` bytes (whole pages) from this process's ``source`` to ``address``, each page at once, and
-        wake who waits for them there. Pages that are there already are left as they are. Raises OSError."""
+        wake who waits for them there. Pages that are there already are left as they are; with ``holes`` there must be
+        none (EEXIST). Raises OSError."""
         done = 0
         while done < size:
             job = _Copy(address + done, source + done, size - done, 0, 0)
@@ -132,7 +133,7 @@ class Userfault:
             except OSError as exc:
                 if job.copy > 0:        # as far as it came
                     done += job.copy
-                elif exc.errno == errno.EEXIST:
+                elif exc.errno == errno.EEXIST and not holes:
                     done += PAGE_SIZE
                 elif exc.errno != errno.EAGAIN:
                     raise

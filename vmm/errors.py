@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     TIMEOUT = 5           # still running at `timeout:`
     WORKER_DIED = 6       # a vCPU worker process ended unasked
     NO_MACHINE = 7        # no running machine of that name, or it went away
-    STOPPED = 8           # ended on `vmm stop`
+    STOPPED = 8           # ended on `vmm stop`, or because its memory could not be restored
     MIGRATION_FAILED = 9  # a migration failed; its message says where the machine runs
     OUTPUT = 74           # standard output could not be written (EX_IOERR); what was asked for may be done
     BUG = 70              # an unexpected exception

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import time
@@ -11,16 +12,23 @@ from pathlib import Path
 
 from .libc import LIBC, check
 
-__all__ = ["exchange", "lock_within", "open_locked"]
+__all__ = ["exchange", "lock_within", "open_locked", "write_back"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 _LOOK = 0.01        # seconds between two tries
 
 
 def exchange(a: Path, b: Path) -> None:
     """Swap two names in one step (renameat2(2)). Raises OSError."""
     check(LIBC.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE), str(a), str(b))
+
+
+def write_back(fd: int, start: int, size: int) -> None:
+    """Begin to write these bytes of the page cache to the disk (sync_file_range(2)): who syncs later waits less. What
+    goes wrong, the sync says."""
+    LIBC.sync_file_range(fd, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 @contextlib.contextmanager

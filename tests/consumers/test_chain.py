@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
+import mmap
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machines import replace, spec
@@ -23,9 +28,19 @@ from machines import replace, spec
 from ipc.steps import STEPS
 from vmm.consumers import snapshot
 from vmm.consumers.snapshot import Damaged, Manifest, SnapshotError
+from vmm.consumers.snapshot.aside import Aside
 from vmm.consumers.snapshot.folder import next_id
 from vmm.consumers.snapshot.manifest import FORMAT, VERSION, SlotFile, file_checksum, write_manifest
-from vmm.consumers.snapshot.pagefile import PAGE, PageFileError, PageWriter, compress, iter_pages, read_pages
+from vmm.consumers.snapshot.pagefile import (
+    PAGE,
+    PageFile,
+    PageFileError,
+    PageWriter,
+    Scratch,
+    compress,
+    iter_pages,
+    read_pages,
+)
 from vmm.errors import VmmError
 from vmm.machine.spec import RamSlot
 from workers.state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
@@ -210,7 +225,7 @@ def rewritten(folder: Path, document: Any) -> None:
     ({"vcpus": [{}]}, "vcpu 0: not a valid vCPU state"),
     ({"vcpus": [STATE | {"regs": "x"}]}, "vcpu 0: not a valid vCPU state"),
     ({"id": "0003"}, "claims to be"),
-    ({"version": 2}, "format version 2"), ({"format": "x"}, "not a ShardVMM snapshot"), ({"extra": 1}, "extra"),
+    ({"version": 1}, "format version 1"), ({"format": "x"}, "not a ShardVMM snapshot"), ({"extra": 1}, "extra"),
     ({"live": "no"}, "live"), ({"created": None}, "created"),
 ])
 def test_a_manifest_that_cannot_be(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -308,12 +323,130 @@ def test_any_page_file_is_good_or_one_line(tmp_path_factory: pytest.TempPathFact
     assert not memory[-PAGE:].any()
 
 
-def test_a_frame_that_asks_for_more_than_it_may_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [b"\x00" + bytes([(29 - 10) << 3]),
+                                  b"\x80" + bytes([(29 - 10) << 3]) + PAGE.to_bytes(4, "little")],
+                         ids=["of-unknown-size", "of-the-right-size"])
+def test_a_frame_that_asks_for_more_than_it_may_is_refused(tmp_path: Path, head: bytes) -> None:
     """512 MiB of window, asked for in the frame's header."""
     whole = slot_file(tmp_path, "f", {0: 1}, PAGES, packed=True)
-    (tmp_path / "f.zst").write_bytes(bytes.fromhex("28b52ffd") + bytes([0x00, (29 - 10) << 3]) + b"\0" * 20)
+    frame = bytes.fromhex("28b52ffd") + head + b"\0" * 20
+    index = bytes.fromhex("502a4d18 04000000") + len(frame).to_bytes(4, "little")
+    (tmp_path / "f.zst").write_bytes(index + frame)
     with pytest.raises(PageFileError, match="cannot be read"):
         list(read_pages(tmp_path, "f", PAGES, whole.checksum))
+
+
+def test_a_packed_file_is_one_that_zstd_unpacks(tmp_path: Path) -> None:
+    """Frame after frame, behind one that is skipped: the pages that are not zero, in their order."""
+    slot_file(tmp_path, "f", {p: p % 3 for p in range(200)}, 200, packed=True)
+    whole = zstandard.ZstdDecompressor().stream_reader(io.BytesIO((tmp_path / "f.zst").read_bytes()),
+                                                       read_across_frames=True).read()
+    assert list(whole[::PAGE]) == [p % 3 for p in range(200) if p % 3]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_damage_harms_the_block_that_it_is_in(tmp_path: Path, packed: bool) -> None:
+    """Each block is told to be whole without the others."""
+    whole = slot_file(tmp_path, "f", {p: 1 + p % 200 for p in range(300)}, 300, packed)
+    path = tmp_path / ("f.zst" if packed else "f.mem")
+    content = bytearray(path.read_bytes())
+    at = len(content) // 2      # in the third of five blocks
+    content[at] ^= 1
+    path.write_bytes(content)
+    found, said = [], []
+    with PageFile(tmp_path, "f", 300, whole.checksum) as file:
+        for block in range(5):
+            try:
+                data = file.read(block, Scratch())
+            except PageFileError as exc:
+                said.append(str(exc))
+            else:
+                found += data[:, -1].tolist()
+    assert found == [1 + p % 200 for p in range(300) if p // 64 != 2]
+    assert len(said) == 1
+    assert "f: " in said[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(rounds=st.lists(st.tuples(st.dictionaries(st.integers(0, 149), st.integers(0, 3), max_size=30),
+                                 st.sets(st.integers(0, 149))), min_size=1, max_size=4))
+def test_pages_of_a_segment_are_as_they_were_when_they_were_copied(rounds: Any) -> None:
+    """Model: a list of bytes for the segment, and one for the file. The segment has holes at first."""
+    total = 150
+    fd = os.memfd_create("segment")
+    os.ftruncate(fd, total * PAGE)
+    now, model = [0] * total, {}
+    with tempfile.TemporaryDirectory() as folder:
+        with PageWriter(Path(folder), "f", total) as writer:
+            for writes, copied in rounds:
+                for page, value in writes.items():
+                    os.pwrite(fd, bytes([value]) * PAGE, page * PAGE)
+                    now[page] = value
+                words = np.zeros(3, np.uint64)
+                for page in copied:
+                    words[page // 64] |= np.uint64(1 << page % 64)
+                    model[page] = now[page]
+                writer.copy(fd, words)
+            done = writer.finish()
+        os.close(fd)
+        found = {first + i: int(value)
+                 for first, data in iter_pages(Path(folder), "f", total, str(done["checksum"]))
+                 for i, value in enumerate(data[::PAGE])}
+    assert found == model
+    assert (done["pages"], done["zero_pages"]) == (len(model), sum(value == 0 for value in model.values()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rounds=st.lists(st.dictionaries(st.integers(0, 149), st.integers(0, 3), max_size=60), min_size=1, max_size=4),
+       room=st.integers(0, 100))
+def test_what_is_set_aside_is_written_as_it_was_then(tmp_path_factory: pytest.TempPathFactory, room: int,
+                                                     rounds: list[dict[int, int]]) -> None:
+    """Later copies of a page come after earlier ones; some find room that was mapped before, others do not."""
+    folder, total = tmp_path_factory.mktemp("a"), 150
+    memory, aside, model, told = np.zeros(total * PAGE, np.uint8), Aside(room), {}, []
+    with PageWriter(folder, "f", total) as writer:
+        for writes in rounds:
+            words = np.zeros(3, np.uint64)
+            for page, value in writes.items():
+                memory[page * PAGE:(page + 1) * PAGE] = value
+                words[page // 64] |= np.uint64(1 << page % 64)
+            aside.copy(writer, memory, words)
+            model |= writes
+        memory[:] = 77
+        assert aside.pages == sum(map(len, rounds))
+        aside.write(lambda done, total: told.append((done, total)), 5, 5 + aside.pages)
+        done = writer.finish()
+    assert {first + i: int(value) for first, data in iter_pages(folder, "f", total, str(done["checksum"]))
+            for i, value in enumerate(data[::PAGE])} == model
+    assert not model or told[-1] == (5 + sum(map(len, rounds)), 5 + sum(map(len, rounds)))
+    assert aside.pages == 0
+
+
+def test_what_is_written_while_it_is_copied_does_not_harm_the_file(tmp_path: Path) -> None:
+    """A page may be half of one and half of another then; but its checksum is of what is in the file."""
+    total, over = 4096, threading.Event()
+    fd = os.memfd_create("segment")
+    os.truncate(fd, total * PAGE)
+    memory = mmap.mmap(fd, total * PAGE)
+
+    def write() -> None:
+        value = 0
+        while not over.is_set():
+            value += 1
+            np.frombuffer(memory, np.uint64)[::3] = value
+
+    writer_thread = threading.Thread(target=write)
+    writer_thread.start()
+    try:
+        with PageWriter(tmp_path, "f", total) as writer:
+            for _ in range(3):
+                writer.copy(fd, np.full(total // 64, (1 << 64) - 1, np.uint64))
+            done = writer.finish()
+    finally:
+        over.set()
+        writer_thread.join()
+        os.close(fd)
+    assert sum(count for _, count in read_pages(tmp_path, "f", total, str(done["checksum"]))) == total
 
 
 # --- merge, delete ------------------------------------------------------------------------------------------------
@@ -360,6 +493,40 @@ def test_a_merge_that_fails_leaves_the_chain_as_it_was(tmp_path: Path) -> None:
     before = tree(tmp_path)
     with pytest.raises(PageFileError):
         snapshot.merge(tmp_path)
+    assert tree(tmp_path) == before
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers=st.lists(st.tuples(st.dictionaries(st.integers(0, PAGES - 1), st.integers(0, 3), max_size=20),
+                                 st.booleans(), st.integers(0, 3)), min_size=2, max_size=6), data=st.data())
+def test_one_in_the_middle_is_deleted_and_the_others_are_what_they_were(tmp_path_factory: pytest.TempPathFactory,
+                                                                        layers: Any, data: st.DataObject) -> None:
+    """A tree: each is built on one of the three before it."""
+    directory = tmp_path_factory.mktemp("t")
+    model: dict[str, dict[int, int]] = {}
+    for number, (pages, packed, back) in enumerate(layers, 1):
+        parent = f"{number - back:04d}" if 0 < back < number else None
+        name = f"{number:04d}"
+        made(directory, name, parent, pages, packed=packed)
+        model[name] = (model[parent] if parent else {}) | pages
+    while len(model) > 1:
+        name = data.draw(st.sampled_from(sorted(model)))
+        snapshot.delete(directory, name, fold=True)
+        del model[name]
+        assert names(directory) == sorted(model)
+        assert {each: contents(directory, each) for each in model} == model
+    snapshot.verify(directory)
+    assert sorted(os.listdir(directory)) == sorted(model)
+
+
+def test_one_that_is_damaged_is_not_folded(tmp_path: Path) -> None:
+    made(tmp_path, "0001", None)
+    made(tmp_path, "0002", "0001")
+    made(tmp_path, "0003", "0002")
+    damage(tmp_path / "0002" / "slot0.map")
+    before = tree(tmp_path)
+    with pytest.raises(PageFileError):
+        snapshot.delete(tmp_path, "0002", fold=True)
     assert tree(tmp_path) == before
 
 

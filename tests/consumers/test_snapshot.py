@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -18,11 +19,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from command import vmm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machines import ACCELS, exact, replace, spec, until
 
-from ipc.shm import list_segments
+from ipc.shm import list_segments, room
 from ipc.steps import STEPS
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
@@ -239,6 +241,42 @@ def test_what_the_host_writes_while_a_snapshot_is_taken_is_in_it_or_in_the_next(
     assert memory_of(directory) == endless.ram(0).tobytes()
 
 
+def test_a_live_snapshot_writes_no_page_while_the_guest_stands_still(endless: Machine, tmp_path: Path) -> None:
+    """What is copied last goes to memory first."""
+    states = []
+    with Machine.attach(endless.name) as other:
+        for incremental in (False, True):
+            snapshot.create(endless, tmp_path / "s", live=True, incremental=incremental,
+                            progress=lambda done, total: states.append(other.status()["state"]))
+    assert set(states) == {"running"}
+    endless.pause()
+    snapshot.create(endless, tmp_path / "s", incremental=True)
+    assert memory_of(tmp_path / "s") == endless.ram(0).tobytes()
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_one_that_is_interrupted_leaves_nothing(endless: Machine, tmp_path: Path, live: bool, at: int) -> None:
+    """Ctrl-C, when it has told how far it is for the n-th time, if it does so as often."""
+    directory = tmp_path / "s"
+    snapshot.create(endless, directory)
+    told = iter(range(100))
+
+    def interrupt(done: int, total: int) -> None:
+        if next(told) == at:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        snapshot.create(endless, directory, live=live, progress=interrupt)
+        assert next(told) <= at
+    assert [n for n in os.listdir(directory) if n.startswith(".")] == []
+    assert endless.status()["state"] == "running"
+    assert len([c for c in endless.status()["clients"] if c.startswith("snap")]) == 1
+    endless.pause()
+    snapshot.create(endless, directory, incremental=True)
+    assert memory_of(directory) == endless.ram(0).tobytes()
+
+
 @pytest.mark.parametrize(("at", "how"), [*((at, "kill") for at in STEPS["snapshot create"]),
                                          *((at, "fail") for at in STEPS["snapshot create"][:-1])])
 def test_a_snapshot_that_ends_at_any_step_has_lost_nothing(endless: Machine, tmp_path: Path, at: str,
@@ -348,9 +386,126 @@ def test_an_incremental_one_without_its_base_is_refused(endless: Machine, tmp_pa
     with pytest.raises(SnapshotError, match="contains no snapshot to build on"):
         snapshot.create(endless, tmp_path / "s", incremental=True)
     snapshot.create(endless, tmp_path / "s")
-    with (snapshot.restore(tmp_path / "s", machine_name="other", accel="unicorn") as second,
+    with (Machine.launch(spec("idle", accel="unicorn", name="other", mib=4)) as second,
           pytest.raises(SnapshotError, match="has no record of what was dirtied since")):
         snapshot.create(second, tmp_path / "s", incremental=True)
+
+
+@pytest.mark.parametrize("lazy", [False, pytest.param(True, marks=pytest.mark.postcopy)])
+def test_the_chain_goes_on_after_a_restore(endless: Machine, tmp_path: Path, lazy: bool) -> None:
+    """From whatever snapshot, and for each machine from its own, while the others go on too."""
+    directory, accel = tmp_path / "s", endless.status()["accelerator"]
+    for number in range(2):
+        snapshot.create(endless, directory, incremental=number > 0)
+    with (snapshot.restore(directory, "0001", machine_name="one", accel=accel, lazy=lazy) as one,
+          snapshot.restore(directory, "0002", machine_name="two", accel=accel, lazy=lazy) as two):
+        taken = []
+        for number, machine in enumerate((one, endless, two, one)):
+            until(lambda machine=machine: all(h["what"] != "lease" for h in machine.status()["holders"]), "it is there")
+            machine.pause()
+            taken.append(snapshot.create(machine, directory, incremental=True))
+            assert memory_of(directory) == machine.ram(0).tobytes()
+            assert taken[-1].pages < taken[-1].slots[0].size // PAGE
+            assert len([c for c in machine.status()["clients"] if c.startswith("snap")]) == 1
+            assert number or not machine.resume()
+    assert [m.parent for m in taken] == ["0001", "0002", "0002", "0003"]
+
+
+@pytest.mark.parametrize("lazy", [False, pytest.param(True, marks=pytest.mark.postcopy)])
+def test_many_machines_are_restored_from_one_snapshot(endless: Machine, tmp_path: Path, lazy: bool) -> None:
+    """Each has the memory for itself, and goes on with the chain for itself."""
+    directory, accel = tmp_path / "s", endless.status()["accelerator"]
+    snapshot.create(endless, directory)
+    endless.pause()
+    snapshot.create(endless, directory, incremental=True, compression="zstd")
+    expected = endless.ram(0).tobytes()
+    machines = snapshot.restore_many(directory, count=3, machine_name="many", accel=accel, start=False, lazy=lazy)
+    try:
+        assert [each.name for each in machines] == ["many-0", "many-1", "many-2"]
+        for each in machines:
+            until(lambda each=each: all(h["what"] != "lease" for h in each.status()["holders"]), "it is there")
+        for number, each in enumerate(machines):
+            assert each.ram(0).tobytes() == expected
+            each.write(PAGE, bytes([number]) * PAGE)
+        for number, each in enumerate(machines):
+            assert each.read(PAGE, PAGE) == bytes([number]) * PAGE
+            each.start()
+            each.pause()
+            taken = snapshot.create(each, directory, incremental=True)
+            assert taken.parent == "0002"
+            assert memory_of(directory) == each.ram(0).tobytes()
+    finally:
+        for each in machines:
+            each.close()
+
+
+@pytest.mark.parametrize("lazy", [False, pytest.param(True, marks=pytest.mark.postcopy)])
+def test_of_many_machines_all_are_there_or_none(tmp_path: Path, lazy: bool) -> None:
+    """The second name is taken; or there is no room."""
+    with Machine.launch(spec("idle", accel="unicorn", mib=1 + (room().free // 900 >> 20))) as machine:
+        snapshot.create(machine, tmp_path)
+    with Machine.launch(spec("idle", accel="unicorn", name="many-1", mib=4, timeout=None, milliseconds=0)):
+        with pytest.raises(VmmError, match="many-1"):
+            snapshot.restore_many(tmp_path, count=3, machine_name="many", accel="unicorn", lazy=lazy)
+        assert not list_segments(machine_prefix("many-0"))
+        assert not list_segments(machine_prefix("many-2"))
+    with pytest.raises(VmmError, match="the 1000 machines needs"):
+        snapshot.restore_many(tmp_path, count=1000, machine_name="many", accel="unicorn", lazy=lazy)
+    with pytest.raises(VmmError, match="the count must be from 1 to 1000"):
+        snapshot.restore_many(tmp_path, count=0)
+
+
+def test_the_command_restores_many(tmp_path: Path) -> None:
+    with Machine.launch(spec("idle", accel="unicorn", mib=4, timeout=None, milliseconds=0)) as machine:
+        snapshot.create(machine, tmp_path)
+    refused = vmm("snapshot", "restore", str(tmp_path), "--accel", "unicorn", "--count", "2")
+    assert (refused.returncode, refused.stderr.count("\n")) == (ExitCode.BAD_INPUT, 1)
+    done = vmm("snapshot", "restore", str(tmp_path), "--accel", "unicorn", "--count", "2", "--detach", "--name", "m",
+               "--json")
+    assert json.loads(done.stdout) == {"names": ["m-0", "m-1"]}
+    for name in ("m-0", "m-1"):
+        assert vmm("stop", name).returncode == 0
+
+
+def test_a_moved_chain_goes_on_and_leaves_no_epoch_behind(endless: Machine, tmp_path: Path) -> None:
+    snapshot.create(endless, tmp_path / "s")
+    os.rename(tmp_path / "s", tmp_path / "t")
+    endless.pause()
+    assert snapshot.create(endless, tmp_path / "t", incremental=True).parent == "0001"
+    assert memory_of(tmp_path / "t") == endless.ram(0).tobytes()
+    assert len([c for c in endless.status()["clients"] if c.startswith("snap")]) == 1
+
+
+@pytest.mark.postcopy
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_chain_that_is_changed_while_a_machine_is_restored_from_it(endless: Machine, tmp_path: Path,
+                                                                     lazy: bool) -> None:
+    """By snapshots, a merge and deletions, from when its files are open: neither harms the other."""
+    directory = tmp_path / "s"
+    for number in range(2):
+        snapshot.create(endless, directory, incremental=number > 0)
+    expected, restored = memory_of(directory), []
+
+    def change() -> None:
+        snapshot.create(endless, directory, incremental=True)
+        snapshot.merge(directory)
+        snapshot.create(endless, directory, incremental=True)
+
+    def once(done: int, total: int) -> None:
+        if not restored:
+            restored.append(done)
+            change()
+
+    with snapshot.restore(directory, machine_name="again", start=False, lazy=lazy,
+                          progress=(lambda done, total: None) if lazy else once) as machine:
+        if lazy:
+            change()
+        until(lambda: all(h["what"] != "lease" for h in machine.status()["holders"]), "it is there")
+        assert machine.ram(0).tobytes() == expected
+    snapshot.verify(directory)
+    endless.pause()
+    snapshot.create(endless, directory, incremental=True)
+    assert memory_of(directory) == endless.ram(0).tobytes()
 
 
 @pytest.mark.parametrize(("damage", "said"), [

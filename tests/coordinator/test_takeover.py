@@ -21,7 +21,7 @@ from shared import control_blocks
 
 from ipc.shm import list_segments
 from vmm.client.machine import Machine
-from vmm.consumers.migration.postcopy import MissingPages
+from vmm.consumers.missing import MissingPages
 from vmm.consumers.trace import record
 from vmm.errors import VmmError
 from vmm.machine import verbs

@@ -20,7 +20,7 @@ from moving import Followed, begun, migrated, name_of
 from ipc.shm import PAGE_SIZE
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
-from vmm.consumers.migration.postcopy import MissingPages
+from vmm.consumers.missing import MissingPages
 from vmm.errors import VmmError
 from vmm.machine.rules import arriving
 
@@ -84,7 +84,7 @@ def python() -> Path:
 
 
 def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> None:
-    """Taken while it runs, each built on the one before."""
+    """Taken while it runs, each built on the one before; every other one is restored while it runs, too."""
     command = ["python3", "-c", _BUSY, "40", "0.01", name_of("busy")]
     native = natively(python, *command)
     assert native.code == 3, native
@@ -100,7 +100,7 @@ def test_each_snapshot_goes_on_to_the_same_end(python: Path, tmp_path: Path) -> 
         _told(native.output, program.said)
     for number, said in enumerate(before, 1):
         with snapshot.restore(tmp_path / "chain", f"{number:04d}", machine_name=name_of("restored"),
-                              trees=trees) as machine:
+                              lazy=number % 2 == 0, trees=trees) as machine:
             again = Followed(machine, said)
             assert again.end()["program"]["exit_status"] == 3
             _told(native.output, again.said)

@@ -12,7 +12,7 @@ import click
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
-from ..errors import one_line
+from ..errors import ExitCode, VmmError, one_line
 from .common import json_option, on_machine, print_json, progress_bar
 from .program import run_arrived, trees_options
 
@@ -137,12 +137,14 @@ def merge(directory: Path, snapshot_id: str | None, as_json: bool) -> None:
 @snapshot.command()
 @_directory
 @click.argument("snapshot_id")
+@click.option("--fold", is_flag=True, help="Add its pages to the snapshots that build on it, if there are any.")
 @json_option
-def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
-    """Delete SNAPSHOT_ID; refused while another snapshot builds on it."""
+def delete(directory: Path, snapshot_id: str, fold: bool, as_json: bool) -> None:
+    """Delete SNAPSHOT_ID; refused while another snapshot builds on it, unless --fold is given."""
     from ..consumers import snapshot as snapshots
 
-    snapshots.delete(directory, snapshot_id)
+    with _bar("deleting") as progress:
+        snapshots.delete(directory, snapshot_id, fold=fold, progress=progress)
     if as_json:
         print_json({"id": snapshot_id, "done": "delete"})
     else:
@@ -156,14 +158,33 @@ def delete(directory: Path, snapshot_id: str, as_json: bool) -> None:
 @click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
               help="Accelerator to use.")
 @click.option("--detach", is_flag=True, help="Leave the machine running in the background.")
+@click.option("--lazy", is_flag=True, help="Let the guest run at once, and read its memory meanwhile.")
+@click.option("--count", type=int, metavar="N",
+              help="Launch N machines, NAME-0, NAME-1, ... (with --detach).")
 @trees_options
 @json_option
-def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool, trees: Trees,
-            as_json: bool) -> int:
-    """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends."""
+def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: str, detach: bool, lazy: bool,
+            count: int | None, trees: Trees, as_json: bool) -> int:
+    """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends.
+
+    With --lazy and --detach this command ends when all of the memory is there. DIRECTORY must stay until then.
+    """
     from ..consumers import snapshot as snapshots
 
+    if count is not None:
+        if not detach:
+            raise VmmError("--count needs --detach: only one machine can run in the foreground")
+        with _bar("loading") as progress:
+            machines = snapshots.restore_many(directory, snapshot_id, count=count, machine_name=name, accel=accel,
+                                              detach=True, trees=trees, lazy=lazy, progress=progress)
+        for each in machines:
+            if not as_json:
+                run_arrived(each, True, False)
+            each.detach()
+        if as_json:
+            print_json({"names": [each.name for each in machines]})
+        return ExitCode.OK
     with _bar("loading") as progress:
         machine = snapshots.restore(directory, snapshot_id, machine_name=name, accel=accel, detach=detach,
-                                    start=detach, trees=trees, progress=progress)
+                                    start=detach, trees=trees, lazy=lazy, progress=progress)
     return run_arrived(machine, detach, as_json)

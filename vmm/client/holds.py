@@ -133,6 +133,11 @@ class Lease:
         VmmError."""
         self._client.ask(verbs.TakeBack, token=self._token)
 
+    def pass_to(self, client: ControlClient) -> None:
+        """Have it with another connection of this process, too; this one ends it."""
+        client.lease = self._token
+        self._client = client
+
     def close(self) -> None:
         """End it: others may have the machine again, and (unless it was handed over) the guest goes on. Idempotent.
         Raises VmmError."""

@@ -155,6 +155,13 @@ class Machine:
             raise records.no_machine(name)
         return cls(name)
 
+    def beside(self, lease: holds.Lease) -> Machine:
+        """Another connection of this process, for a thread that is to end ``lease``, which both show until then. It is
+        to be detached."""
+        other = Machine(self.name)
+        lease.pass_to(other._client)
+        return other
+
     # --- life -----------------------------------------------------------------------------------
 
     def is_ready(self, *, wait: bool = False) -> bool:
@@ -222,9 +229,10 @@ class Machine:
         machine without ``force``, and while it is being handed over."""
         return [str(who) for who in self._client.ask(verbs.Resume, force=force)["held_by"]]
 
-    def stop(self) -> None:
-        """End every vCPU; ``wait`` then has the report. An ended machine is released. Raises VmmError."""
-        self._client.ask(verbs.Stop)
+    def stop(self, why: str = "") -> None:
+        """End every vCPU; ``wait`` then has the report, which says ``why`` ("": on request). An ended machine is
+        released. Raises VmmError."""
+        self._client.ask(verbs.Stop, why=why)
 
     def release(self) -> None:
         """Release an ended machine that lingers for its report (which is kept on disk). Raises VmmError."""

@@ -4,5 +4,6 @@
     workingset.py   which pages are dirtied when
     trace.py        recording of dirty traces
     snapshot/       full and incremental snapshots
+    missing.py      pages that come while the guest runs already
     migration/      live migration, both ends
 """

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ipc.layout import VcpuState
+from ipc.layout import ExitReason, VcpuState
 from ipc.messages import ProgramCalls
 
 from ..dirty.parts import Parts
@@ -63,8 +63,12 @@ class Core:
         self.turns = 0
         #: Of a machine that runs Linux programs: what its system has served.
         self.program_calls: ProgramCalls | None = None
-        #: Pages of RAM are missing still (post-copy).
+        #: Pages of RAM are missing still (post-copy, a lazy restore).
         self.pages_missing = False
+        #: Why workers were killed that might have waited for such a page for ever.
+        self.killed_for = ExitReason.NONE
+        #: For people: what was lost with which the guest can never continue.
+        self.lost = ""
 
     # --- the journal --------------------------------------------------------------------------
 

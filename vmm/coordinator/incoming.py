@@ -102,7 +102,7 @@ class Incoming:
         instead."""
         core = self._core
         self._watch = None
-        core.tell({"event": "incoming-lost", "detail": "the process receiving this machine's memory ended "
-                                                       "before all of it had arrived"})
+        core.lost = "the process that fills in this machine's memory ended before all of it had arrived"
+        core.tell({"event": "incoming-lost", "detail": core.lost})
         for vcpu in core.vcpus.all:
             vcpu.signal(signal.SIGKILL)

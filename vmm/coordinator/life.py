@@ -83,11 +83,15 @@ class Life:
                 vcpu.control.request |= VcpuRequest.STOP
                 vcpu.kick()
                 if self._core.pages_missing:    # it may wait for a page that never comes
+                    self._core.killed_for = self.stopping
                     vcpu.signal(signal.SIGKILL)
                 step("stop-asked")
 
-    def stop_or_go(self) -> None:
-        """``vmm stop``: of a running machine, and of one that has ended or never started."""
+    def stop_or_go(self, why: str = "") -> None:
+        """``vmm stop``: of a running machine, and of one that has ended or never started. ``why``: for people, if
+        no user wants it."""
+        if why and self.stopping == ExitReason.NONE:
+            self._stopped_by = f"stopped: {why}"
         self.stop(ExitReason.STOPPED)
         self.go()
 

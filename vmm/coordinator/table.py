@@ -8,7 +8,7 @@ import msgspec
 
 from ipc.linux.processid import ProcessId
 
-from ..errors import VmmError
+from ..errors import VmmError, one_line
 from ..machine import verbs
 from ..machine.spec import RamSlot
 from . import hotplug, programs, vcpu_states
@@ -46,7 +46,7 @@ def handlers(machine: Families) -> dict[type[verbs.Verb], Handler]:
     return {
         verbs.Start: allowed(Change.START, lambda v: life.start()),
         verbs.Status: lambda v: life.final if life.final is not None else core.report(),
-        verbs.Stop: lambda v: life.stop_or_go(),
+        verbs.Stop: lambda v: life.stop_or_go(one_line(v.why)),
         verbs.Release: lambda v: life.go(),
         verbs.State: lambda v: _state(machine),
         verbs.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),

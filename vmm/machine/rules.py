@@ -113,15 +113,15 @@ def check_machine(spec: MachineSpec) -> None:
 
 
 def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bool,
-             trees: Trees = NO_TREES) -> MachineSpec:
+             trees: Trees = NO_TREES, incoming: bool = False) -> MachineSpec:
     """What a specification from elsewhere (an offer, a manifest) is here: under this name, on this accelerator,
-    with the image at this path (a program has none), and with these files for a program. Nothing of its own is used as
-    a path or written to: where it traced to, and what it replayed, is the other host's business. Raises RuleError for
-    what no machine may be."""
+    with the image at this path (a program has none), with these files for a program, and with RAM that whoever
+    launches it fills in (``incoming``). Nothing of its own is used as a path or written to: where it traced to, and
+    what it replayed, is the other host's business. Raises RuleError for what no machine may be."""
     program = None if spec.program is None else _arriving(spec.program, trees, linger=linger)
     found = msgspec.structs.replace(spec, name=name, image="" if program else image, accel=accel, linger=linger,
-                                    incoming=False, links={},
-                                    trace=[], trace_file="", replay_trace="", program=program)
+                                    incoming=incoming, links={}, trace=[], trace_file="", replay_trace="",
+                                    program=program)
     check_machine(found)
     return found
 

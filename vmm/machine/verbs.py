@@ -144,7 +144,10 @@ class GiveBack(Verb):
 
 
 class Stop(Verb):
-    """End every vCPU (reason stopped); the reply is sent at once, ``ended`` follows as an event."""
+    """End every vCPU (reason stopped); the reply is sent at once, ``ended`` follows as an event. ``why``: for
+    people, in the report; empty: on request."""
+
+    why: str = ""
 
 
 class Release(Verb):

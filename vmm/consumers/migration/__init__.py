@@ -10,7 +10,7 @@ Down the way of a page, and of the hand-over::
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
-      postcopy_source.py   what is asked for after the hand-over            postcopy.py   holes, filled in later
+      postcopy_source.py   what is asked for after the hand-over            ../missing.py holes, filled in later
       talk.py, progress.py the control connection; what is counted
                   \\                                                        /
                    memory.py    the memory, sent and filled in

@@ -57,8 +57,8 @@ def taken(offer: Offer, *, name: str, accel: str, image: str, linger: bool, tree
             raise WireError("the source offered segments that are not a machine's")
         shown = sorted({*offer.spec.shown, *offer.needs.features})
         here = arriving(msgspec.structs.replace(offer.spec, shown=shown), name=name, accel=accel, image=image,
-                        linger=linger, trees=trees)
-        return msgspec.structs.replace(here, incoming=True, links=offer.segments)
+                        linger=linger, trees=trees, incoming=True)
+        return msgspec.structs.replace(here, links=offer.segments)
     except (VmmError, AccelError) as exc:
         raise WireError(f"the source offered an invalid machine: {exc}") from None
 

@@ -9,7 +9,7 @@ Once everything is in its place only the source knows who is to run the machine;
 Commit is awaited for a while from any peer that knows the token of the migration. After Commit the machine is the
 target's, and Commit is answered until the source says that it has heard (Done).
 
-With post-copy (vmm/consumers/migration/postcopy.py) pages come after the start.
+With post-copy (vmm/consumers/missing.py) pages come after the start.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ...machine.names import check_machine_name, slot_segment
 from ...machine.rules import NO_TREES, Trees, arriving
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
+from ..missing import MissingPages, Wanted
 from . import wire
 from .addresses import parse_address
 from .arrival import Arrival
@@ -51,7 +52,6 @@ from .memory import SlotMemory
 from .offers import ANY, Limits, check_settings, encodings, no_postcopy, taken
 from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
-from .postcopy import MissingPages, Wanted
 from .sockets import listen
 from .tls import Certificate
 from .wire import (

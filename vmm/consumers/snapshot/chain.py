@@ -3,7 +3,7 @@ and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folder import SnapshotError, snapshot_ids
+from .layers import SlotPages
 from .manifest import Manifest, SlotFile, file_checksum, load_manifest
-from .pagefile import PAGE, read_pages
+from .pagefile import PAGE, PageFile
+from .threads import Progress, behind
 
-__all__ = ["Damaged", "Progress", "chain", "fill", "layers", "list_snapshots", "read_memory", "survey", "verify"]
-
-Progress = Callable[[int, int], None]       # (pages done, pages in all)
+__all__ = ["Damaged", "chain", "layers", "list_snapshots", "open_slot", "read_memory", "survey", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,10 @@ def layers(directory: Path, manifests: list[Manifest], slot: SlotFile) -> Iterat
                 yield directory / manifest.id, each
 
 
-def fill(directory: Path, manifests: list[Manifest], slot: SlotFile, memory: NDArray[np.uint8]) -> Iterator[int]:
-    """Have ``memory`` (zero, shape [slot.size]) be what the chain holds of this slot, piece by piece; each piece's
-    pages. Raises PageFileError."""
-    for where, each in layers(directory, manifests, slot):
-        for _, count in read_pages(where, f"slot{slot.id}", slot.size // PAGE, each.checksum, memory):
-            yield count
+def open_slot(directory: Path, manifests: list[Manifest], slot: SlotFile) -> SlotPages:
+    """What the chain holds of this slot, to be read; close it. Raises PageFileError."""
+    return SlotPages([(where, f"slot{slot.id}", each.checksum) for where, each in layers(directory, manifests, slot)],
+                     slot.size // PAGE)
 
 
 def read_memory(directory: Path, name: str | None = None) -> dict[int, NDArray[np.uint8]]:
@@ -81,9 +79,9 @@ def read_memory(directory: Path, name: str | None = None) -> dict[int, NDArray[n
     PageFileError."""
     manifests, found = chain(directory, name), {}
     for slot in manifests[-1].slots:
-        found[slot.id] = np.zeros(slot.size, np.uint8)
-        for _ in fill(directory, manifests, slot, found[slot.id]):
-            pass
+        memory = found[slot.id] = np.zeros(slot.size, np.uint8)
+        with open_slot(directory, manifests, slot) as pages:
+            pages.read_into(memory)
     return found
 
 
@@ -98,9 +96,8 @@ def verify(directory: Path, name: str | None = None,
         folder = directory / manifest.id
         for slot in (*manifest.slots, manifest.system):
             file = "system" if slot is manifest.system else f"slot{slot.id}"
-            for _, count in read_pages(folder, file, slot.size // PAGE, slot.checksum):
-                done += count
-                progress(done, total)
+            with PageFile(folder, file, slot.size // PAGE, slot.checksum) as pages:
+                done += pages.verify(behind(progress, done, total))
         if file_checksum(folder / "image") != manifest.image_checksum:
             raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
     return manifests

@@ -7,6 +7,7 @@ machine before anything is done with it. Nothing in it is used as a path.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,9 @@ __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "Snapshot
            "load_manifest", "write_manifest"]
 
 FORMAT = "shardvmm-snapshot"
-VERSION = 1
+VERSION = 2
 _MANIFEST_MAX = 64 << 20    # bytes; 256 vCPU states of about 20 KiB are 5 MiB
+_EPOCH = re.compile("snap_[0-9a-f_]{1,27}")      # it becomes a client of the restored machine's dirty log
 _SYSTEM_MAX = 1 << 30       # bytes of the system slot
 
 Compression = Literal["none", "zstd"]
@@ -110,6 +112,8 @@ def _problem(manifest: Manifest) -> str:
     parent = manifest.parent
     if parent is not None and not (is_snapshot_id(parent) and int(parent) < int(manifest.id)):
         return "its parent is not an earlier snapshot"
+    if not _EPOCH.fullmatch(manifest.epoch):
+        return "its epoch is not one"
     try:
         if not spec.can.guests:
             return "its machine has no memory to restore"

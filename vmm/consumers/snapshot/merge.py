@@ -10,7 +10,7 @@ import msgspec
 from ipc.linux.files import exchange
 from ipc.steps import step
 
-from .chain import Progress, chain, layers, list_snapshots
+from .chain import chain, list_snapshots, open_slot
 from .folder import (
     SnapshotError,
     clear_leftovers,
@@ -24,7 +24,8 @@ from .folder import (
     sync_file,
 )
 from .manifest import Manifest, SlotFile, load_manifest, write_manifest
-from .pagefile import PAGE, PageWriter, compress, iter_pages
+from .pagefile import PAGE, PageWriter, compress
+from .threads import Progress, behind
 
 __all__ = ["delete", "merge"]
 
@@ -42,29 +43,38 @@ def merge(directory: Path, name: str | None = None,
 
 def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
     manifests = chain(directory, name)
-    newest = manifests[-1]
     clear_leftovers(directory)
     if len(manifests) == 1:
-        return newest
+        return manifests[0]
+    merged = _fold(directory, manifests, progress)
+    for manifest in reversed(manifests[:-1]):
+        if foreign_file(directory / manifest.id) or any(m.parent == manifest.id for m in list_snapshots(directory)):
+            break
+        remove(directory, manifest.id)
+    return merged
+
+
+def _fold(directory: Path, manifests: list[Manifest], progress: Progress) -> Manifest:
+    """Have the last of these, each built on the one before it, hold what all of them do, built on what the first is
+    built on. The others stay. Raises SnapshotError, PageFileError and OSError, and the chain is as it was."""
+    newest = manifests[-1]
     aside = new_aside(directory, newest.id)
     try:
-        total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
+        total = sum(slot.size // PAGE for slot in newest.slots)     # there may be fewer, when it was not logged
         done = 0
         files = []
         for slot in newest.slots:
-            with PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer:
-                for folder, each in layers(directory, manifests, slot):
-                    for first, data in iter_pages(folder, f"slot{slot.id}", slot.size // PAGE, each.checksum):
-                        writer.put(first, data)     # over what an older one had
-                        done += len(data) // PAGE
-                        progress(done, total)
+            with (PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer,
+                  open_slot(directory, manifests, slot) as pages):
+                pages.merge_into(writer, behind(progress, done, total))
                 files.append(_merged(slot, writer.finish()))
+            done += slot.size // PAGE
             if newest.compression == "zstd":
                 compress(aside, f"slot{slot.id}")
         for part in ("system.map", "system.mem", "image"):
             shutil.copyfile(directory / newest.id / part, aside / part)
             sync_file(aside / part)
-        merged = msgspec.structs.replace(newest, parent=None, slots=files)
+        merged = msgspec.structs.replace(newest, parent=manifests[0].parent, slots=files)
         write_manifest(aside, merged)
         step("snapshot-merge-written")
         try:
@@ -76,10 +86,6 @@ def _merge(directory: Path, name: str | None, progress: Progress) -> Manifest:
         discard(aside)      # by now it is the incremental one that was replaced
     sync_directory(directory)
     step("snapshot-merge-synced")
-    for manifest in reversed(manifests[:-1]):
-        if foreign_file(directory / manifest.id) or any(m.parent == manifest.id for m in list_snapshots(directory)):
-            break
-        remove(directory, manifest.id)
     return merged
 
 
@@ -87,19 +93,25 @@ def _merged(slot: SlotFile, finished: dict[str, int | str]) -> SlotFile:
     return msgspec.structs.replace(slot, **finished)
 
 
-def delete(directory: Path, name: str) -> None:
-    """Damaged or not. Raises SnapshotError when there is none of that name, or another was built on it."""
+def delete(directory: Path, name: str, *, fold: bool = False,
+           progress: Progress = lambda done, total: None) -> None:
+    """Damaged or not. ``fold``: what is built on it gets its pages first, and is built on what it was built on. Raises
+    SnapshotError when there is none of that name, or (without ``fold``) another was built on it; PageFileError when it
+    cannot be folded."""
     with locked(directory):
         if name not in snapshot_ids(directory):
             load_manifest(directory, name)      # says what is wrong with the name, or with the file
         children = [m.id for m in list_snapshots(directory) if m.parent == name]
-        if children:
+        if children and not fold:
             raise SnapshotError(f"{directory / name}: needed by {', '.join(children)}: merge or delete that "
-                                "first")
+                                "first, or delete this one with --fold")
         foreign = foreign_file(directory / name)
         if foreign:
             raise SnapshotError(f"{directory / name / foreign}: is not a snapshot file: move it elsewhere first")
         try:
+            clear_leftovers(directory)
+            for child in children:
+                _fold(directory, [load_manifest(directory, name), load_manifest(directory, child)], progress)
             remove(directory, name)
         except OSError as exc:
             raise SnapshotError(f"{exc.filename or directory}: cannot be removed: {exc.strerror}") from None

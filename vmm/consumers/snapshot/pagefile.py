@@ -1,52 +1,78 @@
 """Files that hold some pages of a memory slot: which, and their bytes.
 
 ``<name>.map``
-    A bitmap of the pages that are in the file, uint64 words, page *p* at word ``p // 64`` bit ``p % 64``.
+    Which pages are in the snapshot, which of them are not zero, and a checksum of each block of 64
+    (vmm/consumers/snapshot/pagemap.py).
 ``<name>.mem``
-    As long as the slot; page *p* at byte ``4096 p``. Holes where a page is zero, or not in the file.
+    As long as the slot; page *p* at byte ``4096 p``. Holes where a page is zero, or not in the snapshot.
 ``<name>.zst``
-    Instead of it: the pages of the map, in their order, as one zstd stream.
+    Instead of it: a skippable zstd frame with the size of each frame that follows (uint32), then a zstd frame for
+    each block that has pages which are not zero, with these pages in their order.
 
-The checksum is XXH3-128 of the map followed by the pages in their order, whatever the file's form: it finds
-damage, at the speed of memory; it is no signature.
+Checksums find damage, at the speed of memory; they are no signatures.
 
-What is held in memory does not grow with the pages' bytes: a few bytes per page of the slot, and a piece.
+What is held in memory does not grow with the pages' bytes: a few bytes per page of the slot, and a block per thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from ipc.bitmap import word_count
-from ipc.shm import PAGE_SIZE
+from ipc.linux.files import write_back
+from ipc.shm import data_extents
 
-from ...errors import VmmError
-from ...inputs import input_name, open_input
+from ...inputs import open_input
+from .pagemap import (
+    BLOCK_PAGES,
+    PAGE,
+    PageFileError,
+    PageMap,
+    Words,
+    all_pages,
+    bit_runs,
+    checksum_of,
+    page_numbers,
+    refuse,
+)
+from .threads import in_order, in_threads
 
-__all__ = ["PAGE", "PageFileError", "PageWriter", "compress", "iter_pages", "read_pages"]
+__all__ = ["PAGE", "PageFile", "PageFileError", "PageWriter", "Scratch", "compress", "iter_pages", "read_pages",
+           "touched_pages"]
 
-PAGE = PAGE_SIZE
-_CHUNK = 1024       # pages at a time: 4 MiB
-_LEVEL = 1          # zstd's fastest ordinary level: the disk is rarely faster
+_LEVEL = 1              # zstd's fastest ordinary level: the disk is rarely faster
 _WINDOW_MAX = 1 << 23   # bytes that a zstd frame may ask its reader to keep; our own ask for less
+_FRAME_MAX = BLOCK_PAGES * PAGE + (1 << 14)     # bytes: what cannot be compressed is a little longer
+_RUNS = 8               # of pages in a block that are more work than the whole block
+_AHEAD = 32             # blocks, 8 MiB, whose way to the disk begins at once
+_INDEX = struct.Struct("<II")       # zstd's number of a skippable frame, bytes that follow
+_SKIPPABLE = 0x184D2A50
 
 Pages = NDArray[np.int64]
-Present = NDArray[np.bool_]     # one per page of the slot
+Data = NDArray[np.uint8]
 
 
-class PageFileError(VmmError):
-    """A file that is damaged, or not one of these."""
+class Scratch:
+    """What one thread needs to read blocks: ``pages`` (uint8 [64, 4096]), and a decompressor."""
+
+    def __init__(self) -> None:
+        self.pages = np.empty((BLOCK_PAGES, PAGE), np.uint8)
+        self.unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_MAX)
 
 
-def _refuse(path: Path, what: str) -> PageFileError:
-    return PageFileError(f"{input_name(path)}: {what}")
+def touched_pages(fd: int, total: int) -> Words:
+    """The pages of a segment that may be other than zero."""
+    bits = np.zeros(len(all_pages(total)) * BLOCK_PAGES, bool)
+    for start, end in data_extents(fd, total * PAGE):
+        bits[start // PAGE:end // PAGE] = True
+    return np.packbits(bits, bitorder="little").view(np.uint64)
 
 
 class PageWriter:
@@ -54,53 +80,111 @@ class PageWriter:
 
     def __init__(self, directory: Path, name: str, pages: int) -> None:
         self._path = directory / name
-        self._words = np.zeros(word_count(pages), np.uint64)
-        self._present = np.zeros(pages, bool)
-        self._written = np.zeros(pages, bool)       # not a hole
-        self._zero = np.zeros(pages, bool)
+        self._total = pages
+        self._map = PageMap.empty(pages)
+        self._written = np.zeros(len(self._map.present), np.uint64)     # not a hole
+        self._stale = np.zeros(len(self._map.present), bool)    # blocks whose checksum is of what was there before
         self._file = open(self._path.with_suffix(".mem"), "wb+", buffering=0)  # noqa: SIM115, closed by close()
         os.ftruncate(self._file.fileno(), pages * PAGE)
 
-    def write(self, memory: NDArray[np.uint8], pages: Pages) -> None:
+    def write(self, memory: Data, pages: Pages) -> None:
         """Put these pages of the slot's memory (uint8, [pages * 4096]) into the file; ``pages`` ascend. Raises
         OSError."""
-        view = memory.reshape(-1, PAGE)
-        for at in range(0, len(pages), _CHUNK):
-            self._put(pages[at:at + _CHUNK], view[pages[at:at + _CHUNK]])
+        self.put_pages(pages, memory.reshape(-1, PAGE)[pages])
 
-    def put(self, first: int, data: NDArray[np.uint8]) -> None:
+    def put_pages(self, pages: Pages, data: Data, done: Callable[[int], None] = lambda pages: None) -> None:
+        """Put these pages into the file: ``data`` [n, 4096]; ``pages`` ascend. ``done`` is told how many there
+        are so far. Raises OSError."""
+        starts = [0, *(np.flatnonzero(np.diff(pages // BLOCK_PAGES)) + 1).tolist(), len(pages)]
+
+        def one(at: int, scratch: None) -> int:
+            part = slice(starts[at], starts[at + 1])
+            mask = sum(1 << page for page in (pages[part] % BLOCK_PAGES).tolist())
+            self._put(int(pages[part][0]) // BLOCK_PAGES, mask, data[part])
+            return len(pages[part])
+
+        if len(pages):
+            in_threads(range(len(starts) - 1), lambda: None, one, done)
+
+    def put(self, first: int, data: Data) -> None:
         """Put pages ``first``, ``first + 1``, … into the file, uint8 [pages * 4096]. Raises OSError."""
+        count = len(data) // PAGE
         view = data.reshape(-1, PAGE)
-        self._put(np.arange(first, first + len(view)), view)
+        at = 0
+        while at < count:
+            block, start = divmod(first + at, BLOCK_PAGES)
+            size = min(BLOCK_PAGES - start, count - at)
+            self._put(block, ((1 << size) - 1) << start, view[at:at + size])
+            at += size
 
-    def _put(self, pages: Pages, data: NDArray[np.uint8]) -> None:
-        filled = data.view(np.uint64).any(axis=1)
-        # A zero page over one that was not must be written; else its hole says the same.
-        solid = np.flatnonzero(filled | self._written[pages])
-        breaks = np.flatnonzero(np.diff(pages[solid]) != 1) + 1
-        for run in np.split(solid, breaks):
-            if len(run):
-                _write_all(self._file.fileno(), data[run[0]:run[-1] + 1].reshape(-1).data,
-                           int(pages[run[0]]) * PAGE)
-        self._written[pages[solid]] = True
-        self._zero[pages] = ~filled
-        self._present[pages] = True
+    def copy(self, fd: int, words: Words, done: Callable[[int], None] = lambda pages: None) -> None:
+        """Put these pages of the slot's memory into the file; ``fd``: its segment. What somebody writes there
+        meanwhile is in the file as it was or as it is, and its checksum is of what is in the file. ``done`` is told
+        how many pages there are so far. Raises OSError."""
+        unread = words & (touched_pages(fd, self._total) | self._written) == 0      # blocks that are zero, as they were
+        self._map.present[unread] |= words[unread]
+
+        size = BLOCK_PAGES * PAGE
+
+        def one(block: int, scratch: Data) -> int:
+            mask = int(words[block])
+            if (mask & ~(mask << 1)).bit_count() >= _RUNS:
+                mask |= int(self._map.present[block])       # as they are now: it is less work than each by itself
+            self._put(block, mask, _read_block(fd, block, mask, scratch))
+            if block % _AHEAD == _AHEAD - 1:
+                write_back(self._file.fileno(), max(0, block + 1 - 2 * _AHEAD) * size, _AHEAD * size)
+            return int(words[block]).bit_count()
+
+        before = int(np.bitwise_count(words[unread]).sum())
+        in_threads(np.flatnonzero(words * ~unread).tolist(), lambda: np.empty((BLOCK_PAGES, PAGE), np.uint8), one,
+                   lambda pages: done(before + pages), threads=1)
+
+    def put_block(self, block: int, mask: int, filled: int, data: Data) -> None:
+        """Put the pages ``mask`` of a block into the file: ``data`` [n, 4096] of those that are not zero
+        (``filled``). Raises OSError."""
+        start, fd = block * BLOCK_PAGES, self._file.fileno()
+        at = 0
+        for first, count in bit_runs(filled):
+            _write_all(fd, data[at:at + count].reshape(-1).data, (start + first) * PAGE)
+            at += count
+        written = int(self._written[block])
+        for first, count in bit_runs(written & mask & ~filled):     # else the hole says the same
+            _write_all(fd, memoryview(bytes(count * PAGE)), (start + first) * PAGE)
+        before = int(self._map.filled[block])
+        self._written[block] = written | filled
+        self._map.present[block] = int(self._map.present[block]) | mask
+        self._map.filled[block] = before & ~mask | filled
+        if not before & ~mask:
+            self._map.sums[block] = checksum_of(data)
+            self._stale[block] = False
+        elif filled or before & mask:
+            self._stale[block] = True
+
+    def _put(self, block: int, mask: int, data: Data) -> None:
+        words = data.view(np.uint64)
+        solid = words[:, 0] != 0        # most pages are told by their first word
+        if not solid.all():
+            doubtful = np.flatnonzero(~solid)
+            solid[doubtful] = words[doubtful].any(axis=1)
+        if solid.all():
+            self.put_block(block, mask, mask, data)
+        else:
+            pages = page_numbers(mask)[solid]
+            self.put_block(block, mask, sum(1 << page for page in pages.tolist()), data[solid])
 
     def finish(self) -> dict[str, int | str]:
-        """Write the map, sync both; {pages, zero_pages, checksum}."""
-        bits = np.packbits(self._present, bitorder="little")
-        self._words.view(np.uint8)[:len(bits)] = bits
-        digest = xxhash.xxh3_128(self._words.data)
+        """Write the map, sync both; {pages, zero_pages, checksum}. Raises OSError."""
         fd = self._file.fileno()
-        for _, data in _read_plain(fd, self._present, np.empty(_CHUNK * PAGE, np.uint8)):
-            digest.update(data.data)
-        with open(self._path.with_suffix(".map"), "wb") as file:
-            file.write(self._words.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+
+        def again(block: int, scratch: Data) -> int:
+            self._map.sums[block] = checksum_of(_read_block(fd, block, int(self._map.filled[block]), scratch))
+            return 1
+
+        in_threads(np.flatnonzero(self._stale).tolist(), lambda: np.empty((BLOCK_PAGES, PAGE), np.uint8), again)
+        self._stale[:] = False
+        self._map.save(self._path.with_suffix(".map"))
         os.fsync(fd)
-        return {"pages": int(self._present.sum()), "zero_pages": int(self._zero.sum()),
-                "checksum": digest.hexdigest()}
+        return {"pages": self._map.pages, "zero_pages": self._map.zero_pages, "checksum": self._map.checksum()}
 
     def close(self) -> None:
         """Idempotent. What was not finished is not whole."""
@@ -119,104 +203,156 @@ def _write_all(fd: int, data: memoryview, at: int) -> None:
         data, at = data[done:], at + done
 
 
-def _pieces(present: Present) -> Iterator[tuple[int, int]]:
-    """The pages that are there as (first, count) of neighbours, in pieces of at most a chunk."""
-    for at in range(0, len(present), _CHUNK):
-        part = present[at:at + _CHUNK]
-        if part.all():
-            yield at, len(part)
-            continue
-        pages = np.flatnonzero(part)
-        for run in np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1):
-            if len(run):
-                yield at + int(run[0]), len(run)
+def _read_all(fd: int, data: Data, at: int) -> None:
+    """Raises OSError, also when there is less."""
+    view = data.reshape(-1).data
+    while view:
+        done = os.preadv(fd, [view], at)
+        if not done:
+            raise OSError(f"it ends before byte {at + len(view):#x}")
+        view, at = view[done:], at + done
+
+
+def _read_block(fd: int, block: int, filled: int, scratch: Data) -> Data:
+    """The pages ``filled`` of a block, of a segment or a ``.mem``. Raises OSError."""
+    at = 0
+    for first, count in bit_runs(filled):
+        _read_all(fd, scratch[at:at + count], (block * BLOCK_PAGES + first) * PAGE)
+        at += count
+    return scratch[:at]
 
 
 def compress(directory: Path, name: str) -> None:
-    """Replace ``name.mem`` by ``name.zst``."""
+    """Replace ``name.mem`` by ``name.zst``. Raises OSError and PageFileError."""
     source, target = directory / f"{name}.mem", directory / f"{name}.zst"
-    present = np.unpackbits(np.fromfile(directory / f"{name}.map", np.uint8), bitorder="little").view(np.bool_)
-    with source.open("rb", buffering=0) as raw, target.open("wb") as file:
-        with zstandard.ZstdCompressor(_LEVEL, threads=-1).stream_writer(file, closefd=False) as stream:
-            for first, count in _pieces(present):
-                stream.write(os.pread(raw.fileno(), count * PAGE, first * PAGE))
-        file.flush()
-        os.fsync(file.fileno())
+    there = PageMap.load(directory / f"{name}.map", os.stat(source).st_size // PAGE, None)
+    blocks = np.flatnonzero(there.filled)
+    sizes = np.zeros(len(blocks), "<u4")
+    with source.open("rb", buffering=0) as raw, target.open("wb", buffering=0) as file:
+        fd, out, at = raw.fileno(), file.fileno(), _INDEX.size + sizes.nbytes
+
+        def pack(block: int, tools: tuple[zstandard.ZstdCompressor, Data]) -> bytes:
+            packer, scratch = tools
+            return packer.compress(_read_block(fd, block, int(there.filled[block]), scratch).data)
+
+        with contextlib.closing(in_order(blocks.tolist(), lambda: (zstandard.ZstdCompressor(_LEVEL),
+                                         np.empty((BLOCK_PAGES, PAGE), np.uint8)), pack)) as frames:
+            for number, frame in enumerate(frames):
+                _write_all(out, memoryview(frame), at)
+                sizes[number] = len(frame)
+                at += len(frame)
+        _write_all(out, memoryview(_INDEX.pack(_SKIPPABLE, sizes.nbytes) + sizes.tobytes()), 0)
+        os.fsync(out)
     source.unlink()
+
+
+class PageFile:
+    """A ``.map`` and its ``.mem`` or ``.zst``, blocks of which are read in any order, by any number of threads.
+    ``with`` it. ``map``: its PageMap."""
+
+    def __init__(self, directory: Path, name: str, total: int, checksum: str) -> None:
+        """Of a slot of ``total`` pages. Raises PageFileError."""
+        path = directory / name
+        self._path = path
+        self.map = PageMap.load(path.with_suffix(".map"), total, checksum)
+        packed = path.with_suffix(".zst")
+        self._starts: NDArray[np.int64] | None = None       # of each block's frame, and one more
+        self._open = packed if packed.exists() else path.with_suffix(".mem")
+        self._file = open_input(self._open, refuse)
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            if self._open == packed:
+                self._starts = self._frames(size)
+            elif size != total * PAGE:
+                raise refuse(self._open, f"has {size} bytes, expected {total * PAGE}")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _frames(self, size: int) -> NDArray[np.int64]:
+        filled = self.map.filled != 0
+        count = int(filled.sum())
+        first = _INDEX.size + 4 * count
+        try:
+            head = os.pread(self._file.fileno(), first, 0)
+        except OSError as exc:
+            raise refuse(self._open, f"cannot be read: {exc.strerror}") from None
+        if len(head) != first or _INDEX.unpack_from(head) != (_SKIPPABLE, 4 * count):
+            raise refuse(self._open, "is damaged (it does not begin with the sizes of its frames)")
+        sizes = np.zeros(len(filled), np.int64)
+        sizes[filled] = np.frombuffer(head, "<u4", offset=_INDEX.size)
+        starts = np.concatenate(([first], first + np.cumsum(sizes)))
+        if (sizes > _FRAME_MAX).any() or starts[-1] > size:
+            raise refuse(self._open, "is damaged: it ends too early, or the sizes of its frames are not right")
+        return starts
+
+    @property
+    def packed(self) -> bool:
+        """It is a ``.zst``."""
+        return self._starts is not None
+
+    def read(self, block: int, scratch: Scratch) -> Data:
+        """The block's pages that are not zero (``map.filled``), [n, 4096], as they were saved; they are good until
+        ``scratch`` is used again. Raises PageFileError."""
+        filled = int(self.map.filled[block])
+        try:
+            data = self._read(block, filled, scratch)
+        except (OSError, zstandard.ZstdError) as exc:
+            raise refuse(self._path, f"cannot be read: {exc}") from None
+        if checksum_of(data) != int(self.map.sums[block]):
+            raise refuse(self._path, f"is damaged (the checksum of pages {block * BLOCK_PAGES} to "
+                                     f"{(block + 1) * BLOCK_PAGES - 1} does not match)")
+        return data
+
+    def _read(self, block: int, filled: int, scratch: Scratch) -> Data:
+        fd = self._file.fileno()
+        if self._starts is None:
+            return _read_block(fd, block, filled, scratch.pages)
+        if not filled:
+            return scratch.pages[:0]
+        start, end = int(self._starts[block]), int(self._starts[block + 1])
+        frame = os.pread(fd, end - start, start)
+        size = filled.bit_count() * PAGE
+        if zstandard.frame_content_size(frame) != size:     # or it would be given as much memory as it says
+            raise zstandard.ZstdError("a frame does not have as many bytes as it should")
+        return np.frombuffer(scratch.unpacker.decompress(frame), np.uint8).reshape(-1, PAGE)
+
+    def verify(self, done: Callable[[int], None] = lambda pages: None) -> int:
+        """Read everything; the pages in it, as ``done`` is told them by and by. Raises PageFileError."""
+        zeros = self.map.zero_pages
+        blocks = np.flatnonzero(self.map.filled | (self.map.sums != 0)).tolist()
+        return zeros + in_threads(blocks, Scratch, lambda block, scratch: len(self.read(block, scratch)),
+                                  lambda pages: done(zeros + pages))
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
+
+    def __enter__(self) -> PageFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def read_pages(directory: Path, name: str, total: int, checksum: str,
                memory: NDArray[np.uint8] | None = None) -> Iterator[tuple[int, int]]:
     """Read every page in the file into its place in ``memory`` (uint8, [total * 4096]; None: only to look at it),
-    piece by piece, and yield (first page, pages) of each. Raises PageFileError, at the latest when the last piece
-    was read and the checksum does not match: what is in memory is not to be trusted before the end."""
-    for first, data in iter_pages(directory, name, total, checksum, memory):
+    piece by piece, and yield (first page, pages) of each. Raises PageFileError, when it comes to what is damaged:
+    what was read before it is right."""
+    for first, data in iter_pages(directory, name, total, checksum):
+        if memory is not None:
+            memory[first * PAGE:first * PAGE + len(data)] = data
         yield first, len(data) // PAGE
 
 
-def iter_pages(directory: Path, name: str, total: int, checksum: str,
-               memory: NDArray[np.uint8] | None = None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """As ``read_pages``, and yield each piece's bytes, which are good until the next. Raises PageFileError, for
-    a wrong checksum after the last piece."""
-    path = directory / name
-    try:
-        words, present = _read_map(path.with_suffix(".map"), total)
-        digest = xxhash.xxh3_128(words)
-        for first, data in _read(path, present, memory):
-            digest.update(data.data)
-            yield first, data
-    except (OSError, zstandard.ZstdError) as exc:
-        raise PageFileError(f"{input_name(path)}: cannot be read: {exc}") from None
-    if digest.hexdigest() != checksum:
-        raise PageFileError(f"{input_name(path)}: is damaged (its checksum does not match)")
-
-
-def _read_map(path: Path, total: int) -> tuple[bytes, Present]:
-    size = 8 * word_count(total)
-    with open_input(path, _refuse) as file:
-        words = file.read(size + 1)
-    if len(words) != size:
-        raise _refuse(path, f"has {f'more than {size}' if len(words) > size else len(words)} bytes, expected {size}")
-    present = np.unpackbits(np.frombuffer(words, np.uint8), bitorder="little").view(np.bool_)
-    if present[total:].any():
-        raise _refuse(path, f"lists a page beyond the slot's {total} pages")
-    return words, present[:total]
-
-
-def _read(path: Path, present: Present,
-          memory: NDArray[np.uint8] | None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    scratch = np.empty(_CHUNK * PAGE, np.uint8) if memory is None else None
-    packed = path.with_suffix(".zst")
-    if packed.exists():
-        unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW_MAX)
-        with open_input(packed, _refuse) as file, unpacker.stream_reader(file) as stream:
-            for first, count in _pieces(present):
-                data = _place(first, count, memory, scratch)
-                if stream.readinto(data.data) != len(data):
-                    raise _refuse(packed, "is damaged: it ends too early")
-                yield first, data
-        return
-    plain = path.with_suffix(".mem")
-    with open_input(plain, _refuse) as raw:
-        size = os.fstat(raw.fileno()).st_size
-        if size != len(present) * PAGE:
-            raise _refuse(plain, f"has {size} bytes, expected {len(present) * PAGE}")
-        yield from _read_plain(raw.fileno(), present, scratch, memory)
-
-
-def _read_plain(fd: int, present: Present, scratch: NDArray[np.uint8] | None,
-                memory: NDArray[np.uint8] | None = None) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    for first, count in _pieces(present):
-        data = _place(first, count, memory, scratch)
-        if os.preadv(fd, [data.data], first * PAGE) != len(data):
-            raise OSError(f"{count} pages at {first:#x} could not be read completely")
-        yield first, data
-
-
-def _place(first: int, count: int, memory: NDArray[np.uint8] | None,
-           scratch: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-    """Where these pages go: their place in memory, or the beginning of the scratch buffer."""
-    if memory is not None:
-        return memory[first * PAGE:(first + count) * PAGE]
-    assert scratch is not None
-    return scratch[:count * PAGE]
+def iter_pages(directory: Path, name: str, total: int, checksum: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """As ``read_pages``, and yield each piece's bytes, which are good until the next. Raises PageFileError as that
+    does."""
+    scratch, pages = Scratch(), np.empty((BLOCK_PAGES, PAGE), np.uint8)
+    with PageFile(directory, name, total, checksum) as file:
+        for block in np.flatnonzero(file.map.present | (file.map.sums != 0)).tolist():
+            pages[:] = 0
+            pages[page_numbers(int(file.map.filled[block]))] = file.read(block, scratch)
+            for first, count in bit_runs(int(file.map.present[block])):
+                yield block * BLOCK_PAGES + first, pages[first:first + count].reshape(-1)

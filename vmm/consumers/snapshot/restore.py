@@ -1,63 +1,190 @@
-"""Launching a machine from a chain."""
+"""Launching machines from a chain."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ...client.machine import Machine
-from ...machine.rules import NO_TREES, Trees, arriving
-from .chain import Progress, chain, fill, layers
-from .folder import SnapshotError
-from .manifest import Manifest, file_checksum
-from .pagefile import PAGE, read_pages
+import msgspec
 
-__all__ = ["restore"]
+from ipc.shm import open_fd, room
+from ipc.userfault import post_copy_missing
+
+from ...client.machine import Machine
+from ...errors import VmmError
+from ...machine.names import check_machine_name
+from ...machine.room import shared_memory
+from ...machine.rules import NO_TREES, Trees, arriving
+from ...machine.spec import MachineSpec
+from .chain import chain, open_slot
+from .folder import SnapshotError
+from .layers import SlotPages
+from .lazy import Arriving, Shared
+from .manifest import Manifest, file_checksum
+from .pagefile import PAGE, PageFileError
+from .threads import Progress, behind
+
+__all__ = ["restore", "restore_many"]
+
+_COUNT_MAX = 1000
+_ATTEMPTS = 5       # to open a chain that others change meanwhile
+
+
+def _nobody(done: int, total: int) -> None:
+    """Is told how far it is."""
 
 
 def restore(directory: Path, name: str | None = None, *, machine_name: str | None = None, accel: str = "auto",
-            detach: bool = False, start: bool = True, trees: Trees = NO_TREES,
-            progress: Progress = lambda done, total: None) -> Machine:
+            detach: bool = False, start: bool = True, trees: Trees = NO_TREES, lazy: bool = False,
+            progress: Progress = _nobody) -> Machine:
     """Launch a machine from a chain as it was at ``name`` (default: the newest), on any accelerator; with
-    ``start=False`` it is left before its first instruction. ``trees``: files that its program has. Raises VmmError,
-    with nothing left behind."""
+    ``start=False`` it is left before its first instruction. ``trees``: files that its program has. ``lazy``: it
+    is returned at once, and its memory is read while it runs, by threads of this process, which must live as long
+    (``status()["incoming"]``); with ``detach`` when all of it is there. Should that fail, the machine ends, and its
+    report says why. Raises VmmError, with nothing left behind."""
+    return _restore(directory, name, lambda given: [machine_name or given], accel, detach=detach, start=start,
+                    trees=trees, lazy=lazy, progress=progress)[0]
+
+
+def restore_many(directory: Path, name: str | None = None, *, count: int, machine_name: str | None = None,
+                 accel: str = "auto", detach: bool = False, start: bool = True, trees: Trees = NO_TREES,
+                 lazy: bool = False, progress: Progress = _nobody) -> list[Machine]:
+    """As ``restore``, so many machines: ``machine_name`` (default: the machine's name in the snapshot) with ``-0``,
+    ``-1``, … behind it. Unless ``lazy``, each page is read once for all of them. Raises VmmError, with nothing left
+    behind, also when there is no room for all of them."""
+    if not 1 <= count <= _COUNT_MAX:
+        raise VmmError(f"there cannot be {count} machines: the count must be from 1 to {_COUNT_MAX}")
+    return _restore(directory, name, lambda given: [f"{machine_name or given}-{number}" for number in range(count)],
+                    accel, detach=detach, start=start, trees=trees, lazy=lazy, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A chain's files, that are open: whatever becomes of it, this can be read."""
+
+    manifest: Manifest
+    slots: dict[int, SlotPages]
+    system: SlotPages
+
+
+def _open(directory: Path, name: str | None, stack: contextlib.ExitStack) -> _Opened:
+    """``stack`` closes them. Raises SnapshotError and PageFileError."""
+    for attempt in range(_ATTEMPTS):
+        manifests = chain(directory, name)
+        newest = manifests[-1]
+        files = contextlib.ExitStack()
+        try:
+            found = _Opened(
+                newest,
+                {slot.id: files.enter_context(open_slot(directory, manifests, slot)) for slot in newest.slots},
+                files.enter_context(SlotPages([(directory / newest.id, "system", newest.system.checksum)],
+                                              newest.system.size // PAGE)))
+        except PageFileError:
+            files.close()
+            # A merge may have replaced files between the manifest and them.
+            if attempt == _ATTEMPTS - 1 or chain(directory, name) == manifests:
+                raise
+            continue
+        stack.enter_context(files)
+        return found
+    raise AssertionError
+
+
+def _restore(directory: Path, name: str | None, names: Callable[[str], list[str]], accel: str, *, detach: bool,
+             start: bool, trees: Trees, lazy: bool, progress: Progress) -> list[Machine]:
+    """Machines of these names, given the one that it had. Raises VmmError."""
     from ...client.accelerators import choose_accelerator
 
-    manifests = chain(directory, name)
-    newest = manifests[-1]
-    folder = directory / newest.id
-    if file_checksum(folder / "image") != newest.image_checksum:
-        raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
-    spec = arriving(newest.spec, name=machine_name or newest.spec.name, image=str((folder / "image").resolve()),
-                    accel=choose_accelerator(accel, programs=newest.spec.program is not None),
-                    linger=not detach, trees=trees)
-    machine = Machine.launch(spec, detach=detach, start=False)
-    try:
-        with machine.lease("incoming", f"from {folder}"):     # half restored, no other may start or write it
-            total = sum(each.pages for slot in newest.slots for _, each in layers(directory, manifests, slot))
-            done = 0
-            for slot in newest.slots:
-                memory = machine.ram(slot.id, writable=True)
-                memory[:] = 0       # the loader has put the image there
-                for count in fill(directory, manifests, slot, memory):
-                    done += count
-                    progress(done, total)
-            if newest.spec.keeps_system:
-                _restore_system(machine, folder, newest)
-            machine.set_state(newest.vcpus)
-            if start:
-                machine.start()
-    except BaseException:
-        machine.stop()
-        machine.close()
-        raise
-    return machine
+    if lazy and (lacking := post_copy_missing()):
+        raise VmmError(f"a lazy restore is not possible here: {lacking}; restore without --lazy")
+    with contextlib.ExitStack() as stack:
+        opened = _open(directory, name, stack)
+        saved = opened.manifest
+        folder = directory / saved.id
+        if file_checksum(folder / "image") != saved.image_checksum:
+            raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
+        spec = arriving(saved.spec, name=saved.spec.name, image=str((folder / "image").resolve()),
+                        accel=choose_accelerator(accel, programs=saved.spec.program is not None),
+                        linger=not detach, trees=trees, incoming=True)
+        wanted = names(spec.name)
+        _check(spec, wanted)
+        machines: list[Machine] = []
+        coming: list[Arriving] = []
+        shared = Shared(stack)
+        try:
+            for each in wanted:
+                machines.append(Machine.launch(msgspec.structs.replace(spec, name=each), detach=detach, start=False))
+            for machine in machines:
+                machine.is_ready(wait=True)
+            leases = [machine.lease("incoming", f"from {folder}") for machine in machines]  # half restored, no other
+            if lazy:                                                                # may start or write to them
+                for machine, lease in zip(machines, leases, strict=True):
+                    coming.append(Arriving(machine, lease, opened.slots, shared,
+                                           progress if detach and len(machines) == 1 else _nobody))
+            else:
+                _fill(machines, opened.slots, progress)
+            for number, machine in enumerate(machines):
+                if saved.spec.keeps_system:
+                    _restore_system(machine, folder, opened.system)
+                machine.set_state(saved.vcpus)
+                machine.register(saved.epoch)       # what is dirtied from here on is what the next snapshot needs
+                if start:
+                    machine.start()
+                if lazy:
+                    coming[number].start()
+                else:
+                    leases[number].close()
+            for arrives in coming if detach else ():
+                arrives.wait()
+        except BaseException:
+            for machine in machines:
+                with contextlib.suppress(VmmError):     # it may have gone already
+                    machine.stop()
+                machine.close()
+            for arrives in coming:
+                arrives.give_up()
+            raise
+        if coming:
+            shared.keep()
+    return machines
 
 
-def _restore_system(machine: Machine, folder: Path, manifest: Manifest) -> None:
+def _check(spec: MachineSpec, names: list[str]) -> None:
+    """Raises VmmError where there cannot be as many machines."""
+    for each in names:
+        check_machine_name(each)
+    needed, there = shared_memory(spec) * len(names), room()
+    if needed > there.free and len(names) > 1:
+        raise VmmError(there.shortage(f"the {len(names)} machines", needed))
+
+
+def _fill(machines: list[Machine], slots: dict[int, SlotPages], progress: Progress) -> None:
+    """Their memory, which is all holes: who writes to a hole through a descriptor is told when there is no room. Raises
+    VmmError."""
+    total, before = sum(pages.pages for pages in slots.values()), 0
+    for slot, pages in slots.items():
+        with contextlib.ExitStack() as stack:
+            fds = []
+            for machine in machines:
+                fds.append(open_fd(machine.ram_segment(slot)))
+                stack.callback(os.close, fds[-1])
+            try:
+                pages.copy_to(fds, behind(progress, before, total))
+                for fd in fds if pages.pages < pages.total else ():
+                    os.posix_fallocate(fd, 0, pages.total * PAGE)       # the rest is zero
+            except OSError as exc:
+                raise SnapshotError(f"slot {slot} of machine '{machines[0].name}': cannot be filled: "
+                                    f"{exc.strerror}") from None
+        before += pages.pages
+
+
+def _restore_system(machine: Machine, folder: Path, pages: SlotPages) -> None:
     system = machine.system()
-    if manifest.system.size != len(system):
-        raise SnapshotError(f"{folder}: its system slot has {manifest.system.size} bytes, but this "
-                            f"program expects {len(system)}")
+    if pages.total * PAGE != len(system):
+        raise SnapshotError(f"{folder}: its system slot has {pages.total * PAGE} bytes, but this program expects "
+                            f"{len(system)}")
     system[:] = 0
-    for _ in read_pages(folder, "system", len(system) // PAGE, manifest.system.checksum, system):
-        pass
+    pages.read_into(system)

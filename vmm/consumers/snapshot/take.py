@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,19 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ipc.shm import open_fd
 from ipc.steps import step
 
 from ...client.machine import Machine
 from ...errors import VmmError
 from ...machine.spec import MachineSpec
-from .chain import Progress, survey
+from .aside import Aside
+from .chain import survey
 from .folder import SnapshotError, clear_leftovers, discard, locked, new_aside, next_id, sync_directory, sync_file
 from .manifest import FORMAT, VERSION, Compression, Manifest, SlotFile, file_checksum, write_manifest
 from .pagefile import PAGE, PageWriter, compress
+from .pagemap import Words, all_pages
+from .threads import Progress, behind
 
 __all__ = ["create"]
 
@@ -72,11 +77,13 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
             stack.callback(taking.close)
             if live:
                 taking.copy_while_it_runs()
+                taking.set_aside_while_it_runs()
             with machine.paused("snapshot"):
                 machine.register(epoch)     # before the last pages are looked for: nothing falls between the two
                 step("snapshot-epoch")
                 taking.finish_memory()
                 taking.take_state()
+            taking.write_what_was_set_aside()
             manifest = taking.manifest(name, parent, live, compression, epoch)
             write_manifest(aside, manifest)
             step("snapshot-written")
@@ -92,7 +99,7 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
             raise SnapshotError(f"{exc.filename or directory}: cannot be written: {exc.strerror}") from None
         raise
     for client in machine.status()["clients"]:      # epochs that ended with this snapshot
-        if client.startswith(family) and client != epoch:
+        if client != epoch and (client.startswith(family) or (parent is not None and client == parent.epoch)):
             _forget(machine, client)
             step("snapshot-epoch-dropped")
     return manifest
@@ -106,12 +113,15 @@ def _parent(machine: Machine, directory: Path) -> Manifest:
     there = survey(directory)
     if not there:
         raise SnapshotError(f"{directory}: contains no snapshot to build on: take a full one first")
-    parent = there[-1]
-    if not isinstance(parent, Manifest):
-        raise SnapshotError(f"{parent.reason}: take a full snapshot, or delete the damaged one first")
-    if parent.epoch not in machine.status()["clients"]:
-        raise SnapshotError(f"{directory / parent.id}: machine '{machine.name}' has no record of what was "
-                            "dirtied since (it is another machine, or was restored or restarted): take a full one")
+    newest = there[-1]
+    if not isinstance(newest, Manifest):
+        raise SnapshotError(f"{newest.reason}: take a full snapshot, or delete the damaged one first")
+    clients = machine.status()["clients"]
+    # Not always the newest: another machine that was restored from this chain may have gone on with it, too.
+    parent = next((m for m in reversed(there) if isinstance(m, Manifest) and m.epoch in clients), None)
+    if parent is None:
+        raise SnapshotError(f"{directory / newest.id}: machine '{machine.name}' has no record of what was "
+                            "dirtied since (it is another machine, or was migrated): take a full one")
     return parent
 
 
@@ -125,12 +135,14 @@ class _Taking:
 
     def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, progress: Progress) -> None:
         self._machine = machine
-        self._aside = aside
+        self._folder = aside
         self._client = client
         self._whole = whole
         self._progress = progress
         self._writers: dict[tuple[int, int], PageWriter] = {}
         self._done = 0
+        self._last = 0      # pages of the last round
+        self._aside: Aside | None = None
 
     def _slots(self) -> list[dict[str, Any]]:
         return list(self._machine.status()["slots"])
@@ -140,7 +152,7 @@ class _Taking:
         key = (slot["id"], slot["born"])
         fresh = key not in self._writers
         if fresh:
-            self._writers[key] = PageWriter(self._aside, f"slot{slot['id']}", slot["pages"])
+            self._writers[key] = PageWriter(self._folder, f"slot{slot['id']}", slot["pages"])
         return self._writers[key], fresh
 
     def copy_while_it_runs(self) -> None:
@@ -152,26 +164,60 @@ class _Taking:
                 return
             before = pages
 
-    def _round(self) -> int:
-        """Write what is new since the last round; pages."""
-        self._machine.sync(self._client)
+    def set_aside_while_it_runs(self) -> None:
+        """As above, but into memory: what is left for the pause is little then, whatever the size of the machine and
+        the speed of the disk."""
+        self._aside = Aside(self._last + self._last // 4)
+        for slot in self._slots():
+            self._aside.map(self._machine.ram(slot["id"]))
+        before = None
+        for _ in range(_LIVE_ROUNDS):
+            pages = self._round()
+            if pages <= _LIVE_ENOUGH or (before is not None and pages > before // 2):
+                return
+            before = pages
+
+    def write_what_was_set_aside(self) -> None:
+        """Into the files; the guest runs again."""
+        if self._aside is not None:
+            before, self._done = self._done, self._done + self._aside.pages
+            self._aside.write(self._progress, before, self._done)
+
+    def _dirty(self) -> tuple[int, list[tuple[dict[str, Any], PageWriter, Words]]]:
+        """What is new since the last round; how many pages."""
+        self._machine.collect(self._client)
         total = 0
         todo = []
         for slot in self._slots():
             writer, fresh = self._writer(slot)
-            dirty = np.flatnonzero(self._machine.bitmap(slot["id"], self._client).bools())
+            dirty = self._machine.bitmap(slot["id"], self._client).words & all_pages(slot["pages"])
             if fresh and (self._whole or not slot["logged"]):
-                dirty = np.arange(slot["pages"])    # it is unknown what changed in a slot that is not logged
+                dirty = all_pages(slot["pages"])    # it is unknown what changed in a slot that is not logged
             todo.append((slot, writer, dirty))
-            total += len(dirty)
+            total += int(np.bitwise_count(dirty).sum())
+        return total, todo
+
+    def _round(self) -> int:
+        """Write what is new since the last round, or set it aside if there is room for it; pages."""
+        total, todo = self._dirty()
+        self._last = total
+        if self._aside is not None and self._aside.has_room(total):
+            for slot, writer, dirty in todo:
+                self._aside.copy(writer, self._machine.ram(slot["id"]), dirty)
+            return total
+        self.write_what_was_set_aside()     # it is older
+        before, self._done = self._done, self._done + total
         for slot, writer, dirty in todo:
-            memory = self._machine.ram(slot["id"])
-            for at in range(0, len(dirty), 16384):
-                part = dirty[at:at + 16384]
-                writer.write(memory, part)
-                self._done += len(part)
-                self._progress(self._done, self._done + total - at - len(part))
+            self._copy(slot, writer, dirty, behind(self._progress, before, self._done))
+            before += int(np.bitwise_count(dirty).sum())
         return total
+
+    def _copy(self, slot: dict[str, Any], writer: PageWriter, words: Words, done: Callable[[int], None]) -> None:
+        fd = open_fd(self._machine.ram_segment(slot["id"]))
+        try:
+            writer.copy(fd, words, done)
+        finally:
+            os.close(fd)
 
     def finish_memory(self) -> None:
         """The guest stands still: the rest. Slots that are not logged are written again."""
@@ -179,18 +225,14 @@ class _Taking:
             if not slot["logged"]:
                 writer, fresh = self._writer(slot)
                 if not fresh:
-                    writer.write(self._machine.ram(slot["id"]), np.arange(slot["pages"]))
+                    self._copy(slot, writer, all_pages(slot["pages"]), lambda count: None)
         self._round()
 
     def take_state(self) -> None:
         """And the system slot."""
         state = self._machine.state()
         self._spec, self._vcpus = msgspec.convert(state["spec"], MachineSpec), state["vcpus"]
-        system = self._machine.system()
-        self._system = PageWriter(self._aside, "system", len(system) // PAGE)
-        if self._spec.keeps_system:
-            self._system.write(system, np.arange(len(system) // PAGE))
-        self._system_size = len(system)
+        self._system = self._machine.system().copy()
 
     def manifest(self, name: str, parent: Manifest | None, live: bool, compression: Compression,
                  epoch: str) -> Manifest:
@@ -199,25 +241,26 @@ class _Taking:
             finished = self._writers[slot.id, slot.born].finish()
             files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, finished))
             if compression == "zstd":
-                compress(self._aside, f"slot{slot.id}")
-        system = _slot_file(0, 0, self._system_size, False, 0, self._system.finish())
+                compress(self._folder, f"slot{slot.id}")
+        with PageWriter(self._folder, "system", len(self._system) // PAGE) as writer:
+            if spec.keeps_system:
+                writer.put(0, self._system)
+            system = _slot_file(0, 0, len(self._system), False, 0, writer.finish())
         if spec.image:
-            shutil.copyfile(spec.image, self._aside / "image")
+            shutil.copyfile(spec.image, self._folder / "image")
         else:
-            (self._aside / "image").touch()
-        sync_file(self._aside / "image")
+            (self._folder / "image").touch()
+        sync_file(self._folder / "image")
         return Manifest(
             format=FORMAT, version=VERSION, id=name, parent=parent.id if parent else None,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             program=metadata.version("shardvmm"), accelerator=spec.accel, live=live, compression=compression,
-            epoch=epoch, image_checksum=file_checksum(self._aside / "image"), spec=spec, slots=files, system=system,
+            epoch=epoch, image_checksum=file_checksum(self._folder / "image"), spec=spec, slots=files, system=system,
             vcpus=self._vcpus)
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
-        if hasattr(self, "_system"):
-            self._system.close()
 
 
 def _slot_file(slot_id: int, gpa: int, size: int, log: bool, born: int, finished: dict[str, Any]) -> SlotFile:

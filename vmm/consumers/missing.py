@@ -1,5 +1,5 @@
-"""Post-copy, the target's side: the guest runs already, and pages that it touches before they have come are asked
-for.
+"""Missing pages: the guest runs already, and waits for those that it touches before they have come. Post-copy's, at
+the target (vmm/consumers/migration/target.py), and a lazy restore's (vmm/consumers/snapshot/lazy.py).
 
 The pages that are missing are holes in the machine's RAM segments. Every worker has registered its mapping with
 a userfaultfd of its own: what touches a hole, the guest or the worker itself, waits. Pages are put in through
@@ -9,8 +9,10 @@ a registered mapping of this process, which fills a hole in one step: half a pag
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
+import threading
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -18,14 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc.shm import PAGE_SIZE as PAGE
 from ipc.shm import Segment
 from ipc.sockets import FdListener
 from ipc.userfault import Userfault, UserfaultError
 
-from ...client.machine import Machine
-from ...errors import VmmError
-from ...machine.runtime import machine_dir
-from .pages import PAGE
+from ..client.machine import Machine
+from ..errors import VmmError
+from ..machine.runtime import machine_dir
 
 __all__ = ["MissingPages", "Wanted"]
 
@@ -42,10 +44,16 @@ class Wanted:
 
 
 class MissingPages:
-    """The missing pages of a machine that has not started yet. ``with`` it; ``pages`` {slot id: bool[pages]}."""
+    """The missing pages of a machine that has not started yet. ``with`` it; ``pages`` {slot id: bool[pages]}. Threads
+    may share it."""
 
-    def __init__(self, machine: Machine, pages: dict[int, NDArray[np.bool_]]) -> None:
-        """Raises VmmError, with nothing left open."""
+    def __init__(self, machine: Machine, pages: dict[int, NDArray[np.bool_]], *, what: str = "post-copy",
+                 empty: bool = False) -> None:
+        """``what``: for people. ``empty``: of these slots nothing is there yet, all that is not missing is zero, and
+        each page is put once. Raises VmmError, with nothing left open."""
+        self._what = what
+        self._empty = empty
+        self._lock = threading.Lock()
         self._machine = machine
         self._missing = pages
         self.left = sum(int(p.sum()) for p in pages.values())
@@ -59,7 +67,7 @@ class MissingPages:
             self._set_up(machine)
         except UserfaultError as exc:
             self.close()
-            raise VmmError(f"post-copy: {exc}") from None
+            raise VmmError(f"{self._what}: {exc}") from None
         except BaseException:
             self.close()
             raise
@@ -71,7 +79,10 @@ class MissingPages:
             # A mapping of our own: the machine's views of it may be looked at, this one never is.
             segment = self._open.enter_context(Segment.open(machine.ram_segment(slot)))
             self._segments[slot] = segment
-            self._make_holes(slot, missing)
+            if self._empty:
+                segment.buf.madvise(mmap.MADV_REMOVE, 0, segment.size)
+            else:
+                self._make_holes(slot, missing)
             self._own.register(segment.address, segment.size)
         listener = FdListener(machine_dir(machine.name) / _SOCKET)
         try:
@@ -93,11 +104,15 @@ class MissingPages:
         """Those that may miss pages."""
         return self._segments
 
+    def segment(self, slot: int) -> str:
+        """Name of the slot's segment."""
+        return self._segments[slot].name
+
     def add(self, pages: dict[int, NDArray[np.bool_]]) -> None:
         """These are missing too, since they have changed at the source; before the start. Raises VmmError."""
         for slot, bits in pages.items():
             if slot not in self._segments:
-                raise VmmError(f"post-copy: slot {slot} was complete before")
+                raise VmmError(f"{self._what}: slot {slot} was complete before")
             self._make_holes(slot, bits)
             self.left += int((bits & ~self._missing[slot]).sum())
             self._missing[slot] |= bits
@@ -120,14 +135,16 @@ class MissingPages:
         found = []
         for address in userfault.faults():
             want = self._locate(vcpu, address)
-            if not self._missing[want.slot][want.page]:
-                self._fill_hole(want)
+            with self._lock:
+                if there := not self._missing[want.slot][want.page]:
+                    self._fill_hole(want)
+                else:
+                    self._waiting.setdefault(want, []).append((fd, address, time.monotonic()))
+                    if want not in self._asked:
+                        self._asked.add(want)
+                        found.append(want)
+            if there:
                 userfault.wake(address)
-                continue
-            self._waiting.setdefault(want, []).append((fd, address, time.monotonic()))
-            if want not in self._asked:
-                self._asked.add(want)
-                found.append(want)
         return found
 
     def _fill_hole(self, want: Wanted) -> None:
@@ -136,14 +153,14 @@ class MissingPages:
         try:
             self._own.fill(self._segments[want.slot].address + want.page * PAGE, self._zeros.ctypes.data, PAGE)
         except OSError as exc:
-            raise _full(want.slot, exc) from None
+            raise self._full(want.slot, exc) from None
 
     def _locate(self, vcpu: int, address: int) -> Wanted:
         for slot, start in self._addresses[vcpu].items():
             offset = address - start
             if slot in self._segments and 0 <= offset < self._segments[slot].size:
                 return Wanted(slot, offset // PAGE)
-        raise VmmError(f"post-copy: vCPU {vcpu} accessed {address:#x}, which is not in a slot with missing pages")
+        raise VmmError(f"{self._what}: vCPU {vcpu} accessed {address:#x}, which is not in a slot with missing pages")
 
     def ask_again(self) -> list[Wanted]:
         """Every page that is waited for: the source is another one now."""
@@ -151,7 +168,7 @@ class MissingPages:
 
     def put(self, slot: int, numbers: NDArray[np.int64], data: NDArray[np.uint8] | None) -> None:
         """These pages have come (``data`` [n, 4096], None: zero pages). One that is there already is left as the
-        guest has made it. Raises VmmError."""
+        guest has made it. The same page is not put by two threads at once. Raises VmmError."""
         missing = self._missing[slot]
         fresh = missing[numbers]
         if not fresh.all():
@@ -163,14 +180,16 @@ class MissingPages:
         at = 0
         for run in np.split(numbers, breaks) if len(numbers) else []:
             try:
-                self._own.fill(base + int(run[0]) * PAGE, content.ctypes.data + at * PAGE, len(run) * PAGE)
+                self._own.fill(base + int(run[0]) * PAGE, content.ctypes.data + at * PAGE, len(run) * PAGE,
+                               holes=self._empty)
             except OSError as exc:
-                raise _full(slot, exc) from None
+                raise self._full(slot, exc) from None
             at += len(run)
-        missing[numbers] = False
-        self.left -= len(numbers)
-        if self._waiting:
-            self._release(slot, numbers)
+        with self._lock:
+            missing[numbers] = False
+            self.left -= len(numbers)
+            if self._waiting:
+                self._release(slot, numbers)
 
     def _release(self, slot: int, numbers: NDArray[np.int64]) -> None:
         came = set(numbers.tolist())
@@ -180,6 +199,10 @@ class MissingPages:
                 vcpu, userfault = self.faults[fd]
                 userfault.wake(address)
                 self.blocked[vcpu] += now - since
+
+    def _full(self, slot: int, exc: OSError) -> VmmError:
+        return VmmError(f"{self._what}: slot {slot}: pages cannot be filled in: {os.strerror(exc.errno or 0)}"
+                        + (" (is /dev/shm full?)" if exc.errno != errno.EEXIST else ""))
 
     def bitmaps(self) -> dict[int, NDArray[np.bool_]]:
         """What is still missing."""
@@ -198,11 +221,6 @@ class MissingPages:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _full(slot: int, exc: OSError) -> VmmError:
-    return VmmError(f"post-copy: slot {slot}: pages cannot be filled in: {os.strerror(exc.errno or 0)} (is /dev/shm "
-                    "full?)")
 
 
 def _runs(bits: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
