@@ -29,7 +29,7 @@ def reaped(machine: Machine, times: int = 5) -> bool:
 
 @pytest.mark.parametrize("accel", ACCELS)
 def test_what_nobody_has_asked_for_is_not_protected_again_and_not_lost(accel: str) -> None:
-    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN)
+    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN, log="always")
     with Machine.launch(walk) as machine:
         until(lambda: count(machine, "dirty_pages") > 500, "pages are harvested")
         pages = count(machine, "dirty_pages")
@@ -59,7 +59,7 @@ def test_what_nobody_has_asked_for_is_not_protected_again_and_not_lost(accel: st
 
 @pytest.mark.parametrize("accel", ACCELS)
 def test_where_each_entry_counts_a_ring_is_reset_with_each_reap(accel: str) -> None:
-    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN)
+    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN, log="always")
     with Machine.launch(walk) as machine:
         assert reaped(machine)
         assert count(machine, "resets") == 0
@@ -75,7 +75,7 @@ def test_where_each_entry_counts_a_ring_is_reset_with_each_reap(accel: str) -> N
 @pytest.mark.parametrize("accel", ACCELS)
 def test_reset_early(accel: str) -> None:
     walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None,
-                reaper=ReaperSpec(mode="fixed", interval=0.005, reset="early"))
+                reaper=ReaperSpec(mode="fixed", interval=0.005, reset="early"), log="always")
     with Machine.launch(walk) as machine:
         until(lambda: count(machine, "resets") > 5, "rings are reset")
 

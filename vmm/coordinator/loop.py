@@ -88,9 +88,10 @@ class Coordinator:
         core.tell, core.report = self._tell, self._report
         machine = self.machine = Families(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         if saved is None:
-            core.parts = segments.make_parts(spec, machine.tracking.first())
+            core.parts = segments.make_parts(spec, machine.tracking.first(), logging=machine.tracking.logs_first)
         else:
-            core.parts = segments.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
+            core.parts = segments.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking,
+                                              logging=saved.logging)
         self._closing.callback(core.parts.close)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
@@ -170,7 +171,7 @@ class Coordinator:
             self.machine.life.stop(ExitReason.TIMEOUT)
         if self.core.reaper.full:
             self.core.reaper.wake("ring-full")
-        elif self.core.parts.ring_entries and self.core.reaper.schedule.left(now) == 0:
+        elif self.core.parts.reaps and self.core.reaper.schedule.left(now) == 0:
             self.core.reaper.wake()
         round_left = self._rounds.left(now)
         if round_left is not None and round_left <= 0:
@@ -218,7 +219,7 @@ class Coordinator:
         if not self.machine.pauses.running:
             return None
         dues = [self._rounds.left(now), self.machine.tracking.left(now), self.machine.life.timeout_left]
-        if self.core.parts.ring_entries:
+        if self.core.reaper.full or self.core.parts.reaps:
             dues.append(0.0 if self.core.reaper.full else self.core.reaper.schedule.left(now))
         waits = [due for due in dues if due is not None]
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
