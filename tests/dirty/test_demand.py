@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from machines import ACCELS, changed_pages, exact, replace, spec, until
+from machines import ACCELS, ANY, changed_pages, exact, replace, spec, until
 from needs import missing
 
 from ipc.sockets import FdListener
@@ -107,6 +107,7 @@ def test_nothing_is_logged_for_nobody_and_all_for_the_first_who_asks(accel: str,
         assert machine.status()["coordinator"]["restarts"] == 0
 
 
+@pytest.mark.parametrize("accel", ANY)
 @pytest.mark.parametrize("mode", ["ring", "auto"])
 def test_after_the_last_it_ends_by_itself(accel: str, mode: str) -> None:
     with Machine.launch(busy(accel, mode)) as machine:
@@ -148,6 +149,7 @@ def registered(machine: Machine) -> Callable[[], None]:
     return lambda: machine.unregister("mine")
 
 
+@pytest.mark.parametrize("accel", ANY)
 @pytest.mark.parametrize("needing", [limited, limited_for_one, recorded, registered])
 def test_whoever_needs_a_log_has_one(accel: str, needing: Callable[[Machine], Callable[[], None]]) -> None:
     with Machine.launch(busy(accel)) as machine:
@@ -164,6 +166,7 @@ def test_whoever_needs_a_log_has_one(accel: str, needing: Callable[[Machine], Ca
         off(machine)
 
 
+@pytest.mark.parametrize("accel", ANY)
 @pytest.mark.parametrize("wanted", [{"verify": exact(0.05)}, {"log": "always"}, {"dirty_quota": 100_000},
                                     {"trace": ["kvm_dirty_ring_reap"], "trace_file": "/dev/null"}],
                          ids=lambda wanted: next(iter(wanted)))
@@ -177,6 +180,7 @@ def test_a_machine_that_is_to_have_a_log_has_it_from_the_start(accel: str, wante
         assert logging(machine)
 
 
+@pytest.mark.parametrize("accel", ANY)
 def test_the_log_ends_with_the_limit_that_the_machine_had_from_the_start(accel: str) -> None:
     with Machine.launch(busy(accel, dirty_quota=100_000)) as machine:
         machine.dirty_limit(0)
@@ -260,6 +264,7 @@ def test_a_log_that_cannot_be_switched_on_leaves_all_as_it_was(accel: str, steps
         check(machine, "first")
 
 
+@pytest.mark.parametrize("accel", ANY)
 def test_a_log_that_cannot_be_switched_off_stays(accel: str, steps: Path) -> None:
     with Machine.launch(busy(accel)) as machine:
         machine.register("first")
@@ -271,6 +276,7 @@ def test_a_log_that_cannot_be_switched_off_stays(accel: str, steps: Path) -> Non
         check(machine, "second")
 
 
+@pytest.mark.parametrize("accel", ANY)
 def test_a_successor_has_it_as_it_was(accel: str) -> None:
     with Machine.launch(busy(accel)) as machine:
         for needed in (False, True):
