@@ -210,6 +210,18 @@ def test_the_progress_line(report: dict[str, Any], width: int) -> None:
 
 
 @wide
+def test_whether_a_machine_is_logged(report: dict[str, Any], width: int) -> None:
+    for tracking, logging, state, is_said in (("ring", False, "running", True), ("bitmap", False, "paused", True),
+                                              ("ring", True, "running", False), ("none", False, "running", False),
+                                              ("ring", False, "ended", False)):
+        report.update(tracking=tracking, logging=logging, state=state)
+        text = " ".join(shown(width, lambda console: print_report(report, console)).split())
+        assert ("not logged: nobody needs it" in text) == is_said, text
+    del report["logging"]       # of an earlier version
+    assert "not logged" not in " ".join(shown(width, lambda console: print_report(report, console)).split())
+
+
+@wide
 def test_a_list_of_machines(report: dict[str, Any], width: int) -> None:
     longest = "a-name-of-thirty-two-characters0"
     report.update(name=longest, state="running", elapsed_s=1_000_000.04, accelerator="unicorn",

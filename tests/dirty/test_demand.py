@@ -17,7 +17,7 @@ from needs import missing
 from ipc.sockets import FdListener
 from vmm.client.machine import Machine
 from vmm.errors import VmmError
-from vmm.machine.spec import MachineSpec, RamSlot
+from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 TIMEOUT = 60.0
 LOGGING = ["ring", "bitmap"] + ([] if missing("uffd") else ["uffd"])
@@ -122,6 +122,28 @@ def test_after_the_last_it_ends_by_itself(accel: str, mode: str) -> None:
         assert harvested(machine) == counted
         machine.resume()
         check(machine, "second")
+
+
+@pytest.mark.parametrize("accel", ANY)
+def test_the_coordinator_sleeps_while_nobody_asks(accel: str) -> None:
+    often = ReaperSpec(mode="fixed", interval=0.001)
+    with Machine.launch(busy(accel, reaper=often)) as machine:
+        def turns() -> int:
+            return int(machine.status()["coordinator"]["turns"])
+
+        memory = machine.ram(0)
+
+        def slept() -> bool:
+            before, there = turns(), memory.copy()
+            until(lambda: len(changed_pages(there, memory)) > 100, "the guest writes")      # which asks for nothing
+            return turns() == before + 1
+
+        until(slept, "the coordinator only answers")
+        machine.register("first")
+        until(lambda: not slept(), "it reaps")
+        machine.unregister("first")
+        off(machine)
+        until(slept, "the coordinator only answers")
 
 
 # --- who needs it -------------------------------------------------------------------------------------------------

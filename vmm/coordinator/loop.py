@@ -47,6 +47,8 @@ __all__ = ["Coordinator"]
 
 _log = logging.getLogger(__name__)
 
+_RETRY = 1.0        # seconds after which a journal that could not be written is written again, if nothing else comes
+
 
 class Coordinator:
     """A machine from its making (``zygote``: makes the workers), or from where one that died has left it (None), to
@@ -221,6 +223,8 @@ class Coordinator:
         dues = [self._rounds.left(now), self.machine.tracking.left(now), self.machine.life.timeout_left]
         if self.core.reaper.full or self.core.parts.reaps:
             dues.append(0.0 if self.core.reaper.full else self.core.reaper.schedule.left(now))
+        if self.core.unsaved:
+            dues.append(_RETRY)
         waits = [due for due in dues if due is not None]
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 
