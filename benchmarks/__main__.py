@@ -9,7 +9,8 @@ from __future__ import annotations
 import runpy
 import sys
 
-NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking", "linux")
+NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking",
+         "log_cost", "linux")
 #: Only by their names: they take hours.
 LONG = ("programs", "ltp")
 

@@ -38,7 +38,7 @@ def spec(vcpus: int, ring: int, *, load: str = "sequential", spin: int = 0, fixe
         slots=[RamSlot(0, 0, mib << 20)], image=str(WORKLOADS[load].image), load_address=None,
         params=resolve_params(load, params), cmdline=load, stack_size=16384,
         reaper=ReaperSpec("fixed" if fixed else "adaptive"), verify=None, timeout=None, trace=[], trace_file="",
-        linger=True)
+        log="always", linger=True)
 
 
 def figures(machine: MachineSpec, seconds: float, flushes: int = 0) -> Figures:

@@ -40,7 +40,7 @@ def machine_spec(accel: str, ring: int) -> MachineSpec:
         name="bench-dirty-limit", accel=accel, vcpus=2, privilege="user", ring_entries=ring,
         slots=[RamSlot(0, 0, 512 << 20)], image=str(WORKLOADS["sequential"].image), load_address=None,
         params=resolve_params("sequential", {"passes": 0}), cmdline="sequential", stack_size=16384,
-        reaper=ReaperSpec(), verify=None, timeout=None, trace=[], trace_file="", linger=True)
+        reaper=ReaperSpec(), verify=None, timeout=None, trace=[], trace_file="", log="always", linger=True)
 
 
 def run(accel: str, ring: int, seconds: float) -> list[tuple[float, float, float, float]]:

@@ -73,7 +73,7 @@ def by_peer(name: str, root: Path, scale: int) -> dict[str, float]:
 def inside(root: Path, scale: int, tracking: str) -> dict[str, float]:
     asked = program_spec("/bin/benchmark", [str(scale)], root=str(root))
     spec = program_machine("bench-linux", asked, memory=256 << 20, threads=4)
-    spec = msgspec.structs.replace(spec, tracking=tracking)
+    spec = msgspec.structs.replace(spec, tracking=tracking, log="always")
     with Machine.launch(spec) as machine:
         lines = []
         while True:

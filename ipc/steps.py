@@ -36,6 +36,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "memory remove": ("memory-remove-drained", "memory-remove-retired", "memory-remove-committed",
                       "memory-remove-set"),
     "log start, log stop": ("log-drained", "log-marked", "log-committed", "log-set"),
+    "log on, log off": ("logging-drained", "logging-committed", "logging-set"),
     "tracking": ("tracking-drained", "tracking-made", "tracking-marked", "tracking-committed", "tracking-rewound",
                  "tracking-set"),
     "recording": ("record-start", "record-started", "record-stop", "record-stopped"),

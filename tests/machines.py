@@ -36,7 +36,8 @@ def spec(workload: str, *, accel: str, name: str = "t", vcpus: int = 2, ring: in
          mib: int = 16, slots: list[RamSlot] | None = None, verify: VerifySpec | None = None,
          timeout: float | None = 60.0, reaper: ReaperSpec | None = None, privilege: str = "user",
          image: Path | None = None, params: Iterable[int] | None = None, trace: list[str] | None = None,
-         trace_file: str = "", load_address: int | None = None, **workload_params: int) -> MachineSpec:
+         trace_file: str = "", load_address: int | None = None, log: str = "auto",
+         **workload_params: int) -> MachineSpec:
     """A machine that runs one of the sample guests (or ``image``), with short defaults."""
     guest = WORKLOADS.get(workload)
     return MachineSpec(
@@ -46,7 +47,7 @@ def spec(workload: str, *, accel: str, name: str = "t", vcpus: int = 2, ring: in
         image=str(image or (guest.image if guest else "")), load_address=load_address,
         params=list(params) if params is not None else resolve_params(workload, workload_params),
         cmdline=workload, stack_size=16384, reaper=reaper or ReaperSpec(),
-        verify=verify, timeout=timeout, trace=trace or [], trace_file=trace_file, linger=True)
+        verify=verify, timeout=timeout, trace=trace or [], trace_file=trace_file, log=log, linger=True)
 
 
 def exact(interval: float = 0.05, inject: str = "none") -> VerifySpec:

@@ -56,13 +56,16 @@ def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
     fits = next((n for n in (1024 << i for i in range(6)) if n > pages + 576), 65536)
     ring = wanted.get("dirty_ring_size", fits)
     writes = config.stem != "hello"     # to its memory
+    logged = bool(wanted.get("verify")) or accel == "replay"    # for nobody else
     assert (report["tracking"], report["ring_entries"]) == ("ring" if ring else "bitmap", ring)
     assert report["reaper"]["mode"] == wanted.get("reaper", {}).get("mode", "adaptive")
     assert len(report["vcpus"]) == wanted["vcpus"]
     for vcpu in report["vcpus"]:
         assert (vcpu["accelerator"], vcpu["exit_reason"], vcpu["exit_code"]) == (accel, "code", 0)
         assert vcpu["bad_entries"] == 0
-        assert vcpu["dirty_pages"] > 0 or not (ring and writes)
+        assert vcpu["dirty_pages"] > 0 or not (logged and ring and writes)
+        assert vcpu["dirty_pages"] == 0 or logged
+    assert report["logging"] == logged
     assert [(s["size"], s["logged"]) for s in report["slots"]] == [
         (size_of(m["size"]), m.get("log", True)) for m in wanted["memory"]]
     dirty = sum(s["dirty"] for s in report["slots"])
@@ -74,7 +77,7 @@ def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
         assert report["verification"]["rounds"] >= 1
     else:
         assert report["verification"] is None
-        assert dirty > 0 or not writes      # kept for whoever comes, since nobody has
+        assert (dirty > 0) == (logged and writes)      # kept for whoever comes, since nobody has
     if not writes:
         for index in range(wanted["vcpus"]):
             assert f"[vcpu {index}] hello from vCPU {index} of {wanted['vcpus']}" in done.stderr

@@ -194,14 +194,31 @@ def test_registers_of_a_vcpu_that_crashed(report: dict[str, Any], width: int) ->
 def test_the_progress_line(report: dict[str, Any], width: int) -> None:
     report["vcpus"][0].update(state="running", dirty_pages=1_234_567_890_123, ring_full_exits=7_654)
     report["vcpus"][1].update(state="dead", dirty_pages=1, ring_full_exits=1)
-    report["elapsed_s"] = 36_000.25
+    report.update(elapsed_s=36_000.25, logging=True)
     text = " ".join(shown(width, lambda console: console.print(Text(progress_text(report, 987_654.4)))).split())
     for part in ("36000.2 s", "1/2 vCPUs running", "1,234,567,890,124 pages dirtied", "(987,654/s)",
                  "7,655 ring full"):
         assert part in text
     assert "verified" not in text
+    assert "not logged" not in text
+    report["logging"] = False
+    text = progress_text(report, 0.0)
+    assert text.endswith("not logged")
+    assert "dirtied" not in text        # nobody counts
     report["verification"] = {"rounds": 31}
     assert progress_text(report, 0.0).endswith("31 rounds verified")
+
+
+@wide
+def test_whether_a_machine_is_logged(report: dict[str, Any], width: int) -> None:
+    for tracking, logging, state, is_said in (("ring", False, "running", True), ("bitmap", False, "paused", True),
+                                              ("ring", True, "running", False), ("none", False, "running", False),
+                                              ("ring", False, "ended", False)):
+        report.update(tracking=tracking, logging=logging, state=state)
+        text = " ".join(shown(width, lambda console: print_report(report, console)).split())
+        assert ("not logged: nobody needs it" in text) == is_said, text
+    del report["logging"]       # of an earlier version
+    assert "not logged" not in " ".join(shown(width, lambda console: print_report(report, console)).split())
 
 
 @wide

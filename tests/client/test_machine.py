@@ -63,7 +63,7 @@ def test_no_page_is_lost_whatever_the_ring(accel: str, ring: int) -> None:
 
 def test_fixed_reaper_lives_on_ring_full_exits(accel: str) -> None:
     report = run(spec("sequential", accel=accel, ring=1024, reaper=ReaperSpec(mode="fixed", interval=10.0),
-                      passes=4))
+                      passes=4, log="always"))
     assert report["exit_code"] == 0
     # One vCPU's full ring has every ring reaped, so who reports the most is chance; but without a reap
     # in between nobody can push more than a ring holds.

@@ -515,6 +515,7 @@ def test_a_chain_that_is_changed_while_a_machine_is_restored_from_it(endless: Ma
 def test_damage_is_found_and_refused(tmp_path: Path, damage: str, said: str) -> None:
     directory = tmp_path / "s"
     with Machine.launch(spec("random", accel="unicorn", mib=4, writes=0, timeout=None)) as machine:
+        until(lambda: machine.ram(0)[2 << 20:].any(), "the guest writes")
         snapshot.create(machine, directory)
     path = directory / "0001" / damage
     data = bytearray(path.read_bytes())

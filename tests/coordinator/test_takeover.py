@@ -287,7 +287,7 @@ def test_a_recording_has_rings_to_its_end(tmp_path: Path) -> None:
         assert machine.status()["tracking"] == "none"
         ways: set[str] = set()
         end = record(machine, path, 0.3, 0.01, lambda part, entries: ways.add(machine.status()["tracking"]))
-        assert (ways, end.complete) == ({"ring"}, True)
+        assert (ways, end.reason, end.complete) == ({"ring"}, "", True)
         assert end.entries > 0
 
 

@@ -75,7 +75,11 @@ class Watched:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         machine.register("oracle")
-        self._before = machine.ram(0).copy()
+        self.begin()
+
+    def begin(self) -> None:
+        """With what the memory has now."""
+        self._before = self.machine.ram(0).copy()
         self._told: set[int] = set()
 
     def look(self) -> SyncResult:
@@ -225,6 +229,31 @@ def logging(w: Watched, step: str) -> Iterator[None]:
     assert pages(told.slots[0]) == set(range(2048))
 
 
+def needed(w: Watched, step: str) -> Iterator[None]:
+    """The only client goes, and one comes."""
+    m = w.machine
+    m.unregister("oracle")
+    off(m)
+    yield
+    m.register("oracle")
+    assert m.status()["logging"]
+    w.begin()
+
+
+def needed_no_more(w: Watched, step: str) -> Iterator[None]:
+    m = w.machine
+    m.unregister("oracle")
+    yield
+    off(m)
+    m.register("oracle")
+    w.begin()
+
+
+def off(m: Machine) -> None:
+    m.set_tracking("ring")
+    until(lambda: not m.status()["logging"], "nobody needs it")
+
+
 def tracking(w: Watched, step: str) -> Iterator[None]:
     yield
     w.machine.set_tracking("bitmap")
@@ -302,6 +331,7 @@ SCENARIOS: dict[str, list[tuple[Scenario, tuple[str, ...]]]] = {
     "memory add": [(adding, ())],
     "memory remove": [(removing, ())],
     "log start, log stop": [(not_logging, ("log-committed",)), (logging, ())],
+    "log on, log off": [(needed, ()), (needed_no_more, ())],
     "tracking": [(tracking, ()), (tracking_again, ("tracking-marked",))],
     "recording": [(recording, ())],
     "pause": [(pausing, ())],
@@ -312,7 +342,7 @@ SCENARIOS: dict[str, list[tuple[Scenario, tuple[str, ...]]]] = {
     "dirty limit": [(limiting, ())],
 }
 #: What the workers do in it depends on the accelerator; the others are walked on one.
-ON_EACH = ("memory add", "memory remove", "log start, log stop", "tracking")
+ON_EACH = ("memory add", "memory remove", "log start, log stop", "log on, log off", "tracking")
 #: Walked by tests of their own: below, or in another file.
 APART = {"start", "stop", "verification", "post-copy", "take-over"}
 ELSEWHERE = {

@@ -29,7 +29,7 @@ def reaped(machine: Machine, times: int = 5) -> bool:
 
 @pytest.mark.parametrize("accel", ACCELS)
 def test_what_nobody_has_asked_for_is_not_protected_again_and_not_lost(accel: str) -> None:
-    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN)
+    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN, log="always")
     with Machine.launch(walk) as machine:
         until(lambda: count(machine, "dirty_pages") > 500, "pages are harvested")
         pages = count(machine, "dirty_pages")
@@ -58,8 +58,28 @@ def test_what_nobody_has_asked_for_is_not_protected_again_and_not_lost(accel: st
 
 
 @pytest.mark.parametrize("accel", ACCELS)
+def test_a_ring_that_all_pages_fit_into_is_not_reset_before_somebody_asks(accel: str) -> None:
+    """However little room is left in it then: there are no more pages to fill it."""
+    pages = 8192 - RING_RESERVE - 1
+    walk = spec("random", accel=accel, vcpus=1, ring=8192, slots=[RamSlot(0, 0, pages * 4096)], writes=0, timeout=None,
+                reaper=OFTEN)
+    with Machine.launch(walk) as machine:
+        machine.register("a")
+        memory = machine.ram(0)
+        for _ in range(3):
+            machine.pause()
+            machine.sync("a")
+            before, resets = memory.copy(), count(machine, "resets")
+            machine.resume()
+            until(lambda old=before: len(changed_pages(old, memory)) > 0.92 * pages, "nearly all of it is written")
+            assert reaped(machine)
+            assert count(machine, "resets") == resets
+            assert count(machine, "ring_full_exits") == 0
+
+
+@pytest.mark.parametrize("accel", ACCELS)
 def test_where_each_entry_counts_a_ring_is_reset_with_each_reap(accel: str) -> None:
-    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN)
+    walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None, reaper=OFTEN, log="always")
     with Machine.launch(walk) as machine:
         assert reaped(machine)
         assert count(machine, "resets") == 0
@@ -75,7 +95,7 @@ def test_where_each_entry_counts_a_ring_is_reset_with_each_reap(accel: str) -> N
 @pytest.mark.parametrize("accel", ACCELS)
 def test_reset_early(accel: str) -> None:
     walk = spec("sequential", accel=accel, mib=_MIB, passes=0, timeout=None,
-                reaper=ReaperSpec(mode="fixed", interval=0.005, reset="early"))
+                reaper=ReaperSpec(mode="fixed", interval=0.005, reset="early"), log="always")
     with Machine.launch(walk) as machine:
         until(lambda: count(machine, "resets") > 5, "rings are reset")
 

@@ -339,7 +339,7 @@ def test_a_harvest_never_takes_more_than_the_ring_has(outstanding: int) -> None:
 
 def test_the_ring_is_seen_by_the_test_as_it_is_by_the_worker() -> None:
     """The forging above rests on that."""
-    with Machine.launch(busy("unicorn")) as machine, software_ring("t", 0) as entries:
+    with Machine.launch(busy("unicorn", log="always")) as machine, software_ring("t", 0) as entries:
         assert len(entries) == 1024
         until(lambda: machine.status()["vcpus"][0]["dirty_pages"] > 0, "entries harvested", TIMEOUT)
         assert any(entry.offset for entry in entries)

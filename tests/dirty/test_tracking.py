@@ -29,7 +29,7 @@ from ipc.writelog import WriteLog
 from vmm.client.config import ConfigError, load_config
 from vmm.client.machine import Machine
 from vmm.client.plan import plan
-from vmm.dirty.tracking.auto import AutoTracking
+from vmm.dirty.tracking.auto import Demand, best_mode
 from vmm.errors import VmmError
 from vmm.machine import verbs as control
 from vmm.machine.names import segment_name
@@ -430,19 +430,33 @@ def test_auto_loses_nothing(accel: str) -> None:
     assert report["tracking_switches"] >= 8
 
 
-def test_auto_waits_before_it_logs_no_more() -> None:
-    auto = AutoTracking()
-    assert auto.first(logged=False, ring=False) == "none"
-    assert auto.choose(0.0, "none", logged=True, ring=False) == "bitmap"
-    assert auto.left(0.0) is None
-    assert auto.choose(1.0, "bitmap", logged=False, ring=False) == "bitmap"
-    assert auto.choose(4.0, "bitmap", logged=False, ring=False) == "bitmap"
-    assert auto.left(4.0) == pytest.approx(2.0)
-    assert auto.choose(5.0, "bitmap", logged=True, ring=False) == "bitmap"   # somebody came again
-    assert auto.left(5.0) is None
-    assert auto.choose(9.0, "bitmap", logged=False, ring=False) == "bitmap"
-    assert auto.choose(14.0, "bitmap", logged=False, ring=False) == "none"
-    assert auto.choose(15.0, "none", logged=False, ring=True) == "ring"
+def test_a_log_stays_for_a_moment_after_the_last_who_needed_it() -> None:
+    demand = Demand()
+    assert not demand.lasts(0.0, needed=False, logging=False)
+    assert demand.left(0.0) is None
+    assert demand.lasts(0.0, needed=True, logging=False)
+    assert demand.left(0.0) is None
+    assert demand.lasts(1.0, needed=False, logging=True)
+    assert demand.lasts(4.0, needed=False, logging=True)
+    assert demand.left(4.0) == pytest.approx(2.0)
+    assert demand.lasts(5.0, needed=True, logging=True)     # somebody came again
+    assert demand.left(5.0) is None
+    assert demand.lasts(9.0, needed=False, logging=True)
+    assert not demand.lasts(14.0, needed=False, logging=True)
+    assert not demand.lasts(14.1, needed=False, logging=False)      # which it is, and that is that
+    assert demand.left(14.1) is None
+    assert demand.lasts(15.0, needed=True, logging=True)
+    demand.forget()
+    assert demand.left(15.0) == 0.0
+    assert not demand.lasts(15.0, needed=False, logging=True)
+    demand.forget()
+    assert demand.lasts(16.0, needed=True, logging=True)
+
+
+@pytest.mark.parametrize(("needed", "ring", "mode"), [(False, False, "none"), (True, False, "bitmap"),
+                                                      (False, True, "ring"), (True, True, "ring")])
+def test_auto_chooses_by_what_is_needed(needed: bool, ring: bool, mode: str) -> None:
+    assert best_mode(needed=needed, ring=ring) == mode
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -487,6 +501,8 @@ def test_a_machine_without_a_ring_size_has_no_ring(accel: str) -> None:
     ("tracking: ring\ndirty_ring_size: 0", "tracking: ring needs a dirty_ring_size above 0"),
     ("tracking: none\nverify: true", "tracking: none leaves nothing to verify"),
     ("tracking: bitmap\ndirty_limit: 1MB/s", "dirty_limit: needs a dirty ring, but tracking is bitmap"),
+    ("tracking: none\nlog: always", "tracking: none leaves nothing to log, but log is always"),
+    ("log: never", "log: input should be 'auto' or 'always'"),
     ("tracking: rings", "tracking: input should be 'ring', 'bitmap', 'uffd', 'none' or 'auto'"),
 ])
 def test_configurations_that_cannot_be(tmp_path: Path, lines: str, error: str) -> None:

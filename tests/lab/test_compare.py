@@ -92,12 +92,12 @@ def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
     done = vmm(*small)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    modes = ["none", "sampling", "auto", "bitmap", "ring", *([] if missing("uffd") else ["uffd"])]
+    modes = ["none", "sampling", "idle", "auto", "bitmap", "ring", *([] if missing("uffd") else ["uffd"])]
     rows = {r["mode"]: r for r in found["rows"]}
     assert list(rows) == modes
     for row in rows.values():
         assert row["speed"] > 0
-        assert (row["dirty_per_s"] > 0) == (row["mode"] != "none")
+        assert (row["dirty_per_s"] > 0) == (row["mode"] not in ("none", "idle"))
     assert rows["auto"]["tracking"] == ["bitmap"]
     again = vmm(*small)
     assert json.loads(again.stdout) == found        # nothing was measured again
@@ -109,7 +109,8 @@ def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arguments", "error"), [
     (("--ram", "1MiB"), "--ram 1MiB: must be a comma-separated list of sizes in whole MiB, at least 8MiB each"),
     (("--ring", "1000"), "--ring 1000: must be a power of two from 1024 to 65536"),
-    (("--tracking", "ring,dream"), "--tracking dream: unknown mode; choose from sampling, auto, bitmap, ring, uffd"),
+    (("--tracking", "ring,dream"),
+     "--tracking dream: unknown mode; choose from sampling, idle, auto, bitmap, ring, uffd"),
     (("--interval", "never"), "--interval: 'never' is not a duration"),
 ])
 def test_what_is_wrong_is_one_line(arguments: tuple[str, str], error: str) -> None:

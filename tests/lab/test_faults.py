@@ -100,8 +100,8 @@ def test_every_plan_can_be_carried_out() -> None:
         assert kills <= KILLS
         assert dead < episode.vcpus
     assert set(done) == {"start", "check", "look", "run", "write", "plug", "unplug", "log-stop", "log-start",
-                         "tracking", "snapshot", "client", "pause", "resume", "migrate precopy", "migrate postcopy",
-                         "migrate in-place", "limit", "record", "stop"}
+                         "tracking", "snapshot", "client", "nobody", "pause", "resume", "migrate precopy",
+                         "migrate postcopy", "migrate in-place", "limit", "record", "stop"}
     either = {"coordinator", "vcpu", "source", "target", "target-coordinator", "target-keeper", "target-vcpu"}
     assert set(faults) == {"delay messages", "stop keeper",
                            *(f"{what} {whom}" for what in ("kill", "stop") for whom in either)}

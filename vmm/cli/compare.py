@@ -77,8 +77,8 @@ class Intervals(click.ParamType):
               help="Dirty ring sizes in entries; the first is the default, the others are measured separately.")
 @click.option("--interval", type=Intervals(), default="100ms,10ms", show_default=True,
               help="Times between two syncs; the first is the default, the others are measured separately.")
-@click.option("--tracking", "modes", default="ring,bitmap,uffd,sampling,auto", show_default=True,
-              help="Tracking modes to compare with no tracking.")
+@click.option("--tracking", "modes", default="ring,bitmap,uffd,sampling,auto,idle", show_default=True,
+              help="Tracking modes to compare with no tracking. idle: rings while nobody needs a log.")
 @click.option("--workload", type=click.Choice(["random", "hotspot", "sequential"]), default="random",
               show_default=True, help="Sample guest to run.")
 @click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,

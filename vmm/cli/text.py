@@ -22,6 +22,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]{report['name']}[/bold]  {report['state']}, {report['elapsed_s']:.3f} s, "
                   f"{report['accelerator']}, tracking {report['tracking']}"
                   + (f" ({report['ring_entries']} entries)" if report["ring_entries"] else "")
+                  + ("" if _logs(report) or report["state"] == "ended" else ", not logged: nobody needs it")
                   + f", {outcome}")
     vcpus = table("vCPU", "pid", "state", "exit", "code", title="vCPUs",
                   numbers=("dirtied", "ring full", "resets", "guest s", "stalled s"))
@@ -61,6 +62,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             console.print(f"    not served: {name} ({count}, see docs/linux.md)", markup=False)
     if report["cause"]:
         console.print(f"ended at {report['ended_at']}: {report['cause']}", markup=False)
+
+
+def _logs(report: dict[str, Any]) -> bool:
+    """Its vCPUs log what they write, or never do (tracking none)."""
+    return bool(report["tracking"] == "none" or report.get("logging", True))
 
 
 def _print_trouble(vcpu: dict[str, Any], console: Console) -> None:
@@ -108,8 +114,8 @@ def progress_text(report: dict[str, Any], rate: float) -> str:
     vcpus = report["vcpus"]
     running = sum(v["state"] not in ("exited", "dead") for v in vcpus)
     text = (f"{report['elapsed_s']:6.1f} s  {running}/{len(vcpus)} vCPUs running  "
-            f"{sum(v['dirty_pages'] for v in vcpus):,} pages dirtied ({rate:,.0f}/s)  "
-            f"{sum(v['ring_full_exits'] for v in vcpus):,} ring full")
+            + (f"{sum(v['dirty_pages'] for v in vcpus):,} pages dirtied ({rate:,.0f}/s)  "
+               f"{sum(v['ring_full_exits'] for v in vcpus):,} ring full" if _logs(report) else "not logged"))
     if report["verification"]:
         text += f"  {report['verification']['rounds']} rounds verified"
     return text

@@ -239,6 +239,8 @@ class MachineConfig(_Model):
     dirty_ring_size: Annotated[int | Literal["auto"], BeforeValidator(_ring_size)] = "auto"
     #: None: ring, or bitmap where dirty_ring_size is 0.
     tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None
+    #: auto: the vCPUs log what they write while somebody needs it; always: from the start.
+    log: Literal["auto", "always"] = "auto"
     memory: Annotated[list[MemoryConfig], Field(min_length=1), BeforeValidator(_number_slots)]
     guest: GuestConfig | None = None
     replay: ReplayConfig | None = None      # instead of a guest
@@ -270,6 +272,8 @@ class MachineConfig(_Model):
             raise ValueError("tracking: ring needs a dirty_ring_size above 0")
         if self.tracking == "none" and self.verify is not None:
             raise ValueError("tracking: none leaves nothing to verify, but verify is on")
+        if self.tracking == "none" and self.log == "always":
+            raise ValueError("tracking: none leaves nothing to log, but log is always")
         if self.dirty_limit is not None and (not entries or self.dirty_limit < PAGE_SIZE):
             raise ValueError("dirty_limit: " + ("needs a dirty ring, but dirty_ring_size is 0" if not entries
                                                 else f"{self.dirty_limit:g} is less than one page per second"))

@@ -357,9 +357,10 @@ class Machine:
         self._client.ask(verbs.LogStop, slot=slot)
 
     def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
-        """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. ``mine``: until this
-        process ends at the latest, and for it alone. ``like``: begin with what that client has gathered. Raises
-        VmmError, also when it is another process' own."""
+        """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. Where nobody else needs a
+        log, the vCPUs stand still for some milliseconds, and log from then on. ``mine``: until this process ends at
+        the latest, and for it alone. ``like``: begin with what that client has gathered. Raises VmmError, also when
+        it is another process' own."""
         self._client.ask(verbs.Register, client=client, mine=mine, like=like)
 
     def unregister(self, client: str) -> None:

@@ -76,7 +76,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     spec = MachineSpec(
         name=name or config.name, accel=accel, vcpus=vcpus, program=program, privilege=config.privilege,
         nice=config.nice,
-        ring_entries=entries, tracking=config.tracking or "", slots=slots,
+        ring_entries=entries, tracking=config.tracking or "", log=config.log, slots=slots,
         image=os.path.abspath(image) if image else "", load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,

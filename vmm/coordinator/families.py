@@ -49,7 +49,7 @@ class Families:
             holds=self._holds(), workers=[s.process for s in core.vcpus.all],
             exits={s.index: s.exited for s in core.vcpus.all if s.exited is not None},
             started=life.started, elapsed=life.elapsed_at_end, stopping=life.stopping,
-            tracking=core.parts.tracking, asked_tracking=self.tracking.asked,
+            tracking=core.parts.tracking, asked_tracking=self.tracking.asked, logging=log.on,
             verification=core.verifier.result if core.verifier else None)
 
     def _holds(self) -> Holds:

@@ -9,9 +9,10 @@ until after the last, also when the coordinator is replaced in between.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 
-from ipc.messages import AnyRequest, RemoveMemslot, SetMemslot
+from ipc.messages import AnyRequest, RemoveMemslot, SetMemslot, SetMemslots
 from ipc.steps import step
 
 from ..errors import VmmError
@@ -22,7 +23,7 @@ from ..machine.spec import RamSlot
 from ..vcpus.handle import VcpuHandle
 from .core import Core
 
-__all__ = ["add_slot", "remove_slot", "set_logging"]
+__all__ = ["add_slot", "remove_slot", "set_log", "set_logging", "tell_slots"]
 
 
 def set_logging(core: Core, slot_id: int, on: bool) -> None:
@@ -48,13 +49,54 @@ def set_logging(core: Core, slot_id: int, on: bool) -> None:
             raise
         step("log-committed")
         try:
-            core.vcpus.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            core.vcpus.request(core.live, _telling(core, slot))
         except VmmError:
             slot.logged = not on
             core.save_if_possible()
-            _insist(core, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            _insist(core, _telling(core, slot))
             raise
         step("log-set")
+
+
+def set_log(core: Core, on: bool) -> None:
+    """Have the vCPUs log, all slots that are logged, or none, because nobody needs it (docs/decisions/0020). There
+    should be no client when it is switched on: one that is there is told all. Raises VmmError, with the log as it
+    was."""
+    log = core.parts.log
+    if log.on == on:
+        return
+    with core.vcpus.all_paused():
+        core.reaper.drain()
+        step("logging-drained")
+        if on and log.clients:
+            log.mark_logged_slots()
+        log.on = on
+        try:
+            core.save()
+        except VmmError:
+            log.on = not on
+            raise
+        step("logging-committed")
+        try:
+            tell_slots(core)
+        except VmmError:
+            log.on = not on
+            core.save_if_possible()
+            _insist(core, _telling_all(core))
+            raise
+        step("logging-set")
+    if core.parts.reaps:
+        core.reaper.schedule.plan(time.monotonic(), core.reaper.room())
+
+
+def tell_slots(core: Core) -> None:
+    """Every worker has the slots that the machine has, logged as they are to be. Raises VmmError."""
+    core.vcpus.request(core.live, _telling_all(core))
+
+
+def _telling_all(core: Core) -> Callable[[int, VcpuHandle], AnyRequest]:
+    log = core.parts.log
+    return lambda seq, s: SetMemslots(seq, [log.slot_spec(slot, s.index) for slot in log.slots.values()])
 
 
 def add_slot(core: Core, spec: RamSlot) -> None:
@@ -75,7 +117,7 @@ def add_slot(core: Core, spec: RamSlot) -> None:
             undo.callback(core.verifier.forget, spec.id)
         with core.vcpus.all_paused(), contextlib.ExitStack() as undo_paused:
             undo_paused.callback(_insist, core, lambda seq, s: RemoveMemslot(seq, spec.id))
-            core.vcpus.request(core.live, lambda seq, s: SetMemslot(seq, slot.worker_spec(s.index)))
+            core.vcpus.request(core.live, _telling(core, slot))
             step("memory-add-set")
             core.save(done=True)
             step("memory-add-committed")
@@ -101,7 +143,7 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
         if core.verifying:
             core.drain_and_verify()
         step("memory-remove-drained")
-        if not slot.logged or not core.parts.mode.logged:
+        if not log.logs(slot) or not core.parts.mode.logged:
             log.mark_all(slot_id)
         log.retire_slot(slot_id)
         step("memory-remove-retired")
@@ -116,6 +158,10 @@ def remove_slot(core: Core, slot_id: int, *, force: bool) -> None:
         if core.verifier is not None:
             core.verifier.forget(slot_id)
         slot.close()
+
+
+def _telling(core: Core, slot: MemorySlot) -> Callable[[int, VcpuHandle], AnyRequest]:
+    return lambda seq, s: SetMemslot(seq, core.parts.log.slot_spec(slot, s.index))
 
 
 def _insist(core: Core, make: Callable[[int, VcpuHandle], AnyRequest]) -> None:

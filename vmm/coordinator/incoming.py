@@ -42,6 +42,8 @@ class Incoming:
         """{slot id: address of its mapping} for each vCPU. May be repeated. Raises VmmError and SegmentError."""
         core = self._core
         core.require_not_started()
+        if not core.pages_missing:
+            self._tracking.log_while_pages_are_missing()
         if self._watch is not None:
             self._watch.close()
         try:

@@ -72,6 +72,7 @@ class Saved(msgspec.Struct, kw_only=True):
     stopping: int                           # an ExitReason: why it has been asked to end
     tracking: str                           # one of vmm.machine.trackings.MODES
     asked_tracking: str                     # one of vmm.machine.trackings.CHOICES
+    logging: bool                           # the vCPUs log, because somebody needs it
     verification: Verification | None
 
 

@@ -47,6 +47,8 @@ __all__ = ["Coordinator"]
 
 _log = logging.getLogger(__name__)
 
+_RETRY = 1.0        # seconds after which a journal that could not be written is written again, if nothing else comes
+
 
 class Coordinator:
     """A machine from its making (``zygote``: makes the workers), or from where one that died has left it (None), to
@@ -90,9 +92,11 @@ class Coordinator:
         core.tell, core.report = self._tell, self._report
         machine = self.machine = Families(core, spec.asked_tracking if saved is None else saved.asked_tracking)
         if saved is None:
-            core.parts = segments.make_parts(spec, machine.tracking.first(), incoming=incoming)
+            core.parts = segments.make_parts(spec, machine.tracking.first(), logging=machine.tracking.logs_first,
+                                             incoming=incoming)
         else:
-            core.parts = segments.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking)
+            core.parts = segments.adopt_parts(spec, saved.slots, saved.reused, saved.clients, saved.tracking,
+                                              logging=saved.logging)
         self._closing.callback(core.parts.close)
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
@@ -172,7 +176,7 @@ class Coordinator:
             self.machine.life.stop(ExitReason.TIMEOUT)
         if self.core.reaper.full:
             self.core.reaper.wake("ring-full")
-        elif self.core.parts.ring_entries and self.core.reaper.schedule.left(now) == 0:
+        elif self.core.parts.reaps and self.core.reaper.schedule.left(now) == 0:
             self.core.reaper.wake()
         round_left = self._rounds.left(now)
         if round_left is not None and round_left <= 0:
@@ -220,8 +224,10 @@ class Coordinator:
         if not self.machine.pauses.running:
             return None
         dues = [self._rounds.left(now), self.machine.tracking.left(now), self.machine.life.timeout_left]
-        if self.core.parts.ring_entries:
+        if self.core.reaper.full or self.core.parts.reaps:
             dues.append(0.0 if self.core.reaper.full else self.core.reaper.schedule.left(now))
+        if self.core.unsaved:
+            dues.append(_RETRY)
         waits = [due for due in dues if due is not None]
         return max(0, -int(-min(waits) * 1000 // 1)) if waits else None
 

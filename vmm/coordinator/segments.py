@@ -58,9 +58,10 @@ def copy_image(source: str, target: Path) -> None:
         raise VmmError(f"guest image {source}: cannot be copied: {exc.strerror}") from None
 
 
-def make_parts(spec: MachineSpec, tracking: str, *, incoming: bool = False) -> Parts:
+def make_parts(spec: MachineSpec, tracking: str, *, logging: bool = True, incoming: bool = False) -> Parts:
     """Make every segment, load the image, write the boot structures. ``tracking``: one of
-    vmm.machine.trackings.MODES. ``incoming``: the memory comes from elsewhere, and is left alone.
+    vmm.machine.trackings.MODES; ``logging``: somebody needs a log. ``incoming``: the memory comes from elsewhere, and
+    is left alone.
 
     Raises VmmError and SegmentError; nothing is left behind then.
     """
@@ -76,6 +77,7 @@ def make_parts(spec: MachineSpec, tracking: str, *, incoming: bool = False) -> P
         control = segment("control", control_size(spec.vcpus))
         system = segment("system", _system_size(spec))
         log = DirtyLog(spec.name, spec.reaper.reapers)
+        log.on = logging
         stack.callback(log.close)
         mode = tracking_mode(tracking)
         parts = Parts(spec, control, system, log, mode, entry=image.entry if image else 0,
@@ -160,7 +162,7 @@ def _load(parts: Parts, image: loader.GuestImage, slots: list[boot.BootSlot], *,
 
 
 def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clients: list[LogClient],
-                tracking: str) -> Parts:
+                tracking: str, *, logging: bool) -> Parts:
     """Open what a coordinator that died has left. From here on it is this process's to unlink. Raises SegmentError
     where the machine's memory is not there."""
     with contextlib.ExitStack() as stack:
@@ -177,6 +179,7 @@ def adopt_parts(spec: MachineSpec, slots: list[RamSlot], reused: list[int], clie
             image = loader.load_image(spec.image, spec.load_address)
             parts.entry, parts.usable = image.entry, _usable_pages(_boot_slots(spec, image))
         stack.callback(parts.log.close)
+        parts.log.on = logging
         for slot in slots:
             parts.log.add_slot(parts.new_slot(slot, create=False))
         parts.log.reused.update(reused)
@@ -216,7 +219,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         nice=spec.nice,
         ring_entries=parts.ring_entries, ring_segment=parts.rings[index].name if index in parts.rings else "",
         tracking=parts.tracking,
-        slots=[slot.worker_spec(index) for slot in parts.log.slots.values()],
+        slots=[parts.log.slot_spec(slot, index) for slot in parts.log.slots.values()],
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
                              segment=parts.system.name),
         control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,

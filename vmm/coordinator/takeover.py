@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 
 from ipc.layout import ExitReason, VcpuState
-from ipc.messages import Exited, SetMemslots
+from ipc.messages import Exited
 from ipc.shm import list_segments, unlink_segment
 from ipc.steps import step
 
 from ..dirty.tracking import switch
 from ..dirty.verify import Verification
 from ..machine.names import machine_prefix
-from . import segments
+from . import hotplug, segments
 from .core import Core
 from .families import Families
 from .journal import Saved
@@ -93,8 +93,7 @@ def _bring_into_line(core: Core) -> None:
     elif core.spec.can.kernel_ring:
         core.vcpus.adopt_fds(core.live)
     core.vcpus.pause_all()
-    slots = core.parts.log.slots.values()
-    core.vcpus.request(core.live, lambda seq, s: SetMemslots(seq, [m.worker_spec(s.index) for m in slots]))
+    hotplug.tell_slots(core)
     if core.parts.ring_entries:
         core.reaper.full.update(s.index for s in core.vcpus.all)
     core.reaper.drain()

@@ -1,4 +1,4 @@
-"""Changing the mode of dirty tracking, for a user or because ``auto`` wants it."""
+"""Whether a machine is logged, and in which mode of dirty tracking: by what a user asks for, and by who needs a log."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from ipc.shm import SegmentError
 
 from ..dirty.tracking import switch
-from ..dirty.tracking.auto import AutoTracking
+from ..dirty.tracking.auto import Demand, best_mode
 from ..errors import VmmError
 from ..machine.trackings import check_tracking, not_logged
+from . import hotplug
 from .core import Core
 
 __all__ = ["TrackingSwitch"]
@@ -21,20 +22,32 @@ class TrackingSwitch:
 
     def __init__(self, core: Core, asked: str) -> None:
         self._core = core
-        self._auto = AutoTracking()
+        self._demand = Demand()
         self.asked = asked
         self.switches = 0
+        spec = core.spec
+        #: There is a log whoever needs it. (To replay has no other purpose, and no guest that could be slowed down.)
+        self._always = spec.log == "always" or bool(spec.trace) or not spec.can.guests
 
     def first(self) -> str:
         """Of a machine that is about to be made; one of vmm.machine.trackings.MODES."""
         if self.asked != "auto":
             return self.asked
+        return best_mode(needed=self._needed_first, ring=any(self._core.spec.quotas))
+
+    @property
+    def logs_first(self) -> bool:
+        """The vCPUs of a machine that is about to be made log from the start."""
+        return self._needed_first or self.asked == "auto"
+
+    @property
+    def _needed_first(self) -> bool:
         spec = self._core.spec
-        return self._auto.first(logged=spec.verify is not None, ring=any(spec.quotas))
+        return self._always or spec.verify is not None or any(spec.quotas)
 
     def left(self, now: float) -> float | None:
         """Seconds until ``choose`` may say something else although nothing happens; None: never."""
-        return self._auto.left(now) if self.asked == "auto" else None
+        return None if self._core.pages_missing else self._demand.left(now)
 
     def ask(self, asked: str, limits: list[str]) -> dict[str, Any]:
         """What a user wants from now on; ``limits``: processes that limit vCPUs, for people. Raises VmmError, with
@@ -53,8 +66,7 @@ class TrackingSwitch:
         before = core.parts.tracking
         mode = asked
         if asked == "auto":
-            self._auto = AutoTracking()
-            mode = self._auto.first(logged=bool(core.parts.log.clients), ring=self._ring_needed())
+            mode = best_mode(needed=self._needed(), ring=self._ring_needed())
         asked_before, self.asked = self.asked, asked    # written down with the first step of the switch
         try:
             seconds = self.switch(mode)
@@ -62,6 +74,7 @@ class TrackingSwitch:
         except (VmmError, SegmentError):
             self.asked = asked_before
             raise
+        self._demand.forget()
         return {"before": before, "tracking": core.parts.tracking, "asked": asked, "seconds": seconds}
 
     def switch(self, mode: str) -> float:
@@ -83,13 +96,20 @@ class TrackingSwitch:
         return now - began
 
     def choose(self, *, logged: bool = False, limited: bool = False, recorded: bool = False) -> None:
-        """Tracking auto: as it is best now, or with a client, a dirty limit or a recording that is about to
-        come."""
+        """Have a log while somebody needs it, and with tracking auto in the mode that is best: now, or with a client, a
+        dirty limit or a recording that is about to come. Raises VmmError and SegmentError."""
         core = self._core
-        if self.asked == "auto" and not core.pages_missing:
+        if core.pages_missing:
+            return
+        needed = self._needed() or logged or limited or recorded
+        lasts = self._demand.lasts(time.monotonic(), needed=needed,
+                                   logging=core.parts.mode.logged and core.parts.log.on)
+        auto = self.asked == "auto"
+        if auto and (needed or not lasts):
             ring = self._ring_needed() or ((limited or recorded) and core.spec.ring_entries > 0)
-            self.switch(self._auto.choose(time.monotonic(), core.parts.tracking,
-                                          logged=logged or bool(core.parts.log.clients), ring=ring))
+            self.switch(best_mode(needed=needed, ring=ring))
+        if core.parts.mode.logged and core.state != "ended":
+            hotplug.set_log(core, lasts or auto)
 
     def choose_or_keep(self) -> None:
         """``choose``, by itself: where that fails, it stays as it is, and for good."""
@@ -97,14 +117,25 @@ class TrackingSwitch:
         try:
             self.choose()
         except (VmmError, SegmentError) as exc:
-            self.asked = core.parts.tracking
-            core.save_if_possible()
-            core.tell({"event": "warning", "text": f"the tracking mode stays {self.asked} from now on: {exc}"})
+            self._always = True
+            if self.asked == "auto":
+                self.asked = core.parts.tracking
+                core.save_if_possible()
+            core.warn(f"the tracking mode stays {core.parts.tracking}, and its log on, from now on: {exc}")
+
+    def log_while_pages_are_missing(self) -> None:
+        """Whoever may need it: in post-copy not every vCPU can be stopped to switch it on. Raises VmmError."""
+        if self.asked != "auto":
+            hotplug.set_log(self._core, True)
 
     def require_log(self) -> None:
         """Raises VmmError."""
         if not self._core.parts.mode.logged:
             raise not_logged(self._core.spec.name)
+
+    def _needed(self) -> bool:
+        """Somebody needs a log of what is dirtied: whoever does is one of these (docs/decisions/0020)."""
+        return self._always or bool(self._core.parts.log.clients) or self._ring_needed()
 
     def _ring_needed(self) -> bool:
         """By a dirty limit, or a recording."""

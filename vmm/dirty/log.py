@@ -15,6 +15,7 @@ import msgspec
 
 from ipc.bitmap import slot_table
 from ipc.layout import MAX_SLOTS
+from ipc.messages import SlotSpec
 from ipc.steps import step
 
 from ..errors import VmmError
@@ -80,6 +81,8 @@ class DirtyLog:
 
     def __init__(self, machine: str, reapers: int = 1) -> None:
         self.machine = machine
+        #: The vCPUs log what they write to the logged slots. Off: nobody needs it (docs/decisions/0020).
+        self.on = True
         self.slots: dict[int, MemorySlot] = {}
         #: Ids that had another slot before: a client that has looked at that one must be told all of the next.
         self.reused: set[int] = set()
@@ -126,6 +129,14 @@ class DirtyLog:
         self._insert(slot)
         if slot_id in self.reused:
             self.mark_all(slot_id)
+
+    def slot_spec(self, slot: MemorySlot, vcpu: int) -> SlotSpec:
+        """What the vCPU's worker is told of the slot: also whether to log it now."""
+        return slot.worker_spec(vcpu, log=self.logs(slot))
+
+    def logs(self, slot: MemorySlot) -> bool:
+        """The vCPUs log what they write to it now, if the mode of tracking does."""
+        return self.on and slot.logged
 
     def _insert(self, slot: MemorySlot) -> None:
         self.slots[slot.spec.id] = slot

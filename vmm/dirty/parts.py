@@ -62,6 +62,11 @@ class Parts:
         return self.spec.ring_entries if self.mode.rings else 0
 
     @property
+    def reaps(self) -> bool:
+        """There are rings that get full."""
+        return bool(self.ring_entries) and self.log.on
+
+    @property
     def tracking(self) -> str:
         """Name of the mode, one of vmm.machine.trackings.MODES."""
         return self.mode.name

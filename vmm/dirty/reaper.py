@@ -141,7 +141,7 @@ class Reaper:
         self.schedule.learn(now, harvested)
         if not reset:
             reset = (any(s.ring.overflowed or not s.ring.countable for s in rings)
-                     or self.schedule.is_low(self.room()))
+                     or self.schedule.is_low(self._room_to_fill()))
             if reset:
                 for vcpu in rings:
                     if self._to_reset(vcpu, owed[vcpu.index], full):
@@ -163,6 +163,15 @@ class Reaper:
     def room(self) -> dict[int, int]:
         """{vCPU index: entries until its ring is full}"""
         return {s.index: s.ring.soft_limit - s.ring.outstanding for s in self.vcpus.all if s.running}
+
+    def _room_to_fill(self) -> dict[int, int]:
+        """``room`` of the rings that may get full before somebody has them reset. One that all logged pages fit into
+        does not: a page makes one entry until its reset. (Where KVM has it mapped more than once, it may make more:
+        such a ring counts again from where it has more entries than there are pages.)"""
+        pages = sum(slot.pages for slot in self.log.slots.values() if self.log.logs(slot))
+        rings = {s.index: s.ring for s in self.vcpus.all}
+        return {index: room for index, room in self.room().items()
+                if room + rings[index].outstanding < pages or rings[index].outstanding > pages}
 
     def _reset(self, rings: list[VcpuHandle], owed: dict[int, int], full: set[int]) -> _Harvested:
         """The second half of a reap: of all rings, which have been asked to; what was harvested of those whose workers

@@ -99,9 +99,10 @@ class MemorySlot:
         """Its specification, with the logging as it is."""
         return RamSlot(self.spec.id, self.spec.gpa, self.spec.size, self.logged, self.spec.born)
 
-    def worker_spec(self, vcpu: int) -> SlotSpec:
+    def worker_spec(self, vcpu: int, *, log: bool) -> SlotSpec:
+        """``log``: the vCPU is to log what it writes to it."""
         return SlotSpec(id=self.spec.id, gpa=self.spec.gpa, size=self.spec.size, segment=self.ram.name,
-                        log=self.logged, log_segment=self._vlog_names[vcpu] if self._vlog_names else "")
+                        log=log, log_segment=self._vlog_names[vcpu] if self._vlog_names else "")
 
     def log_segment(self, vcpu: int) -> str:
         """Name of the vCPU's log buffer."""

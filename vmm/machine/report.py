@@ -124,6 +124,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tracking: str               # as it is: ring, bitmap, uffd, none
     tracking_asked: str         # as it was asked for; also auto
     tracking_switches: int
+    logging: bool               # the vCPUs log what they write: somebody needs it, or log is always
     ring_entries: int           # 0: without rings now
     can_limit: bool             # a dirty limit can be had
     coordinator: CoordinatorReport

@@ -84,6 +84,7 @@ def check_machine(spec: MachineSpec) -> None:
     _number("nice", spec.nice, 0, NICE_MAX)
     check_ring(spec.ring_entries)
     _one_of("tracking", spec.tracking, ("", *CHOICES))
+    _one_of("log", spec.log, ("auto", "always"))
     if spec.tracking == "ring" and not spec.ring_entries:
         raise RuleError("tracking", "ring needs a dirty_ring_size above 0")
     check_slots(spec.slots, mapped=can.guests)

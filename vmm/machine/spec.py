@@ -74,6 +74,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     dirty_quota: int = 0        # pages per second of each vCPU; 0: no limit
     dirty_quotas: list[int] = []    # of each vCPU by itself, where they differ; empty: dirty_quota
     tracking: str = ""          # one of trackings.CHOICES; empty: ring, or bitmap where there is no ring
+    log: str = "auto"           # "auto": the vCPUs log while somebody needs it; "always"
     replay: ReplaySpec | None = None    # accel replay: what is dirtied
     replay_trace: str = ""      # absolute path of the trace that it is to be taken from
     program: ProgramSpec | None = None  # a Linux program instead of an image: all vCPUs but the last, which is

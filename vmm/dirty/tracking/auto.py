@@ -1,42 +1,49 @@
-"""``tracking: auto``: which mode of dirty tracking a machine should have now.
+"""Whether a machine should be logged now, and (``tracking: auto``) in which mode of dirty tracking.
 
-The rule, and the measurements that it comes from, are in docs/decisions/0008:
+The rules, and the measurements that they come from, are in docs/decisions/0008 and 0020:
 
 * a dirty limit and a recording need rings: ``ring``;
-* no client is registered with the dirty log, nor the verifier: ``none``, after a while without (a measurement
-  that comes again and again should not switch each time);
+* nobody needs a log (no client is registered with it, nor the verifier): ``none``, after a while without (a
+  measurement that comes again and again should not switch each time). A machine that is to be tracked in one mode
+  keeps that, and its slots are not logged;
 * else ``bitmap``.
 """
 
 from __future__ import annotations
 
-__all__ = ["AutoTracking"]
+import math
 
-_IDLE = 5.0         # seconds without a client after which logging ends
+__all__ = ["Demand", "best_mode"]
+
+_IDLE = 5.0         # seconds without anybody who needs a log after which logging ends
 
 
-class AutoTracking:
-    """Times are monotonic seconds. Told what the machine is used for, says how to track."""
+def best_mode(*, needed: bool, ring: bool) -> str:
+    """``needed``: a dirty log is; ``ring``: and what only a ring can do."""
+    if ring:
+        return "ring"
+    return "bitmap" if needed else "none"
+
+
+class Demand:
+    """Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self._idle_since: float | None = None
 
-    def first(self, *, logged: bool, ring: bool) -> str:
-        """Of a machine that has just been made, or told to choose: at once, without waiting."""
-        if ring:
-            return "ring"
-        return "bitmap" if logged else "none"
-
-    def choose(self, now: float, present: str, *, logged: bool, ring: bool) -> str:
-        """``logged``: the dirty log is wanted; ``ring``: and what only a ring can do."""
-        wanted = self.first(logged=logged, ring=ring)
-        if wanted != "none" or present == "none":
+    def lasts(self, now: float, *, needed: bool, logging: bool) -> bool:
+        """There should be a log: it is ``needed``, or was until a moment ago and is there still (``logging``)."""
+        if needed or not logging:
             self._idle_since = None
-            return wanted
+            return needed
         if self._idle_since is None:
             self._idle_since = now
-        return wanted if now - self._idle_since >= _IDLE else present
+        return now - self._idle_since < _IDLE
+
+    def forget(self) -> None:
+        """A log that is not needed does not last."""
+        self._idle_since = -math.inf
 
     def left(self, now: float) -> float | None:
-        """Seconds until ``choose`` may say something else although nothing happens; None: never."""
+        """Seconds until ``lasts`` may say something else although nothing happens; None: never."""
         return None if self._idle_since is None else max(0.0, self._idle_since + _IDLE - now)

@@ -58,7 +58,7 @@ def gather_bitmaps(vcpus: VcpuPool, log: DirtyLog, *, protected: bool = False) -
     re-protected its pages already."""
     total = 0
     for slot_id, slot in log.slots.items():
-        if not slot.logged:
+        if not log.logs(slot):
             continue
         got = vcpus.request([s for s in vcpus.all if s.alive], partial(_get, slot_id))
         dirty = [s for s in vcpus.all if s.index in got and got[s.index].value]

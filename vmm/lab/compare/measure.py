@@ -19,7 +19,8 @@ what is compared ran in the same memory, seconds apart. In a window a client syn
 ==================  ==========================================================================================
 
 ``sampling`` hashes some pages at the interval (vmm/consumers/rate.py), and has no log. What it reports is an
-estimate of how many pages, not which; its processor time is the client's.
+estimate of how many pages, not which; its processor time is the client's. ``idle`` is tracking with rings (or, where
+there are none, bitmaps) while nobody needs a log (docs/decisions/0020): it differs from none by what is left then.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from ..hoststat import CpuTime, thread_times
 __all__ = ["FIXED", "MODES", "Grid", "Point", "Settings", "available", "run_point", "summarise"]
 
 #: What is compared, in the order of a round (from one to the next as few pages as can be lose their mapping).
-MODES = ("none", "sampling", "auto", "bitmap", "ring", "uffd")
+MODES = ("none", "sampling", "idle", "auto", "bitmap", "ring", "uffd")
 #: Modes that have a dirty log and do not choose.
 FIXED = ("ring", "bitmap", "uffd")
 
@@ -60,6 +61,7 @@ _TOUCHED = 0.98         # it has, when it has written this share of its pages
 _SLOW = 20_000          # writes per second, of which to map each page anew takes a few per cent of the time
 _STRANGERS_MAX = 0.15   # largest share of steal time in a window; above it, the window is measured again,
 _TRIES = 3              # this many times in all
+_IDLE_TIMEOUT = 20.0    # seconds until a log that nobody needs is switched off
 _CLIENT = "compare"
 _numbers = itertools.count()
 
@@ -154,13 +156,14 @@ def run_point(point: Point, modes: Sequence[str], settings: Settings,
     def best_of(mode: str, number: int) -> Window:
         tries: list[Window] = []
         while len(tries) < _TRIES and (not tries or min(map(_steal, tries)) > _STRANGERS_MAX):
-            tries.append(_window(machine, meter, mode, number, point, settings.seconds))
+            tries.append(_window(machine, meter, mode, number, point, settings.seconds, idle))
         return min(tries, key=_steal)
 
     def _steal(window: Window) -> float:
         return window.steal_ns / 1e9 / window.seconds / point.vcpus
 
     found: list[Window] = []
+    idle = "ring" if available(["ring"], settings.accel)[0] else "bitmap"
     with Machine.launch(_spec(point, settings)) as machine:
         with contextlib.ExitStack() as stack:
             meter = stack.enter_context(_Meter(machine))
@@ -169,7 +172,7 @@ def run_point(point: Point, modes: Sequence[str], settings: Settings,
                 for mode in modes if number % 2 == 0 else reversed(modes):
                     progress(f"{point.label}: {mode}")
                     if number < 0:
-                        _window(machine, meter, mode, number, point, 0.05)
+                        _window(machine, meter, mode, number, point, 0.05, idle)
                     else:
                         found.append(best_of(mode, number))
         machine.stop()
@@ -187,9 +190,11 @@ def _spec(point: Point, settings: Settings) -> MachineSpec:
         linger=True)
 
 
-def _window(machine: Machine, meter: _Meter, mode: str, number: int, point: Point, seconds: float) -> Window:
+def _window(machine: Machine, meter: _Meter, mode: str, number: int, point: Point, seconds: float,
+            idle: str) -> Window:
+    """``idle``: the mode of tracking that is idle in ``idle``."""
     logged = mode in (*FIXED, "auto")
-    switch = machine.set_tracking(mode if logged else "none")
+    switch = machine.set_tracking(mode if logged else idle if mode == "idle" else "none")
     interval = point.interval_ms / 1000
     if logged:
         machine.register(_CLIENT, mine=True)
@@ -200,6 +205,7 @@ def _window(machine: Machine, meter: _Meter, mode: str, number: int, point: Poin
             time.sleep(min(interval, max(0.0, end - time.monotonic())))
             machine.collect(_CLIENT)
     else:
+        _log_ends(machine)
         meter.settle()
     window = Window(mode, number, 0.0, 0.0, 0, 0, 0, 0, switch_ms=switch["seconds"] * 1000)
     before = meter.read()
@@ -231,6 +237,16 @@ def _window(machine: Machine, meter: _Meter, mode: str, number: int, point: Poin
     if logged:
         machine.unregister(_CLIENT)
     return window
+
+
+def _log_ends(machine: Machine) -> None:
+    """Raises VmmError."""
+    deadline = time.monotonic() + _IDLE_TIMEOUT
+    while machine.status()["logging"]:
+        if time.monotonic() > deadline:
+            raise VmmError(f"machine '{machine.name}': its log was not switched off within {_IDLE_TIMEOUT:.0f} s, "
+                           "though nobody needs it")
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)

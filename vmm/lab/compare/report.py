@@ -15,7 +15,7 @@ from .measure import FIXED, MODES
 __all__ = ["draw", "print_rows", "verdict"]
 
 _COLOURS = {"none": "black", "ring": "tab:blue", "bitmap": "tab:orange", "uffd": "tab:green",
-            "sampling": "tab:purple", "auto": "tab:red"}
+            "sampling": "tab:purple", "idle": "tab:gray", "auto": "tab:red"}
 _PANELS = (("relative", "guest speed (none = 1)", False), ("lost_us", "guest cost, us per dirty page", False),
            ("host_us", "host cost, us per dirty page", True), ("collect_ms", "time to collect, ms", True))
 _AXES = {"spin": "pauses per write", "ram_mib": "RAM, MiB", "vcpus": "vCPUs", "ring": "ring entries",

@@ -152,7 +152,10 @@ def _settle(source: Machine, wanted: Move, mover: _Process, receiver: _Process, 
     had taken the memory in place."""
     target = wanted.target
     killed = "" if fault is None or fault.stop_ms or fault.delay_ms else fault.victim
-    ends = {"gone", "here"} if killed == "source" else {"gone", "here", "handed over"}
+    if mover.wait() == 0:       # it has moved, and what is left of it here is about to go
+        ends = {"gone"}
+    else:
+        ends = {"gone", "here"} if killed == "source" else {"gone", "here", "handed over"}
     until(lambda: _state(source) in ends, f"whose the machine is after: {mover.said}")
     match _state(source):
         case "gone":

@@ -53,8 +53,18 @@ class Oracle:
         self._gone: dict[int, _Slot] = {}       # removed, and not told of yet
         #: Pages that were compared, and that were in a sync.
         self.compared = self.dirty = 0
-        self._machine.register(client)
+        self.come()
+
+    def come(self) -> None:
+        """Registered from now on. Raises VmmError."""
+        self._slots.clear()
+        self._gone.clear()
+        self._machine.register(self._client)
         self._follow(known=False)
+
+    def leave(self) -> None:
+        """Raises VmmError."""
+        self._machine.unregister(self._client)
 
     def look(self) -> None:
         """While the guest runs, if it does. Raises Lost, VmmError."""

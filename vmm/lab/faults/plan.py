@@ -149,8 +149,8 @@ class _Events:
         events = [Event("start"), Event("check")]
         for _ in range(dice.randint(8, 24)):
             event = self._event(dice.choice((
-                "look", "look", "check", "run", "write", "plug", "log", "tracking", "snapshot", "client", "pause",
-                "migrate", "migrate", "limit", "record")))
+                "look", "look", "check", "run", "write", "plug", "log", "tracking", "snapshot", "client", "nobody",
+                "pause", "migrate", "migrate", "limit", "record")))
             if event is not None:
                 events.append(event)
         return [*events, Event("check"), Event("stop")]

@@ -214,6 +214,17 @@ class _Run:
         self._machine.take("faults_c")
         self._machine.unregister("faults_c")
 
+    def _do_nobody(self) -> None:
+        """All clients go, and the log with them, if nobody else needs it; then they come again."""
+        try:
+            for oracle in self._oracles:
+                oracle.leave()
+            self._machine.set_tracking(self._machine.status()["tracking_asked"])    # does not wait for somebody else
+            time.sleep(_RUN)
+        finally:
+            for oracle in self._oracles:
+                oracle.come()
+
     def _do_snapshot(self) -> None:
         """What it holds is what was in memory."""
         chain = self._folder / self._machine.name      # a machine that has moved begins a new one

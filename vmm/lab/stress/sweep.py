@@ -199,7 +199,7 @@ class Point:
         reaper = {"reset": "early", **shared.pop("reaper", {}), "mode": self.reaper}
         document: dict[str, Any] = {
             "name": "stress", "accel": self.accel, "vcpus": self.vcpus, "dirty_ring_size": self.ring,
-            "memory": [{"size": self.ram}], "dirty_limit": self.dirty_limit, "reaper": reaper,
+            "memory": [{"size": self.ram}], "log": "always", "dirty_limit": self.dirty_limit, "reaper": reaper,
             "verify": settings.verify if verify else None, **self._load(), **shared}
         return MachineConfig.model_validate(document)
 
