@@ -197,6 +197,20 @@ def test_it_can_be_ended_before_all_is_there(accel: str, tmp_path: Path, steps: 
         assert nothing_left("again")
 
 
+def test_a_coordinator_that_dies_meanwhile(accel: str, tmp_path: Path) -> None:
+    """Its successor has the guest go on, and what the chain holds comes."""
+    expected = chain_of(accel, tmp_path)
+    with snapshot.restore(tmp_path, machine_name="again", accel=accel, lazy=True, start=False) as machine:
+        os.kill(machine.status()["coordinator"]["pid"], signal.SIGKILL)
+        all_there(machine)
+        assert machine.status()["coordinator"]["restarts"] == 1
+        assert machine.ram(0).tobytes() == expected
+        machine.start()
+        machine.pause()
+        snapshot.create(machine, tmp_path, incremental=True)
+        assert snapshot.read_memory(tmp_path)[0].tobytes() == machine.ram(0).tobytes()
+
+
 @pytest.mark.root
 def test_where_userfaultfd_is_missing(tmp_path: Path) -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":

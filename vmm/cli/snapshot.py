@@ -167,7 +167,7 @@ def restore(directory: Path, snapshot_id: str | None, name: str | None, accel: s
             count: int | None, trees: Trees, as_json: bool) -> int:
     """Launch a machine from SNAPSHOT_ID (default: the newest) and run it until it ends.
 
-    With --lazy and --detach this command ends when all of the memory is there. DIRECTORY must stay until then.
+    With --lazy and --detach this command ends when all of the memory is there.
     """
     from ..consumers import snapshot as snapshots
 
