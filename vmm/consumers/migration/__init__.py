@@ -5,12 +5,12 @@ Down the way of a page, and of the hand-over::
 
     source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
       fitness.py           whether the target can run it (checking.py only asks)
-      precopy.py           the rounds                                       door.py       its one address
+      precopy.py           the rounds                                       place.py      its one address (door.py)
       converge.py, hot.py  when to stop, what waits until then (no I/O)     peers.py      who is listened to
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
-      postcopy_source.py   what is asked for after the hand-over            ../missing.py holes, filled in later
+      postcopy_source.py   what is asked for after the hand-over            postcopy_target.py, ../missing.py
       talk.py, progress.py the control connection; what is counted
                   \\                                                        /
                    memory.py    the memory, sent and filled in

@@ -18,11 +18,12 @@ from ...machine.room import check_room
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from ...machine.trackings import check_tracking
+from .addresses import Address
 from .offers import Limits, encodings, no_postcopy
 from .report import Options
 from .wire import Needs
 
-__all__ = ["in_the_way", "needs", "notes", "specification"]
+__all__ = ["in_the_way", "needs", "not_in_place", "notes", "specification"]
 
 _LISTED = 12        # features that are named; of more, how many they are
 
@@ -41,6 +42,20 @@ def needs(spec: MachineSpec, options: Options) -> Needs:
     shown = {*spec.shown, *registry.features(spec.accel)}
     return Needs(spec.accel, sorted(shown), options.compression,
                  options.postcopy or options.on_timeout == "postcopy", STATE_VERSION)
+
+
+def not_in_place(spec: MachineSpec, address: Address, options: Options) -> str:
+    """Why its memory cannot be handed over as it lies there; empty: it can."""
+    if not address.local:
+        return f"{address.text}: memory is handed over in place on one host: use ipc://PATH"
+    if options.postcopy:
+        return "memory that is handed over in place is there at once: leave out the post-copy"
+    if options.keep_source:
+        return "memory that is handed over in place is no longer here: no copy of the machine can be kept"
+    if spec.verify is not None:
+        return (f"machine '{spec.name}' has a verifier, which would compare memory that is no longer its own: migrate "
+                "it without --in-place")
+    return ""
 
 
 def in_the_way(spec: MachineSpec, wanted: Needs, limits: Limits) -> list[str]:

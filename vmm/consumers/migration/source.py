@@ -41,7 +41,7 @@ from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
-from .fitness import needs, specification
+from .fitness import needs, not_in_place, specification
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
 from .memory import SentMemory
@@ -167,8 +167,8 @@ class Source:
             began = time.monotonic()
             spec = specification(self.machine)
             standstill = time.monotonic() - began
-            if self.options.in_place:
-                self._check_in_place(spec)
+            if self.options.in_place and (why := not_in_place(spec, self._address, self.options)):
+                raise VmmError(why)
             try:
                 talk = self._offer_until_taken(spec)
                 if not self.options.in_place:
@@ -206,18 +206,6 @@ class Source:
             report.status = "failed" if isinstance(exc, Exception) else "cancelled"
         report.error = str(exc) or ("cancelled" if isinstance(exc, KeyboardInterrupt) else type(exc).__name__)
         self._progress.tell(force=True)
-
-    def _check_in_place(self, spec: MachineSpec) -> None:
-        """Raises VmmError where the memory cannot be handed over as it lies there."""
-        if not self._address.local:
-            raise VmmError(f"{self._address.text}: memory is handed over in place on one host: use ipc://PATH")
-        if self.options.postcopy:
-            raise VmmError("memory that is handed over in place is there at once: leave out the post-copy")
-        if self.options.keep_source:
-            raise VmmError("memory that is handed over in place is no longer here: no copy of the machine can be kept")
-        if spec.verify is not None:
-            raise VmmError(f"machine '{spec.name}' has a verifier, which would compare memory that is no longer its "
-                           "own: migrate it without --in-place")
 
     def _offer_until_taken(self, spec: MachineSpec) -> Talk:
         """To a target that may be busy for a while. Raises MigrationError, VmmError."""

@@ -15,14 +15,12 @@ With post-copy (vmm/consumers/missing.py) pages come after the start.
 from __future__ import annotations
 
 import contextlib
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
-import zmq
 import zstandard
 from numpy.typing import NDArray
 
@@ -40,19 +38,19 @@ from ...machine.names import check_machine_name, slot_segment
 from ...machine.rules import NO_TREES, Trees, arriving
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
-from ..missing import MissingPages, Wanted
+from ..missing import MissingPages
 from . import wire
-from .addresses import parse_address
+from .addresses import Address, parse_address
 from .arrival import Arrival
 from .arrivals import Arrivals
-from .door import Door
 from .fitness import in_the_way, notes
-from .keys import load_keys
+from .keys import Keys, load_keys
 from .memory import SlotMemory
 from .offers import ANY, Limits, check_settings, encodings, no_postcopy, taken
-from .pages import CHUNK_PAGES, missing, missing_pages, torn, unpack, want
+from .pages import missing, missing_pages, torn, unpack
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
-from .sockets import listen
+from .place import Place, listening
+from .postcopy_target import fetch
 from .tls import Certificate
 from .wire import (
     Abort,
@@ -102,10 +100,11 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
     if name is not None:
         check_machine_name(name)
     accel = choose_accelerator(accel)
+    where, keys = _address(address, key, peer, insecure)
     # What takes long is done while nobody waits: whoever comes, there will be a machine.
     keeper = KeeperProcess("", quiet=detach, fork=True)
     try:
-        with _listening(address, key, peer, insecure, waiting) as place:
+        with listening(where, keys, waiting) as place:
             return _Target(place, keeper, name, accel, detach, timeout, refused, trees, limits, {}).run()
     finally:
         keeper.give_up()
@@ -120,10 +119,11 @@ def receive_all(address: str, *, arrived: Callable[[Machine], None], failed: Cal
     from when it runs. ``arrived`` is told of each; ``failed`` why one did not arrive, of which nothing is left here.
     Raises VmmError when no source has come for ``timeout`` seconds, or there can be none."""
     accel = choose_accelerator(accel)
+    where, keys = _address(address, key, peer, insecure)
     known: dict[str, list[Answer]] = {}
     keeper = KeeperProcess("", quiet=True, fork=True)
     try:
-        with _listening(address, key, peer, insecure, waiting) as place:
+        with listening(where, keys, waiting) as place:
             while True:
                 try:
                     arrived(_Target(place, keeper, None, accel, True, timeout, refused, trees, limits, known).run())
@@ -139,47 +139,19 @@ def receive_all(address: str, *, arrived: Callable[[Machine], None], failed: Cal
         keeper.give_up()
 
 
-@contextlib.contextmanager
-def _listening(address: str, key: str, peer: str, insecure: bool,
-               waiting: Callable[[str], None]) -> Iterator[_Place]:
+def _address(address: str, key: str, peer: str, insecure: bool) -> tuple[Address, Keys | None]:
+    """Raises VmmError."""
     where = parse_address(address, listen=True)
     keys = load_keys(key, peer, where, insecure=insecure)
     if keys is not None:
         Certificate()       # one can be made, or that is said now
-    with contextlib.ExitStack() as stack:
-        door = stack.enter_context(Door(where))
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        stack.callback(context.term)
-        sock = stack.enter_context(listen(context, door, keys))
-        sock.linger = 2000
-        place = _Place(sock, door.endpoint, where.local, keys is not None)
-        door.serve(place.serve)
-        waiting(door.endpoint)
-        yield place
-
-
-class _Place:
-    """Where one migration after the other comes to."""
-
-    def __init__(self, sock: zmq.Socket[bytes], endpoint: str, local: bool, encrypted: bool) -> None:
-        self.sock = sock
-        self.endpoint = endpoint
-        self.local = local
-        self.encrypted = encrypted
-        #: Of the present one.
-        self.arrivals: Arrivals | None = None
-
-    def serve(self, sock: socket.socket) -> None:
-        """A connection for pages has come."""
-        arrivals = self.arrivals
-        if arrivals is not None:
-            arrivals.serve(sock)
+    return where, keys
 
 
 class _Target:
     """One migration."""
 
-    def __init__(self, place: _Place, keeper: KeeperProcess, name: str | None, accel: str, detach: bool,
+    def __init__(self, place: Place, keeper: KeeperProcess, name: str | None, accel: str, detach: bool,
                  timeout: float | None, refused: Callable[[str], None], trees: Trees, limits: Limits,
                  known: dict[str, list[Answer]]) -> None:
         self._place = place
@@ -235,7 +207,9 @@ class _Target:
             return machine
         with self._missing as pages:
             try:
-                self._fetch(machine, pages)
+                fetch(machine, pages, self._peers, self._arrivals, self._total, self._tell_how_it_is,
+                      self._arrival.lack)
+                self._lease.close()
             except BaseException as exc:
                 self._end_machine()
                 self._arrival.tell("failed", _reason(exc))
@@ -280,8 +254,10 @@ class _Target:
         self._memory.clear()
 
     def _look(self) -> None:
-        """Raises ReceiveError when the machine here has been ended meanwhile."""
+        """Raises ReceiveError when the machine here has been ended meanwhile, VmmError when it has never begun."""
         if self._machine is not None and not is_running(self._machine.name):
+            if not self._ready:
+                self._machine.is_ready(wait=True)
             raise ReceiveError(f"machine '{self._machine.name}' was stopped while it was arriving")
 
     # --- the offer ----------------------------------------------------------------------------------------------
@@ -339,12 +315,13 @@ class _Target:
 
     def _await_machine(self, *, wait: bool) -> None:
         """Its processes begin while its memory comes. Raises VmmError for a machine that cannot be."""
+        if self._ready or self._machine is None or not self._machine.is_ready(wait=wait):
+            return
+        self._begun.close()
+        self._ready = True
         try:
-            if not self._ready and self._machine is not None and self._machine.is_ready(wait=wait):
-                self._begun.close()
-                # Only we may start it, or write to it; should we go before, it does.
-                self._lease = self._machine.lease("incoming", "via vmm receive")
-                self._ready = True
+            # Only we may start it, or write to it; should we go before, it does.
+            self._lease = self._machine.lease("incoming", "via vmm receive")
         except VmmError:
             self._look()
             raise
@@ -540,60 +517,6 @@ class _Target:
                 if not self._detach:
                     raise
                 return
-
-    # --- post-copy ------------------------------------------------------------------------------------------
-
-    def _fetch(self, machine: Machine, pages: MissingPages) -> None:
-        """The guest runs. Until every page is here, however long the source is away in between."""
-        for fd in pages.faults:
-            self._peers.poller.register(fd, zmq.POLLIN)
-        came = looked = time.monotonic()
-        while pages.left:
-            with contextlib.suppress(Gone):
-                heard = None
-                # A peer that sends nonsense is ignored: the machine is here alone by now.
-                with contextlib.suppress(WireError):
-                    heard = self._peers.hear(LOOK_EVERY)
-                while (arrived := self._arrivals.next()) is not None:
-                    if self._put(pages, *arrived):
-                        came = time.monotonic()
-                with contextlib.suppress(VmmError):     # of a connection that has ended: what it has not brought is
-                    self._arrivals.check()              # asked for
-                if isinstance(heard, Commit):           # Running was lost, or another process takes over
-                    self._tell_how_it_is()
-                    self._want(pages.ask_again())
-                self._want([each for fd in pages.faults for each in pages.wanted(fd)])
-                if time.monotonic() - came > _ASK_AGAIN:
-                    came = time.monotonic()
-                    self._want(pages.some(CHUNK_PAGES))
-            if not pages.left or time.monotonic() - looked > LOOK_EVERY:
-                looked = time.monotonic()
-                self._arrival.lack(pages.left)
-                if machine.status()["state"] == "ended":
-                    raise ReceiveError("the machine was stopped before all of its memory had arrived")
-        for fd in pages.faults:
-            self._peers.poller.unregister(fd)
-        pages.finish()
-        self._lease.close()
-
-    def _put(self, pages: MissingPages, message: Pages, data: Buffer) -> bool:
-        """False for pages that are damaged, or not this machine's."""
-        try:
-            numbers, content, intact = unpack(message, data, self._total(message.slot))
-        except WireError:
-            return False
-        if intact and message.slot in pages.slots:
-            pages.put(message.slot, numbers, content)
-        return intact
-
-    def _want(self, wanted: list[Wanted]) -> None:
-        """Raises Gone; they are asked for again when the source is back."""
-        for slot in {w.slot for w in wanted}:
-            numbers = sorted(w.page for w in wanted if w.slot == slot)
-            for at in range(0, len(numbers), CHUNK_PAGES):
-                message = want(slot, numbers[at:at + CHUNK_PAGES])
-                if not self._arrivals.ask(message):
-                    self._peers.say(message)
 
 
 def _reason(exc: BaseException) -> str:
