@@ -119,6 +119,7 @@ def test_many_are_received_one_after_the_other(address: str) -> None:
         with PlayedSource(address) as bad:
             bad.offered(replace(WALK, name="four"))
             bad.say(wire.Abort("that is all"))
+            until(lambda: bool(loop.failed), "another may come")      # until then it is busy
         large_memory = spec("idle", accel="unicorn", mib=64).slots
         for changes, why in (({"vcpus": 4}, "4 vCPUs, and at most 3"),
                              ({"slots": large_memory}, "64.01 MiB of memory, and at most 32.00 MiB")):
@@ -139,6 +140,7 @@ def test_many_are_received_one_after_the_other(address: str) -> None:
             source.say(source.commit())
             source.hear(wire.Running)
             source.say(wire.Done())
+            until(lambda name=name: bool(loop.arrived) and loop.arrived[-1].name == name, "another may come")
     loop.over()
     assert [machine.name for machine in loop.arrived] == ["one", "two", "three"]
     assert loop.failed == ["the source gave up: that is all"]
