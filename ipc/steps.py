@@ -53,7 +53,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "migration, its source": ("migrate-frozen", "migrate-state", "migrate-prepared", "migrate-hand-over",
                               "migrate-handed-over", "migrate-commit", "migrate-stop", "migrate-done"),
     "migration, its target": ("receive-commit", "receive-started"),
-    "migration in place, its target": ("receive-commit", "receive-taken", "receive-started"),
+    "migration in place, its target": ("receive-taken",),
     "a hand-over that is not finished": ("unfinished-noted", "recoverer-begun"),
     "dirty limit": ("limit-noted",),
     "snapshot create": ("snapshot-epoch", "snapshot-written", "snapshot-renamed", "snapshot-epoch-dropped"),

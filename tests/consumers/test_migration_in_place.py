@@ -178,7 +178,7 @@ def test_a_source_killed_after_the_hand_over_is_replaced(step: str, steps: Path,
             until(lambda: machine.status()["state"] == "ended", "the source's machine has ended")
 
 
-@pytest.mark.parametrize("step", STEPS["migration in place, its target"])
+@pytest.mark.parametrize("step", [*STEPS["migration, its target"], *STEPS["migration in place, its target"]])
 def test_after_a_receiver_was_killed_the_source_runs_only_with_memory_that_nobody_has_taken(
         step: str, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "_NOBODY_PATIENCE", 1.0)

@@ -27,6 +27,7 @@ from vmm.consumers.migration.addresses import Address, parse_address
 from vmm.consumers.migration.arrivals import Arrivals
 from vmm.consumers.migration.door import PAGES
 from vmm.consumers.migration.pages import CHUNK_PAGES, PAGE, Packer
+from vmm.consumers.migration.postcopy_source import _Missing
 from vmm.consumers.migration.sockets import connect, connect_stream
 from vmm.consumers.migration.streams import Sent, Stream
 from vmm.consumers.migration.tls import Certificate
@@ -305,3 +306,37 @@ def test_a_door_that_closes_ends_all_that_came_in(context: zmq.Context[zmq.Socke
         connection = connect(context, address, None, until=time.monotonic() + 10)
     until(lambda: connection.broken, "the end is seen")
     connection.close()
+
+
+# --- what is left to be sent after the hand-over ---------------------------------------------------------------------
+
+
+def test_pages_that_are_asked_for_while_the_rest_is_sent_are_sent_once() -> None:
+    """One thread goes through them, another answers: numpy must not look at bits that change meanwhile."""
+    total = 200_000
+    work = _Missing({0: np.arange(total)})
+    counts = np.zeros(total, np.int64)
+    over = threading.Event()
+    fresh: list[int] = []
+
+    def answer() -> None:
+        dice = np.random.default_rng(0)
+        while not over.is_set():
+            fresh.append(work.sent(0, np.unique(dice.integers(0, total, 64))))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        while (job := work.next()) is not None:
+            slot, pages = job
+            assert slot == 0
+            assert (np.diff(pages) > 0).all()
+            assert 0 <= pages[0] <= pages[-1] < total
+            counts[pages] += 1
+            fresh.append(work.sent(slot, pages))
+    finally:
+        over.set()
+        thread.join()
+    assert sum(fresh) == total
+    assert work.left == 0
+    assert (counts <= 1).all()

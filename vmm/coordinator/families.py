@@ -50,6 +50,7 @@ class Families:
             exits={s.index: s.exited for s in core.vcpus.all if s.exited is not None},
             started=life.started, elapsed=life.elapsed_at_end, stopping=life.stopping,
             tracking=core.parts.tracking, asked_tracking=self.tracking.asked, logging=log.on,
+            incoming=core.incoming,
             verification=core.verifier.result if core.verifier else None)
 
     def _holds(self) -> Holds:

@@ -73,6 +73,7 @@ class Saved(msgspec.Struct, kw_only=True):
     tracking: str                           # one of vmm.machine.trackings.MODES
     asked_tracking: str                     # one of vmm.machine.trackings.CHOICES
     logging: bool                           # the vCPUs log, because somebody needs it
+    incoming: bool                          # its memory comes from elsewhere, and has not arrived
     verification: Verification | None
 
 

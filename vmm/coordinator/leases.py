@@ -193,8 +193,11 @@ class Leases:
 
     def end(self, token: str) -> bool:
         """False when there is no lease of that token."""
-        if self.held.pop(token) is None:
+        lease = self.held.pop(token)
+        if lease is None:
             return False
+        if lease.kind == "incoming":
+            self._core.incoming = False     # it has arrived, started or not
         if not self._pauses.give_back(token):
             self._core.save_if_possible()
         return True

@@ -87,7 +87,7 @@ class Coordinator:
         tracer = Tracer(spec.trace, spec.trace_file, terminal, self._warn)
         self._closing.callback(tracer.close)
         core = self.core = Core(spec, directory, tracer)
-        core.incoming = incoming
+        core.incoming = incoming if saved is None else saved.incoming
         self._closing.callback(core.owners.close)
         core.tell, core.report = self._tell, self._report
         machine = self.machine = Families(core, spec.asked_tracking if saved is None else saved.asked_tracking)

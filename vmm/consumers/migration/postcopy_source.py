@@ -79,10 +79,11 @@ class _Missing:
         if not self.left:
             return None
         for slot, bits in self._bits.items():
-            at = self._cursor[slot]
-            found = np.flatnonzero(bits[at:at + _WINDOW])[:_CHUNK_PAGES] + at
-            if not len(found):
-                found = np.flatnonzero(bits)[:_CHUNK_PAGES]
+            with self._lock:    # else numpy counts the bits, and finds others when it looks where they are
+                at = self._cursor[slot]
+                found = np.flatnonzero(bits[at:at + _WINDOW])[:_CHUNK_PAGES] + at
+                if not len(found):
+                    found = np.flatnonzero(bits)[:_CHUNK_PAGES]
             if len(found):
                 return slot, found
         return None
