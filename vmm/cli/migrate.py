@@ -10,7 +10,6 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +19,7 @@ from ipc.run import python_module
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
 from .migrating import JsonLines, Shown, key_options, print_report, print_status
+from .signals import raise_on
 
 if TYPE_CHECKING:
     from ..migrate import Options
@@ -112,7 +112,7 @@ def start(name: str, address: str, check: bool, recover: bool, background: bool,
     if check:
         return _check(name, address, options, as_json)
     run = migration.recover if recover else migration.migrate
-    signal.signal(signal.SIGTERM, _cancel)
+    raise_on(signal.SIGTERM, lambda number: KeyboardInterrupt())
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine.attach(name))
         output = None if report_path is None else stack.enter_context(contextlib.closing(open_output(report_path)))
@@ -145,10 +145,6 @@ def _check(name: str, address: str, options: Options, as_json: bool) -> int:
         click.echo(f"{name} cannot be migrated to {address}" if found.problems else
                    f"{name} can be migrated to {address}, as {found.name} with accel {found.accel}")
     return ExitCode.MIGRATION_FAILED if found.problems else ExitCode.OK
-
-
-def _cancel(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _start_in_background(name: str, address: str, as_json: bool) -> None:

@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,15 +16,12 @@ from ..errors import VmmError
 from .common import Duration, Size, json_option, print_json
 from .migrating import key_options
 from .program import run_arrived, trees_options
+from .signals import raise_on
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
 
 __all__ = ["keys", "receive"]
-
-
-def _end(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 @click.command()
@@ -49,7 +45,7 @@ def receive(address: str, name: str | None, detach: bool, loop: bool, max_memory
 
     if loop and name is not None:
         raise VmmError("--name cannot be had with --loop: each machine keeps its own name")
-    signal.signal(signal.SIGTERM, _end)
+    raise_on(signal.SIGTERM, lambda number: KeyboardInterrupt())
     options["limits"] = reception.Limits(max_memory, max_vcpus or 0)
     options["waiting"] = lambda at: click.echo(f"waiting at {at}", err=True)
     options["refused"] = lambda why: click.echo(f"refused an offer: {why}", err=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import ExitCode, VmmError
 from .common import print_json
+from .signals import raise_on
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
@@ -56,11 +56,8 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
     """Show the machine until it ends; a signal stops it in order, and the report is still printed."""
     stopped_by = 0
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
-
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupt)
+        raise_on(signum, Interrupted)
     try:
         machine.start()
         _follow(machine, as_json)
