@@ -11,9 +11,10 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 from collections import deque
 from pathlib import Path
+
+from .linux.peer import peer_of
 
 __all__ = ["LINE_MAX", "LineConnection", "LineListener", "LineTooLong", "connect_lines"]
 
@@ -21,7 +22,6 @@ __all__ = ["LINE_MAX", "LineConnection", "LineListener", "LineTooLong", "connect
 LINE_MAX = 32 << 20
 _READ = 256 << 10
 _BACKLOG = 64
-_CREDENTIALS = struct.Struct("3i")      # struct ucred: pid, uid, gid
 
 
 class LineTooLong(Exception):
@@ -34,8 +34,7 @@ class LineConnection:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self.pid, self.uid, _ = _CREDENTIALS.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        self.pid, self.uid, _ = peer_of(sock)
         #: Whole lines that have come, without their newlines.
         self.lines: deque[bytes] = deque()
         self._begun = bytearray()

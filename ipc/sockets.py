@@ -14,6 +14,7 @@ from pathlib import Path
 import zmq
 
 from .layout import MAX_VCPUS
+from .linux.peer import peer_of
 
 __all__ = ["FRAME_MAX", "FdListener", "bind", "connect", "endpoint", "send_fd"]
 
@@ -109,8 +110,7 @@ class FdListener:
                 peer, _ = self._sock.accept()
             except OSError:     # there is none, or it has gone again
                 return
-            pid, uid, _ = _CREDENTIALS.unpack(
-                peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+            pid, uid, _ = peer_of(peer)
             if uid != os.getuid():
                 self.dropped += 1
                 peer.close()

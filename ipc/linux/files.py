@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .libc import LIBC, check
 
-__all__ = ["exchange", "lock_within", "open_locked", "write_back"]
+__all__ = ["exchange", "lock_within", "open_locked", "write_at", "write_back"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -23,6 +23,13 @@ _LOOK = 0.01        # seconds between two tries
 def exchange(a: Path, b: Path) -> None:
     """Swap two names in one step (renameat2(2)). Raises OSError."""
     check(LIBC.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE), str(a), str(b))
+
+
+def write_at(fd: int, data: memoryview, at: int) -> None:
+    """All of these bytes into the file, from its byte ``at`` on: pwrite(2) may write less. Raises OSError."""
+    while data:
+        done = os.pwrite(fd, data, at)
+        data, at = data[done:], at + done
 
 
 def write_back(fd: int, start: int, size: int) -> None:

@@ -5,5 +5,6 @@
     trace.py        recording of dirty traces
     snapshot/       full and incremental snapshots
     missing.py      pages that come while the guest runs already
+    pages.py        which pages are zero, and which follow one another
     migration/      live migration, both ends
 """

@@ -28,6 +28,7 @@ from ipc.userfault import Userfault, UserfaultError
 from ..client.machine import Machine
 from ..errors import VmmError
 from ..machine.runtime import machine_dir
+from .pages import runs
 
 __all__ = ["MissingPages", "Wanted"]
 
@@ -176,15 +177,12 @@ class MissingPages:
             data = None if data is None else data[fresh]
         content = np.zeros((len(numbers), PAGE), np.uint8) if data is None else np.ascontiguousarray(data)
         base = self._segments[slot].address
-        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-        at = 0
-        for run in np.split(numbers, breaks) if len(numbers) else []:
+        for first, count, there in runs(numbers):
             try:
-                self._own.fill(base + int(run[0]) * PAGE, content.ctypes.data + at * PAGE, len(run) * PAGE,
+                self._own.fill(base + first * PAGE, content.ctypes.data + there.start * PAGE, count * PAGE,
                                holes=self._empty)
             except OSError as exc:
                 raise self._full(slot, exc) from None
-            at += len(run)
         with self._lock:
             missing[numbers] = False
             self.left -= len(numbers)

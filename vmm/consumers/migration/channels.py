@@ -66,13 +66,17 @@ class Channels:
         self._jobs: queue.Queue[Job | None] = queue.Queue(_QUEUE)
         self._stop = threading.Event()
         self._streams = streams
-        self._token = token
         self._sent = sent
         self._now = Packer(compression, sums=sums)
         self._answers: Callable[[Want], Job] | None = None
         self._can_answer = threading.Condition()
         #: Why pages may be missing at the target; empty while all is well.
         self.failure = ""
+        try:
+            for number, stream in enumerate(streams):
+                stream.send(Join(token, asked=number == 0))
+        except OSError as exc:
+            self._fail(exc)
         limiter = _Limiter(bandwidth, self._stop)
         self._threads = [threading.Thread(target=self._work, args=(s, Packer(compression, sums=sums), limiter),
                                           name="channel", daemon=True) for s in streams[1:]]
@@ -112,7 +116,6 @@ class Channels:
     def _be_asked(self) -> None:
         stream = self._streams[0]
         try:
-            stream.send(Join(self._token, asked=True))
             while (received := stream.receive()) is not None:
                 if not isinstance(want := received[0], Want):
                     raise WireError(f"the target sent {type(want).__name__} on a connection for pages")
@@ -127,12 +130,8 @@ class Channels:
                 self._fail(exc)
 
     def _work(self, stream: Stream, packer: Packer, limiter: _Limiter) -> None:
-        joined = False
         while (job := self._jobs.get()) is not None:
             try:
-                if not joined:
-                    stream.send(Join(self._token))
-                    joined = True
                 if not self._stop.is_set():
                     self._send(stream, packer, limiter, job)
             except Exception as exc:    # whatever it was, this job was not sent

@@ -15,18 +15,18 @@ import os
 import secrets
 import socket
 import stat
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ipc.linux.files import lock_within
+from ipc.linux.peer import peer_of
 
 from ...errors import VmmError
 from .addresses import Address
 
-__all__ = ["PAGES", "Door", "owner"]
+__all__ = ["PAGES", "Door"]
 
 PAGES = b"\0"               # the first byte of a connection for pages
 _ZMTP = b"\xff"
@@ -37,13 +37,6 @@ _PATIENCE = 10.0            # seconds for them to say it
 _DRAIN = 2.0                # seconds at the end for what ZeroMQ has said last
 _LOCK_PATIENCE = 2.0        # seconds for another that is about to listen in the same folder
 _PIECE = 1 << 16
-_UCRED = struct.Struct("iII")   # struct ucred: pid, uid, gid
-
-
-def owner(sock: socket.socket) -> int:
-    """The user at the other end of a Unix socket. Raises OSError."""
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid)
 
 
 class Door:
@@ -128,7 +121,7 @@ class Door:
             with contextlib.suppress(OSError):
                 if not self._address.local:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if not self._address.local or owner(sock) in (os.geteuid(), 0):
+                if not self._address.local or peer_of(sock).uid in (os.geteuid(), 0):
                     sock.settimeout(_PATIENCE)
                     wants = sock.recv(1, socket.MSG_PEEK)
                     sock.settimeout(None)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ipc.linux.files import write_at
 from ipc.shm import open_fd, reserve
 
 from ...client.machine import Machine
+from ..pages import runs
 from .pages import PAGE
 from .streams import Sent
 
@@ -74,17 +76,8 @@ class SlotMemory:
             numbers = numbers[~self._untouched[numbers]]
             data = np.zeros((len(numbers), PAGE), np.uint8)
         self._untouched[numbers] = False
-        at = 0
-        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1) if len(numbers) else []:
-            self._put(data[at:at + len(run)], int(run[0]) * PAGE)
-            at += len(run)
-
-    def _put(self, data: NDArray[np.uint8], offset: int) -> None:
-        view = data.reshape(-1).data
-        while len(view):
-            count = os.pwrite(self._fd, view, offset)
-            view = view[count:]
-            offset += count
+        for first, _, there in runs(numbers):
+            write_at(self._fd, data[there].reshape(-1).data, first * PAGE)
 
     def reserve(self) -> Iterator[int]:
         """What has not been written gets memory, piece by piece; bytes so far. Before a guest has it: what it touches

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ipc.shm import PAGE_SIZE
 
 from ...optional import lz4_block
+from ..pages import is_filled, runs
 from .wire import Buffer, Missing, Pages, Torn, Want, WireError
 
 __all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "Runs", "changed", "missing", "missing_pages", "page_numbers",
@@ -64,15 +65,11 @@ class Packer:
         memory = memory.reshape(-1, PAGE)
         first, end = int(pages[0]), int(pages[-1]) + 1
         data = memory[first:end] if end - first == len(pages) else memory[pages]
-        words = data.view(np.uint64)
-        filled = words[:, 0] != 0       # most pages are told by their first word, without reading the rest
-        if not filled.all():
-            suspects = np.flatnonzero(~filled)
-            filled[suspects] = (words if len(suspects) == len(words) else words[suspects]).any(axis=1)
+        solid = is_filled(data)
         found: list[tuple[Pages, Buffer | Runs]] = []
-        if not filled.all():
-            found.append((Pages(round_, slot, _numbers(pages[~filled]), "zero"), b""))
-            pages = pages[filled]
+        if not solid.all():
+            found.append((Pages(round_, slot, _numbers(pages[~solid]), "zero"), b""))
+            pages = pages[solid]
         if len(pages):
             packed, encoding = self._encode(memory, pages)
             sum_ = _sum(memory, packed) if self._sums else b""
@@ -83,9 +80,9 @@ class Packer:
         """What does not get smaller is sent as it is. A compressor reads more than once, and must not see the
         guest's writes in between: it is given a copy."""
         if self._encoding == "none":
-            breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-            if len(breaks) < len(pages) // _RUN:
-                return Runs([(int(run[0]) * PAGE, len(run) * PAGE) for run in np.split(pages, breaks)]), "none"
+            found = [(first * PAGE, count * PAGE) for first, count, _ in runs(pages)]
+            if len(found) <= len(pages) // _RUN:
+                return Runs(found), "none"
             return memory[pages].reshape(-1).data, "none"
         raw = memory[pages].tobytes()
         packed = self._zstd.compress(raw) if self._lz4 is None else bytes(self._lz4.compress(raw, store_size=False))

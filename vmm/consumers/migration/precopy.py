@@ -20,6 +20,7 @@ from ipc.shm import data_extents
 
 from ...client.machine import Flushed, Machine
 from ...errors import VmmError
+from ..pages import is_filled
 from .channels import Channels, Job, chunk_pages
 from .converge import LATE, Convergence, Next, Round, Rules
 from .hot import Hot, Todo, joined, pages
@@ -110,7 +111,7 @@ class PreCopy:
         for slot, numbers in todo.items():
             some = numbers[::max(1, left // _LOOKED_AT)]
             looked += len(some)
-            found += int((~self._machine.ram(slot).reshape(-1, PAGE)[some].any(axis=1)).sum())
+            found += int((~is_filled(self._machine.ram(slot).reshape(-1, PAGE)[some])).sum())
         return left * found // looked if looked else 0
 
     def touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:

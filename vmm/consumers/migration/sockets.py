@@ -22,9 +22,11 @@ from collections.abc import Iterator
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from ipc.linux.peer import peer_of
+
 from ...errors import VmmError
 from .addresses import Address
-from .door import PAGES, Door, owner
+from .door import PAGES, Door
 from .keys import Keys, admit, present
 from .streams import Stream
 from .tls import client
@@ -162,7 +164,7 @@ def _look_at_owner(fd: int, address: Address) -> None:
     """Raises VmmError unless the listener at the other end of this connected Unix socket is this user, or root."""
     try:
         with socket.socket(fileno=os.dup(fd)) as there:
-            uid = owner(there)
+            uid = peer_of(there).uid
     except OSError:
         raise _NotNow from None     # it has been closed meanwhile
     if uid not in (os.geteuid(), 0):

@@ -17,7 +17,6 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,19 +55,14 @@ class Stream:
         frame, digest = frames(message)
         size = data.size if isinstance(data, Runs) else len(data)
         head = _HEAD.pack(len(frame), size, digest) + frame
+        self._sock.sendall(head)
         if isinstance(data, Runs):
             assert of is not None
-            self._sock.sendall(head)
             for first, count in data.runs:
                 self._send_run(of, first, count)
-        else:
-            self._send_parts([head, data])
+        elif size:
+            self._sock.sendall(data)
         return len(head) + size
-
-    def _send_parts(self, parts: Sequence[Buffer]) -> None:
-        for part in parts:
-            if len(part):
-                self._sock.sendall(part)
 
     def _send_run(self, of: Sent, first: int, count: int) -> None:
         if self._encrypts:

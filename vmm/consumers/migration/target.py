@@ -38,6 +38,7 @@ from ...machine.names import check_machine_name, slot_segment
 from ...machine.rules import NO_TREES, Trees, arriving
 from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
+from ...optional import cryptography
 from ..missing import MissingPages
 from . import wire
 from .addresses import Address, parse_address
@@ -144,7 +145,7 @@ def _address(address: str, key: str, peer: str, insecure: bool) -> tuple[Address
     where = parse_address(address, listen=True)
     keys = load_keys(key, peer, where, insecure=insecure)
     if keys is not None:
-        Certificate()       # one can be made, or that is said now
+        cryptography("x509")        # it is installed, or that is said now
     return where, keys
 
 

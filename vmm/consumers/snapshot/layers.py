@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ipc.linux.files import write_at
 
 from .pagefile import PAGE, PageFile, PageWriter, Scratch
 from .pagemap import BLOCK_PAGES, bit_runs, page_numbers
@@ -106,7 +107,7 @@ class SlotPages:
             start, at = block.number * BLOCK_PAGES, 0
             for first, count in bit_runs(self.mask(block)):
                 for fd in fds:
-                    _write_all(fd, data[at:at + count].reshape(-1).data, (start + first) * PAGE)
+                    write_at(fd, data[at:at + count].reshape(-1).data, (start + first) * PAGE)
                 at += count
             return at
 
@@ -135,9 +136,3 @@ class SlotPages:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, at)
-        data, at = data[done:], at + done

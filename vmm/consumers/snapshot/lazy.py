@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.shm import open_fd
+from ipc.shm import open_fd, reserve
 from ipc.steps import step
 
 from ...client.holds import Lease
@@ -187,7 +187,7 @@ class Arriving(threading.Thread):
         """What is there stays as it is. Raises VmmError."""
         fd = open_fd(self._missing.segment(slot))
         try:
-            os.posix_fallocate(fd, start, min(_RESERVED, self._slots[slot].total * PAGE - start))
+            reserve(fd, start, min(_RESERVED, self._slots[slot].total * PAGE - start))
         except OSError as exc:
             raise VmmError(f"{_WHAT}: slot {slot}: cannot be reserved: {exc.strerror} (is /dev/shm full?)") from None
         finally:

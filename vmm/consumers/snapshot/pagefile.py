@@ -26,10 +26,11 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from ipc.linux.files import write_back
+from ipc.linux.files import write_at, write_back
 from ipc.shm import data_extents
 
 from ...inputs import open_input
+from ..pages import is_filled
 from .pagemap import (
     BLOCK_PAGES,
     PAGE,
@@ -145,11 +146,11 @@ class PageWriter:
         start, fd = block * BLOCK_PAGES, self._file.fileno()
         at = 0
         for first, count in bit_runs(filled):
-            _write_all(fd, data[at:at + count].reshape(-1).data, (start + first) * PAGE)
+            write_at(fd, data[at:at + count].reshape(-1).data, (start + first) * PAGE)
             at += count
         written = int(self._written[block])
         for first, count in bit_runs(written & mask & ~filled):     # else the hole says the same
-            _write_all(fd, memoryview(bytes(count * PAGE)), (start + first) * PAGE)
+            write_at(fd, memoryview(bytes(count * PAGE)), (start + first) * PAGE)
         before = int(self._map.filled[block])
         self._written[block] = written | filled
         self._map.present[block] = int(self._map.present[block]) | mask
@@ -161,11 +162,7 @@ class PageWriter:
             self._stale[block] = True
 
     def _put(self, block: int, mask: int, data: Data) -> None:
-        words = data.view(np.uint64)
-        solid = words[:, 0] != 0        # most pages are told by their first word
-        if not solid.all():
-            doubtful = np.flatnonzero(~solid)
-            solid[doubtful] = words[doubtful].any(axis=1)
+        solid = is_filled(data)
         if solid.all():
             self.put_block(block, mask, mask, data)
         else:
@@ -195,12 +192,6 @@ class PageWriter:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, at)
-        data, at = data[done:], at + done
 
 
 def _read_all(fd: int, data: Data, at: int) -> None:
@@ -238,10 +229,10 @@ def compress(directory: Path, name: str) -> None:
         with contextlib.closing(in_order(blocks.tolist(), lambda: (zstandard.ZstdCompressor(_LEVEL),
                                          np.empty((BLOCK_PAGES, PAGE), np.uint8)), pack)) as frames:
             for number, frame in enumerate(frames):
-                _write_all(out, memoryview(frame), at)
+                write_at(out, memoryview(frame), at)
                 sizes[number] = len(frame)
                 at += len(frame)
-        _write_all(out, memoryview(_INDEX.pack(_SKIPPABLE, sizes.nbytes) + sizes.tobytes()), 0)
+        write_at(out, memoryview(_INDEX.pack(_SKIPPABLE, sizes.nbytes) + sizes.tobytes()), 0)
         os.fsync(out)
     source.unlink()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from ipc.shm import open_fd, room
+from ipc.shm import open_fd, reserve, room
 from ipc.userfault import post_copy_missing
 
 from ...client.machine import Machine
@@ -174,7 +174,7 @@ def _fill(machines: list[Machine], slots: dict[int, SlotPages], progress: Progre
             try:
                 pages.copy_to(fds, behind(progress, before, total))
                 for fd in fds if pages.pages < pages.total else ():
-                    os.posix_fallocate(fd, 0, pages.total * PAGE)       # the rest is zero
+                    reserve(fd, 0, pages.total * PAGE)       # the rest is zero
             except OSError as exc:
                 raise SnapshotError(f"slot {slot} of machine '{machines[0].name}': cannot be filled: "
                                     f"{exc.strerror}") from None

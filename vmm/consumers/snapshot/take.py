@@ -170,12 +170,7 @@ class _Taking:
         self._aside = Aside(self._last + self._last // 4)
         for slot in self._slots():
             self._aside.map(self._machine.ram(slot["id"]))
-        before = None
-        for _ in range(_LIVE_ROUNDS):
-            pages = self._round()
-            if pages <= _LIVE_ENOUGH or (before is not None and pages > before // 2):
-                return
-            before = pages
+        self.copy_while_it_runs()
 
     def write_what_was_set_aside(self) -> None:
         """Into the files; the guest runs again."""
