@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import zmq
 import zstandard
-from machines import nothing_left, until
+from machines import nothing_left, spec, until
 
 from vmm import receive
 from vmm.client.machine import Machine
@@ -35,6 +35,8 @@ from vmm.errors import VmmError
 from vmm.machine.spec import MachineSpec
 
 TIMEOUT = 60.0
+#: It dirties one page after the other, for ever.
+WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
 
 _T = TypeVar("_T")
 
@@ -93,6 +95,13 @@ class Receiver(threading.Thread):
 def vmm(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "vmm", *arguments], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    """It does, with this exit status; its output, and what it says on standard error."""
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == status, (out, err)
+    return out, err
 
 
 def receiver_process(address: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:

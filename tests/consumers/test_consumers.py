@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import ACCELS, replace, spec, until
+from machines import replace, spec, until
 from numpy.typing import NDArray
 
 from vmm.client.machine import Machine
@@ -24,11 +24,6 @@ from vmm.errors import VmmError
 from workers.throttle import TokenBucket
 
 PAGE = 4096
-
-
-@pytest.fixture(params=ACCELS)
-def accel(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

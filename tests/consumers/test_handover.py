@@ -6,12 +6,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import nothing_left, spec, until
-from migrations import TIMEOUT, PlayedTarget, Receiver, Relay, goes_on, receiver_process, vmm
+from machines import nothing_left, until
+from migrations import TIMEOUT, WALK, PlayedTarget, Receiver, Relay, goes_on, receiver_process, vmm
 
 from ipc.steps import STEPS
 from vmm import migrate
@@ -21,15 +20,6 @@ from vmm.consumers.migration import target as target_module
 from vmm.consumers.migration import wire
 from vmm.errors import ExitCode, VmmError
 from vmm.migrate import MigrationError, Options
-
-WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)        # of a receiver that was killed
 
 
 class Watch(threading.Thread):
@@ -85,31 +75,32 @@ BEFORE = SOURCE_STEPS[:SOURCE_STEPS.index("migrate-handed-over")]
 AFTER = SOURCE_STEPS[SOURCE_STEPS.index("migrate-handed-over"):]
 
 
+@pytest.mark.parametrize("more", [(), ("--in-place",)], ids=["copied", "in place"])
 @pytest.mark.parametrize("step", BEFORE)
 def test_a_source_that_is_killed_before_the_hand_over_leaves_the_machine_running(
-        step: str, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        step: str, more: tuple[str, ...], steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "_UNDECIDED", 1.0)
     monkeypatch.setattr(target_module, "_HEARD", 1.0)
     with Machine.launch(WALK) as machine, Watch():
         receiver = Receiver(address, accel="unicorn")
         (steps / f"kill-{step}").touch()
-        killed(vmm("migrate", "source", address))
+        killed(vmm("migrate", "source", address, *more))
         goes_on(machine)
         assert "source" in receiver.failure()
         goes_on(machine)
 
 
-@pytest.mark.parametrize("postcopy", [pytest.param(False, id="precopy"),
-                                      pytest.param(True, id="postcopy", marks=pytest.mark.postcopy)])
+@pytest.mark.parametrize("more", [
+    pytest.param((), id="precopy"), pytest.param(("--in-place",), id="in place"),
+    pytest.param(("--postcopy", "--downtime", "1us"), id="postcopy", marks=pytest.mark.postcopy)])
 @pytest.mark.parametrize("step", AFTER)
 def test_a_source_that_is_killed_after_the_hand_over_is_replaced(
-        step: str, postcopy: bool, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        step: str, more: tuple[str, ...], steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if step == "migrate-done":      # nobody comes any more
         monkeypatch.setattr(target_module, "_HEARD", 1.0)
     with Machine.launch(WALK) as machine, Watch():
         receiver = Receiver(address, accel="unicorn")
         (steps / f"kill-{step}").touch()
-        more = ("--postcopy", "--downtime", "1us") if postcopy else ()
         killed(vmm("migrate", "source", address, *more))
         with receiver.result() as moved:
             works(moved)

@@ -36,11 +36,6 @@ pytestmark = pytest.mark.postcopy
 TIMEOUT = 60.0
 
 
-@pytest.fixture(params=ACCELS)
-def accel(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def all_there(machine: Machine) -> None:
     """And whoever has brought it has let the machine go."""
     def there() -> bool:

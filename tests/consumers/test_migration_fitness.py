@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import ANY, nothing_left, replace, spec
-from migrations import TIMEOUT, PlayedSource, PlayedTarget, Receiver, goes_on, spec_of, touched, vmm
+from migrations import TIMEOUT, WALK, PlayedSource, PlayedTarget, Receiver, ended, goes_on, spec_of, touched, vmm
 
 from vmm import migrate
 from vmm.client.machine import Machine
@@ -25,28 +23,8 @@ from vmm.receive import Limits
 from workers.accel import registry
 from workers.state import STATE_VERSION
 
-WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
 #: Of a processor that is not made yet.
 UNHEARD = "time-travel"
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def running() -> Iterator[Machine]:
-    with Machine.launch(WALK) as machine:
-        yield machine
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status, (out, err)
-    return out, err
 
 
 @pytest.mark.kvm

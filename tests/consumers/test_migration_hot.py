@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +19,6 @@ from vmm.migrate import Options
 WALK = spec("sequential", accel="unicorn", name="source", mib=32, vcpus=1, passes=0, spin=50, timeout=None)
 OPTIONS = Options(bandwidth=2e6, downtime=0.1, max_rounds=6, converge=False, paused=True, keep_source=True)
 HOT = 1200      # the first of those that ``touched`` marks all the time
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from machines import ACCELS, nothing_left, replace, runs, spec, until
-from migrations import TIMEOUT, PlayedSource, Receiver, goes_on, receiver_process, spec_of, vmm
+from migrations import TIMEOUT, WALK, PlayedSource, Receiver, goes_on, receiver_process, spec_of, vmm
 from packages import unpacked
 from test_handover import Watch, killed
 
@@ -18,28 +17,12 @@ from ipc.steps import STEPS
 from vmm import migrate
 from vmm.client.machine import Machine
 from vmm.consumers.migration import source as source_module
-from vmm.consumers.migration import target as target_module
 from vmm.consumers.migration import wire
 from vmm.errors import VmmError
 from vmm.machine.spec import RamSlot, VerifySpec
 from vmm.migrate import MigrationError, Options
 
 IN_PLACE = Options(in_place=True)
-WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
-
-
-@pytest.fixture(params=ACCELS)
-def accel(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)        # of a receiver that was killed
-
-
 def inode(machine: Machine) -> int:
     return os.stat(SHM_DIRECTORY / machine.ram_segment(0).removeprefix("/")).st_ino
 
@@ -146,36 +129,7 @@ def refusal(source: PlayedSource) -> str:
 # --- never two, never none ------------------------------------------------------------------------------------------
 
 
-SOURCE_STEPS = STEPS["migration, its source"]
-COMMITTED = SOURCE_STEPS.index("migrate-handed-over")
-
-
-@pytest.mark.parametrize("step", SOURCE_STEPS[:COMMITTED])
-def test_a_source_killed_before_the_hand_over_leaves_the_machine_running(
-        step: str, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_module, "_UNDECIDED", 1.0)
-    monkeypatch.setattr(target_module, "_HEARD", 1.0)
-    with Machine.launch(WALK) as machine, Watch():
-        receiver = Receiver(address, accel="unicorn")
-        (steps / f"kill-{step}").touch()
-        killed(vmm("migrate", "source", address, "--in-place"))
-        goes_on(machine)
-        receiver.failure()
-        goes_on(machine)
-
-
-@pytest.mark.parametrize("step", SOURCE_STEPS[COMMITTED:])
-def test_a_source_killed_after_the_hand_over_is_replaced(step: str, steps: Path, address: str,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    if step == "migrate-done":      # nobody comes any more
-        monkeypatch.setattr(target_module, "_HEARD", 1.0)
-    with Machine.launch(WALK) as machine, Watch():
-        receiver = Receiver(address, accel="unicorn")
-        (steps / f"kill-{step}").touch()
-        killed(vmm("migrate", "source", address, "--in-place"))
-        with receiver.result() as moved:
-            assert runs(moved)
-            until(lambda: machine.status()["state"] == "ended", "the source's machine has ended")
+# (With a source that is killed: test_handover.py.)
 
 
 @pytest.mark.parametrize("step", [*STEPS["migration, its target"], *STEPS["migration in place, its target"]])

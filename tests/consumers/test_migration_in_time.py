@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import nothing_left, spec, until
-from migrations import TIMEOUT, PlayedTarget, Receiver, goes_on, touched, vmm
+from migrations import TIMEOUT, PlayedTarget, Receiver, ended, goes_on, touched, vmm
 
 from vmm import migrate
 from vmm.client.machine import Machine
@@ -30,22 +28,9 @@ ENDLESS: dict[str, Any] = {"downtime": 1e-9, "max_rounds": 1000, "converge": Fal
 
 
 @pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
 def busy() -> Iterator[Machine]:
     with Machine.launch(WALK) as machine, touched("source"):
         yield machine
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status, (out, err)
-    return out + err
 
 
 @pytest.mark.parametrize("limit", [{"timeout": 6.0}, {"stall": 1.0}], ids=["time limit", "stall"])
@@ -109,10 +94,10 @@ def test_a_limit_can_be_moved_while_it_goes_on(busy: Machine, address: str) -> N
     receiver = Receiver(address, accel="unicorn")
     source = vmm("migrate", "source", address, "--downtime", "1us", "--max-rounds", "1000", "--no-converge")
     until(lambda: _rounds() > 1, "rounds go on", TIMEOUT)
-    text = ended(vmm("migrate", "status", "source"))
+    text = "".join(ended(vmm("migrate", "status", "source")))
     assert re.search(r"; does not converge: .* MB/s can be sent|; converges in about \d+ s", text)
     change("source", Changes(timeout=0.5, on_timeout="force"))
-    assert "the guest was stopped for the rest" in ended(source)
+    assert "the guest was stopped for the rest" in "".join(ended(source))
     with receiver.result() as moved:
         goes_on(moved)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machines import nothing_left, spec, stands_still, until
-from migrations import TIMEOUT, Receiver, goes_on, touched, vmm
+from machines import nothing_left, stands_still, until
+from migrations import Receiver, ended, goes_on, touched, vmm
 
 from ipc.steps import STEPS
 from vmm import migrate
@@ -20,27 +18,6 @@ from vmm.consumers.migration.handover import load_hand_over
 from vmm.consumers.migration.status import load_status
 from vmm.errors import VmmError
 from vmm.migrate import Options
-
-WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def running() -> Iterator[Machine]:
-    with Machine.launch(WALK) as machine:
-        yield machine
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status, (out, err)
-    return out
 
 
 def is_a_copy(machine: Machine) -> None:
@@ -122,12 +99,12 @@ def test_a_source_killed_after_the_hand_over_is_kept_all_the_same(step: str, ste
 
 def test_from_the_command_line(running: Machine, address: str) -> None:
     receiver = Receiver(address, accel="unicorn")
-    said = ended(vmm("migrate", "source", address, "--paused", "--keep-source"))
+    said, _ = ended(vmm("migrate", "source", address, "--paused", "--keep-source"))
     assert "source stays paused here" in said
     with receiver.result() as moved:
         assert stands_still(moved)
         is_a_copy(running)
-        assert json.loads(ended(vmm("migrate", "status", "source", "--json")))["status"] == "completed"
+        assert json.loads(ended(vmm("migrate", "status", "source", "--json"))[0])["status"] == "completed"
         ended(vmm("stop", "source"))
         ended(vmm("resume", "target"))
         goes_on(moved)

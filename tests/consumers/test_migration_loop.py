@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from machines import nothing_left, replace, spec, until
-from migrations import TIMEOUT, PlayedSource, PlayedTarget, Receiver, goes_on, vmm
+from migrations import TIMEOUT, WALK, PlayedSource, PlayedTarget, Receiver, goes_on, vmm
 
 from vmm import migrate, receive
 from vmm.client.machine import Machine
@@ -24,21 +24,6 @@ from vmm.errors import ExitCode, VmmError
 from vmm.machine.spec import MachineSpec
 from vmm.migrate import MigrationError, Options
 from vmm.receive import Limits
-
-WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def running() -> Iterator[Machine]:
-    with Machine.launch(WALK) as machine:
-        yield machine
 
 
 class Loop(threading.Thread):

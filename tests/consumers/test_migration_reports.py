@@ -7,14 +7,12 @@ import contextlib
 import itertools
 import json
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import nothing_left, spec, until
-from migrations import TIMEOUT, PlayedSource, Receiver, goes_on, receiver_process, touched, vmm
+from machines import nothing_left, until
+from migrations import TIMEOUT, WALK, PlayedSource, Receiver, ended, goes_on, receiver_process, touched, vmm
 
 from vmm import migrate
 from vmm.client.machine import Machine
@@ -23,27 +21,6 @@ from vmm.consumers.migration.pages import PAGE
 from vmm.consumers.migration.status import load_status
 from vmm.errors import ExitCode, VmmError
 from vmm.migrate import Options
-
-WALK = spec("sequential", accel="unicorn", name="source", mib=8, passes=0, spin=50, timeout=None)
-
-
-@pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def running() -> Iterator[Machine]:
-    with Machine.launch(WALK) as machine:
-        yield machine
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status, (out, err)
-    return out, err
 
 
 def status(name: str) -> dict[str, Any]:

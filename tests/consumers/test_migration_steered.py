@@ -7,7 +7,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from machines import nothing_left, spec, until
-from migrations import TIMEOUT, PlayedTarget, Receiver, goes_on, vmm
+from migrations import TIMEOUT, PlayedTarget, Receiver, ended, goes_on, vmm
 
 from ipc.steps import STEPS
 from vmm import migrate
@@ -37,23 +36,10 @@ SLOW = "500kB/s"        # at which these 16 MiB take half a minute, and longer t
 
 
 @pytest.fixture
-def address(runtime_dir: Path) -> Iterator[str]:
-    path = runtime_dir / "migrate"
-    yield f"ipc://{path}"
-    path.unlink(missing_ok=True)
-
-
-@pytest.fixture
 def running() -> Iterator[Machine]:
     with Machine.launch(WALK) as machine:
         machine.write(4 << 20, bytes(range(1, 256)) * (10 << 12))      # 10 MiB that are no zero pages
         yield machine
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    out, err = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == status, (out, err)
-    return out + err
 
 
 def sending(name: str = "source") -> bool:
@@ -77,7 +63,7 @@ def test_a_migration_that_would_take_long_is_soon_over_when_its_settings_change(
     receiver = Receiver(address, accel="unicorn")
     source = vmm("migrate", "source", address, "--bandwidth", SLOW, "--paused", "--keep-source")
     until(sending, "pages are sent", TIMEOUT)
-    said = ended(vmm("migrate", "set", "source", *options, "--json"))
+    said = "".join(ended(vmm("migrate", "set", "source", *options, "--json")))
     wanted = dict(zip(options[::2], options[1::2], strict=True))
     settings = json.loads(said)["settings"]
     assert settings["channels"] == int(wanted.get("--channels", 2))
@@ -143,9 +129,9 @@ def test_over_to_post_copy_in_the_middle_of_a_round(running: Machine, address: s
     receiver = Receiver(address, accel="unicorn")
     source = vmm("migrate", "source", address, "--bandwidth", SLOW, "--paused", "--keep-source")
     until(sending, "pages are sent", TIMEOUT)
-    assert "goes over to post-copy" in ended(vmm("migrate", "postcopy", "source"))
+    assert "goes over to post-copy" in "".join(ended(vmm("migrate", "postcopy", "source")))
     until(lambda: load_status("source")["status"] == "postcopy-active", "in post-copy", TIMEOUT)
-    assert "already been handed over" in ended(vmm("migrate", "postcopy", "source"), ExitCode.BAD_INPUT)
+    assert "already been handed over" in "".join(ended(vmm("migrate", "postcopy", "source"), ExitCode.BAD_INPUT))
     with Machine.attach("target") as moved:
         assert moved.status()["state"] == "paused"      # it has started, but for its user
     ended(vmm("migrate", "set", "source", "--bandwidth", "none"))       # and in post-copy settings change too
@@ -210,13 +196,14 @@ def test_a_target_that_cannot_have_post_copy_is_not_given_it(running: Machine, a
 
 def test_who_is_not_migrated_cannot_be_told(running: Machine, address: str) -> None:
     for verb in (("set", "source", "--bandwidth", "1MB/s"), ("postcopy", "source")):
-        assert "is not being migrated" in ended(vmm("migrate", *verb), ExitCode.BAD_INPUT)
-    assert "say what is to change" in ended(vmm("migrate", "set", "source"), ExitCode.BAD_INPUT)
+        assert "is not being migrated" in "".join(ended(vmm("migrate", *verb), ExitCode.BAD_INPUT))
+    assert "say what is to change" in "".join(ended(vmm("migrate", "set", "source"), ExitCode.BAD_INPUT))
     receiver = Receiver(address, accel="unicorn")
     migrate.migrate(running, address, Options(keep_source=True))
     receiver.result().close()
     until(lambda: nothing_left("target"), "it is gone")
-    assert "is in progress" in ended(vmm("migrate", "set", "source", "--bandwidth", "1MB/s"), ExitCode.BAD_INPUT)
+    said = "".join(ended(vmm("migrate", "set", "source", "--bandwidth", "1MB/s"), ExitCode.BAD_INPUT))
+    assert "is in progress" in said
 
 
 NONSENSE: list[bytes] = [b"\n", b"{}{}\n", b'{"bandwidth": -1}\n', b'{"channels": 1000}\n', b'{"other": 1}\n',

@@ -37,11 +37,6 @@ from vmm.machine.spec import MachineSpec
 TIMEOUT = 60.0
 
 
-@pytest.fixture(params=ACCELS)
-def accel(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 # --- page files ----------------------------------------------------------------------------------------------
 
 
