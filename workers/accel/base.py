@@ -40,7 +40,8 @@ class Capabilities:
     interruptible_fault: bool       # a vCPU that waits for a page (post-copy) can be kicked
     trackings: tuple[str, ...]      # modes of dirty tracking, of vmm.machine.trackings.MODES
     preference: int                 # ``accel: auto`` takes the highest of those that can be used here
-    space: int                      # address space of a worker beside the guest's memory, MiB
+    space: int                      # address space of a worker beside the guest's memory, MiB; less than is seen: how
+                                    # many arenas malloc makes (64 MiB each) differs from run to run
     base_memory: int                # private memory of keeper, coordinator and what forks the workers, MiB
     worker_memory: int              # and of each worker
     programs: str = ""              # why it cannot run Linux programs; empty: it can

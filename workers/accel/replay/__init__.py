@@ -15,7 +15,7 @@ from ..base import Accelerator, AccelError, Available, Capabilities, ProgramAcce
 __all__ = ["CAPABILITIES", "features", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="replay", kernel_ring=False, interruptible_fault=True, trackings=("ring",),
-                            preference=0, space=480, base_memory=90, worker_memory=10,
+                            preference=0, space=350, base_memory=90, worker_memory=10,
                             programs="runs no guest")
 
 

@@ -20,7 +20,7 @@ __all__ = ["CAPABILITIES", "features", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="guest", kernel_ring=False, interruptible_fault=False,
                             trackings=("ring", "bitmap", "uffd", "none"), preference=1,
-                            space=1500, base_memory=100, worker_memory=10,
+                            space=1280, base_memory=100, worker_memory=10,
                             programs="cannot run Linux programs yet (accel: kvm can)")
 
 
