@@ -277,11 +277,12 @@ class _Run:
         handed over, and can be looked at until this process lets go of it."""
         source, fault = self._machine, self._fault
         status = source.status()
-        left = {each["id"]: source.ram(each["id"]) for each in status["slots"]}
-        name = f"{self._names[0]}-{len(self._names)}"
-        self._names.append(name)
         if how == "in-place" and self._verifies:
             how = "precopy"     # its verifier would compare memory that is no longer its own
+        # In place the guest goes on in that very memory: it is compared with what was there before.
+        left = self._memory(source) if how == "in-place" else {e["id"]: source.ram(e["id"]) for e in status["slots"]}
+        name = f"{self._names[0]}-{len(self._names)}"
+        self._names.append(name)
         moved, hit = move(source, Move(name, accel, how, self._folder), fault)
         if fault is not None and hit:
             self._hit(fault)
