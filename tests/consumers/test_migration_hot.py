@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from machines import spec
 from migrations import PlayedTarget, Receiver, goes_on, touched
 
 from vmm import migrate
 from vmm.client.machine import Machine
 from vmm.consumers.migration import wire
+from vmm.consumers.migration.hot import joined
 from vmm.migrate import Options
 
 #: It dirties one page after the other, a few less than can be sent: each round leaves a little less than the last, and
@@ -56,3 +59,10 @@ def test_nothing_is_lost_by_it(running: Machine, address: str) -> None:
         moved.dirty_limit(0)
         moved.resume()
         goes_on(moved)
+
+
+@given(st.sets(st.integers(0, 50)), st.sets(st.integers(0, 50)))
+def test_what_is_in_either_ascends_and_is_there_once(one: set[int], other: set[int]) -> None:
+    both = joined({0: np.array(sorted(one), np.int64)}, {0: np.array(sorted(other), np.int64), 1: np.array([3])})
+    assert both[0].tolist() == sorted(one | other)
+    assert both[1].tolist() == [3]

@@ -16,7 +16,19 @@ _NONE = np.zeros(0, np.int64)
 
 def joined(one: Todo, other: Todo) -> Todo:
     """What is in either."""
-    return {slot: np.union1d(one.get(slot, _NONE), other.get(slot, _NONE)) for slot in {*one, *other}}
+    return {slot: _union(one.get(slot, _NONE), other.get(slot, _NONE)) for slot in {*one, *other}}
+
+
+def _union(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of two that ascend. The guest may stand still meanwhile: numpy's union1d, which does not know that they do, takes
+    up to ten times as long."""
+    if not len(one) or not len(other):
+        return one if len(one) else other
+    both = np.concatenate([one, other])
+    both.sort(kind="stable")        # two runs, which it merges
+    again = np.zeros(len(both), bool)
+    again[1:] = both[1:] == both[:-1]
+    return both[~again]
 
 
 def pages(todo: Todo) -> int:
