@@ -34,6 +34,7 @@ _MODULES = {
               "working-set": "working_set"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop", "wait": "wait"},
     "migrate": {"migrate": "migrate"},
+    "predict": {"predict": "predict"},
     "program": {"root": "make_root", "run": "run_program"},
     "programs": {"maps": "maps", "strace": "strace"},
     "receive": {"keys": "keys", "receive": "receive"},

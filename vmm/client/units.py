@@ -12,7 +12,8 @@ from ..machine import rules
 __all__ = ["parse_duration", "parse_rate", "parse_size", "shown"]
 
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "pages": PAGE_SIZE}
-_RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_RATE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30,
+               "kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 _DECIMAL = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
 
@@ -56,7 +57,8 @@ def parse_duration(value: object) -> float:
 
 
 def parse_rate(value: object) -> float:
-    """Bytes per second from ``1000000``, ``"100MB/s"``, ``"64MiB/s"`` (``/s`` is optional). Raises ValueError."""
+    """Bytes per second from ``1000000``, ``"100MB/s"``, ``"64MiB/s"``, ``"10Gbit/s"`` (``/s`` is optional). Raises
+    ValueError."""
     rate = -1.0
     if isinstance(value, int | float) and not isinstance(value, bool):
         rate = float(value)
@@ -66,5 +68,5 @@ def parse_rate(value: object) -> float:
             rate = float(match[1]) * _RATE_UNITS[match[2].lower()]
     if not 0 < rate < 1e15:
         raise ValueError(f"{shown(value)} is not a rate: write bytes per second, or a number with kB/s, MB/s, "
-                         "GB/s, KiB/s, MiB/s or GiB/s")
+                         "GB/s, KiB/s, MiB/s, GiB/s, kbit/s, Mbit/s or Gbit/s")
     return rate

@@ -1,4 +1,4 @@
-"""What migrations and snapshots ask of pages: which are zero, and which follow one another."""
+"""What migrations and snapshots ask of pages: which are zero, which were ever touched, which follow one another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["is_filled", "runs"]
+from ipc.shm import PAGE_SIZE, data_extents
+
+__all__ = ["is_filled", "runs", "touched"]
 
 
 def is_filled(data: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -28,3 +30,10 @@ def runs(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int, slice]]:
     for start, end in pairwise(bounds):
         if end > start:
             yield int(numbers[start]), end - start, slice(start, end)
+
+
+def touched(fd: int, size: int) -> NDArray[np.int64]:
+    """The pages of a slot (``fd``: of its segment, ``size``: in bytes) but for those that were never touched, which are
+    zero. Ascending."""
+    return np.concatenate([np.zeros(0, np.int64),
+                           *(np.arange(start // PAGE_SIZE, end // PAGE_SIZE) for start, end in data_extents(fd, size))])

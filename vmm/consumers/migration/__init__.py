@@ -6,7 +6,8 @@ Down the way of a page, and of the hand-over::
     source.py              offer, stop-and-copy, hand-over                target.py       fill, start, answer
       fitness.py           whether the target can run it (checking.py only asks)
       precopy.py           the rounds                                       place.py      its one address (door.py)
-      converge.py, hot.py  when to stop, what waits until then (no I/O)     peers.py      who is listened to
+      rounds.py            what goes in which (no I/O; so are                peers.py      who is listened to
+        converge.py, hot.py    when to stop, what waits until then)
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages

@@ -103,6 +103,11 @@ class Convergence:
         needed = self._needed(done)
         return None if needed is None else self._beside + needed
 
+    def fits(self, done: Round) -> bool:
+        """What this round has left can be sent within the downtime."""
+        needed = self._needed(done)
+        return needed is not None and needed <= self.budget
+
     def _needed(self, done: Round) -> float | None:
         """Seconds for what this round has left."""
         weight = done.left - done.zero + done.zero * _ZERO + sum(done.dirtied) * self._lag
@@ -133,8 +138,7 @@ class Convergence:
         else:
             self.stalled += done.seconds
         rules = self.rules
-        needed = self._needed(done)
-        if needed is not None and needed <= self.budget:
+        if self.fits(done):
             return Next.STOP
         if rules.postcopy and self._rounds >= rules.postcopy_after:
             return Next.POSTCOPY

@@ -1,6 +1,6 @@
 """Pre-copy: rounds that send what was dirtied during the last, until the guest is to be stopped.
 
-When that is, vmm/consumers/migration/converge.py says; from there on the rounds continue with the guest stopped
+When that is, vmm/consumers/migration/rounds.py says; from there on the rounds continue with the guest stopped
 (vmm/consumers/migration/source.py), until nothing is left.
 """
 
@@ -16,29 +16,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.shm import data_extents
-
 from ...client.machine import Flushed, Machine
 from ...errors import VmmError
-from ..pages import is_filled
+from ..pages import is_filled, touched
 from .channels import Channels, Job, chunk_pages
-from .converge import LATE, Convergence, Next, Round, Rules
-from .hot import Hot, Todo, joined, pages
+from .converge import LATE, Next, Round, Rules
+from .hot import Todo, joined, pages
 from .memory import SentMemory
 from .pages import PAGE, changed
 from .progress import Progress
 from .report import Options, RoundReport
+from .rounds import Rounds
 from .steering import Steering
 from .talk import Lost, Talk
 from .wire import RoundAck, RoundEnd, Torn
 
-__all__ = ["PreCopy", "Todo", "joined"]
+__all__ = ["PreCopy", "Todo", "joined", "rules"]
 
-#: Of what a first standstill takes: what the last one takes beside the pages, and how long until the guest is in it.
-_BESIDE, _LAG = 2.0, 0.5
 _LOOKED_AT = 256            # pages of what is left, to tell how many are zero
 
-def _rules(options: Options) -> Rules:
+
+def rules(options: Options) -> Rules:
+    """By which the rounds of a migration with these options go."""
     return Rules(options.downtime, options.max_rounds, options.converge, options.postcopy, options.postcopy_after,
                  options.stall, LATE[options.on_timeout])
 
@@ -58,7 +57,7 @@ class PreCopy:
         self._obey = obey
         self._client = f"migrate_{uuid.uuid4().hex[:8]}"
         self._limits = machine.limits(why)
-        self._convergence: Convergence
+        self._rounds: Rounds
         self._number = 0                # of the round
         self._torn: list[Torn] = []
         self._flushed: Flushed          # when ``dirty`` last looked
@@ -68,42 +67,39 @@ class PreCopy:
         Until the guest is to be stopped: the pages that are dirty then, and whether they go after the hand-over
         (post-copy). Raises MigrationError, VmmError, WireError."""
         machine, report = self._machine, self._report
-        self._convergence = Convergence(_rules(self._steering.options), standstill * _BESIDE, standstill * _LAG)
         machine.register(self._client, mine=True)
         before = machine.flush(self._client)    # from here on counts
-        slots = [s for s in machine.status()["slots"] if s["logged"]]
-        hot, held = Hot(), Todo()
-        todo = {s["id"]: self.touched(s) for s in slots}       # round 0
+        slots = machine.status()["slots"]
+        self._rounds = rounds = Rounds(rules(self._steering.options), {s["id"]: s["pages"] for s in slots},
+                                       {s["id"]: self.touched(s) for s in slots if s["logged"]}, standstill)
+        convergence = rounds.convergence
         while True:
             began, normal = time.monotonic(), report.ram.normal
-            rest = self.send(talk, todo)
+            rest = self.send(talk, rounds.todo)
             took = max(time.monotonic() - began, 1e-6)
-            dirty = self.dirty()
-            todo = joined(joined(rest, held), dirty)
+            left = rounds.over(rest, self.dirty())
             flushed, since = self._flushed, max(self._flushed.at - before.at, 1e-6)
             dirtied = [(new - old) / since
                        for old, new in zip(before.vcpu_pages, flushed.vcpu_pages, strict=True)]
             before = flushed
-            left = pages(todo)
-            done = Round(report.ram.normal - normal, took, left, dirtied, self._zero(todo, left))
-            self._convergence.rules = _rules(self._steering.options)
-            what = self._steering.now or (Next.ROUND if rest else self._convergence.after(
+            done = Round(report.ram.normal - normal, took, left, dirtied, self._zero(rounds.todo, left))
+            convergence.rules = rules(self._steering.options)
+            what = self._steering.now or (Next.ROUND if rest else rounds.decide(
                 done, can_limit=machine.status()["can_limit"]))
             report.ram.dirty_pages_rate = round(sum(dirtied))
             report.ram.remaining = left * PAGE
             report.rounds[-1].left, report.rounds[-1].dirtied = left, report.ram.dirty_pages_rate
-            expected = self._convergence.expected_downtime(done)
+            expected = convergence.expected_downtime(done)
             report.expected_downtime = None if expected is None else expected * 1000
             self._foresee(left)
             self._progress.tell(force=True)
             if what is Next.CANCEL:
-                raise talk.error(f"no round has left less than another for {self._convergence.stalled:.0f} s")
+                raise talk.error(f"no round has left less than another for {convergence.stalled:.0f} s")
             if what is not Next.ROUND:
-                return todo, what is Next.POSTCOPY
+                return rounds.todo, what is Next.POSTCOPY
             self._limit()
-            hot.look(dirty, {slot: self._machine.ram(slot).size // PAGE for slot in dirty})
-            todo, held = hot.split(todo, self._convergence.budget * (self._convergence.rate or 0.0))
-            report.ram.held = pages(held)
+            rounds.begin()
+            report.ram.held = pages(rounds.held)
 
     def _zero(self, todo: Todo, left: int) -> int:
         """About how many of these pages are zero: a few are looked at."""
@@ -117,9 +113,7 @@ class PreCopy:
     def touched(self, slot: dict[str, Any]) -> NDArray[np.int64]:
         """The slot's pages but for those that were never touched: they are zero, at the target too. ``slot``:
         as the machine's report has it."""
-        fd = self._memory[slot["id"]].fd
-        extents = [np.arange(start // PAGE, end // PAGE) for start, end in data_extents(fd, slot["size"])]
-        found = np.concatenate([np.zeros(0, np.int64), *extents])
+        found = touched(self._memory[slot["id"]].fd, slot["size"])
         self._report.ram.duplicate += slot["pages"] - len(found)
         return found
 
@@ -181,13 +175,13 @@ class PreCopy:
             raise talk.error(channels.failure, Lost)
 
     def _foresee(self, left: int) -> None:
-        found = self._convergence.forecast(left)
+        found = self._rounds.convergence.forecast(left)
         self._report.forecast = None if found is None else {
             **asdict(found), "downtime": found.downtime * 1000, "dirtied": found.dirtied * PAGE / 1e6,
             "rate": found.rate * PAGE / 1e6, "at": self._progress.elapsed_ms}
 
     def _limit(self) -> None:
-        for vcpu, quota in self._convergence.quotas.items():
+        for vcpu, quota in self._rounds.convergence.quotas.items():
             if self._report.throttled.get(str(vcpu)) != (shown := quota * PAGE / 1e6):
                 self._limits.set(quota, vcpu)
                 self._report.throttled[str(vcpu)] = shown

@@ -1,0 +1,197 @@
+"""Migrations foretold: the simulation against what can be worked out by hand, and against a migration that happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import vmm, vmm_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmm.client.machine import Machine
+from vmm.consumers.migration.report import Options
+from vmm.consumers.predict.costs import Costs
+from vmm.consumers.predict.dirtying import Guest, Memory
+from vmm.consumers.predict.grid import Study
+from vmm.consumers.predict.rings import fit
+from vmm.consumers.predict.simulate import simulate
+from vmm.errors import VmmError
+from vmm.machine.spec import RamSlot
+from vmm.machine.tracefile import Trace, TraceHeader, TraceWriter, pack
+
+PAGE = 4096
+MEMORY = 1 << 16            # pages
+#: Bytes alone take time, but for what a host without a cap sends at.
+FREE = Costs(0.0, 1e-7, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+
+
+def walk(rate: int, seconds: float = 4.0, pages: int = MEMORY, step: float = 0.01) -> Trace:
+    """A vCPU that dirties ``rate`` pages per second, one after the other, all of ``pages`` in turn."""
+    records, count = round(seconds / step), round(rate * step)
+    numbers = np.arange(records * count) % pages
+    times = (np.arange(1, records + 1) * round(step * 1e9)).astype(np.uint64)
+    return Trace(times, (np.arange(1, records + 1) * count).astype(np.uint64), pack(np.zeros_like(numbers), numbers))
+
+
+def by_hand(rate: float, bandwidth: float, downtime: float, rounds: int) -> tuple[list[int], float]:
+    """Pages of each round, and left in the end, of a guest that dirties pages one after the other at this rate and
+    repeats none within a round."""
+    sent, left = [MEMORY], 0.0
+    while True:
+        left = rate * sent[-1] * PAGE / bandwidth
+        if left * PAGE / bandwidth <= downtime or len(sent) == rounds:
+            return sent, left
+        sent.append(int(left))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 80).map(lambda n: n * 100), st.integers(30, 400), st.sampled_from([0.03, 0.1, 0.3]))
+def test_rounds_are_those_of_a_geometric_series(rate: int, megabytes: int, downtime: float) -> None:
+    """Each round's pages are what was dirtied in the time of the one before."""
+    bandwidth = megabytes * 1e6
+    wanted, left = by_hand(rate, bandwidth, downtime, 6)
+    first = Memory({0: 1 << 20}, {0: np.arange(MEMORY)}, MEMORY)
+    found = simulate(Guest([walk(rate, 20.0, 1 << 20)], 20.0), first, Options(
+        bandwidth=bandwidth, downtime=downtime, max_rounds=6, converge=False), costs=FREE)
+    limit = downtime * bandwidth / PAGE
+    if any(abs(each - limit) < 0.02 * limit + 2 for each in (*wanted[1:], left)):
+        return      # which side of the limit it is on hangs on a page
+    assert len(found.rounds) == len(wanted)
+    assert not found.short
+    assert [each.pages for each in found.rounds] == pytest.approx(wanted, rel=0.02, abs=3)
+    assert found.downtime == pytest.approx(left * PAGE / bandwidth, rel=0.03, abs=1e-3)
+    assert found.total == pytest.approx((sum(wanted) + left) * PAGE / bandwidth, rel=0.02)
+    assert found.outcome == ("converges" if left < limit else "forced")
+
+
+def test_zero_pages_cost_next_to_nothing() -> None:
+    guest = Guest([walk(100)], 4.0)
+    whole, half = (simulate(guest, Memory.whole({0: MEMORY}, filled), Options(bandwidth=100e6), costs=FREE)
+                   for filled in (1.0, 0.5))
+    assert half.transferred / whole.transferred == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_guest_goes_round_its_trace() -> None:
+    """Three times as long as it was recorded: as often each page; in between, half of the entries in half the time."""
+    guest = Guest([walk(1000, seconds=1.0, pages=100_000)], 1.0).begin()
+    assert len(guest.run(0.5).pages[0]) == pytest.approx(500, abs=12)
+    assert len(guest.run(2.5).pages[0]) == 1000
+    assert len(guest.run(0.25).pages[0]) == pytest.approx(250, abs=12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.01, 0.7), min_size=1, max_size=8), st.integers(10, 3000))
+def test_a_vcpu_that_is_held_to_a_rate_dirties_no_more(pieces: list[float], quota: int) -> None:
+    """And nothing is left out: what comes next is what would have come next."""
+    guest = Guest([walk(2000, pages=1 << 20)], 4.0).begin()
+    pages = []
+    for seconds in pieces:
+        found = guest.run(seconds, {0: quota}).pages.get(0, np.zeros(0, np.int64))
+        assert len(found) <= max(quota * seconds, 0) + 1e-9
+        pages += found.tolist()
+    least = int(pages[0]) if pages else 0
+    assert sorted(set(pages)) == list(range(least, least + len(set(pages))))
+
+
+def test_throttling_converges_where_nothing_else_does() -> None:
+    guest, memory = Guest([walk(40_000)], 4.0), Memory.whole({0: MEMORY})
+    plain = simulate(guest, memory, Options(bandwidth=60e6, converge=False), costs=FREE)
+    held = simulate(guest, memory, Options(bandwidth=60e6), costs=FREE)
+    assert (plain.outcome, plain.throttled) == ("forced", {})
+    assert held.outcome == "converges"
+    assert held.throttled[0] * PAGE < 60e6
+    assert held.downtime < plain.downtime
+
+
+def test_postcopy_stands_still_for_no_page() -> None:
+    found = simulate(Guest([walk(40_000)], 4.0), Memory.whole({0: MEMORY}), Options(bandwidth=60e6, postcopy=True))
+    assert found.outcome == "postcopy"
+    assert found.pending > 0
+    assert found.downtime < 0.05 < found.pending * PAGE / 60e6
+
+
+def test_the_least_bandwidth_is_the_least() -> None:
+    study = Study(Guest([walk(20_000)], 4.0), Memory.whole({0: MEMORY}), Options(downtime=0.1), costs=FREE)
+    least = study.least_bandwidth()
+    assert least is not None
+    assert study.predict(bandwidth=least, converge=False).outcome == "converges"
+    assert study.predict(bandwidth=least * 0.9, converge=False).outcome == "forced"
+
+
+def test_each_remedy_is_one() -> None:
+    guest, memory, options = Guest([walk(40_000)], 4.0), Memory.whole({0: MEMORY}), Options(bandwidth=60e6)
+    study = Study(guest, memory, options, costs=FREE)
+    found = {each.what: each for each in study.remedies(study.least_bandwidth())}
+    assert {*found} == {"bandwidth", "downtime", "dirty-limit", "converge", "postcopy"}
+    assert all(found[name].found.outcome == "converges" for name in ("bandwidth", "dirty-limit", "converge"))
+    assert study.predict(downtime=found["downtime"].value * 1.02, converge=False).outcome == "converges"
+    more = Study(guest, memory, options, costs=FREE, limits={0: found["dirty-limit"].value / PAGE * 1.1})
+    assert more.predict(converge=False).outcome == "forced"
+    assert study.remedies(None)
+    assert not Study(guest, memory, Options(bandwidth=10e9), costs=FREE).remedies(None)
+
+
+@pytest.mark.parametrize(("rate", "entries"), [(1000, 1024), (10_000, 2048), (300_000, 32768), (660_000, None)])
+def test_a_ring_that_holds_what_is_dirtied(rate: int, entries: int | None) -> None:
+    """Of an interval of 0.1 s, and KVM's reserve."""
+    found = fit(Guest([walk(rate, pages=1 << 20)], 4.0), 0.1)
+    assert (found.most, found.entries) == (pytest.approx(rate / 10, rel=0.02), entries)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    part = walk(5000)
+    header = TraceHeader(machine="m", accelerator="kvm", vcpus=1, ring_entries=4096,
+                         slots=[RamSlot(0, 0, MEMORY * PAGE)], interval=0.01)
+    with TraceWriter(tmp_path / "t", header) as writer:
+        begin = 0
+        for time_ns, end in zip(part.times.tolist(), part.ends.tolist(), strict=True):
+            writer.append(time_ns, 0, part.entries[begin:end])
+            begin = end
+        writer.finish()
+    return tmp_path / "t"
+
+
+def test_from_a_trace(trace: Path, tmp_path: Path) -> None:
+    shown = vmm("predict", "--trace", str(trace), "--bandwidth", "10MB/s", "--bandwidth", "1Gbit/s", "--png",
+                str(tmp_path / "p.png"))
+    assert "It converges by itself at" in shown.stdout
+    assert "What helps:" in shown.stdout
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
+    found = json.loads(vmm("predict", "--trace", str(trace), "--bandwidth", "1Gbit/s", "--filled", "64MiB",
+                           "--json").stdout)
+    assert found["grid"][0]["bandwidth"] == 125e6
+    assert found["filled"] == 64 << 20
+    assert found["remedies"] == []
+    assert found["least_bandwidth"] < 125e6
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], "say what to predict from"), (["name", "--trace", "t"], "say what to predict from"),
+    (["--trace", "/nowhere"], "/nowhere: "), (["name", "--filled", "1MiB"], "--filled is for --trace")])
+def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
+    done = vmm_here("predict", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_trace_of_no_time_is_refused() -> None:
+    with pytest.raises(VmmError, match="no time at all"):
+        Guest([], 0.0)
+
+
+def test_a_machine_goes_on(running: Machine) -> None:
+    """It is recorded; the memory that it is said to have is what it has."""
+    done = vmm("predict", running.name, "--time", "300ms", "--json")
+    found, slots = json.loads(done.stdout), running.status()["slots"]
+    assert running.status()["state"] == "running"
+    assert found["memory"] == sum(each["size"] for each in slots)
+    filled = sum(int(running.ram(each["id"]).reshape(-1, PAGE).any(axis=1).sum()) for each in slots) * PAGE
+    assert 0 < found["filled"] <= filled

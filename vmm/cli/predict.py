@@ -1,0 +1,181 @@
+"""``vmm predict``: what a live migration would take."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ipc.shm import PAGE_SIZE
+
+from .. import optional
+from ..errors import VmmError
+from .common import Duration, Rate, Size, json_option, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ..consumers.predict.dirtying import Guest, Memory
+    from ..consumers.predict.grid import Cell, Remedy
+    from ..consumers.predict.rings import RingFit
+
+__all__ = ["predict"]
+
+_BANDWIDTHS = ("1Gbit/s", "2.5Gbit/s", "10Gbit/s", "25Gbit/s")
+_LOOKS = (0.1, 1.0)         # seconds between two looks at the log, for the ring
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--trace", "trace", type=click.Path(path_type=Path, exists=False),
+              help="Predict from this dirty trace, instead of from machine NAME.")
+@click.option("--time", "seconds", type=Duration(), default="5s", show_default=True,
+              help="How long to record what machine NAME dirties.")
+@click.option("--interval", type=Duration(least=0.001), default="50ms", show_default=True,
+              help="Between two harvests of that recording.")
+@click.option("--bandwidth", "bandwidths", type=Rate(), multiple=True,
+              help=f"Bandwidth to try, for example 10Gbit/s; may be repeated.  [default: {', '.join(_BANDWIDTHS)}]")
+@click.option("--downtime", "downtimes", type=Duration(), multiple=True,
+              help="Downtime limit to try; may be repeated.  [default: 300ms]")
+@click.option("--latency", type=Duration(), default=None, help="Time that a message takes to the target.")
+@click.option("--channels", type=click.IntRange(1, 16), default=2, show_default=True, help="As for vmm migrate.")
+@click.option("--ratio", type=click.FloatRange(min=1.0), default=1.0, show_default=True,
+              help="Of compression: bytes before by bytes after. More than 1 means that pages are compressed.")
+@click.option("--max-rounds", type=click.IntRange(1, 1000), default=30, show_default=True, help="As for vmm migrate.")
+@click.option("--no-converge", is_flag=True, help="Do not throttle the vCPUs that dirty most.")
+@click.option("--postcopy", is_flag=True, help="Go over to post-copy if pre-copy does not converge at once.")
+@click.option("--postcopy-after", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="ROUNDS",
+              help="As for vmm migrate.")
+@click.option("--dirty-limit", type=Rate(), default=None, help="Limit to which each vCPU is held meanwhile.")
+@click.option("--filled", type=Size(), default=None,
+              help="With --trace: memory that has bytes; the rest is zero.  [default: all]")
+@click.option("--png", type=click.Path(path_type=Path), help="Write a plot to this file.")
+@json_option
+def predict(name: str | None, trace: Path | None, seconds: float, interval: float, bandwidths: tuple[float, ...],
+            downtimes: tuple[float, ...], latency: float | None, ratio: float, dirty_limit: float | None,
+            filled: int | None, png: Path | None, as_json: bool, **asked: Any) -> None:
+    """Predict what a live migration of machine NAME, or of the guest of a dirty trace, would take: time, downtime,
+    bytes and rounds at several bandwidths and downtime limits; from which bandwidth on it converges, and what helps
+    where it does not. Nothing is migrated."""
+    from ..client.units import parse_rate
+    from ..consumers.migration.report import Options
+    from ..consumers.predict.grid import Study
+    from ..consumers.predict.rings import fit
+    from ..consumers.predict.simulate import Way
+    from ..outputs import open_output
+
+    if (name is None) == (trace is None):
+        raise VmmError("say what to predict from: the NAME of a machine, or --trace FILE")
+    if filled is not None and trace is None:
+        raise VmmError("--filled is for --trace: of a machine it is known")
+    if png:
+        optional.figure()       # what draws it is there, or that is said before the work begins
+    with contextlib.ExitStack() as stack:
+        drawn = stack.enter_context(open_output(png)) if png else None
+        what = str(trace or name)
+        guest, memory = _from_trace(trace, filled) if trace else _from_machine(str(name), seconds, interval)
+        options = Options(converge=not asked.pop("no_converge"), compression="zstd" if ratio > 1 else "none", **asked)
+        limits = None if dirty_limit is None else dict.fromkeys(range(len(guest.vcpus)), dirty_limit / PAGE_SIZE)
+        study = Study(guest, memory, options, Way(latency or 0.0, ratio), limits=limits)
+        tried = sorted(bandwidths or [parse_rate(text) for text in _BANDWIDTHS])
+        allowed = sorted(downtimes or [options.downtime])
+        with progress_bar() as bar:
+            task = bar.add_task("predicting", total=len(tried) * len(allowed))
+            cells = study.grid(tried, allowed, lambda: bar.advance(task))
+            least = study.least_bandwidth()
+        judged = Study(guest, memory, _with(options, tried[0], allowed[0]), Way(latency or 0.0, ratio), limits=limits)
+        remedies = judged.remedies(least)
+        rings = [fit(guest, each) for each in _LOOKS if each <= guest.seconds]
+        if drawn is not None:
+            from ..consumers.predict.plot import draw
+
+            drawn.write(draw(cells, f"migrations of {what}, foretold"))
+    if as_json:
+        print_json({"from": what, "vcpus": len(guest.vcpus), "seconds": guest.seconds,
+                    "memory": sum(memory.sizes.values()) * PAGE_SIZE, "filled": memory.filled * PAGE_SIZE,
+                    "grid": [cell.as_dict() for cell in cells], "least_bandwidth": least,
+                    "remedies": [each.as_dict() for each in remedies], "rings": [each.as_dict() for each in rings]})
+        return
+    _print(guest, memory, cells, least)
+    _print_remedies(remedies, cells[0])
+    for each in rings:
+        _print_ring(each)
+
+
+def _with(options: Any, bandwidth: float, downtime: float) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(options, bandwidth=bandwidth, downtime=downtime)
+
+
+def _from_trace(trace: Path, filled: int | None) -> tuple[Guest, Memory]:
+    from ..consumers.predict.dirtying import Memory, from_trace
+
+    guest, sizes = from_trace(trace)
+    total = sum(sizes.values())
+    pages = total if filled is None else filled // PAGE_SIZE
+    if pages > total:
+        raise VmmError(f"--filled: the guest has {total * PAGE_SIZE >> 20} MiB of memory in all")
+    return guest, Memory.whole(sizes, pages / total)
+
+
+def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Memory]:
+    from ..client.interrupts import Interrupts
+    from ..client.machine import Machine
+    from ..consumers.predict.recorded import watch
+
+    with Machine.attach(name) as machine:
+        machine.require_state()
+        with Interrupts() as interrupts, progress_bar() as bar:
+            task = bar.add_task("recording", total=1.0)
+            return watch(machine, seconds, interval, lambda part, entries: bar.update(task, completed=part),
+                         interrupts.wait)
+
+
+def _rate(value: float) -> str:
+    return f"{value * 8 / 1e9:,.3g} Gbit/s ({value / 1e6:,.4g} MB/s)"
+
+
+def _print(guest: Guest, memory: Memory, cells: list[Cell], least: float | None) -> None:
+    from ..tables import print_table, screen, table
+
+    total = sum(memory.sizes.values())
+    click.echo(f"{total * PAGE_SIZE >> 20:,} MiB of memory, {memory.filled * PAGE_SIZE >> 20:,} MiB of it filled; "
+               f"{len(guest.vcpus)} vCPUs, which dirtied {len(guest.pages):,} pages in {guest.seconds:.1f} s")
+    shown = table("bandwidth", "limit", "outcome", numbers=("total s", "downtime ms", "MB sent", "rounds", "throttled"))
+    for cell in cells:
+        found = cell.found
+        quota = min(found.throttled.values(), default=0) * PAGE_SIZE / 1e6
+        shown.add_row(f"{cell.bandwidth * 8 / 1e9:,.3g} Gbit/s", f"{cell.downtime * 1000:g} ms", found.outcome,
+                      f"{found.total:,.2f}", f"{found.downtime * 1000:,.0f}", f"{found.transferred / 1e6:,.0f}",
+                      str(len(found.rounds)), f"{quota:,.1f} MB/s" if quota else "")
+    print_table(shown, screen(), keys=2)
+    if any(cell.found.short for cell in cells):
+        click.echo(f"Some rounds take longer than the {guest.seconds:.1f} s that were recorded: more pages may get "
+                   "dirty in them. Record for longer.")
+    click.echo("It converges by itself at no bandwidth." if least is None else
+               f"It converges by itself at {_rate(least)} and above.")
+
+
+def _print_remedies(remedies: list[Remedy], cell: Cell) -> None:
+    if not remedies:
+        return
+    click.echo(f"At {cell.bandwidth * 8 / 1e9:,.3g} Gbit/s and {cell.downtime * 1000:g} ms it does not. What helps:")
+    for each in remedies:
+        found = each.found
+        takes = f"total {found.total:,.2f} s, downtime {found.downtime * 1000:,.0f} ms"
+        how = {"bandwidth": f"{_rate(each.value)}",
+               "downtime": f"--downtime {each.value * 1000:,.0f}ms, after {len(found.rounds)} rounds",
+               "dirty-limit": f"vmm dirty-limit set NAME {each.value / 1e6:,.4g}MB/s",
+               "converge": "the migration throttles vCPUs" + (
+                   f", to {min(found.throttled.values()) * PAGE_SIZE / 1e6:,.1f} MB/s" if found.throttled else ""),
+               "postcopy": f"--postcopy, {found.pending:,} pages of it after the hand-over"}[each.what]
+        click.echo(f"  {how}: {takes}" + ("" if found.outcome != "forced" or each.what == "downtime"
+                                           else " (still over the limit)"))
+
+
+def _print_ring(ring: RingFit) -> None:
+    click.echo(f"Asked every {ring.interval * 1000:g} ms, the busiest vCPU has {ring.median:,} pages in the median, "
+               f"{ring.most:,} at most: " + ("more than any ring holds, so track with bitmaps"
+                                             if ring.entries is None else
+                                             f"a ring of {ring.entries:,} entries holds that"))
