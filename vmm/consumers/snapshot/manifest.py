@@ -7,7 +7,6 @@ machine before anything is done with it. Nothing in it is used as a path.
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from workers.state import StateError, check_states
 from ...errors import VmmError, one_line
 from ...inputs import open_input, read_input
 from ...machine.loader import IMAGE_SIZE_MAX
-from ...machine.names import check_snapshot_id, is_snapshot_id
+from ...machine.names import check_snapshot_id, is_epoch, is_snapshot_id
 from ...machine.rules import Trees, arriving
 from ...machine.spec import MachineSpec
 from .folder import SnapshotError, sync_directory, sync_file
@@ -32,7 +31,6 @@ __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "Snapshot
 FORMAT = "shardvmm-snapshot"
 VERSION = 2
 _MANIFEST_MAX = 64 << 20    # bytes; 256 vCPU states of about 20 KiB are 5 MiB
-_EPOCH = re.compile("snap_[0-9a-f_]{1,27}")      # it becomes a client of the restored machine's dirty log
 _SYSTEM_MAX = 1 << 30       # bytes of the system slot
 
 Compression = Literal["none", "zstd"]
@@ -112,7 +110,7 @@ def _problem(manifest: Manifest) -> str:
     parent = manifest.parent
     if parent is not None and not (is_snapshot_id(parent) and int(parent) < int(manifest.id)):
         return "its parent is not an earlier snapshot"
-    if not _EPOCH.fullmatch(manifest.epoch):
+    if not is_epoch(manifest.epoch):     # it becomes a client of the restored machine's dirty log
         return "its epoch is not one"
     try:
         if not spec.can.guests:

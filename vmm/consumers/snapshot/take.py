@@ -121,7 +121,8 @@ def _parent(machine: Machine, directory: Path) -> Manifest:
     parent = next((m for m in reversed(there) if isinstance(m, Manifest) and m.epoch in clients), None)
     if parent is None:
         raise SnapshotError(f"{directory / newest.id}: machine '{machine.name}' has no record of what was "
-                            "dirtied since (it is another machine, or was migrated): take a full one")
+                            "dirtied since (it is another machine, or its dirty-log client was dropped): "
+                            "take a full one")
     return parent
 
 
