@@ -23,6 +23,7 @@ from ...machine.names import check_snapshot_id, is_epoch, is_snapshot_id
 from ...machine.rules import Trees, arriving
 from ...machine.spec import MachineSpec
 from .folder import SnapshotError, sync_directory, sync_file
+from .heat import unpacked
 from .pagefile import PAGE
 
 __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "SnapshotError", "file_checksum",
@@ -36,8 +37,9 @@ _SYSTEM_MAX = 1 << 30       # bytes of the system slot
 Compression = Literal["none", "zstd"]
 
 
-class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One memory slot of a snapshot: where it was, and the files that its pages are in."""
+class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One memory slot of a snapshot: where it was, and the files that its pages are in. ``working_set``: what of it was
+    in use (heat.py); "": that is not known."""
 
     id: int
     gpa: int
@@ -47,6 +49,7 @@ class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pages: int
     zero_pages: int
     checksum: str
+    working_set: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,6 +129,11 @@ def _problem(manifest: Manifest) -> str:
     if any(not 0 <= s.zero_pages <= s.pages <= s.size // PAGE or s.size % PAGE or s.id < 0
            for s in (*manifest.slots, system)):
         return "a slot's id, size or page counts are invalid"
+    try:
+        for slot in (*manifest.slots, system):
+            unpacked(slot.working_set, slot.size // PAGE)
+    except ValueError as exc:
+        return f"a slot's working set is invalid: {one_line(str(exc))}"
     if system.size > _SYSTEM_MAX:
         return "its system slot is too large"
     return ""
