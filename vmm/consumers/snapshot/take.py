@@ -78,7 +78,8 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
         with contextlib.ExitStack() as stack:
             machine.register(work, mine=True, like=parent.epoch if parent else "")
             stack.callback(_forget, machine, work)
-            taking = _Taking(machine, aside, work, whole=parent is None, progress=progress)
+            taking = _Taking(machine, aside, work, whole=parent is None, packed=compression == "zstd",
+                             progress=progress)
             stack.callback(taking.close)
             if working_set:
                 taking.watch(working_set)
@@ -141,11 +142,13 @@ def _forget(machine: Machine, client: str) -> None:
 class _Taking:
     """The memory files of a snapshot while it is taken."""
 
-    def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, progress: Progress) -> None:
+    def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, packed: bool,
+                 progress: Progress) -> None:
         self._machine = machine
         self._folder = aside
         self._client = client
         self._whole = whole
+        self._packed = packed
         self._progress = progress
         self._writers: dict[tuple[int, int], PageWriter] = {}
         self._heat: dict[tuple[int, int], Heat] = {}
@@ -161,7 +164,8 @@ class _Taking:
         key = (slot["id"], slot["born"])
         fresh = key not in self._writers
         if fresh:
-            self._writers[key] = PageWriter(self._folder, f"slot{slot['id']}", slot["pages"])
+            self._writers[key] = PageWriter(self._folder, f"slot{slot['id']}", slot["pages"],
+                                            passing=self._packed)
         return self._writers[key], fresh
 
     def watch(self, seconds: float) -> None:
