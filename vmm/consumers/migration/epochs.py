@@ -46,6 +46,11 @@ class Epochs:
             else:
                 self._like[epoch] = own
 
+    def announced(self) -> list[Gathered]:
+        """What will come, for a target that prepares for it meanwhile: nothing of it yet."""
+        return [Gathered(epoch, slot["id"], packed_bits(np.zeros(-(-slot["pages"] // 8), np.uint8)))
+                for epoch in self._like for slot in self._machine.status()["slots"]]
+
     def gathered(self) -> list[Gathered]:
         """The guest stands still: all there is."""
         found = []
@@ -77,7 +82,7 @@ class ArrivingEpochs:
         self._gathered: dict[str, dict[int, NDArray[np.uint64]]] = {}
 
     def note(self, message: Gathered) -> None:
-        """Before ``go_on``. Raises WireError."""
+        """The last of a client and a slot counts. Raises WireError."""
         if message.slot not in self._pages:
             raise WireError(f"the source sent what was gathered of slot {message.slot}, and there is none")
         total = self._pages[message.slot]
@@ -89,6 +94,12 @@ class ArrivingEpochs:
         bits[:total] = missing_pages(message, total)
         words = np.packbits(bits, bitorder="little").view(np.uint64)
         self._gathered.setdefault(message.client, {})[message.slot] = words
+
+    def begin(self, machine: Machine) -> None:
+        """The machine is there, and the guest may run at the source still: what takes long is done now."""
+        for client in self._gathered:
+            with contextlib.suppress(VmmError):     # ``go_on`` finds that, too
+                machine.register(client)
 
     def go_on(self, machine: Machine) -> None:
         """The machine has its slots and settings, and has not started yet: what it writes is gathered, too. An epoch

@@ -174,6 +174,8 @@ class Source:
             try:
                 talk = self._offer_until_taken(spec)
                 self._epochs.follow()
+                for message in self._epochs.announced():
+                    talk.send(message)
                 if not self.options.in_place:
                     self._rest, self._postcopy = self._pre_copy.run(talk, standstill)
                 self._stop_and_copy()

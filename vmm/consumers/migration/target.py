@@ -327,6 +327,7 @@ class _Target:
         try:
             # Only we may start it, or write to it; should we go before, it does.
             self._lease = self._machine.lease("incoming", "via vmm receive")
+            self._epochs.begin(self._machine)
         except VmmError:
             self._look()
             raise
@@ -367,6 +368,8 @@ class _Target:
                     self._note_missing(message)
                 case Gathered():
                     self._epochs.note(message)
+                    if self._ready and self._machine is not None:
+                        self._epochs.begin(self._machine)
                 case State():
                     self._set_state(message)
                 case Commit() if self._prepared:

@@ -133,7 +133,8 @@ class Missing(Wire, frozen=True, tag="missing"):
 
 class Gathered(Wire, frozen=True, tag="gathered"):
     """Before State: the pages of this slot (``bits``, as in Missing) that this client of the dirty log has gathered,
-    which gathers on at the target: what was dirtied since a snapshot."""
+    which gathers on at the target: what was dirtied since a snapshot. And at the beginning, with no pages: it will
+    come."""
 
     client: str
     slot: int
