@@ -15,6 +15,7 @@ import pytest
 import zmq
 import zmq.auth
 from click.testing import CliRunner, Result
+from command import vmm
 from machines import ANY, spec, until
 from terminal import Terminal, on_a_terminal, read_tables
 
@@ -298,6 +299,25 @@ def test_snapshot_verbs(accel: str, machine: Machine, tmp_path: Path) -> None:
             until(lambda: restored.sync("c").pages > 0, "the restored guest runs")
     finally:
         said("stop", "restored")
+
+
+def test_progress_of_snapshots_as_json_lines(machine: Machine, tmp_path: Path) -> None:
+    chain = tmp_path / "chain"
+    restore = ["restore", str(chain), "--name", "restored", "--accel", "unicorn"]
+    try:
+        for arguments, ended in ((["create", NAME, str(chain)], {"id": "0001", "machine": NAME}),
+                                 (["verify", str(chain)], {"id": "0001"}),
+                                 ([*restore, "--detach"], {"name": "restored"}),
+                                 (["delete", str(chain), "0001"], {"id": "0001", "done": "delete"})):
+            done = vmm("snapshot", *arguments, "--json-lines")
+            assert done.returncode == 0, done.stderr
+            *progress, end = [json.loads(line) for line in done.stdout.splitlines()]
+            assert says(end, event="end", **ended)
+            assert all(says(line, event="progress") and 0 <= line["done"] <= line["total"] for line in progress)
+            assert arguments[0] == "delete" or progress[-1]["done"] == progress[-1]["total"] > 0
+    finally:
+        said("stop", "restored")
+    assert "needs --detach" in refused("snapshot", *restore, "--json-lines")
 
 
 def test_a_list_of_snapshots_on_a_narrow_terminal(tmp_path: Path) -> None:

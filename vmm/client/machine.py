@@ -9,8 +9,10 @@ own shared memory, without copies.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -362,6 +364,15 @@ class Machine:
         the latest, and for it alone. ``like``: begin with what that client has gathered. Raises VmmError, also when
         it is another process' own."""
         self._client.ask(verbs.Register, client=client, mine=mine, like=like)
+
+    def mark_for(self, client: str, slot: int, words: NDArray[np.uint64]) -> None:
+        """These pages of the slot are dirty for this client alone, in its next sync (``words``: a bit a page, as in
+        ``bitmap``): it is known from elsewhere that they were written. Raises VmmError."""
+        for at in range(0, len(words), verbs.MARKED_WORDS):
+            piece = words[at:at + verbs.MARKED_WORDS]
+            if piece.any():
+                bits = base64.b64encode(zlib.compress(piece.astype("<u8").tobytes(), 1)).decode()
+                self._client.ask(verbs.MarkFor, client=client, slot=slot, word=at, bits=bits)
 
     def unregister(self, client: str) -> None:
         """Stop gathering for the client; what it had is dropped. Raises VmmError."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import time
+import zlib
 from typing import Any
 
 from ipc.linux.processid import ProcessId
@@ -11,6 +13,7 @@ from ipc.steps import step
 
 from ..dirty.verify import CLIENT as VERIFY_CLIENT
 from ..errors import VmmError
+from ..machine.verbs import MARKED_WORDS
 from .core import Core
 from .owners import Held, Hold
 from .tracking import TrackingSwitch
@@ -77,6 +80,18 @@ class Clients:
             if hold is not None:
                 self.held.add(hold)
             raise
+
+    def mark(self, client: str, slot: int, word: int, bits: str, asker: int) -> None:
+        """``bits``: zlib, base64. May be repeated. Raises VmmError, with nothing marked."""
+        self._require_there(client, asker)
+        try:
+            packer = zlib.decompressobj()
+            found = packer.decompress(base64.b64decode(bits, validate=True), 8 * MARKED_WORDS)
+        except (ValueError, zlib.error) as exc:
+            raise VmmError(f"dirty-log client '{client}': its pages cannot be read: {exc}") from None
+        if not packer.eof or not found or len(found) % 8:
+            raise VmmError(f"dirty-log client '{client}': its pages must be from 1 to {MARKED_WORDS} whole words")
+        self._core.parts.log.mark_for(client, slot, word, found)
 
     def _unregister(self, client: str) -> None:
         """Its process has ended."""

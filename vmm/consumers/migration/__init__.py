@@ -10,6 +10,7 @@ Down the way of a page, and of the hand-over::
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
+      epochs.py            chains of snapshots go on                        (both ends)
       postcopy_source.py   what is asked for after the hand-over            postcopy_target.py, ../missing.py
       talk.py, progress.py the control connection; what is counted
                   \\                                                        /

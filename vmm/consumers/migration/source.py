@@ -41,6 +41,7 @@ from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
+from .epochs import Epochs
 from .fitness import needs, not_in_place, specification
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
@@ -143,6 +144,7 @@ class Source:
         self._memory = SentMemory(machine)
         self._pre_copy = PreCopy(machine, self._memory, self._steering, self._progress, f"migration to {address}",
                                  self._channels_now, self._obey)
+        self._epochs = Epochs(machine)
         self._offered: MachineSpec | None = None
         self._rest: Todo = {}                   # what pre-copy has left
         self._there: Todo = {}                  # post-copy: what is missing at the target
@@ -171,6 +173,9 @@ class Source:
                 raise VmmError(why)
             try:
                 talk = self._offer_until_taken(spec)
+                self._epochs.follow()
+                for message in self._epochs.announced():
+                    talk.send(message)
                 if not self.options.in_place:
                     self._rest, self._postcopy = self._pre_copy.run(talk, standstill)
                 self._stop_and_copy()
@@ -300,6 +305,8 @@ class Source:
             system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes()
                                                                 if spec.keeps_system else b"")
             step("migrate-state")
+            for message in self._epochs.gathered():
+                talk.send(message)
             talk.send(State(system, state["vcpus"], spec, state["paused"] or self.options.paused))
             talk.expect(Prepared)
             step("migrate-prepared")
@@ -400,6 +407,7 @@ class Source:
         """Handed over, without an answer that it runs."""
         name = self.machine.name
         self._pre_copy.unregister()
+        self._epochs.close()
         left = sum(len(pages) for pages in self._there.values())
         there = (f"its last {left:,} pages have not reached the target, which is waiting for them"
                  if self._postcopy else "it may already be running there")
@@ -429,6 +437,7 @@ class Source:
         try:
             if self.options.keep_source:
                 self._pre_copy.unregister()
+                self._epochs.close()
                 save_hand_over(self.machine.name, self._record(finished=True))
             else:
                 self.machine.stop()
@@ -445,6 +454,7 @@ class Source:
             raise Lost("its settings have changed")
 
     def _completed(self) -> None:
+        self.report.warnings += self._epochs.warnings
         if self._talk is not None:
             self._talk.close(Done(self.report.downtime))
             self._talk = None
@@ -472,6 +482,7 @@ class Source:
             self._talk = None
         self._pre_copy.release_limits()
         self._pre_copy.unregister()
+        self._epochs.close()
 
     # --- signals ------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from . import wire
 from .addresses import Address, parse_address
 from .arrival import Arrival
 from .arrivals import Arrivals
+from .epochs import ArrivingEpochs
 from .fitness import in_the_way, notes
 from .keys import Keys, load_keys
 from .memory import SlotMemory
@@ -64,6 +65,7 @@ from .wire import (
     Complete,
     Done,
     Ended,
+    Gathered,
     Offer,
     Pages,
     Ping,
@@ -183,6 +185,7 @@ class _Target:
         self._lease: Lease
         self._absent: dict[int, NDArray[np.bool_]] = {}     # post-copy: what comes after the start
         self._missing: MissingPages | None = None
+        self._epochs: ArrivingEpochs
 
     # --- the way of a migration -----------------------------------------------------------------------------
 
@@ -301,6 +304,7 @@ class _Target:
         self._peers.say(Received())
         self._machine = Machine.launch(spec, detach=self._detach, start=False, keeper=self._keeper)
         self._offered = offer.spec
+        self._epochs = ArrivingEpochs({slot.id: slot.pages for slot in offer.spec.slots})
         self._arrival.begin(offer, spec.name)
         if offer.segments:
             self._in_place, self._reserved = list(offer.segments.values()), True
@@ -323,6 +327,7 @@ class _Target:
         try:
             # Only we may start it, or write to it; should we go before, it does.
             self._lease = self._machine.lease("incoming", "via vmm receive")
+            self._epochs.begin(self._machine)
         except VmmError:
             self._look()
             raise
@@ -361,6 +366,10 @@ class _Target:
                     self._acknowledge()
                 case wire.Missing():
                     self._note_missing(message)
+                case Gathered():
+                    self._epochs.note(message)
+                    if self._ready and self._machine is not None:
+                        self._epochs.begin(self._machine)
                 case State():
                     self._set_state(message)
                 case Commit() if self._prepared:
@@ -438,6 +447,7 @@ class _Target:
             self._missing.add(self._absent)
         self._absent = {}
         machine.set_state(message.vcpus)
+        self._epochs.go_on(machine)
         self._paused = message.paused
         self._prepared = True
         self._peers.say(Prepared())
