@@ -132,7 +132,7 @@ def refusal(source: PlayedSource) -> str:
 # (With a source that is killed: test_handover.py.)
 
 
-@pytest.mark.parametrize("step", [*STEPS["migration, its target"], *STEPS["migration in place, its target"]])
+@pytest.mark.parametrize("step", STEPS["migration, its target"])
 def test_after_a_receiver_was_killed_the_source_runs_only_with_memory_that_nobody_has_taken(
         step: str, steps: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "_NOBODY_PATIENCE", 1.0)

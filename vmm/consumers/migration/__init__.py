@@ -19,6 +19,9 @@ Down the way of a page, and of the hand-over::
                    wire.py      the messages (docs/protocol.md)
                    sockets.py   connections; keys.py, addresses.py
 
+``upgrade.py`` hands a machine over to new processes of its own host and name; ``guard.py`` does the rest should it be
+killed.
+
 ``report.py`` is what is asked for and said of it all, ``arrival.py`` that of the target, ``status.py`` where both are
 kept. ``vmm.migrate`` and ``vmm.receive`` are what others import. These modules import nothing of vmm but the client's
 side (``vmm.client.machine``), names, rules, errors, records and specifications.

@@ -14,16 +14,17 @@ from workers.state import STATE_VERSION
 
 from ...client.machine import Machine
 from ...errors import VmmError
+from ...machine.names import slot_segment
 from ...machine.room import check_room
 from ...machine.runtime import is_running
-from ...machine.spec import MachineSpec
+from ...machine.spec import MachineSpec, RamSlot
 from ...machine.trackings import check_tracking
 from .addresses import Address
 from .offers import Limits, encodings, no_postcopy
 from .report import Options
 from .wire import Needs
 
-__all__ = ["in_the_way", "needs", "not_in_place", "notes", "specification"]
+__all__ = ["in_the_way", "needs", "not_in_place", "notes", "ram_segments", "specification"]
 
 _LISTED = 12        # features that are named; of more, how many they are
 
@@ -35,6 +36,12 @@ def specification(machine: Machine) -> MachineSpec:
         raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
     with machine.paused("migration"):   # for its specification; the state that comes with it is not used
         return msgspec.convert(machine.state()["spec"], MachineSpec)
+
+
+def ram_segments(machine: Machine) -> list[str]:
+    """Names of its memory, whether that still has them or was taken by another machine. Raises VmmError."""
+    return [slot_segment(machine.name, "ram", RamSlot(slot["id"], slot["gpa"], slot["size"], born=slot["born"]))
+            for slot in machine.status()["slots"]]
 
 
 def needs(spec: MachineSpec, options: Options) -> Needs:

@@ -49,6 +49,7 @@ class Options:
     peer: str = ""              # and the target's public one
     insecure: bool = False
     in_place: bool = False      # not copied: the memory itself is handed over, to a target on this host
+    upgrade: str = ""           # in place, and the machine called so continues this one (upgrade.py)
 
 
 @dataclass

@@ -30,18 +30,21 @@ import zmq
 import zstandard
 
 from ipc.linux.processid import identity
+from ipc.shm import is_named
 from ipc.steps import step
 
 from ...client.holds import Lease
 from ...client.machine import Machine
 from ...errors import VmmError
+from ...machine.records import UPGRADED
+from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from ...optional import lz4_block
 from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
-from .fitness import needs, not_in_place, specification
+from .fitness import needs, not_in_place, ram_segments, specification
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
 from .memory import SentMemory
@@ -82,17 +85,21 @@ _BUSY_EVERY = 0.25          # seconds between two offers
 _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
 _NOBODY_PATIENCE = 5.0      # seconds without a listener at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
+_UNDECIDED = 60.0           # seconds in which a machine that continues this one must have begun to run, or have gone
+_LOOK_EVERY = 0.02
 
 
 def migrate(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
-            progress: Callable[[Report], None] = lambda report: None) -> Report:
+            progress: Callable[[Report], None] = lambda report: None,
+            standing: Callable[[], None] = lambda: None) -> Report:
     """Migrate the machine to a waiting ``vmm receive``; it has left this host when this returns. ``progress`` is told
-    after every round, and about every tenth of a second. Raises MigrationError, with the machine still running
+    after every round, and about every tenth of a second; ``standing`` is called when the guest stands still, before
+    its state is taken. Raises MigrationError, with the machine still running
     here; KeyboardInterrupt (and whatever else is raised into it) cancels in the same way, until the machine is
     handed over: nothing cancels it then. VmmError for an invalid address or keys, and for a machine that
     cannot be migrated now."""
     report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address)
-    return _carry_out(machine, options or Options(), report, progress, Source.run)
+    return _carry_out(machine, options or Options(), report, progress, Source.run, standing)
 
 
 def recover(machine: Machine, address: str = "", options: Options | None = None, *, migration_id: str = "",
@@ -106,12 +113,12 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
 
 
 def _carry_out(machine: Machine, options: Options, report: Report, progress: Callable[[Report], None],
-               work: Callable[[Source], None]) -> Report:
+               work: Callable[[Source], None], standing: Callable[[], None] = lambda: None) -> Report:
     if options.compression == "lz4":
         lz4_block()     # it is installed, or that is said now
     process = identity()
     report.pid, report.pid_started = process.pid, process.start
-    with Source(machine, report.target, options, report, progress) as source:
+    with Source(machine, report.target, options, report, progress, standing) as source:
         try:
             work(source)
         except BaseException as exc:
@@ -127,8 +134,9 @@ class Source:
     keeps."""
 
     def __init__(self, machine: Machine, address: str, options: Options, report: Report,
-                 progress: Callable[[Report], None]) -> None:
+                 progress: Callable[[Report], None], standing: Callable[[], None] = lambda: None) -> None:
         self.machine = machine
+        self._standing = standing
         self._steering = Steering(options, report)
         self._control: Control | None = None
         self.report = report
@@ -192,10 +200,32 @@ class Source:
             self.report.status = "handed-over"
             self._progress.tell(force=True)
             if not record.finished:
-                self._commit()
+                if record.upgrade:
+                    self._await_decision(record.upgrade)
+                else:
+                    self._commit()
                 self._finish()
                 return
         self._completed()
+
+    def _await_decision(self, there: str) -> None:
+        """Whether the machine that was to continue this one runs: it takes this one's memory away before its guest
+        does (vmm/coordinator/core.py), and goes if nobody is left to start it. If it has not, this one goes on.
+        Raises MigrationError then."""
+        segments = ram_segments(self.machine)
+        deadline = time.monotonic() + _UNDECIDED
+        while True:
+            gone = not is_running(there)        # first: from then on it takes nothing
+            if not all(is_named(segment) for segment in segments):
+                return
+            if gone:
+                self._lease.take_back()
+                self._committed = False
+                raise MigrationError(f"machine '{self.machine.name}' goes on as it was: whoever upgraded it was killed "
+                                     "before its new processes ran it")
+            if time.monotonic() > deadline:
+                raise self._stranded(f"machine '{there}' has neither begun to run nor gone")
+            time.sleep(_LOOK_EVERY)
 
     def failed(self, exc: BaseException) -> None:
         """It has ended by this exception, as its report says now."""
@@ -288,6 +318,7 @@ class Source:
             stopped = time.monotonic()
             step("migrate-frozen")
             self._pre_copy.release_limits()
+            self._standing()
             if not self.options.in_place:
                 todo = joined(self._rest, self._pre_copy.dirty())
                 for slot in machine.status()["slots"]:
@@ -431,7 +462,7 @@ class Source:
                 self._pre_copy.unregister()
                 save_hand_over(self.machine.name, self._record(finished=True))
             else:
-                self.machine.stop()
+                self.machine.stop(UPGRADED if self.options.upgrade else "")
         except VmmError as exc:
             what = "noted" if self.options.keep_source else "ended"
             report.warnings.append(f"the machine runs at the target, but the machine here could not be {what}: {exc}")
@@ -452,7 +483,8 @@ class Source:
         self._progress.tell(force=True)
 
     def _record(self, *, finished: bool = False) -> HandOver:
-        return HandOver(self.report.id, self._token, self._address.text, self.options, finished, self._certificate)
+        return HandOver(self.report.id, self._token, self._address.text, self.options, finished, self._certificate,
+                        self.options.upgrade)
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
