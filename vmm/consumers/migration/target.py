@@ -53,6 +53,7 @@ from .pages import missing, missing_pages, torn, unpack
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .place import Place, listening
 from .postcopy_target import fetch
+from .report import latency
 from .tls import Certificate
 from .wire import (
     Abort,
@@ -235,8 +236,9 @@ class _Target:
                 self._answer_until_heard([Ended(_reason(exc))])
                 raise
             blocked = [round(s * 1000, 3) for s in pages.blocked]
-            self._arrival.complete(blocked)
-            self._answer_until_heard([Running(), Complete(blocked)])
+            waits = latency(pages.waits)
+            self._arrival.complete(blocked, waits)
+            self._answer_until_heard([Running(), Complete(blocked, waits)])
         return machine
 
     def _refuse(self, exc: BaseException) -> None:
