@@ -23,6 +23,7 @@ from vmm.consumers.migration.upgrade import _few, upgrade
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.names import between_name
 from vmm.machine.runtime import collect_garbage, is_running
+from vmm.machine.spec import VerifySpec
 from vmm.version import VERSION
 
 BETWEEN = between_name("source")
@@ -90,7 +91,7 @@ def test_it_ends_as_one_that_was_never_upgraded(accel: str) -> None:
     with Machine.launch(work) as machine:
         assert machine.wait(TIMEOUT)["exit_code"] == 0
         expected = machine.ram(0).tobytes()
-    with Machine.launch(replace(work, dirty_quota=20)) as machine:
+    with Machine.launch(replace(work, dirty_quota=20, verify=VerifySpec(interval=0.1))) as machine:
         place, keeper = memory(machine), owner()
         for _ in range(2):
             done = upgrade("source")
@@ -103,7 +104,9 @@ def test_it_ends_as_one_that_was_never_upgraded(accel: str) -> None:
             assert {v["dirty_limit_pages_per_s"] for v in moved.status()["vcpus"]} == {20}
             moved.dirty_limit(0)
             ram = moved.ram(0)
-            assert machine.wait(TIMEOUT)["exit_code"] == 0
+            report = machine.wait(TIMEOUT)
+            assert report["exit_code"] == 0
+            assert report["verification"]["ok"]
             assert ram.tobytes() == expected
             del ram
     until(lambda: nothing_left("source"), "nothing is left")

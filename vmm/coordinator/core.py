@@ -10,7 +10,7 @@ from typing import Any
 
 from ipc.layout import ExitReason, VcpuState
 from ipc.messages import ProgramCalls
-from ipc.shm import is_same, unlink_segment
+from ipc.shm import is_named, is_same, unlink_segment
 
 from ..dirty.parts import Parts
 from ..dirty.reaper import Reaper
@@ -80,6 +80,11 @@ class Core:
             found = self.parts.log.slots.get(slot)
             if found is not None and is_same(found.ram.name, other):    # not a later machine's of that name
                 unlink_segment(other)
+
+    @property
+    def given_away(self) -> bool:
+        """Another machine has taken this one's memory, and writes to it."""
+        return self.spec.can.guests and not all(is_named(slot.ram.name) for slot in self.parts.log.slots.values())
 
     # --- the journal --------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class Life:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
         core = self._core
         core.vcpus.drain_notifications(everything=True)
-        if core.verifying:
+        if core.verifying and not core.given_away:
             core.drain_and_verify()
         else:
             core.reaper.drain()

@@ -51,7 +51,7 @@ def needs(spec: MachineSpec, options: Options) -> Needs:
                  options.postcopy or options.on_timeout == "postcopy", STATE_VERSION)
 
 
-def not_in_place(spec: MachineSpec, address: Address, options: Options) -> str:
+def not_in_place(address: Address, options: Options) -> str:
     """Why its memory cannot be handed over as it lies there; empty: it can."""
     if not address.local:
         return f"{address.text}: memory is handed over in place on one host: use ipc://PATH"
@@ -59,9 +59,6 @@ def not_in_place(spec: MachineSpec, address: Address, options: Options) -> str:
         return "memory that is handed over in place is there at once: leave out the post-copy"
     if options.keep_source:
         return "memory that is handed over in place is no longer here: no copy of the machine can be kept"
-    if spec.verify is not None:
-        return (f"machine '{spec.name}' has a verifier, which would compare memory that is no longer its own: migrate "
-                "it without --in-place")
     return ""
 
 

@@ -175,7 +175,7 @@ class Source:
             began = time.monotonic()
             spec = specification(self.machine)
             standstill = time.monotonic() - began
-            if self.options.in_place and (why := not_in_place(spec, self._address, self.options)):
+            if self.options.in_place and (why := not_in_place(self._address, self.options)):
                 raise VmmError(why)
             try:
                 talk = self._offer_until_taken(spec)
