@@ -378,7 +378,7 @@ def test_a_verb_that_kills_each_coordinator_is_given_up(runtime_dir: Path) -> No
 
     thread = threading.Thread(target=die)
     thread.start()
-    client = ControlClient(runtime_dir, "t", lambda: True, after=0)
+    client = ControlClient(runtime_dir, "t", lambda: True, lambda: None, after=0)
     with pytest.raises(VmmError, match="coordinators died while handling this request") as caught:
         client.ask(control.Status)
     assert caught.value.exit_code is ExitCode.WORKER_DIED

@@ -146,6 +146,9 @@ def print_report(report: Report) -> None:
     if report.ram.postcopy_pages:
         click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them requested; vCPUs "
                    f"waited {', '.join(f'{ms:,.1f}' for ms in report.postcopy_blocktime)} ms")
+    if waits := report.postcopy_latency:
+        click.echo(f"a page that was waited for took {waits['median_us']:,.0f} us (median), {waits['p99_us']:,.0f} us "
+                   f"(99 %), {waits['max_us']:,.0f} us at most")
     for vcpu, quota in report.throttled.items():
         click.echo(f"vCPU {vcpu} was throttled to {quota:,.1f} MB/s")
 

@@ -11,8 +11,8 @@ from ipc.linux.processid import ProcessId
 from ipc.messages import BitmapPlace
 from ipc.steps import step
 
-from ..dirty.verify import CLIENT as VERIFY_CLIENT
 from ..errors import VmmError
+from ..machine.names import VERIFIER
 from ..machine.verbs import MARKED_WORDS
 from .core import Core
 from .owners import Held, Hold
@@ -138,5 +138,5 @@ class Clients:
 
 def _require_not_the_verifier(client: str) -> None:
     """Raises VmmError."""
-    if client == VERIFY_CLIENT:
+    if client == VERIFIER:
         raise VmmError(f"dirty-log client '{client}' is reserved for the verifier")

@@ -82,12 +82,14 @@ class Coordinator:
             if zygote is not None:
                 segments.copy_image(spec.image, image)
             spec = msgspec.structs.replace(spec, image=str(image))
-        incoming, spec = spec.incoming, msgspec.structs.replace(spec, incoming=False, links={})     # it is so once
+        incoming, links = spec.incoming, spec.links
+        spec = msgspec.structs.replace(spec, incoming=False, links={})      # it is so once
         self.spec = spec
         tracer = Tracer(spec.trace, spec.trace_file, terminal, self._warn)
         self._closing.callback(tracer.close)
         core = self.core = Core(spec, directory, tracer)
         core.incoming = incoming if saved is None else saved.incoming
+        core.links = links
         self._closing.callback(core.owners.close)
         core.tell, core.report = self._tell, self._report
         machine = self.machine = Families(core, spec.asked_tracking if saved is None else saved.asked_tracking)

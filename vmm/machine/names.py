@@ -23,12 +23,16 @@ from ..errors import VmmError
 if TYPE_CHECKING:
     from .spec import RamSlot
 
-__all__ = ["MACHINE_NAME", "RAM_MAPPING", "belongings", "check_client_name", "check_key_name", "check_machine_name",
-           "check_snapshot_id", "is_epoch", "is_machine_name", "is_snapshot_id", "machine_dir", "machine_of",
-           "machine_prefix", "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name", "slot_segment"]
+__all__ = ["MACHINE_NAME", "RAM_MAPPING", "VERIFIER", "belongings", "between_name", "check_client_name", "check_key_name",
+           "check_machine_name", "check_snapshot_id", "is_epoch", "is_machine_name", "is_snapshot_id", "machine_dir",
+           "machine_of", "machine_prefix", "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name",
+           "slot_segment"]
 
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
+
+#: The verifier's own client of the dirty log.
+VERIFIER = "verify"
 
 #: The path of a mapping (proc_pid_maps(5)) that is a machine's RAM, at the end of a text.
 RAM_MAPPING = re.compile(r"/dev/shm/shardvmm\.\d+\.[0-9a-f]{8}\." + MACHINE_NAME
@@ -92,6 +96,12 @@ def _shown(name: str) -> str:
 
 
 # --- where they lead ------------------------------------------------------------------------------------
+
+
+def between_name(machine: str) -> str:
+    """What a machine is called while it is being upgraded: from when its new processes run it until they can have its
+    name."""
+    return f"upgrade-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
 
 
 def runtime_root() -> Path:

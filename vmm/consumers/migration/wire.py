@@ -231,9 +231,11 @@ class Want(Wire, frozen=True, tag="want"):
 
 
 class Complete(Wire, frozen=True, tag="complete"):
-    """Post-copy: every page is here; ``blocked``: milliseconds that each vCPU has waited for some."""
+    """Post-copy: every page is here; ``blocked``: milliseconds that each vCPU has waited for some, ``latency``: how
+    long for one (report.py)."""
 
     blocked: list[float]
+    latency: dict[str, float] = {}
 
 
 class Refused(Wire, frozen=True, tag="refused"):
