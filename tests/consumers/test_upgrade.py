@@ -19,7 +19,7 @@ from test_handover import AFTER, BEFORE, Watch, killed, works
 from ipc.shm import SHM_DIRECTORY
 from ipc.steps import STEPS
 from vmm.client.machine import Machine
-from vmm.consumers.migration.upgrade import _few, upgrade
+from vmm.consumers.migration.upgrade import upgrade
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.names import between_name
 from vmm.machine.runtime import collect_garbage, is_running
@@ -174,16 +174,6 @@ def test_what_cannot_be_upgraded_is_one_line(walking: int) -> None:
             pytest.raises(VmmError, match="a snapshot is being taken"):
         upgrade("source")
     assert owner() == walking
-
-
-def test_few_ranges_cover_all() -> None:
-    ranges = [(n * 3, 1 + n % 2) for n in range(1000)]
-    few = list(_few(ranges))
-    assert len(few) <= 64
-    covered = {page for first, count in few for page in range(first, first + count)}
-    assert covered >= {page for first, count in ranges for page in range(first, first + count)}
-    assert list(_few([(5, 2), (1, 1)])) == [(1, 1), (5, 2)]
-    assert list(_few([])) == []
 
 
 # --- never two, never none ------------------------------------------------------------------------------------------

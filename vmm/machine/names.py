@@ -23,10 +23,10 @@ from ..errors import VmmError
 if TYPE_CHECKING:
     from .spec import RamSlot
 
-__all__ = ["MACHINE_NAME", "RAM_MAPPING", "VERIFIER", "belongings", "between_name", "check_client_name", "check_key_name",
-           "check_machine_name", "check_snapshot_id", "is_epoch", "is_machine_name", "is_snapshot_id", "machine_dir",
-           "machine_of", "machine_prefix", "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name",
-           "slot_segment"]
+__all__ = ["MACHINE_NAME", "RAM_MAPPING", "VERIFIER", "belongings", "between_name", "check_client_name",
+           "check_key_name", "check_machine_name", "check_snapshot_id", "is_epoch", "is_machine_name", "is_snapshot_id",
+           "machine_dir", "machine_of", "machine_prefix", "record_queue", "runtime_root", "scope", "scope_prefix",
+           "segment_name", "slot_segment"]
 
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"

@@ -1,10 +1,10 @@
 """What clients of the dirty log have gathered travels with the machine: chains of snapshots go on at the target, and in
 an upgrade whoever asks for the log.
 
-A client that travels stays as it is at the source: a migration that fails has changed nothing. A client of this process'
-own is registered like it while the guest runs, and asked for all of it when the guest stands still. At the target a
-client of that name begins with it, before the first instruction there. So a page is in what the client is told next
-whichever host it was written on.
+A client that travels stays as it is at the source: a migration that fails has changed nothing. A client of this
+process' own is registered like it while the guest runs, and asked for all of it when the guest stands still. At the
+target a client of that name begins with it, before the first instruction there. So a page is in what the client is told
+next whichever host it was written on.
 """
 
 from __future__ import annotations
