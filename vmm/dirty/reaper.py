@@ -78,6 +78,12 @@ class Reaper:
         self.recorder: Recorder | None = None
         #: vCPUs that have left the guest for a full ring and must be let go by the next reap.
         self.full: set[int] = set()
+        #: Entries of pages that were in the slot bitmaps already: they had been protected again although nobody had
+        #: asked, and written again, which cost the guest a fault that a bitmap would not have. (Or a few less: of
+        #: several vCPUs that write to one page, each makes an entry.)
+        self.repeats = 0
+        self._unpublished = 0       # entries
+        self._unasked = False       # since somebody last asked, rings have been reset for lack of room
         #: Reap the rings of those alone: the others' vCPUs may not be able to leave the guest now (a software CPU
         #: that waits for a page, in post-copy).
         self.only_full = False
@@ -107,7 +113,7 @@ class Reaper:
         self._control.reaper_state = ReaperState.REAPING
         if not reason:
             self.schedule.woken(time.monotonic())
-        self.reap(reset=self._resets_early(), found=found)
+        self.reap(reset=self._resets_early(), found=found, asked=False)
         self._control.reaper_iteration += 1
 
     def _resets_early(self) -> bool:
@@ -133,9 +139,10 @@ class Reaper:
             self.log.mark_logged_slots()
             vcpu.control.collected = 1
 
-    def reap(self, *, reset: bool = True, found: _Found | None = None) -> int:
+    def reap(self, *, reset: bool = True, found: _Found | None = None, asked: bool = True) -> int:
         """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap). Without ``reset`` nothing is
-        reset or published while no ring is full, or will soon be. ``found``: in full rings, already."""
+        reset or published while no ring is full, or will soon be. ``found``: in full rings, already. ``asked``: by
+        somebody who needs the log."""
         if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
@@ -161,9 +168,12 @@ class Reaper:
                 for vcpu in rings:
                     if self._to_reset(vcpu, owed[vcpu.index], full):
                         vcpu.ring.ask_reset(owed[vcpu.index])
+        self._unpublished += sum(harvested.values())
         if reset:
+            self._unasked = self._unasked or not asked
             for index, count in self._reset(rings, owed, full).items():
                 harvested[index] = harvested.get(index, 0) + count
+            self._unasked = self._unasked and not asked
             self.schedule.was_reset(time.monotonic() - now)
         total = sum(harvested.values())
         self._last = harvested
@@ -203,7 +213,10 @@ class Reaper:
                 self._lost_count(vcpu, owed[vcpu.index])
         dead = [s for s in self.vcpus.all if s.ring.address and not s.alive]
         collected = {s.index: self._collect(s) for s in dead}
-        self.log.publish()
+        fresh = self.log.publish()
+        if self._unasked:
+            self.repeats += max(0, self._unpublished - fresh)
+        self._unpublished = 0
         self._control.publish_pending = 0
         for vcpu in dead:
             step("dead-ring-published")
