@@ -176,7 +176,7 @@ def test_dirty_rate_chooses_a_mode_that_the_machine_has(machine: Machine) -> Non
     machine.set_tracking("none")
     assert mode() == "sampling"
     machine.set_tracking("auto")
-    assert mode() == "bitmap"
+    assert mode() == "ring"
     assert "50 ms to 60 s" in refused("dirty-rate", NAME, "--time", "10ms")
 
 
@@ -228,7 +228,7 @@ def test_tracking(machine: Machine) -> None:
     assert re.fullmatch(r"verbs: tracking bitmap, was ring \(paused for \d+\.\d ms\)\n", line)
     found = answered("tracking", NAME, "none")
     assert (found["name"], found["before"], found["tracking"], found["asked"]) == (NAME, "bitmap", "none", "none")
-    assert said("tracking", NAME, "auto").startswith("verbs: tracking auto (currently none), was none")
+    assert said("tracking", NAME, "auto").startswith("verbs: tracking auto (currently ring), was none")
     assert machine.status()["tracking_asked"] == "auto"
 
 

@@ -421,6 +421,8 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[VcpuPoo
         for made in (directory.parent, directory):
             made.mkdir(mode=0o700)
             stack.callback(made.rmdir)
+        segments.make_pipes(machine_spec, directory)
+        stack.callback((directory / "ring-full").unlink)
         null = stack.enter_context(Path("/dev/null").open("wb"))
         read, write = os.pipe()
         stack.callback(os.close, write)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from ipc.bell import Bell
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, ProgramCalls, RingFull
 from ipc.shm import SegmentError
 from ipc.steps import step
@@ -120,7 +121,9 @@ class Coordinator:
         if saved is None:
             core.write_journal = self._write_journal
             self._create(keeper_fd)
+            self._open_bell()
         else:
+            self._open_bell()
             take_over(machine, saved, self._rounds)
             core.write_journal = self._write_journal
             commit(machine, self._segments())
@@ -139,6 +142,11 @@ class Coordinator:
         core.state = "ready"
         core.save()
         _log.info("%d vCPUs (%s) are ready", self.spec.vcpus, self.spec.accel)
+
+    def _open_bell(self) -> None:
+        """Raises OSError."""
+        self._bell = Bell(self.core.directory)
+        self._closing.callback(self._bell.close)
 
     def _write_journal(self) -> None:
         """Raises VmmError."""
@@ -187,6 +195,7 @@ class Coordinator:
 
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
+        poller.register(self._bell.fd, zmq.POLLIN)
         poller.register(self.core.vcpus.notify, zmq.POLLIN)
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.core.vcpus.all if s.alive}
@@ -199,7 +208,11 @@ class Coordinator:
             poller.register(fd, events)
         ended, asking = [], {}
         for ready, happened in poller.poll(0 if self._server.behind else self._poll_ms(now)):
-            if ready is self.core.vcpus.notify:
+            if ready == self._bell.fd:
+                self._bell.silence()
+                if self.machine.pauses.running:     # before all else: a vCPU waits
+                    self.core.reaper.let_go()
+            elif ready is self.core.vcpus.notify:
                 self.core.vcpus.drain_notifications()
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
@@ -243,10 +256,7 @@ class Coordinator:
 
     def _on_notification(self, message: AnyNotification) -> None:
         if isinstance(message, RingFull):
-            if self.core.tracer.full:
-                self.core.tracer.full(message.vcpu)
-            if self.core.parts.ring_entries:    # else it comes from before the last switch
-                self.core.reaper.full.add(message.vcpu)
+            self.core.reaper.look_for_full()
         elif isinstance(message, Console):
             self._consoles.write(message.vcpu, message.data)
         elif isinstance(message, ProgramCalls):

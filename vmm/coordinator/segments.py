@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from ipc import forwarding, programs, sockets
+from ipc.bell import Bell
 from ipc.layout import (
     CONTROL_MAGIC,
     MAX_SLOTS,
@@ -240,8 +241,9 @@ def _boot_registers(parts: Parts, index: int) -> dict[str, int]:
 
 
 def make_pipes(spec: MachineSpec, directory: Path) -> None:
-    """FIFOs between a program's system and others (ipc/programs.py, ipc/consoles.py, ipc/forwarding.py). Raises
-    OSError."""
+    """FIFOs: of full rings, and between a program's system and others (ipc/programs.py, ipc/consoles.py,
+    ipc/forwarding.py). Raises OSError."""
+    Bell.make(directory)
     if spec.program is not None:
         for name in ("bell", "console-in", "console-out", *forwarding.PIPES):
             os.mkfifo(directory / name, 0o600)
