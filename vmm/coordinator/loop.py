@@ -134,7 +134,8 @@ class Coordinator:
         core = self.core
         segments.make_pipes(self.spec, core.directory)
         for vcpu in segments.make_handles(core.parts):
-            core.vcpus.spawn(vcpu, segments.worker_spec(core.parts, vcpu.index, core.directory, keeper_fd))
+            core.vcpus.spawn(vcpu, segments.worker_spec(
+                core.parts, vcpu.index, core.directory, core.vcpus.endpoints, keeper_fd))
         core.vcpus.start_paused()
         core.parts.log.load_loops()     # while the workers are set up
         core.vcpus.await_hello()
