@@ -6,6 +6,10 @@ restored; the peer makes a file on the same disk of the memory's own file in /de
 to the page cache and sync; reads come from the page cache. "read back" is a restore without what a machine of 16 MiB
 takes to launch: taking the memory counts, as it does for the peer. A lazy restore, of a guest that stands still, is
 begun when the guest may run; "lazy, set-up" is that without the launch.
+
+"At work": a guest that writes to a page in each 2 MiB of its RAM, round and round, is saved in the middle of it. From
+the beginning of a restore until it has done the rest, less what that takes where nothing is restored: after another
+restore, a lazy one, and a lazy one of a snapshot that knows what the guest had in use.
 """
 
 from __future__ import annotations
@@ -26,19 +30,19 @@ import numpy as np
 from vmm.client.accelerators import choose_accelerator
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
-from vmm.consumers.snapshot.manifest import Compression
+from vmm.consumers.snapshot.manifest import Compression, write_manifest
 from vmm.guests import WORKLOADS, resolve_params
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
 
 from .common import arguments_parser, quartiles, quiet
 
 
-def machine_spec(mib: int) -> MachineSpec:
+def machine_spec(mib: int, workload: str = "idle", **params: int) -> MachineSpec:
     return MachineSpec(
         name="bench-snapshot", accel=choose_accelerator("auto"), vcpus=1, privilege="user", ring_entries=4096,
-        slots=[RamSlot(0, 0, mib << 20)], image=str(WORKLOADS["idle"].image), load_address=None,
-        params=resolve_params("idle", {"milliseconds": 0}), cmdline="idle", stack_size=16384, reaper=ReaperSpec(),
-        verify=None, timeout=None, trace=[], trace_file="", linger=True)
+        slots=[RamSlot(0, 0, mib << 20)], image=str(WORKLOADS[workload].image), load_address=None,
+        params=resolve_params(workload, params or {"milliseconds": 0}), cmdline=workload, stack_size=16384,
+        reaper=ReaperSpec(), verify=None, timeout=None, trace=[], trace_file="", linger=True)
 
 
 def taken(command: list[str], target: Path) -> float:
@@ -82,6 +86,35 @@ def main() -> None:
             memory[2 << 20:] = np.random.default_rng(0).integers(0, values, len(memory) - (2 << 20), np.uint8)
             ram = Path("/dev/shm") / machine.ram_segment(0)[1:]
             compare(machine, ram, Path(folder), kind, peers, rounds, arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+        at_work(Path(folder), rounds, arguments)
+
+
+def at_work(folder: Path, rounds: int, arguments: argparse.Namespace) -> None:
+    with Machine.launch(machine_spec(arguments.mib, "sequential", stride=512, passes=40_000 // arguments.mib * 2,
+                                     spin=200), start=False) as machine:
+        memory = machine.ram(0, writable=True)
+        memory[2 << 20:] = np.random.default_rng(0).integers(0, 256, len(memory) - (2 << 20), np.uint8)
+        machine.start()
+        taken = snapshot.create(machine, folder / "known", working_set=0.3)
+        alone = seconds(machine.wait)
+    shutil.copytree(folder / "known", folder / "unknown")
+    write_manifest(folder / "unknown" / taken.id, msgspec.structs.replace(taken, slots=[
+        msgspec.structs.replace(slot, working_set="") for slot in taken.slots]))
+    ways = {"another": ("unknown", False), "lazy": ("unknown", True), "lazy, in use first": ("known", True)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        quiet(arguments.patience)
+        for name in list(ways)[::-1 if number % 2 else 1]:
+            chain, lazy = ways[name]
+            began = time.perf_counter()
+            with snapshot.restore(folder / chain, machine_name="bench-restored", lazy=lazy) as restored:
+                restored.wait()
+                times[name].append(time.perf_counter() - began - alone)
+    for name, values in times.items():
+        low, middle, high = quartiles(a / b for a, b in zip(values, times["another"], strict=True))
+        print(f"at work: {name:19} {statistics.median(values):6.2f} s; {middle:.2f} x the time of another restore "
+              f"({low:.2f} to {high:.2f})")
 
 
 def compare(machine: Machine, ram: Path, folder: Path, kind: Compression, peers: list[list[str]], rounds: int,

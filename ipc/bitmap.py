@@ -57,14 +57,15 @@ class Bitmap:
         set_bits(self.summary, first // (64 * GROUP_WORDS), last // (64 * GROUP_WORDS))
         set_bits(self.words, first, last)
 
-    def merge(self, words: U64) -> None:
-        """OR in a plain bitmap without a summary (a kernel dirty log), shape [word_count]."""
-        dirty = np.flatnonzero(words)
+    def merge(self, words: U64, at: int = 0) -> None:
+        """OR in a plain bitmap without a summary (a kernel dirty log), shape [word_count], or a piece of one from
+        word ``at`` on."""
+        dirty = np.flatnonzero(words) + at
         if len(dirty) == 0:
             return
         for group in np.unique(dirty // GROUP_WORDS):
             self.summary[group // 64] |= np.uint64(1 << (int(group) % 64))
-        self.words |= words
+        self.words[at:at + len(words)] |= words
 
     def clear(self) -> None:
         """All clean; words first, then the summary."""

@@ -46,7 +46,7 @@ __all__ = [
     "vcpu_control",
 ]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 CONTROL_MAGIC = 0x4D4D5644_52414853  # "SHARDVMM"
 
 MAX_VCPUS = 256
@@ -177,7 +177,7 @@ class VcpuControl(ctypes.Structure):
         # --- statistics over the vCPU's life ------------------------------------------------
         ("dirty_pages", ctypes.c_uint64),     # c: entries harvested from this vCPU
         ("bad_entries", ctypes.c_uint64),     # c: entries dropped by the bounds checks
-        ("ring_full_exits", ctypes.c_uint64), # w
+        ("ring_full_exits", ctypes.c_uint64), # w: raised by one for each: the coordinator goes by it (ipc/ring.py)
         ("resets", ctypes.c_uint64),          # w: reset calls made
         ("ring_rebuilds", ctypes.c_uint64),   # c: count mismatches answered by a new ring
         ("guest_ns", ctypes.c_uint64),        # w: time inside the guest, ns
@@ -194,6 +194,7 @@ class VcpuControl(ctypes.Structure):
         ("reset_done", ctypes.c_uint32),      # w: the reset_request that was carried out last
         ("tracking", ctypes.c_uint32),        # w (Tracking)
         ("reset_ns", ctypes.c_uint64),        # w: time in reset calls, ns
+        ("awaits_reset", ctypes.c_uint32),    # w: 1 while the vCPU thread itself looks for a reset_request (ring full)
     ]
 
 

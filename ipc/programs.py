@@ -13,19 +13,19 @@ own to execute)::
 
 A mailbox is written by one side at a time. The worker stores what it asks and then ``ASKED``; the system stores its
 answer and then ``ANSWERED``; x86 keeps the order of stores, and of loads. Each side tells the other that it sleeps
-before it looks for the last time, and that needs more: a load must not be made before an earlier store, hence `fence`.
+before it looks for the last time, and that needs more: a load must not be made before an earlier store, hence a fence
+(ipc/spin.py).
 """
 
 from __future__ import annotations
 
 import mmap
-import threading
 from collections import defaultdict
 from enum import IntEnum, IntFlag
-from itertools import repeat
 
 from .linux import futex
 from .shm import PAGE_SIZE
+from .spin import Spin, fence
 
 __all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "EVERYTHING", "IDT_PAGE", "PORT_CALL", "REGISTERS", "SYSCALL_SIZE",
            "SYSTEM_ADDRESS", "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind",
@@ -96,54 +96,6 @@ _RUNS = 64
 _RUNS_MAX = (PAGE_SIZE // 8 - _RUNS) // 4
 #: Instead of a run: all memory, and all page tables. So it is too where there are more runs than there is room for.
 EVERYTHING = (0, 0)
-
-#: Looks before somebody sleeps, at 40 ns each: as long as an answer takes and two switches of processes.
-_LOOKS = 4000
-#: How often in a row it is not tried after it was of no use, at most.
-_PAUSE_MAX = 127
-
-_lock = threading.Lock()
-
-
-def fence() -> None:
-    """No load behind this is made before a store in front of it: a lock is taken with a locked instruction."""
-    _lock.acquire()
-    _lock.release()
-
-
-class Spin:
-    """Looking for a while before sleeping, which costs two switches of processes. Where that was of no use (because the
-    other side takes long, or has no processor to run on) it is not tried the next time, or the next 3, 7, ... times:
-    a few short looks would never find out that it pays again."""
-
-    def __init__(self) -> None:
-        self._pause = self._left = 0
-
-    def until(self, word: memoryview, value: int) -> bool:
-        """The word (of 32 bits, the first of the view) has this value."""
-        if self._left:
-            self._left -= 1
-            return word[0] == value
-        for _ in repeat(None, _LOOKS):
-            if word[0] == value:
-                self._pause = 0
-                return True
-        return self._in_vain()
-
-    def until_not(self, word: memoryview, value: int) -> bool:
-        """It has another."""
-        if self._left:
-            self._left -= 1
-            return word[0] != value
-        for _ in repeat(None, _LOOKS):
-            if word[0] != value:
-                self._pause = 0
-                return True
-        return self._in_vain()
-
-    def _in_vain(self) -> bool:
-        self._pause = self._left = min(2 * self._pause + 1, _PAUSE_MAX)
-        return False
 
 
 class Bell:

@@ -19,7 +19,10 @@ What holds, and what rests on it:
   fills up. One that is found without a free entry has been written over: it has lost count.
 * **Only its owner resets.** KVM_RESET_DIRTY_RINGS answers to the process that made the VM, so the worker does it
   when the coordinator has raised ``reset_request`` (a futex in the control block); it runs in a thread of its own,
-  at any time, also while the vCPU is in the guest.
+  at any time, also while the vCPU is in the guest. A vCPU that waits at ring-full resets its ring itself: it looks
+  at the word already (``awaits_reset`` says so, and whoever is not looking is not woken).
+* **A full ring is said in the control block.** The vCPU raises ``ring_full_exits`` and rings a bell (ipc/bell.py).
+  The coordinator, and any that takes over, remembers up to where it has seen the count.
 * **Both count.** ``fetch_total`` is what was harvested, ``reset_total`` what the resets say they freed; the
   difference is what lies between. Where it is not what was asked for, the ring has lost count (invariant 3).
 * **A harvest can be repeated.** Entry, staging bit and ``fetch_total`` are written in this order, and setting a bit
@@ -36,17 +39,23 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .layout import MAX_SLOTS, RING_PAGE_OFFSET, RING_RESERVE, DirtyGfn, VcpuControl
 from .linux import futex
 from .shm import Segment
+from .spin import Spin, fence
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = ["ResetRequests", "RingReader"]
+
+# Who waits for reset_request, as futex(2) tells waiters apart.
+_THREAD, _VCPU = 1, 2
 
 
 class RingReader:
@@ -58,6 +67,7 @@ class RingReader:
         self.address = 0
         self._memory: Segment | mmap.mmap | None = None
         self._out = (ctypes.c_uint64 * 4)()
+        self._loop: Callable[..., None] | None = None
         block = ctypes.addressof(control)
         self._reset_request_address = block + VcpuControl.reset_request.offset
         self._reset_done_address = block + VcpuControl.reset_done.offset
@@ -67,6 +77,7 @@ class RingReader:
         #: Times in a row that the vCPU reported a full ring, and nothing was harvested from it in between.
         self.full_but_empty = 0
         self._harvested_at_full = -1
+        self._seen_full = int(control.ring_full_exits)
 
     # --- where it is ------------------------------------------------------------------------------
 
@@ -95,9 +106,10 @@ class RingReader:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """It is a fresh one: what was amiss with the last is over."""
+        """It is a fresh one: what was amiss with the last is over, and nobody waits for it to be reset."""
         self.full_but_empty = 0
         self.overflowed = False
+        self._seen_full = int(self._control.ring_full_exits)
 
     def forget(self) -> None:
         """There is nothing in it any more. Idempotent."""
@@ -134,14 +146,16 @@ class RingReader:
         """
         if not self.address:
             return 0
-        from .compiled import calls
+        if self._loop is None:
+            from .compiled.calls import harvest  # late: workers have no use for it
 
+            self._loop = harvest
         control, out = self._control, self._out
         out[2], out[3] = control.last_slot, control.last_offset
         fetch = control.fetch_total
         limit = min(max(0, self.entries - self.outstanding), self.entries)
-        calls.harvest(self.address, self.entries, fetch, limit, table, MAX_SLOTS, ctypes.addressof(out),
-                        *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
+        self._loop(self.address, self.entries, fetch, limit, table, MAX_SLOTS, ctypes.addressof(out),
+                   *((0, 0) if pages is None else (pages.ctypes.data, len(pages))))
         count = int(out[0])
         self.overflowed = self.overflowed or count == limit
         if count:
@@ -150,6 +164,11 @@ class RingReader:
             control.dirty_pages += count
             control.fetch_total = fetch + count
         return count
+
+    def newly_full(self) -> bool:
+        """Its vCPU has left the guest for a full ring since the last time that this was asked."""
+        before, self._seen_full = self._seen_full, int(self._control.ring_full_exits)
+        return before != self._seen_full
 
     def reported_full(self) -> None:
         """The vCPU had reported a full ring, and it has been reaped. (Perhaps by a reap that came before the
@@ -163,32 +182,71 @@ class RingReader:
         its vCPU go on if it waits at ring-full."""
         self._control.reset_expected = expected
         self._control.reset_request = (self._control.reset_request + 1) & 0xFFFF_FFFF
-        futex.wake(self._reset_request_address, 1)
+        fence()         # then the look: whoever stops looking says so first, and then looks once more
+        futex.wake_as(_VCPU if self._control.awaits_reset else _THREAD, self._reset_request_address, 1)
 
     def await_reset(self, seconds: float) -> bool:
-        """It has done so; False when that takes longer."""
-        done = self._control.reset_done
-        if done != self._control.reset_request:
-            futex.wait(self._reset_done_address, done, seconds)
-        return bool(self._control.reset_done == self._control.reset_request)
+        """It has done so; False when that takes longer. (Then all that may wait for the request are woken: a worker
+        gone wild may have said that its vCPU looks.)"""
+        deadline = time.monotonic() + seconds
+        while (done := self._control.reset_done) != self._control.reset_request:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                futex.wake(self._reset_request_address, 2)
+                return False
+            futex.wait(self._reset_done_address, done, left)    # the last answer's wake may come only now
+        return True
 
 
 class ResetRequests:
-    """The worker's end: what its ring's reset is asked for, and the answer."""
+    """The worker's end: what its ring's reset is asked for, and the answer.
+
+    Its reset thread waits for requests (``wait``). While its vCPU is at ring-full, from ``begin_looking`` to
+    ``end_looking``, that looks (``look``), and the thread is not woken. No request is lost between the two:
+    the coordinator raises it and then reads ``awaits_reset``, the vCPU lowers that and then reads the request.
+    """
 
     def __init__(self, control: VcpuControl) -> None:
         self._control = control
         block = ctypes.addressof(control)
         self._asked = block + VcpuControl.reset_request.offset
         self._answered = block + VcpuControl.reset_done.offset
+        self._word = futex.word(self._asked)
+        self._spin = Spin()
 
-    def wait(self) -> int | None:
-        """The next request; None where something else has ended the wait."""
+    @property
+    def pending(self) -> int | None:
+        """The request that is to be answered."""
         request = self._control.reset_request
-        if request == self._control.reset_done:
-            futex.wait(self._asked, request)
-            return None
-        return int(request)
+        return None if request == self._control.reset_done else int(request)
+
+    def wait(self) -> None:
+        """By the reset thread: until there is one, or something else ends the wait."""
+        done = self._control.reset_done
+        if self._control.reset_request == done:
+            futex.wait_as(_THREAD, self._asked, done)
+
+    def begin_looking(self) -> None:
+        """By the vCPU, before it says that its ring is full."""
+        self._control.awaits_reset = 1
+        fence()
+
+    def look(self, seconds: float) -> None:
+        """By the vCPU: until there is one, or ``end_look`` or a signal, or so many seconds have passed."""
+        done = self._control.reset_done
+        if not self._spin.until_not(self._word, done):
+            futex.wait_as(_VCPU, self._asked, done, seconds)
+
+    def end_look(self) -> None:
+        """By other threads: have the vCPU look at what else there is. One that is about to sleep misses it."""
+        futex.wake_as(_VCPU, self._asked, 1)
+
+    def end_looking(self) -> None:
+        """By the vCPU: requests are the thread's again, with that which may have come just now."""
+        self._control.awaits_reset = 0
+        fence()
+        if self.pending is not None:
+            futex.wake_as(_THREAD, self._asked, 1)
 
     def expected(self) -> int:
         """Entries that await their reset; 0: there is nothing to reset, the vCPU is to go on."""

@@ -23,7 +23,7 @@ from .linux.memory import available_memory, cgroup_left
 from .steps import step
 
 __all__ = ["PAGE_SIZE", "SHM_DIRECTORY", "Room", "Segment", "SegmentError", "data_extents", "free_bytes",
-           "is_named", "list_segments", "open_fd", "reserve", "room", "unlink_segment"]
+           "is_named", "is_same", "list_segments", "open_fd", "reserve", "room", "unlink_segment"]
 
 PAGE_SIZE = 4096
 SHM_DIRECTORY = Path("/dev/shm")
@@ -81,6 +81,14 @@ def _path(name: str) -> Path:
 def is_named(name: str) -> bool:
     """There is a segment of that name."""
     return _path(name).exists()
+
+
+def is_same(name: str, other: str) -> bool:
+    """Both are names of one segment."""
+    try:
+        return _path(name).samefile(_path(other))
+    except OSError:
+        return False
 
 
 def unlink_segment(name: str) -> bool:

@@ -60,6 +60,8 @@ _LONG = re.compile("|".join([
     r"leaves_the_source_to_a_person\[receive-\w+-foreground",
     r"over_tcp_with_keys\[\[", r"test_a_short_campaign_loses_nothing\[unicorn",
     r"a_machine_stopped_in_post_copy_is_gone.*\[unicorn",
+    r"the_second_hand_over_is_finished.*\[(?!migrate-handed-over|receive-started)",
+    r"test_upgrade\.py::.*are_replaced\[(?!start-)",
 ]))
 
 

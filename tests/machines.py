@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from needs import missing
 from numpy.typing import NDArray
 
+from ipc.linux.libc import SYS_FUTEX
 from vmm.client.machine import Machine
 from vmm.guests import WORKLOADS, resolve_params
 from vmm.machine.names import belongings
@@ -70,6 +72,12 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> No
         assert time.monotonic() < deadline, f"not in time: {what}"
         time.sleep(pause)
         pause = min(pause * 1.3, 0.05)
+
+
+def asleep(thread: threading.Thread) -> bool:
+    """This thread of this process sleeps in futex(2)."""
+    number = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()[0]     # proc_pid_syscall(5)
+    return number == str(SYS_FUTEX)
 
 
 def _entries(machine: Machine) -> list[int]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from ipc.linux import futex
 from ipc.messages import SlotSpec
-from ipc.programs import Spin
 from ipc.shm import PAGE_SIZE
+from ipc.spin import Spin
 
 from .memory import Slot
 

@@ -7,6 +7,10 @@ the flag. A parked vCPU (paused, ring full, waiting) sleeps on a pipe that the o
 bytecodes, not while select is being entered). The coordinator repeats an unacknowledged kick, which covers the one
 wait that has no such fd, the futex of the wait hypercall.
 
+At a full ring it waits at first where the reset of its ring is asked for, in the control block (ipc/ring.py), and
+resets it itself. There a kick or ``wake_up`` can come too early, just before it sleeps: it looks around again after
+``_LOOK_AROUND`` at the latest, and waits at its pipe from then on.
+
 Other threads ask this one for something by ``wake_up`` and ``do``; what they may change of it has no underscore.
 """
 
@@ -22,6 +26,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ipc.bell import Bell
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import DETAIL_MAX, Exited, ExitReason, KickAck, Notification, RingFull
 
@@ -29,6 +34,7 @@ from . import hypercalls
 from .accel.base import Accelerator, AccelError, Exit, ExitKind
 from .memory import GuestMemory
 from .ports import PortBus, PortEventKind
+from .resets import Resets
 from .state import ExitState
 from .throttle import SliceTimer, TokenBucket
 
@@ -38,13 +44,15 @@ if TYPE_CHECKING:
 __all__ = ["VcpuThread"]
 
 _THROTTLE_STEP = 0.1        # seconds after which a long wait shows in the statistics
+_LOOK_AROUND = 0.01         # seconds at a full ring until it is said by a message too, and kicks come by the pipe
 _JOB_TIMEOUT = 20.0         # seconds for the vCPU thread, which is parked, to begin a job
 
 
 class VcpuThread:
-    """``accel`` is there before ``run``. ``close`` it when the thread has ended."""
+    """``accel`` and ``bell`` are there before ``run``. ``close`` it when the thread has ended."""
 
     accel: Accelerator
+    bell: Bell
 
     def __init__(self, index: int, control: VcpuControl, memory: GuestMemory, ports: PortBus,
                  say: Callable[[Notification], None]) -> None:
@@ -53,6 +61,7 @@ class VcpuThread:
         self.memory = memory
         self.ports = ports
         self.say = say
+        self.resets = Resets(index, control)
         self._wake, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         #: The process is to end.
         self.shutdown = False
@@ -90,6 +99,7 @@ class VcpuThread:
             os.write(self._wake_write, b"\0")
         except BlockingIOError:
             pass  # a full pipe wakes as well
+        self.resets.requests.end_look()
 
     def run(self) -> None:
         """Run the guest to its end, then stay at the coordinator's service until Shutdown."""
@@ -253,14 +263,24 @@ class VcpuThread:
 
     def wait_for_reset(self, state: VcpuState = VcpuState.RING_FULL) -> None:
         """KVM_EXIT_DIRTY_RING_FULL: tell the coordinator, stay out until the ring has been reset."""
-        control = self.control
+        control, resets = self.control, self.resets
         began = time.perf_counter_ns()
-        control.ring_full_exits += 1
         control.state = state
         self.ring_full = True
-        self.say(RingFull(self.index))
-        while self.ring_full and not self._attend():
-            self.sleep()
+        resets.requests.begin_looking()
+        control.ring_full_exits += 1
+        self.bell.ring()
+        left = _LOOK_AROUND
+        while self.ring_full and left > 0 and not self._attend():
+            resets.requests.look(left)
+            if resets.carry_out(self.accel):
+                self.ring_full = False
+            left = _LOOK_AROUND - (time.perf_counter_ns() - began) / 1e9
+        resets.requests.end_looking()
+        if self.ring_full and left <= 0:
+            self.say(RingFull(self.index))
+            while self.ring_full and not self._attend():
+                self.sleep()
         control.stalled_ns += time.perf_counter_ns() - began
 
     def _port_event(self, leave: Exit) -> bool:

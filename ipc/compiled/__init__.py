@@ -1,6 +1,7 @@
 """Machine code for what Python is too slow for.
 
     atomics.py      atomic loads and stores, for Numba
+    streaming.py    memory that no cache can hold, for Numba
     loops.py        the hot loops of rings and bitmaps, as Numba compiles them (imported to compile only)
     kept.py         compiled code on disk
     loader.py       it is compiled and kept, or loaded without the compiler

@@ -21,7 +21,7 @@ from ..messages import UNREADABLE
 __all__ = ["LOOPS", "Function", "Kept", "cache_directories", "find", "is_kept", "keep", "key_of", "trusted"]
 
 #: The hot loops (calls.py), and what goes into them.
-LOOPS = ("ipc.compiled.loops", "ipc.compiled.atomics", "ipc.bitmap", "ipc.layout")
+LOOPS = ("ipc.compiled.loops", "ipc.compiled.atomics", "ipc.compiled.streaming", "ipc.bitmap", "ipc.layout")
 
 
 class Function(msgspec.Struct):

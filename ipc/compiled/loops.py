@@ -13,6 +13,7 @@ from numba.core import types
 from ..bitmap import GROUP_WORDS
 from ..layout import DIRTY_GFN_F_DIRTY, DIRTY_GFN_F_RESET, NR_ADDRESS_SPACES
 from .atomics import (
+    fence,
     fence_release,
     load_acquire_u32,
     load_u32,
@@ -24,6 +25,7 @@ from .atomics import (
     store_u64,
     store_word,
 )
+from .streaming import prefetch, stream_line
 
 __all__ = ["EXPORTS", "publish_entry"]
 
@@ -31,11 +33,16 @@ _DIRTY = np.uint32(DIRTY_GFN_F_DIRTY)
 _DIRTY_WORD = np.uint64(DIRTY_GFN_F_DIRTY)
 _RESET = np.uint32(DIRTY_GFN_F_RESET)
 _NONE = np.uint32(0)
-_NR_AS = np.uint32(NR_ADDRESS_SPACES)
 _ONE = np.uint64(1)
 _ZERO = np.uint64(0)
 _GROUP_SHIFT = np.uint64(12)  # pages of a summary bit: 64 words of 64 pages
+_ENTRY_SHIFT = np.uint64(4)
 assert GROUP_WORDS * 64 == 1 << 12
+assert NR_ADDRESS_SPACES == 1
+
+#: Words of a bitmap that no cache holds, 8 MiB: it is written past them, and what is read next is fetched early.
+_LARGE = 1 << 20
+_AHEAD = 2048       # bytes
 
 _i64, _u32, _u64 = types.int64, types.uint32, types.uint64
 
@@ -55,68 +62,50 @@ def _log2(power):  # type: ignore[no-untyped-def]
 
 
 def _harvest(ring, entries, fetch, limit, table, slots, out, pages, room):  # type: ignore[no-untyped-def]
-    """Entries in a row that fall into one word of the bitmap are one store to it, then their flags: a walk over
-    memory then does not wait for the word again and again."""
-    mask = np.uint64(entries - np.uint32(1))
-    count = _ZERO
+    """One entry after the other, and as little as can be for each: the next one's loads are under way then. (To put
+    entries of one word together, or to load ahead, costs random pages more than it saves sequential ones.)"""
+    size = np.int64(np.uint64(entries) << _ENTRY_SHIFT)
+    at = begin = ring + np.int64((fetch & np.uint64(entries - np.uint32(1))) << _ENTRY_SHIFT)
+    stop, end = at + np.int64(limit << _ENTRY_SHIFT), ring + size
     bad = _ZERO
     slot_word = np.uint32(load_word(out, 2))
     offset = load_word(out, 3)
-    # The entry at index fetch + count is loaded already; the slot table's row is that of ``known``.
-    entry = ring + np.int64((fetch & mask) << np.uint64(4))
-    flags = load_acquire_u32(entry)
-    next_word = load_u32(entry + 4)
-    next_offset = load_u64(entry + 8)
-    known = ~next_word
+    known = ~load_u32(at + 4)       # the slot table's row is that of this slot word
     words = summaries = total = _ZERO
-    while count < limit and (flags == _DIRTY or flags & _RESET != _NONE):
-        left_over = flags != _DIRTY
-        slot_word = next_word
-        offset = next_offset
-        first = entry
-        count += _ONE
-        entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
-        flags = load_acquire_u32(entry)
-        next_word = load_u32(entry + 4)
-        next_offset = load_u64(entry + 8)
-        if left_over:
-            continue
-        if slot_word != known:
-            known = slot_word
-            slot_id = slot_word & np.uint32(0xFFFF)
-            total = _ZERO
-            if slot_word >> np.uint32(16) < _NR_AS and slot_id < slots:
-                row = table + np.int64(slot_id) * 24
-                words, summaries, total = load_word(row, 0), load_word(row, 1), load_word(row, 2)
-        if offset >= total:
-            bad += _ONE
-            store_release_u32(first, _RESET)
-            continue
-        summary = np.int64(summaries + ((offset >> np.uint64(18)) << np.uint64(3)))
-        groups = load_u64(summary)
-        group = _ONE << ((offset >> _GROUP_SHIFT) & np.uint64(63))
-        if groups & group == _ZERO:
-            store_u64(summary, groups | group)
-        word = np.int64(words + ((offset >> np.uint64(6)) << np.uint64(3)))
-        bits = _ONE << (offset & np.uint64(63))
-        followers = _ZERO
-        while (count < limit and (next_offset ^ offset) >> np.uint64(6) == _ZERO and next_word == slot_word
-                and flags == _DIRTY and next_offset < total):
-            offset = next_offset
-            bits |= _ONE << (offset & np.uint64(63))
-            count += _ONE
-            followers += _ONE
-            entry = ring + np.int64(((fetch + count) & mask) << np.uint64(4))
-            flags = load_acquire_u32(entry)
-            next_word = load_u32(entry + 4)
-            next_offset = load_u64(entry + 8)
-        store_u64(word, load_u64(word) | bits)
-        store_release_u32(first, _RESET)
-        while followers:
-            store_release_u32(ring + np.int64(((fetch + count - followers) & mask) << np.uint64(4)), _RESET)
-            followers -= _ONE
+    while True:
+        upto = min(stop, end)
+        while at < upto:
+            flags = load_acquire_u32(at)
+            if flags != _DIRTY and flags & _RESET == _NONE:
+                break
+            slot_word = load_u32(at + 4)
+            offset = load_u64(at + 8)
+            if flags == _DIRTY:     # else it was harvested by one that died
+                if slot_word != known:
+                    known = slot_word
+                    total = _ZERO
+                    if slot_word < slots:       # of address space 0, the only one
+                        row = table + np.int64(slot_word) * 24
+                        words, summaries, total = load_word(row, 0), load_word(row, 1), load_word(row, 2)
+                if offset < total:
+                    summary = np.int64(summaries + ((offset >> np.uint64(18)) << np.uint64(3)))
+                    groups = load_u64(summary)
+                    group = _ONE << ((offset >> _GROUP_SHIFT) & np.uint64(63))
+                    if groups & group == _ZERO:
+                        store_u64(summary, groups | group)
+                    word = np.int64(words + ((offset >> np.uint64(6)) << np.uint64(3)))
+                    store_u64(word, load_u64(word) | (_ONE << (offset & np.uint64(63))))
+                else:
+                    bad += _ONE
+                store_release_u32(at, _RESET)
+            at += 16
+        if at != end or at == stop:
+            break
+        at, stop, begin = at - size, stop - size, begin - size      # once round the ring
+    count = np.uint64((at - begin) >> 4)
+    mask = np.uint64(entries - np.uint32(1))
     for i in range(np.int64(min(count, room))):       # the entries are there until the reset
-        entry = ring + np.int64(((fetch + np.uint64(i)) & mask) << np.uint64(4))
+        entry = ring + np.int64(((fetch + np.uint64(i)) & mask) << _ENTRY_SHIFT)
         store_word(pages, 3 * i, fetch + np.uint64(i))
         store_word(pages, 3 * i + 1, np.uint64(load_u32(entry + 4)))
         store_word(pages, 3 * i + 2, load_u64(entry + 8))
@@ -188,8 +177,18 @@ def _clear(bitmap, words, summary_words):  # type: ignore[no-untyped-def]
         store_word(bitmap, s, _ZERO)
 
 
+@njit(inline="always")
+def _stream(src, dst, first, end):  # type: ignore[no-untyped-def]
+    """Whole lines, which both have at the same addresses modulo a line."""
+    for w in range(first, end, 8):
+        prefetch(src + 8 * w + _AHEAD)
+    for w in range(first, end, 8):
+        stream_line(src + 8 * w, dst + 8 * w)
+
+
 def _take(slot, pending, synced, words, summary_words):  # type: ignore[no-untyped-def]
     taken = _ZERO
+    streams = words >= _LARGE and words % 8 == 0 and slot % 64 == 0 and synced % 64 == 0
     for s in range(words, words + summary_words):
         fresh = load_word(slot, s)
         older = load_word(pending, s)
@@ -213,6 +212,11 @@ def _take(slot, pending, synced, words, summary_words):  # type: ignore[no-untyp
                     taken += popcount(bits)
                 fence_release()
                 _zero(pending, first, end)
+            elif streams:
+                _stream(slot, synced, first, end)
+                for w in range(first, end):
+                    taken += popcount(load_word(slot, w))
+                fence_release()
             else:
                 for w in range(first, end):
                     bits = load_word(slot, w)
@@ -220,6 +224,8 @@ def _take(slot, pending, synced, words, summary_words):  # type: ignore[no-untyp
                     taken += popcount(bits)
                 fence_release()
             _zero(slot, first, end)
+        if streams:
+            fence()
         store_word(synced, s, fresh | older)
         store_word(slot, s, _ZERO)
         store_word(pending, s, _ZERO)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 
 from .libc import LIBC, SYS_FUTEX, check
 
-__all__ = ["operate", "read", "wait", "wake", "word"]
+__all__ = ["operate", "read", "wait", "wait_as", "wake", "wake_as", "word"]
 
 _FUTEX_WAIT = 0
 _FUTEX_WAKE = 1
+_FUTEX_WAIT_BITSET = 9
+_FUTEX_WAKE_BITSET = 10
 
 _futex = LIBC["syscall"]    # an object of its own, with its own types
 _futex.restype = ctypes.c_long
@@ -43,6 +46,18 @@ def wait(address: int, expected: int, seconds: float | None = None) -> bool:
 def wake(address: int, count: int) -> int:
     """Wake at most ``count`` waiters; how many were."""
     return check(_futex(SYS_FUTEX, address, _FUTEX_WAKE, min(count, 0x7FFF_FFFF), None, None, 0))
+
+
+def wait_as(mask: int, address: int, expected: int, seconds: float | None = None) -> None:
+    """``wait``, as one of several kinds of waiters: until woken as one of ``mask``, the value differs, a signal comes,
+    or the time is over."""
+    deadline = None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
+    operate(address, _FUTEX_WAIT_BITSET, expected, third=mask, deadline=deadline)
+
+
+def wake_as(mask: int, address: int, count: int) -> int:
+    """``wake`` those that wait as one of ``mask``."""
+    return operate(address, _FUTEX_WAKE_BITSET, count, third=mask)
 
 
 def operate(address: int, operation: int, value: int, number: int = 0, second: int = 0, third: int = 0, *,

@@ -15,6 +15,7 @@ import pytest
 import zmq
 import zmq.auth
 from click.testing import CliRunner, Result
+from command import vmm
 from machines import ANY, spec, until
 from terminal import Terminal, on_a_terminal, read_tables
 
@@ -175,7 +176,7 @@ def test_dirty_rate_chooses_a_mode_that_the_machine_has(machine: Machine) -> Non
     machine.set_tracking("none")
     assert mode() == "sampling"
     machine.set_tracking("auto")
-    assert mode() == "bitmap"
+    assert mode() == "ring"
     assert "50 ms to 60 s" in refused("dirty-rate", NAME, "--time", "10ms")
 
 
@@ -227,7 +228,7 @@ def test_tracking(machine: Machine) -> None:
     assert re.fullmatch(r"verbs: tracking bitmap, was ring \(paused for \d+\.\d ms\)\n", line)
     found = answered("tracking", NAME, "none")
     assert (found["name"], found["before"], found["tracking"], found["asked"]) == (NAME, "bitmap", "none", "none")
-    assert said("tracking", NAME, "auto").startswith("verbs: tracking auto (currently none), was none")
+    assert said("tracking", NAME, "auto").startswith("verbs: tracking auto (currently ring), was none")
     assert machine.status()["tracking_asked"] == "auto"
 
 
@@ -298,6 +299,25 @@ def test_snapshot_verbs(accel: str, machine: Machine, tmp_path: Path) -> None:
             until(lambda: restored.sync("c").pages > 0, "the restored guest runs")
     finally:
         said("stop", "restored")
+
+
+def test_progress_of_snapshots_as_json_lines(machine: Machine, tmp_path: Path) -> None:
+    chain = tmp_path / "chain"
+    restore = ["restore", str(chain), "--name", "restored", "--accel", "unicorn"]
+    try:
+        for arguments, ended in ((["create", NAME, str(chain)], {"id": "0001", "machine": NAME}),
+                                 (["verify", str(chain)], {"id": "0001"}),
+                                 ([*restore, "--detach"], {"name": "restored"}),
+                                 (["delete", str(chain), "0001"], {"id": "0001", "done": "delete"})):
+            done = vmm("snapshot", *arguments, "--json-lines")
+            assert done.returncode == 0, done.stderr
+            *progress, end = [json.loads(line) for line in done.stdout.splitlines()]
+            assert says(end, event="end", **ended)
+            assert all(says(line, event="progress") and 0 <= line["done"] <= line["total"] for line in progress)
+            assert arguments[0] == "delete" or progress[-1]["done"] == progress[-1]["total"] > 0
+    finally:
+        said("stop", "restored")
+    assert "needs --detach" in refused("snapshot", *restore, "--json-lines")
 
 
 def test_a_list_of_snapshots_on_a_narrow_terminal(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from vmm.migrate import MigrationError, Options
 
 
 class Watch(threading.Thread):
-    """Looks all the time whether both machines run. The target's first: it never stops by itself, so if it ran and
-    the source's does afterwards, they did so together."""
+    """Looks all the time whether both machines run. The target's first, and again at the end: if one of them runs that
+    did not stand still in between, and the source's does meanwhile, they run together."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = "target") -> None:
         super().__init__(daemon=True)
+        self._target = target
         self._over = threading.Event()
         self.both = False
         self.start()
@@ -35,7 +36,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         attached: dict[str, Machine] = {}
         while not self._over.wait(0.02):
-            self.both |= all(self._runs(name, attached) for name in ("target", "source"))
+            self.both |= all(self._runs(name, attached) for name in (self._target, "source", self._target))
         for machine in attached.values():
             machine.detach()
 
@@ -43,7 +44,7 @@ class Watch(threading.Thread):
     def _runs(name: str, attached: dict[str, Machine]) -> bool:
         try:
             if name not in attached:
-                attached[name] = Machine.attach(name)
+                attached[name] = Machine.attach_pinned(name)
             return str(attached[name].status()["state"]) == "running"
         except VmmError:
             if name in attached:

@@ -227,9 +227,11 @@ PAGES = 400
 
 @settings(max_examples=25, deadline=None)
 @given(layers=st.lists(st.dictionaries(st.integers(0, PAGES - 1), st.integers(0, 2), max_size=40),
-                       min_size=1, max_size=4), asked=st.lists(st.integers(0, PAGES - 1), max_size=20))
+                       min_size=1, max_size=4), asked=st.lists(st.integers(0, PAGES - 1), max_size=20),
+       heat=st.lists(st.integers(0, 255), min_size=7, max_size=7))
 def test_every_page_that_is_not_zero_comes_once(tmp_path_factory: pytest.TempPathFactory,
-                                                layers: list[dict[int, int]], asked: list[int]) -> None:
+                                                layers: list[dict[int, int]], asked: list[int],
+                                                heat: list[int]) -> None:
     """Three threads and one that asks for pages. The model is a dict of what each page was last."""
     folder, files, model = tmp_path_factory.mktemp("o"), [], {}
     for number, pages in enumerate(layers):
@@ -240,7 +242,7 @@ def test_every_page_that_is_not_zero_comes_once(tmp_path_factory: pytest.TempPat
         model |= pages
     got: list[int] = []
     with SlotPages(files, PAGES) as slot:
-        order = Order({5: slot})
+        order = Order({5: slot}, {5: np.array(heat, np.uint8)})
 
         def take(block: Any) -> None:
             got.extend(block.number * 64 + bit for bit in range(64) if slot.mask(block) >> bit & 1)
@@ -271,9 +273,27 @@ def test_what_was_dirtied_last_comes_first_and_then_what_is_behind_a_page_that_i
                 writer.put(page, np.full(PAGE_SIZE, 1, np.uint8))
             files.append((tmp_path, name, str(writer.finish()["checksum"])))
     with SlotPages(files, 640) as slot:
-        order = Order({0: slot})
+        order = Order({0: slot}, {0: np.zeros(10, np.uint8)})
         assert [order.next() for _ in range(3)] == [(0, (0, 2)), (0, (0, 7)), (0, (1, 0))]
         assert order.take(0, 64 * 6 + 3) == (1, 6)
         assert order.take(0, 64 * 6 + 5) is None
         rest = [found[1].number for found in iter(order.next, None)]
     assert rest == [7, 8, 9, 1, 2, 3, 4, 5]
+
+
+def test_what_was_in_use_comes_before_everything_else(tmp_path: Path) -> None:
+    """Block 6 most, then 2 and 3 (in the order of the file), then 8, of which two pages are in the newer file."""
+    files = []
+    for name, pages in (("old", range(640)), ("new", [130, 512, 575])):
+        with PageWriter(tmp_path, name, 640) as writer:
+            for page in pages:
+                writer.put(page, np.full(PAGE_SIZE, 1, np.uint8))
+            files.append((tmp_path, name, str(writer.finish()["checksum"])))
+    heat = np.array([0, 0, 40, 41, 0, 0, 200, 0, 1, 0], np.uint8)
+    with SlotPages(files, 640) as slot:
+        order = Order({0: slot}, {0: heat})
+        assert order.next() == (0, (1, 6))
+        assert order.take(0, 64 * 3 + 3) == (1, 3)      # it is wanted
+        rest = [found[1] for found in iter(order.next, None)]
+    assert rest[:4] == [(0, 2), (1, 2), (0, 8), (1, 8)]
+    assert rest[4:] == [(1, 4), (1, 5), (1, 7), (1, 9), (1, 0), (1, 1)]

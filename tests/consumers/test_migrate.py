@@ -26,6 +26,7 @@ from vmm.client.machine import Machine
 from vmm.consumers.migration import source as source_module
 from vmm.consumers.migration.keys import make_keys
 from vmm.consumers.migration.pages import PAGE
+from vmm.consumers.migration.report import latency
 from vmm.consumers.migration.status import load_status
 from vmm.errors import ExitCode, VmmError
 from vmm.machine import records
@@ -212,6 +213,28 @@ def whole(moved: Machine) -> None:
     down = np.flatnonzero(np.diff(usable) < 0)
     assert len(down) <= 3
     assert usable.min() > 0
+
+
+@pytest.mark.postcopy
+def test_both_ends_say_how_long_a_page_took_that_was_waited_for(walker: Machine, accel: str, address: str) -> None:
+    receiver = Receiver(address, accel=accel)
+    report = migrate.migrate(walker, address, SLOWLY)
+    receiver.result().close()
+    waits = report.postcopy_latency
+    assert 0 < waits["median_us"] <= waits["p99_us"] <= waits["max_us"] <= sum(report.postcopy_blocktime) * 1000 + 1
+    # A page that several vCPUs wait for is asked for once.
+    assert waits["pages"] >= report.ram.postcopy_requests > 0
+    assert sum(count for name, count in waits.items() if name.startswith("upto_")) == waits["pages"]
+    assert load_status("target")["postcopy_latency"] == waits
+
+
+def test_waits_are_counted_by_powers_of_two() -> None:
+    assert latency([]) == {}
+    assert latency([50e-6, 100e-6, 101e-6, 250e-6, 0.0]) == {
+        "pages": 5, "median_us": 100.0, "p99_us": 250.0, "max_us": 250.0,
+        "upto_100_us": 3, "upto_200_us": 1, "upto_400_us": 1}
+    many = latency([n * 1e-6 for n in range(1, 1001)])
+    assert (many["median_us"], many["p99_us"], many["max_us"]) == (501.0, 991.0, 1000.0)
 
 
 @pytest.mark.postcopy

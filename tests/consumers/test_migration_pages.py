@@ -125,7 +125,7 @@ def test_a_zstd_bomb_is_not_unpacked() -> None:
 
 MESSAGES = [
     wire.Offer(wire.VERSION, "1", "00" * 16, spec("idle", accel="unicorn"), b"image", True),
-    wire.RoundEnd(1, 2), wire.Missing(0, b"x"),
+    wire.RoundEnd(1, 2), wire.Missing(0, b"x"), wire.Gathered("snap_0", 0, b"x"),
     wire.State(b"x", [{}], spec("idle", accel="unicorn"), False), wire.Commit(wire.VERSION, "a"), wire.Done(),
     wire.Abort("why"), wire.Ping(),
     wire.Check(wire.VERSION, "1", spec("idle", accel="unicorn"), wire.Needs("kvm", ["sse"])),

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+import zstandard
 from machines import machine_processes, nothing_left, replace, spec, until
 from migrations import (
     TIMEOUT,
@@ -69,6 +70,7 @@ STRANGE: list[list[bytes]] = [
     wire.frames(wire.Pages(0, 0, b"\0\0\0\0", "zero")),
     wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), wire.frames(wire.Join("00" * 16)),
     wire.frames(wire.Join("")), wire.frames(wire.Missing(0, b"")), wire.frames(wire.Abort("go")),
+    wire.frames(wire.Gathered("snap_0", 0, b"")),
     wire.frames(wire.Done()), [b"\xc1", b"12345678"], [wire.frames(wire.Commit(wire.VERSION, ""))[0], b"12345678"],
 ]
 
@@ -245,6 +247,9 @@ BAD_WORDS: dict[str, tuple[list[bytes], str]] = {
     "damaged": ([wire.frames(wire.Ping())[0], b"12345678"], "damaged"),
     "commit": ([], "Commit out of turn"),
     "state": (wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), "vcpu 0"),
+    "whose": (wire.frames(wire.Gathered("verify", 0, b"x")), "not a client of snapshots"),
+    "of what": (wire.frames(wire.Gathered("snap_0", 9, b"x")), "slot 9"),
+    "gathered": (wire.frames(wire.Gathered("snap_0", 0, zstandard.compress(b"x"))), "wrong size"),
 }
 
 

@@ -3,6 +3,7 @@ accelerator, it ends with the memory of a run that was never stopped."""
 
 from __future__ import annotations
 
+import base64
 import errno
 import functools
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,8 @@ from ipc.steps import STEPS
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
 from vmm.consumers.snapshot import SnapshotError
+from vmm.consumers.snapshot.heat import unpacked
+from vmm.consumers.snapshot.manifest import write_manifest
 from vmm.consumers.snapshot.pagefile import PAGE, PageFileError, PageWriter, compress, read_pages
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.names import machine_prefix
@@ -270,6 +274,56 @@ def test_one_that_is_interrupted_leaves_nothing(endless: Machine, tmp_path: Path
     endless.pause()
     snapshot.create(endless, directory, incremental=True)
     assert memory_of(directory) == endless.ram(0).tobytes()
+
+
+def test_ctrl_c_on_the_command_line_leaves_nothing_either(endless: Machine, tmp_path: Path) -> None:
+    directory = tmp_path / "s"
+    command = subprocess.Popen([sys.executable, "-m", "vmm", "snapshot", "create", endless.name, str(directory),
+                                "--live", "--working-set", "100s"], stderr=subprocess.PIPE, text=True)
+    until(lambda: any(c.startswith("snapwatch") for c in endless.status()["clients"]), "it has begun")
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=TIMEOUT)
+    assert (command.returncode, err.strip()) == (128 + signal.SIGINT, ""), err
+    assert os.listdir(directory) == []
+    assert endless.status()["state"] == "running"
+    assert [c for c in endless.status()["clients"] if c.startswith("snap")] == []
+    assert [h for h in endless.status()["holders"] if h["pid"]] == []
+
+
+@pytest.mark.parametrize("how", ["live", "watched"])
+def test_what_was_in_use_is_in_the_snapshot_and_stays_there(accel: str, how: str, tmp_path: Path) -> None:
+    """Two vCPUs, each of which writes to the first pages of its share only; and so do its incremental successors, the
+    merged one, and no snapshot of a guest that stood still."""
+    directory = tmp_path / "s"
+    busy = spec("random", accel=accel, mib=32, vcpus=1, pages=256, writes=0, timeout=None)
+    with Machine.launch(replace(busy, dirty_quota=4000)) as machine:
+        def used(taken: snapshot.Manifest) -> list[int]:
+            return np.flatnonzero(unpacked(taken.slots[0].working_set, taken.slots[0].size // PAGE)).tolist()
+
+        machine.register("oracle")
+        first = snapshot.create(machine, directory, live=how == "live", working_set=0.4 if how == "watched" else 0.0)
+        seen = {page // 64 for start, count in machine.sync("oracle").slots[0] for page in range(start, start + count)}
+        assert set(used(first)) <= seen
+        assert len(seen) < 16
+        assert used(first) or how == "live"     # of which nothing was dirtied while it was copied
+        second = snapshot.create(machine, directory, incremental=True, working_set=0.4)
+        assert 0 < len(used(second)) < 16
+        machine.pause()
+        assert used(snapshot.create(machine, directory, incremental=True)) == []
+    snapshot.merge(directory, "0002")
+    assert used(snapshot.chain(directory, "0002")[-1]) == used(second)
+
+
+@pytest.mark.parametrize("text", ["x", "eA==", base64.b64encode(zlib.compress(bytes(31))).decode(),
+                                  base64.b64encode(zlib.compress(bytes(1 << 24))).decode()])
+def test_a_working_set_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    with Machine.launch(spec("idle", accel="unicorn", mib=8, milliseconds=0, timeout=None)) as machine:
+        taken = snapshot.create(machine, tmp_path / "s")
+    slots = [msgspec.structs.replace(taken.slots[0], working_set=text)]
+    write_manifest(tmp_path / "s" / taken.id, msgspec.structs.replace(taken, slots=slots))
+    with pytest.raises(SnapshotError, match="working set is invalid") as caught:
+        snapshot.restore(tmp_path / "s", machine_name="again")
+    assert str(caught.value).count("\n") == 0
 
 
 @pytest.mark.parametrize(("at", "how"), [*((at, "kill") for at in STEPS["snapshot create"]),

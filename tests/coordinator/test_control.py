@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -10,10 +11,12 @@ import select
 import signal
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zmq
 from caller import Caller
@@ -21,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import spec, until
 
+from ipc.bitmap import word_count
 from ipc.layout import MachineControl
 from ipc.lines import LINE_MAX, LineListener, connect_lines
 from vmm.client.connection import ControlClient
@@ -62,6 +66,7 @@ BAD = [b"", b"\0", b"null", b"[]", b"{", b"{}", b"\xff\xfe", b'{"v": 2, "id": "x
        request("memory-add", slot=1, gpa=0, size=-(1 << 70), log=True), request("memory-remove", slot=1 << 64),
        request("sync", client="nobody"), request("sync", client=["x"]), request("dirty-limit", pages_per_s=1 << 70),
        request("mark", slot=99, first=0, count=1), request("mark", slot=0, first=-1, count=1 << 62),
+       request("mark-for", client="nobody", slot=0, word=0, bits="eJw="),
        request("set-tracking", tracking="never"), request("log-start", slot=-1), request("thaw", token="nobody"),
        request("set-state", vcpus=[{}]), request("events", after="x")]
 
@@ -80,6 +85,34 @@ def test_every_bad_request_gets_an_answer_and_the_machine_runs_on(machine: Machi
     caller.close()
     after = machine.status()["coordinator"]
     assert (after["pid"], after["restarts"]) == (before["pid"], 0)
+
+
+@pytest.mark.kvm
+def test_pages_that_are_marked_for_a_client_are_its_alone(machine: Machine) -> None:
+    machine.register("a")
+    machine.register("b")
+    pages = machine.status()["slots"][0]["pages"]
+    words = np.zeros(word_count(pages), np.uint64)
+    words[0], words[-1] = 1 << 63, 1
+    machine.mark_for("a", 0, words)
+    machine.mark_for("a", 0, words)
+    assert machine.sync("b").slots == {0: []}
+    assert machine.sync("a").slots == {0: [(63, 1), (64 * (len(words) - 1), 1)]}
+    assert machine.sync("a").slots == {0: []}
+    beyond = words.copy()
+    beyond[-1] = 1 << 63
+    with pytest.raises(VmmError, match="has no such pages"):
+        machine.mark_for("a", 0, beyond)
+    caller = Caller(machine_dir("t"))
+    too_much = base64.b64encode(zlib.compress(bytes(9 << 20))).decode()
+    for fields in ({"slot": 9}, {"word": -1}, {"word": len(words)}, {"word": 1 << 62}, {"bits": ""}, {"bits": "x"},
+                   {"bits": base64.b64encode(zlib.compress(b"x")).decode()}, {"bits": too_much}):
+        good = {"slot": 0, "word": 0, "bits": base64.b64encode(zlib.compress(bytes(8))).decode()}
+        answer = caller.ask(request("mark-for", client="a", **{**good, **fields}))
+        assert answer["error"], fields
+        assert answer["code"] != ExitCode.BUG, (fields, answer)
+    caller.close()
+    assert machine.sync("a").slots == {0: []}
 
 
 @pytest.mark.kvm
@@ -345,7 +378,7 @@ def test_a_verb_that_kills_each_coordinator_is_given_up(runtime_dir: Path) -> No
 
     thread = threading.Thread(target=die)
     thread.start()
-    client = ControlClient(runtime_dir, "t", lambda: True, after=0)
+    client = ControlClient(runtime_dir, "t", lambda: True, lambda: None, after=0)
     with pytest.raises(VmmError, match="coordinators died while handling this request") as caught:
         client.ask(control.Status)
     assert caught.value.exit_code is ExitCode.WORKER_DIED

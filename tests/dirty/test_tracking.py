@@ -29,7 +29,7 @@ from ipc.writelog import WriteLog
 from vmm.client.config import ConfigError, load_config
 from vmm.client.machine import Machine
 from vmm.client.plan import plan
-from vmm.dirty.tracking.auto import Demand, best_mode
+from vmm.dirty.tracking.auto import Demand
 from vmm.errors import VmmError
 from vmm.machine import verbs as control
 from vmm.machine.names import segment_name
@@ -393,24 +393,23 @@ def test_a_sync_that_cannot_reach_a_vcpu_is_refused(accel: str, tmp_path: Path) 
 def test_auto_is_what_the_machine_is_used_for(accel: str) -> None:
     busy = replace(spec("stamp", accel=accel, writes=0, spin=100, pages=100, timeout=None), tracking="auto")
     with Machine.launch(busy) as m:
-        assert m.status()["tracking"] == "none"     # nobody wants to know
+        assert (m.status()["tracking"], m.status()["logging"]) == ("ring", False)      # nobody wants to know
         m.register("a")
         before = m.ram(0).copy()
-        assert m.status()["tracking"] == "bitmap"
+        assert (m.status()["tracking"], m.status()["logging"]) == ("ring", True)
         dirty = pages(m.sync("a").slots[0])
         assert len(dirty) <= 2 * 100 + 20       # not all of them were marked: it counts from register
         m.dirty_limit(2000)
         assert m.status()["tracking"] == "ring"     # which a limit needs
         dirty |= pages(m.sync("a").slots[0])
         m.dirty_limit(0)
-        until(lambda: m.status()["tracking"] == "bitmap", "back at the bitmap")
         m.pause()
         assert dirty
         assert changed_pages(before, m.ram(0)) <= dirty | pages(m.sync("a").slots[0])
         m.set_tracking("uffd" if "uffd" in MODES else "ring")
         assert m.status()["tracking_asked"] != "auto"
         m.set_tracking("auto")
-        assert m.status()["tracking"] == "bitmap"
+        assert m.status()["tracking"] == "ring"
 
 
 def test_auto_loses_nothing(accel: str) -> None:
@@ -423,6 +422,8 @@ def test_auto_loses_nothing(accel: str) -> None:
             assert machine.status()["tracking"] == "ring"
             rounds = machine.status()["verification"]["rounds"]
             machine.dirty_limit(0)
+            machine.set_tracking("bitmap")
+            machine.set_tracking("auto")
             until(lambda n=rounds: machine.status()["verification"]["rounds"] > n + 1, "rounds")
         machine.stop()
         report = machine.wait(TIMEOUT)
@@ -451,12 +452,6 @@ def test_a_log_stays_for_a_moment_after_the_last_who_needed_it() -> None:
     assert not demand.lasts(15.0, needed=False, logging=True)
     demand.forget()
     assert demand.lasts(16.0, needed=True, logging=True)
-
-
-@pytest.mark.parametrize(("needed", "ring", "mode"), [(False, False, "none"), (True, False, "bitmap"),
-                                                      (False, True, "ring"), (True, True, "ring")])
-def test_auto_chooses_by_what_is_needed(needed: bool, ring: bool, mode: str) -> None:
-    assert best_mode(needed=needed, ring=ring) == mode
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -513,6 +508,21 @@ def test_configurations_that_cannot_be(tmp_path: Path, lines: str, error: str) -
     assert error in str(caught.value)
 
 
+@pytest.mark.parametrize(("lines", "asked"), [
+    ("guest: {workload: idle}", "auto"),
+    ("guest: {workload: idle}\ndirty_ring_size: auto", "auto"),
+    ("guest: {workload: idle}\ndirty_limit: 1MB/s", "auto"),
+    ("guest: {workload: idle}\ndirty_ring_size: 2048", "ring"),
+    ("guest: {workload: idle}\ndirty_ring_size: 0", "bitmap"),
+    ("guest: {workload: idle}\ntracking: ring", "ring"),
+    ("replay: {pattern: random, writes: 10}\naccel: replay", "ring"),
+])
+def test_who_says_nothing_of_rings_has_what_is_measured_to_be_best(tmp_path: Path, lines: str, asked: str) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(f"{lines}\nmemory: [{{size: 4MiB}}]\n" + ("" if "accel" in lines else "accel: unicorn\n"))
+    assert plan(load_config(path)).asked_tracking == asked
+
+
 def test_a_host_without_uffd_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("tracking: uffd\nmemory: [{size: 4MiB}]\nguest: {workload: idle}\n")
@@ -521,7 +531,7 @@ def test_a_host_without_uffd_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         plan(load_config(path))
 
 
-@pytest.mark.parametrize(("lines", "mode"), [("", "ring"), ("dirty_ring_size: 0", "bitmap"),
+@pytest.mark.parametrize(("lines", "mode"), [("", "auto"), ("dirty_ring_size: 0", "bitmap"),
                                              ("tracking: bitmap", "bitmap"), ("tracking: none", "none")])
 def test_what_a_file_means(tmp_path: Path, lines: str, mode: str) -> None:
     path = tmp_path / "m.yaml"

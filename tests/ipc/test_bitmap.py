@@ -136,6 +136,35 @@ def test_take_is_fold_clear_and_publish_in_one(three: list[Bitmap], a: list[tupl
     assert_summary_covers(synced)
 
 
+@pytest.mark.parametrize("pages", [1 << 26, (1 << 26) + 64 * 8 * 3, (1 << 26) + 1])
+@pytest.mark.parametrize("gap", [0, 8])     # bytes between two bitmaps: they begin with a cache line, or not
+def test_take_of_bitmaps_that_no_cache_holds(pages: int, gap: int) -> None:
+    """Against whole arrays of words."""
+    rng = np.random.default_rng(1)
+    size = -(-bitmap_bytes(pages) // 64) * 64 + gap
+    with Segment.create(segment_name("test-bitmap", f"large-{os.getpid()}"), 3 * size) as segment:
+        slot, pending, synced = (Bitmap(segment, at * size, pages) for at in range(3))
+        for _ in range(3):
+            expected = np.zeros(word_count(pages), np.uint64)
+            for bitmap, count in ((slot, 3000), (pending, 50), (synced, 3000)):
+                dirty = rng.integers(0, pages - 4096, count)
+                if bitmap is not pending:
+                    dirty = np.append(dirty, pages - 1)
+                for page in dirty.tolist():
+                    bitmap.mark_range(page, 1)
+                if bitmap is not synced:
+                    np.bitwise_or.at(expected, dirty // 64, np.uint64(1) << (dirty % 64).astype(np.uint64))
+            assert calls.take(slot, pending, synced) == int(np.bitwise_count(expected).sum())
+            assert np.array_equal(synced.words, expected)
+            for emptied in (slot, pending):
+                assert not emptied.words.any()
+                assert not emptied.summary.any()
+            groups = np.add.reduceat(expected != 0, np.arange(0, len(expected), 64))
+            bits = np.unpackbits(synced.summary.view(np.uint8), bitorder="little")[:len(groups)]
+            assert bits[groups > 0].all()
+        del slot, pending, synced, bitmap, emptied
+
+
 def test_kernels_kept_on_disk_run_without_the_compiler() -> None:
     """In a process of its own: what Numba brings along is not there."""
     program = """

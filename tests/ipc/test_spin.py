@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ipc.linux import futex
-from ipc.programs import Spin
+from ipc.spin import Spin
 
 
 class Counted:

@@ -98,7 +98,7 @@ def test_a_small_comparison_is_kept_and_carried_on(tmp_path: Path) -> None:
     for row in rows.values():
         assert row["speed"] > 0
         assert (row["dirty_per_s"] > 0) == (row["mode"] not in ("none", "idle"))
-    assert rows["auto"]["tracking"] == ["bitmap"]
+    assert set(rows["auto"]["tracking"]) <= {"ring", "bitmap"}
     again = vmm(*small)
     assert json.loads(again.stdout) == found        # nothing was measured again
     other = vmm(*small[:-3], "--rounds", "2", "--output", str(tmp_path))

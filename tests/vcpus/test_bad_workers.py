@@ -32,10 +32,11 @@ from ipc.sockets import FdListener, send_fd
 from vmm.client.machine import Machine
 from vmm.coordinator import segments
 from vmm.errors import ExitCode, VmmError
-from vmm.machine.names import machine_dir, segment_name
+from vmm.machine.names import belongings, machine_dir, segment_name
 from vmm.machine.spec import MachineSpec
 from vmm.vcpus import pool as vcpus
 from vmm.vcpus.handle import VcpuHandle
+from vmm.vcpus.link import Endpoints
 from vmm.vcpus.pool import VcpuPool
 from workers import zygote
 from workers.accel.base import Accelerator, Exit
@@ -93,9 +94,9 @@ BAD_REPLIES: list[list[bytes]] = [[b""], [b"\xc1"], [b"", b""], [m.encode(m.Done
 def test_frames_that_are_none_of_the_protocol_are_counted_and_dropped(accel: str) -> None:
     with Machine.launch(busy(accel)) as machine, zmq.Context() as context:
         machine.register("a")
-        directory = machine_dir("t")
-        with sockets.connect(context, zmq.PUSH, sockets.endpoint(directory, "notify")) as notify, \
-             sockets.connect(context, zmq.DEALER, sockets.endpoint(directory, "requests"), b"stranger") as requests:
+        endpoints = Endpoints.of(machine_dir("t"), belongings("t").owner_pid())
+        with sockets.connect(context, zmq.PUSH, endpoints.notify) as notify, \
+             sockets.connect(context, zmq.DEALER, endpoints.requests, b"stranger") as requests:
             for frames in BAD_NOTIFICATIONS:
                 notify.send_multipart(frames)
             for frames in BAD_REPLIES:
@@ -127,7 +128,7 @@ def test_an_answer_counts_only_from_the_worker_that_was_asked(tmp_path: Path) ->
                 vcpu = VcpuHandle(index, layout.vcpu_control(control.address, index), 0)
                 vcpu.watch(os.getpid())
                 pool.all.append(vcpu)
-            socks = [sockets.connect(context, zmq.DEALER, sockets.endpoint(tmp_path, "requests"),
+            socks = [sockets.connect(context, zmq.DEALER, Endpoints.of(tmp_path).requests,
                                      str(index).encode()) for index in range(2)]
 
             def answer() -> None:
@@ -173,7 +174,7 @@ def test_notifications_are_read_for_a_while_and_the_rest_later(tmp_path: Path) -
             pool.all.append(VcpuHandle(0, layout.vcpu_control(control.address, 0), 0))
             with context.socket(zmq.PUSH) as notify:
                 notify.sndhwm = notify.linger = 0
-                notify.connect(sockets.endpoint(tmp_path, "notify"))
+                notify.connect(Endpoints.of(tmp_path).notify)
                 frame = m.encode(m.Console(0, b"x\n"))
                 for _ in range(total):
                     notify.send(frame)
@@ -421,6 +422,8 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[VcpuPoo
         for made in (directory.parent, directory):
             made.mkdir(mode=0o700)
             stack.callback(made.rmdir)
+        segments.make_pipes(machine_spec, directory)
+        stack.callback((directory / "ring-full").unlink)
         null = stack.enter_context(Path("/dev/null").open("wb"))
         read, write = os.pipe()
         stack.callback(os.close, write)
@@ -432,10 +435,10 @@ def workers(machine_spec: MachineSpec, **changes: Any) -> Iterator[tuple[VcpuPoo
         stack.callback(parts.close)
         pool = VcpuPool(directory, Zygote(sock.detach()), lambda message: None,
                       lambda vcpu: died.append(vcpu.index))
-        stack.callback(lambda: [(directory / name).unlink(missing_ok=True) for name in ("notify", "requests")])
+        stack.callback(lambda: [Path(each.removeprefix("ipc://")).unlink(missing_ok=True) for each in pool.endpoints])
         stack.callback(pool.close)
         for vcpu in segments.make_handles(parts):
-            told = segments.worker_spec(parts, vcpu.index, directory, read)
+            told = segments.worker_spec(parts, vcpu.index, directory, pool.endpoints, read)
             pool.spawn(vcpu, msgspec.structs.replace(told, **changes))
         pool.start_paused()
         yield pool, died
@@ -455,7 +458,7 @@ def test_a_hello_of_another_version_is_refused(tmp_path: Path) -> None:
             vcpu = VcpuHandle(0, layout.vcpu_control(control.address, 0), 0)
             vcpu.watch(os.getpid())
             pool.all.append(vcpu)
-            with sockets.connect(context, zmq.PUSH, sockets.endpoint(tmp_path, "notify")) as notify:
+            with sockets.connect(context, zmq.PUSH, Endpoints.of(tmp_path).notify) as notify:
                 notify.send(m.encode(m.Hello(0, os.getpid(), PROTOCOL_VERSION + 1)))
                 with pytest.raises(VmmError, match=f"its worker speaks protocol {PROTOCOL_VERSION + 1}"):
                     pool.await_hello()
@@ -468,7 +471,7 @@ def test_a_hello_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_why_a_worker_ended_in_its_set_up_is_heard_after_its_end(tmp_path: Path) -> None:
     """What it said last comes through two ZeroMQ threads; that it has ended is known at once."""
     with Segment.create(segment_name("t", "control"), control_size(1)) as control, zmq.Context() as context, \
-         sockets.connect(context, zmq.PUSH, sockets.endpoint(tmp_path, "notify")) as notify:
+         sockets.connect(context, zmq.PUSH, Endpoints.of(tmp_path).notify) as notify:
         worker = subprocess.Popen(["true"])
         pool = VcpuPool(tmp_path, None, lambda message: None,
                         lambda vcpu: notify.send(m.encode(m.Hello(vcpu.index, worker.pid, error="no such thing"))))
@@ -564,14 +567,14 @@ def test_a_fault_of_the_worker_itself_is_the_end_of_that_vcpu_or_of_that_request
     """Its threads live on."""
     with Segment.create(segment_name("t", "control"), control_size(1)) as control, zmq.Context() as context, \
          context.socket(zmq.PULL) as notify, context.socket(zmq.ROUTER) as requests:
-        notify.bind(sockets.endpoint(tmp_path, "notify"))
-        requests.bind(sockets.endpoint(tmp_path, "requests"))
+        notify.bind(Endpoints.of(tmp_path).notify)
+        requests.bind(Endpoints.of(tmp_path).requests)
         worker = Worker(m.WorkerSpec(
             machine="t", belongings="t", index=0, vcpu_count=1, accel="", slots=[], fd_socket="",
             control_segment=control.name,
             system_slot=m.SlotSpec(layout.SYSTEM_SLOT, 0, 4096, ""), boot={},
-            request_endpoint=sockets.endpoint(tmp_path, "requests"),
-            notify_endpoint=sockets.endpoint(tmp_path, "notify")))
+            request_endpoint=Endpoints.of(tmp_path).requests,
+            notify_endpoint=Endpoints.of(tmp_path).notify))
         worker.vcpu.accel = cast(Accelerator, Failing())
         threads = [threading.Thread(target=worker.vcpu.run), threading.Thread(target=worker.service.serve)]
         for thread in threads:

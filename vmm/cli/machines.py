@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -12,12 +13,13 @@ import click
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, json_option, print_json
+from .signals import raise_on
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
     from ..machine.log import LogLine
 
-__all__ = ["list_", "logs", "status", "stop", "wait"]
+__all__ = ["list_", "logs", "status", "stop", "upgrade", "wait"]
 
 _STOP_TIMEOUT = 30.0        # seconds
 _FORCE_TIMEOUT = 15.0
@@ -119,6 +121,25 @@ def _kill(name: str) -> None:
             raise VmmError(f"machine '{name}' is still running after {_FORCE_TIMEOUT:.0f} s; its keeper is process "
                            f"{keeper}", ExitCode.WORKER_DIED)
         time.sleep(0.02)
+
+
+@click.command()
+@click.argument("name")
+@json_option
+def upgrade(name: str, as_json: bool) -> None:
+    """Give a running machine new processes, of the program that this command is. Its memory stays where it is, and its
+    guest stands still for a moment; its name, log, settings and dirty-log clients go on."""
+    import dataclasses
+
+    from ..consumers.migration.upgrade import upgrade as carry_out
+
+    raise_on(signal.SIGTERM, lambda number: KeyboardInterrupt())
+    done = carry_out(name)
+    if as_json:
+        print_json(dataclasses.asdict(done))
+    else:
+        click.echo(f"{name} was upgraded from {done.before} to {done.after} in {done.seconds:.2f} s; its guest stood "
+                   f"still for {done.downtime:.1f} ms")
 
 
 @click.command()

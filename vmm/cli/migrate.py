@@ -18,7 +18,7 @@ from ipc.run import python_module
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
-from .migrating import JsonLines, Shown, key_options, print_report, print_status
+from .migrating import MigrationLines, Shown, key_options, print_report, print_status
 from .signals import raise_on
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def start(name: str, address: str, check: bool, recover: bool, background: bool,
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine.attach(name))
         output = None if report_path is None else stack.enter_context(contextlib.closing(open_output(report_path)))
-        shown = stack.enter_context(Shown(output, stack.enter_context(JsonLines()) if json_lines else None))
+        shown = stack.enter_context(Shown(output, stack.enter_context(MigrationLines()) if json_lines else None))
         report = run(machine, address, options, migration_id=migration_id, progress=shown.tell)
     if as_json:
         print_json(report.as_dict())

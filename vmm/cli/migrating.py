@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import queue
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +13,15 @@ import click
 from ipc.shm import PAGE_SIZE
 
 from ..errors import VmmError
+from .lines import JsonLines
 
 if TYPE_CHECKING:
     from ..migrate import Report
     from ..outputs import Output
 
-__all__ = ["JsonLines", "Shown", "key_options", "print_report", "print_status"]
+__all__ = ["MigrationLines", "Shown", "key_options", "print_report", "print_status"]
 
 _MIB = 1 << 20
-_LINES_WAITING = 64         # lines of JSON that may wait for whoever reads them
-_LINES_PATIENCE = 5.0       # seconds for the last of them
 
 
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,50 +34,37 @@ def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-class JsonLines:
-    """On standard output, by a thread of its own: a migration does not wait for whoever reads it. ``event``: progress
-    (the report without its rounds), round (``round``: its number, and what it was), end (the whole report). When
-    progress is not read, some of it is left out."""
+class MigrationLines:
+    """JSON lines of a migration. ``event``: progress (the report without its rounds), round (``round``: its number, and
+    what it was), end (the whole report). ``with`` it."""
 
     def __init__(self) -> None:
         self._rounds = 0
-        self._queue: queue.Queue[bytes] = queue.Queue()
-        self._thread = threading.Thread(target=self._write, name="json-lines", daemon=True)
-        self._thread.start()
+        self._lines = JsonLines()
 
     def tell(self, report: Report) -> None:
+        """Where it is."""
         from ..consumers.migration.report import OVER
 
         said = report.as_dict()
         if report.status in OVER:
-            return self._put({"event": "end", **said})
+            return self._lines.put("end", said)
         for number, each in enumerate(said.pop("rounds")[self._rounds:], self._rounds):
-            self._put({"event": "round", "round": number, **each})
+            self._lines.put("round", {"round": number, **each})
             self._rounds = number + 1
-        if self._queue.qsize() < _LINES_WAITING:
-            self._put({"event": "progress", **said})
+        self._lines.put("progress", said)
 
-    def _put(self, document: dict[str, Any]) -> None:
-        self._queue.put(json.dumps(document).encode() + b"\n")
-
-    def _write(self) -> None:
-        with contextlib.suppress(OSError):      # nobody reads it: that is no reason to stop
-            while line := self._queue.get():
-                while line:
-                    line = line[os.write(1, line):]
-
-    def __enter__(self) -> JsonLines:
+    def __enter__(self) -> MigrationLines:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._queue.put(b"")
-        self._thread.join(_LINES_PATIENCE)
+        self._lines.__exit__(*error)
 
 
 class Shown:
     """Keeps a line on a terminal up to date; writes ``output`` when all is over."""
 
-    def __init__(self, output: Output | None, lines: JsonLines | None) -> None:
+    def __init__(self, output: Output | None, lines: MigrationLines | None) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -163,6 +146,9 @@ def print_report(report: Report) -> None:
     if report.ram.postcopy_pages:
         click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them requested; vCPUs "
                    f"waited {', '.join(f'{ms:,.1f}' for ms in report.postcopy_blocktime)} ms")
+    if waits := report.postcopy_latency:
+        click.echo(f"a page that was waited for took {waits['median_us']:,.0f} us (median), {waits['p99_us']:,.0f} us "
+                   f"(99 %), {waits['max_us']:,.0f} us at most")
     for vcpu, quota in report.throttled.items():
         click.echo(f"vCPU {vcpu} was throttled to {quota:,.1f} MB/s")
 

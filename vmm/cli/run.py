@@ -60,7 +60,9 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
         raise_on(signum, Interrupted)
     try:
         machine.start()
-        _follow(machine, as_json)
+        while _follow(machine, as_json) == ExitCode.STOPPED and machine.goes_on():
+            click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes, which end with this "
+                       "one only if it is interrupted", err=True)
     except Interrupted as exc:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)   # one is enough
@@ -81,8 +83,8 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
     return 128 + stopped_by if stopped_by else int(report["exit_code"])
 
 
-def _follow(machine: Machine, as_json: bool) -> None:
-    """Console output as it comes, a progress line on a terminal, until the end."""
+def _follow(machine: Machine, as_json: bool) -> int:
+    """Console output as it comes, a progress line on a terminal, until the end; the exit status."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -100,7 +102,7 @@ def _follow(machine: Machine, as_json: bool) -> None:
                     for line in event["data"].removesuffix("\n").split("\n"):
                         click.echo(f"[vcpu {event['vcpu']}] {line}", err=as_json)
                 elif event["event"] == "ended":
-                    return
+                    return int(event["exit_code"])
                 elif event["event"] in _NOTES:
                     screen.print(_NOTES[event["event"]].format(name=machine.name, **event), markup=False)
                 if time.monotonic() - shown >= _PROGRESS_S:

@@ -237,7 +237,7 @@ class MachineConfig(_Model):
     nice: Annotated[int, Field(ge=0, le=rules.NICE_MAX)] = 0
     #: Entries of a ring; 0: without rings; auto: as many as fit all of the machine's pages, if there may be such.
     dirty_ring_size: Annotated[int | Literal["auto"], BeforeValidator(_ring_size)] = "auto"
-    #: None: ring, or bitmap where dirty_ring_size is 0.
+    #: None: auto where dirty_ring_size is, ring where it is a number, bitmap where it is 0. (To replay takes rings.)
     tracking: Literal["ring", "bitmap", "uffd", "none", "auto"] | None = None
     #: auto: the vCPUs log what they write while somebody needs it; always: from the start.
     log: Literal["auto", "always"] = "auto"

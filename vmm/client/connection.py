@@ -38,15 +38,20 @@ class _Refused(VmmError):
 
 class ControlClient:
     """One connection to a coordinator, or to the one that takes over when it dies. Not thread-safe, nor for a
-    forked child. ``alive`` says whether the machine still runs; ``after``: the events that ``event`` begins behind
-    (0: from the first; -1: those from now on). ``lease``: token of the lease whose holder asks."""
+    forked child. ``alive`` says whether the machine still runs; ``owner`` gives its keeper's pid, which is another
+    once it was upgraded: its events begin anew then, and one that is ``pinned`` to a keeper takes it for gone.
+    ``after``: the events that ``event`` begins behind (0: from the first; -1: those from now on). ``lease``: token of
+    the lease whose holder asks."""
 
-    def __init__(self, directory: Path, name: str, alive: Callable[[], bool], *, after: int) -> None:
+    def __init__(self, directory: Path, name: str, alive: Callable[[], bool], owner: Callable[[], int | None], *,
+                 after: int, pinned: int | None = None) -> None:
         self.lease = ""
         self._pid = os.getpid()
         self._path = directory / "control"
         self._name = name
         self._alive = alive
+        self._owner = owner
+        self._pinned = self._keeper = pinned
         self._connection: LineConnection | None = None
         self._ids = itertools.count(1)
         self._token = uuid.uuid4().hex
@@ -55,6 +60,11 @@ class ControlClient:
         self._after = after
         self._asked_events = 0      # the id of the request for events that is with the coordinator; 0: none
         self._events: deque[dict[str, Any]] = deque()   # of one answer: no more are asked for before they are taken
+
+    @property
+    def keeper(self) -> int | None:
+        """Process id of the one whose machine this was when it was last connected to."""
+        return self._keeper
 
     def ask(self, verb: type[verbs.Verb], timeout: float = 30.0, **arguments: Any) -> dict[str, Any]:
         """Send one verb and wait for its answer; sent again when the coordinator died in between
@@ -145,6 +155,7 @@ class ControlClient:
         while self._connection is None:
             try:
                 self._connection = connect_lines(self._path)
+                self._look_whose()
             except OSError:
                 if not self._alive():
                     raise VmmError(f"machine '{self._name}' is gone", ExitCode.NO_MACHINE) from None
@@ -152,6 +163,17 @@ class ControlClient:
                     raise self._silent(0.0) from None
                 time.sleep(_RETRY)
         return self._connection
+
+    def _look_whose(self) -> None:
+        """Whose coordinator this is, now that there is a connection to one. Raises VmmError when it is no longer that
+        of the machine it is pinned to."""
+        keeper = self._owner()
+        if self._pinned is not None and keeper != self._pinned:
+            self._drop()
+            raise VmmError(f"machine '{self._name}' is gone", ExitCode.NO_MACHINE)
+        if None not in (keeper, self._keeper) and keeper != self._keeper and self._after > 0:
+            self._after = 0
+        self._keeper = keeper or self._keeper
 
     def _await(self, number: int, deadline: float) -> dict[str, Any] | None:
         """The answer to this request; None: it did not come in time, or the connection is lost."""

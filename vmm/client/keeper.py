@@ -11,7 +11,7 @@ import threading
 from ipc.run import Fork, own_process
 
 from ..machine.names import check_machine_name
-from ..machine.runtime import PROGRAMS
+from ..machine.runtime import CONTINUES, PROGRAMS
 
 __all__ = ["KeeperProcess"]
 
@@ -60,11 +60,11 @@ class KeeperProcess:
         self._waits = False
         return self.process
 
-    def tell(self, name: str, *, programs: bool, spec: bytes) -> None:
+    def tell(self, name: str, *, programs: bool, continues: bool, spec: bytes) -> None:
         """What the machine is. Raises BrokenPipeError where the keeper has ended."""
         with self.stdin as stdin:
             if not self.name:
-                stdin.write(f"{name} {PROGRAMS * programs}\n".encode())
+                stdin.write(f"{name} {PROGRAMS * programs} {CONTINUES * continues}\n".encode())
             stdin.write(spec)
 
     def give_up(self) -> None:

@@ -40,7 +40,8 @@ class Launched:
         self._has_memory = False
         try:
             with contextlib.suppress(BrokenPipeError):
-                begun.tell(spec.name, programs=spec.program is not None, spec=encode_spec(spec))
+                begun.tell(spec.name, programs=spec.program is not None, continues=spec.continues,
+                           spec=encode_spec(spec))
             while not (self.is_ready(wait=True) or (spec.incoming and self._has_memory)):
                 pass
         except BaseException:

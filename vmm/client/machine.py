@@ -9,8 +9,10 @@ own shared memory, without copies.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,7 +25,8 @@ from workers.accel import registry
 
 from ..errors import ExitCode, VmmError, no_memory
 from ..machine import records, verbs
-from ..machine.runtime import is_running, machine_dir, machine_names
+from ..machine.names import belongings
+from ..machine.runtime import await_upgrade, is_running, is_upgrading, machine_dir, machine_names
 from ..machine.spec import MachineSpec
 from . import holds
 from .connection import ControlClient
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Flushed", "Machine", "SyncResult", "list_machines"]
 
+_UPGRADE_PATIENCE = 10.0    # seconds
 _FOREVER = 86400.0 * 365    # seconds; what poll(2) can still be asked to wait for is less, and asked for again
 
 
@@ -72,6 +76,8 @@ class Flushed:
     at: float
     #: Pages that each vCPU has dirtied until then, ring entries where there are rings.
     vcpu_pages: list[int]
+    #: Of the slots, those that have been removed.
+    retired: frozenset[int]
 
 
 class Machine:
@@ -80,15 +86,24 @@ class Machine:
     A launched machine ends with its ``with`` (or ``close``), an attached one keeps running.
     """
 
-    def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False) -> None:
+    def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False,
+                 pinned: int | None = None) -> None:
         self.name = name
         self._launched = launched
         self._detached = detached       # a launched one that lives on without this process once it runs
-        self._client = ControlClient(machine_dir(name), name, lambda: is_running(name),
-                                     after=-1 if launched is None else 0)
+        self._pinned = launched.keeper.pid if launched is not None else pinned
+        self._client = self._connect(0 if launched is not None else -1)
         self._memory = Memory(self._client, name)
         self._bitmaps = Bitmaps(self._client, name)
         self._report: dict[str, Any] | None = None
+
+    def _connect(self, after: int) -> ControlClient:
+        name, owner, pinned = self.name, belongings(self.name).owner_pid, self._pinned
+
+        def alive() -> bool:
+            return owner() == pinned if pinned is not None else is_running(name) or is_upgrading(name)
+
+        return ControlClient(machine_dir(name), name, alive, owner, after=after, pinned=pinned)
 
     @property
     def _keeper(self) -> subprocess.Popen[bytes] | Fork | None:
@@ -150,15 +165,25 @@ class Machine:
 
     @classmethod
     def attach(cls, name: str) -> Machine:
-        """Connect to a running machine. Raises VmmError when there is none of that name, or it is not a valid name."""
-        if not is_running(name):
+        """Connect to a running machine; one that is being upgraded is waited for, and one that is upgraded later stays
+        connected. Raises VmmError when there is none of that name, or it is not a valid name."""
+        if not await_upgrade(name):
             raise records.no_machine(name)
         return cls(name)
+
+    @classmethod
+    def attach_pinned(cls, name: str) -> Machine:
+        """The same, and once the machine has ended or was upgraded it is gone: for whoever ends it, or moves it.
+        Raises VmmError."""
+        keeper = belongings(name).owner_pid()
+        if keeper is None:
+            raise records.no_machine(name)
+        return cls(name, pinned=keeper)
 
     def beside(self, lease: holds.Lease) -> Machine:
         """Another connection of this process, for a thread that is to end ``lease``, which both show until then. It is
         to be detached."""
-        other = Machine(self.name)
+        other = Machine(self.name, pinned=self._pinned)
         lease.pass_to(other._client)
         return other
 
@@ -175,7 +200,12 @@ class Machine:
     def start(self) -> None:
         """Let the vCPUs enter the guest for the first time. Raises VmmError."""
         self._client.ask(verbs.Start)
-        if self._launched is not None and self._detached:
+        if self._detached:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """A machine that was launched here lives on without this process. Idempotent."""
+        if self._launched is not None:
             self._launched.let_go()
 
     def pause(self) -> None:
@@ -258,7 +288,8 @@ class Machine:
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
         """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
-        it has left (without ``vcpus`` if it could not make one). Raises TimeoutError."""
+        it has left (without ``vcpus`` if it could not make one). One that was upgraded is waited for in its new
+        processes, which do not end with this one. Raises TimeoutError."""
         deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
         report: dict[str, Any] | None = None
         while report is None:
@@ -266,13 +297,32 @@ class Machine:
                 report = self._wait_for_end(deadline)
             except VmmError as exc:
                 report = records.outcome(self.name)
+                if report is None and self.goes_on():
+                    continue
                 # Without an answer while it runs, one coordinator is taking over from another.
                 if report is None and not (exc.exit_code is ExitCode.NO_MACHINE and is_running(self.name)):
                     raise
             if report is None and time.monotonic() >= deadline:
                 raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
+            if report is not None and report["cause"].endswith(records.UPGRADED) and self.goes_on():
+                report = None
         self._report = report
         return report
+
+    def goes_on(self) -> bool:
+        """Of a machine that has ended: it was upgraded, and this is attached to the one that goes on, whose events
+        begin with the first. Otherwise nothing has changed."""
+        owner, before = belongings(self.name).owner_pid, self._client.keeper
+        deadline = time.monotonic() + _UPGRADE_PATIENCE
+        while (keeper := owner()) in (before, None) and is_upgrading(self.name) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if before is None or keeper in (before, None):
+            return False
+        self.detach()
+        self._pinned = None
+        self._client = self._connect(0)
+        self._memory, self._bitmaps = Memory(self._client, self.name), Bitmaps(self._client, self.name)
+        return True
 
     def _wait_for_end(self, deadline: float) -> dict[str, Any] | None:
         """The report; None: it is still running. Raises VmmError."""
@@ -363,6 +413,15 @@ class Machine:
         it is another process' own."""
         self._client.ask(verbs.Register, client=client, mine=mine, like=like)
 
+    def mark_for(self, client: str, slot: int, words: NDArray[np.uint64]) -> None:
+        """These pages of the slot are dirty for this client alone, in its next sync (``words``: a bit a page, as in
+        ``bitmap``): it is known from elsewhere that they were written. Raises VmmError."""
+        for at in range(0, len(words), verbs.MARKED_WORDS):
+            piece = words[at:at + verbs.MARKED_WORDS]
+            if piece.any():
+                bits = base64.b64encode(zlib.compress(piece.astype("<u8").tobytes(), 1)).decode()
+                self._client.ask(verbs.MarkFor, client=client, slot=slot, word=at, bits=bits)
+
     def unregister(self, client: str) -> None:
         """Stop gathering for the client; what it had is dropped. Raises VmmError."""
         self._client.ask(verbs.Unregister, client=client)
@@ -385,7 +444,7 @@ class Machine:
         """As ``collect``, with the moment, and each vCPU's pages until then, as the coordinator has them."""
         answer = self._bitmaps.sync(client)
         return Flushed({slot_id: slot["dirty"] for slot_id, slot in answer["slots"].items()}, answer["at"],
-                       answer["vcpu_pages"])
+                       answer["vcpu_pages"], frozenset(i for i, s in answer["slots"].items() if s["retired"]))
 
     def take(self, client: str) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it. Raises

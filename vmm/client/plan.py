@@ -76,7 +76,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     spec = MachineSpec(
         name=name or config.name, accel=accel, vcpus=vcpus, program=program, privilege=config.privilege,
         nice=config.nice,
-        ring_entries=entries, tracking=config.tracking or "", log=config.log, slots=slots,
+        ring_entries=entries, tracking=_tracking(config, entries), log=config.log, slots=slots,
         image=os.path.abspath(image) if image else "", load_address=address,
         params=params, cmdline=(config.guest and config.guest.workload) or "", stack_size=config.stack_size,
         reaper=ReaperSpec(config.reaper.mode, config.reaper.interval, config.reaper.min_interval,
@@ -92,6 +92,12 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     except (RuleError, RoomError) as exc:
         raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
     return spec
+
+
+def _tracking(config: MachineConfig, entries: int) -> str:
+    """What the file says, or its default. Whoever says how large a ring is wants rings."""
+    measured = config.dirty_ring_size == "auto" and entries > 0 and config.replay is None
+    return config.tracking or ("auto" if measured else "")
 
 
 def _check_trace_file(path: str, patterns: list[str]) -> None:

@@ -60,6 +60,8 @@ class MissingPages:
         self.left = sum(int(p.sum()) for p in pages.values())
         self._waiting: dict[Wanted, list[tuple[int, int, float]]] = {}
         self._asked: set[Wanted] = set()
+        #: Seconds from when a fault was read until its vCPU was told to go on, of each.
+        self.waits: list[float] = []
         #: Seconds that each vCPU has waited for pages.
         self.blocked = [0.0] * len(machine.status()["vcpus"])
         self._open = contextlib.ExitStack()
@@ -191,12 +193,13 @@ class MissingPages:
 
     def _release(self, slot: int, numbers: NDArray[np.int64]) -> None:
         came = set(numbers.tolist())
-        now = time.monotonic()
         for want in [w for w in self._waiting if w.slot == slot and w.page in came]:
             for fd, address, since in self._waiting.pop(want):
                 vcpu, userfault = self.faults[fd]
                 userfault.wake(address)
-                self.blocked[vcpu] += now - since
+                waited = time.monotonic() - since
+                self.waits.append(waited)
+                self.blocked[vcpu] += waited
 
     def _full(self, slot: int, exc: OSError) -> VmmError:
         return VmmError(f"{self._what}: slot {slot}: pages cannot be filled in: {os.strerror(exc.errno or 0)}"

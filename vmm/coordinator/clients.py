@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import time
+import zlib
 from typing import Any
 
 from ipc.linux.processid import ProcessId
 from ipc.messages import BitmapPlace
 from ipc.steps import step
 
-from ..dirty.verify import CLIENT as VERIFY_CLIENT
 from ..errors import VmmError
+from ..machine.names import VERIFIER
+from ..machine.verbs import MARKED_WORDS
 from .core import Core
 from .owners import Held, Hold
 from .tracking import TrackingSwitch
@@ -78,6 +81,18 @@ class Clients:
                 self.held.add(hold)
             raise
 
+    def mark(self, client: str, slot: int, word: int, bits: str, asker: int) -> None:
+        """``bits``: zlib, base64. May be repeated. Raises VmmError, with nothing marked."""
+        self._require_there(client, asker)
+        try:
+            packer = zlib.decompressobj()
+            found = packer.decompress(base64.b64decode(bits, validate=True), 8 * MARKED_WORDS)
+        except (ValueError, zlib.error) as exc:
+            raise VmmError(f"dirty-log client '{client}': its pages cannot be read: {exc}") from None
+        if not packer.eof or not found or len(found) % 8:
+            raise VmmError(f"dirty-log client '{client}': its pages must be from 1 to {MARKED_WORDS} whole words")
+        self._core.parts.log.mark_for(client, slot, word, found)
+
     def _unregister(self, client: str) -> None:
         """Its process has ended."""
         if client in self._core.parts.log.clients:
@@ -123,5 +138,5 @@ class Clients:
 
 def _require_not_the_verifier(client: str) -> None:
     """Raises VmmError."""
-    if client == VERIFY_CLIENT:
+    if client == VERIFIER:
         raise VmmError(f"dirty-log client '{client}' is reserved for the verifier")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ipc.layout import ExitReason, VcpuState
 from ipc.messages import ProgramCalls
+from ipc.shm import is_named, is_same, unlink_segment
 
 from ..dirty.parts import Parts
 from ..dirty.reaper import Reaper
@@ -40,6 +41,8 @@ class Core:
         self.state = "starting"
         #: Its memory comes from elsewhere, and whoever launched it is to have it alone (leases.py).
         self.incoming = False
+        #: {slot: segment}: of another machine, whose memory this one has from when it is started.
+        self.links: dict[int, str] = {}
         self.verifier: AnyVerifier | None = None
         self.parts: Parts
         self.vcpus: VcpuPool
@@ -69,6 +72,19 @@ class Core:
         self.killed_for = ExitReason.NONE
         #: For people: what was lost with which the guest can never continue.
         self.lost = ""
+
+    def take_memory(self) -> None:
+        """Handed over in place: from here on the machine that had it cannot run with it (pauses.py). Once it is
+        written down that this one runs, and before its guest does. May be repeated."""
+        for slot, other in self.links.items():
+            found = self.parts.log.slots.get(slot)
+            if found is not None and is_same(found.ram.name, other):    # not a later machine's of that name
+                unlink_segment(other)
+
+    @property
+    def given_away(self) -> bool:
+        """Another machine has taken this one's memory, and writes to it."""
+        return self.spec.can.guests and not all(is_named(slot.ram.name) for slot in self.parts.log.slots.values())
 
     # --- the journal --------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from ipc.run import Fork
 from ..errors import ExitCode, VmmError
 from ..machine import records
 from ..machine.log import LogFile
-from ..machine.runtime import END, KEEPER, LET_GO, PROGRAMS, claim, release
+from ..machine.runtime import CONTINUES, END, KEEPER, LET_GO, PROGRAMS, claim, release
 from .confine import confine
 
 __all__ = ["Deaths", "main"]
@@ -381,10 +381,10 @@ def _kill_children(timeout: float) -> None:
             return
 
 
-def _open_record(name: str) -> records.Record | str:
+def _open_record(name: str, *, goes_on: bool) -> records.Record | str:
     """The machine's record, or why there is none: it runs all the same."""
     try:
-        return records.Record(name)
+        return records.Record(name, goes_on=goes_on)
     except (OSError, VmmError) as exc:
         return f"no log and no report will be kept: {exc}"
 
@@ -392,7 +392,8 @@ def _open_record(name: str) -> records.Record | str:
 def main(argv: list[str]) -> int:
     """``vmm.coordinator.keeper NAME STATUS_FD LIFE_FD LAUNCHER_PID [programs]``; the machine's specification is on
     standard input. Where none comes, nothing of the machine is left. An empty NAME: it comes there too, in a line
-    before (with ``programs``), and meanwhile everything is imported."""
+    before (with ``programs``, and ``continues`` for a machine that was upgraded), and meanwhile everything is
+    imported."""
     name, words = argv[0], argv[4:]
     status_fd, life_fd, launcher = (int(a) for a in argv[1:4])
     process.set_name(KEEPER)
@@ -408,7 +409,7 @@ def main(argv: list[str]) -> int:
             return int(ExitCode.STOPPED)
         process.set_command_line([_MODULE, name])
     try:
-        taken = claim(name)
+        taken = claim(name, continues=CONTINUES in words)
     except VmmError as exc:
         os.write(status_fd, json.dumps({"error": str(exc), "code": int(exc.exit_code)}).encode() + b"\n")
         return int(exc.exit_code)
@@ -423,7 +424,7 @@ def main(argv: list[str]) -> int:
             release(taken)
     if not spec:
         return int(ExitCode.STOPPED)
-    record = _open_record(name)
+    record = _open_record(name, goes_on=CONTINUES in words)
     log = LogFile(record.log_path if isinstance(record, records.Record) else None)
     if isinstance(record, str):
         keeper.tell({"warning": record})

@@ -38,10 +38,11 @@ class Life:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the start, of a machine that was upgraded the first one."""
         if self.elapsed_at_end is not None:
             return self.elapsed_at_end
-        return time.monotonic() - self.started if self.started is not None else 0.0
+        before = self._core.spec.elapsed
+        return before + time.monotonic() - self.started if self.started is not None else before
 
     @property
     def timeout_left(self) -> float | None:
@@ -61,6 +62,8 @@ class Life:
             self.started = None
             raise
         step("start-committed")
+        core.take_memory()
+        step("start-taken")
         core.state = "running"
         core.reaper.schedule.plan(self.started, core.reaper.room())
         core.vcpus.resume_all()
@@ -112,7 +115,7 @@ class Life:
         """Every vCPU has ended: what their rings still hold is reaped and checked."""
         core = self._core
         core.vcpus.drain_notifications(everything=True)
-        if core.verifying:
+        if core.verifying and not core.given_away:
             core.drain_and_verify()
         else:
             core.reaper.drain()

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from ipc.bell import Bell
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, ProgramCalls, RingFull
 from ipc.shm import SegmentError
 from ipc.steps import step
@@ -82,12 +83,14 @@ class Coordinator:
             if zygote is not None:
                 segments.copy_image(spec.image, image)
             spec = msgspec.structs.replace(spec, image=str(image))
-        incoming, spec = spec.incoming, msgspec.structs.replace(spec, incoming=False, links={})     # it is so once
+        incoming, links = spec.incoming, spec.links
+        spec = msgspec.structs.replace(spec, incoming=False, links={})      # it is so once
         self.spec = spec
         tracer = Tracer(spec.trace, spec.trace_file, terminal, self._warn)
         self._closing.callback(tracer.close)
         core = self.core = Core(spec, directory, tracer)
         core.incoming = incoming if saved is None else saved.incoming
+        core.links = links
         self._closing.callback(core.owners.close)
         core.tell, core.report = self._tell, self._report
         machine = self.machine = Families(core, spec.asked_tracking if saved is None else saved.asked_tracking)
@@ -118,7 +121,9 @@ class Coordinator:
         if saved is None:
             core.write_journal = self._write_journal
             self._create(keeper_fd)
+            self._open_bell()
         else:
+            self._open_bell()
             take_over(machine, saved, self._rounds)
             core.write_journal = self._write_journal
             commit(machine, self._segments())
@@ -129,7 +134,8 @@ class Coordinator:
         core = self.core
         segments.make_pipes(self.spec, core.directory)
         for vcpu in segments.make_handles(core.parts):
-            core.vcpus.spawn(vcpu, segments.worker_spec(core.parts, vcpu.index, core.directory, keeper_fd))
+            core.vcpus.spawn(vcpu, segments.worker_spec(
+                core.parts, vcpu.index, core.directory, core.vcpus.endpoints, keeper_fd))
         core.vcpus.start_paused()
         core.parts.log.load_loops()     # while the workers are set up
         core.vcpus.await_hello()
@@ -137,6 +143,11 @@ class Coordinator:
         core.state = "ready"
         core.save()
         _log.info("%d vCPUs (%s) are ready", self.spec.vcpus, self.spec.accel)
+
+    def _open_bell(self) -> None:
+        """Raises OSError."""
+        self._bell = Bell(self.core.directory)
+        self._closing.callback(self._bell.close)
 
     def _write_journal(self) -> None:
         """Raises VmmError."""
@@ -185,6 +196,7 @@ class Coordinator:
 
     def _wait(self, now: float) -> None:
         poller = zmq.Poller()
+        poller.register(self._bell.fd, zmq.POLLIN)
         poller.register(self.core.vcpus.notify, zmq.POLLIN)
         poller.register(self._signal_fd, zmq.POLLIN)
         by_fd = {s.pidfd: s for s in self.core.vcpus.all if s.alive}
@@ -197,7 +209,11 @@ class Coordinator:
             poller.register(fd, events)
         ended, asking = [], {}
         for ready, happened in poller.poll(0 if self._server.behind else self._poll_ms(now)):
-            if ready is self.core.vcpus.notify:
+            if ready == self._bell.fd:
+                self._bell.silence()
+                if self.machine.pauses.running:     # before all else: a vCPU waits
+                    self.core.reaper.let_go()
+            elif ready is self.core.vcpus.notify:
                 self.core.vcpus.drain_notifications()
             elif ready == self._signal_fd:
                 os.read(self._signal_fd, 4096)
@@ -241,10 +257,7 @@ class Coordinator:
 
     def _on_notification(self, message: AnyNotification) -> None:
         if isinstance(message, RingFull):
-            if self.core.tracer.full:
-                self.core.tracer.full(message.vcpu)
-            if self.core.parts.ring_entries:    # else it comes from before the last switch
-                self.core.reaper.full.add(message.vcpu)
+            self.core.reaper.look_for_full()
         elif isinstance(message, Console):
             self._consoles.write(message.vcpu, message.data)
         elif isinstance(message, ProgramCalls):

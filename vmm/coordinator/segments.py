@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ipc import forwarding, programs, sockets
+from ipc import forwarding, programs
+from ipc.bell import Bell
 from ipc.layout import (
     CONTROL_MAGIC,
     MAX_SLOTS,
@@ -40,6 +41,7 @@ from ..machine.names import belongings, segment_name
 from ..machine.spec import MachineSpec, RamSlot
 from ..machine.tracefile import Trace, TraceError, TraceReader, check_trace, unpack
 from ..vcpus.handle import VcpuHandle
+from ..vcpus.link import Endpoints
 
 __all__ = ["adopt_parts", "copy_image", "make_parts", "make_pipes", "worker_spec"]
 
@@ -204,7 +206,7 @@ def make_handles(parts: Parts) -> list[VcpuHandle]:
     return vcpus
 
 
-def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> WorkerSpec:
+def worker_spec(parts: Parts, index: int, directory: Path, endpoints: Endpoints, keeper_fd: int) -> WorkerSpec:
     """What vCPU ``index``'s worker is told; its control block asks it to start paused."""
     spec = parts.spec
     block = vcpu_control(parts.control_segment.address, index)
@@ -223,8 +225,7 @@ def worker_spec(parts: Parts, index: int, directory: Path, keeper_fd: int) -> Wo
         system_slot=SlotSpec(id=SYSTEM_SLOT, gpa=boot.SYSTEM_GPA, size=parts.system.size,
                              segment=parts.system.name),
         control_segment=parts.control_segment.name, belongings=belongings(spec.name).name,
-        request_endpoint=sockets.endpoint(directory, "requests"),
-        notify_endpoint=sockets.endpoint(directory, "notify"),
+        request_endpoint=endpoints.requests, notify_endpoint=endpoints.notify,
         fd_socket=str(directory / "fds"), keeper_fd=keeper_fd, replay=replay, program=spec.program,
         boot=_boot_registers(parts, index))
 
@@ -240,8 +241,9 @@ def _boot_registers(parts: Parts, index: int) -> dict[str, int]:
 
 
 def make_pipes(spec: MachineSpec, directory: Path) -> None:
-    """FIFOs between a program's system and others (ipc/programs.py, ipc/consoles.py, ipc/forwarding.py). Raises
-    OSError."""
+    """FIFOs: of full rings, and between a program's system and others (ipc/programs.py, ipc/consoles.py,
+    ipc/forwarding.py). Raises OSError."""
+    Bell.make(directory)
     if spec.program is not None:
         for name in ("bell", "console-in", "console-out", *forwarding.PIPES):
             os.mkfifo(directory / name, 0o600)

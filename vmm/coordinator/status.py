@@ -20,6 +20,7 @@ from ..machine.report import (
     VerificationReport,
 )
 from ..vcpus.handle import VcpuHandle
+from ..version import VERSION
 from .core import Core
 from .families import Families
 from .outcome import exit_code, reason_text
@@ -43,7 +44,7 @@ def machine_report(machine: Families) -> Report:
         tracking_switches=machine.tracking.switches, logging=core.parts.mode.logged and log.on,
         ring_entries=core.parts.ring_entries, can_limit=spec.ring_entries > 0 and asked in ("ring", "auto"),
         coordinator=CoordinatorReport(pid=os.getpid(), restarts=core.restarts, turns=core.turns,
-                                      bad_messages=core.vcpus.dropped),
+                                      bad_messages=core.vcpus.dropped, program=VERSION),
         vcpus=[_vcpu_report(core, each) for each in core.vcpus.all],
         reaper=ReaperReport(mode=spec.reaper.mode, state=ReaperState(block.reaper_state).name,
                             iterations=block.reaper_iteration, pages=block.reaped_pages,

@@ -65,6 +65,7 @@ def handlers(machine: Families) -> dict[type[verbs.Verb], Handler]:
         verbs.Register: allowed(Change.REGISTER, lambda v: machine.clients.register(
             v.client, _owner(machine, v) if v.owner_start else None, v.like)),
         verbs.Unregister: lambda v: machine.clients.unregister(v.client, core.asker),
+        verbs.MarkFor: lambda v: machine.clients.mark(v.client, v.slot, v.word, v.bits, core.asker),
         verbs.Sync: lambda v: machine.clients.sync(v.client, v.again, core.asker),
         verbs.Slots: lambda v: machine_slots(core),
         verbs.Mark: lambda v: _mark(machine, v),

@@ -66,6 +66,7 @@ def commit(machine: Families, known: set[str]) -> None:
     if life.stopping != ExitReason.NONE:
         life.ask_to_end()
     if life.started is not None:
+        core.take_memory()
         core.vcpus.resume_all()     # those who want it to stand still have their own pause by now
     _log.info("took over the machine (restart %d)", core.restarts)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from typing import Any
 
+from ipc.layout import RING_RESERVE
 from ipc.shm import SegmentError
 
 from ..dirty.tracking import switch
-from ..dirty.tracking.auto import Demand, best_mode
+from ..dirty.tracking.auto import Demand, Measured, Sample
 from ..errors import VmmError
-from ..machine.trackings import check_tracking, not_logged
+from ..machine.trackings import check_tracking, is_supported, not_logged
 from . import hotplug
 from .core import Core
 
@@ -23,6 +25,7 @@ class TrackingSwitch:
     def __init__(self, core: Core, asked: str) -> None:
         self._core = core
         self._demand = Demand()
+        self._measured = Measured(core.spec.ring_entries - RING_RESERVE)
         self.asked = asked
         self.switches = 0
         spec = core.spec
@@ -31,17 +34,11 @@ class TrackingSwitch:
 
     def first(self) -> str:
         """Of a machine that is about to be made; one of vmm.machine.trackings.MODES."""
-        if self.asked != "auto":
-            return self.asked
-        return best_mode(needed=self._needed_first, ring=any(self._core.spec.quotas))
+        return self._can_be[0] if self.asked == "auto" else self.asked
 
     @property
     def logs_first(self) -> bool:
         """The vCPUs of a machine that is about to be made log from the start."""
-        return self._needed_first or self.asked == "auto"
-
-    @property
-    def _needed_first(self) -> bool:
         spec = self._core.spec
         return self._always or spec.verify is not None or any(spec.quotas)
 
@@ -64,9 +61,7 @@ class TrackingSwitch:
                 f"cancel it first (vmm dirty-limit cancel {core.spec.name})")
             raise VmmError(f"machine '{core.spec.name}' has a dirty limit, which needs dirty rings: {what}")
         before = core.parts.tracking
-        mode = asked
-        if asked == "auto":
-            mode = best_mode(needed=self._needed(), ring=self._ring_needed())
+        mode = self._can_be[0] if asked == "auto" else asked
         asked_before, self.asked = self.asked, asked    # written down with the first step of the switch
         try:
             seconds = self.switch(mode)
@@ -75,6 +70,7 @@ class TrackingSwitch:
             self.asked = asked_before
             raise
         self._demand.forget()
+        self._measured.forget()
         return {"before": before, "tracking": core.parts.tracking, "asked": asked, "seconds": seconds}
 
     def switch(self, mode: str) -> float:
@@ -104,12 +100,31 @@ class TrackingSwitch:
         needed = self._needed() or logged or limited or recorded
         lasts = self._demand.lasts(time.monotonic(), needed=needed,
                                    logging=core.parts.mode.logged and core.parts.log.on)
-        auto = self.asked == "auto"
-        if auto and (needed or not lasts):
+        if self.asked == "auto":
             ring = self._ring_needed() or ((limited or recorded) and core.spec.ring_entries > 0)
-            self.switch(best_mode(needed=needed, ring=ring))
+            self.switch("ring" if ring else self._best(measure=needed and core.parts.log.on))
         if core.parts.mode.logged and core.state != "ended":
-            hotplug.set_log(core, lasts or auto)
+            hotplug.set_log(core, lasts)
+
+    def _best(self, *, measure: bool) -> str:
+        """With tracking auto, where either will do: rings or bitmaps, or what there is."""
+        core, mode = self._core, self._core.parts.tracking
+        if mode not in self._can_be:        # it arrived so
+            return self._can_be[0]
+        if not measure or len(self._can_be) == 1:
+            self._measured.forget()
+            return mode
+        vcpus = core.vcpus.all
+        return self._measured.choose(mode, Sample(
+            time.monotonic(), sum(s.running for s in vcpus), core.reaper.repeats,
+            sum(s.control.stalled_ns for s in vcpus) / 1e9, core.parts.control.flushes,
+            tuple(s.control.dirty_pages for s in vcpus)))
+
+    @cached_property
+    def _can_be(self) -> list[str]:
+        """What tracking auto chooses from, the first to begin with."""
+        spec = self._core.spec
+        return [mode for mode in ("ring", "bitmap") if is_supported(mode, spec.accel, spec.ring_entries)]
 
     def choose_or_keep(self) -> None:
         """``choose``, by itself: where that fails, it stays as it is, and for good."""
@@ -125,8 +140,7 @@ class TrackingSwitch:
 
     def log_while_pages_are_missing(self) -> None:
         """Whoever may need it: in post-copy not every vCPU can be stopped to switch it on. Raises VmmError."""
-        if self.asked != "auto":
-            hotplug.set_log(self._core, True)
+        hotplug.set_log(self._core, True)
 
     def require_log(self) -> None:
         """Raises VmmError."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import msgspec
+import numpy as np
 
 from ipc.bitmap import slot_table
 from ipc.layout import MAX_SLOTS
@@ -271,6 +272,19 @@ class DirtyLog:
     def mark_client(self, client: str, slot_id: int) -> None:
         """All of the slot is dirty for this client."""
         self._clients[client].maps[slot_id].pending.mark_range(0, self.slots[slot_id].pages)
+
+    def mark_for(self, client: str, slot_id: int, word: int, bits: bytes) -> None:
+        """These pages are dirty for this client alone (``bits``: one a page, from the lowest of word ``word`` on, whole
+        words). Raises VmmError, with nothing marked."""
+        maps = self._clients[client].maps
+        if slot_id not in maps:
+            raise VmmError(f"there is no memory slot {slot_id} (existing slots: {', '.join(map(str, maps))})")
+        words, pending = np.frombuffer(bits, "<u8"), maps[slot_id].pending
+        end = 64 * (word + len(words))
+        if word < 0 or end - 64 >= pending.pages or (
+                end > pending.pages and int(words[-1]) >> 64 - (end - pending.pages)):
+            raise VmmError(f"slot {slot_id} has no such pages")
+        pending.merge(words, word)
 
     def take(self, client: str, *, again: bool = False) -> dict[int, Taken]:
         """Fold the slot bitmaps into every client's, then give ``client`` its own: its synced bitmaps hold what was

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -77,8 +76,14 @@ class Reaper:
         self._last: _Harvested = {}     # by the last reap
         #: Is given whatever is harvested, while the machine is being recorded.
         self.recorder: Recorder | None = None
-        #: vCPUs that have reported a full ring and must be let go by the next reap.
+        #: vCPUs that have left the guest for a full ring and must be let go by the next reap.
         self.full: set[int] = set()
+        #: Entries of pages that were in the slot bitmaps already: they had been protected again although nobody had
+        #: asked, and written again, which cost the guest a fault that a bitmap would not have. (Or a few less: of
+        #: several vCPUs that write to one page, each makes an entry.)
+        self.repeats = 0
+        self._unpublished = 0       # entries
+        self._unasked = False       # since somebody last asked, rings have been reset for lack of room
         #: Reap the rings of those alone: the others' vCPUs may not be able to leave the guest now (a software CPU
         #: that waits for a page, in post-copy).
         self.only_full = False
@@ -92,8 +97,15 @@ class Reaper:
             if self._trace.reaper:
                 self._trace.reaper("wait")
 
-    def wake(self, reason: str = "") -> None:
-        """State REAPING: a timed wake-up, or (``reason``) a kick of the reaper."""
+    def let_go(self) -> None:
+        """The bell has rung (ipc/bell.py): reap if a vCPU waits for it."""
+        found = self._harvest_full()
+        if found or self.full:
+            self.wake("ring-full", found)
+
+    def wake(self, reason: str = "", found: _Found | None = None) -> None:
+        """State REAPING: a timed wake-up, or (``reason``) a kick of the reaper, for which full rings may have been
+        ``found`` already."""
         if reason and self._trace.reaper_kick:
             self._trace.reaper_kick(reason)
         if self._trace.reaper:
@@ -101,13 +113,22 @@ class Reaper:
         self._control.reaper_state = ReaperState.REAPING
         if not reason:
             self.schedule.woken(time.monotonic())
-        self.reap(reset=self._resets_early())
+        self.reap(reset=self._resets_early(), found=found, asked=False)
         self._control.reaper_iteration += 1
 
     def _resets_early(self) -> bool:
         """Whatever is reaped: it was asked for, or each entry counts (a dirty limit, a recording)."""
         return (self.spec.reset == "early" or self.recorder is not None or self.only_full
                 or any(s.control.dirty_quota for s in self.vcpus.all))
+
+    def look_for_full(self) -> None:
+        """Which vCPUs have left the guest for a full ring by now, as their control blocks say."""
+        for vcpu in self.vcpus.all:
+            if vcpu.ring.newly_full():
+                if self._trace.full:
+                    self._trace.full(vcpu.index)
+                if self.mode.rings:     # else it is from before the last switch
+                    self.full.add(vcpu.index)
 
     def worker_died(self, vcpu: VcpuHandle) -> None:
         """Its process is gone. What it logged is in its ring, as far as that is mapped here, and harvested by the
@@ -118,23 +139,24 @@ class Reaper:
             self.log.mark_logged_slots()
             vcpu.control.collected = 1
 
-    def reap(self, *, reset: bool = True) -> int:
+    def reap(self, *, reset: bool = True, found: _Found | None = None, asked: bool = True) -> int:
         """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap). Without ``reset`` nothing is
-        reset or published while no ring is full, or will soon be."""
+        reset or published while no ring is full, or will soon be. ``found``: in full rings, already. ``asked``: by
+        somebody who needs the log."""
         if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
+        if found is None:
+            found = self._harvest_full()
         self._control.publish_pending = 1
         full, self.full = self.full, set()
-        rings = [s for s in self.vcpus.all
-                 if s.ring.address and s.alive and (s.index in full or not self.only_full)]
-        rings.sort(key=lambda s: s.index not in full)       # those that wait come first
-        harvested: _Harvested = {}
-        owed: dict[int, int] = {}
+        rings = [s for s in self.vcpus.all if s.ring.address and s.alive and (s.index in full or not self.only_full)]
         dead = [s for s in self.vcpus.all if s.ring.address and not s.alive]
         reset = reset or bool(full or dead)
-        for part in self._each_reaper([partial(self._harvest_some, rings[i::self._reapers], i, full, reset=reset)
-                                       for i in range(self._reapers)]):
+        parts = self._each_reaper([s for s in rings if s.index not in found], full, reset=reset)
+        harvested: _Harvested = {}
+        owed: dict[int, int] = {}
+        for part in (found, *parts):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
         now = time.monotonic()
@@ -146,9 +168,12 @@ class Reaper:
                 for vcpu in rings:
                     if self._to_reset(vcpu, owed[vcpu.index], full):
                         vcpu.ring.ask_reset(owed[vcpu.index])
+        self._unpublished += sum(harvested.values())
         if reset:
+            self._unasked = self._unasked or not asked
             for index, count in self._reset(rings, owed, full).items():
                 harvested[index] = harvested.get(index, 0) + count
+            self._unasked = self._unasked and not asked
             self.schedule.was_reset(time.monotonic() - now)
         total = sum(harvested.values())
         self._last = harvested
@@ -188,7 +213,10 @@ class Reaper:
                 self._lost_count(vcpu, owed[vcpu.index])
         dead = [s for s in self.vcpus.all if s.ring.address and not s.alive]
         collected = {s.index: self._collect(s) for s in dead}
-        self.log.publish()
+        fresh = self.log.publish()
+        if self._unasked:
+            self.repeats += max(0, self._unpublished - fresh)
+        self._unpublished = 0
         self._control.publish_pending = 0
         for vcpu in dead:
             step("dead-ring-published")
@@ -196,12 +224,23 @@ class Reaper:
             vcpu.control.collected = 1
         return collected
 
-    def _each_reaper(self, work: list[Callable[[], _Found]]) -> list[_Found]:
-        """At the same time, one per thread: the loops over a ring run without the GIL. Trace lines and recordings are
-        written in order, by this thread."""
+    def _harvest_full(self) -> _Found:
+        """First of all the rings whose vCPUs wait: what is found there, and their resets have been asked for. Nothing
+        where several reapers do all at once anyway."""
+        self.look_for_full()
+        if not self.full or self._threads is not None:
+            return {}
+        self._control.publish_pending = 1
+        return self._harvest_some([s for s in self.vcpus.all if s.index in self.full and s.ring.address and s.alive],
+                                  0, self.full, reset=True)
+
+    def _each_reaper(self, rings: list[VcpuHandle], full: set[int], *, reset: bool) -> list[_Found]:
+        """``_harvest_some`` of each reaper at the same time, one per thread: the loops over a ring run without the GIL.
+        Trace lines and recordings are written in order, by this thread."""
         if self._threads is None or self._trace.reap_vcpu or self._trace.page or self.recorder is not None:
-            return [each() for each in work]
-        return list(self._threads.map(lambda each: each(), work))
+            return [self._harvest_some(rings, 0, full, reset=reset)]
+        return list(self._threads.map(lambda i: self._harvest_some(rings[i::self._reapers], i, full, reset=reset),
+                                      range(self._reapers)))
 
     def _harvest_some(self, rings: list[VcpuHandle], reaper: int, full: set[int], *, reset: bool) -> _Found:
         """Some of the rings, into this reaper's own staging bitmaps: {vCPU index: (entries, those that await their

@@ -30,14 +30,13 @@ from ipc.layout import MachineControl
 from ipc.shm import PAGE_SIZE, Segment
 from ipc.steps import step
 
-from ..machine.names import slot_segment
+from ..machine.names import VERIFIER, slot_segment
 from ..machine.spec import VerifySpec
 from ..vcpus.handle import VcpuHandle
 from .log import DirtyLog
 
-__all__ = ["CLIENT", "AnyVerifier", "Verification", "Verifier", "make_verifier"]
+__all__ = ["AnyVerifier", "Verification", "Verifier", "make_verifier"]
 
-CLIENT = "verify"
 _WORDS = PAGE_SIZE // 8
 _FINDINGS = 10      # that are told in full
 _CHUNK = 4096       # pages compared at a time: 16 MiB, within the caches' reach
@@ -97,7 +96,7 @@ class _Rounds:
         again."""
         self._control.verify_in_round = 1
         step("verify-take")
-        self._log.take(CLIENT, again=self._again)
+        self._log.take(VERIFIER, again=self._again)
         self._again = False
         step("verify-taken")
 
@@ -131,9 +130,9 @@ class Verifier(_Rounds):
             for slot_id, slot in log.slots.items():
                 self._copies[slot_id], fresh = Segment.adopt(self._name(slot_id), slot.spec.size)
                 if fresh:
-                    log.mark_client(CLIENT, slot_id)
+                    log.mark_client(VERIFIER, slot_id)
             return
-        log.register(CLIENT, 0)
+        log.register(VERIFIER, 0)
         for slot_id in log.slots:
             self.adopt(slot_id)
             self._copy(slot_id)[:] = self._pages(slot_id)
@@ -150,9 +149,9 @@ class Verifier(_Rounds):
         """The memory has been replaced (guest stopped, log drained): this is what it begins with. Until the copy is
         the same, all of it counts as dirty: whoever takes over in between finds no page changed that is clean."""
         for slot_id in self._copies:
-            self._log.mark_client(CLIENT, slot_id)
+            self._log.mark_client(VERIFIER, slot_id)
             self._copy(slot_id)[:] = self._pages(slot_id)
-        self._log.take(CLIENT)
+        self._log.take(VERIFIER)
 
     @property
     def segments(self) -> list[str]:
@@ -212,7 +211,7 @@ class Verifier(_Rounds):
                 continue
             marked = self._marks(slot_id)
             now = self._pages(slot_id)
-            dirty = self._log.synced(CLIENT, slot_id).synced.bools()
+            dirty = self._log.synced(VERIFIER, slot_id).synced.bools()
             changed = np.empty(slot.pages, bool)
             for at in range(0, slot.pages, _CHUNK):
                 part = slice(at, at + _CHUNK)
@@ -266,7 +265,7 @@ class ReplayVerifier(_Rounds):
         self._marked: set[int] = set()
         log.on_mark = lambda slot_id, first, count: self._marked.add(slot_id)
         if resume is None:
-            log.register(CLIENT, 0)
+            log.register(VERIFIER, 0)
 
     def switched(self) -> None:
         """Replay has rings alone (vmm/machine/trackings.py)."""
@@ -293,7 +292,7 @@ class ReplayVerifier(_Rounds):
         result.rounds += 1
         self._take()
         for slot_id, slot in self._log.slots.items():
-            synced = self._log.synced(CLIENT, slot_id).synced
+            synced = self._log.synced(VERIFIER, slot_id).synced
             groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (synced, *slot.records)]))
             if len(groups) == 0:
                 groups = np.zeros(1, np.int64)      # where a surplus page may be injected

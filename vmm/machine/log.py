@@ -28,7 +28,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
 
-__all__ = ["LOG_BYTES", "LogFile", "LogLine", "PipeHandler", "follow_log", "log_line", "log_to_keeper", "read_log"]
+__all__ = ["LOG_BYTES", "LogFile", "LogLine", "PipeHandler", "append_log", "follow_log", "log_line",
+           "log_to_keeper", "read_log"]
 
 LOG_BYTES = 2 << 20         # of one file; there are two, the present one and the one before (".1")
 _RECORD = b"\x1e"           # ASCII record separator
@@ -223,6 +224,15 @@ class LogFile:
 def read_log(path: Path) -> Iterator[LogLine]:
     """What there is, oldest first. Raises FileNotFoundError."""
     return follow_log(path, iter([False]))
+
+
+def append_log(path: Path, other: Path) -> None:
+    """What guest and processes of another machine had to say, but for news of the processes themselves. Raises
+    OSError."""
+    lines = [f"{each.time} {each.source} {each.level} {each.text}\n" for each in read_log(other)
+             if each.level != "info"]
+    with path.open("a", encoding="utf-8", errors="replace") as file:
+        file.write("".join(lines))
 
 
 def follow_log(path: Path, going_on: Iterator[bool]) -> Iterator[LogLine]:

@@ -23,13 +23,16 @@ from ..errors import VmmError
 if TYPE_CHECKING:
     from .spec import RamSlot
 
-__all__ = ["MACHINE_NAME", "RAM_MAPPING", "belongings", "check_client_name", "check_key_name", "check_machine_name",
-           "check_snapshot_id", "is_machine_name", "is_snapshot_id", "machine_dir", "machine_of", "machine_prefix",
-           "record_queue", "runtime_root", "scope", "scope_prefix", "segment_name",
-           "slot_segment"]
+__all__ = ["MACHINE_NAME", "RAM_MAPPING", "VERIFIER", "belongings", "between_name", "check_client_name",
+           "check_key_name", "check_machine_name", "check_snapshot_id", "is_epoch", "is_machine_name", "is_snapshot_id",
+           "machine_dir", "machine_of", "machine_prefix", "record_queue", "runtime_root", "scope", "scope_prefix",
+           "segment_name", "slot_segment"]
 
 #: Of a machine, as a regular expression (for schemas; it has to match whole).
 MACHINE_NAME = "[a-z0-9][a-z0-9-]{0,31}"
+
+#: The verifier's own client of the dirty log.
+VERIFIER = "verify"
 
 #: The path of a mapping (proc_pid_maps(5)) that is a machine's RAM, at the end of a text.
 RAM_MAPPING = re.compile(r"/dev/shm/shardvmm\.\d+\.[0-9a-f]{8}\." + MACHINE_NAME
@@ -38,6 +41,7 @@ RAM_MAPPING = re.compile(r"/dev/shm/shardvmm\.\d+\.[0-9a-f]{8}\." + MACHINE_NAME
 _FALLBACK = "/tmp/shardvmm-{}"      # where there is no $XDG_RUNTIME_DIR
 _MACHINE = re.compile(MACHINE_NAME)
 _CLIENT = re.compile(r"[a-z0-9_]{1,32}")
+_EPOCH = re.compile("snap_[0-9a-f_]{1,27}")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SNAPSHOT = re.compile(r"[0-9]{4}|[1-9][0-9]{4,17}")
 
@@ -56,6 +60,11 @@ def check_machine_name(name: str) -> str:
 def check_client_name(name: str) -> str:
     """The name. Raises VmmError where no client of the dirty log may be called so."""
     return _checked(_CLIENT, name, "client name", "use a-z, 0-9 and _, 1 to 32 characters")
+
+
+def is_epoch(name: str) -> bool:
+    """Whether a client of the dirty log is called so that gathers what is dirtied after a snapshot."""
+    return _EPOCH.fullmatch(name) is not None
 
 
 def check_key_name(name: str) -> str:
@@ -87,6 +96,12 @@ def _shown(name: str) -> str:
 
 
 # --- where they lead ------------------------------------------------------------------------------------
+
+
+def between_name(machine: str) -> str:
+    """What a machine is called while it is being upgraded: from when its new processes run it until they can have its
+    name."""
+    return f"upgrade-{hashlib.sha256(machine.encode()).hexdigest()[:12]}"
 
 
 def runtime_root() -> Path:

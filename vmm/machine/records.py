@@ -27,13 +27,15 @@ from ipc.linux.files import lock_within, open_locked
 
 from ..errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name, scope
-from .runtime import is_running, machine_names
+from .runtime import is_running, is_upgrading, machine_names
 
-__all__ = ["BY_SIGTERM", "KEPT", "KEPT_DAYS", "Record", "ended_names", "log_path", "migration_path", "no_machine",
-           "now", "outcome", "remove_records", "state_root", "write_report"]
+__all__ = ["BY_SIGTERM", "KEPT", "KEPT_DAYS", "UPGRADED", "Record", "ended_names", "log_path",
+           "migration_path", "no_machine", "now", "outcome", "remove_records", "state_root", "write_report"]
 
 #: All that a coordinator knows of why it is to end the machine; its keeper may know more (``Record.explain``).
 BY_SIGTERM = "stopped by SIGTERM"
+#: Why a machine was stopped that goes on in other processes.
+UPGRADED = "it was upgraded, and goes on in new processes"
 KEPT = 64           # machines
 KEPT_DAYS = 30
 _LOCK_TIMEOUT = 5.0     # seconds
@@ -70,15 +72,15 @@ def migration_path(name: str) -> Path:
 class Record:
     """The keeper's hold on its machine's record; it is empty at first."""
 
-    def __init__(self, name: str) -> None:
-        """Raises OSError."""
+    def __init__(self, name: str, *, goes_on: bool = False) -> None:
+        """``goes_on``: of a machine that was upgraded, whose log stays. Raises OSError."""
         self.directory = _directory(name)
         with _locked(state_root()):
             self.directory.mkdir(mode=0o700, exist_ok=True)
             self._lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in self.directory.iterdir():
-                if path.name != _LOCK:
+                if path.name != _LOCK and not (goes_on and path.name != _REPORT):
                     path.unlink()
             _prune(state_root(), KEPT, KEPT_DAYS * 86400.0)
 
@@ -117,7 +119,7 @@ def outcome(name: str) -> dict[str, Any] | None:
     """The last report of a machine that does not run any more, as vmm/coordinator/status.py has it; None: there is
     none of that name. Without ``vcpus`` if there was nobody to make one: states ``failed`` (it did not start) and
     ``lost`` (all of its processes were killed)."""
-    if is_running(name):
+    if is_running(name) or is_upgrading(name):
         return None
     try:
         path = _directory(name) / _REPORT
@@ -134,6 +136,9 @@ def outcome(name: str) -> dict[str, Any] | None:
 
 def no_machine(name: str) -> VmmError:
     """What is said to whoever asks a machine for something that only a running one can do."""
+    if is_upgrading(name):
+        return VmmError(f"machine '{name}' is being upgraded, and has not got its name back: run vmm upgrade {name}",
+                        ExitCode.NO_MACHINE)
     ended = outcome(name)
     if ended is not None:
         return VmmError(f"machine '{name}' is no longer running: {ended['cause']} (see vmm status {name}, "

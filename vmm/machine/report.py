@@ -24,6 +24,7 @@ class CoordinatorReport(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int               # how many coordinators have died before this one
     turns: int                  # of its loop
     bad_messages: int           # of workers, dropped
+    program: str                # version of this program
 
 
 class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):

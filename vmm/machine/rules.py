@@ -122,7 +122,7 @@ def arriving(spec: MachineSpec, *, name: str, image: str, accel: str, linger: bo
     program = None if spec.program is None else _arriving(spec.program, trees, linger=linger)
     found = msgspec.structs.replace(spec, name=name, image="" if program else image, accel=accel, linger=linger,
                                     incoming=incoming, links={}, trace=[], trace_file="", replay_trace="",
-                                    program=program)
+                                    program=program, continues=False, elapsed=0.0)
     check_machine(found)
     return found
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 from ipc.claims import Claim, ClaimError, Held
 from ipc.shm import list_segments
 
 from ..errors import ExitCode, VmmError
-from .names import belongings, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
+from .names import belongings, between_name, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
-__all__ = ["END", "KEEPER", "LET_GO", "PROGRAMS", "adopt_claim", "claim", "collect_garbage", "end_at_once",
-           "is_running", "leftovers", "machine_dir", "machine_names", "release", "runtime_root"]
+__all__ = ["CONTINUES", "END", "KEEPER", "LET_GO", "PROGRAMS", "adopt_claim", "await_upgrade", "claim",
+           "collect_garbage", "end_at_once", "is_running", "is_upgrading", "leftovers", "machine_dir", "machine_names",
+           "release", "runtime_root"]
 
 #: What a launching process tells the keeper on its life pipe: end the machine; it lives on without me.
 END, LET_GO = b"0", b"1"
@@ -26,10 +28,13 @@ END, LET_GO = b"0", b"1"
 KEEPER = "vmm-keeper"
 #: Its last argument, where the machine runs a Linux program: so much more is imported before the specification comes.
 PROGRAMS = "programs"
+#: And where it is the machine that was upgraded (``MachineSpec.continues``).
+CONTINUES = "continues"
 _SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
 #: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
 LONGEST_SOCKET = "userfault"
 _ROOT_TRIES = 10
+_UPGRADE_PATIENCE = 10.0    # seconds
 
 
 def is_running(name: str) -> bool:
@@ -37,17 +42,33 @@ def is_running(name: str) -> bool:
     return belongings(name).held()
 
 
-def claim(name: str) -> Claim:
-    """Take the name for this process, and make the machine's directory. What an earlier machine of that name left
-    behind is cleared first.
+def is_upgrading(name: str) -> bool:
+    """The machine of that name is being upgraded: where none runs, one will (vmm/consumers/migration/upgrade.py)."""
+    return is_running(between_name(name))
 
-    Raises VmmError when a machine of that name runs.
+
+def await_upgrade(name: str) -> bool:
+    """Whether a machine of that name runs, or does after all when its upgrade is through."""
+    deadline = time.monotonic() + _UPGRADE_PATIENCE
+    while not (running := is_running(name)) and is_upgrading(name) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return running or is_running(name)
+
+
+def claim(name: str, *, continues: bool = False) -> Claim:
+    """Take the name for this process, and make the machine's directory. What an earlier machine of that name left
+    behind is cleared first. ``continues``: the machine is the one that has had it.
+
+    Raises VmmError when a machine of that name runs, or is about to.
     """
     owned = belongings(name)
     directory = owned.directory
     if len(os.fsencode(directory / LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
         raise VmmError(f"the path of the runtime directory {directory} is too long for a Unix socket: choose a "
                        "shorter name or a shorter XDG_RUNTIME_DIR")
+    if not continues and is_upgrading(name):
+        raise VmmError(f"machine '{name}' is being upgraded: choose another --name, or if it does not end run "
+                       f"vmm upgrade {name}")
     try:
         taken = owned.claim()
     except Held:

@@ -86,6 +86,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
                                 # what he does not fill before it starts
     links: dict[int, str] = {}  # with incoming: segments that are its memory already, by slot (another machine's,
                                 # which is handed over in place)
+    continues: bool = False     # it is one that was upgraded: its record goes on
+    elapsed: float = 0.0        # seconds that its guest had run before it was upgraded
 
     @property
     def can(self) -> Capabilities:

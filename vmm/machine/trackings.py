@@ -12,7 +12,7 @@ from workers.accel import registry
 
 from ..errors import VmmError
 
-__all__ = ["BITMAPS", "CHOICES", "MODES", "check_tracking", "not_logged"]
+__all__ = ["BITMAPS", "CHOICES", "MODES", "check_tracking", "is_supported", "not_logged"]
 
 MODES = tuple(t.name.lower() for t in Tracking if t not in (Tracking.UNSET, Tracking.UNKNOWN))
 CHOICES = (*MODES, "auto")
@@ -37,6 +37,15 @@ def check_tracking(mode: str, accel: str, ring_entries: int) -> None:
         missing = write_log_missing()
         if missing:
             raise VmmError(f"tracking uffd: {missing} (use ring, bitmap or auto)")
+
+
+def is_supported(mode: str, accel: str, ring_entries: int) -> bool:
+    """By this host and machine."""
+    try:
+        check_tracking(mode, accel, ring_entries)
+    except VmmError:
+        return False
+    return True
 
 
 def not_logged(name: str) -> VmmError:

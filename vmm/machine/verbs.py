@@ -16,9 +16,10 @@ from ipc.messages import UNREADABLE
 
 from ..errors import VmmError, one_line
 
-__all__ = ["CONTROL_VERSION", "Owned", "Verb", "decode_verb"]
+__all__ = ["CONTROL_VERSION", "MARKED_WORDS", "Owned", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 2
+MARKED_WORDS = 1 << 16      # of 64 pages, in a ``MarkFor``
 
 #: One that Python, numpy and C agree on; whether a verb can do anything with it, it says itself.
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
@@ -174,6 +175,17 @@ class Unregister(Verb):
     client: str
 
 
+class MarkFor(Verb):
+    """These pages are dirty for this client alone, in its next sync: it is known from elsewhere (from the host that the
+    machine was on before). ``bits``: a bit for each page, from the lowest of word ``word`` of 64 pages on, whole words,
+    at most 65,536; zlib, base64."""
+
+    client: str
+    slot: Number
+    word: Number
+    bits: str
+
+
 class Sync(Verb):
     """Flush, then give this client what was dirtied since its last sync. ``again``: the last one's
     answer was not received; what it took is given once more, and nothing is lost. The answer: ``slots``, and
@@ -266,7 +278,8 @@ class MemoryRemove(Verb):
 AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pause | Resume
            | TakeLease | Freeze | Thaw | HandOver | TakeBack | GiveBack
            | Stop | Release | LogStart | LogStop | Register
-           | Unregister | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
+           | Unregister | MarkFor
+           | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
            | ProgramMaps | ProgramTrace | MemoryAdd | MemoryRemove)
 
 _verbs = msgspec.json.Decoder(AnyVerb)

@@ -4,18 +4,35 @@ checked here, and what is not of the protocol is counted and changes nothing."""
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq
 
 from ipc import sockets
 from ipc.messages import AnyNotification, AnyReply, MessageError, decode_notification, decode_reply
 
-__all__ = ["WorkerLink"]
+__all__ = ["Endpoints", "WorkerLink"]
 
 _COMPLAINTS = 10            # bad messages that are said; all are counted
 
 _log = logging.getLogger(__name__)
+
+
+class Endpoints(NamedTuple):
+    """Where the workers of a machine connect, again and again while its coordinator is replaced. Their names have that
+    of the keeper in them: workers that have lost both connect to no machine that has their machine's name by now, whose
+    own workers they would be taken for."""
+
+    notify: str
+    requests: str
+
+    @classmethod
+    def of(cls, directory: Path, keeper: int | None = None) -> Endpoints:
+        """``keeper``: its pid; None: it is the parent of this process."""
+        number = os.getppid() if keeper is None else keeper
+        return cls(*(sockets.endpoint(directory, f"{kind}{number:x}") for kind in "nr"))
 
 
 class WorkerLink:
@@ -24,10 +41,11 @@ class WorkerLink:
 
     def __init__(self, directory: Path) -> None:
         """Raises ZMQError."""
+        self.endpoints = Endpoints.of(directory)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self.notify = sockets.bind(self._context, zmq.PULL, sockets.endpoint(directory, "notify"),
+        self.notify = sockets.bind(self._context, zmq.PULL, self.endpoints.notify,
                                    frame_max=sockets.FRAME_MAX)
-        self.requests = sockets.bind(self._context, zmq.ROUTER, sockets.endpoint(directory, "requests"),
+        self.requests = sockets.bind(self._context, zmq.ROUTER, self.endpoints.requests,
                                      frame_max=sockets.FRAME_MAX)
         self.dropped = 0
 

@@ -69,7 +69,7 @@ class VcpuPool:
         self._zygote = zygote
         self.all: list[VcpuHandle] = []
         self._link = WorkerLink(directory)
-        self.notify = self._link.notify
+        self.notify, self.endpoints = self._link.notify, self._link.endpoints
         self._fds = sockets.FdListener(directory / "fds", self._sends_fd)
         self._on_notification = on_notification
         self._on_death = on_death

@@ -11,6 +11,7 @@ Down the way of a page, and of the hand-over::
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
+      gathered.py          what clients of the dirty log have gathered       (both ends)
       postcopy_source.py   what is asked for after the hand-over            postcopy_target.py, ../missing.py
       talk.py, progress.py the control connection; what is counted
                   \\                                                        /
@@ -19,6 +20,9 @@ Down the way of a page, and of the hand-over::
                    streams.py   the connections for pages; tls.py
                    wire.py      the messages (docs/protocol.md)
                    sockets.py   connections; keys.py, addresses.py
+
+``upgrade.py`` hands a machine over to new processes of its own host and name; ``guard.py`` does the rest should it be
+killed.
 
 ``report.py`` is what is asked for and said of it all, ``arrival.py`` that of the target, ``status.py`` where both are
 kept. ``vmm.migrate`` and ``vmm.receive`` are what others import. These modules import nothing of vmm but the client's

@@ -67,9 +67,10 @@ class Arrival:
         self.report.ram.remaining = pages * PAGE
         self.tell(self.report.status)
 
-    def complete(self, blocked: list[float]) -> None:
-        """Post-copy: no page is missing; each vCPU has waited so many milliseconds for some."""
+    def complete(self, blocked: list[float], latency: dict[str, float]) -> None:
+        """Post-copy: no page is missing; each vCPU has waited so many milliseconds for some, so long for one."""
         assert self.report is not None
+        self.report.postcopy_latency = latency
         self.report.ram.remaining, self.report.postcopy_blocktime = 0, blocked
         self.tell("completed")
 

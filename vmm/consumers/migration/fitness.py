@@ -14,16 +14,17 @@ from workers.state import STATE_VERSION
 
 from ...client.machine import Machine
 from ...errors import VmmError
+from ...machine.names import slot_segment
 from ...machine.room import check_room
 from ...machine.runtime import is_running
-from ...machine.spec import MachineSpec
+from ...machine.spec import MachineSpec, RamSlot
 from ...machine.trackings import check_tracking
 from .addresses import Address
 from .offers import Limits, encodings, no_postcopy
 from .report import Options
 from .wire import Needs
 
-__all__ = ["in_the_way", "needs", "not_in_place", "notes", "specification"]
+__all__ = ["in_the_way", "needs", "not_in_place", "notes", "ram_segments", "specification"]
 
 _LISTED = 12        # features that are named; of more, how many they are
 
@@ -37,6 +38,12 @@ def specification(machine: Machine) -> MachineSpec:
         return msgspec.convert(machine.state()["spec"], MachineSpec)
 
 
+def ram_segments(machine: Machine) -> list[str]:
+    """Names of its memory, whether that still has them or was taken by another machine. Raises VmmError."""
+    return [slot_segment(machine.name, "ram", RamSlot(slot["id"], slot["gpa"], slot["size"], born=slot["born"]))
+            for slot in machine.status()["slots"]]
+
+
 def needs(spec: MachineSpec, options: Options) -> Needs:
     """Of a machine here."""
     shown = {*spec.shown, *registry.features(spec.accel)}
@@ -44,7 +51,7 @@ def needs(spec: MachineSpec, options: Options) -> Needs:
                  options.postcopy or options.on_timeout == "postcopy", STATE_VERSION)
 
 
-def not_in_place(spec: MachineSpec, address: Address, options: Options) -> str:
+def not_in_place(address: Address, options: Options) -> str:
     """Why its memory cannot be handed over as it lies there; empty: it can."""
     if not address.local:
         return f"{address.text}: memory is handed over in place on one host: use ipc://PATH"
@@ -52,9 +59,6 @@ def not_in_place(spec: MachineSpec, address: Address, options: Options) -> str:
         return "memory that is handed over in place is there at once: leave out the post-copy"
     if options.keep_source:
         return "memory that is handed over in place is no longer here: no copy of the machine can be kept"
-    if spec.verify is not None:
-        return (f"machine '{spec.name}' has a verifier, which would compare memory that is no longer its own: migrate "
-                "it without --in-place")
     return ""
 
 

@@ -40,6 +40,7 @@ class HandOver(msgspec.Struct, frozen=True):
     options: Options
     finished: bool = False
     certificate: bytes = b""    # the target's (tls.py)
+    upgrade: str = ""           # Options.upgrade
 
     @property
     def where(self) -> str:

@@ -23,10 +23,10 @@ from ipc.shm import PAGE_SIZE
 
 from ...optional import lz4_block
 from ..pages import is_filled, runs
-from .wire import Buffer, Missing, Pages, Torn, Want, WireError
+from .wire import Buffer, Gathered, Missing, Pages, Torn, Want, WireError
 
-__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "Runs", "changed", "missing", "missing_pages", "page_numbers",
-           "torn", "unpack", "want"]
+__all__ = ["CHUNK_PAGES", "PAGE", "Encoding", "Packer", "Runs", "changed", "missing", "missing_pages", "packed_bits",
+           "page_numbers", "torn", "unpack", "want"]
 
 PAGE = PAGE_SIZE
 CHUNK_PAGES = 256           # pages of a message at most: 1 MiB
@@ -189,10 +189,15 @@ def changed(message: Torn, memory: NDArray[np.uint8], dirty: NDArray[np.bool_]) 
 
 def missing(slot: int, bits: NDArray[np.bool_]) -> Missing:
     """The message that says which pages are missing: ``bits``, bool [pages]."""
-    return Missing(slot, zstandard.ZstdCompressor(level=1).compress(np.packbits(bits, bitorder="little").tobytes()))
+    return Missing(slot, packed_bits(np.packbits(bits, bitorder="little")))
 
 
-def missing_pages(message: Missing, total: int) -> NDArray[np.bool_]:
+def packed_bits(bits: NDArray[np.uint8]) -> bytes:
+    """A bit for each page, for a message."""
+    return zstandard.ZstdCompressor(level=1).compress(bits.tobytes())
+
+
+def missing_pages(message: Missing | Gathered, total: int) -> NDArray[np.bool_]:
     """bool[total]. Raises WireError."""
     size = -(-total // 8)
     try:

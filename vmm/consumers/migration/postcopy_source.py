@@ -52,7 +52,7 @@ def serve(talk: Talk, channels: Channels, memory: SentMemory, there: dict[int, N
             wait = 0.0
             match said:
                 case Complete(blocked=blocked):
-                    report.postcopy_blocktime = blocked
+                    report.postcopy_blocktime, report.postcopy_latency = blocked, said.latency
                     return
                 case Want():        # it has no connection for that, or that one has broken
                     channels.send_now(answer(said))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -9,13 +11,16 @@ from ...errors import ExitCode, VmmError
 from ...machine.records import now
 from .pages import PAGE, Encoding
 
-__all__ = ["COMMITTED", "OVER", "Late", "MigrationError", "Options", "Ram", "Report", "RoundReport"]
+__all__ = ["COMMITTED", "OVER", "Late", "MigrationError", "Options", "Ram", "Report", "RoundReport",
+           "latency"]
 
 #: Of ``Report.status``: from here on the target runs the machine, or will; it can no longer be cancelled.
 COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
 #: The migration is over, one way or the other.
 OVER = frozenset({"completed", "failed", "cancelled", "postcopy-paused", "handed-over-paused"})
 
+
+_SHORTEST = 100     # us; the histogram of waits begins with it
 
 Late = Literal["cancel", "force", "postcopy"]
 
@@ -49,6 +54,7 @@ class Options:
     peer: str = ""              # and the target's public one
     insecure: bool = False
     in_place: bool = False      # not copied: the memory itself is handed over, to a target on this host
+    upgrade: str = ""           # in place, and the machine called so continues this one (upgrade.py)
 
 
 @dataclass
@@ -70,6 +76,18 @@ class Ram:
     resent: int = 0             # pages sent again because they had not arrived as they were sent
     postcopy_requests: int = 0  # pages that the guest waited for at the target
     postcopy_pages: int = 0     # pages sent after the hand-over, those among them
+
+
+def latency(waits: list[float]) -> dict[str, float]:
+    """Of pages that vCPUs waited for, so many seconds each: ``pages``, ``median_us``, ``p99_us``, ``max_us``, and how
+    many took at most 100, 200, 400 us and so on (``upto_100_us``; what is empty is left out). Empty without any."""
+    if not waits:
+        return {}
+    ranked = sorted(each * 1e6 for each in waits)
+    found = {"pages": float(len(ranked)), "median_us": round(ranked[len(ranked) // 2], 1),
+             "p99_us": round(ranked[len(ranked) * 99 // 100], 1), "max_us": round(ranked[-1], 1)}
+    counts = Counter(max(0, math.ceil(math.log2(max(each, 1.0) / _SHORTEST))) for each in ranked)
+    return found | {f"upto_{_SHORTEST << step}_us": float(counts[step]) for step in sorted(counts)}
 
 
 @dataclass
@@ -112,6 +130,7 @@ class Report:
     rounds: list[RoundReport] = field(default_factory=list)
     throttled: dict[str, float] = field(default_factory=dict)   # {vCPU: quota in MB/s at the end}
     postcopy_blocktime: list[float] = field(default_factory=list)   # each vCPU's wait for pages
+    postcopy_latency: dict[str, float] = field(default_factory=dict)    # of one page (see ``latency``)
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     pid: int = 0

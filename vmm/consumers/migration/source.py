@@ -30,18 +30,22 @@ import zmq
 import zstandard
 
 from ipc.linux.processid import identity
+from ipc.shm import is_named
 from ipc.steps import step
 
 from ...client.holds import Lease
 from ...client.machine import Machine
 from ...errors import VmmError
+from ...machine.records import UPGRADED
+from ...machine.runtime import is_running
 from ...machine.spec import MachineSpec
 from ...optional import lz4_block
 from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
-from .fitness import needs, not_in_place, specification
+from .fitness import needs, not_in_place, ram_segments, specification
+from .gathered import Travelling
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
 from .memory import SentMemory
@@ -82,6 +86,8 @@ _BUSY_EVERY = 0.25          # seconds between two offers
 _IMAGE_MAX = 512 << 20      # bytes of a guest image that an offer may hold
 _NOBODY_PATIENCE = 5.0      # seconds without a listener at the target, after which its process is taken for gone
 _TRIES = 3                  # rounds in which pages are sent again that were damaged on their way
+_UNDECIDED = 60.0           # seconds in which a machine that continues this one must have begun to run, or have gone
+_LOOK_EVERY = 0.02
 
 
 def migrate(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
@@ -143,6 +149,7 @@ class Source:
         self._memory = SentMemory(machine)
         self._pre_copy = PreCopy(machine, self._memory, self._steering, self._progress, f"migration to {address}",
                                  self._channels_now, self._obey)
+        self._travelling = Travelling(machine, everyone=bool(options.upgrade))
         self._offered: MachineSpec | None = None
         self._rest: Todo = {}                   # what pre-copy has left
         self._there: Todo = {}                  # post-copy: what is missing at the target
@@ -167,10 +174,13 @@ class Source:
             began = time.monotonic()
             spec = specification(self.machine)
             standstill = time.monotonic() - began
-            if self.options.in_place and (why := not_in_place(spec, self._address, self.options)):
+            if self.options.in_place and (why := not_in_place(self._address, self.options)):
                 raise VmmError(why)
             try:
                 talk = self._offer_until_taken(spec)
+                self._travelling.follow()
+                for message in self._travelling.announced():
+                    talk.send(message)
                 if not self.options.in_place:
                     self._rest, self._postcopy = self._pre_copy.run(talk, standstill)
                 self._stop_and_copy()
@@ -192,10 +202,32 @@ class Source:
             self.report.status = "handed-over"
             self._progress.tell(force=True)
             if not record.finished:
-                self._commit()
+                if record.upgrade:
+                    self._await_decision(record.upgrade)
+                else:
+                    self._commit()
                 self._finish()
                 return
         self._completed()
+
+    def _await_decision(self, there: str) -> None:
+        """Whether the machine that was to continue this one runs: it takes this one's memory away before its guest
+        does (vmm/coordinator/core.py), and goes if nobody is left to start it. If it has not, this one goes on.
+        Raises MigrationError then."""
+        segments = ram_segments(self.machine)
+        deadline = time.monotonic() + _UNDECIDED
+        while True:
+            gone = not is_running(there)        # first: from then on it takes nothing
+            if not all(is_named(segment) for segment in segments):
+                return
+            if gone:
+                self._lease.take_back()
+                self._committed = False
+                raise MigrationError(f"machine '{self.machine.name}' goes on as it was: whoever upgraded it was killed "
+                                     "before its new processes ran it")
+            if time.monotonic() > deadline:
+                raise self._stranded(f"machine '{there}' has neither begun to run nor gone")
+            time.sleep(_LOOK_EVERY)
 
     def failed(self, exc: BaseException) -> None:
         """It has ended by this exception, as its report says now."""
@@ -300,6 +332,8 @@ class Source:
             system = zstandard.ZstdCompressor(level=1).compress(machine.system().tobytes()
                                                                 if spec.keeps_system else b"")
             step("migrate-state")
+            for message in self._travelling.gathered():
+                talk.send(message)
             talk.send(State(system, state["vcpus"], spec, state["paused"] or self.options.paused))
             talk.expect(Prepared)
             step("migrate-prepared")
@@ -400,6 +434,7 @@ class Source:
         """Handed over, without an answer that it runs."""
         name = self.machine.name
         self._pre_copy.unregister()
+        self._travelling.close()
         left = sum(len(pages) for pages in self._there.values())
         there = (f"its last {left:,} pages have not reached the target, which is waiting for them"
                  if self._postcopy else "it may already be running there")
@@ -429,9 +464,10 @@ class Source:
         try:
             if self.options.keep_source:
                 self._pre_copy.unregister()
+                self._travelling.close()
                 save_hand_over(self.machine.name, self._record(finished=True))
             else:
-                self.machine.stop()
+                self.machine.stop(UPGRADED if self.options.upgrade else "")
         except VmmError as exc:
             what = "noted" if self.options.keep_source else "ended"
             report.warnings.append(f"the machine runs at the target, but the machine here could not be {what}: {exc}")
@@ -445,6 +481,7 @@ class Source:
             raise Lost("its settings have changed")
 
     def _completed(self) -> None:
+        self.report.warnings += self._travelling.warnings
         if self._talk is not None:
             self._talk.close(Done(self.report.downtime))
             self._talk = None
@@ -452,7 +489,8 @@ class Source:
         self._progress.tell(force=True)
 
     def _record(self, *, finished: bool = False) -> HandOver:
-        return HandOver(self.report.id, self._token, self._address.text, self.options, finished, self._certificate)
+        return HandOver(self.report.id, self._token, self._address.text, self.options, finished, self._certificate,
+                        self.options.upgrade)
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -472,6 +510,7 @@ class Source:
             self._talk = None
         self._pre_copy.release_limits()
         self._pre_copy.unregister()
+        self._travelling.close()
 
     # --- signals ------------------------------------------------------------------------------------------------
 

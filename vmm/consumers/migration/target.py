@@ -18,13 +18,14 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from ipc.shm import unlink_segment
+from ipc.shm import is_named
 from ipc.steps import step
 from workers.accel.base import AccelError
 from workers.state import StateError, check_states
@@ -45,6 +46,7 @@ from .addresses import Address, parse_address
 from .arrival import Arrival
 from .arrivals import Arrivals
 from .fitness import in_the_way, notes
+from .gathered import Arriving
 from .keys import Keys, load_keys
 from .memory import SlotMemory
 from .offers import ANY, Limits, check_settings, encodings, no_postcopy, taken
@@ -52,6 +54,7 @@ from .pages import missing, missing_pages, torn, unpack
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .place import Place, listening
 from .postcopy_target import fetch
+from .report import latency
 from .tls import Certificate
 from .wire import (
     Abort,
@@ -64,6 +67,7 @@ from .wire import (
     Complete,
     Done,
     Ended,
+    Gathered,
     Offer,
     Pages,
     Ping,
@@ -78,13 +82,21 @@ from .wire import (
     WireError,
 )
 
-__all__ = ["ReceiveError", "receive", "receive_all"]
+__all__ = ["Continued", "ReceiveError", "receive", "receive_all", "receive_here"]
 
 _SILENCE = 30.0             # seconds without a word after which the source is given up, before Prepared
 _UNDECIDED = 300.0          # seconds that Commit is awaited after Prepared, when the connection has broken
 _HEARD = 30.0               # seconds after the end of it all that a source may ask once more how it went
 _KNOWN = 64                 # migrations whose end is still told after others have come
 _ASK_AGAIN = 2.0            # seconds without pages after which missing ones are asked for
+
+
+class Continued(NamedTuple):
+    """What the machine that arrives has of the one that it continues (upgrade.py). ``make``: what it is to be;
+    ``given_up``: no offer will come."""
+
+    make: Callable[[MachineSpec], MachineSpec]
+    given_up: Callable[[], bool]
 
 
 class _NotWanted(VmmError):
@@ -109,6 +121,14 @@ def receive(address: str, *, name: str | None = None, accel: str = "auto", detac
             return _Target(place, keeper, name, accel, detach, timeout, refused, trees, limits, {}).run()
     finally:
         keeper.give_up()
+
+
+def receive_here(address: str, keeper: KeeperProcess, name: str, accel: str, trees: Trees, continued: Continued, *,
+                 waiting: Callable[[str], None]) -> Machine:
+    """The machine that continues one of this host, running by itself. Raises VmmError."""
+    where = parse_address(address, listen=True)
+    with listening(where, None, waiting) as place:
+        return _Target(place, keeper, name, accel, True, None, lambda why: None, trees, ANY, {}, continued).run()
 
 
 def receive_all(address: str, *, arrived: Callable[[Machine], None], failed: Callable[[str], None],
@@ -154,13 +174,14 @@ class _Target:
 
     def __init__(self, place: Place, keeper: KeeperProcess, name: str | None, accel: str, detach: bool,
                  timeout: float | None, refused: Callable[[str], None], trees: Trees, limits: Limits,
-                 known: dict[str, list[Answer]]) -> None:
+                 known: dict[str, list[Answer]], upgrade: Continued | None = None) -> None:
         self._place = place
         self._keeper = keeper
         self._certificate = Certificate() if place.encrypted else None
         self._arrivals = Arrivals(self._write, None if self._certificate is None else self._certificate.context)
         self._peers = Peers(place.sock, self._arrivals, refused, self._look, known)
         self._known = known
+        self._upgrade = upgrade
         self._limits = limits
         self._name = name
         self._accel = accel
@@ -173,7 +194,6 @@ class _Target:
         self._begun = contextlib.ExitStack()    # what is needed until the machine is ready
         self._ready = self._reserved = False
         self._in_place: list[str] = []          # segments of the source's that are the machine's memory
-        self._taken = False                     # it can no longer be the source's
         self._offered: MachineSpec | None = None
         self._memory: dict[int, SlotMemory] = {}
         self._pages: dict[int, int] = {}
@@ -183,6 +203,7 @@ class _Target:
         self._lease: Lease
         self._absent: dict[int, NDArray[np.bool_]] = {}     # post-copy: what comes after the start
         self._missing: MissingPages | None = None
+        self._gathered: Arriving
 
     # --- the way of a migration -----------------------------------------------------------------------------
 
@@ -217,8 +238,9 @@ class _Target:
                 self._answer_until_heard([Ended(_reason(exc))])
                 raise
             blocked = [round(s * 1000, 3) for s in pages.blocked]
-            self._arrival.complete(blocked)
-            self._answer_until_heard([Running(), Complete(blocked)])
+            waits = latency(pages.waits)
+            self._arrival.complete(blocked, waits)
+            self._answer_until_heard([Running(), Complete(blocked, waits)])
         return machine
 
     def _refuse(self, exc: BaseException) -> None:
@@ -228,7 +250,7 @@ class _Target:
         self._arrival.tell("cancelled" if isinstance(exc, KeyboardInterrupt) else "failed", _reason(exc))
         if self._missing is not None:
             self._missing.close()
-        if self._taken:
+        if self._prepared and not all(is_named(segment) for segment in self._in_place):    # the source's no longer
             self._answer_until_heard([Ended(_reason(exc))])
         elif self._prepared and gone:
             self._answer_until_heard([Refused(_reason(exc))])
@@ -278,6 +300,8 @@ class _Target:
                     self._peers.tell_stranger(self._peers.source, Refused(str(exc)))
                     self._refused(str(exc))
                 self._peers.source = b""
+            elif self._upgrade is not None and self._upgrade.given_up():
+                raise ReceiveError("no offer was made")
             elif deadline is not None and time.monotonic() > deadline:
                 raise ReceiveError(f"no source came within {self._timeout:.0f} s", ExitCode.TIMEOUT)
 
@@ -293,6 +317,8 @@ class _Target:
                 raise WireError("the source offered its memory in place, which takes a Unix socket")
         except WireError as exc:
             raise _NotWanted(str(exc)) from None
+        if self._upgrade is not None:
+            spec = self._upgrade.make(spec)
         wanted = msgspec.structs.replace(offer.needs, postcopy=offer.needs.postcopy or offer.postcopy)
         if found := in_the_way(spec, wanted, self._limits):
             raise _NotWanted(f"machine '{one_line(offer.spec.name)}' cannot be taken: {'; '.join(found)}")
@@ -301,6 +327,8 @@ class _Target:
         self._peers.say(Received())
         self._machine = Machine.launch(spec, detach=self._detach, start=False, keeper=self._keeper)
         self._offered = offer.spec
+        self._gathered = Arriving({slot.id: slot.pages for slot in offer.spec.slots},
+                                  everyone=self._upgrade is not None)
         self._arrival.begin(offer, spec.name)
         if offer.segments:
             self._in_place, self._reserved = list(offer.segments.values()), True
@@ -323,6 +351,7 @@ class _Target:
         try:
             # Only we may start it, or write to it; should we go before, it does.
             self._lease = self._machine.lease("incoming", "via vmm receive")
+            self._gathered.begin(self._machine)
         except VmmError:
             self._look()
             raise
@@ -361,6 +390,10 @@ class _Target:
                     self._acknowledge()
                 case wire.Missing():
                     self._note_missing(message)
+                case Gathered():
+                    self._gathered.note(message)
+                    if self._ready and self._machine is not None:
+                        self._gathered.begin(self._machine)
                 case State():
                     self._set_state(message)
                 case Commit() if self._prepared:
@@ -438,6 +471,7 @@ class _Target:
             self._missing.add(self._absent)
         self._absent = {}
         machine.set_state(message.vcpus)
+        self._gathered.go_on(machine)
         self._paused = message.paused
         self._prepared = True
         self._peers.say(Prepared())
@@ -476,13 +510,10 @@ class _Target:
         assert machine is not None
         self._close_memory()
         step("receive-commit")
-        for segment in self._in_place:      # the source's machine cannot run with this memory any more
-            self._taken = True
-            unlink_segment(segment)
-        if self._in_place:
-            step("receive-taken")
         if self._paused:
             machine.pause()
+        if self._detach:
+            machine.let_go()        # from here on it runs by itself if it is started, and goes if it is not
         machine.start()
         step("receive-started")
         self._arrival.tell("completed" if self._missing is None else "postcopy-active")

@@ -28,11 +28,12 @@ from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Check", "Checked", "Commit",
-           "Complete", "Done", "Ended", "Join", "Message", "Missing", "Needs", "Offer", "OnStream", "OtherVersion",
-           "Pages", "Ping", "Prepared", "Received", "Refused", "RoundAck", "RoundEnd", "Running", "State", "Torn",
-           "Unknown", "Want", "WireError", "decode_answer", "decode_message", "decode_stream", "frames"]
+           "Complete", "Done", "Ended", "Gathered", "Join", "Message", "Missing", "Needs", "Offer", "OnStream",
+           "OtherVersion", "Pages", "Ping", "Prepared", "Received", "Refused", "RoundAck", "RoundEnd", "Running",
+           "State", "Torn", "Unknown", "Want", "WireError", "decode_answer", "decode_message", "decode_stream",
+           "frames"]
 
-VERSION = 4
+VERSION = 5
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
 
 Buffer = bytes | memoryview
@@ -130,6 +131,16 @@ class Missing(Wire, frozen=True, tag="missing"):
     bits: bytes
 
 
+class Gathered(Wire, frozen=True, tag="gathered"):
+    """Before State: the pages of this slot (``bits``, as in Missing) that this client of the dirty log has gathered,
+    which gathers on at the target: what was dirtied since a snapshot. And at the beginning, with no pages: it will
+    come."""
+
+    client: str
+    slot: int
+    bits: bytes
+
+
 class State(Wire, frozen=True, tag="state"):
     """The system slot's memory (zstd), the vCPUs' states (workers/state.py), and the specification as it is now: it
     has the slots of the offer, and the settings that were made since. ``paused``: by its user, and so it stays."""
@@ -220,9 +231,11 @@ class Want(Wire, frozen=True, tag="want"):
 
 
 class Complete(Wire, frozen=True, tag="complete"):
-    """Post-copy: every page is here; ``blocked``: milliseconds that each vCPU has waited for some."""
+    """Post-copy: every page is here; ``blocked``: milliseconds that each vCPU has waited for some, ``latency``: how
+    long for one (report.py)."""
 
     blocked: list[float]
+    latency: dict[str, float] = {}
 
 
 class Refused(Wire, frozen=True, tag="refused"):
@@ -256,7 +269,7 @@ class Unknown(Wire, frozen=True, tag="unknown"):
 
 
 OnStream = Join | Pages | Want      # on connections for pages
-Message = Check | Offer | RoundEnd | Missing | State | Commit | Done | Abort | Ping
+Message = Check | Offer | RoundEnd | Missing | Gathered | State | Commit | Done | Abort | Ping
 Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
           | Ended | Unknown | Busy | Checked)
 

@@ -17,6 +17,7 @@ Whatever else is in the directory is not this program's: it is neither read nor 
     pagefile, pagemap, threads  page files, written and read by several threads
     take, restore, merge    what is done with them
     aside       pages of a live snapshot, in memory until the guest runs again
+    heat        what was in use when a snapshot was taken
     lazy        memory that is read while the guest runs
 """
 

@@ -1,9 +1,10 @@
 """Lazy restore: the guest runs at once, and its pages are read from the page files while it does.
 
 Every page that is not zero is a hole in the machine's RAM at first (vmm/consumers/missing.py). One thread waits for
-what is touched and reads the block that it lies in; others read everything, the newest file of the chain first (what
-was dirtied last is wanted first), and go on behind what was touched. Each block is read by one of them, once. A block
-that is not what was saved ends the machine: it never goes on with other bytes, or with zeros.
+what is touched and reads the block that it lies in; others read everything: what the snapshot says was in use first
+(heat.py), then the newest file of the chain first (what was dirtied last is wanted first), and go on behind what was
+touched. Each block is read by one of them, once. A block that is not what was saved ends the machine: it never goes on
+with other bytes, or with zeros.
 
 The RAM is not reserved before (it would take as long as reading it). Whether there is room for it is looked at first;
 a page for which there is none all the same ends the machine as a damaged one does, and when all pages are there, the
@@ -75,14 +76,14 @@ class Arriving(threading.Thread):
     ``lease``, and needs ``slots`` (that are of ``shared``) as long as it lives. ``failed``: why pages could not come,
     once it has ended; the machine was stopped for that."""
 
-    def __init__(self, machine: Machine, lease: Lease, slots: dict[int, SlotPages], shared: Shared,
-                 progress: Progress) -> None:
-        """Raises VmmError, with nothing open that was not before."""
+    def __init__(self, machine: Machine, lease: Lease, slots: dict[int, SlotPages], heat: dict[int, NDArray[np.uint8]],
+                 shared: Shared, progress: Progress) -> None:
+        """``heat``: of each block of each slot. Raises VmmError, with nothing open that was not before."""
         super().__init__(name=_WHAT)
         self._lease = lease
         self._slots = slots
         self._progress = progress
-        self._order = Order(slots)
+        self._order = Order(slots, heat)
         self._total = sum(pages.pages for pages in slots.values())
         self._over = threading.Event()
         self._whole = threading.Event()     # every page that is not zero is there, or it is over
@@ -215,9 +216,10 @@ class Arriving(threading.Thread):
 
 
 class Order:
-    """Which block is read next, and by whom: each is given to one. Threads share it."""
+    """Which block is read next, and by whom: each is given to one. Threads share it. ``heat``: {slot: uint8 [blocks]},
+    those that are more than 0 come first, the highest of all."""
 
-    def __init__(self, slots: dict[int, SlotPages]) -> None:
+    def __init__(self, slots: dict[int, SlotPages], heat: dict[int, NDArray[np.uint8]]) -> None:
         self._lock = threading.Lock()
         self._slots = slots
         #: Runs of blocks of one file of one slot: (slot, file, block numbers); the number of each one's first block.
@@ -231,6 +233,10 @@ class Order:
                     self._runs.append((slot, file, numbers))
                     self._firsts.append(count)
                     count += len(numbers)
+        levels = np.concatenate([np.zeros(0, np.uint8), *(heat[slot][numbers] for slot, _, numbers in self._runs)])
+        levels = np.frexp(levels)[1]        # in the order of the file, where one is not twice as hot as the other
+        coldest_first = np.argsort(levels[::-1], kind="stable")
+        self._hot: list[int] = (count - 1 - coldest_first[count - np.count_nonzero(levels):]).tolist()
         self._taken = bytearray(count)
         self._at = 0
         self._rest = ((slot, start) for slot, pages in slots.items()
@@ -239,12 +245,21 @@ class Order:
     def next(self) -> tuple[int, Block] | None:
         """The next block, and its slot; None: all are taken."""
         with self._lock:
-            at = self._taken.find(0, self._at)
-            if at < 0 and (at := self._taken.find(0)) < 0:
-                return None
-            self._taken[at], self._at = 1, at + 1
+            at = self._next_hot()
+            if at is None:
+                at = self._taken.find(0, self._at)
+                if at < 0 and (at := self._taken.find(0)) < 0:
+                    return None
+                self._at = at + 1
+            self._taken[at] = 1
             slot, file, numbers, first = self._run(at)
             return slot, Block(file, int(numbers[at - first]))
+
+    def _next_hot(self) -> int | None:
+        while self._hot:
+            if not self._taken[at := self._hot.pop()]:
+                return at
+        return None
 
     def take(self, slot: int, page: int) -> Block | None:
         """The block that this page is in, if nobody has it yet; what lies behind it is next."""

@@ -7,7 +7,6 @@ machine before anything is done with it. Nothing in it is used as a path.
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +19,11 @@ from workers.state import StateError, check_states
 from ...errors import VmmError, one_line
 from ...inputs import open_input, read_input
 from ...machine.loader import IMAGE_SIZE_MAX
-from ...machine.names import check_snapshot_id, is_snapshot_id
+from ...machine.names import check_snapshot_id, is_epoch, is_snapshot_id
 from ...machine.rules import Trees, arriving
 from ...machine.spec import MachineSpec
 from .folder import SnapshotError, sync_directory, sync_file
+from .heat import unpacked
 from .pagefile import PAGE
 
 __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "SnapshotError", "file_checksum",
@@ -32,14 +32,14 @@ __all__ = ["FORMAT", "VERSION", "Compression", "Manifest", "SlotFile", "Snapshot
 FORMAT = "shardvmm-snapshot"
 VERSION = 2
 _MANIFEST_MAX = 64 << 20    # bytes; 256 vCPU states of about 20 KiB are 5 MiB
-_EPOCH = re.compile("snap_[0-9a-f_]{1,27}")      # it becomes a client of the restored machine's dirty log
 _SYSTEM_MAX = 1 << 30       # bytes of the system slot
 
 Compression = Literal["none", "zstd"]
 
 
-class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One memory slot of a snapshot: where it was, and the files that its pages are in."""
+class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One memory slot of a snapshot: where it was, and the files that its pages are in. ``working_set``: what of it was
+    in use (heat.py); "": that is not known."""
 
     id: int
     gpa: int
@@ -49,6 +49,7 @@ class SlotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pages: int
     zero_pages: int
     checksum: str
+    working_set: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,7 +113,7 @@ def _problem(manifest: Manifest) -> str:
     parent = manifest.parent
     if parent is not None and not (is_snapshot_id(parent) and int(parent) < int(manifest.id)):
         return "its parent is not an earlier snapshot"
-    if not _EPOCH.fullmatch(manifest.epoch):
+    if not is_epoch(manifest.epoch):     # it becomes a client of the restored machine's dirty log
         return "its epoch is not one"
     try:
         if not spec.can.guests:
@@ -128,6 +129,11 @@ def _problem(manifest: Manifest) -> str:
     if any(not 0 <= s.zero_pages <= s.pages <= s.size // PAGE or s.size % PAGE or s.id < 0
            for s in (*manifest.slots, system)):
         return "a slot's id, size or page counts are invalid"
+    try:
+        for slot in (*manifest.slots, system):
+            unpacked(slot.working_set, slot.size // PAGE)
+    except ValueError as exc:
+        return f"a slot's working set is invalid: {one_line(str(exc))}"
     if system.size > _SYSTEM_MAX:
         return "its system slot is too large"
     return ""

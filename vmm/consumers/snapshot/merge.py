@@ -64,7 +64,8 @@ def _fold(directory: Path, manifests: list[Manifest], progress: Progress) -> Man
         done = 0
         files = []
         for slot in newest.slots:
-            with (PageWriter(aside, f"slot{slot.id}", slot.size // PAGE) as writer,
+            with (PageWriter(aside, f"slot{slot.id}", slot.size // PAGE,
+                             passing=newest.compression == "zstd") as writer,
                   open_slot(directory, manifests, slot) as pages):
                 pages.merge_into(writer, behind(progress, done, total))
                 files.append(_merged(slot, writer.finish()))

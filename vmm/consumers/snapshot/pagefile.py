@@ -77,10 +77,12 @@ def touched_pages(fd: int, total: int) -> Words:
 
 
 class PageWriter:
-    """Writes a ``.mem`` and its ``.map``; pages may be written again. ``with`` it."""
+    """Writes a ``.mem`` and its ``.map``; pages may be written again. ``passing``: the ``.mem`` is to be compressed
+    next, and need never be on the disk. ``with`` it."""
 
-    def __init__(self, directory: Path, name: str, pages: int) -> None:
+    def __init__(self, directory: Path, name: str, pages: int, *, passing: bool = False) -> None:
         self._path = directory / name
+        self._passing = passing
         self._total = pages
         self._map = PageMap.empty(pages)
         self._written = np.zeros(len(self._map.present), np.uint64)     # not a hole
@@ -132,7 +134,7 @@ class PageWriter:
             if (mask & ~(mask << 1)).bit_count() >= _RUNS:
                 mask |= int(self._map.present[block])       # as they are now: it is less work than each by itself
             self._put(block, mask, _read_block(fd, block, mask, scratch))
-            if block % _AHEAD == _AHEAD - 1:
+            if block % _AHEAD == _AHEAD - 1 and not self._passing:
                 write_back(self._file.fileno(), max(0, block + 1 - 2 * _AHEAD) * size, _AHEAD * size)
             return int(words[block]).bit_count()
 
@@ -170,7 +172,7 @@ class PageWriter:
             self.put_block(block, mask, sum(1 << page for page in pages.tolist()), data[solid])
 
     def finish(self) -> dict[str, int | str]:
-        """Write the map, sync both; {pages, zero_pages, checksum}. Raises OSError."""
+        """Write the map, sync both (``passing``: the map); {pages, zero_pages, checksum}. Raises OSError."""
         fd = self._file.fileno()
 
         def again(block: int, scratch: Data) -> int:
@@ -180,7 +182,8 @@ class PageWriter:
         in_threads(np.flatnonzero(self._stale).tolist(), lambda: np.empty((BLOCK_PAGES, PAGE), np.uint8), again)
         self._stale[:] = False
         self._map.save(self._path.with_suffix(".map"))
-        os.fsync(fd)
+        if not self._passing:
+            os.fsync(fd)
         return {"pages": self._map.pages, "zero_pages": self._map.zero_pages, "checksum": self._map.checksum()}
 
     def close(self) -> None:
@@ -221,6 +224,7 @@ def compress(directory: Path, name: str) -> None:
     sizes = np.zeros(len(blocks), "<u4")
     with source.open("rb", buffering=0) as raw, target.open("wb", buffering=0) as file:
         fd, out, at = raw.fileno(), file.fileno(), _INDEX.size + sizes.nbytes
+        begun, ahead = 0, _AHEAD * BLOCK_PAGES * PAGE      # bytes that are on their way to the disk
 
         def pack(block: int, tools: tuple[zstandard.ZstdCompressor, Data]) -> bytes:
             packer, scratch = tools
@@ -232,6 +236,9 @@ def compress(directory: Path, name: str) -> None:
                 write_at(out, memoryview(frame), at)
                 sizes[number] = len(frame)
                 at += len(frame)
+                if at - begun >= 2 * ahead:
+                    write_back(out, begun, ahead)
+                    begun += ahead
         write_at(out, memoryview(_INDEX.pack(_SKIPPABLE, sizes.nbytes) + sizes.tobytes()), 0)
         os.fsync(out)
     source.unlink()

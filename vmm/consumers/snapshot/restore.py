@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from ipc.shm import open_fd, reserve, room
+from ipc.shm import SegmentError, open_fd, reserve, room
 from ipc.userfault import post_copy_missing
 
 from ...client.machine import Machine
 from ...errors import VmmError
-from ...machine.names import check_machine_name
+from ...machine.names import check_machine_name, slot_segment
 from ...machine.room import shared_memory
 from ...machine.rules import NO_TREES, Trees, arriving
-from ...machine.spec import MachineSpec
+from ...machine.spec import MachineSpec, RamSlot
 from .chain import chain, open_slot
 from .folder import SnapshotError
+from .heat import unpacked
 from .layers import SlotPages
 from .lazy import Arriving, Shared
 from .manifest import Manifest, file_checksum
@@ -104,28 +107,35 @@ def _restore(directory: Path, name: str | None, names: Callable[[str], list[str]
         opened = _open(directory, name, stack)
         saved = opened.manifest
         folder = directory / saved.id
-        if file_checksum(folder / "image") != saved.image_checksum:
-            raise SnapshotError(f"{folder / 'image'}: is damaged (its checksum does not match)")
-        spec = arriving(saved.spec, name=saved.spec.name, image=str((folder / "image").resolve()),
+        spec = arriving(saved.spec, name=saved.spec.name, image=_image(folder, saved, stack),
                         accel=choose_accelerator(accel, programs=saved.spec.program is not None),
                         linger=not detach, trees=trees, incoming=True)
         wanted = names(spec.name)
         _check(spec, wanted)
         machines: list[Machine] = []
+        ready = 0
         coming: list[Arriving] = []
+        heat = {slot.id: unpacked(slot.working_set, slot.size // PAGE) for slot in saved.slots}
         shared = Shared(stack)
         try:
             for each in wanted:
                 machines.append(Machine.launch(msgspec.structs.replace(spec, name=each), detach=detach, start=False))
+            gone: SegmentError | None = None
+            try:
+                if not lazy:
+                    _fill(wanted, spec.slots, opened.slots, progress)       # while their processes begin
+            except SegmentError as exc:
+                gone = exc
             for machine in machines:
                 machine.is_ready(wait=True)
+                ready += 1
+            if gone is not None:
+                raise VmmError(str(gone))
             leases = [machine.lease("incoming", f"from {folder}") for machine in machines]  # half restored, no other
             if lazy:                                                                # may start or write to them
                 for machine, lease in zip(machines, leases, strict=True):
-                    coming.append(Arriving(machine, lease, opened.slots, shared,
+                    coming.append(Arriving(machine, lease, opened.slots, heat, shared,
                                            progress if detach and len(machines) == 1 else _nobody))
-            else:
-                _fill(machines, opened.slots, progress)
             for number, machine in enumerate(machines):
                 if saved.spec.keeps_system:
                     _restore_system(machine, folder, opened.system)
@@ -140,9 +150,10 @@ def _restore(directory: Path, name: str | None, names: Callable[[str], list[str]
             for arrives in coming if detach else ():
                 arrives.wait()
         except BaseException:
-            for machine in machines:
-                with contextlib.suppress(VmmError):     # it may have gone already
-                    machine.stop()
+            for number, machine in enumerate(machines):
+                if number < ready:
+                    with contextlib.suppress(VmmError):     # it may have gone already
+                        machine.stop()
                 machine.close()
             for arrives in coming:
                 arrives.give_up()
@@ -150,6 +161,20 @@ def _restore(directory: Path, name: str | None, names: Callable[[str], list[str]
         if coming:
             shared.keep()
     return machines
+
+
+def _image(folder: Path, saved: Manifest, stack: contextlib.ExitStack) -> str:
+    """A copy of the guest's image: the machine's coordinator reads it later, when the chain may be another. ``stack``
+    removes it. Raises SnapshotError."""
+    image = folder / "image"
+    if file_checksum(image) != saved.image_checksum:
+        raise SnapshotError(f"{image}: is damaged (its checksum does not match)")
+    try:
+        copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="shardvmm-image-"))     # noqa: SIM115
+        shutil.copyfile(image, copy.name)
+    except OSError as exc:
+        raise SnapshotError(f"{image}: cannot be copied: {exc.strerror}") from None
+    return copy.name
 
 
 def _check(spec: MachineSpec, names: list[str]) -> None:
@@ -161,22 +186,23 @@ def _check(spec: MachineSpec, names: list[str]) -> None:
         raise VmmError(there.shortage(f"the {len(names)} machines", needed))
 
 
-def _fill(machines: list[Machine], slots: dict[int, SlotPages], progress: Progress) -> None:
-    """Their memory, which is all holes: who writes to a hole through a descriptor is told when there is no room. Raises
-    VmmError."""
-    total, before = sum(pages.pages for pages in slots.values()), 0
-    for slot, pages in slots.items():
+def _fill(names: list[str], slots: list[RamSlot], saved: dict[int, SlotPages], progress: Progress) -> None:
+    """Memory of these machines, which is all holes: who writes to a hole through a descriptor is told when there is no
+    room. Raises VmmError, and SegmentError for a machine that has gone."""
+    total, before = sum(pages.pages for pages in saved.values()), 0
+    for slot in slots:
+        pages = saved[slot.id]
         with contextlib.ExitStack() as stack:
             fds = []
-            for machine in machines:
-                fds.append(open_fd(machine.ram_segment(slot)))
+            for name in names:
+                fds.append(open_fd(slot_segment(name, "ram", slot)))
                 stack.callback(os.close, fds[-1])
             try:
                 pages.copy_to(fds, behind(progress, before, total))
                 for fd in fds if pages.pages < pages.total else ():
                     reserve(fd, 0, pages.total * PAGE)       # the rest is zero
             except OSError as exc:
-                raise SnapshotError(f"slot {slot} of machine '{machines[0].name}': cannot be filled: "
+                raise SnapshotError(f"slot {slot.id} of machine '{names[0]}': cannot be filled: "
                                     f"{exc.strerror}") from None
         before += pages.pages
 

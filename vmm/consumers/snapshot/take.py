@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from importlib import metadata
@@ -34,6 +35,7 @@ from ...machine.spec import MachineSpec
 from .aside import Aside
 from .chain import survey
 from .folder import SnapshotError, clear_leftovers, discard, locked, new_aside, next_id, sync_directory, sync_file
+from .heat import Heat
 from .manifest import FORMAT, VERSION, Compression, Manifest, SlotFile, file_checksum, write_manifest
 from .pagefile import PAGE, PageWriter, compress
 from .pagemap import Words, all_pages
@@ -42,25 +44,28 @@ from .threads import Progress, behind
 __all__ = ["create"]
 
 _LIVE_ROUNDS = 8            # of copying what was dirtied meanwhile, at most
+_LOOKS = 4                  # at what the guest dirties, for its working set
 _LIVE_ENOUGH = 512          # pages that are few enough to stop the guest for
 
 
 def create(machine: Machine, directory: Path, *, incremental: bool = False, live: bool = False,
-           compression: Compression = "none", progress: Progress = lambda done, total: None) -> Manifest:
+           compression: Compression = "none", working_set: float = 0.0,
+           progress: Progress = lambda done, total: None) -> Manifest:
     """Take a snapshot. The machine is paused for it, or with ``live`` only for the last dirty pages and the
     vCPU states; it is as before when this returns, also when it fails. A migration, hotplug and the end of dirty
-    logging are kept out meanwhile. Raises VmmError."""
+    logging are kept out meanwhile. ``working_set``: seconds before it in which is recorded what the guest dirties, for
+    lazy restores. Raises VmmError."""
     machine.require_state()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise SnapshotError(f"{directory}: cannot be created: {exc.strerror}") from None
     with locked(directory), machine.lease("snapshot", f"into {directory}"):
-        return _create(machine, directory, incremental, live, compression, progress)
+        return _create(machine, directory, incremental, live, compression, working_set, progress)
 
 
 def _create(machine: Machine, directory: Path, incremental: bool, live: bool, compression: Compression,
-            progress: Progress) -> Manifest:
+            working_set: float, progress: Progress) -> Manifest:
     parent = _parent(machine, directory) if incremental else None
     family = _family(directory)
     epoch = f"{family}_{uuid.uuid4().hex[:8]}"
@@ -73,8 +78,11 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
         with contextlib.ExitStack() as stack:
             machine.register(work, mine=True, like=parent.epoch if parent else "")
             stack.callback(_forget, machine, work)
-            taking = _Taking(machine, aside, work, whole=parent is None, progress=progress)
+            taking = _Taking(machine, aside, work, whole=parent is None, packed=compression == "zstd",
+                             progress=progress)
             stack.callback(taking.close)
+            if working_set:
+                taking.watch(working_set)
             if live:
                 taking.copy_while_it_runs()
                 taking.set_aside_while_it_runs()
@@ -121,7 +129,8 @@ def _parent(machine: Machine, directory: Path) -> Manifest:
     parent = next((m for m in reversed(there) if isinstance(m, Manifest) and m.epoch in clients), None)
     if parent is None:
         raise SnapshotError(f"{directory / newest.id}: machine '{machine.name}' has no record of what was "
-                            "dirtied since (it is another machine, or was migrated): take a full one")
+                            "dirtied since (it is another machine, or its dirty-log client was dropped): "
+                            "take a full one")
     return parent
 
 
@@ -133,13 +142,16 @@ def _forget(machine: Machine, client: str) -> None:
 class _Taking:
     """The memory files of a snapshot while it is taken."""
 
-    def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, progress: Progress) -> None:
+    def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, packed: bool,
+                 progress: Progress) -> None:
         self._machine = machine
         self._folder = aside
         self._client = client
         self._whole = whole
+        self._packed = packed
         self._progress = progress
         self._writers: dict[tuple[int, int], PageWriter] = {}
+        self._heat: dict[tuple[int, int], Heat] = {}
         self._done = 0
         self._last = 0      # pages of the last round
         self._aside: Aside | None = None
@@ -152,8 +164,26 @@ class _Taking:
         key = (slot["id"], slot["born"])
         fresh = key not in self._writers
         if fresh:
-            self._writers[key] = PageWriter(self._folder, f"slot{slot['id']}", slot["pages"])
+            self._writers[key] = PageWriter(self._folder, f"slot{slot['id']}", slot["pages"],
+                                            passing=self._packed)
         return self._writers[key], fresh
+
+    def watch(self, seconds: float) -> None:
+        """For so long, what the guest dirties."""
+        client = f"snapwatch_{uuid.uuid4().hex[:8]}"
+        self._machine.register(client, mine=True)
+        try:
+            for _ in range(_LOOKS):
+                time.sleep(seconds / _LOOKS)
+                self._machine.collect(client)
+                for slot in self._slots():
+                    self._note_heat(slot, self._machine.bitmap(slot["id"], client).words)
+        finally:
+            _forget(self._machine, client)
+
+    def _note_heat(self, slot: dict[str, Any], words: Words) -> None:
+        heat = self._heat.setdefault((slot["id"], slot["born"]), Heat(slot["pages"]))
+        heat.add(words & all_pages(slot["pages"]))
 
     def copy_while_it_runs(self) -> None:
         """Round after round, until what was dirtied in the last is little, or grows."""
@@ -188,6 +218,8 @@ class _Taking:
             dirty = self._machine.bitmap(slot["id"], self._client).words & all_pages(slot["pages"])
             if fresh and (self._whole or not slot["logged"]):
                 dirty = all_pages(slot["pages"])    # it is unknown what changed in a slot that is not logged
+            elif not fresh:
+                self._note_heat(slot, dirty)
             todo.append((slot, writer, dirty))
             total += int(np.bitwise_count(dirty).sum())
         return total, todo
@@ -234,7 +266,10 @@ class _Taking:
         spec, files = self._spec, []
         for slot in spec.slots:
             finished = self._writers[slot.id, slot.born].finish()
-            files.append(_slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, finished))
+            heat = self._heat.get((slot.id, slot.born))
+            files.append(msgspec.structs.replace(
+                _slot_file(slot.id, slot.gpa, slot.size, slot.log, slot.born, finished),
+                working_set=heat.packed() if heat is not None else ""))
             if compression == "zstd":
                 compress(self._folder, f"slot{slot.id}")
         with PageWriter(self._folder, "system", len(self._system) // PAGE) as writer:
