@@ -6,7 +6,7 @@ its neighbours, and the page tables say so. Addresses are in bytes where a progr
 A processor keeps what it has read in the tables. What loses a right, or gets another frame than before, is therefore
 put into ``stale``: the frames concerned, of which every worker must drop its own mapping (madvise(2), MADV_DONTNEED: it
 takes the guest's along) before the program goes on. Frames that nobody uses any more are cleared (``Memory.clear``),
-which reaches every worker by itself.
+which sees to it by itself.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Memory(Protocol):
     def copy(self, source: int, target: int) -> None:
         """One frame."""
 
-    def clear(self, runs: list[Run]) -> None:
-        """They hold zeros, and no worker has a translation to them."""
+    def clear(self, runs: list[Run], visitors: Iterable[int] = ()) -> None:
+        """They hold zeros, and no worker has a translation to them. ``visitors``: vCPUs that may have had one."""
 
 
 class Backing(Protocol):
@@ -704,7 +704,7 @@ class Space:
     def _release(self, frames: list[int]) -> None:
         runs = self._frames.drop(frames)
         if runs:
-            self._memory.clear(runs)
+            self._memory.clear(runs, self.visitors)
             self._frames.give(runs)
 
     def _set_rights(self, mapping: Mapping) -> None:
