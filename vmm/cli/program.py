@@ -119,7 +119,9 @@ def _end(report: dict[str, Any], shown: bool, path: str | None) -> int:
     if report.get("handed_over"):
         click.echo(f"vmm: the program goes on elsewhere: it was migrated to {report['handed_over']}", err=True)
     elif report["exit_code"] > ExitCode.GUEST_FAILED:
-        click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
+        details = "; ".join(each["detail"] for each in report.get("vcpus", []) if each["detail"])
+        click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}"
+                   f"{details and f' ({details})'}", err=True)
     return int(report["exit_code"] if exit_status is None or report["exit_code"] > ExitCode.GUEST_FAILED
                else exit_status)
 

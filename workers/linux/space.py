@@ -719,6 +719,8 @@ class Space:
                 if new & WRITE and not mapping.shared and (entry & COPY or self._frames.uses(frame) > 1):
                     new = new & ~WRITE | COPY
                 lost = (entry & ~new) & (PRESENT | WRITE) or (new & ~entry) & NO_EXECUTE
+                if new & ~entry & WRITE and not new & NO_EXECUTE:
+                    lost = True     # a software CPU has taken it for code that nobody changes
                 if lost and entry & PRESENT:
                     self.stale.append(frame)
                 entries[index] = new

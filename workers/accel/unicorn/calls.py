@@ -10,7 +10,7 @@ from typing import Any
 
 from ipc.compiled.loader import Native
 
-__all__ = ["ON_BLOCK", "ON_CALL", "ON_FILL", "ON_LOCKED", "ON_SPECIAL", "ON_WRITE", "log_write", "place_of", "remember",
+__all__ = ["ON_BLOCK", "ON_CALL", "ON_FILL", "ON_LOCKED", "ON_SPECIAL", "ON_WRITE", "entry_of", "log_write", "remember",
            "reset"]
 
 _native = Native("workers.accel.unicorn.hooks", "ipc.compiled.atomics", "ipc.layout", "ipc.compiled.loops",
@@ -35,9 +35,9 @@ def log_write(context: int, gpa: int, size: int) -> None:
     _native.log_write(context, gpa, size)
 
 
-def place_of(context: int, address: int) -> int:
-    """The GPA behind an address of a program; -1 where there is nothing that it may look at."""
-    return int(_native.place_of(context, address))
+def entry_of(context: int, address: int) -> int:
+    """Of a program's page tables, for the page of an address; 0 where there is none."""
+    return int(_native.entry_of(context, address))
 
 
 def remember(context: int, address: int, size: int) -> None:

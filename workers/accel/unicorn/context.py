@@ -10,12 +10,16 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
-__all__ = ["CONTEXT", "LOCKED", "PAGE_CODE", "PAGE_LOGGED", "SEEN", "SEEN_BLOCKS", "SLOT", "TRANSLATION", "LockedOp",
-           "Stop"]
+__all__ = ["CONTEXT", "FRAME", "LOCKED", "NO_EXECUTE", "PAGE_CODE", "PAGE_LOGGED", "PRESENT", "SEEN", "SEEN_BLOCKS",
+           "SLOT", "TRANSLATION", "USER", "WRITABLE", "LockedOp", "Stop"]
 
 #: Flags of a guest page, one byte a page.
 PAGE_LOGGED = 1     # its next write needs no log entry: it has one, or its slot is not logged
 PAGE_CODE = 2       # a block that was looked at lies in it
+
+#: Bits of an entry of a program's page tables (Intel SDM 3A, 4.5.4).
+PRESENT, WRITABLE, USER, NO_EXECUTE = 1 << 0, 1 << 1, 1 << 2, 1 << 63
+FRAME = 0x000F_FFFF_FFFF_F000
 
 #: Entries of the table of blocks looked at (a power of two; it is emptied when half full).
 SEEN_BLOCKS = 1 << 16
@@ -69,8 +73,8 @@ SLOT = np.dtype([
 #: uc_tlb_entry: where a page is, and what may be done with it.
 TRANSLATION = np.dtype([("address", np.uint64), ("rights", np.int32)], align=True)
 
-#: A block looked at.
-SEEN = np.dtype([("address", np.uint64), ("size", np.uint64)])
+#: A block looked at. ``sum``: of its code, where a program may write to that; else 0.
+SEEN = np.dtype([("address", np.uint64), ("size", np.uint64), ("sum", np.uint64)])
 
 CONTEXT = np.dtype([
     # libunicorn's functions

@@ -197,6 +197,7 @@ class UnicornAccelerator:
         """A block is about to run for the first time: hook what it must not be left alone with."""
         if self._c.seen_count >= SEEN_BLOCKS // 2:
             self._forget_code()
+        calls.remember(self._address, address, size)
         places = self._places(address, size)
         try:
             code = b"".join(self._memory.read(*place) for place in places)
@@ -217,10 +218,8 @@ class UnicornAccelerator:
         if fresh:   # it was translated without the hooks
             self._engine.ctl_remove_cache(address, address + size)
         with self._inside():
-            marked = [self._pages.mark_code(*place) for place in places]
-            if any(marked):
+            if self._mark_code(address, places):
                 self._forget_translations()
-        calls.remember(self._address, address, size)
 
     def _places(self, address: int, size: int) -> list[tuple[int, int]]:
         """(GPA, bytes): where that is in memory. This guest has all addresses as they are."""
@@ -228,6 +227,10 @@ class UnicornAccelerator:
 
     def _decode(self, code: bytes, address: int) -> tuple[dict[int, Any], dict[int, Any]]:
         return self._decoder.decode(code, address)
+
+    def _mark_code(self, address: int, places: list[tuple[int, int]]) -> bool:
+        """A block that was looked at is there; whether there was none in one of the pages before."""
+        return any([self._pages.mark_code(*place) for place in places])  # noqa: C419 (of each)
 
     def _forget_translations(self) -> None:
         """Page flags are others: whatever was made of them is void. The gate is held. (The hook on every store reads

@@ -25,21 +25,22 @@ from numba import carray, njit, types
 
 from ipc.compiled.atomics import load_u8, load_u32
 
-from .context import PAGE_CODE, PAGE_LOGGED, SEEN_BLOCKS, Stop
+from .context import PAGE_CODE, PAGE_LOGGED, SEEN_BLOCKS, WRITABLE, Stop
 from .locked import on_locked
 from .native import CONTEXT_POINTER, call_stop, context_at, seen_at, slots_at
-from .paging import on_fill, place_in, place_of_program
+from .paging import code_sum, entry_in, entry_of, on_fill, place_of
 from .writes import find_slot, log_of, log_write, reset_of
 
 __all__ = ["EXPORTS"]
 
 _i64, _u64, _i32 = types.int64, types.uint64, types.int32
 _LOGGED = np.uint8(PAGE_LOGGED)
-_UNSEEN, _SPECIAL, _CALL = np.uint64(Stop.UNSEEN), np.uint64(Stop.SPECIAL), np.uint64(Stop.CALL)
+_UNSEEN, _SPECIAL, _CALL, _CODE_WRITTEN = (
+    np.uint64(each) for each in (Stop.UNSEEN, Stop.SPECIAL, Stop.CALL, Stop.CODE_WRITTEN))
 _SEEN_MASK = np.uint64(SEEN_BLOCKS - 1)
 _SEEN_MOST = np.uint64(SEEN_BLOCKS // 2)
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)    # 2**64 / golden ratio (Knuth, TAOCP vol. 3, 6.4)
-_ONE = np.uint64(1)
+_ZERO, _ONE, _WRITABLE = np.uint64(0), np.uint64(1), np.uint64(WRITABLE)
 _CODE = np.uint8(PAGE_CODE)
 _OFFSET, _PAGE = np.uint64(4095), np.uint64(4096)
 #: A byte of every instruction that is looked for: the LOCK prefix (and the last byte of MFENCE), XCHG (SDM vol. 2).
@@ -69,6 +70,7 @@ def _put(context, address, size):  # type: ignore[no-untyped-def]
         at = (at + _ONE) & _SEEN_MASK
     seen[at].address = address
     seen[at].size = size
+    seen[at].sum = code_sum(context, address, size) if c.root else _ZERO
     c.seen_count += _ONE
 
 
@@ -78,16 +80,18 @@ def _remember(context, address, size):  # type: ignore[no-untyped-def]
 
 @njit(types.boolean(CONTEXT_POINTER, _u64, _i64))
 def _is_plain(context, address, size):  # type: ignore[no-untyped-def]
-    """A block of a program, in a page that is known to have code, cannot have a locked instruction, XCHG or MFENCE."""
+    """A block of a program, in a page that is known to have code and cannot be written to, has no locked instruction,
+    XCHG or MFENCE."""
     c = carray(context, 1)[0]
     if not c.root or c.seen_count >= _SEEN_MOST or (address & _OFFSET) + np.uint64(size) > _PAGE:
         return False
-    gpa = place_of_program(context, address)
+    entry = entry_of(context, address)
+    gpa = place_of(entry, address)
     i = find_slot(context, gpa)
     if i < 0:
         return False
     slot = carray(slots_at(c.slots), c.slot_count)[i]
-    if not load_u8(slot.flags + ((gpa - slot.gpa) >> 12)) & _CODE:
+    if entry & _WRITABLE or not load_u8(slot.flags + ((gpa - slot.gpa) >> 12)) & _CODE:
         return False
     begin = slot.host + gpa - slot.gpa
     for at in range(begin, begin + size):
@@ -108,6 +112,9 @@ def _on_block(engine, address, size, at_context):  # type: ignore[no-untyped-def
     at = ((np.uint64(address) * _HASH) >> np.uint64(40)) & _SEEN_MASK
     while seen[at].size:
         if seen[at].address == np.uint64(address) and seen[at].size >= np.uint64(size):
+            if seen[at].sum and code_sum(context, seen[at].address, seen[at].size) != seen[at].sum:
+                c.stop |= _CODE_WRITTEN
+                call_stop(c.emu_stop, engine)
             return
         at = (at + _ONE) & _SEEN_MASK
     if _is_plain(context, np.uint64(address), np.int64(size)):
@@ -142,7 +149,7 @@ EXPORTS = {
     "on_locked": (on_locked, _BLOCK),
     "on_fill": (on_fill, _i32(_i64, _u64, _i32, _i64, _i64)),   # uc_cb_tlbevent_t
     "on_call": (_on_call, types.void(_i64, _i64)),              # uc_cb_insn_syscall_t
-    "place_of": (place_in, _i64(_i64, _u64)),
+    "entry_of": (entry_in, _u64(_i64, _u64)),
     "log_write": (log_of, types.void(_i64, _i64, _i64)),
     "remember": (_remember, types.void(_i64, _u64, _u64)),
     "reset": (reset_of, _u64(_i64)),

@@ -14,15 +14,15 @@ from unicorn import unicorn_const as uconst
 
 from ipc.compiled.atomics import load_u8, load_u64
 
-from .context import PAGE_LOGGED
+from .context import FRAME, NO_EXECUTE, PAGE_LOGGED, PRESENT, USER, WRITABLE
 from .native import CONTEXT_POINTER, context_at, slots_at, translation_at
 from .writes import find_slot, log_write
 
-__all__ = ["on_fill", "permitted", "place_in", "place_of", "place_of_program"]
+__all__ = ["code_sum", "entry_in", "entry_of", "on_fill", "permitted", "place_of"]
 
 _i64, _u64, _i32 = types.int64, types.uint64, types.int32
-_PRESENT, _WRITE, _USER, _NO_EXECUTE = np.uint64(1), np.uint64(2), np.uint64(4), np.uint64(1 << 63)    # SDM 3A, 4.5.4
-_FRAME = np.uint64(0x000F_FFFF_FFFF_F000)
+_PRESENT, _WRITE, _USER, _NO_EXECUTE = np.uint64(PRESENT), np.uint64(WRITABLE), np.uint64(USER), np.uint64(NO_EXECUTE)
+_FRAME = np.uint64(FRAME)
 _OFFSET = np.uint64(0xFFF)
 _INDEX = np.uint64(511)
 #: Of a page fault's error code (SDM 3A, 4.7).
@@ -30,14 +30,15 @@ _BY_WRITE, _BY_USER, _BY_FETCH = np.uint64(2), np.uint64(4), np.uint64(16)
 _PAGE_FAULT, _PROTECTION = np.uint64(14), np.uint64(13)
 _LOGGED = np.uint8(PAGE_LOGGED)
 _LOWER_HALF, _UPPER_HALF = np.uint64(1 << 47), np.uint64((1 << 64) - (1 << 47))
-_ZERO = np.uint64(0)
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
+_FNV_BASIS, _FNV_PRIME = np.uint64(0xCBF2_9CE4_8422_2325), np.uint64(0x100_0000_01B3)
 
 _MEM_WRITE, _MEM_FETCH = uconst.UC_MEM_WRITE, uconst.UC_MEM_FETCH
 _READ_RIGHT, _WRITE_RIGHT, _EXECUTE_RIGHT = uconst.UC_PROT_READ, uconst.UC_PROT_WRITE, uconst.UC_PROT_EXEC
 
 
 @njit(_u64(CONTEXT_POINTER, _u64))
-def _entry_of(context, address):  # type: ignore[no-untyped-def]
+def entry_of(context, address):  # type: ignore[no-untyped-def]
     """Of its page; 0 where there is none. Tables above the last have all rights."""
     c = carray(context, 1)[0]
     entry = c.root
@@ -60,7 +61,7 @@ def permitted(context, address, access):  # type: ignore[no-untyped-def]
     if _LOWER_HALF <= address < _UPPER_HALF:
         c.fault_vector, c.fault_error = _PROTECTION, _ZERO
         return _ZERO
-    entry = _entry_of(context, address)
+    entry = entry_of(context, address)
     error = _BY_USER | (entry & _PRESENT)
     right = entry & _USER != _ZERO
     if access == _MEM_WRITE:
@@ -105,12 +106,29 @@ def on_fill(engine, address, access, translation, at):  # type: ignore[no-untype
     return np.int32(1)
 
 
-@njit(_i64(CONTEXT_POINTER, _u64))
-def place_of_program(context, address):  # type: ignore[no-untyped-def]
-    """The GPA behind an address of the program; -1 where there is nothing that it may look at."""
-    entry = _entry_of(context, address)
-    return place_of(entry, address) if entry & _USER else np.int64(-1)
+@njit(_u64(CONTEXT_POINTER, _u64, _u64))
+def code_sum(context, address, size):  # type: ignore[no-untyped-def]
+    """Of code that the program may write to, never 0 (FNV-1a); of other code 0: who writes to that is noticed
+    otherwise. Code can be changed by other vCPUs, and by the system."""
+    c = carray(context, 1)[0]
+    end = address + size
+    total = _FNV_BASIS
+    writable = False
+    at = address
+    while at < end:
+        entry = entry_of(context, at)
+        gpa = place_of(entry, at)
+        part = min(end, (at | _OFFSET) + _ONE) - at
+        i = find_slot(context, gpa)
+        if i >= 0 and entry & _WRITE:
+            writable = True
+            slot = carray(slots_at(c.slots), c.slot_count)[i]
+            begin = slot.host + gpa - slot.gpa
+            for place in range(begin, begin + np.int64(part)):
+                total = (total ^ np.uint64(load_u8(place))) * _FNV_PRIME
+        at += part
+    return total | _ONE if writable else _ZERO
 
 
-def place_in(context, address):  # type: ignore[no-untyped-def]
-    return place_of_program(context_at(context), address)
+def entry_in(context, address):  # type: ignore[no-untyped-def]
+    return entry_of(context_at(context), address)

@@ -25,13 +25,14 @@ from ipc.messages import ExitReason, WorkerSpec
 from ipc.programs import EVERYTHING, REGISTERS, SYSCALL_SIZE, SYSTEM_ADDRESS
 from ipc.shm import PAGE_SIZE
 
+from ... import msr
 from ...memory import GuestMemory
 from ...ports import PortBus
 from ...state import VcpuSaved
 from ..base import AccelError, Exit, ExitKind, ProgramServer
 from . import calls
 from . import state as soft_state
-from .context import SEEN_BLOCKS, Stop
+from .context import FRAME, SEEN_BLOCKS, USER, WRITABLE, Stop
 from .cpu import UnicornAccelerator
 from .entry import enter, number
 
@@ -39,6 +40,7 @@ __all__ = ["UnicornProgram"]
 
 _RIP, _RFLAGS, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rcx", "r11"))
 _FLAGS, _FLAGS_ALWAYS = 0x24_0DD5, 0x202        # all that popf can set at CPL 3, and ID; IF, and bit 1
+_MSRS = ((msr.STAR, "star"), (msr.LSTAR, "lstar"), (msr.SYSCALL_MASK, "fmask"))
 _CR4 = 0x620                                    # OSXMMEXCPT OSFXSR PAE
 _INVALID, _PROTECTION, _PAGE_FAULT = 6, 13, 14
 _VECTORS = 32
@@ -68,6 +70,8 @@ class UnicornProgram(UnicornAccelerator):
         size = ctypes.sizeof(ctypes.c_uint64)
         self._numbers = _Numbers(*map(number, REGISTERS))
         self._pointers = _Pointers(*(ctypes.addressof(self._words) + size * at for at in range(_COUNT)))
+        #: What Unicorn keeps is dropped before the guest goes on: by the vCPU thread, whose engine it is.
+        self._stale = self._stale_code = False
         #: By a block's address and code, of each program that has run here.
         self._decoded: dict[tuple[int, bytes], dict[int, Any]] = {}
         self._vector: int | None = None         # of an exception that has left the emulation
@@ -166,6 +170,11 @@ class UnicornProgram(UnicornAccelerator):
         """From where the program is until a hook stops it; Unicorn's error number."""
         begin = ctypes.c_uint64(self._engine.reg_read(ux.UC_X86_REG_RIP))
         with self._inside():
+            if self._stale_code:
+                self._drop_code()
+            if self._stale:
+                self._engine.ctl(uconst.UC_CTL_TLB_FLUSH, uconst.UC_CTL_IO_WRITE)
+            self._stale = self._stale_code = False
             return int(uclib.uc_emu_start(self._engine._uch, begin, ctypes.c_uint64(0), ctypes.c_uint64(0),
                                           ctypes.c_size_t(0)))
 
@@ -197,12 +206,27 @@ class UnicornProgram(UnicornAccelerator):
         end = address + size
         while address < end:
             part = min(end, (address | PAGE_SIZE - 1) + 1) - address
-            gpa = calls.place_of(self._address, address)
-            if gpa < 0:
+            entry = calls.entry_of(self._address, address)
+            if not entry & USER:
                 break
-            places.append((gpa, part))
+            places.append((entry & FRAME | address & PAGE_SIZE - 1, part))
             address += part
         return places
+
+    def _look_at(self, address: int, size: int) -> None:
+        """What can be written to is translated once its sum is there: what is changed later has another."""
+        super()._look_at(address, size)
+        if any(calls.entry_of(self._address, at) & WRITABLE for at in (address, address + size - 1)):
+            self._engine.ctl_remove_cache(address, address + size)
+
+    def _mark_code(self, address: int, places: list[tuple[int, int]]) -> bool:
+        """A page that can be written to is left as it is: its blocks have sums."""
+        marked = []
+        for gpa, size in places:
+            if not calls.entry_of(self._address, address) & WRITABLE:
+                marked.append(self._pages.mark_code(gpa, size))
+            address += size
+        return any(marked)
 
     def _decode(self, code: bytes, address: int) -> tuple[dict[int, Any], dict[int, Any]]:
         """At CPL 3 Unicorn does what the rest is to do: an exception, or a call."""
@@ -235,24 +259,18 @@ class UnicornProgram(UnicornAccelerator):
 
     def set_root(self, address: int) -> None:
         """Nothing is kept of what was there before."""
-        with self._inside():
-            self._c.root = address
-            self._forget_all()
+        self._c.root = address
+        self._stale = self._stale_code = True
 
     def forget_frames(self, runs: list[tuple[int, int]]) -> None:
         with self._outside():
+            self._stale = True
             if EVERYTHING in runs or any(self._pages.has_code(first * PAGE_SIZE, count * PAGE_SIZE)
                                          for first, count in runs):
-                self._forget_all()
-            else:
-                self._forget_translations()
-
-    def _forget_all(self) -> None:
-        self._drop_code()
-        self._forget_translations()
+                self._stale_code = True
 
     def _forget_translations(self) -> None:
-        self._engine.ctl(uconst.UC_CTL_TLB_FLUSH, uconst.UC_CTL_IO_WRITE)
+        self._stale = True
 
     def get_xsave(self, area: memoryview) -> None:
         area[:] = soft_state.get_xsave(self._engine)
@@ -278,8 +296,12 @@ class UnicornProgram(UnicornAccelerator):
         regs = state.regs
         if self.server.repeats_call:
             regs = msgspec.structs.replace(regs, rip=regs.rip - SYSCALL_SIZE)
+        tr = msgspec.structs.replace(state.segments.tr, base=boot["tss_base"], limit=boot["tss_limit"],
+                                     selector=boot["tr_selector"])
+        msrs = {str(number): boot[name] for number, name in _MSRS}
         return msgspec.structs.replace(
             state, regs=regs, cr0=boot["cr0"], cr3=int(self._c.root), cr4=boot["cr4"], efer=boot["efer"],
+            segments=msgspec.structs.replace(state.segments, tr=tr), msrs={**state.msrs, **msrs},
             gdt=msgspec.structs.replace(state.gdt, base=boot["gdt_base"]),
             idt=msgspec.structs.replace(state.idt, base=boot["idt_base"], limit=boot["idt_limit"]))
 
@@ -294,7 +316,7 @@ class UnicornProgram(UnicornAccelerator):
             for at, name in enumerate(REGISTERS):
                 self._words[at] = getattr(state.regs, name)
             self._c.root = 0
-            self._forget_all()
+            self._stale = self._stale_code = True
 
     def close(self) -> None:
         self.registers_now.release()
