@@ -34,6 +34,7 @@ class Stop(IntFlag):
     CODE_WRITTEN = 8    # the guest wrote over code that was looked at
     CALL = 16           # a system call of a Linux program
     FAULT = 32          # a locked instruction of one may not access its operand
+    CHANGED = 64        # a block of one that was looked at has other code now
 
 
 class LockedOp(IntEnum):
@@ -83,7 +84,7 @@ CONTEXT = np.dtype([
     ("immediate_exit", np.int64),   # address of the control block's flag (u32)
     ("hold", np.uint64),            # not 0: the service thread wants the guest out for a moment
     ("stop", np.uint64),            # Stop; set by hooks alone, cleared by the run loop
-    ("block", np.uint64), ("block_size", np.uint64),    # with UNSEEN
+    ("block", np.uint64), ("block_size", np.uint64),    # with UNSEEN, CHANGED
     ("special", np.uint64),         # with SPECIAL: the instruction's address
     # memory
     ("slots", np.int64), ("slot_count", np.int64),      # address of SLOT records

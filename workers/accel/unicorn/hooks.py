@@ -35,8 +35,8 @@ __all__ = ["EXPORTS"]
 
 _i64, _u64, _i32 = types.int64, types.uint64, types.int32
 _LOGGED = np.uint8(PAGE_LOGGED)
-_UNSEEN, _SPECIAL, _CALL, _CODE_WRITTEN = (
-    np.uint64(each) for each in (Stop.UNSEEN, Stop.SPECIAL, Stop.CALL, Stop.CODE_WRITTEN))
+_UNSEEN, _SPECIAL, _CALL, _CHANGED = (
+    np.uint64(each) for each in (Stop.UNSEEN, Stop.SPECIAL, Stop.CALL, Stop.CHANGED))
 _SEEN_MASK = np.uint64(SEEN_BLOCKS - 1)
 _SEEN_MOST = np.uint64(SEEN_BLOCKS // 2)
 _HASH = np.uint64(0x9E37_79B9_7F4A_7C15)    # 2**64 / golden ratio (Knuth, TAOCP vol. 3, 6.4)
@@ -66,7 +66,7 @@ def _put(context, address, size):  # type: ignore[no-untyped-def]
     c = carray(context, 1)[0]
     seen = carray(seen_at(c.seen), SEEN_BLOCKS)
     at = ((address * _HASH) >> np.uint64(40)) & _SEEN_MASK
-    while seen[at].size:
+    while seen[at].size and not (seen[at].sum and seen[at].address == address):     # it takes its own old place
         at = (at + _ONE) & _SEEN_MASK
     seen[at].address = address
     seen[at].size = size
@@ -113,7 +113,8 @@ def _on_block(engine, address, size, at_context):  # type: ignore[no-untyped-def
     while seen[at].size:
         if seen[at].address == np.uint64(address) and seen[at].size >= np.uint64(size):
             if seen[at].sum and code_sum(context, seen[at].address, seen[at].size) != seen[at].sum:
-                c.stop |= _CODE_WRITTEN
+                c.block, c.block_size = seen[at].address, seen[at].size
+                c.stop |= _CHANGED
                 call_stop(c.emu_stop, engine)
             return
         at = (at + _ONE) & _SEEN_MASK

@@ -145,7 +145,9 @@ class UnicornProgram(UnicornAccelerator):
             c.stop = 0
             if stop & Stop.CODE_WRITTEN:
                 self._forget_code()
-            if stop & Stop.UNSEEN:
+            if stop & Stop.CHANGED:
+                self._unhook(int(c.block), int(c.block_size))
+            if stop & (Stop.UNSEEN | Stop.CHANGED):
                 self._look_at(int(c.block), int(c.block_size))
             if status or self._vector is not None or stop & (Stop.CALL | Stop.FAULT | Stop.FULL) \
                     or self._control.immediate_exit:
@@ -218,6 +220,14 @@ class UnicornProgram(UnicornAccelerator):
         super()._look_at(address, size)
         if any(calls.entry_of(self._address, at) & WRITABLE for at in (address, address + size - 1)):
             self._engine.ctl_remove_cache(address, address + size)
+
+    def _unhook(self, address: int, size: int) -> None:
+        """The instructions there are others now."""
+        for at in range(address, address + size):
+            if at in self._hooked:
+                status = uclib.uc_hook_del(self._engine._uch, ctypes.c_size_t(self._hooked.pop(at)[0]))
+                if status:
+                    raise unicorn.UcError(status)
 
     def _mark_code(self, address: int, places: list[tuple[int, int]]) -> bool:
         """A page that can be written to is left as it is: its blocks have sums."""
