@@ -536,6 +536,8 @@ class Space:
             self._release([frame])
             return own
         self._tables.set(word, frame << 12 | mapping.entry)
+        if mapping.prot & PROT_EXEC:
+            self.stale.append(frame)        # as in `_set_rights`
         return frame
 
     # --- mappings --------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 typedef int (*function)(void);
 static unsigned char *memory;
 static atomic_int turn;
-static int wrong;
+static int wrong, expected;
 
 static void put(unsigned char *at, int value)       // mov $value, %eax; ret
 {
@@ -23,7 +24,7 @@ static void *run(void *argument)
     for (int i = 1; i <= 40; i++) {
         while (atomic_load(&turn) != 2 * i - 1)
             ;
-        wrong += ((function)memory)() != i;
+        wrong += ((function)memory)() != expected;
         atomic_store(&turn, 2 * i);
     }
     return 0;
@@ -36,7 +37,12 @@ int main(void)
     pthread_t thread;
     pthread_create(&thread, 0, run, 0);
     for (int i = 1; i <= 40; i++) {
-        put(memory, i);
+        if (i % 10)
+            put(memory, expected = i);
+        else if (fork() == 0)       // until it is written to, the page cannot be written to
+            _exit(0);
+        else
+            wait(0);
         atomic_store(&turn, 2 * i - 1);
         while (atomic_load(&turn) != 2 * i)
             ;
