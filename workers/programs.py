@@ -8,7 +8,6 @@ takes the program out of the guest.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -19,10 +18,8 @@ from pathlib import Path
 
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuState
 from ipc.linux import futex
-from ipc.linux.libc import LIBC, check
 from ipc.messages import ExitReason, WorkerSpec
-from ipc.programs import EVERYTHING, REGISTERS, Answer, Bell, Kind, Mailbox
-from ipc.shm import PAGE_SIZE
+from ipc.programs import REGISTERS, Answer, Bell, Kind, Mailbox
 
 from .accel.base import Exit, ExitKind, ProgramAccelerator
 from .futexes import FUTEX, FutexCall, Futexes
@@ -35,7 +32,6 @@ _ARGUMENTS = tuple(REGISTERS.index(name) for name in ("rdi", "rsi", "rdx", "r10"
 _STEP = 0.2             # seconds after which a wait looks around, should a kick have come just before it
 _ATTENTION_STEP = 1.0
 _REPEAT = 0.005
-_DONTNEED = 4           # MADV_DONTNEED
 _SCHED_YIELD, _GETTID = 24, 186
 
 _KICKED = Exit(ExitKind.KICKED)
@@ -178,7 +174,7 @@ class ProgramThread:
                 accel.registers_now[_RAX] = result
             return None
         if answer & Answer.STALE:
-            self._drop(box.stale())
+            accel.forget_frames(box.stale())
         if answer & Answer.ROOT:
             accel.set_root(box.root)
             self._futexes.root = box.root
@@ -199,19 +195,6 @@ class ProgramThread:
             return Exit(ExitKind.END, reason=ExitReason.CODE, code=result)
         return None
 
-    def _drop(self, runs: list[tuple[int, int]]) -> None:
-        """This process' mapping of these frames, and with it the translations of its VM."""
-        if EVERYTHING in runs:
-            for slot in self._slots:
-                _unneeded(slot.host_address, slot.spec.size)
-            self._accel.forget_tables()
-            return
-        for first, count in runs:
-            gpa = first * PAGE_SIZE
-            for slot in self._slots:
-                if slot.spec.gpa <= gpa < slot.spec.gpa + slot.spec.size:
-                    _unneeded(slot.host_address + gpa - slot.spec.gpa, count * PAGE_SIZE)
-
     # --- from the system, while the program runs --------------------------------------------------------------------
 
     def serve_attention(self, ended: Callable[[], bool]) -> None:
@@ -226,7 +209,7 @@ class ProgramThread:
                 seen = wanted
                 if box.drops != drops:
                     drops = box.drops
-                    self._drop(box.stale(attention=True))
+                    self._accel.forget_frames(box.stale(attention=True))
                 if box.interrupts != interrupts:
                     interrupts = box.interrupts
                     self._interrupted = True
@@ -240,7 +223,3 @@ class ProgramThread:
 def _sched_yield() -> int:
     os.sched_yield()
     return 0
-
-
-def _unneeded(address: int, size: int) -> None:
-    check(LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED))

@@ -48,6 +48,7 @@ _NEVER_AGAIN = frozenset(map(number_of, (
     "pause", "rt_sigsuspend", "rt_sigtimedwait")))
 
 _ATTENTION_TIMEOUT = 60.0   # seconds
+_STALE_MOST = 1000          # runs that are kept for a vCPU
 
 # As plain numbers: they are put together for each call.
 _STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
@@ -149,6 +150,10 @@ class Dispatcher:
 
     def forget_space(self, space: Space) -> None:
         self._make_stale(space.visitors, space.take_stale())
+
+    def forget_frames(self, visitors: Iterable[int], runs: list[Run]) -> None:
+        """Before they are cleared. A vCPU that is idle keeps nothing: it is told of page tables when it is no more."""
+        self._make_stale([index for index in visitors if self._threads[index] is not None], runs)
 
     def forget_tables(self) -> None:
         self._make_stale(range(len(self._boxes)), [EVERYTHING])
@@ -489,7 +494,10 @@ class Dispatcher:
         for index in visitors:
             box = self._boxes[index]
             if box.waits:
-                self._stale.setdefault(index, []).extend(runs)
+                stale = self._stale.setdefault(index, [])
+                stale += runs
+                if len(stale) > _STALE_MOST:
+                    stale[:] = [EVERYTHING]
             else:
                 box.put_stale(runs, attention=True)
                 waiting.append((box, box.want_attention(interrupt=False)))

@@ -89,8 +89,9 @@ class SystemAccelerator:
     """See workers/accel/base.py for the contract."""
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host, *,
-                 host_tsc: bool) -> None:
-        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call."""
+                 host_tsc: bool, sees_holes: bool) -> None:
+        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call.
+        ``sees_holes``: of their vCPUs (workers/accel/base.py)."""
         assert spec.program is not None
         self.vcpu_fd, self.kvm_run_size = -1, 0
         self._spec, self._program, self._control, self._host = spec, spec.program, control, host
@@ -115,6 +116,7 @@ class SystemAccelerator:
         self._end_by = 0.0
         self._look_at = 0       # when so many calls have been served
         self._tsc = counter() if host_tsc else None
+        self._sees_holes = sees_holes
         self._frames = Frames(spec.slots[0].gpa // PAGE_SIZE, spec.slots[0].size // PAGE_SIZE)
         page = tables_page(spec.threads)
         words = memoryview(system.segment.buf)[page * PAGE_SIZE:].cast("Q")
@@ -159,6 +161,8 @@ class SystemAccelerator:
     def _take_up(self, system: System) -> None:
         self.system = system
         self._dispatcher = system.launcher = Dispatcher(system, self._boxes, self._ram, self._check)
+        if not self._sees_holes:
+            self._ram.forget = self._dispatcher.forget_frames
         self._forwarding = Forwarding(self._directory, system)
         self._tracer = Tracer(system.call)
         self._is_there = True

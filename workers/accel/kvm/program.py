@@ -24,8 +24,9 @@ from pathlib import Path
 import msgspec
 
 from ipc.layout import SYSTEM_SLOT, VcpuControl
+from ipc.linux.libc import LIBC, check
 from ipc.messages import ExitReason, WorkerSpec
-from ipc.programs import PORT_CALL, REGISTERS, SYSCALL_SIZE, SYSTEM_ADDRESS, VSYSCALL_ADDRESS, Kind
+from ipc.programs import EVERYTHING, PORT_CALL, REGISTERS, SYSCALL_SIZE, SYSTEM_ADDRESS, VSYSCALL_ADDRESS, Kind
 
 from ... import msr
 from ...faults import FRAME_NAMES, PAGE_FAULT
@@ -56,6 +57,7 @@ _XCR0_MAX = 0xE7                        # x87, SSE, AVX, AVX-512
 _PAGE_TABLES_ALONE = Path("/sys/module/kvm_pvm")
 
 _UNUSED_SLOT = SYSTEM_SLOT + 1
+_DONTNEED = 4           # MADV_DONTNEED
 
 _SEGMENT = ctypes.sizeof(api.Segment)
 _CS, _FS, _SS = api.Sregs.cs.offset, api.Sregs.fs.offset, api.Sregs.ss.offset
@@ -67,6 +69,7 @@ class KvmProgram(KvmAccelerator):
     """``server``: before ``run``. What it may use has no underscore; a change holds from the next entry on."""
 
     server: ProgramServer
+    sees_holes = True
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
         self._views: list[memoryview] = []
@@ -221,7 +224,21 @@ class KvmProgram(KvmAccelerator):
         self._control_registers[_CR3] = address
         self._sync[1] |= api.SYNC_SREGS
 
-    def forget_tables(self) -> None:
+    def forget_frames(self, runs: list[tuple[int, int]]) -> None:
+        """This process' mapping of them goes, and with it the translations of its VM."""
+        slots = [each for each in self._memory.slots.values() if each.spec.id != self._spec.system_slot.id]
+        if EVERYTHING in runs:
+            for slot in slots:
+                _unneeded(slot.host_address, slot.spec.size)
+            self._forget_tables()
+            return
+        for first, count in runs:
+            gpa = first * mmap.PAGESIZE
+            for slot in slots:
+                if slot.spec.gpa <= gpa < slot.spec.gpa + slot.spec.size:
+                    _unneeded(slot.host_address + gpa - slot.spec.gpa, count * mmap.PAGESIZE)
+
+    def _forget_tables(self) -> None:
         """When any slot is removed KVM gives up all that it keeps of page tables (KVM_X86_QUIRK_SLOT_ZAP_ALL): so one
         comes and goes that nobody uses."""
         slots = self._slots.values()
@@ -303,3 +320,7 @@ class KvmProgram(KvmAccelerator):
     def close(self) -> None:
         self._release_views()
         super().close()
+
+
+def _unneeded(address: int, size: int) -> None:
+    check(LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED))
