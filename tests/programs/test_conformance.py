@@ -19,7 +19,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["threads", "signals", "memory", "identity", "trees", "timers", "children", "owners",
-                                  "settings"])
+                                  "settings", "gates", "wakes"])
 def test_as_natively(root: Path, tmp_path: Path, name: str) -> None:
     program = compiled(root, name)
     native, ran = natively(root, program), inside(root, tmp_path, program)
