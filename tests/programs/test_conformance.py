@@ -11,7 +11,7 @@ pytestmark = pytest.mark.root       # natively they run in a root of their own
 
 #: What a software CPU does in another way than KVM; the rest of the system is the same.
 SOFTWARE = ("threads", "signals", "code", "unmapped")
-NAMES = (*SOFTWARE, "memory", "identity", "trees", "timers", "children", "owners", "settings")
+NAMES = (*SOFTWARE, "memory", "identity", "trees", "timers", "children", "owners", "settings", "gates", "wakes")
 
 
 @pytest.fixture(scope="session")

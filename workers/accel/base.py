@@ -227,6 +227,11 @@ class ProgramAccelerator(Accelerator, Protocol):
     #: Those of the program, 18 words as ipc.programs.REGISTERS has them: as it goes on.
     registers_now: memoryview
 
+    @property
+    def has_gate(self) -> bool:
+        """``syscall`` enters a gate (ipc/gates.py): a call may have been made before ``server`` hears of it."""
+        ...
+
     def set_registers(self, words: memoryview) -> None: ...
 
     def set_fs_base(self, address: int) -> None: ...

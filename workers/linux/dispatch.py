@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ipc.programs import ASKED, EVERYTHING, REGISTERS, SYSCALL_SIZE, Answer, Kind, Mailbox
+from ipc.gates import INSIDE
+from ipc.programs import EVERYTHING, REGISTERS, SYSCALL_SIZE, Answer, Kind, Mailbox
 
 from ..accel.base import AccelError
 from ..state import StateError
@@ -86,7 +87,7 @@ class Dispatcher:
         """Every mailbox in which something is asked, until it is ``enough``; whether there was any."""
         found = False
         for index, state in enumerate(self._states):
-            if state[0] == ASKED:
+            if 0 < state[0] <= INSIDE:
                 found = True
                 self._serve(index, self._boxes[index])
                 if enough():
@@ -95,7 +96,7 @@ class Dispatcher:
 
     @property
     def is_asked(self) -> bool:
-        return any(state[0] == ASKED for state in self._states)
+        return any(0 < state[0] <= INSIDE for state in self._states)
 
     def serve_others(self) -> bool:
         """Threads that are to begin, to be looked at, or can make their call again; whether there was any."""

@@ -62,7 +62,7 @@ class UnicornProgram(UnicornAccelerator):
     """See workers/accel/base.py for the contract. ``server``: before ``run``."""
 
     server: ProgramServer
-    sees_holes = False
+    sees_holes = has_gate = False
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
         self._words = _Words()
