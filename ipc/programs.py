@@ -4,17 +4,20 @@ The system slot (GPA ``SYSTEM_GPA``; a program has it at ``SYSTEM_ADDRESS``, of 
 own to execute)::
 
     page 0          IDT, exception stubs (as in any machine, vmm/machine/boot.py)
-    page 1          where ``syscall`` enters (LSTAR), at CPL 3 on some hosts
+    page 1          where ``syscall`` enters (LSTAR), but for hosts with gates (ipc/gates.py)
     page 2          the vsyscall page
-    page 3          the bell: whether the system sleeps
-    page 4 + 3 i    vCPU i of the threads: TSS, GDT, I/O permission bitmap, exception stack
-    page 4 + 3 n    two pages of each: its mailbox; the second page is for an XSAVE area
-    page 4 + 5 n    page tables, to the end
+    page 3          the bell, rung by gates too (ipc/gates.py)
+    page 4          what gates read: on which futexes workers wait, and whether the system sleeps
+    page 5 + 3 i    vCPU i of the threads: TSS, GDT, I/O permission bitmap, exception stack
+    page 5 + 3 n    two pages of each: its gate and its desk (ipc/gates.py)
+    page 5 + 5 n    two pages of each: its mailbox; the second page is for an XSAVE area
+    page 5 + 7 n    page tables, to the end
 
-A mailbox is written by one side at a time. The worker stores what it asks and then ``ASKED``; the system stores its
-answer and then ``ANSWERED``; x86 keeps the order of stores, and of loads. Each side tells the other that it sleeps
-before it looks for the last time, and that needs more: a load must not be made before an earlier store, hence a fence
-(ipc/spin.py).
+A mailbox is written by one side at a time. The worker (or the vCPU's gate) stores what it asks and then ``ASKED``
+(``INSIDE``); the system stores its answer and then ``ANSWERED`` (``DONE``, where there is nothing but a result); x86
+keeps the order of stores, and of loads. State and registers are on the desk, which a gate can reach. Each side tells
+the other that it sleeps before it looks for the last time, and that needs more: a load must not be made before an
+earlier store, hence a fence (ipc/spin.py).
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ import mmap
 from collections import defaultdict
 from enum import IntEnum, IntFlag
 
+from .gates import ASKED, DESK_REGISTERS, DONE, INSIDE, LEAST_ANSWER, NOTICE_ASLEEP, Looks
 from .linux import futex
 from .shm import PAGE_SIZE
 from .spin import Spin, fence
 
 __all__ = ["ASKED", "BELL_PAGE", "ENTRY_PAGE", "EVERYTHING", "IDT_PAGE", "PORT_CALL", "REGISTERS", "SYSCALL_SIZE",
-           "SYSTEM_ADDRESS", "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "Answer", "Bell", "Kind",
-           "Mailbox", "mailbox_page", "system_pages", "tables_page"]
+           "SYSTEM_ADDRESS", "VCPU_PAGE", "VCPU_PAGES", "VSYSCALL_ADDRESS", "VSYSCALL_PAGE", "WAITS_PAGE", "Answer",
+           "Bell", "Kind", "Mailbox", "gate_page", "mailbox_page", "system_pages", "tables_page"]
 
 SYSTEM_ADDRESS = 0xFFFF_FFFF_8000_0000
 VSYSCALL_ADDRESS = 0xFFFF_FFFF_FF60_0000    # arch/x86/include/uapi/asm/vsyscall.h
@@ -39,8 +43,9 @@ PORT_CALL = 0xF1
 
 SYSCALL_SIZE = 2        # bytes of the instruction
 
-IDT_PAGE, ENTRY_PAGE, VSYSCALL_PAGE, BELL_PAGE, VCPU_PAGE = range(5)
+IDT_PAGE, ENTRY_PAGE, VSYSCALL_PAGE, BELL_PAGE, WAITS_PAGE, VCPU_PAGE = range(6)
 VCPU_PAGES = 3
+_GATE_PAGES = 2         # the gate, the desk
 _MAILBOX_PAGES = 2
 _TABLES_MIN = 1024              # pages; and one for 256 of memory
 
@@ -49,8 +54,13 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9",
              "r15", "rip", "rflags")
 
 
+def gate_page(threads: int, index: int) -> int:
+    """Its desk follows."""
+    return VCPU_PAGE + threads * VCPU_PAGES + index * _GATE_PAGES
+
+
 def mailbox_page(threads: int, index: int) -> int:
-    return VCPU_PAGE + threads * VCPU_PAGES + index * _MAILBOX_PAGES
+    return gate_page(threads, threads) + index * _MAILBOX_PAGES
 
 
 def tables_page(threads: int) -> int:
@@ -85,12 +95,11 @@ class Answer(IntFlag):
     END = 128           # the vCPU ends, with ``result``
 
 
-_FREE, ASKED, _ANSWERED, _HELD = range(4)
+_FREE, _HELD, _ANSWERED = 0, 3, LEAST_ANSWER
 
 # Words of 64 bits of a mailbox.
 (_KIND, _VECTOR, _ERROR, _ADDRESS, _ANSWER, _RESULT, _ROOT, _FS, _TID, _STALE, _INTERRUPTS, _DROPS, _CPU,
  _DROPPED) = range(2, 16)
-_REGISTERS = 16
 _RUNS = 64
 #: Runs of stale frames that there is room for, with an answer and with an attention each.
 _RUNS_MAX = (PAGE_SIZE // 8 - _RUNS) // 4
@@ -103,16 +112,17 @@ class Bell:
     open is to be written to as well."""
 
     def __init__(self, system: mmap.mmap) -> None:
-        at = BELL_PAGE * PAGE_SIZE
+        at, asleep = BELL_PAGE * PAGE_SIZE, WAITS_PAGE * PAGE_SIZE + NOTICE_ASLEEP
         self._words = memoryview(system)[at:at + 8].cast("I")
+        self._asleep = memoryview(system)[asleep:asleep + 4].cast("I")
         self._spin = Spin()
 
     @property
     def asleep(self) -> bool:
-        return bool(self._words[1])
+        return bool(self._asleep[0])
 
     def set_asleep(self, asleep: bool) -> None:
-        self._words[1] = asleep
+        self._asleep[0] = asleep
         fence()
 
     def raise_flag(self) -> None:
@@ -130,6 +140,7 @@ class Bell:
 
     def close(self) -> None:
         self._words.release()
+        self._asleep.release()
 
 
 class Mailbox:
@@ -139,24 +150,29 @@ class Mailbox:
         at = mailbox_page(threads, index) * PAGE_SIZE
         view = memoryview(system)
         self.words = view[at:at + PAGE_SIZE].cast("Q")
-        #: The first of these 32-bit words is `ASKED`, or something else.
-        self.state = view[at:at + 16].cast("I")
-        #: Of the thread's program, 18 words (`REGISTERS`).
-        self.registers = self.words[_REGISTERS:_REGISTERS + len(REGISTERS)]
+        self._attention = view[at:at + 16].cast("I")
         self.xsave = view[at + PAGE_SIZE:at + 2 * PAGE_SIZE]
-        self._state_address = address + at
+        desk = (gate_page(threads, index) + 1) * PAGE_SIZE
+        #: The first of these 32-bit words is `ASKED` or ``INSIDE``, or something else.
+        self.state = view[desk:desk + 8].cast("I")
+        #: Of the thread's program, 18 words (`REGISTERS`).
+        self.registers = view[desk + DESK_REGISTERS:desk + DESK_REGISTERS + 8 * len(REGISTERS)].cast("Q")
+        #: Of a vCPU that has a gate.
+        self.looks = Looks(view[desk:desk + PAGE_SIZE])
+        self._state_address = address + desk
         self._spins: defaultdict[int, Spin] = defaultdict(Spin)
         self.attention_address = address + at + 8
 
     def close(self) -> None:
-        for view in (self.registers, self.state, self.words, self.xsave):
+        for view in (self.registers, self.state, self.words, self.xsave, self._attention):
             view.release()
+        self.looks.close()
 
     # --- what is asked ----------------------------------------------------------------------------------------------
 
     @property
     def asked(self) -> bool:
-        return self.state[0] == ASKED
+        return self.state[0] in (ASKED, INSIDE)
 
     @property
     def in_guest(self) -> bool:
@@ -164,12 +180,24 @@ class Mailbox:
         return self.state[0] == _FREE
 
     @property
+    def is_answered(self) -> bool:
+        return self.state[0] >= _ANSWERED
+
+    @property
+    def is_held(self) -> bool:
+        """It has been seen, and is answered later."""
+        return self.state[0] == _HELD
+
+    @property
     def waits(self) -> bool:
         """The worker waits for an answer: it does not enter the guest before that."""
-        return self.state[0] in (ASKED, _HELD)
+        return self.state[0] in (ASKED, INSIDE, _HELD)
 
     @property
     def kind(self) -> int:
+        """Of what is asked, or was."""
+        if self.state[0] == INSIDE:
+            self.words[_KIND] = Kind.CALL
         return self.words[_KIND]
 
     @property
@@ -192,14 +220,14 @@ class Mailbox:
 
     def wait(self, seconds: float) -> bool:
         """Answered; False where a signal came, or the time is over."""
-        if self.state[0] == _ANSWERED:
+        if self.state[0] >= _ANSWERED:
             return True
         self.state[1] = 1
         state = self.state[0]
-        if state != _ANSWERED:
+        if state < _ANSWERED:
             futex.wait(self._state_address, state, seconds)
         self.state[1] = 0
-        return self.state[0] == _ANSWERED
+        return self.state[0] >= _ANSWERED
 
     def hold(self) -> None:
         """It is answered later: until then it is not ``asked``."""
@@ -209,10 +237,14 @@ class Mailbox:
 
     def answer(self, answer: int, result: int = 0) -> None:
         """All else is in its place. The worker goes on."""
-        words = self.words
-        words[_ANSWER] = answer
-        words[_RESULT] = result & 0xFFFF_FFFF_FFFF_FFFF
-        self.state[0] = _ANSWERED
+        if answer:
+            words = self.words
+            words[_ANSWER] = answer
+            words[_RESULT] = result & 0xFFFF_FFFF_FFFF_FFFF
+            self.state[0] = _ANSWERED
+        else:
+            self.registers[0] = result & 0xFFFF_FFFF_FFFF_FFFF
+            self.state[0] = DONE
         fence()
         if self.state[1]:
             futex.wake(self._state_address, 1)
@@ -220,12 +252,18 @@ class Mailbox:
     @property
     def answered(self) -> tuple[int, int] | None:
         """(answer, result) that the worker has not taken yet."""
+        if self.state[0] == DONE:
+            return 0, self.registers[0]
         return (self.words[_ANSWER], self.words[_RESULT]) if self.state[0] == _ANSWERED else None
 
     def take(self) -> tuple[int, int]:
-        """(answer, result), as 64 bits each."""
+        """(answer, result), as 64 bits each. None is taken twice, whatever a program has made of the state."""
+        words, done = self.words, self.state[0] == DONE
         self.state[0] = _FREE
-        return self.words[_ANSWER], self.words[_RESULT]
+        if done:
+            return 0, self.registers[0]
+        answer, words[_ANSWER] = words[_ANSWER], 0
+        return answer, words[_RESULT]
 
     root = property(lambda self: self.words[_ROOT], lambda self, value: self.words.__setitem__(_ROOT, value))
     fs_base = property(lambda self: self.words[_FS], lambda self, value: self.words.__setitem__(_FS, value))
@@ -257,7 +295,7 @@ class Mailbox:
     @property
     def attention(self) -> int:
         """Raised by the system for each time that it wants the worker's attention, a u32."""
-        return self.state[2]
+        return self._attention[2]
 
     @property
     def interrupts(self) -> int:
@@ -272,16 +310,16 @@ class Mailbox:
     def want_attention(self, *, interrupt: bool) -> int:
         """For one or the other. Whoever wants frames dropped waits for that: the next ones would take their place."""
         self.words[_INTERRUPTS if interrupt else _DROPS] += 1
-        self.state[2] = wanted = (self.state[2] + 1) & 0xFFFF_FFFF
+        self._attention[2] = wanted = (self._attention[2] + 1) & 0xFFFF_FFFF
         futex.wake(self.attention_address, 1)
         return wanted
 
     @property
     def attended(self) -> int:
         """The last attention that was given."""
-        return self.state[3]
+        return self._attention[3]
 
     def attend(self, number: int) -> None:
-        self.state[3] = number
+        self._attention[3] = number
 
 

@@ -30,12 +30,12 @@ class Spin:
         self._pause = self._left = 0
 
     def until(self, word: memoryview, value: int) -> bool:
-        """The word (of 32 bits, the first of the view) has this value."""
+        """The word (of 32 bits, the first of the view) has this value, or a higher one."""
         if self._left:
             self._left -= 1
-            return word[0] == value
+            return word[0] >= value
         for _ in repeat(None, _LOOKS):
-            if word[0] == value:
+            if word[0] >= value:
                 self._pause = 0
                 return True
         return self._in_vain()

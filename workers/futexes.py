@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ipc.gates import Waits
 from ipc.linux import futex
 from ipc.messages import SlotSpec
 from ipc.shm import PAGE_SIZE
@@ -22,10 +23,7 @@ from ipc.spin import Spin
 
 from .memory import Slot
 
-__all__ = ["FUTEX", "FutexCall", "Futexes"]
-
-#: Number of the system call.
-FUTEX = 202
+__all__ = ["FutexCall", "Futexes"]
 
 # uapi/linux/futex.h
 _WAIT, _WAKE, _REQUEUE, _CMP_REQUEUE, _WAIT_BITSET, _WAKE_BITSET = 0, 1, 3, 4, 9, 10
@@ -49,12 +47,14 @@ class FutexCall:
 
 
 class Futexes:
-    """``root``: of the page tables in the system slot, whose memory is ``system``."""
+    """``root``: of the page tables in the system slot, whose memory is ``system``. ``waits``: where it says on what it
+    waits."""
 
-    def __init__(self, slots: Sequence[Slot], slot: SlotSpec, system: memoryview) -> None:
+    def __init__(self, slots: Sequence[Slot], slot: SlotSpec, system: memoryview, waits: Waits) -> None:
         self._slots = [(each.spec.gpa, each.spec.gpa + each.spec.size, each.host_address) for each in slots]
         self._base = slot.gpa
         self._spin = Spin()
+        self._waits = waits
         self._words = system.cast("Q")
         self.root = 0
 
@@ -80,6 +80,8 @@ class Futexes:
         """The result; or a wait; None where it is not for here."""
         command = operation & _COMMAND
         value &= 0xFFFF_FFFF
+        if operation & _CLOCK_REALTIME and command != _WAIT_BITSET:
+            return -errno.ENOSYS
         if address % 4 or address >> 47:
             return None
         if command in (_WAIT, _WAIT_BITSET):
@@ -96,6 +98,7 @@ class Futexes:
         other = self.host_address(second)
         if other is None:
             return None
+        self._waits.move()
         return futex.operate(host, command, value, timeout, other, third & _ANY)     # ``timeout`` is a number here
 
     def _wait(self, command: int, operation: int, address: int, value: int, timeout: int,
@@ -111,7 +114,7 @@ class Futexes:
                 return None
             deadline = seconds * _SECOND + rest
             if command == _WAIT:
-                deadline, realtime = deadline + time.monotonic_ns(), False
+                deadline += time.monotonic_ns()
         mask = third & _ANY if command == _WAIT_BITSET else _ANY
         return FutexCall(address, value, mask, deadline, realtime) if mask else None
 
@@ -121,10 +124,16 @@ class Futexes:
         return host is not None and self._spin.until_not(futex.word(host), call.expected)
 
     def wait(self, call: FutexCall) -> int | None:
-        """The result; None where the word is not certain any more. -EINTR: a signal came."""
+        """The result; None where the word is not certain any more. -EINTR: a signal came. Until it is ``over``, whoever
+        wakes must look."""
+        self._waits.begin(call.address)
         host = self.host_address(call.address)
         if host is None:
             return None
         result = futex.operate(host, _WAIT_BITSET | (_CLOCK_REALTIME if call.realtime else 0), call.expected,
                                deadline=call.deadline, third=call.mask)
         return None if result == -errno.EFAULT else result
+
+    def over(self) -> None:
+        """The wait is, and is not taken up again."""
+        self._waits.end()

@@ -94,8 +94,9 @@ class Worker:
         if spec.is_system:
             from .linux.serve import SystemAccelerator  # a worker with a CPU has no use for it
 
-            return SystemAccelerator(spec, memory, control, ports, self.vcpu,
-                                     host_tsc=load_program(spec.accel).sees_host_tsc())
+            cpu = load_program(spec.accel)
+            return SystemAccelerator(spec, memory, control, ports, self.vcpu, host_tsc=cpu.sees_host_tsc(),
+                                     sees_holes=cpu.sees_holes)
         accel = load_program(spec.accel)(spec, memory, control, ports)
         self.program = accel.server = ProgramThread(spec, memory, control, accel)
         self.vcpu.away = self.program

@@ -8,7 +8,6 @@ takes the program out of the guest.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -17,15 +16,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ipc.gates import FUTEX, Waits
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuState
 from ipc.linux import futex
-from ipc.linux.libc import LIBC, check
 from ipc.messages import ExitReason, WorkerSpec
-from ipc.programs import EVERYTHING, REGISTERS, Answer, Bell, Kind, Mailbox
+from ipc.programs import REGISTERS, WAITS_PAGE, Answer, Bell, Kind, Mailbox
 from ipc.shm import PAGE_SIZE
 
 from .accel.base import Exit, ExitKind, ProgramAccelerator
-from .futexes import FUTEX, FutexCall, Futexes
+from .futexes import FutexCall, Futexes
 from .memory import GuestMemory
 
 __all__ = ["ProgramThread", "bell_path"]
@@ -35,8 +34,15 @@ _ARGUMENTS = tuple(REGISTERS.index(name) for name in ("rdi", "rsi", "rdx", "r10"
 _STEP = 0.2             # seconds after which a wait looks around, should a kick have come just before it
 _ATTENTION_STEP = 1.0
 _REPEAT = 0.005
-_DONTNEED = 4           # MADV_DONTNEED
 _SCHED_YIELD, _GETTID = 24, 186
+#: Calls that no gate makes: rt_sigreturn, pause, nanosleep, clone, fork, vfork, execve, exit, getrusage, times,
+#: rt_sigsuspend, arch_prctl, clock_gettime, clock_nanosleep, exit_group, execveat, clone3. They need to know what the
+#: worker says with a call (the FS base, its processor time), or are answered with more than a result.
+_OUTSIDE = (15, 34, 35, 56, 57, 58, 59, 60, 98, 100, 130, 158, 228, 230, 231, 322, 435)
+
+#: Instead of the number of a call: the gate has looked, and the system was at something else, asleep, or without a
+#: processor; which says nothing of the call.
+_UNSEEN = -2
 
 _KICKED = Exit(ExitKind.KICKED)
 
@@ -60,9 +66,14 @@ class ProgramThread:
         self._started = self._waiting = self._interrupted = False
         self._kind = Kind.READY
         self._asked = -1        # the number of a call, or something else
-        self._futexes = Futexes(self._slots, spec.system_slot, memoryview(slot.segment.buf))
+        system = memoryview(slot.segment.buf)
+        page = WAITS_PAGE * PAGE_SIZE
+        self._waits = Waits(system[page:page + PAGE_SIZE], spec.index)
+        self._futexes = Futexes(self._slots, spec.system_slot, system, self._waits)
         self._futex: FutexCall | None = None
         self._local: dict[int, Callable[[], int]] = {_SCHED_YIELD: _sched_yield, _GETTID: lambda: self._box.tid}
+        if accel.has_gate:
+            self._box.looks.begin((*_OUTSIDE, FUTEX, *self._local))
         #: Nanoseconds that ``run`` has spent waiting, in all.
         self.away_ns = 0
 
@@ -70,6 +81,7 @@ class ProgramThread:
         os.close(self._bell_fd)
         self._box.close()
         self._bell.close()
+        self._waits.close()
 
     # --- from the program -------------------------------------------------------------------------------------------
 
@@ -87,6 +99,8 @@ class ProgramThread:
     def call(self) -> Exit | None:
         registers = self._accel.registers_now
         number = registers[_RAX]
+        if not self._box.in_guest:
+            return self._ask(Kind.CALL)     # the gate has asked
         if number == FUTEX:
             return self._call_futex(registers)
         local = self._local.get(number)
@@ -118,6 +132,7 @@ class ProgramThread:
         if result == -errno.EINTR and not self._interrupted:
             return _KICKED      # it goes on waiting
         self._control.state = VcpuState.RUNNING
+        self._futexes.over()
         self._futex = None
         if result is None or result == -errno.EINTR:
             self._interrupted = False
@@ -140,13 +155,19 @@ class ProgramThread:
 
     def put(self, kind: Kind, fault: tuple[int, int, int] = (0, 0, 0)) -> None:
         box = self._box
-        box.registers[:] = self._accel.registers_now
         box.fs_base = self._accel.fs_base
         box.cpu_ns = time.thread_time_ns()
         self._kind = kind
-        self._asked = box.registers[_RAX] if kind is Kind.CALL else -1
-        box.ask(kind, *fault)
-        self._bell.raise_flag()
+        self._asked = self._accel.registers_now[_RAX] if kind is Kind.CALL else -1
+        if kind is not Kind.CALL or box.in_guest:
+            box.registers[:] = self._accel.registers_now
+            box.ask(kind, *fault)
+            self._bell.raise_flag()
+            box.looks.passed(self._asked)
+        elif box.is_held:
+            box.looks.in_vain(self._asked)
+        elif not box.is_answered:
+            self._asked = _UNSEEN
         if self._bell.asleep:
             try:
                 os.write(self._bell_fd, b"\0")
@@ -178,7 +199,7 @@ class ProgramThread:
                 accel.registers_now[_RAX] = result
             return None
         if answer & Answer.STALE:
-            self._drop(box.stale())
+            accel.forget_frames(box.stale())
         if answer & Answer.ROOT:
             accel.set_root(box.root)
             self._futexes.root = box.root
@@ -199,19 +220,6 @@ class ProgramThread:
             return Exit(ExitKind.END, reason=ExitReason.CODE, code=result)
         return None
 
-    def _drop(self, runs: list[tuple[int, int]]) -> None:
-        """This process' mapping of these frames, and with it the translations of its VM."""
-        if EVERYTHING in runs:
-            for slot in self._slots:
-                _unneeded(slot.host_address, slot.spec.size)
-            self._accel.forget_tables()
-            return
-        for first, count in runs:
-            gpa = first * PAGE_SIZE
-            for slot in self._slots:
-                if slot.spec.gpa <= gpa < slot.spec.gpa + slot.spec.size:
-                    _unneeded(slot.host_address + gpa - slot.spec.gpa, count * PAGE_SIZE)
-
     # --- from the system, while the program runs --------------------------------------------------------------------
 
     def serve_attention(self, ended: Callable[[], bool]) -> None:
@@ -226,7 +234,7 @@ class ProgramThread:
                 seen = wanted
                 if box.drops != drops:
                     drops = box.drops
-                    self._drop(box.stale(attention=True))
+                    self._accel.forget_frames(box.stale(attention=True))
                 if box.interrupts != interrupts:
                     interrupts = box.interrupts
                     self._interrupted = True
@@ -240,7 +248,3 @@ class ProgramThread:
 def _sched_yield() -> int:
     os.sched_yield()
     return 0
-
-
-def _unneeded(address: int, size: int) -> None:
-    check(LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED))

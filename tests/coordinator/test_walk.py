@@ -350,7 +350,8 @@ ELSEWHERE = {
     "claiming a machine's name": "test_claims.py", "clearing what a machine has left": "test_claims.py",
     "ring rebuild": "test_lost_count.py", "dead ring": "test_lost_count.py",
     "a machine's life": "test_life.py", "migration, its source": "test_handover.py",
-    "migration, its target": "test_handover.py", "migration in place, its target": "test_migration_in_place.py",
+    "migration, its target": "test_handover.py", "upgrade": "test_upgrade.py",
+    "an upgrade that is not finished": "test_upgrade.py",
     "lazy restore": "test_lazy_restore.py", "a hand-over that is not finished": "test_handover.py",
 }
 #: Steps that are reached only after a kill at another.

@@ -54,12 +54,12 @@ def inside(root: Path, folder: Path, *command: str, typed: bytes = b"", options:
     return Ran(ran.returncode, ran.stdout, ran.stderr, json.loads(report.read_text()) if report.exists() else {})
 
 
-def compiled(root: Path, name: str) -> str:
-    """The path in the root of a static program made of a source beside this file."""
+def compiled(root: Path, name: str, *options: str) -> str:
+    """The path in the root of a static program made of a source beside this file, with these options of gcc."""
     if not shutil.which("gcc"):
         pytest.skip("no gcc")
     target = root / "bin" / name
     if not target.exists():
-        subprocess.run(["gcc", "-O1", "-w", "-static", "-pthread", "-o", target, _SOURCES / f"{name}.c"], check=True,
-                       timeout=120)
+        subprocess.run(["gcc", "-O1", "-w", "-static", "-pthread", *options, "-o", target, _SOURCES / f"{name}.c"],
+                       check=True, timeout=120)
     return f"/bin/{name}"

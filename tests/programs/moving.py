@@ -66,9 +66,9 @@ class Followed:
 
 @contextlib.contextmanager
 def begun(root: Path, name: str, *command: str, memory: int = 128 << 20, threads: int = 8,
-          ring_entries: int = 4096) -> Iterator[tuple[Followed, Trees]]:
+          ring_entries: int = 4096, accel: str = "auto") -> Iterator[tuple[Followed, Trees]]:
     spec = program_machine(name, program_spec(command[0], command[1:], root=str(root), env={"LC_ALL": "C"}),
-                           memory=memory, threads=threads, ring_entries=ring_entries, verify=True)
+                           memory=memory, threads=threads, ring_entries=ring_entries, verify=True, accel=accel)
     with Machine.launch(spec) as machine:
         yield Followed(machine), Trees(str(root))
 
@@ -79,10 +79,12 @@ def name_of(what: str) -> str:
 
 
 @contextlib.contextmanager
-def migrated(program: Followed, trees: Trees, folder: Path, name: str, **options: Any) -> Iterator[Followed]:
+def migrated(program: Followed, trees: Trees, folder: Path, name: str, *, accel: str = "auto",
+             **options: Any) -> Iterator[Followed]:
     """The same program, elsewhere; it has ended at the end."""
     address, arrived = f"ipc://{folder}/{name}", []
-    target = threading.Thread(target=lambda: arrived.append(receive(address, name=name, trees=trees, timeout=60.0)))
+    target = threading.Thread(target=lambda: arrived.append(
+        receive(address, name=name, trees=trees, accel=accel, timeout=60.0)))
     target.start()
     migrate(program.machine, address, Options(downtime=1.0, **options))
     target.join(_SECONDS)

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 from inside import compiled, inside, natively
 
-pytestmark = pytest.mark.kvm
+pytestmark = pytest.mark.root       # natively they run in a root of their own
+
+#: What a software CPU does in another way than KVM; the rest of the system is the same.
+SOFTWARE = ("threads", "signals", "code", "unmapped")
+NAMES = (*SOFTWARE, "memory", "identity", "trees", "timers", "children", "owners", "settings", "gates", "wakes")
 
 
 @pytest.fixture(scope="session")
@@ -18,11 +22,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["threads", "signals", "memory", "identity", "trees", "timers", "children", "owners",
-                                  "settings"])
-def test_as_natively(root: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "accel"), [
+    *(pytest.param(name, "kvm", marks=pytest.mark.kvm) for name in NAMES),
+    *(pytest.param(name, "unicorn", marks=[] if name in SOFTWARE else pytest.mark.long) for name in NAMES)])
+def test_as_natively(root: Path, tmp_path: Path, name: str, accel: str) -> None:
     program = compiled(root, name)
-    native, ran = natively(root, program), inside(root, tmp_path, program)
+    native, ran = natively(root, program), inside(root, tmp_path, program, options=("--verify", "--accel", accel))
     assert ran.output.decode() == native.output.decode()
     assert ran.code == native.code
     assert ran.verification["ok"]
@@ -30,6 +35,7 @@ def test_as_natively(root: Path, tmp_path: Path, name: str) -> None:
     assert ran.report["program"]["missing_calls"] == {}
 
 
+@pytest.mark.kvm
 def test_memory_is_cleared_while_it_is_verified(root: Path, tmp_path: Path) -> None:
     """In the middle of a call, whose writes do not fit into the system's ring, the machine is paused all the time."""
     program = compiled(root, "clearing")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ipc.layout import MAX_VCPUS
+from workers.accel import registry
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Size, print_json
@@ -51,6 +52,8 @@ _AT_ONCE_S = 1.0
 @click.option("--directory", default="/", show_default=True, help="Directory in which it starts.")
 @click.option("--forward", multiple=True, metavar="[ADDRESS:]PORT[:INSIDE]",
               help="Lead a port of this host (at 127.0.0.1 if no address is given) to one of the program's.")
+@click.option("--accel", type=click.Choice(["auto", *registry.names("guest")]), default="auto", show_default=True,
+              help="Accelerator; auto takes kvm where it can be used.")
 @click.option("--threads", type=click.IntRange(1, MAX_VCPUS - 1),
               help="Threads that it and its children may have at once (default: 8).")
 @click.option("--memory", type=Size(), default="256MiB", show_default=True, help="Memory of the machine.")
@@ -116,7 +119,9 @@ def _end(report: dict[str, Any], shown: bool, path: str | None) -> int:
     if report.get("handed_over"):
         click.echo(f"vmm: the program goes on elsewhere: it was migrated to {report['handed_over']}", err=True)
     elif report["exit_code"] > ExitCode.GUEST_FAILED:
-        click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}", err=True)
+        details = "; ".join(each["detail"] for each in report.get("vcpus", []) if each["detail"])
+        click.echo(f"vmm: the machine has ended before the program: {report.get('cause', 'unknown')}"
+                   f"{details and f' ({details})'}", err=True)
     return int(report["exit_code"] if exit_status is None or report["exit_code"] > ExitCode.GUEST_FAILED
                else exit_status)
 
@@ -165,9 +170,9 @@ def _machine(program: str, args: tuple[str, ...], name: str, options: dict[str, 
     asked = program_spec(program, args, root=root or "", env=environment,
                          files=_pairs("--file", options["files"]), directory=options["directory"],
                          seed=options["seed"], console=console, forward=options["forward"])
-    return program_machine(name, asked, memory=options["memory"], threads=options["threads"] or THREADS,
-                           ring_entries=options["ring"], verify=options["verify"], timeout=options["timeout"],
-                           linger=not options["detach"])
+    return program_machine(name, asked, memory=options["memory"], accel=options["accel"],
+                           threads=options["threads"] or THREADS, ring_entries=options["ring"],
+                           verify=options["verify"], timeout=options["timeout"], linger=not options["detach"])
 
 
 @contextlib.contextmanager

@@ -46,12 +46,12 @@ def program_spec(program: str, args: Sequence[str], *, root: str = "", files: Ma
                        seed=seed, console=console, forward=list(forward))
 
 
-def program_machine(name: str, program: ProgramSpec, *, memory: int, threads: int = THREADS,
+def program_machine(name: str, program: ProgramSpec, *, memory: int, accel: str = "auto", threads: int = THREADS,
                     ring_entries: int | None = None, verify: bool = False, timeout: float | None = None,
                     linger: bool = True) -> MachineSpec:
     """``memory`` in bytes. ``ring_entries``: None: such that all of it fits. Raises VmmError, whose text names the
     key."""
-    accel = choose_accelerator("auto", programs=True)
+    accel = choose_accelerator(accel, programs=True)
     size = -(-memory // PAGE_SIZE) * PAGE_SIZE
     slot = RamSlot(0, 0 if size <= _HOLE else _ABOVE_HOLE, size)
     largest = registry.available(accel).ring_max

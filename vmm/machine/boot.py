@@ -61,7 +61,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ipc import programs
+from ipc import gates, programs
 from ipc.shm import PAGE_SIZE
 from workers.ports import PORT_FAULT
 
@@ -297,6 +297,10 @@ def write_program_slot(buf: memoryview, *, threads: int) -> None:
         place = programs.VSYSCALL_PAGE * PAGE_SIZE + at * 1024
         buf[place:place + len(code)] = code
     for index in range(threads):
+        page = programs.gate_page(threads, index)
+        code = gates.gate(threads, desk=PAGE_SIZE, bell=(programs.BELL_PAGE - page) * PAGE_SIZE,
+                          waits=(programs.WAITS_PAGE - page) * PAGE_SIZE)
+        buf[page * PAGE_SIZE:page * PAGE_SIZE + len(code)] = code
         _write_vcpu_page(buf, programs.VCPU_PAGE + index * programs.VCPU_PAGES, programs.SYSTEM_ADDRESS,
                          _PROGRAM_GDT, every_port=False)
 

@@ -222,8 +222,15 @@ class ProgramAccelerator(Accelerator, Protocol):
         ...
 
     server: ProgramServer
+    #: What it keeps of a page's translations goes when a hole is punched into the page, in whichever process.
+    sees_holes: bool
     #: Those of the program, 18 words as ipc.programs.REGISTERS has them: as it goes on.
     registers_now: memoryview
+
+    @property
+    def has_gate(self) -> bool:
+        """``syscall`` enters a gate (ipc/gates.py): a call may have been made before ``server`` hears of it."""
+        ...
 
     def set_registers(self, words: memoryview) -> None: ...
 
@@ -235,8 +242,9 @@ class ProgramAccelerator(Accelerator, Protocol):
     def set_root(self, address: int) -> None:
         """Of its page tables (GPA)."""
 
-    def forget_tables(self) -> None:
-        """All that it has read of page tables. By any thread, also while ``run`` is in the guest."""
+    def forget_frames(self, runs: list[tuple[int, int]]) -> None:
+        """What it has read of page tables about these frames (first, count), or `EVERYTHING` (ipc/programs.py). By any
+        thread, also while ``run`` is in the guest."""
 
     def get_xsave(self, area: memoryview) -> None:
         """Into 4096 bytes."""

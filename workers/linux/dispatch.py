@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ipc.programs import ASKED, EVERYTHING, REGISTERS, SYSCALL_SIZE, Answer, Kind, Mailbox
+from ipc.gates import INSIDE
+from ipc.programs import EVERYTHING, REGISTERS, SYSCALL_SIZE, Answer, Kind, Mailbox
 
 from ..accel.base import AccelError
 from ..state import StateError
@@ -48,6 +49,7 @@ _NEVER_AGAIN = frozenset(map(number_of, (
     "pause", "rt_sigsuspend", "rt_sigtimedwait")))
 
 _ATTENTION_TIMEOUT = 60.0   # seconds
+_STALE_MOST = 1000          # runs that are kept for a vCPU
 
 # As plain numbers: they are put together for each call.
 _STALE, _ROOT, _FS, _REGISTERS = (int(each) for each in (Answer.STALE, Answer.ROOT, Answer.FS, Answer.REGISTERS))
@@ -85,7 +87,7 @@ class Dispatcher:
         """Every mailbox in which something is asked, until it is ``enough``; whether there was any."""
         found = False
         for index, state in enumerate(self._states):
-            if state[0] == ASKED:
+            if 0 < state[0] <= INSIDE:
                 found = True
                 self._serve(index, self._boxes[index])
                 if enough():
@@ -94,7 +96,7 @@ class Dispatcher:
 
     @property
     def is_asked(self) -> bool:
-        return any(state[0] == ASKED for state in self._states)
+        return any(0 < state[0] <= INSIDE for state in self._states)
 
     def serve_others(self) -> bool:
         """Threads that are to begin, to be looked at, or can make their call again; whether there was any."""
@@ -149,6 +151,10 @@ class Dispatcher:
 
     def forget_space(self, space: Space) -> None:
         self._make_stale(space.visitors, space.take_stale())
+
+    def forget_frames(self, visitors: Iterable[int], runs: list[Run]) -> None:
+        """Before they are cleared. A vCPU that is idle keeps nothing: it is told of page tables when it is no more."""
+        self._make_stale([index for index in visitors if self._threads[index] is not None], runs)
 
     def forget_tables(self) -> None:
         self._make_stale(range(len(self._boxes)), [EVERYTHING])
@@ -489,7 +495,10 @@ class Dispatcher:
         for index in visitors:
             box = self._boxes[index]
             if box.waits:
-                self._stale.setdefault(index, []).extend(runs)
+                stale = self._stale.setdefault(index, [])
+                stale += runs
+                if len(stale) > _STALE_MOST:
+                    stale[:] = [EVERYTHING]
             else:
                 box.put_stale(runs, attention=True)
                 waiting.append((box, box.want_attention(interrupt=False)))

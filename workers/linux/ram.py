@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ipc.linux.libc import LIBC, check
 from ipc.shm import PAGE_SIZE
@@ -19,10 +19,12 @@ _PART = 256                             # frames that are cleared together
 
 
 class Ram:
-    """A ``Memory`` (space.py). ``close`` it before its slots."""
+    """A ``Memory`` (space.py). ``close`` it before its slots. ``forget``: called with vCPUs and runs of frames of which
+    they must drop what they keep, where they do not by themselves; it returns when those that are in the guest have."""
 
     def __init__(self, memory: GuestMemory, slots: Iterable[Slot], log: WriteLog) -> None:
         self._memory, self._log = memory, log
+        self.forget: Callable[[Iterable[int], list[Run]], None] | None = None
         self._slots = [(slot.spec.gpa // PAGE_SIZE, (slot.spec.gpa + slot.spec.size) // PAGE_SIZE, slot.host_address,
                         memoryview(slot.segment.buf)) for slot in slots]
 
@@ -62,10 +64,12 @@ class Ram:
         view, at = self._at(source)
         self.write(target, 0, view[at:at + PAGE_SIZE])
 
-    def clear(self, runs: list[Run]) -> None:
+    def clear(self, runs: list[Run], visitors: Iterable[int] = ()) -> None:
         """A hole is punched, which takes every process' mapping along; and filled again at once, so that the memory
         stays reserved. (In post-copy it may be filled with what was there elsewhere: that is no longer wanted.) Raises
         OSError where the host has none."""
+        if self.forget is not None:
+            self.forget(visitors, runs)
         for first, count in runs:
             for start in range(first, first + count, _PART):
                 self._clear(start, min(_PART, first + count - start))

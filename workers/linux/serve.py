@@ -15,15 +15,17 @@ from typing import Any, Protocol
 from ipc.layout import VcpuControl, VcpuState
 from ipc.messages import BitmapPlace, ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
+    BELL_PAGE,
     ENTRY_PAGE,
     IDT_PAGE,
     SYSTEM_ADDRESS,
     VCPU_PAGE,
     VSYSCALL_ADDRESS,
     VSYSCALL_PAGE,
+    WAITS_PAGE,
     Bell,
     Mailbox,
-    mailbox_page,
+    gate_page,
     tables_page,
 )
 from ipc.shm import PAGE_SIZE
@@ -47,7 +49,7 @@ from .signals import SignalInfo
 from .state import pack, unpack
 from .survey import Dirtied, survey
 from .system import Console, System
-from .tables import ACCESSED, PRESENT, USER, WRITE, NoTables, Tables
+from .tables import ACCESSED, DIRTY, NO_EXECUTE, PRESENT, USER, WRITE, NoTables, Tables
 from .terminals import LineConsole, StreamConsole, TerminalConsole
 from .tracing import Tracer
 from .vdso import Vdso, counter
@@ -89,8 +91,9 @@ class SystemAccelerator:
     """See workers/accel/base.py for the contract."""
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus, host: Host, *,
-                 host_tsc: bool) -> None:
-        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call."""
+                 host_tsc: bool, sees_holes: bool) -> None:
+        """``host_tsc``: programs read the host's time stamp counter; else each look at a clock is a system call.
+        ``sees_holes``: of their vCPUs (workers/accel/base.py)."""
         assert spec.program is not None
         self.vcpu_fd, self.kvm_run_size = -1, 0
         self._spec, self._program, self._control, self._host = spec, spec.program, control, host
@@ -115,6 +118,7 @@ class SystemAccelerator:
         self._end_by = 0.0
         self._look_at = 0       # when so many calls have been served
         self._tsc = counter() if host_tsc else None
+        self._sees_holes = sees_holes
         self._frames = Frames(spec.slots[0].gpa // PAGE_SIZE, spec.slots[0].size // PAGE_SIZE)
         page = tables_page(spec.threads)
         words = memoryview(system.segment.buf)[page * PAGE_SIZE:].cast("Q")
@@ -132,8 +136,13 @@ class SystemAccelerator:
         supervisor = PRESENT | WRITE | ACCESSED
         entry = PRESENT | USER | ACCESSED
         pages = {SYSTEM_ADDRESS // PAGE_SIZE + page: gpa + page * PAGE_SIZE | supervisor
-                 for page in (IDT_PAGE, *range(VCPU_PAGE, mailbox_page(threads, 0)))}
-        pages[SYSTEM_ADDRESS // PAGE_SIZE + ENTRY_PAGE] = gpa + ENTRY_PAGE * PAGE_SIZE | entry
+                 for page in (IDT_PAGE, *range(VCPU_PAGE, gate_page(threads, 0)))}
+        gates = [gate_page(threads, index) for index in range(threads)]
+        for page in (ENTRY_PAGE, *gates):
+            pages[SYSTEM_ADDRESS // PAGE_SIZE + page] = gpa + page * PAGE_SIZE | entry
+        pages[SYSTEM_ADDRESS // PAGE_SIZE + WAITS_PAGE] = gpa + WAITS_PAGE * PAGE_SIZE | entry | NO_EXECUTE
+        for page in (BELL_PAGE, *(each + 1 for each in gates)):     # dirty: KVM is not to write it down
+            pages[SYSTEM_ADDRESS // PAGE_SIZE + page] = gpa + page * PAGE_SIZE | entry | WRITE | DIRTY | NO_EXECUTE
         pages[VSYSCALL_ADDRESS // PAGE_SIZE] = gpa + VSYSCALL_PAGE * PAGE_SIZE | entry
         for page, value in pages.items():
             (_, word, _), = self._tables.chunks(root, page & (1 << 36) - 1, 1, make=True)
@@ -159,6 +168,8 @@ class SystemAccelerator:
     def _take_up(self, system: System) -> None:
         self.system = system
         self._dispatcher = system.launcher = Dispatcher(system, self._boxes, self._ram, self._check)
+        if not self._sees_holes:
+            self._ram.forget = self._dispatcher.forget_frames
         self._forwarding = Forwarding(self._directory, system)
         self._tracer = Tracer(system.call)
         self._is_there = True

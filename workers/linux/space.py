@@ -6,7 +6,7 @@ its neighbours, and the page tables say so. Addresses are in bytes where a progr
 A processor keeps what it has read in the tables. What loses a right, or gets another frame than before, is therefore
 put into ``stale``: the frames concerned, of which every worker must drop its own mapping (madvise(2), MADV_DONTNEED: it
 takes the guest's along) before the program goes on. Frames that nobody uses any more are cleared (``Memory.clear``),
-which reaches every worker by itself.
+which sees to it by itself.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Memory(Protocol):
     def copy(self, source: int, target: int) -> None:
         """One frame."""
 
-    def clear(self, runs: list[Run]) -> None:
-        """They hold zeros, and no worker has a translation to them."""
+    def clear(self, runs: list[Run], visitors: Iterable[int] = ()) -> None:
+        """They hold zeros, and no worker has a translation to them. ``visitors``: vCPUs that may have had one."""
 
 
 class Backing(Protocol):
@@ -536,6 +536,8 @@ class Space:
             self._release([frame])
             return own
         self._tables.set(word, frame << 12 | mapping.entry)
+        if mapping.prot & PROT_EXEC:
+            self.stale.append(frame)        # as in `_set_rights`
         return frame
 
     # --- mappings --------------------------------------------------------------------------------------------------
@@ -704,7 +706,7 @@ class Space:
     def _release(self, frames: list[int]) -> None:
         runs = self._frames.drop(frames)
         if runs:
-            self._memory.clear(runs)
+            self._memory.clear(runs, self.visitors)
             self._frames.give(runs)
 
     def _set_rights(self, mapping: Mapping) -> None:
@@ -719,6 +721,8 @@ class Space:
                 if new & WRITE and not mapping.shared and (entry & COPY or self._frames.uses(frame) > 1):
                     new = new & ~WRITE | COPY
                 lost = (entry & ~new) & (PRESENT | WRITE) or (new & ~entry) & NO_EXECUTE
+                if new & ~entry & WRITE and not new & NO_EXECUTE:
+                    lost = True     # a software CPU has taken it for code that nobody changes
                 if lost and entry & PRESENT:
                     self.stale.append(frame)
                 entries[index] = new

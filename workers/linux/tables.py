@@ -17,9 +17,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 
-__all__ = ["ACCESSED", "COPY", "FRAME", "HELD", "NO_EXECUTE", "PRESENT", "USER", "WRITE", "NoTables", "Tables"]
+__all__ = ["ACCESSED", "COPY", "DIRTY", "FRAME", "HELD", "NO_EXECUTE", "PRESENT", "USER", "WRITE", "NoTables", "Tables"]
 
-PRESENT, WRITE, USER, ACCESSED, NO_EXECUTE = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 63     # Intel SDM 3A, 4.5.4
+PRESENT, WRITE, USER, ACCESSED, DIRTY, NO_EXECUTE = 1 << 0, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 63 # SDM 3A, 4.5.4
 #: Bits that the processor leaves alone. HELD: there is a frame, which the program has no right to look at. COPY: it
 #: may write to the page, and gets one of its own when it does.
 HELD, COPY = 1 << 9, 1 << 10

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,7 @@ class Ram:
     def copy(self, source: int, target: int) -> None:
         self.write(target, 0, self.read(source, 0, PAGE))
 
-    def clear(self, runs: list[Run]) -> None:
+    def clear(self, runs: list[Run], visitors: Iterable[int] = ()) -> None:
         for first, count in runs:
             self.view[self.at(first):self.at(first) + count * PAGE] = bytes(count * PAGE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from workers.linux.frames import Frames, Run
@@ -35,7 +36,7 @@ class Ram:
         self.of(target)[:] = self.of(source)
         self.log.add(target)
 
-    def clear(self, runs: list[Run]) -> None:
+    def clear(self, runs: list[Run], visitors: Iterable[int] = ()) -> None:
         for first, count in runs:
             for frame in range(first, first + count):
                 self.of(frame)[:] = bytes(PAGE)

@@ -12,7 +12,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class Shared:
     def copy(self, source: int, target: int) -> None:
         raise NotImplementedError
 
-    def clear(self, runs: list[tuple[int, int]]) -> None:
+    def clear(self, runs: list[tuple[int, int]], visitors: Iterable[int] = ()) -> None:
         raise NotImplementedError
 
 

@@ -80,6 +80,9 @@ def in_the_way(spec: MachineSpec, wanted: Needs, limits: Limits) -> list[str]:
     here = registry.features(spec.accel)
     if here and (missing := sorted({*wanted.features} - {*here})):
         found.append(f"its guest has seen CPU features that the target does not have: {_listed(missing)}")
+    if spec.program is not None and wanted.features and not here:
+        found.append(f"its program has begun on accel {wanted.accel}, for a processor that can do more than that of "
+                     f"accel {spec.accel}")
     if wanted.compression not in encodings():
         found.append(f"pages compressed with {wanted.compression} cannot be read at the target")
     if wanted.postcopy and (why := no_postcopy()):

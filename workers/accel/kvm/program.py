@@ -2,10 +2,11 @@
 whoever is its ``server``, while `run` goes on.
 
 ``syscall`` enters a stub (LSTAR) that writes to a port, an exception one that leaves its frame and writes to another
-(vmm/machine/boot.py). Registers come with the exit and go with the entry, in kvm_run (KVM_CAP_SYNC_REGS), which costs
-no ioctl. On processors with virtualisation both stubs run at CPL 0; on a KVM that has page tables alone (nested)
-``syscall`` does not change the level, so its stub must be the program's to execute. Which of the two it is, the
-segment at the exit says.
+(vmm/machine/boot.py). Where KVM has page tables alone, that of ``syscall`` is a gate (ipc/gates.py), which may ask the
+system without an exit, and a vCPU that is stopped may stand in it. Registers come with the exit and go with the entry,
+in kvm_run (KVM_CAP_SYNC_REGS), which costs no ioctl. On processors with virtualisation both stubs run at CPL 0; on a
+KVM that has page tables alone (nested) ``syscall`` does not change the level, so its stub must be the program's to
+execute. Which of the two it is, the segment at the exit says.
 
 Its page tables are those of the program's system (workers/linux/tables.py).
 """
@@ -23,9 +24,20 @@ from pathlib import Path
 
 import msgspec
 
+from ipc.gates import DESK_REGISTERS, FUTEX, Stop, stopped_at
 from ipc.layout import SYSTEM_SLOT, VcpuControl
+from ipc.linux.libc import LIBC, check
 from ipc.messages import ExitReason, WorkerSpec
-from ipc.programs import PORT_CALL, REGISTERS, SYSCALL_SIZE, SYSTEM_ADDRESS, VSYSCALL_ADDRESS, Kind
+from ipc.programs import (
+    EVERYTHING,
+    PORT_CALL,
+    REGISTERS,
+    SYSCALL_SIZE,
+    SYSTEM_ADDRESS,
+    VSYSCALL_ADDRESS,
+    Kind,
+    gate_page,
+)
 
 from ... import msr
 from ...faults import FRAME_NAMES, PAGE_FAULT
@@ -41,7 +53,7 @@ from .vm import KvmAccelerator
 
 __all__ = ["KvmProgram"]
 
-_RIP, _RFLAGS, _RSP, _RCX, _R11 = (REGISTERS.index(name) for name in ("rip", "rflags", "rsp", "rcx", "r11"))
+_RAX, _RIP, _RFLAGS, _RSP, _RCX, _R11 = map(REGISTERS.index, ("rax", "rip", "rflags", "rsp", "rcx", "r11"))
 _FRAME = struct.Struct(f"<{len(FRAME_NAMES)}Q")
 
 #: Flags that a program may have: all that popf can set at CPL 3, and ID.
@@ -56,6 +68,7 @@ _XCR0_MAX = 0xE7                        # x87, SSE, AVX, AVX-512
 _PAGE_TABLES_ALONE = Path("/sys/module/kvm_pvm")
 
 _UNUSED_SLOT = SYSTEM_SLOT + 1
+_DONTNEED = 4           # MADV_DONTNEED
 
 _SEGMENT = ctypes.sizeof(api.Segment)
 _CS, _FS, _SS = api.Sregs.cs.offset, api.Sregs.fs.offset, api.Sregs.ss.offset
@@ -67,12 +80,18 @@ class KvmProgram(KvmAccelerator):
     """``server``: before ``run``. What it may use has no underscore; a change holds from the next entry on."""
 
     server: ProgramServer
+    sees_holes = True
 
     def __init__(self, spec: WorkerSpec, memory: GuestMemory, control: VcpuControl, ports: PortBus) -> None:
         self._views: list[memoryview] = []
         self._vm_lock = threading.Lock()        # it stays what it is
         super().__init__(spec, memory, control, ports)
         self._system = memory.slots[spec.system_slot.id].segment.buf
+        page = gate_page(spec.threads, spec.index)
+        self._gate = SYSTEM_ADDRESS + page * mmap.PAGESIZE
+        desk = (page + 1) * mmap.PAGESIZE + DESK_REGISTERS
+        self._desk = memoryview(self._system)[desk:desk + 8 * len(REGISTERS)].cast("Q")
+        self._enter_gate()
 
     def _make_tables(self) -> None:
         """The system has them."""
@@ -120,6 +139,15 @@ class KvmProgram(KvmAccelerator):
         self._sregs[:] = bytes(sregs)
         self._user_code, self._user_stack = bytes(sregs.cs), bytes(sregs.ss)
 
+    @property
+    def has_gate(self) -> bool:
+        return _PAGE_TABLES_ALONE.exists()
+
+    def _enter_gate(self) -> None:
+        """LSTAR is the gate; in what is saved it is the stub, which is at the same place in every machine."""
+        if self.has_gate:
+            kvm_state.set_msr(self.vcpu_fd, msr.LSTAR, self._gate)
+
     @staticmethod
     def sees_host_tsc() -> bool:
         """A KVM on page tables alone leaves RDTSC to the processor; others have an offset that can be set."""
@@ -161,17 +189,26 @@ class KvmProgram(KvmAccelerator):
         left = server.begin()
         while left is None:
             if api.run(fd):
-                left = server.interrupted()
+                left = self._interrupted()
             elif reason[0] != api.EXIT_IO:
                 return self._left(reason[0])
             elif port[1] == PORT_CALL:
                 self._take_call()
                 left = server.call()
             elif port[1] == PORT_FAULT:
-                left = server.fault(*self._fault())
+                fault = self._fault()
+                left = server.fault(*fault) if self._is_out_of_gate() else server.call()
             else:
                 return self._end(ExitReason.UNKNOWN_PORT, f"port {port[1]:#x}")
         return left
+
+    def _interrupted(self) -> Exit | None:
+        if stopped_at(self.registers_now[_RIP] - self._gate) is Stop.WAKING and self._is_delivering():
+            return Exit(ExitKind.KICKED)        # it goes on, and is that of the gate
+        if self._is_out_of_gate():
+            return self.server.interrupted()
+        self.server.put(Kind.CALL)
+        return Exit(ExitKind.KICKED)
 
     def _take_call(self) -> None:
         """The program goes on behind its ``syscall``."""
@@ -181,6 +218,26 @@ class KvmProgram(KvmAccelerator):
         self._sync[1] |= api.SYNC_REGS
         if self._sregs[_CS + _DPL] != 3:
             self._back_to_user()
+
+    def _is_out_of_gate(self) -> bool:
+        """The registers are the program's, wherever it has been stopped; False: they are as behind the gate's write to
+        the port, and its call is to be served."""
+        registers, desk = self.registers_now, self._desk
+        stop = stopped_at(registers[_RIP] - self._gate)
+        if stop is None:
+            return True
+        if stop is Stop.BACK:
+            for each in (_RAX, _RCX, _RSP, _R11, _RIP):
+                registers[each] = desk[each]
+            registers[_RFLAGS] = desk[_RFLAGS] & _FLAGS | _FLAGS_ALWAYS
+            self._sync[1] |= api.SYNC_REGS
+            return True
+        if stop is not Stop.ENTERED:
+            registers[_RCX], registers[_R11] = desk[_RCX], desk[_R11]
+        if stop is Stop.WAKING:
+            registers[_RAX] = FUTEX
+        self._take_call()
+        return False
 
     def _left(self, reason: int) -> Exit:
         return Exit(ExitKind.RING_FULL) if reason == api.EXIT_DIRTY_RING_FULL else self._ended(reason)
@@ -221,7 +278,21 @@ class KvmProgram(KvmAccelerator):
         self._control_registers[_CR3] = address
         self._sync[1] |= api.SYNC_SREGS
 
-    def forget_tables(self) -> None:
+    def forget_frames(self, runs: list[tuple[int, int]]) -> None:
+        """This process' mapping of them goes, and with it the translations of its VM."""
+        slots = [each for each in self._memory.slots.values() if each.spec.id != self._spec.system_slot.id]
+        if EVERYTHING in runs:
+            for slot in slots:
+                _unneeded(slot.host_address, slot.spec.size)
+            self._forget_tables()
+            return
+        for first, count in runs:
+            gpa = first * mmap.PAGESIZE
+            for slot in slots:
+                if slot.spec.gpa <= gpa < slot.spec.gpa + slot.spec.size:
+                    _unneeded(slot.host_address + gpa - slot.spec.gpa, count * mmap.PAGESIZE)
+
+    def _forget_tables(self) -> None:
         """When any slot is removed KVM gives up all that it keeps of page tables (KVM_X86_QUIRK_SLOT_ZAP_ALL): so one
         comes and goes that nobody uses."""
         slots = self._slots.values()
@@ -252,6 +323,7 @@ class KvmProgram(KvmAccelerator):
         self._leave_stub()
         self._apply()
         state = super().get_state()
+        state = msgspec.structs.replace(state, msrs={**state.msrs, str(msr.LSTAR): self._spec.boot["lstar"]})
         if self.server.repeats_call:
             regs = msgspec.structs.replace(state.regs, rip=state.regs.rip - SYSCALL_SIZE)
             return msgspec.structs.replace(state, regs=regs)
@@ -260,7 +332,7 @@ class KvmProgram(KvmAccelerator):
     def _leave_stub(self) -> None:
         """A kick may come just behind a call or an exception, or while one is being delivered: go on to where it is
         asked for. Raises AccelError."""
-        while self._is_in_stub():
+        while self._is_delivering() or self._is_in_stub():
             self.clear_immediate_exit()
             if api.run(self.vcpu_fd):
                 continue
@@ -268,19 +340,30 @@ class KvmProgram(KvmAccelerator):
                 self._take_call()
                 self.server.put(Kind.CALL)
             elif self._reason[0] == api.EXIT_IO and self._port_words[1] == PORT_FAULT:
-                self.server.put(Kind.FAULT, self._fault())
+                fault = self._fault()
+                if self._is_out_of_gate():
+                    self.server.put(Kind.FAULT, fault)
+                else:
+                    self.server.put(Kind.CALL)
             else:
                 raise AccelError(f"a vCPU cannot be saved at {self.registers_now[_RIP]:#x}")
+        if not self._is_out_of_gate():
+            self.server.put(Kind.CALL)
 
     def _is_in_stub(self) -> bool:
-        if SYSTEM_ADDRESS <= self.registers_now[_RIP] < VSYSCALL_ADDRESS:
-            return True
+        """Of those that lead to a port in any case."""
+        rip = self.registers_now[_RIP]
+        return SYSTEM_ADDRESS <= rip < VSYSCALL_ADDRESS and stopped_at(rip - self._gate) is None
+
+    def _is_delivering(self) -> bool:
+        """An exception."""
         events = api.VcpuEvents()
         api.ioctl(self.vcpu_fd, api.GET_VCPU_EVENTS, events)
         return bool(events.exception_injected or events.exception_pending)
 
     def set_state(self, state: VcpuSaved) -> None:
         super().set_state(state)
+        self._enter_gate()
         self._set_tsc()         # what programs see of it is this host's
         regs, sregs = self._regs(), api.Sregs()
         api.ioctl(self.vcpu_fd, api.GET_SREGS, sregs)
@@ -302,4 +385,9 @@ class KvmProgram(KvmAccelerator):
 
     def close(self) -> None:
         self._release_views()
+        self._desk.release()
         super().close()
+
+
+def _unneeded(address: int, size: int) -> None:
+    check(LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED))

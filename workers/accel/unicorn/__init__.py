@@ -1,11 +1,13 @@
 """A software CPU: Unicorn (QEMU's TCG as a library), with dirty logging, kicks and real atomics.
 
     cpu.py          the accelerator: what happens around the guest
+    program.py      the one of a thread of a Linux program
     entry.py        how it comes to stand at a guest's instruction
     pages.py        slots, page flags, ring: what is logged
     hooks.py        what happens at the guest's speed, as Numba compiles it; calls.py has it to call. Of it:
     writes.py       dirty logging
     locked.py       locked instructions
+    paging.py       a program's addresses
     native.py       pointers and libunicorn's functions
     context.py      what both know, as plain C structures
     decode.py       which instructions need help
@@ -14,14 +16,13 @@
 
 from __future__ import annotations
 
-from ..base import Accelerator, AccelError, Available, Capabilities, ProgramAccelerator
+from ..base import Accelerator, Available, Capabilities, ProgramAccelerator
 
 __all__ = ["CAPABILITIES", "features", "load", "load_program", "probe"]
 
 CAPABILITIES = Capabilities(section="guest", kernel_ring=False, interruptible_fault=False,
                             trackings=("ring", "bitmap", "uffd", "none"), preference=1,
-                            space=1280, base_memory=100, worker_memory=10,
-                            programs="cannot run Linux programs yet (accel: kvm can)")
+                            space=1280, base_memory=100, worker_memory=10)
 
 
 def probe() -> Available:
@@ -44,5 +45,6 @@ def load() -> type[Accelerator]:
 
 
 def load_program() -> type[ProgramAccelerator]:
-    """Raises AccelError: there is none."""
-    raise AccelError(CAPABILITIES.programs)
+    from .program import UnicornProgram
+
+    return UnicornProgram

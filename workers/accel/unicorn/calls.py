@@ -10,11 +10,13 @@ from typing import Any
 
 from ipc.compiled.loader import Native
 
-__all__ = ["ON_BLOCK", "ON_LOCKED", "ON_SPECIAL", "ON_WRITE", "log_write", "remember", "reset"]
+__all__ = ["ON_BLOCK", "ON_CALL", "ON_FILL", "ON_LOCKED", "ON_SPECIAL", "ON_WRITE", "entry_of", "log_write", "remember",
+           "reset"]
 
 _native = Native("workers.accel.unicorn.hooks", "ipc.compiled.atomics", "ipc.layout", "ipc.compiled.loops",
                  "workers.accel.unicorn.context", "workers.accel.unicorn.native",
-                 "workers.accel.unicorn.writes", "workers.accel.unicorn.locked")
+                 "workers.accel.unicorn.writes", "workers.accel.unicorn.locked",
+                 "workers.accel.unicorn.paging")
 
 
 def _address(function: Any) -> int:
@@ -22,14 +24,20 @@ def _address(function: Any) -> int:
 
 
 #: Addresses, for uc_hook_add. The hooks' last argument is the address of a CONTEXT, of ON_LOCKED that of a LOCKED.
-ON_WRITE, ON_BLOCK, ON_SPECIAL, ON_LOCKED = (
-    _address(f) for f in (_native.on_write, _native.on_block, _native.on_special, _native.on_locked))
+ON_WRITE, ON_BLOCK, ON_SPECIAL, ON_LOCKED, ON_FILL, ON_CALL = (
+    _address(f) for f in (_native.on_write, _native.on_block, _native.on_special, _native.on_locked, _native.on_fill,
+                          _native.on_call))
 
 
 def log_write(context: int, gpa: int, size: int) -> None:
     """The run loop is about to write guest memory on the guest's behalf (INS). ``context`` is the address of the
     CONTEXT."""
     _native.log_write(context, gpa, size)
+
+
+def entry_of(context: int, address: int) -> int:
+    """Of a program's page tables, for the page of an address; 0 where there is none."""
+    return int(_native.entry_of(context, address))
 
 
 def remember(context: int, address: int, size: int) -> None:

@@ -10,14 +10,19 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
-__all__ = ["CONTEXT", "LOCKED", "PAGE_CODE", "PAGE_LOGGED", "SEEN", "SEEN_BLOCKS", "SLOT", "LockedOp", "Stop"]
+__all__ = ["CONTEXT", "FRAME", "LOCKED", "NO_EXECUTE", "PAGE_CODE", "PAGE_LOGGED", "PRESENT", "SEEN", "SEEN_BLOCKS",
+           "SLOT", "TRANSLATION", "USER", "WRITABLE", "LockedOp", "Stop"]
 
 #: Flags of a guest page, one byte a page.
 PAGE_LOGGED = 1     # its next write needs no log entry: it has one, or its slot is not logged
 PAGE_CODE = 2       # a block that was looked at lies in it
 
+#: Bits of an entry of a program's page tables (Intel SDM 3A, 4.5.4).
+PRESENT, WRITABLE, USER, NO_EXECUTE = 1 << 0, 1 << 1, 1 << 2, 1 << 63
+FRAME = 0x000F_FFFF_FFFF_F000
+
 #: Entries of the table of blocks looked at (a power of two; it is emptied when half full).
-SEEN_BLOCKS = 1 << 14
+SEEN_BLOCKS = 1 << 16
 
 
 class Stop(IntFlag):
@@ -27,6 +32,9 @@ class Stop(IntFlag):
     UNSEEN = 2          # a block that was not looked at yet
     SPECIAL = 4         # an instruction that the run loop carries out itself
     CODE_WRITTEN = 8    # the guest wrote over code that was looked at
+    CALL = 16           # a system call of a Linux program
+    FAULT = 32          # a locked instruction of one may not access its operand
+    CHANGED = 64        # a block of one that was looked at has other code now
 
 
 class LockedOp(IntEnum):
@@ -63,8 +71,11 @@ SLOT = np.dtype([
     ("id", np.int64),
 ])
 
-#: A block looked at.
-SEEN = np.dtype([("address", np.uint64), ("size", np.uint64)])
+#: uc_tlb_entry: where a page is, and what may be done with it.
+TRANSLATION = np.dtype([("address", np.uint64), ("rights", np.int32)], align=True)
+
+#: A block looked at. ``sum``: of its code, where a program may write to that; else 0.
+SEEN = np.dtype([("address", np.uint64), ("size", np.uint64), ("sum", np.uint64)])
 
 CONTEXT = np.dtype([
     # libunicorn's functions
@@ -73,13 +84,18 @@ CONTEXT = np.dtype([
     ("immediate_exit", np.int64),   # address of the control block's flag (u32)
     ("hold", np.uint64),            # not 0: the service thread wants the guest out for a moment
     ("stop", np.uint64),            # Stop; set by hooks alone, cleared by the run loop
-    ("block", np.uint64), ("block_size", np.uint64),    # with UNSEEN
+    ("block", np.uint64), ("block_size", np.uint64),    # with UNSEEN, CHANGED
     ("special", np.uint64),         # with SPECIAL: the instruction's address
     # memory
     ("slots", np.int64), ("slot_count", np.int64),      # address of SLOT records
     ("last_slot", np.int64),        # index of the slot written last, tried first
     ("cr3", np.uint64),             # of the identity map
+    # a Linux program: its page tables, and an access that they do not allow
+    ("root", np.uint64),            # GPA of the first table; 0: the guest is none
+    ("tables", np.int64), ("tables_gpa", np.uint64), ("tables_end", np.uint64),    # the system slot: address, GPAs
+    ("fault_vector", np.uint64), ("fault_error", np.uint64), ("fault_address", np.uint64),
     ("seen", np.int64),             # address of SEEN records, SEEN_BLOCKS of them
+    ("seen_count", np.uint64),
     # ring
     ("ring", np.int64),             # address of its entries; 0: no ring
     ("entries", np.uint64),

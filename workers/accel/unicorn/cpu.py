@@ -74,7 +74,6 @@ class UnicornAccelerator:
         self._context: NDArray[Any] = np.zeros(1, CONTEXT)
         self._c: Any = self._context.view(np.recarray)[0]
         self._seen: NDArray[Any] = np.zeros(SEEN_BLOCKS, SEEN)
-        self._seen_count = 0
         self._address = int(self._context.ctypes.data)
         self._decoder = Decoder(self._address)
         #: {address: (hook handle, what the hook points to or what the run loop is to do)}
@@ -83,7 +82,7 @@ class UnicornAccelerator:
         self._pages = LoggedPages(spec, memory, self._c)
         try:
             self._engine = self._make_engine()
-            load_boot(self._engine, spec.boot, self._trampoline)
+            self._boot()
             self._add_hooks()
         except unicorn.UcError as exc:
             self.close()
@@ -115,6 +114,10 @@ class UnicornAccelerator:
             engine.mem_map_ptr(slot.spec.gpa, slot.spec.size, uconst.UC_PROT_ALL, slot.host_address)
         return engine
 
+    def _boot(self) -> None:
+        """Raises AccelError, UcError."""
+        load_boot(self._engine, self._spec.boot, self._trampoline)
+
     def _add_hooks(self) -> None:
         engine = self._engine
         self._native_hook(uconst.UC_HOOK_MEM_WRITE, calls.ON_WRITE, self._address)
@@ -122,12 +125,12 @@ class UnicornAccelerator:
         engine.hook_add(uconst.UC_HOOK_INTR, self._on_exception)
         engine.hook_add(uconst.UC_HOOK_MEM_UNMAPPED, self._on_unmapped)
 
-    def _native_hook(self, kind: int, callback: int, data: int, begin: int = 1, end: int = 0) -> int:
+    def _native_hook(self, kind: int, callback: int, data: int, begin: int = 1, end: int = 0, *, insn: int = 0) -> int:
         """A hook without Python in between (the binding's own take a Python callable)."""
         handle = ctypes.c_size_t()
         status = uclib.uc_hook_add(self._engine._uch, ctypes.byref(handle), kind,
                                    ctypes.c_void_p(callback), ctypes.c_void_p(data),
-                                   ctypes.c_uint64(begin), ctypes.c_uint64(end))
+                                   ctypes.c_uint64(begin), ctypes.c_uint64(end), ctypes.c_int(insn))
         if status:
             raise unicorn.UcError(status)
         return int(handle.value)
@@ -192,13 +195,15 @@ class UnicornAccelerator:
 
     def _look_at(self, address: int, size: int) -> None:
         """A block is about to run for the first time: hook what it must not be left alone with."""
-        if self._seen_count >= SEEN_BLOCKS // 2:
+        if self._c.seen_count >= SEEN_BLOCKS // 2:
             self._forget_code()
+        calls.remember(self._address, address, size)
+        places = self._places(address, size)
         try:
-            code = self._memory.read(address, size)
+            code = b"".join(self._memory.read(*place) for place in places)
         except KeyError:
-            code = b""      # not fetched from RAM: the fetch itself will say so
-        locked, special = self._decoder.decode(code, address)
+            places, code = [], b""      # not fetched from RAM: the fetch itself will say so
+        locked, special = self._decode(code, address)
         fresh = False
         for at, record in locked.items():
             if at not in self._hooked:
@@ -213,9 +218,23 @@ class UnicornAccelerator:
         if fresh:   # it was translated without the hooks
             self._engine.ctl_remove_cache(address, address + size)
         with self._inside():
-            self._pages.mark_code(address, size)
-        calls.remember(self._address, address, size)
-        self._seen_count += 1
+            if self._mark_code(address, places):
+                self._forget_translations()
+
+    def _places(self, address: int, size: int) -> list[tuple[int, int]]:
+        """(GPA, bytes): where that is in memory. This guest has all addresses as they are."""
+        return [(address, size)]
+
+    def _decode(self, code: bytes, address: int) -> tuple[dict[int, Any], dict[int, Any]]:
+        return self._decoder.decode(code, address)
+
+    def _mark_code(self, address: int, places: list[tuple[int, int]]) -> bool:
+        """A block that was looked at is there; whether there was none in one of the pages before."""
+        return any([self._pages.mark_code(*place) for place in places])  # noqa: C419 (of each)
+
+    def _forget_translations(self) -> None:
+        """Page flags are others: whatever was made of them is void. The gate is held. (The hook on every store reads
+        the flags themselves.)"""
 
     def _forget_code(self) -> None:
         """The guest has overwritten code: every block is looked at again."""
@@ -231,7 +250,7 @@ class UnicornAccelerator:
         self._engine.ctl_flush_tb()
         self._hooked.clear()
         self._seen[:] = 0
-        self._seen_count = 0
+        self._c.seen_count = 0
         self._pages.forget_code()
 
     def _carry_out(self, address: int) -> Exit | None:
@@ -373,11 +392,14 @@ class UnicornAccelerator:
         with self._outside():
             if self._c.overflowed:
                 return 0    # it has lost count: the coordinator is to see that and ask for a new one
-            return calls.reset(self._address)
+            count = calls.reset(self._address)
+            self._forget_translations()
+            return count
 
     def rebuild_ring(self) -> None:
         with self._outside():
             self._pages.restart()
+            self._forget_translations()
 
     def set_tracking(self, spec: WorkerSpec) -> None:
         try:
@@ -387,6 +409,7 @@ class UnicornAccelerator:
         with self._outside():
             self._spec = spec
             self._pages.track(spec, ring)
+            self._forget_translations()
 
     def get_dirty_log(self, slot_id: int) -> int:
         return self._pages.dirty_log(slot_id)
@@ -394,10 +417,12 @@ class UnicornAccelerator:
     def clear_dirty_log(self, slot_id: int) -> None:
         with self._outside():
             self._pages.clear(slot_id)
+            self._forget_translations()
 
     def set_memslot(self, slot: SlotSpec) -> None:
         with self._outside():
             if self._pages.knows(slot):
+                self._forget_translations()
                 return
             host = self._memory.slots[slot.id].host_address
             try:
@@ -425,7 +450,7 @@ class UnicornAccelerator:
             regs, segments = state.regs, state.segments
             self._hooked.clear()
             self._seen[:] = 0
-            self._seen_count = 0
+            self._c.seen_count = 0
             try:
                 self._engine = self._make_engine()
                 soft_state.set_system_registers(self._engine, state)

@@ -81,6 +81,10 @@ class Decoder:
                 locked[insn.address] = self._locked(insn, after)
         return locked, special
 
+    def first(self, code: bytes, address: int) -> Any:
+        """Capstone's instruction at the beginning of ``code``; None where it knows none."""
+        return next(self._capstone.disasm(code, address, 1), None)
+
     def _record(self, op: LockedOp, size: int, after: int) -> Any:
         record = np.zeros(1, LOCKED)
         record["context"], record["op"], record["size"], record["next"] = self._context, op, size, after

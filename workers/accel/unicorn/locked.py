@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import carray, njit, types
+from unicorn import unicorn_const
 from unicorn import x86_const as x86
 
 from ipc.compiled.atomics import cmpxchg_u8, cmpxchg_u16, cmpxchg_u32, cmpxchg_u64, cmpxchg_u128, fence
@@ -23,12 +24,13 @@ from .native import (
     set_register,
     slots_at,
 )
+from .paging import permitted, place_of
 from .writes import find_slot, log_write
 
 __all__ = ["on_locked"]
 
 _i64, _u64 = types.int64, types.uint64
-_SPECIAL = np.uint64(Stop.SPECIAL)
+_SPECIAL, _FAULT = np.uint64(Stop.SPECIAL), np.uint64(Stop.FAULT)
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 
 _CF, _PF, _AF, _ZF, _SF, _OF = (np.uint64(1 << bit) for bit in (0, 2, 4, 6, 7, 11))
@@ -38,6 +40,7 @@ _RAX, _RBX, _RCX, _RDX, _AX, _AL = (
     x86.UC_X86_REG_AL)
 _RIP, _EFLAGS, _CR3 = x86.UC_X86_REG_RIP, x86.UC_X86_REG_RFLAGS, x86.UC_X86_REG_CR3
 _U32_MASK = np.uint64(0xFFFF_FFFF)
+_WRITE = unicorn_const.UC_MEM_WRITE
 
 # Plain integers: what Numba folds into the code.
 _ADD, _OR, _ADC, _SBB, _AND, _SUB, _XOR, _INC, _DEC, _NOT, _NEG, _XCHG, _CMPXCHG, _XADD, _BTS, _BTR, _BTC, \
@@ -208,7 +211,8 @@ def _modify(context, instruction, engine, host, size):  # type: ignore[no-untype
 def on_locked(engine, address, size, at):  # type: ignore[no-untyped-def]
     """UC_HOOK_CODE of a locked instruction: do it with the host's atomics and go on behind it.
 
-    An operand outside RAM is left to Unicorn, whose fault is the right one.
+    An operand outside RAM is left to Unicorn, whose fault is the right one; so is one of a program's that lies in two
+    pages, which makes it two accesses.
     """
     instruction = locked_at(at)
     l = carray(instruction, 1)[0]  # noqa: E741
@@ -217,12 +221,21 @@ def on_locked(engine, address, size, at):  # type: ignore[no-untyped-def]
         return
     context = context_at(l.context)
     c = carray(context, 1)[0]
-    if get_register(context, engine, _CR3) != c.cr3:
+    gpa = _operand_address(context, instruction, engine)
+    if c.root:
+        if (gpa & 4095) + l.size > 4096:
+            return
+        entry = permitted(context, np.uint64(gpa), _WRITE)
+        if not entry:
+            c.stop |= _FAULT
+            call_stop(c.emu_stop, engine)
+            return
+        gpa = place_of(entry, np.uint64(gpa))
+    elif get_register(context, engine, _CR3) != c.cr3:
         c.special = np.uint64(address)      # the run loop says that it cannot be
         c.stop |= _SPECIAL
         call_stop(c.emu_stop, engine)
         return
-    gpa = _operand_address(context, instruction, engine)
     i = find_slot(context, gpa)
     if i < 0:
         return

@@ -12,10 +12,11 @@ from numba.extending import intrinsic
 
 from ipc.compiled.atomics import cast_to, load_u64, store_u64
 
-from .context import CONTEXT, LOCKED, SEEN, SLOT
+from .context import CONTEXT, LOCKED, SEEN, SLOT, TRANSLATION
 
 __all__ = ["CONTEXT_POINTER", "LOCKED_POINTER", "NEW_AT", "WANTED_AT", "address_of", "call_stop", "context_at",
-           "get_register", "locked_at", "seen_at", "set_register", "slots_at"]
+           "get_register", "locked_at", "seen_at", "set_register", "slots_at",
+           "translation_at"]
 
 _i64, _u64 = types.int64, types.uint64
 CONTEXT_POINTER = types.CPointer(from_dtype(CONTEXT))
@@ -28,6 +29,7 @@ context_at = cast_to(CONTEXT_POINTER)
 locked_at = cast_to(LOCKED_POINTER)
 slots_at = cast_to(types.CPointer(from_dtype(SLOT)))
 seen_at = cast_to(types.CPointer(from_dtype(SEEN)))
+translation_at = cast_to(types.CPointer(from_dtype(TRANSLATION)))
 
 
 @intrinsic

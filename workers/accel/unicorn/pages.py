@@ -132,12 +132,22 @@ class LoggedPages:
         self._write_table()
         return spec
 
-    def mark_code(self, address: int, size: int) -> None:
-        """Code that has been looked at lies there: a write to it must be seen."""
+    def mark_code(self, address: int, size: int) -> bool:
+        """Code that has been looked at lies there: a write to it must be seen. Whether a page had none before."""
+        fresh = False
         for slot in self._slots.values():
             first, last = address - slot.spec.gpa, address + size - 1 - slot.spec.gpa
             if first < slot.spec.size and last >= 0:
-                slot.flags[max(first, 0) // PAGE_SIZE:last // PAGE_SIZE + 1] |= PAGE_CODE
+                flags = slot.flags[max(first, 0) // PAGE_SIZE:last // PAGE_SIZE + 1]
+                fresh = fresh or not (flags & PAGE_CODE).all()
+                flags |= PAGE_CODE
+        return fresh
+
+    def has_code(self, gpa: int, size: int) -> bool:
+        """Some of it does."""
+        return any(bool((slot.flags[max(gpa - slot.spec.gpa, 0) // PAGE_SIZE:
+                                    max(gpa + size - slot.spec.gpa, 0) // PAGE_SIZE] & PAGE_CODE).any())
+                   for slot in self._slots.values())
 
     def forget_code(self) -> None:
         """None does."""

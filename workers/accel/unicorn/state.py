@@ -15,7 +15,8 @@ from ...memory import GuestMemory
 from ...state import EventsState, RegsState, SegmentsState, SegmentState, TableState, VcpuSaved
 from ..base import AccelError
 
-__all__ = ["check", "get_state", "is_boot_cr3", "set_registers", "set_system_registers"]
+__all__ = ["check", "check_program", "get_state", "get_xsave", "is_boot_cr3", "set_program_registers", "set_registers",
+           "set_system_registers", "set_xsave"]
 
 _DATA_SEGMENTS = ("ds", "es", "fs", "gs")
 _REGS = RegsState.__struct_fields__
@@ -58,7 +59,7 @@ def get_state(engine: Any, memory: GuestMemory) -> VcpuSaved:
         gdt=TableState(gdt[1], gdt[2]), idt=TableState(idt[1], idt[2]),
         cr0=int(read(ux.UC_X86_REG_CR0)), cr2=int(read(ux.UC_X86_REG_CR2)), cr3=int(read(ux.UC_X86_REG_CR3)),
         cr4=int(read(ux.UC_X86_REG_CR4)), cr8=0,
-        efer=int(engine.msr_read(msr.EFER)), apic_base=_APIC_BASE, xcr0=1, xsave=_xsave(engine),
+        efer=int(engine.msr_read(msr.EFER)), apic_base=_APIC_BASE, xcr0=1, xsave=get_xsave(engine),
         debug=(dr0, dr1, dr2, dr3, dr6, dr7), msrs={str(index): int(engine.msr_read(index)) for index in msr.STATE},
         events=EventsState(**dict.fromkeys(EventsState.__struct_fields__, 0)), mp_state=0)
 
@@ -76,7 +77,8 @@ def _descriptor(memory: GuestMemory, table: int, limit: int, selector: int) -> d
             "unusable": int(raw == 0)}
 
 
-def _xsave(engine: Any) -> bytes:
+def get_xsave(engine: Any) -> bytes:
+    """All of an XSAVE area, 4096 bytes."""
     read = engine.reg_read
     status, tags = read(ux.UC_X86_REG_FPSW), read(ux.UC_X86_REG_FPTAG)
     top = status >> 11 & 7
@@ -103,12 +105,17 @@ def is_boot_cr3(value: int, boot: int) -> bool:
 
 def check(state: VcpuSaved, boot_cr3: int) -> None:
     """Raises AccelError for what the software CPU does not have."""
-    if state.xcr0 & ~_XCR0_X87_SSE:
-        raise AccelError(f"the saved vCPU uses extended registers (XCR0 {state.xcr0:#x}), which the software "
-                         "CPU does not have: restore it on kvm")
+    check_program(state)
     if not is_boot_cr3(state.cr3, boot_cr3):
         raise AccelError(f"the saved vCPU has its own page tables (CR3 {state.cr3:#x}), and the software CPU "
                          "cannot log what it writes there: restore it on kvm")
+
+
+def check_program(state: VcpuSaved) -> None:
+    """Raises AccelError for what it does not have, of a thread of a Linux program: the page tables are the system's."""
+    if state.xcr0 & ~_XCR0_X87_SSE:
+        raise AccelError(f"the saved vCPU uses extended registers (XCR0 {state.xcr0:#x}), which the software "
+                         "CPU does not have: restore it on kvm")
     under_way = ("exception_injected", "exception_pending", "interrupt_injected", "nmi_injected", "nmi_pending",
                  "smi_pending", "triple_fault_pending")
     pending = [name for name in under_way if getattr(state.events, name)]
@@ -135,21 +142,27 @@ def set_system_registers(engine: Any, state: VcpuSaved) -> None:
 def set_registers(engine: Any, state: VcpuSaved) -> None:
     """All that IRETQ has not set: not RIP, RSP, RFLAGS and the selectors."""
     write = engine.reg_write
-    for name, segment in (("fs", state.segments.fs), ("gs", state.segments.gs)):
-        write(_number(f"{name}_base"), segment.base)
+    set_program_registers(engine, state)
     for i, value in zip((0, 1, 2, 3, 6, 7), state.debug, strict=True):
         write(_number(f"dr{i}"), value)
     for index, value in state.msr_values.items():
         if index in msr.STATE and index != msr.TSC:
             with contextlib.suppress(unicorn.UcError):
                 engine.msr_write(index, value)
-    _set_xsave(engine, state.xsave)
     for name in _REGS:
         if name not in ("rip", "rsp", "rflags"):
             write(_number(name), getattr(state.regs, name))
 
 
-def _set_xsave(engine: Any, area: bytes) -> None:
+def set_program_registers(engine: Any, state: VcpuSaved) -> None:
+    """FS, GS, and the vector registers."""
+    for name, segment in (("fs", state.segments.fs), ("gs", state.segments.gs)):
+        engine.reg_write(_number(f"{name}_base"), segment.base)
+    set_xsave(engine, state.xsave)
+
+
+def set_xsave(engine: Any, area: bytes) -> None:
+    """What ``get_xsave`` of one gave, or KVM."""
     write = engine.reg_write
     control, status, used, opcode, fip, fdp, mxcsr, _ = _FX.unpack_from(area)
     present = struct.unpack_from("<Q", area, _HEADER_AT)[0]

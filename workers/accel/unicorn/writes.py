@@ -64,8 +64,12 @@ def find_slot(context, gpa):  # type: ignore[no-untyped-def]
 
 @njit(types.void(CONTEXT_POINTER, _i64, _i64))
 def _code_written(context, first, end):  # type: ignore[no-untyped-def]
-    """A page with code is written: is it the code of a block that was looked at?"""
+    """A page with code is written: is it the code of a block that was looked at? (Of a program, whose blocks are where
+    its page tables have them, any is.)"""
     c = carray(context, 1)[0]
+    if c.root:
+        c.stop |= _CODE_WRITTEN
+        return
     seen = carray(seen_at(c.seen), SEEN_BLOCKS)
     for i in range(SEEN_BLOCKS):
         if seen[i].size and seen[i].address < np.uint64(end) and np.uint64(first) < seen[i].address + seen[i].size:
