@@ -95,6 +95,26 @@ def test_that_the_process_ends_is_said(process: subprocess.Popen[str]) -> None:
     assert f"process {process.pid} has ended" in rest
 
 
+def test_a_trace_is_recorded_and_says_which_mapping_a_slot_is(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    done = vmm("trace", "record", "--pid", str(process.pid), str(tmp_path / "p.trace"), "--time", "1s", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["complete"]
+    told = json.loads(vmm_here("trace", "info", str(tmp_path / "p.trace"), "--json").stdout)
+    assert told["lacks"] == ["vcpus", "order"]
+    assert max(told["slots"], key=lambda s: s["dirtied"])["dirtied"] == WRITTEN
+    assert any(s["mapping"].endswith("[anonymous]") for s in told["slots"])
+    text = vmm_here("trace", "info", str(tmp_path / "p.trace")).stdout
+    assert "recorded from outside a process: one vCPU stands for all threads" in text
+
+
+@pytest.mark.parametrize("arguments", [["a"], ["a", "b", "c"], ["--pid", "1", "a", "b"], ["--pid", "1"],
+                                       ["a", "b", "--ram"], ["--pid", "1", "a", "--interval", "5ms"]])
+def test_a_trace_is_of_a_machine_or_of_a_process(arguments: list[str]) -> None:
+    done = vmm_here("trace", "record", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("arguments", "line"), [
     (["999999999"], "there is no process 999999999"),
     (["svt-nobody"], "there is no VM or process named 'svt-nobody'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from ..consumers.watch.targets import Target
     from ..consumers.watch.watcher import Area
 
-__all__ = ["watch"]
+__all__ = ["LEAST_INTERVAL", "watch", "watching"]
 
+LEAST_INTERVAL = 0.01   # seconds
 _SHOWN_S = 0.25         # between two pictures on a terminal
 _LINE_S = 1.0           # and two lines elsewhere
 _ROWS = 15
@@ -32,7 +34,7 @@ _MIB = 1 << 20
 
 @click.command()
 @click.argument("target")
-@click.option("--interval", type=Duration(least=0.01), default="100ms", show_default=True,
+@click.option("--interval", type=Duration(least=LEAST_INTERVAL), default="100ms", show_default=True,
               help="Time between two collections.")
 @click.option("--time", "seconds", type=Duration(), default=None,
               help="How long to watch. [default: until the process ends, or Ctrl-C]")
@@ -54,17 +56,15 @@ def watch(target: str, interval: float, seconds: float | None, what: str | None,
     of it is changed. docs/watch.md says what it costs the process, and which processes are refused."""
     from ..client.interrupts import Interrupts
     from ..consumers.watch import series as of
-    from ..consumers.watch.targets import find_target
 
     if seconds is not None and interval > seconds:
         raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
     if png or html_path:
         optional.figure()
-    found = find_target(target)
     with contextlib.ExitStack() as stack:
         files = _files(stack, output, png, html_path)
         interrupts = stack.enter_context(Interrupts())
-        source, began = _source(stack, found, what)
+        found, source, began = stack.enter_context(watching(target, what))
         shown = _Shown(found, source, began, quiet=as_json, lines=json_lines)
         series = of.Series(source, keep=bool(files))
         with shown:
@@ -106,20 +106,25 @@ def _write(files: list[Any], series: Series, reason: str, title: str) -> None:
         page.write(workingset.page(recording, title).encode())
 
 
-def _source(stack: contextlib.ExitStack, target: Target, what: str | None) -> tuple[Source, dict[str, Any]]:
-    """Who collects, and what is said of how it began. Raises VmmError."""
+@contextlib.contextmanager
+def watching(text: str, what: str | None) -> Iterator[tuple[Target, Source, dict[str, Any]]]:
+    """Of the process that ``text`` names: who collects, and what is said of how it began; ``what``: "ram", "all", or
+    None. Raises VmmError."""
     from ..consumers.watch.attach import attach, check_target
     from ..consumers.watch.blocks import chooser
+    from ..consumers.watch.targets import find_target
     from ..consumers.watch.watcher import Ended, Watcher
 
+    target = find_target(text)
     choose = chooser(what, target.vmm, target.sizes)
     attached = attach(check_target(target.pid))
     try:
-        watcher = stack.enter_context(Watcher(attached, choose))
+        watcher = Watcher(attached, choose)
     except Ended as exc:
         raise VmmError(str(exc)) from None
-    return watcher, {"thread": attached.tid, "thread_was": attached.doing, "interrupted": attached.interrupted,
-                     "stopped_s": attached.stopped}
+    with watcher:
+        yield target, watcher, {"thread": attached.tid, "thread_was": attached.doing,
+                                "interrupted": attached.interrupted, "stopped_s": attached.stopped}
 
 
 def _refused(areas: list[Area]) -> list[dict[str, Any]]:
@@ -190,12 +195,12 @@ def _short(name: str) -> str:
     return name if len(name) <= _NAME else f"…{name[1 - _NAME:]}"
 
 
-def _table(now: Now, rows: int) -> Table:
+def _table(now: Now, rows: int, *, titled: bool = True) -> Table:
     from rich.markup import escape
 
     from ..tables import size_text, table
 
-    found = table("mapping", title=_line(now), numbers=("size", "MiB/s", "pages/s", "distinct"))
+    found = table("mapping", title=_line(now) if titled else None, numbers=("size", "MiB/s", "pages/s", "distinct"))
     shown = now.areas[:max(1, min(_ROWS, rows))]
     for area in shown:
         found.add_row(escape(_short(area.name)), size_text(area.size), f"{area.mib_per_s:,.1f}",
@@ -211,7 +216,7 @@ def _print_total(target: Target, total: Now, series: Series, ended: str) -> None
     from ..tables import print_table, screen
 
     if total.areas:
-        print_table(_table(total, _ROWS), screen())
+        print_table(_table(total, _ROWS, titled=False), screen())
     click.echo(f"{target.name} ({target.pid}): {total.intervals} intervals in {total.seconds:.2f} s, "
                f"{total.pages_per_s:,.0f} pages/s ({total.mib_per_s:.1f} MiB/s), {series.most:,} pages in an interval "
                f"at most, {total.working_set:,} distinct"

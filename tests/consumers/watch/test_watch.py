@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from watched import PAGES, Writer
 
 from ipc.linux.foreign import status
 from vmm.consumers.watch.attach import attach, check_target
@@ -20,45 +18,6 @@ from vmm.errors import VmmError
 pytestmark = pytest.mark.watch
 
 KINDS = ("anonymous", "shared", "memfd", "file", "private-file")
-PAGES = 3000
-
-
-class Writer:
-    """writer.py, asked."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("writer.py")], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
-        self.pid = self.process.pid
-        self.addresses: list[int] = []
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        answer = self.process.stdout.readline().strip()
-        assert answer, f"{line}: it has ended"
-        return answer
-
-    def map(self, kind: str, pages: int = PAGES) -> int:
-        number, address = map(int, self.ask(f"map {kind} {pages}").split())
-        self.addresses.append(address)
-        return number
-
-    def write(self, number: int, pages: set[int]) -> None:
-        assert self.ask(f"write {number} {' '.join(map(str, sorted(pages)))}") == "done"
-
-
-@pytest.fixture
-def writer() -> Iterator[Writer]:
-    made = Writer()
-    yield made
-    made.process.kill()
-    made.process.communicate()
-
-
 def watcher(writer: Writer) -> Watcher:
     return Watcher(attach(check_target(writer.pid)), writable)
 

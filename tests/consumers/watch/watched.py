@@ -1,4 +1,4 @@
-"""Programs to be watched: target.c, compiled, and what a test asks of it."""
+"""Programs to be watched: target.c, compiled, and writer.py; and what a test asks of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +15,10 @@ from types import TracebackType
 
 from ipc.linux.foreign import status
 
-__all__ = ["MODES", "Target", "compiler_missing"]
+__all__ = ["MODES", "PAGES", "Target", "Writer", "compiler_missing"]
+
+#: Of a mapping of a Writer, if it is not told otherwise.
+PAGES = 3000
 
 #: What the thread is at that is found; "thread-": it is not the first one.
 MODES = ("compute", "poll", "epoll", "sleep", "futex", "thread-compute", "thread-poll", "thread-epoll", "thread-sleep",
@@ -95,3 +99,31 @@ class Target:
     def tracers(self) -> set[str]:
         """Process ids; "0" is none."""
         return {status(self.pid, int(each.name))["TracerPid"] for each in Path(f"/proc/{self.pid}/task").iterdir()}
+
+
+class Writer:
+    """writer.py, asked."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("writer.py")], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
+        self.pid = self.process.pid
+        self.addresses: list[int] = []
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        answer = self.process.stdout.readline().strip()
+        assert answer, f"{line}: it has ended"
+        return answer
+
+    def map(self, kind: str, pages: int = PAGES) -> int:
+        number, address = map(int, self.ask(f"map {kind} {pages}").split())
+        self.addresses.append(address)
+        return number
+
+    def write(self, number: int, pages: set[int]) -> None:
+        assert self.ask(f"write {number} {' '.join(map(str, sorted(pages)))}") == "done"

@@ -17,6 +17,6 @@ And with it:
     targets.py      who: a process by its number, a VM by its name or its monitor's socket
     blocks.py       what of a process is watched: memory blocks of a VM, or all that it can write
     watcher.py      protects what is watched, follows mappings that come and go, collects
-    sampling.py     the same figures from checksums of some pages: no helper, no protection, an error
-    series.py       intervals one after the other: rates, working sets, recordings, traces
+    series.py       intervals one after the other: rates, working sets, recordings
+    tracing.py      the same as a dirty trace
 """
