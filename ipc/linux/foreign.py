@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 from .libc import LIBC, SYS_PROCESS_MADVISE, check
 
-__all__ = ["Mapping", "call_of", "collapse", "mappings", "read_memory", "read_pages", "status", "threads",
+__all__ = ["Mapping", "call_of", "children", "collapse", "mappings", "read_memory", "read_pages", "status", "threads",
            "write_memory"]
 
 _VECTORS = 1024         # UIO_MAXIOV
@@ -68,6 +69,16 @@ def call_of(pid: int, tid: int) -> int | None:
     when it has ended, or may not be looked into."""
     first = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()[0]
     return int(first) if first.lstrip("-").isdigit() and int(first) >= 0 else None
+
+
+def children(pid: int) -> set[int]:
+    """Processes that it has started and that are there. None where the kernel does not tell (CONFIG_PROC_CHILDREN), or
+    the process has ended."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for tid in threads(pid):
+            found.update(map(int, Path(f"/proc/{pid}/task/{tid}/children").read_text().split()))
+    return found
 
 
 class _Vector(ctypes.Structure):

@@ -18,7 +18,8 @@ from vmm.consumers import workingset
 
 pytestmark = pytest.mark.watch
 
-PAGES, WRITTEN, NAME = 4096, 300, "svt-watched"
+#: The name is this test process's own.
+PAGES, WRITTEN, NAME = 4096, 300, f"svt-{os.getpid()}"
 #: Writes every tenth page of some again and again.
 PROGRAM = f"""
 import mmap
@@ -105,6 +106,22 @@ def test_a_trace_is_recorded_and_says_which_mapping_a_slot_is(process: subproces
     assert any(s["mapping"].endswith("[anonymous]") for s in told["slots"])
     text = vmm_here("trace", "info", str(tmp_path / "p.trace")).stdout
     assert "recorded from outside a process: one vCPU stands for all threads" in text
+
+
+def test_samples_say_how_many_and_how_sure(process: subprocess.Popen[str]) -> None:
+    done = vmm("watch", str(process.pid), "--sample", "--pages", "100", "--time", "500ms", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told["sampled"] == 100 < told["population"]
+    assert told["error_per_s"] > 0      # it is never sure, also where it has seen nothing change
+    assert "±" in vmm("watch", str(process.pid), "--sample", "--time", "200ms").stdout
+
+
+@pytest.mark.parametrize("option", ["--output", "--png", "--html"])
+def test_samples_are_no_recording(option: str, tmp_path: Path) -> None:
+    done = vmm_here("watch", "1", "--sample", option, str(tmp_path / "x"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("arguments", [["a"], ["a", "b", "c"], ["--pid", "1", "a", "b"], ["--pid", "1"],

@@ -6,10 +6,13 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ipc.linux.foreign import mappings
 
 from .. import optional
 from ..errors import VmmError
@@ -47,10 +50,16 @@ _MIB = 1 << 20
 @click.option("--png", type=click.Path(path_type=Path), help="Write a plot to this file.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path),
               help="Write a self-contained HTML page to this file.")
+@click.option("--sample", is_flag=True, help="Estimate from checksums of some pages, without a call in the process and "
+                                             "without protection.")
+@click.option("--pages", type=click.IntRange(16, 1 << 20), default=None,
+              help="With --sample: how many pages. [default: 2048]")
+@click.option("--collapse", is_flag=True, help="Afterwards, have the kernel make huge pages of those that were split.")
 @click.option("--json-lines", is_flag=True, help="Print a line of JSON for each interval.")
 @json_option
 def watch(target: str, interval: float, seconds: float | None, what: str | None, output: Path | None,
-          png: Path | None, html_path: Path | None, json_lines: bool, as_json: bool) -> int:
+          png: Path | None, html_path: Path | None, sample: bool, pages: int | None, collapse: bool, json_lines: bool,
+          as_json: bool) -> int:
     """Show which pages a running process of this host dirties, from outside. TARGET is a process id, the name of a VM
     or program, or the path of a VM's QMP socket. The process is made to call userfaultfd(2) once and goes on; nothing
     of it is changed. docs/watch.md says what it costs the process, and which processes are refused."""
@@ -59,12 +68,21 @@ def watch(target: str, interval: float, seconds: float | None, what: str | None,
 
     if seconds is not None and interval > seconds:
         raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
+    if pages and not sample:
+        raise VmmError("--pages: is for --sample")
+    if sample:
+        from .sampling import watch_samples
+
+        if output or png or html_path or collapse:
+            raise VmmError("--sample: knows how many pages are dirtied, not which: no --output, --png, --html or "
+                           "--collapse")
+        return watch_samples(target, what, pages, interval, seconds, json_lines=json_lines, as_json=as_json)
     if png or html_path:
         optional.figure()
     with contextlib.ExitStack() as stack:
         files = _files(stack, output, png, html_path)
         interrupts = stack.enter_context(Interrupts())
-        found, source, began = stack.enter_context(watching(target, what))
+        found, source, began = stack.enter_context(watching(target, what, again := Collapse() if collapse else None))
         shown = _Shown(found, source, began, quiet=as_json, lines=json_lines)
         series = of.Series(source, keep=bool(files))
         with shown:
@@ -76,12 +94,20 @@ def watch(target: str, interval: float, seconds: float | None, what: str | None,
             _write(files, series, reason if seconds is not None else "", f"{found.name} ({found.pid}): pages dirtied "
                                                                          f"per {interval * 1000:g} ms interval")
     total = series.total()
+    if again is not None:
+        began |= {"huge_split": again.split, "huge_restored": again.done}
     if as_json or json_lines:
         done = {"pid": found.pid, "name": found.name, "interval_s": interval, **began, **total.as_dict(),
-                "most_pages": series.most, "not_watched": _refused(source.areas), "ended": ended}
+                "most_pages": series.most, "not_watched": _refused(source.areas), "forked": sorted(source.forked),
+                "ended": ended}
         click.echo(json.dumps(done)) if json_lines else print_json(done)
     else:
         _print_total(found, total, series, ended)
+        if source.forked:
+            click.echo(f"it has forked {len(source.forked)} processes ({', '.join(map(str, sorted(source.forked)[:5]))}"
+                       f"{', ...' if len(source.forked) > 5 else ''}): what these write is not counted")
+        if again is not None:
+            click.echo(f"huge pages: {again.split:,} were split, {again.done:,} of them are huge again")
     return 128 + interrupts.came if interrupts.came and seconds is not None else 0
 
 
@@ -106,18 +132,31 @@ def _write(files: list[Any], series: Series, reason: str, title: str) -> None:
         page.write(workingset.page(recording, title).encode())
 
 
+@dataclass
+class Collapse:
+    """Huge pages that watching has split: how many, and how many of them are huge again."""
+
+    split: int = 0
+    done: int = 0
+
+
 @contextlib.contextmanager
-def watching(text: str, what: str | None) -> Iterator[tuple[Target, Source, dict[str, Any]]]:
+def watching(text: str, what: str | None, collapse: Collapse | None = None) -> Iterator[tuple[Target, Source,
+                                                                                              dict[str, Any]]]:
     """Of the process that ``text`` names: who collects, and what is said of how it began; ``what``: "ram", "all", or
-    None. Raises VmmError."""
+    None. ``collapse`` is filled in at the end. Raises VmmError."""
     from ..consumers.watch.attach import attach, check_target
     from ..consumers.watch.blocks import chooser
+    from ..consumers.watch.huge import collapse_again, huge_pages
     from ..consumers.watch.targets import find_target
     from ..consumers.watch.watcher import Ended, Watcher
 
     target = find_target(text)
     choose = chooser(what, target.vmm, target.sizes)
-    attached = attach(check_target(target.pid))
+    process = check_target(target.pid)
+    huge = set() if collapse is None else huge_pages(target.pid, ((b.start, b.end) for b in choose(
+        mappings(target.pid))))
+    attached = attach(process)
     try:
         watcher = Watcher(attached, choose)
     except Ended as exc:
@@ -125,6 +164,8 @@ def watching(text: str, what: str | None) -> Iterator[tuple[Target, Source, dict
     with watcher:
         yield target, watcher, {"thread": attached.tid, "thread_was": attached.doing,
                                 "interrupted": attached.interrupted, "stopped_s": attached.stopped}
+    if collapse is not None:
+        collapse.split, collapse.done = collapse_again(process, huge)
 
 
 def _refused(areas: list[Area]) -> list[dict[str, Any]]:

@@ -91,6 +91,16 @@ def test_what_a_child_writes_is_its_own(writer: Writer) -> None:
         assert found(watching, writer, number) == {4}
 
 
+def test_that_it_has_forked_is_said(writer: Writer) -> None:
+    with watcher(writer) as watching:
+        watching.collect()
+        assert watching.forked == set()
+        child = int(writer.ask("child"))
+        watching._looked = watching._counted = 0.0
+        watching.collect()
+        assert watching.forked == {child}
+
+
 def test_afterwards_nothing_is_left_in_the_process(writer: Writer) -> None:
     writer.map("anonymous")
     descriptors = len(list(Path(f"/proc/{writer.pid}/fd").iterdir()))

@@ -5,8 +5,10 @@
     write N PAGE...         these pages of it
     read N                  each page of it is read
     drop N                  its pages are thrown away (MADV_DONTNEED)
+    huge N                  it may be of huge pages
     unmap N
     fork                    a child that writes the first page of each mapping, and ends
+    child                   a child that lives until the end of this program; its process id
     exec                    another program in its place, which waits for the end of standard input
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
 import sys
 import tempfile
 
@@ -49,6 +52,8 @@ def main() -> None:
                     each[0] = 99
                 os._exit(0)
             os.waitpid(child, 0)
+        elif verb == "child":
+            answer = str(subprocess.Popen(["cat"], stdin=subprocess.PIPE).pid)
         elif verb == "exec":
             os.execv("/bin/cat", ["cat"])
         else:
@@ -62,6 +67,8 @@ def main() -> None:
                 answer = str(sum(found[page * PAGE] for page in pages))
             elif verb == "drop":
                 found.madvise(mmap.MADV_DONTNEED)
+            elif verb == "huge":
+                found.madvise(mmap.MADV_HUGEPAGE)
             elif verb == "unmap":
                 found.close()
                 there[int(words[0])] = None

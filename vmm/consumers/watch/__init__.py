@@ -19,4 +19,6 @@ And with it:
     watcher.py      protects what is watched, follows mappings that come and go, collects
     series.py       intervals one after the other: rates, working sets, recordings
     tracing.py      the same as a dirty trace
+    huge.py         huge pages that were split are made huge again
+    sampling.py     an estimate from checksums of some pages: no helper, no protection, an error
 """

@@ -29,6 +29,7 @@ class Source(Protocol):
     """Who collects."""
 
     areas: list[Area]
+    forked: set[int]
 
     def collect(self) -> Turn:
         """Raises Ended."""

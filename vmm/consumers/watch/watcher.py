@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ipc.linux.foreign import Mapping, mappings
-from ipc.linux.processid import identity, open_process
+from ipc.linux.foreign import Mapping, children, mappings
+from ipc.linux.processid import open_process
 from ipc.pagescan import POPULATED, WRITTEN, WRITTEN_POPULATED, PageScan
 from ipc.shm import PAGE_SIZE
 from ipc.userfault import UserfaultError
@@ -29,6 +29,8 @@ __all__ = ["Area", "Ended", "Turn", "Watcher"]
 _WHY = {errno.EBUSY: "has a userfaultfd already (post-copy, CRIU, another vmm watch)",
         errno.EPERM: "is a shared mapping of a file that was opened only to read",
         errno.EINVAL: "is not memory that can be protected"}
+_COUNT = 0.5            # and at its children
+_ENDING = 1000          # ms that an end may take
 _LOOK = 0.05            # seconds between two looks at what is mapped, at least
 
 
@@ -78,10 +80,12 @@ class Watcher:
         """Protects everything; what is written from then on is in the first turn. Raises VmmError where nothing can
         be watched, and Ended."""
         self._fault, self._pid, self._choose = attached.fault, attached.process.pid, choose
-        self._process = attached.process
         #: Of all blocks that there were, in the order in which they came; an area's id is its place.
         self.areas: list[Area] = []
-        self._looked = 0.0
+        #: Processes that it has forked since, as far as they were seen; what they write is not.
+        self.forked: set[int] = set()
+        self._children = children(self._pid)
+        self._looked = self._counted = 0.0
         try:
             self._alive = open_process(attached.process)
         except OSError:
@@ -137,8 +141,11 @@ class Watcher:
             next(self._scan.find(0, PAGE_SIZE, POPULATED))      # fails when that memory is no process's any more
         except OSError:
             raise self._ended() from None
-        if not there or select.select([self._alive], [], [], 0)[0]:
+        if not there:
             raise self._ended()
+        if self._looked - self._counted >= _COUNT:
+            self._counted = self._looked
+            self.forked |= children(self._pid) - self._children
         now: dict[int, list[Block]] = {}
         for block in self._choose(there):
             now.setdefault(self._area(block).id, []).append(block)
@@ -177,14 +184,17 @@ class Watcher:
             area.watched.append((start, end))
 
     def _ended(self) -> Ended:
-        try:
-            now = identity(self._pid)
-            alive = now == self._process and not select.select([self._alive], [], [], 0)[0]
-        except ProcessLookupError:
-            alive = False
-        if not alive:
-            return Ended(f"process {self._pid} has ended")
-        return Ended(f"process {self._pid} has executed another program")
+        """Its memory is gone. That of one that ends is before it has ended; one that has executed another program has
+        other memory at once."""
+        poll = select.poll()
+        poll.register(self._alive, select.POLLIN)
+        for _ in range(_ENDING):
+            if poll.poll(1):
+                break
+            with contextlib.suppress(OSError):
+                if mappings(self._pid):
+                    return Ended(f"process {self._pid} has executed another program")
+        return Ended(f"process {self._pid} has ended")
 
     def close(self) -> None:
         """Idempotent. The process's memory is as ordinary as it was, but for huge pages that were split."""
