@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,40 @@ def test_a_trace_is_of_a_machine_or_of_a_process(arguments: list[str]) -> None:
     done = vmm_here("trace", "record", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_a_watcher_that_is_killed_leaves_an_ordinary_process(process: subprocess.Popen[str]) -> None:
+    smaps = Path(f"/proc/{process.pid}/smaps")
+    with subprocess.Popen([sys.executable, "-m", "vmm", "watch", str(process.pid)], stdout=subprocess.PIPE,
+                          text=True) as watching:
+        assert watching.stdout is not None
+        while "pages/s" not in watching.stdout.readline():
+            assert watching.poll() is None
+        assert " uw " in smaps.read_text()
+        watching.kill()
+    assert " uw " not in smaps.read_text()      # its last descriptors were closed before it was reaped
+    assert process.poll() is None
+
+
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
+def test_without_privileges_ones_own_processes_can_be_watched_and_no_others(process: subprocess.Popen[str]) -> None:
+    command = [*UNPRIVILEGED, sys.executable, "-m", "vmm", "watch", "--time", "200ms"]
+    done = subprocess.run([*command, str(process.pid)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "is not this user's to look into: run vmm watch as its user, as root, or with CAP_SYS_PTRACE" in done.stderr
+    assert done.stderr.count("\n") == 1
+    with subprocess.Popen([*UNPRIVILEGED, sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) as own:
+        assert own.stdout is not None
+        assert own.stdout.readline() == "ready\n"
+        done = subprocess.run([*command, str(own.pid), "--json"], capture_output=True, text=True, timeout=60,
+                              check=False)
+        own.kill()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["areas"][0]["distinct"] == WRITTEN
 
 
 @pytest.mark.parametrize(("arguments", "line"), [

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -82,6 +83,23 @@ static uint64_t compute(uint64_t seed)
     return sum;
 }
 
+static volatile unsigned long signals;
+
+static void handler(int number)
+{
+    (void)number;
+    signals++;
+}
+
+/* A signal every 300 us. */
+static void signal_often(void)
+{
+    struct sigaction action = {.sa_handler = handler, .sa_flags = SA_RESTART};
+    struct itimerval every = {{0, 300}, {0, 300}};
+    sigaction(SIGALRM, &action, NULL);
+    setitimer(ITIMER_REAL, &every, NULL);
+}
+
 static void wait_for_input(int timeout)
 {
     struct pollfd in = {0, POLLIN, 0};
@@ -101,11 +119,16 @@ static void *work(void *unused)
     _mm_setcsr(0x3f80);
     uint64_t known = compute(1);
     dprintf(1, "ready\n");
-    if (!strcmp(mode, "compute"))
+    if (!strcmp(mode, "signals"))
+        signal_often();
+    if (!strcmp(mode, "compute") || !strcmp(mode, "signals"))
         for (;;) {
+            unsigned long before = signals;
             for (int i = 0; i < 10; i++)
                 if (compute(1) != known)
                     bad("computed wrongly");
+            if (signals == before && !strcmp(mode, "signals"))
+                bad("no signals come");
             wait_for_input(0);
         }
     if (!strcmp(mode, "poll"))

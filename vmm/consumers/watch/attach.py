@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -87,6 +88,9 @@ def attach(process: ProcessId) -> Attached:
         try:
             return _received(process, ours)
         finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                helper.wait(_PATIENCE)
+            helper.kill()       # it may be, at any moment
             helper.wait()
 
 
