@@ -26,8 +26,10 @@ MODES = ("compute", "signals", "poll", "epoll", "sleep", "futex", "thread-comput
 
 
 def compiler_missing() -> str:
-    """Why target.c cannot be compiled; empty when it can."""
-    return "" if shutil.which("cc") else "no C compiler"
+    """Why target.c cannot be compiled, or run; empty when it can."""
+    if shutil.which("cc") is None:
+        return "no C compiler"
+    return "" if " avx " in Path("/proc/cpuinfo").read_text() else "this processor has no AVX"
 
 
 @functools.cache

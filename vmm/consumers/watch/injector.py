@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 from ipc.linux.foreign import Mapping, mappings, read_memory, write_memory
 from ipc.linux.libc import LIBC, SYS_PIDFD_GETFD, SYS_USERFAULTFD, check
+from ipc.linux.process import SERVICE_SLICE, set_time_slice
 from ipc.linux.processid import ProcessId, open_process
 from ipc.linux.ptrace import Ended, Registers, Stop, Traced
 from ipc.steps import step
@@ -263,7 +264,9 @@ def _with_any_thread(process: ProcessId, pidfd: int) -> Injected:
     if gadgets is None:
         raise Refused(f"process {pid} has no code that makes system calls and returns from signals as is needed "
                       "(--sample works without it)")
-    for candidate in candidates(pid, refused):
+    found = candidates(pid, refused)
+    _be_quick()
+    for candidate in found:
         try:
             fd, stopped = _Injection(process, pidfd, candidate, gadgets, there).run()
         except _Unfit as exc:
@@ -273,6 +276,15 @@ def _with_any_thread(process: ProcessId, pidfd: int) -> Injected:
         else:
             return Injected(fd, candidate.tid, candidate.doing, candidate.interrupted, stopped)
     raise Refused(f"process {pid} cannot be watched: {why_none(refused)}")
+
+
+def _be_quick() -> None:
+    """The thread waits for this process five times: where the processors are busy, it is to come to its turn at once
+    (median 1 ms rather than 5 for a thread that computes, on two cores with twenty that would run)."""
+    with contextlib.suppress(OSError):
+        set_time_slice(SERVICE_SLICE)
+    with contextlib.suppress(OSError):      # needs CAP_SYS_NICE
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
 
 
 def main(arguments: list[str]) -> int:
