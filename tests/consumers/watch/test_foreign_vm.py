@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ QEMU = "qemu-system-x86_64"
 pytestmark = [pytest.mark.watch, pytest.mark.kvm,
               pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed")]
 
-NAME, MIB = "svt-foreign", 64
+NAME, MIB = f"svt-foreign-{os.getpid()}", 64
 #: Where the guest (benchmarks/peer/rom.S) is told what to write, and where that begins.
 PARAMETERS, RAM_START = 0x1000, 2 << 20
 PAGES = ((MIB << 20) - RAM_START) // PAGE_SIZE

@@ -79,20 +79,33 @@ def command_line(pid: int) -> list[str]:
 
 
 def vm_memory(there: Iterable[Mapping], sizes: Iterable[MemorySize] = ()) -> list[Block]:
-    """The blocks that are a VM's memory: for each of ``sizes`` a mapping of exactly that size; where there are none
-    (or it has none of that size), the largest. Raises VmmError where nothing is large enough."""
-    large = sorted((b for b in writable(there) if b.size >= _LEAST or any(b.size == s.size for s in sizes)),
-                   key=lambda b: b.size)
-    if not large:
+    """The blocks that are a VM's memory: for each of ``sizes`` a mapping of exactly that size, or two of one kind that
+    have it together (below 4 GiB and above). Where there are none: the largest, and of a file all that is mapped of
+    it. Raises VmmError where nothing is large enough."""
+    left = [b for b in writable(there) if b.size >= _LEAST or any(b.size == s.size for s in sizes)]
+    if not left:
         raise VmmError(f"no mapping has at least {_LEAST >> 20} MiB, so none is a VM's memory (--all watches all)")
     found = []
     for wanted in sizes:
-        for block in large:
-            if block.size == wanted.size:
-                found.append(block._replace(name=wanted.name))
-                large.remove(block)
-                break
-    return sorted(found) if found else [large[-1]._replace(name="ram")]
+        for part in _of_size(left, wanted.size):
+            left.remove(part)
+            found.append(part._replace(name=wanted.name))
+    if not found:
+        largest = max(left, key=lambda b: b.size)
+        found = [b for b in left if b == largest or (not b.sparse and b.name == largest.name)]
+        found = [b._replace(name="ram") for b in found]
+    return sorted(found)
+
+
+def _of_size(blocks: list[Block], size: int) -> list[Block]:
+    """One of exactly this size, or two."""
+    for one in blocks:
+        if one.size == size:
+            return [one]
+    for one, other in itertools.combinations(blocks, 2):
+        if one.size + other.size == size and one.sparse == other.sparse and one.name == other.name:
+            return [one, other]
+    return []
 
 
 def chooser(what: str | None, vmm: bool, sizes: Sequence[MemorySize]) -> Callable[[Iterable[Mapping]], list[Block]]:
