@@ -119,7 +119,8 @@ def stress() -> Iterator[Measure]:
         found: dict[str, float] = {}
         with tempfile.NamedTemporaryFile("r") as report, subprocess.Popen(
                 ["stress-ng", "--vm", "1", "--vm-bytes", "64M", "--vm-keep", "--vm-method", "rand-set", "--timeout",
-                 f"{seconds + _BEGIN:.0f}", "--metrics", "--yaml", report.name, "--quiet"]) as command:
+                 f"{seconds + _BEGIN:.0f}", "--metrics", "--yaml", report.name],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
             try:
                 with watched(_worker(command.pid), interval, found):
                     command.wait(_PATIENCE)

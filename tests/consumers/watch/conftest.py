@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from watched import Writer
 
+from vmm.consumers.watch import watcher
+
 
 @pytest.fixture
 def writer() -> Iterator[Writer]:
@@ -15,3 +17,10 @@ def writer() -> Iterator[Writer]:
     yield made
     made.process.kill()
     made.process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watcher looks at what is mapped at each turn, not at most every 50 ms."""
+    for name in ("_LOOK", "_LOOK_SHARE", "_COUNT"):
+        monkeypatch.setattr(watcher, name, 0)

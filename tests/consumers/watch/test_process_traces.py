@@ -31,7 +31,6 @@ def recorded(writer: Writer, path: Path, rounds: list[list[tuple[int, set[int]]]
         for number, pages in (mine := next(turns, [])):
             while number >= len(writer.addresses):
                 writer.map("anonymous")
-                time.sleep(0.06)        # longer than between two looks at what is mapped
             writer.write(number, pages)
         return not mine
 

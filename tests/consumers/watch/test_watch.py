@@ -62,12 +62,10 @@ def test_what_is_read_or_thrown_away_is_not_written(writer: Writer, kind: str) -
 def test_mappings_that_come_are_watched_from_then_on_and_those_that_go_are_not(writer: Writer) -> None:
     first = writer.map("anonymous")
     with watcher(writer) as watching:
-        watching._looked = 0.0
         watching.collect()
         second = writer.map("anonymous", 3 * PAGES)
         written = {0, 5, 3 * PAGES - 1}
         writer.write(second, written)
-        watching._looked = 0.0      # it looks at most every 50 ms
         assert found(watching, writer, second, 3 * PAGES) == written
         writer.write(second, {7})
         assert found(watching, writer, second, 3 * PAGES) == {7}
@@ -75,7 +73,6 @@ def test_mappings_that_come_are_watched_from_then_on_and_those_that_go_are_not(w
         third = writer.map("anonymous")         # where the first was, as a rule
         writer.write(third, {9, 11})
         watching.collect()
-        watching._looked = 0.0
         watching.collect()
         writer.write(third, {10})
         assert found(watching, writer, third) == {10}
@@ -96,7 +93,6 @@ def test_that_it_has_forked_is_said(writer: Writer) -> None:
         watching.collect()
         assert watching.forked == set()
         child = int(writer.ask("child"))
-        watching._looked = watching._counted = 0.0
         watching.collect()
         assert watching.forked == {child}
 
@@ -126,7 +122,6 @@ def until_ended(watching: Watcher) -> None:
     """Raises Ended, as soon as it is."""
     deadline = time.monotonic() + 30.0
     while time.monotonic() < deadline:
-        watching._looked = 0.0
         watching.collect()
 
 

@@ -29,6 +29,7 @@ __all__ = ["Area", "Ended", "Turn", "Watcher"]
 _WHY = {errno.EBUSY: "has a userfaultfd already (post-copy, CRIU, another vmm watch)",
         errno.EPERM: "is a shared mapping of a file that was opened only to read",
         errno.EINVAL: "is not memory that can be protected"}
+_LOOK_SHARE = 10        # and that many times as long as the last one took
 _COUNT = 0.5            # and at its children
 _ENDING = 1000          # ms that an end may take
 _LOOK = 0.05            # seconds between two looks at what is mapped, at least
@@ -82,10 +83,11 @@ class Watcher:
         self._fault, self._pid, self._choose = attached.fault, attached.process.pid, choose
         #: Of all blocks that there were, in the order in which they came; an area's id is its place.
         self.areas: list[Area] = []
+        self._begins: dict[tuple[int, str], Area] = {}
         #: Processes that it has forked since, as far as they were seen; what they write is not.
         self.forked: set[int] = set()
         self._children = children(self._pid)
-        self._looked = self._counted = 0.0
+        self._looked = self._counted = self._look_took = 0.0
         try:
             self._alive = open_process(attached.process)
         except OSError:
@@ -111,7 +113,7 @@ class Watcher:
         """The pages written since the last turn. Raises Ended."""
         began = time.monotonic()
         turn = Turn(began, 0.0)
-        if began - self._looked >= _LOOK:
+        if began - self._looked >= max(_LOOK, _LOOK_SHARE * self._look_took):
             self._look(first=False)
         for area in self.areas:
             if area.watched and len(found := self._written(area)):
@@ -135,7 +137,7 @@ class Watcher:
 
     def _look(self, *, first: bool) -> None:
         """Register what is mapped and was not. Raises Ended."""
-        self._looked = time.monotonic()
+        self._looked = began = time.monotonic()
         try:
             there = mappings(self._pid)
             next(self._scan.find(0, PAGE_SIZE, POPULATED))      # fails when that memory is no process's any more
@@ -148,7 +150,7 @@ class Watcher:
             self.forked |= children(self._pid) - self._children
         now: dict[int, list[Block]] = {}
         for block in self._choose(there):
-            now.setdefault(self._area(block).id, []).append(block)
+            now.setdefault(self._area(block, first).id, []).append(block)
         for area in self.areas:
             blocks = now.get(area.id, [])
             area.watched = [part for b in blocks for part in _common(area.watched, b.start, b.end)]
@@ -156,14 +158,20 @@ class Watcher:
                 if not area.refused:
                     self._register(area, start, end, first)
             area.watched = _joined(area.watched)
+        self._look_took = time.monotonic() - began
 
-    def _area(self, block: Block) -> Area:
-        for area in self.areas:
-            if area.name == block.name and area.start < block.end and block.start < area.end:
-                area.start, area.end = min(area.start, block.start), max(area.end, block.end)
-                return area
-        self.areas.append(Area(len(self.areas), block.name, block.start, block.end, block.sparse))
-        return self.areas[-1]
+    def _area(self, block: Block, first: bool) -> Area:
+        """The one that it is of: as a rule it begins where it did."""
+        area = self._begins.get((block.start, block.name))
+        if area is None and not first:
+            area = next((a for a in self.areas if a.name == block.name and a.start < block.end and block.start < a.end),
+                        None)
+        if area is None:
+            area = Area(len(self.areas), block.name, block.start, block.end, block.sparse)
+            self.areas.append(area)
+        self._begins[block.start, block.name] = area
+        area.start, area.end = min(area.start, block.start), max(area.end, block.end)
+        return area
 
     def _register(self, area: Area, start: int, end: int, first: bool) -> None:
         try:
