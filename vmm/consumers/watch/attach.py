@@ -43,12 +43,13 @@ def check_target(pid: int) -> ProcessId:
         told = status(pid)
     except OSError:
         raise VmmError(f"there is no process {pid}") from None
+    name = one_line(told.get("Name", "?"))
     if told.get("Tgid") != str(pid):
         raise VmmError(f"{pid} is a thread of process {told.get('Tgid', '?')}: give that")
     if told.get("State", "?")[:1] in "ZX":
-        raise VmmError(f"process {pid} ({told.get('Name', '?')}) has ended")
+        raise VmmError(f"process {pid} ({name}) has ended")
     if "VmSize" not in told:
-        raise VmmError(f"process {pid} ({told.get('Name', '?')}) is a kernel thread: it has no memory of its own")
+        raise VmmError(f"process {pid} ({name}) is a kernel thread: it has no memory of its own")
     if pid == os.getpid():
         raise VmmError(f"process {pid} is this command itself")
     try:
@@ -56,12 +57,12 @@ def check_target(pid: int) -> ProcessId:
             pass
         kind = _elf_class(pid)
     except PermissionError:
-        raise VmmError(f"process {pid} ({told.get('Name', '?')}) is not this user's to look into: run vmm watch as its "
+        raise VmmError(f"process {pid} ({name}) is not this user's to look into: run vmm watch as its "
                        "user, as root, or with CAP_SYS_PTRACE") from None
     except OSError as exc:
         raise VmmError(f"process {pid}: {exc.strerror}") from None
     if kind == 1:
-        raise VmmError(f"process {pid} ({told.get('Name', '?')}) is a 32-bit program: only 64-bit ones can be watched")
+        raise VmmError(f"process {pid} ({name}) is a 32-bit program: only 64-bit ones can be watched")
     return process
 
 

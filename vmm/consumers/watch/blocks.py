@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ipc.linux.foreign import Mapping
 
-from ...errors import VmmError
+from ...errors import VmmError, one_line
 
 __all__ = ["Block", "MemorySize", "chooser", "command_line", "is_vmm", "told_sizes", "vm_memory", "writable"]
 
@@ -57,7 +57,7 @@ def writable(there: Iterable[Mapping]) -> list[Block]:
         if found and found[-1].end == mapping.start and kind == last:
             found[-1] = found[-1]._replace(end=mapping.end)
         else:
-            found.append(Block(mapping.start, mapping.end, _NAMES.get(mapping.name, mapping.name),
+            found.append(Block(mapping.start, mapping.end, one_line(_NAMES.get(mapping.name, mapping.name)),
                                mapping.private and mapping.anonymous))
         last = kind
     return found

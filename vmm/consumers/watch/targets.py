@@ -22,6 +22,8 @@ __all__ = ["Target", "find_target"]
 _PATIENCE = 5.0             # seconds for an answer of a monitor
 _UCRED = struct.Struct("3i")
 _ANSWER_MAX = 1 << 20
+_EVENTS = 1000              # that may come before an answer
+_NAME = 60                  # characters of a memory block's
 
 
 class Target(NamedTuple):
@@ -94,19 +96,21 @@ def _by_monitor(path: Path) -> Target:
                 _ask(lines, "qmp_capabilities")
                 memory = _ask(lines, "query-memory-size-summary")
                 devices = _ask(lines, "query-memdev")
+                sizes = [MemorySize(one_line(str(d.get("id", "ram")), _NAME), int(d["size"])) for d in devices]
+                sizes = sizes or [MemorySize("ram", int(memory["base-memory"]))]
     except OSError as exc:
         raise VmmError(f"{path}: no monitor answers ({exc.strerror or 'in time'})") from None
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise VmmError(f"{path}: this is no QMP monitor, or not free: {one_line(str(exc))}") from None
-    sizes = [MemorySize(str(d.get("id", "ram")), int(d["size"])) for d in devices]
-    return Target(pid, _by_pid(pid).name, True, sizes or [MemorySize("ram", int(memory["base-memory"]))])
+    return Target(pid, _by_pid(pid).name, True, sizes)
 
 
 def _ask(lines: Any, command: str) -> Any:
-    """Raises ValueError, KeyError and TypeError for what is no answer."""
+    """Raises ValueError, KeyError and TypeError for what is no answer, and OSError."""
     lines.write(json.dumps({"execute": command}).encode() + b"\n")
     lines.flush()
-    while True:
+    for _ in range(_EVENTS):
         answer = json.loads(lines.readline(_ANSWER_MAX))
         if "event" not in answer:
             return answer["return"]
+    raise ValueError("it tells of events only")
