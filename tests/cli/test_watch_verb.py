@@ -185,6 +185,13 @@ def test_what_is_refused_is_said_in_a_line(arguments: list[str], line: str) -> N
     assert done.stderr.count("\n") == 1
 
 
+def test_a_kernel_without_it_is_said_in_a_line(process: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmm.consumers.watch.attach.watching_missing", lambda: "PAGEMAP_SCAN: Inappropriate ioctl")
+    done = vmm_here("watch", str(process.pid))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "vmm: error: PAGEMAP_SCAN: Inappropriate ioctl (--sample works without it)\n"
+
+
 def test_a_stopped_process_and_one_under_a_filter_are_refused(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)

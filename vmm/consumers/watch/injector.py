@@ -48,6 +48,7 @@ __all__ = ["Injected", "inject", "main"]
 _CLOSE = 3              # of asm/unistd_64.h
 _PATIENCE = 5.0         # seconds for a stop, which takes microseconds
 _TRIES = 100            # signals and restartable sequences that may come in between
+_SEQUENCE = 0.0002      # seconds in which a restartable sequence, some instructions, has come to its end
 _NONE = (1 << 64) - 1   # orig_rax: in no system call
 _OURS = "anon_inode:[userfaultfd]"
 
@@ -157,6 +158,7 @@ class _Injection:
                     step("inject-stopped")
                     return
                 self._thread.run()
+                time.sleep(_SEQUENCE)
             elif found.kind == "group":
                 self._thread.detach()
                 raise Refused(f"process {self._pid} is being stopped by a signal (SIGCONT lets it go on)")
@@ -170,7 +172,10 @@ class _Injection:
     def _in_sequence(self) -> bool:
         """It is within a restartable sequence (rseq(2)), perhaps: the kernel would not know that it was moved on."""
         pointer = self._thread.restartable_sequences()
-        return bool(pointer) and read_memory(self._pid, pointer + 8, 8) != bytes(8)     # type: ignore[operator]
+        try:
+            return bool(pointer) and read_memory(self._pid, pointer + 8, 8) != bytes(8)     # type: ignore[operator]
+        except OSError:
+            return True
 
     def _call(self, number: int, argument: int, at_end: Callable[[int], None]) -> int:
         """Its result. The thread stands still before and after it, with its own registers."""
