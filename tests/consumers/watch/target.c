@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/rseq.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <time.h>
@@ -100,6 +101,23 @@ static void signal_often(void)
     setitimer(ITIMER_REAL, &every, NULL);
 }
 
+/* A restartable sequence of some 100 us. Whoever moves the thread elsewhere within it has the kernel forget it (it takes
+ * the pointer back), and the thread would go on in it all the same. */
+static void sequence(void)
+{
+    uint64_t *current = (uint64_t *)((char *)__builtin_thread_pointer() + __rseq_offset + 8);
+    int gone = 0;
+    __asm__ volatile(
+        ".pushsection sequences, \"aw\"\n .balign 32\n 9: .long 0, 0\n .quad 1f, 2f - 1f, 4f\n .popsection\n"
+        "leaq 9b(%%rip), %%rax\n movq %%rax, (%[current])\n"
+        "1: movl $200000, %%ecx\n 5: decl %%ecx\n jnz 5b\n cmpq %%rax, (%[current])\n jne 6f\n 2: jmp 3f\n"
+        ".byte 0x0f, 0xb9, 0x3d\n .long 0x53053053\n 4: jmp 3f\n"   /* the kernel comes here when it is preempted */
+        "6: movl $1, %[gone]\n 3: movq $0, (%[current])\n"
+        : [gone] "+r"(gone) : [current] "r"(current) : "rax", "rcx", "memory", "cc");
+    if (gone)
+        bad("it was moved on within a restartable sequence");
+}
+
 static void wait_for_input(int timeout)
 {
     struct pollfd in = {0, POLLIN, 0};
@@ -129,6 +147,15 @@ static void *work(void *unused)
                     bad("computed wrongly");
             if (signals == before && !strcmp(mode, "signals"))
                 bad("no signals come");
+            wait_for_input(0);
+        }
+    if (!strcmp(mode, "sequence"))
+        for (;;) {
+            for (int i = 0; i < 20; i++) {
+                sequence();
+                for (volatile int j = 0; j < 100000; j++)
+                    ;
+            }
             wait_for_input(0);
         }
     if (!strcmp(mode, "poll"))

@@ -128,7 +128,7 @@ def killed_by_chance(mode: str, count: int, seed: int) -> tuple[int, int, int]:
     return ended, killed, descriptors
 
 
-@pytest.mark.parametrize("mode", ["compute", "signals", "thread-poll"])
+@pytest.mark.parametrize("mode", ["compute", "signals", "sequence", "thread-poll"])
 def test_it_may_be_killed_at_any_time(mode: str) -> None:
     ended, killed, _ = killed_by_chance(mode, 60, 1)
     assert killed == 59

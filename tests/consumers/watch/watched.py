@@ -21,8 +21,8 @@ __all__ = ["MODES", "PAGES", "Target", "Writer", "compiler_missing"]
 PAGES = 3000
 
 #: What the thread is at that is found; "thread-": it is not the first one.
-MODES = ("compute", "signals", "poll", "epoll", "sleep", "futex", "thread-compute", "thread-poll", "thread-epoll",
-         "thread-sleep", "thread-futex")
+MODES = ("compute", "signals", "sequence", "poll", "epoll", "sleep", "futex", "thread-compute", "thread-poll",
+         "thread-epoll", "thread-sleep", "thread-futex")
 
 
 def compiler_missing() -> str:

@@ -48,7 +48,7 @@ __all__ = ["Injected", "inject", "main"]
 _CLOSE = 3              # of asm/unistd_64.h
 _PATIENCE = 5.0         # seconds for a stop, which takes microseconds
 _TRIES = 100            # signals and restartable sequences that may come in between
-_SEQUENCE = 0.0002      # seconds in which a restartable sequence, some instructions, has come to its end
+_SEQUENCE = 0.0002      # seconds, more each time, in which a thread is to come to the end of a restartable sequence
 _NONE = (1 << 64) - 1   # orig_rax: in no system call
 _OURS = "anon_inode:[userfaultfd]"
 
@@ -149,7 +149,7 @@ class _Injection:
 
     def _stop(self) -> None:
         """Until it stands still in the kernel's handling of signals; those that come are its own."""
-        for _ in range(_TRIES):
+        for number in range(_TRIES):
             self._thread.interrupt()
             found = self._wait()
             if found.kind == "stop":
@@ -158,7 +158,7 @@ class _Injection:
                     step("inject-stopped")
                     return
                 self._thread.run()
-                time.sleep(_SEQUENCE)
+                time.sleep(number * _SEQUENCE)
             elif found.kind == "group":
                 self._thread.detach()
                 raise Refused(f"process {self._pid} is being stopped by a signal (SIGCONT lets it go on)")
@@ -167,7 +167,7 @@ class _Injection:
         self._thread.interrupt()
         self._wait()
         self._thread.detach()
-        raise _Unfit("busy with signals")
+        raise _Unfit("busy with signals or restartable sequences")
 
     def _in_sequence(self) -> bool:
         """It is within a restartable sequence (rseq(2)), perhaps: the kernel would not know that it was moved on."""
