@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from watched import MODES, Target, compiler_missing
 
+from ipc.linux.foreign import status
 from ipc.linux.processid import identity
 from ipc.steps import STEPS
 from vmm.consumers.watch.attach import attach, check_target
@@ -100,8 +101,35 @@ def killed_anywhere(target: Target, count: int, seed: int) -> list[bool]:
         while time.monotonic() - began < delay:
             pass
         os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        found.append(status == 0)
+        _, code = os.waitpid(child, 0)
+        found.append(code == 0)
+        assert target.check() == "ok"
+        assert target.tracers() == {"0"}
+    return found
+
+
+def stopped_anywhere(target: Target, count: int, seed: int) -> list[bool]:
+    """The injection ``count`` times by a fork of this process, while the target is stopped at a time by chance;
+    whether it was done all the same each time."""
+    chance, found = random.Random(seed), []
+    process = identity(target.pid)
+    for _ in range(count):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.close(inject(process).fd)
+                os._exit(0)
+            os._exit(1)
+        end, until = time.monotonic() + chance.uniform(0.0, 0.02), 0.0
+        while until < end:
+            until = time.monotonic()
+        os.kill(target.pid, signal.SIGSTOP)
+        _, code = os.waitpid(child, 0)
+        found.append(code == 0)
+        deadline = time.monotonic() + 30.0
+        while status(target.pid)["State"][0] != "T":        # and so it stays
+            assert time.monotonic() < deadline
+        os.kill(target.pid, signal.SIGCONT)
         assert target.check() == "ok"
         assert target.tracers() == {"0"}
     return found
@@ -110,27 +138,35 @@ def killed_anywhere(target: Target, count: int, seed: int) -> list[bool]:
 SCRIPT = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-from test_injection import killed_anywhere
+import test_injection
 from watched import Target
-with Target(sys.argv[3]) as target:
-    done = killed_anywhere(target, int(sys.argv[4]), int(sys.argv[5]))
+with Target(sys.argv[4]) as target:
+    done = getattr(test_injection, sys.argv[3])(target, int(sys.argv[5]), int(sys.argv[6]))
     print(sum(done), len(done), len(target.descriptors()))
 """
 
 
-def killed_by_chance(mode: str, count: int, seed: int) -> tuple[int, int, int]:
-    """In a process with one thread: (came to its end, all, descriptors of the target afterwards)."""
+def in_a_process(what: str, mode: str, count: int, seed: int) -> tuple[int, int, int]:
+    """With one thread: (came to its end, all, descriptors of the target afterwards)."""
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(here), str(here.parent.parent), mode, str(count),
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(here), str(here.parent.parent), what, mode, str(count),
                            str(seed)], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     ended, killed, descriptors = map(int, done.stdout.split())
     return ended, killed, descriptors
 
 
+@pytest.mark.parametrize("mode", ["compute", "thread-futex"])
+def test_a_process_that_is_stopped_meanwhile_is_stopped_and_keeps_nothing(mode: str) -> None:
+    with Target(mode) as target:
+        before = len(target.descriptors())
+    _, tried, descriptors = in_a_process("stopped_anywhere", mode, 40, 3)
+    assert (tried, descriptors) == (40, before)
+
+
 @pytest.mark.parametrize("mode", ["compute", "signals", "sequence", "thread-poll"])
 def test_it_may_be_killed_at_any_time(mode: str) -> None:
-    ended, killed, _ = killed_by_chance(mode, 60, 1)
+    ended, killed, _ = in_a_process("killed_anywhere", mode, 60, 1)
     assert killed == 59
     assert ended < killed       # the others were killed on their way
 
@@ -138,7 +174,7 @@ def test_it_may_be_killed_at_any_time(mode: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_it_may_be_killed_at_any_time_a_thousand_times(mode: str) -> None:
-    ended, killed, descriptors = killed_by_chance(mode, 1000, 2)
+    ended, killed, descriptors = in_a_process("killed_anywhere", mode, 1000, 2)
     assert killed == 999
     assert ended < killed
     assert descriptors > 10     # some were killed when it had made the call

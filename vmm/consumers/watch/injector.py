@@ -152,7 +152,7 @@ class _Injection:
         for number in range(_TRIES):
             self._thread.interrupt()
             found = self._wait()
-            if found.kind == "stop":
+            if found.kind == "stop" or self._must_go_on(found):
                 self._since = time.monotonic()
                 if not self._in_sequence():
                     step("inject-stopped")
@@ -168,6 +168,10 @@ class _Injection:
         self._wait()
         self._thread.detach()
         raise _Unfit("busy with signals or restartable sequences")
+
+    def _must_go_on(self, found: Stop) -> bool:
+        """Its process is being stopped, and has a descriptor to close: the thread makes that call before it stops."""
+        return found.kind == "group" and self._number >= 0
 
     def _in_sequence(self) -> bool:
         """It is within a restartable sequence (rseq(2)), perhaps: the kernel would not know that it was moved on."""
@@ -204,7 +208,7 @@ class _Injection:
             self._thread.set_registers(saved)
             step("inject-restored")
             write_memory(self._pid, address, before)
-            if found.kind == "group":
+            if found.kind == "group" and not self._must_go_on(found):
                 self._thread.detach()
                 raise Refused(f"process {self._pid} is being stopped by a signal (SIGCONT lets it go on)")
             if found.kind == "signal":
