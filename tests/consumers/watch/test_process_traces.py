@@ -77,7 +77,7 @@ def test_a_replay_dirties_the_same_pages_and_says_what_the_trace_lacks(writer: W
         entries = np.concatenate([part.entries for part in reader.vcpus()])
         assert reader.header.lacks == ["vcpus", "order"]
     ids, pages = unpack(entries)
-    spec = MachineSpec(name="h-watch-replay", accel="replay", vcpus=1, privilege="user", ring_entries=1024, slots=slots,
+    spec = MachineSpec(name="replayed", accel="replay", vcpus=1, privilege="user", ring_entries=1024, slots=slots,
                        image="", load_address=None, params=[], cmdline="", stack_size=16384, reaper=ReaperSpec(),
                        verify=None, timeout=60.0, trace=[], trace_file="", log="always", linger=True,
                        replay=ReplaySpec(speed=0.0), replay_trace=str(path))
