@@ -224,7 +224,7 @@ def cases(quick: bool, intervals: list[float], rounds: int, seconds: float, pati
         targets["a guest of QEMU, 256 MiB, as fast as it can"] = lambda: qemu(0)
     for name, make in list(targets.items())[-1:] if quick else targets.items():
         with make() as measure:
-            for every in intervals[:1] if quick else intervals:
+            for every in intervals[:2] if quick else intervals:
                 found = in_turns({"watched": lambda e=every, m=measure: m(e, seconds),      # type: ignore[misc]
                                   "alone": lambda m=measure: m(None, seconds)},             # type: ignore[misc]
                                  rounds, patience=patience)
