@@ -63,6 +63,9 @@ STEPS: dict[str, tuple[str, ...]] = {
     "snapshot delete": ("snapshot-out-of-chain",),
     "claiming a machine's name": ("claim-locked", "claim-cleared"),
     "clearing what a machine has left": ("clear-locked", "clear-directory", "clear-all"),
+    "a call of another process's thread": (
+        "inject-seized", "inject-stopped", "inject-frame", "inject-set", "inject-entered", "inject-made",
+        "inject-fetched", "inject-returned", "inject-restored", "inject-detached", "inject-send"),
     "ring rebuild": ("lost-count-seen", "lost-count-marked", "lost-count-rebuilt"),
     "dead ring": ("dead-ring-published",),
 }

@@ -32,7 +32,12 @@ _MSG_SIZE = 32
 
 
 class UserfaultError(Exception):
-    """The kernel has no such thing, or does not let this user; the text is fit for a user."""
+    """The kernel has no such thing, or does not let this user; the text is fit for a user. ``number``: errno, where
+    one call failed."""
+
+    def __init__(self, text: str, number: int = 0) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class _Api(ctypes.Structure):
@@ -85,6 +90,12 @@ class Userfault:
             advice = (" (needs root, CAP_SYS_PTRACE, or sysctl vm.unprivileged_userfaultfd=1)"
                       if exc.errno == errno.EPERM else "")
             raise UserfaultError(f"userfaultfd: {exc.strerror}{advice}") from None
+        return cls.adopt(fd, use)
+
+    @classmethod
+    def adopt(cls, fd: int, use: Use) -> Userfault:
+        """A fresh one of whatever process, which this is to own: what is registered are mappings of that process.
+        It is closed where it raises UserfaultError."""
         found = cls(fd, use)
         try:
             fcntl.ioctl(fd, _UFFDIO_API, _Api(_API, use.features))
@@ -99,7 +110,8 @@ class Userfault:
         try:
             fcntl.ioctl(self.fd, _UFFDIO_REGISTER, _Register(_Range(address, size), self._use.mode))
         except OSError as exc:
-            raise UserfaultError(f"userfaultfd: a mapping cannot be registered: {exc.strerror}") from None
+            raise UserfaultError(f"userfaultfd: a mapping cannot be registered: {exc.strerror}",
+                                 exc.errno or 0) from None
 
     def unregister(self, address: int, size: int) -> None:
         """The mapping is an ordinary one again. Raises UserfaultError."""

@@ -1,5 +1,5 @@
 """Which pages of a mapping this process has written: userfaultfd's asynchronous write-protection, read with the
-PAGEMAP_SCAN ioctl.
+PAGEMAP_SCAN ioctl (ipc/pagescan.py).
 
 Protection lies in the page tables of the process that asked for it. So of several processes over one shared
 memory each logs its own writes alone, those of its vCPU among them: where the host's entry is protected, KVM's
@@ -7,43 +7,26 @@ is as well (MMU notifiers), and KVM's fault ends in the host's.
 
 A page table entry that is not there can carry the protection too (a marker, since shared memory may be thrown out
 of the table at any time): so neither holes nor pages not touched yet have to be made present first, and they do
-not count as written. Numbers are those of Linux ``uapi/linux/fs.h``; Documentation/admin-guide/mm/pagemap.rst.
+not count as written.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
-import os
+import platform
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .bitmap import set_bits
+from .pagescan import PageScan
 from .shm import PAGE_SIZE
 from .userfault import WRITE_ASYNC, Userfault, UserfaultError
 
-__all__ = ["WriteLog", "write_log_missing"]
+__all__ = ["WriteLog", "watching_missing", "write_log_missing"]
 
-_PAGEMAP_SCAN = 0xC0606610          # _IOWR('f', 16, struct pm_scan_arg)
-_PM_SCAN_WP_MATCHING = 1            # protect what is reported, in the same step
-_PM_SCAN_CHECK_WPASYNC = 2          # fail where a mapping is not registered
-_PAGE_IS_WRITTEN = 2
-_REGIONS = 1 << 14                  # reported by one call
-_GAP = 4096                         # pages between two written ones that one call still walks
 _FEW = 24                           # regions that are quicker marked one by one
-
-
-class _ScanArg(ctypes.Structure):
-    """``struct pm_scan_arg``"""
-
-    _fields_ = [(name, ctypes.c_uint64) for name in (
-        "size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages", "category_inverted",
-        "category_mask", "category_anyof_mask", "return_mask")]
-
-
-assert ctypes.sizeof(_ScanArg) == 96
 
 
 class WriteLog:
@@ -54,19 +37,18 @@ class WriteLog:
         """Raises UserfaultError."""
         self._userfault = Userfault.make(WRITE_ASYNC)
         try:
-            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._scan = PageScan()
         except OSError as exc:
             self._userfault.close()
             raise UserfaultError(f"/proc/self/pagemap: {exc.strerror}") from None
-        #: ``struct page_region``: start, end (addresses), categories.
-        self._regions: NDArray[np.uint64] = np.zeros((_REGIONS, 3), np.uint64)
 
     def watch(self, address: int, size: int) -> None:
         """Log writes to this mapping from now on. Raises UserfaultError."""
         self._userfault.register(address, size)
-        at, end = address, address + size
-        while at < end:
-            _, at = self._scan(at, end, protect=True)
+        try:
+            self._scan.protect(address, address + size)
+        except OSError as exc:
+            raise _failed(exc) from None
 
     def forget(self, address: int, size: int) -> None:
         """Log no more. Raises UserfaultError."""
@@ -74,48 +56,21 @@ class WriteLog:
 
     def collect(self, address: int, pages: int, words: NDArray[np.uint64]) -> None:
         """Protect the written pages of the mapping again, and set their bits in ``words`` (uint64, one bit a
-        page); bits that are set stay. Raises UserfaultError.
-
-        Protecting drops the guest's mappings of the whole range that the call is told to walk, written or not.
-        So a first walk, which changes nothing, finds where to call. What is written between the two is in the
-        second or left for the next time, never lost: the second reports what it protects."""
-        end = address + pages * PAGE_SIZE
-        at = address
-        while at < end:
-            regions, at = self._scan(at, end, protect=False)
-            if len(regions) == 0:
-                continue
-            far = np.flatnonzero(regions[1:, 0] - regions[:-1, 1] > _GAP * PAGE_SIZE)
-            firsts = regions[np.concatenate(([0], far + 1)), 0].tolist()
-            lasts = regions[np.concatenate((far, [len(regions) - 1])), 1].tolist()
-            for first, last in zip(firsts, lasts, strict=True):
-                while first < last:
-                    found, first = self._scan(first, last, protect=True)
-                    _mark(words, (found - np.uint64(address)) // np.uint64(PAGE_SIZE))
-
-    def _scan(self, start: int, end: int, *, protect: bool) -> tuple[NDArray[np.uint64], int]:
-        """Written regions [start, end) within these addresses, uint64[n, 2], a view of what the next call will
-        overwrite unless it is a copy; and the address that the walk came to."""
-        argument = _ScanArg(
-            size=96, flags=_PM_SCAN_CHECK_WPASYNC | (_PM_SCAN_WP_MATCHING if protect else 0), start=start, end=end,
-            vec=self._regions.ctypes.data, vec_len=_REGIONS, category_mask=_PAGE_IS_WRITTEN,
-            return_mask=_PAGE_IS_WRITTEN)
-        while True:
-            try:
-                count = fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, argument)
-                break
-            except InterruptedError:
-                continue
-            except OSError as exc:
-                raise UserfaultError(f"PAGEMAP_SCAN: {exc.strerror}") from None
-        return self._regions[:count, :2].copy(), int(argument.walk_end)
+        page); bits that are set stay. Raises UserfaultError."""
+        try:
+            for found in self._scan.take(address, address + pages * PAGE_SIZE):
+                _mark(words, (found - np.uint64(address)) // np.uint64(PAGE_SIZE))
+        except OSError as exc:
+            raise _failed(exc) from None
 
     def close(self) -> None:
         """Idempotent. The mappings are ordinary ones again."""
         self._userfault.close()
-        if self._pagemap >= 0:
-            os.close(self._pagemap)
-            self._pagemap = -1
+        self._scan.close()
+
+
+def _failed(exc: OSError) -> UserfaultError:
+    return UserfaultError(f"PAGEMAP_SCAN: {exc.strerror}")
 
 
 def _mark(words: NDArray[np.uint64], regions: NDArray[np.uint64]) -> None:
@@ -151,3 +106,11 @@ def write_log_missing() -> str:
         log.close()
         del anchor
         page.close()
+
+
+def watching_missing() -> str:
+    """Why this host has none of other processes (vmm/consumers/watch/); empty when it has. By trying it on this
+    one."""
+    if platform.machine() != "x86_64":
+        return f"watching another process needs x86-64, not {platform.machine()}"
+    return write_log_missing()

@@ -15,7 +15,9 @@ import pytest
 
 from ipc import sandbox
 from ipc.userfault import post_copy_missing
-from ipc.writelog import write_log_missing
+from ipc.writelog import watching_missing, write_log_missing
+from vmm.consumers.watch.attach import attach, check_target
+from vmm.errors import VmmError
 from workers.accel.kvm.host import probe
 
 __all__ = ["NEEDS", "Need", "apply", "missing"]
@@ -50,6 +52,21 @@ def _spin() -> str:
     return f"not installed: {', '.join(lacking)}" if lacking else ""
 
 
+def _watch() -> str:
+    """To trace processes that this one has started, and what is asked of their memory then."""
+    if reason := watching_missing():
+        return reason
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        os.close(attach(check_target(child.pid)).fault.fd)
+        return ""
+    except VmmError as exc:
+        return str(exc)
+    finally:
+        child.kill()
+        child.wait()
+
+
 def _sandbox() -> str:
     return "; ".join(text for text, _ in sandbox.missing())
 
@@ -58,6 +75,7 @@ def _sandbox() -> str:
 NEEDS = {
     "kvm": Need(_kvm, "SHARDVMM_REQUIRE_KVM"),
     "uffd": Need(write_log_missing, "SHARDVMM_REQUIRE_UFFD"),
+    "watch": Need(_watch, "SHARDVMM_REQUIRE_WATCH"),
     "postcopy": Need(post_copy_missing, "SHARDVMM_REQUIRE_POSTCOPY"),
     "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
     "spin": Need(_spin, "SHARDVMM_REQUIRE_SPIN"),

@@ -23,7 +23,8 @@ def test_layers() -> None:
     ("workers.process, workers.accel.replay.producer", {"numba", "pydantic", "unicorn"}),
     ("vmm.coordinator.entry, ipc.compiled.calls", {"numba", "pydantic", "unicorn", "click"}),
     ("workers.zygote, vmm.cli.commands", {"numpy", "zmq", "msgspec", "importlib.metadata", "unicorn", "pydantic"}),
-    ("vmm.coordinator.keeper", {"numpy", "numba", "pydantic", "click"})])
+    ("vmm.coordinator.keeper", {"numpy", "numba", "pydantic", "click"}),
+    ("vmm.consumers.watch.injector", {"numpy", "numba", "pydantic", "click", "zmq", "yaml"})])
 def test_what_is_not_needed_is_not_imported(modules: str, unwanted: set[str]) -> None:
     """Each machine pays for what its processes import: Numba, say, 0.4 s and 100 MiB."""
     code = f"import sys, {modules}; sys.exit(', '.join({unwanted} & set(sys.modules)) or 0)"

@@ -41,7 +41,8 @@ _MODULES = {
     "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
     "stress": {"stress": "stress"},
-    "trace": {"trace": "trace"}}
+    "trace": {"trace": "trace"},
+    "watch": {"watch": "watch"}}
 _ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,10 @@ import click
 from ipc.shm import PAGE_SIZE
 
 from ..errors import VmmError
-from .common import Duration, json_option, on_machine, print_json, progress_bar
+from .common import Duration, json_option, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from ..client.machine import Machine
+    from ..machine.tracefile import TraceEnd
 
 __all__ = ["trace"]
 
@@ -27,26 +28,40 @@ def trace() -> None:
 
 
 @trace.command("record")
-@on_machine
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("words", nargs=-1, metavar="[NAME] FILE")
+@click.option("--pid", "target", help="Record a process of this host instead of a machine: its id, a VM's name, or the "
+                                      "path of a VM's QMP socket (see vmm watch).")
+@click.option("--ram", "what", flag_value="ram", help="With --pid: only the memory of the VM that it runs.")
+@click.option("--all", "what", flag_value="all", help="With --pid: all that it can write.")
 @click.option("--time", "seconds", type=Duration(), default="10s", show_default=True,
               help="How long to record; shorter if the machine ends.")
 @click.option("--interval", type=Duration(least=0.001), default="10ms", show_default=True,
               help="Longest time between two harvests of the rings: the resolution of the times in the trace.")
 @json_option
-def trace_record(machine: Machine, file: Path, seconds: float, interval: float, as_json: bool) -> int:
-    """Record into FILE which pages each vCPU dirties, in order and with times. Ctrl-C stops early and keeps what
-    was recorded."""
+def trace_record(words: tuple[str, ...], target: str | None, what: str | None, seconds: float, interval: float,
+                 as_json: bool) -> int:
+    """Record into FILE which pages each vCPU of the machine NAME dirties, in order and with times. Ctrl-C stops early
+    and keeps what was recorded. With --pid, the pages that a process of this host dirties, which is no machine: in
+    which interval, but not by whom, nor in which order within it."""
     from ..client.interrupts import Interrupts
-    from ..consumers.trace import record
 
+    if len(words) != (1 if target else 2):
+        raise VmmError("vmm trace record takes " + ("a FILE, and no NAME, with --pid" if target else
+                                                    "NAME and FILE, or --pid PID and FILE"))
+    if what and not target:
+        raise VmmError(f"--{what}: is for --pid")
+    file = Path(words[-1])
     with Interrupts() as interrupts, progress_bar() as bar:
         task = bar.add_task("recording", total=1.0)
-        end = record(machine, file, seconds, interval, lambda part, entries: bar.update(task, completed=part),
-                     interrupts.wait)
+
+        def progress(part: float, entries: int) -> None:
+            bar.update(task, completed=part)
+
+        name, end = (_of_process(target, what, file, seconds, interval, progress, interrupts.wait) if target else
+                     _of_machine(words[0], file, seconds, interval, progress, interrupts.wait))
     size = file.stat().st_size if file.is_file() else None      # None: it went into a pipe
     if as_json:
-        print_json({"name": machine.name, "file": str(file), "bytes": size, "entries": end.entries,
+        print_json({"name": name, "file": str(file), "bytes": size, "entries": end.entries,
                     "seconds": end.seconds, "lost": end.lost, "reason": end.reason, "complete": end.complete})
     else:
         click.echo(f"{file}: {end.entries:,} entries in {end.seconds:.2f} s"
@@ -61,6 +76,27 @@ def trace_record(machine: Machine, file: Path, seconds: float, interval: float, 
     return 0
 
 
+def _of_machine(name: str, file: Path, seconds: float, interval: float, progress: Callable[[float, int], None],
+                wait: Callable[[float], bool]) -> tuple[str, TraceEnd]:
+    from ..client.machine import Machine
+    from ..consumers.trace import record
+
+    with Machine.attach(name) as machine:
+        return machine.name, record(machine, file, seconds, interval, progress, wait)
+
+
+def _of_process(target: str, what: str | None, file: Path, seconds: float, interval: float,
+                progress: Callable[[float, int], None], wait: Callable[[float], bool]) -> tuple[str, TraceEnd]:
+    from ..consumers.watch.tracing import record_process
+    from .watch import LEAST_INTERVAL, watching
+
+    if interval < LEAST_INTERVAL:
+        raise VmmError(f"--interval: {interval * 1000:g} ms is too short: must be at least "
+                       f"{LEAST_INTERVAL * 1000:g} ms with --pid")
+    with watching(target, what) as (found, source, _):
+        return found.name, record_process(source, found.name, file, seconds, interval, progress, wait)
+
+
 @trace.command("info")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @json_option
@@ -73,9 +109,11 @@ def trace_info(file: Path, as_json: bool) -> None:
     click.echo(f"{file}: recorded {found['recorded']} from '{found['machine']}' ({found['accelerator']}), "
                f"{found['seconds']:.2f} s, {found['bytes']:,} bytes, "
                f"{found['bytes_per_entry']:.2f} per entry")
+    if found["lacking"]:
+        click.echo(f"recorded from outside a process: {found['lacking']}")
     for slot in found["slots"]:
         click.echo(f"slot {slot['id']} at {slot['gpa']:#x}: {slot['size'] // PAGE_SIZE:,} pages, "
-                   f"{slot['dirtied']:,} of them dirtied")
+                   f"{slot['dirtied']:,} of them dirtied" + (f" ({slot['mapping']})" if slot["mapping"] else ""))
     for vcpu in found["vcpus"]:
         name = f" ({vcpu['thread']})" if vcpu["thread"] else ""
         click.echo(f"vCPU {vcpu['index']}{name}: {vcpu['entries']:,} entries, {vcpu['pages']:,} distinct pages")
@@ -134,12 +172,17 @@ def _summary(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     words = {name: one_line(getattr(header, name), 60) for name in ("machine", "accelerator", "recorded")}
     threads = [one_line(name, 60) for name in header.threads[:header.vcpus]]
+    mappings = [one_line(name, 90) for name in header.mappings[:len(header.slots)]]
+    mappings += [""] * (len(header.slots) - len(mappings))
     threads += [""] * (header.vcpus - len(threads))
     return {
-        "file": str(file), **msgspec.to_builtins(header), **words, "threads": threads, **msgspec.to_builtins(end),
+        "file": str(file), **msgspec.to_builtins(header), **words, "threads": threads, "mappings": mappings,
+        **msgspec.to_builtins(end),
         "reason": one_line(end.reason), "complete": end.complete,
         "bytes": size, "bytes_per_entry": size / max(1, end.entries),
-        "slots": [{**msgspec.to_builtins(s), "dirtied": int((slots == s.id).sum())} for s in header.slots],
+        "lacking": header.lacking,
+        "slots": [{**msgspec.to_builtins(s), "dirtied": int((slots == s.id).sum()), "mapping": m}
+                  for s, m in zip(header.slots, mappings, strict=True)],
         "vcpus": [{"index": i, "thread": threads[i], "entries": int(entries[i]), "records": int(records[i]),
                    "pages": len(d.values())} for i, d in enumerate(distinct)],
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from ipc import sandbox
 from ipc.shm import room
 from ipc.userfault import post_copy_missing
-from ipc.writelog import write_log_missing
+from ipc.writelog import watching_missing, write_log_missing
 from workers.accel import registry
 
 from ..errors import VmmError
@@ -42,7 +42,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Every check, in the order of what is needed first."""
     accelerators = [each for name in registry.names() for each in _accelerator(name)]
-    return [*accelerators, *_shared_memory(), *_limits(), _post_copy(), _write_log(), *_sandbox(),
+    return [*accelerators, *_shared_memory(), *_limits(), _post_copy(), _write_log(), _watch(), *_sandbox(),
             *_packages(), _compiled_loops(), _compiler(), *_runtime_directory()]
 
 
@@ -100,6 +100,23 @@ def _write_log() -> Finding:
     if missing:
         return Finding("uffd tracking", "absent", missing, "tracking: ring, bitmap and auto work without it")
     return Finding("uffd tracking", "ok", "asynchronous write-protection and PAGEMAP_SCAN")
+
+
+def _watch() -> Finding:
+    """Other processes from outside: what it takes besides is the right to trace them."""
+    missing = watching_missing()
+    if missing:
+        return Finding("vmm watch", "absent", missing, "vmm watch works with --sample")
+    if os.geteuid() == 0:
+        return Finding("vmm watch", "ok", "any process")
+    try:
+        scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text().strip()
+    except OSError:
+        scope = "0"
+    if scope != "0":
+        return Finding("vmm watch", "absent", f"kernel.yama.ptrace_scope is {scope}: no process may be traced",
+                       "sysctl kernel.yama.ptrace_scope=0, or run vmm watch as root")
+    return Finding("vmm watch", "ok", "processes of this user")
 
 
 def _sandbox() -> list[Finding]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -32,7 +33,7 @@ class Launched:
         none. Of a machine whose memory comes from elsewhere (``spec.incoming``) that memory is there when this
         returns, and the machine is once it ``is_ready``. Raises VmmError, with nothing left behind."""
         self.spec, self.name = spec, spec.name
-        self.warnings: list[str] = []
+        self.warnings: list[str] = _replay_warnings(spec)
         begun = keeper or KeeperProcess(spec.name, quiet=quiet, programs=spec.program is not None)
         self.keeper, self._life, self._status = begun.take(), begun.life, begun.status
         self._deadline = time.monotonic() + _LAUNCH_TIMEOUT
@@ -120,3 +121,14 @@ class Launched:
             return bool(poll.poll(seconds * 1000))
         finally:
             os.close(fd)
+
+
+def _replay_warnings(spec: MachineSpec) -> list[str]:
+    """What the trace that is replayed does not have. Raises TraceError."""
+    if not spec.replay_trace:
+        return []
+    from ..machine.tracefile import TraceReader
+
+    with TraceReader(Path(spec.replay_trace)) as reader:
+        lacking = reader.header.lacking
+    return [f"{spec.replay_trace} was recorded from outside a process: {lacking}"] if lacking else []

@@ -1,4 +1,5 @@
-"""Who needs dirty pages. Each is a client like any other program: it imports vmm.client and vmm.machine.
+"""Who needs dirty pages. Each is a client like any other program: it imports vmm.client and vmm.machine
+(watch/ neither: it looks at processes that are no machines).
 
     rate.py         dirty rate
     workingset.py   which pages are dirtied when
@@ -7,4 +8,5 @@
     missing.py      pages that come while the guest runs already
     pages.py        which pages are zero, and which follow one another
     migration/      live migration, both ends
+    watch/          dirty pages of any process of this host, from outside
 """

@@ -33,8 +33,8 @@ from ..outputs import Output, open_output
 from .rules import RuleError, check_slots
 from .spec import RamSlot
 
-__all__ = ["VERSION", "Trace", "TraceEnd", "TraceError", "TraceHeader", "TraceReader", "TraceRecord",
-           "TraceWriter", "check_trace", "pack", "unpack"]
+__all__ = ["LACKS_ORDER", "LACKS_VCPUS", "VERSION", "Trace", "TraceEnd", "TraceError", "TraceHeader", "TraceReader",
+           "TraceRecord", "TraceWriter", "check_trace", "pack", "unpack"]
 
 VERSION = 1
 _MAGIC = b"SVMTRACE"
@@ -51,6 +51,11 @@ _ROWS = 1 << 12
 _LEVEL = 3
 _SLOT_SHIFT, _PAGE_MASK = np.uint64(48), np.uint64((1 << 48) - 1)
 _RECORD = np.dtype([("time_ns", "<u8"), ("vcpu", "<u4"), ("count", "<u4")])
+
+#: Of a process that was watched from outside.
+LACKS_VCPUS, LACKS_ORDER = "vcpus", "order"
+_LACKING = {LACKS_VCPUS: "one vCPU stands for all threads",
+            LACKS_ORDER: "within an interval, pages are in the order of their addresses, not of the writes"}
 
 U64 = NDArray[np.uint64]
 
@@ -70,6 +75,13 @@ class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
     interval: float             # seconds between two harvests, at most: how exact the times are
     recorded: str = ""          # when, ISO 8601
     threads: list[str] = []     # of a Linux program: the thread that each vCPU had then; "": none
+    mappings: list[str] = []    # of a process that was watched: address and name of what each slot is
+    lacks: list[str] = []       # of LACKS_VCPUS and LACKS_ORDER: what is not known of it
+
+    @property
+    def lacking(self) -> str:
+        """For a person; "" where nothing is."""
+        return "; ".join(text for what, text in _LACKING.items() if what in self.lacks)
 
 
 class TraceEnd(msgspec.Struct, frozen=True, kw_only=True):
