@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +176,8 @@ def test_from_a_trace(trace: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "said"), [
     ([], "say what to predict from"), (["name", "--trace", "t"], "say what to predict from"),
-    (["--trace", "/nowhere"], "/nowhere: "), (["name", "--filled", "1MiB"], "--filled is for --trace")])
+    (["--trace", "/nowhere"], "/nowhere: "), (["name", "--filled", "1MiB"], "--filled is for --trace"),
+    (["name", "--ram"], "--ram: is for --pid")])
 def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
     done = vmm_here("predict", *arguments)
     assert done.returncode == 2
@@ -195,3 +198,19 @@ def test_a_machine_goes_on(running: Machine) -> None:
     assert found["memory"] == sum(each["size"] for each in slots)
     filled = sum(int(running.ram(each["id"]).reshape(-1, PAGE).any(axis=1).sum()) for each in slots) * PAGE
     assert 0 < found["filled"] <= filled
+
+
+@pytest.mark.watch
+def test_of_a_process() -> None:
+    """One that writes to every page of 4 MiB, again and again; it converges, however slow the way is."""
+    code = "b = bytearray(4 << 20)\nprint(flush=True)\nwhile True: b[::4096] = bytes(1024)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        done = vmm("predict", "--pid", str(process.pid), "--time", "1s", "--interval", "100ms", "--downtime", "1s",
+                   "--filled", "1MiB", "--json")
+        process.kill()
+    found = json.loads(done.stdout)
+    assert found["vcpus"] == 1
+    assert found["filled"] == 1 << 20
+    assert 1 << 10 <= found["rings"][0]["most"] < 4 << 10

@@ -29,8 +29,11 @@ _LOOKS = (0.1, 1.0)         # seconds between two looks at the log, for the ring
 @click.argument("name", required=False)
 @click.option("--trace", "trace", type=click.Path(path_type=Path, exists=False),
               help="Predict from this dirty trace, instead of from machine NAME.")
+@click.option("--pid", "target", help="Predict for a process of this host, or for the VM that it runs: its id, a VM's "
+                                      "name, or the path of a VM's QMP socket (see vmm watch).")
+@click.option("--ram", "what", flag_value="ram", help="With --pid: only the memory of the VM that it runs.")
 @click.option("--time", "seconds", type=Duration(), default="5s", show_default=True,
-              help="How long to record what machine NAME dirties.")
+              help="How long to record what machine NAME, or the process, dirties.")
 @click.option("--interval", type=Duration(least=0.001), default="50ms", show_default=True,
               help="Between two harvests of that recording.")
 @click.option("--bandwidth", "bandwidths", type=Rate(), multiple=True,
@@ -48,32 +51,41 @@ _LOOKS = (0.1, 1.0)         # seconds between two looks at the log, for the ring
               help="As for vmm migrate.")
 @click.option("--dirty-limit", type=Rate(), default=None, help="Limit to which each vCPU is held meanwhile.")
 @click.option("--filled", type=Size(), default=None,
-              help="With --trace: memory that has bytes; the rest is zero.  [default: all]")
+              help="With --trace and --pid: memory that has bytes; the rest is zero.  [default: all]")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a plot to this file.")
 @json_option
-def predict(name: str | None, trace: Path | None, seconds: float, interval: float, bandwidths: tuple[float, ...],
-            downtimes: tuple[float, ...], latency: float | None, ratio: float, dirty_limit: float | None,
-            filled: int | None, png: Path | None, as_json: bool, **asked: Any) -> None:
-    """Predict what a live migration of machine NAME, or of the guest of a dirty trace, would take: time, downtime,
-    bytes and rounds at several bandwidths and downtime limits; from which bandwidth on it converges, and what helps
-    where it does not. Nothing is migrated."""
+def predict(name: str | None, trace: Path | None, target: str | None, what: str | None, seconds: float,
+            interval: float, bandwidths: tuple[float, ...], downtimes: tuple[float, ...], latency: float | None,
+            ratio: float, dirty_limit: float | None, filled: int | None, png: Path | None, as_json: bool,
+            **asked: Any) -> None:
+    """Predict what a live migration of machine NAME would take, of the guest of a dirty trace, or of another VMM's VM:
+    time, downtime, bytes and rounds at several bandwidths and downtime limits; from which bandwidth on it converges,
+    and what helps where it does not. Nothing is migrated."""
     from ..client.units import parse_rate
     from ..consumers.migration.report import Options
+    from ..consumers.predict.dirtying import from_trace
     from ..consumers.predict.grid import Study
     from ..consumers.predict.rings import fit
     from ..consumers.predict.simulate import Way
     from ..outputs import open_output
 
-    if (name is None) == (trace is None):
-        raise VmmError("say what to predict from: the NAME of a machine, or --trace FILE")
-    if filled is not None and trace is None:
-        raise VmmError("--filled is for --trace: of a machine it is known")
+    if sum(each is not None for each in (name, trace, target)) != 1:
+        raise VmmError("say what to predict from: the NAME of a machine, --trace FILE, or --pid PID")
+    if filled is not None and name is not None:
+        raise VmmError("--filled is for --trace and --pid: of a machine it is known")
+    if what and not target:
+        raise VmmError(f"--{what}: is for --pid")
     if png:
         optional.figure()       # what draws it is there, or that is said before the work begins
     with contextlib.ExitStack() as stack:
         drawn = stack.enter_context(open_output(png)) if png else None
-        what = str(trace or name)
-        guest, memory = _from_trace(trace, filled) if trace else _from_machine(str(name), seconds, interval)
+        of = str(trace or target or name)
+        if name is not None:
+            guest, memory = _from_machine(name, seconds, interval)
+        else:
+            guest, sizes = (from_trace(trace) if trace is not None else
+                            _from_process(str(target), what, seconds, interval))
+            memory = _memory(sizes, filled)
         options = Options(converge=not asked.pop("no_converge"), compression="zstd" if ratio > 1 else "none", **asked)
         limits = None if dirty_limit is None else dict.fromkeys(range(len(guest.vcpus)), dirty_limit / PAGE_SIZE)
         study = Study(guest, memory, options, Way(latency or 0.0, ratio), limits=limits)
@@ -89,9 +101,9 @@ def predict(name: str | None, trace: Path | None, seconds: float, interval: floa
         if drawn is not None:
             from ..consumers.predict.plot import draw
 
-            drawn.write(draw(cells, f"migrations of {what}, foretold"))
+            drawn.write(draw(cells, f"migrations of {of}, foretold"))
     if as_json:
-        print_json({"from": what, "vcpus": len(guest.vcpus), "seconds": guest.seconds,
+        print_json({"from": of, "vcpus": len(guest.vcpus), "seconds": guest.seconds,
                     "memory": sum(memory.sizes.values()) * PAGE_SIZE, "filled": memory.filled * PAGE_SIZE,
                     "grid": [cell.as_dict() for cell in cells], "least_bandwidth": least,
                     "remedies": [each.as_dict() for each in remedies], "rings": [each.as_dict() for each in rings]})
@@ -108,15 +120,25 @@ def _with(options: Any, bandwidth: float, downtime: float) -> Any:
     return dataclasses.replace(options, bandwidth=bandwidth, downtime=downtime)
 
 
-def _from_trace(trace: Path, filled: int | None) -> tuple[Guest, Memory]:
-    from ..consumers.predict.dirtying import Memory, from_trace
+def _memory(sizes: dict[int, int], filled: int | None) -> Memory:
+    from ..consumers.predict.dirtying import Memory
 
-    guest, sizes = from_trace(trace)
     total = sum(sizes.values())
     pages = total if filled is None else filled // PAGE_SIZE
     if pages > total:
         raise VmmError(f"--filled: the guest has {total * PAGE_SIZE >> 20} MiB of memory in all")
-    return guest, Memory.whole(sizes, pages / total)
+    return Memory.whole(sizes, pages / total)
+
+
+def _from_process(target: str, what: str | None, seconds: float, interval: float) -> tuple[Guest, dict[int, int]]:
+    from ..client.interrupts import Interrupts
+    from ..consumers.predict.recorded import watch_process
+    from .watch import LEAST_INTERVAL, watching
+
+    with watching(target, what) as (_, source, _), Interrupts() as interrupts, progress_bar() as bar:
+        task = bar.add_task("recording", total=1.0)
+        return watch_process(source, seconds, max(interval, LEAST_INTERVAL),
+                             lambda part, entries: bar.update(task, completed=part), interrupts.wait)
 
 
 def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Memory]:

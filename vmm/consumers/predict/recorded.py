@@ -1,4 +1,4 @@
-"""A guest that runs: what it dirties is recorded for a while, its memory looked at. It goes on meanwhile."""
+"""What runs, a machine or any process: what it dirties is recorded for a while. It goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from ipc.shm import PAGE_SIZE, open_fd
 
 from ...client.machine import Machine
 from ...errors import VmmError
+from ...machine.tracefile import TraceEnd
 from ..pages import is_filled, touched
 from ..trace import record
+from ..watch.series import Source
+from ..watch.tracing import record_process
 from .dirtying import Guest, Memory, from_trace
 
-__all__ = ["memory_of", "watch"]
+__all__ = ["memory_of", "watch", "watch_process"]
 
 _PART = 1 << 14             # pages that are looked at at once
 
@@ -38,10 +41,22 @@ def memory_of(machine: Machine) -> Memory:
 def watch(machine: Machine, seconds: float, interval: float, progress: Callable[[float, int], None],
           wait: Callable[[float], bool]) -> tuple[Guest, Memory]:
     """See ``vmm.consumers.trace.record`` for the arguments. Raises VmmError, TraceError, SegmentError."""
+    guest, _ = _traced(lambda path: record(machine, path, seconds, interval, progress, wait))
+    return guest, memory_of(machine)
+
+
+def watch_process(source: Source, seconds: float, interval: float, progress: Callable[[float, int], None],
+                  wait: Callable[[float], bool]) -> tuple[Guest, dict[int, int]]:
+    """See ``vmm.consumers.watch.tracing.record_process`` for the arguments; the guest, and {slot: pages}. Raises
+    VmmError, TraceError."""
+    return _traced(lambda path: record_process(source, "process", path, seconds, interval, progress, wait))
+
+
+def _traced(recording: Callable[[Path], TraceEnd]) -> tuple[Guest, dict[int, int]]:
     with tempfile.TemporaryDirectory(prefix="vmm-predict-") as folder:
         path = Path(folder) / "trace"
-        end = record(machine, path, seconds, interval, progress, wait)
+        end = recording(path)
         if end.lost:
             raise VmmError(f"{end.lost:,} entries came faster than they could be recorded: try a longer --interval")
-        return from_trace(path)[0], memory_of(machine)
+        return from_trace(path)
 
