@@ -207,12 +207,13 @@ class Regular(Inode):
             self._unread.remove(pages[0], pages[-1] + 1)
 
     def resize(self, size: int) -> None:
-        """ftruncate(2). What was allocated behind the end goes unless it grows."""
+        """ftruncate(2). What was allocated behind the end goes unless it grows, and so does what a program has written
+        behind the end of its last page."""
         if size > self._size:
             self._grow(size)
         else:
             self._drop(_pages(size), _pages(LARGEST), copies=True)
-            self._zero(size, min(self._size, _pages(size) * PAGE))
+            self._zero(size, _pages(size) * PAGE)
             self._source_size = min(self._source_size, size)
             self._size = size
 

@@ -169,6 +169,7 @@ def test_cut_as_the_host_does(found: list[tuple]) -> None:
     st.tuples(st.just("write"), st.integers(0, FILE_PAGES - 1), st.integers(1, 2**32 - 1)),
     st.tuples(st.just("punch"), sizes, st.sampled_from([1, 100, PAGE, 2 * PAGE, 3 * PAGE])),
     st.tuples(st.just("cut"), sizes)), max_size=12))
+@example(SHARED, [("cut", 1), ("write", 0, 256), ("cut", 1)])
 @example(PRIVATE, [("write", 2, 1), ("punch", 2 * PAGE, PAGE)])
 @example(PRIVATE, [("write", 2, 1), ("cut", PAGE + 1), ("cut", 3 * PAGE)])
 def test_punched_as_the_host_does(kind: int, found: list[tuple]) -> None:
