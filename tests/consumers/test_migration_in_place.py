@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from vmm import migrate
 from vmm.client.machine import Machine
 from vmm.consumers.migration import source as source_module
 from vmm.consumers.migration import wire
+from vmm.consumers.migration.proof import proof
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.spec import RamSlot, VerifySpec
 from vmm.migrate import MigrationError, Options
@@ -61,6 +64,30 @@ def test_a_verified_machine_stays_verified(accel: str, address: str) -> None:
     assert there["exit_code"] == here["exit_code"] == ExitCode.STOPPED, (there["cause"], here["cause"])
     assert there["verification"]["ok"]
     assert here["verification"]["ok"]
+
+
+_ELSEWHERE = """
+mkdir $1 && cp /dev/shm/shardvmm.*.source.* $1 && mount -t tmpfs none /dev/shm && cp $1/* /dev/shm
+exec $0 -m vmm receive $2 --name target --accel unicorn
+"""
+
+
+@pytest.mark.root
+def test_segments_of_the_same_names_elsewhere_are_not_the_machines(address: str, tmp_path: Path) -> None:
+    """In another container, which has a /dev/shm of its own."""
+    with Machine.launch(WALK) as machine:
+        process = subprocess.Popen(["unshare", "-m", "sh", "-ec", _ELSEWHERE, sys.executable, str(tmp_path / "copies"),
+                                    address], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr is not None
+            assert "waiting at" in process.stderr.readline()
+            with pytest.raises(MigrationError, match="has another /dev/shm than the target"):
+                migrate.migrate(machine, address, IN_PLACE)
+            goes_on(machine)
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT)
+            process.stderr.close()
 
 
 def test_there_and_back_and_copied_in_between(accel: str, runtime_dir: Path) -> None:
@@ -120,9 +147,10 @@ def test_segments_that_are_not_the_machines_memory_are_refused(address: str) -> 
         for segments, why in FOREIGN:
             if not receiver.is_alive():     # it had begun to make the machine
                 receiver = Receiver(address, accel="unicorn")
-            with PlayedSource(address) as source:
+            with PlayedSource(address) as source, proof("source", source.token) as proven:
                 named = {slot: machine.ram_segment(0) if name == "OTHER" else name for slot, name in segments.items()}
-                source.offer(replace(spec_of(machine), slots=[RamSlot(0, 0, 4 << 20)]), segments=named)
+                source.offer(replace(spec_of(machine), slots=[RamSlot(0, 0, 4 << 20)]), segments=named,
+                             proof=proven)
                 assert why in refusal(source)
             if why not in str(receiver.refused):
                 assert why in receiver.failure()

@@ -77,8 +77,9 @@ sqlite3 $db "select count(*), min(b), max(b), sum(length(b)) from t; pragma inte
 (echo "begin; update t set b = 'lost'; select 'begun';"; sleep 30) | sqlite3 $db > /tmp/$0.out &
 until grep -q begun /tmp/$0.out; do sleep 0.05; done
 kill -9 $!
-sqlite3 -cmd ".timeout 20000" $db "pragma integrity_check; select count(*) from t where b = 'lost'; delete from t where a % 2; vacuum;
-             select count(*), sum(a) from t"
+sqlite3 -cmd ".timeout 20000" $db "
+    pragma integrity_check; select count(*) from t where b = 'lost'; delete from t where a % 2; vacuum;
+    select count(*), sum(a) from t"
 """
 
 _REDIS = r"""

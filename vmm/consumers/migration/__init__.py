@@ -10,6 +10,7 @@ Down the way of a page, and of the hand-over::
         converge.py, hot.py    when to stop, what waits until then)
       steering.py          what it is told while it goes on; control.py: where
       handover.py          what outlives the source's process               offers.py     what is taken
+      proof.py             in place: that both have one /dev/shm            (both ends)
       channels.py          threads that pack and send pages                 arrivals.py   threads that take pages
       gathered.py          what clients of the dirty log have gathered       (both ends)
       postcopy_source.py   what is asked for after the hand-over            postcopy_target.py, ../missing.py

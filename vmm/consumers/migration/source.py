@@ -53,6 +53,7 @@ from .pages import PAGE, missing, missing_pages
 from .postcopy_source import serve
 from .precopy import PreCopy, Todo, joined
 from .progress import Progress
+from .proof import proof
 from .report import MigrationError, Options, Report
 from .sockets import Unreachable, connect_stream
 from .status import continued
@@ -261,13 +262,18 @@ class Source:
             raise VmmError(f"the guest image of machine '{spec.name}' has {len(image) >> 20} MiB, but at "
                            f"most {_IMAGE_MAX >> 20} MiB can be migrated")
         self._offered, wanted = spec, needs(spec, self.options)
-        segments = {s.id: self.machine.ram_segment(s.id) for s in spec.slots} if self.options.in_place else {}
-        talk.patience = _PATIENCE
-        talk.send(Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image,
-                        wanted.postcopy, self.report.id, wanted, segments))
-        talk.expect(Received)
-        talk.patience = _RESERVING
-        there = talk.expect(Accept)
+        offer = Offer(VERSION, metadata.version("shardvmm"), self._token, spec, image, wanted.postcopy,
+                      self.report.id, wanted)
+        with contextlib.ExitStack() as stack:
+            if self.options.in_place:
+                offer = msgspec.structs.replace(
+                    offer, segments={s.id: self.machine.ram_segment(s.id) for s in spec.slots},
+                    proof=stack.enter_context(proof(self.machine.name, self._token)))
+            talk.patience = _PATIENCE
+            talk.send(offer)
+            talk.expect(Received)
+            talk.patience = _RESERVING
+            there = talk.expect(Accept)
         self._steering.no_postcopy, self._steering.encodings = there.no_postcopy, there.encodings
         self._certificate = there.certificate
         talk.patience = RUNNING_PATIENCE

@@ -54,6 +54,7 @@ from .pages import missing, missing_pages, torn, unpack
 from .peers import LOOK_EVERY, Gone, Peers, ReceiveError
 from .place import Place, listening
 from .postcopy_target import fetch
+from .proof import is_proven
 from .report import latency
 from .tls import Certificate
 from .wire import (
@@ -315,6 +316,8 @@ class _Target:
                          linger=not self._detach, trees=self._trees)
             if offer.segments and not self._place.local:
                 raise WireError("the source offered its memory in place, which takes a Unix socket")
+            if offer.segments and not is_proven(offer.proof, offer.token):
+                raise WireError("the source offered its memory in place, but has another /dev/shm than the target")
         except WireError as exc:
             raise _NotWanted(str(exc)) from None
         if self._upgrade is not None:

@@ -78,7 +78,7 @@ class Offer(Wire, frozen=True, tag="offer"):
     """The machine that is to come. Its memory slots are as they are, its image is for snapshots later on. ``token``
     names this migration: it is known to its two ends alone; ``id`` names it to people. ``postcopy``: memory may come
     after the start. ``segments``: of a machine whose memory is handed over in place, by slot; no pages are sent
-    then."""
+    then. ``proof``: the segment that shows that they are the target's, too."""
 
     version: int
     program: str
@@ -89,6 +89,7 @@ class Offer(Wire, frozen=True, tag="offer"):
     id: str = ""
     needs: Needs = Needs()
     segments: dict[int, str] = {}
+    proof: str = ""
 
 
 class Join(Wire, frozen=True, tag="join"):
