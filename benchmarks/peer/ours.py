@@ -51,13 +51,13 @@ class Ours:
     guest of that name. ``fill``: each page's first word is set to 1 beforehand, as if it had been written once."""
 
     def __init__(self, *, mib: int, vcpus: int, ring: int, spin: int = 0, idle: bool = False, fill: bool = True,
-                 name: str = "bench-ours") -> None:
+                 name: str = "bench-ours", tracking: str = "") -> None:
         guest, params = ("idle", {"milliseconds": 0}) if idle else ("sequential", {"passes": 0, "spin": spin})
         spec = MachineSpec(
             name=name, accel="kvm", vcpus=vcpus, privilege="user", ring_entries=ring,
             slots=[RamSlot(0, 0, mib << 20)], image=str(WORKLOADS[guest].image), load_address=None,
             params=resolve_params(guest, params), cmdline=guest, stack_size=_STACK, reaper=ReaperSpec(),
-            verify=None, timeout=None, trace=[], trace_file="", linger=True)
+            verify=None, timeout=None, trace=[], trace_file="", linger=True, tracking=tracking)
         self.machine = Machine.launch(spec, start=False)
         self._words = self.machine.ram(0, writable=True)[: mib << 20].view(np.uint64)[:: PAGE // 8]
         start, end = _usable(self.machine)
