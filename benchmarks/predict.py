@@ -114,8 +114,9 @@ def main() -> None:
         "rounds": ("rounds", 1.0, ".0f"), "bytes": ("sent (MiB)", 2.0**-20, ".0f")})
     rounds = options.rounds or (1 if options.quick else 3)
     warm(2 * options.mib)
+    wanted = options.only or ([*WORKLOADS][:1] if options.quick else [*WORKLOADS])
     for name, workload in WORKLOADS.items():
-        if (options.only and name not in options.only) or (workload.program and options.root is None):
+        if name not in wanted or (workload.program and options.root is None):
             continue
         for bandwidth in options.bandwidths[:1 if options.quick else None]:
             pairs = [measure(workload, bandwidth * 1e6, options.root, options.mib, options.patience)

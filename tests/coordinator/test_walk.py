@@ -352,6 +352,7 @@ ELSEWHERE = {
     "a machine's life": "test_life.py", "migration, its source": "test_handover.py",
     "migration, its target": "test_handover.py", "upgrade": "test_upgrade.py",
     "an upgrade that is not finished": "test_upgrade.py",
+    "a call of another process's thread": "test_injection.py",
     "lazy restore": "test_lazy_restore.py", "a hand-over that is not finished": "test_handover.py",
 }
 #: Steps that are reached only after a kill at another.
