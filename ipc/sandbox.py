@@ -6,7 +6,8 @@ let no file grow, and reach no file but the machine's, shared memory, ``/dev/kvm
 Keeper and coordinator start processes and so keep more: their system calls are a list of what they may not do (as
 with QEMU's ``-sandbox on``), and they write to the directories of machines only.
 
-Landlock binds the calling thread and those that it makes from then on, so all of this comes before the first one.
+Landlock binds the calling thread and those that it makes from then on, so all of this comes before the first one that
+lives on while a guest runs.
 What the kernel lacks is left out: ``missing`` says what that is. docs/decisions/0017 has the reasons.
 """
 
@@ -156,7 +157,8 @@ class VcpuConfinement:
 
 def confine_machine(read: Iterable[Path], write: Iterable[Path], empty: Path) -> None:
     """Of a keeper or a coordinator: beside what its programs read, it may read and write only this, and what is in
-    shared memory, and remove empty directories in ``empty``. By its only thread. Raises SandboxError."""
+    shared memory, and remove empty directories in ``empty``. By its only thread, or the only one that goes on. Raises
+    SandboxError."""
     _FileRules(read=[*_readable(), *map(Path, _LOOKUP), *read], write=[*_devices(), *write], run=True, connect=True,
                empty=empty).apply()
     with _seccomp_or_none() as seccomp:

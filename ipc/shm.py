@@ -167,7 +167,7 @@ class Segment:
     @classmethod
     def begin(cls, name: str, size: int, *, reserve: bool = True, link: str = "") -> None:
         """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it once it has its size,
-        or fails as that has failed; it must not be touched before it has ``settled``. ``link``: it is the same memory
+        or fails as that has failed; it must not be touched before ``settle``. ``link``: it is the same memory
         as that segment, under a name of its own."""
         _begun[name] = _Begun(name, size, reserve, link)
 
@@ -177,8 +177,8 @@ class Segment:
         for one that ``create`` has given and that could not be reserved."""
         for each in _begun.values():
             each.join()
-        for each in _begun.values():
-            each.check()
+        for given in [_begun.pop(each.name) for each in list(_begun.values()) if each.is_given]:
+            given.check()
 
     @classmethod
     def _make(cls, name: str, size: int, *, reserve: bool, sized: Callable[[Segment], None] | None = None) -> Segment:
@@ -288,7 +288,7 @@ class _Begun(threading.Thread):
     """The making of a segment."""
 
     def __init__(self, name: str, size: int, reserve: bool, link: str) -> None:
-        super().__init__(name="segment", daemon=True)
+        super().__init__(name=name, daemon=True)
         self._wanted = name, size
         self._reserve, self._link = reserve, link
         self._segment: Segment | None = None
@@ -321,12 +321,12 @@ class _Begun(threading.Thread):
                 segment.close()
             raise error
         assert segment is not None
-        self.is_given = True
+        self.is_given, self._segment = True, None
         return segment
 
     def check(self) -> None:
-        """Once it has ended. Raises what has happened to it since it was ``made``."""
-        if self.is_given and self._error is not None:
+        """Once it has ended. Raises what has happened since it was ``made``."""
+        if self._error is not None:
             raise self._error
 
 
