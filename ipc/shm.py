@@ -167,8 +167,8 @@ class Segment:
     @classmethod
     def begin(cls, name: str, size: int, *, reserve: bool = True, link: str = "") -> None:
         """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it once it has its size,
-        or fails as that has failed; it must not be touched before ``settle``. ``link``: it is the same memory
-        as that segment, under a name of its own."""
+        or fails as that has failed; before ``settle`` there may be no room for what is touched. ``link``: it is the
+        same memory as that segment, under a name of its own."""
         _begun[name] = _Begun(name, size, reserve, link)
 
     @staticmethod
