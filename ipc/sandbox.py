@@ -6,7 +6,8 @@ let no file grow, and reach no file but the machine's, shared memory, ``/dev/kvm
 Keeper and coordinator start processes and so keep more: their system calls are a list of what they may not do (as
 with QEMU's ``-sandbox on``), and they write to the directories of machines only.
 
-Landlock binds the calling thread and those that it makes from then on, so all of this comes before the first one.
+Landlock binds the calling thread and those that it makes from then on, so all of this comes before the first one that
+lives on while a guest runs.
 What the kernel lacks is left out: ``missing`` says what that is. docs/decisions/0017 has the reasons.
 """
 
@@ -23,13 +24,16 @@ import termios
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .linux.process import PR_GET_NAME, PR_SET_NAME
 from .shm import SHM_DIRECTORY
 from .steps import DIRECTORY
 
-__all__ = ["SandboxError", "confine_machine", "confine_vcpu", "missing"]
+if TYPE_CHECKING:
+    from py_landlock import AccessFs, Landlock
+
+__all__ = ["SandboxError", "VcpuConfinement", "confine_machine", "missing"]
 
 
 class SandboxError(Exception):
@@ -52,7 +56,7 @@ _WAITING = ("epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd
 _SOCKETS = "connect getpeername getsockname getsockopt recvfrom recvmsg sendmsg sendto setsockopt shutdown"
 _WHO = "getegid geteuid getgid getpid getppid getrandom getrusage getuid sysinfo uname"
 
-#: All that a vCPU worker may call, beside what `_vcpu_filter` allows with some arguments only.
+#: All that a vCPU worker may call, beside what `_vcpu_rules` allows with some arguments only.
 _VCPU_CALLS = " ".join((_MEMORY, _THREADS, _SIGNALS, _TIME, _FILES, _WAITING, _SOCKETS, _WHO)).split()
 
 #: What no process of a machine has any business with.
@@ -120,26 +124,43 @@ def missing() -> list[tuple[str, str]]:
     return found
 
 
-def confine_vcpu(directory: Path, read: Iterable[Path] = ()) -> None:
-    """Of a vCPU worker; ``directory`` is the machine's. ``read``: files of the host that its guest is to find, where
-    it is the system of Linux programs. By its only thread. Raises SandboxError."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    files = _WORKER_FILES if hard == resource.RLIM_INFINITY else min(hard, _WORKER_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    # A worker clears up when keeper and coordinator are gone: so it can remove what is the machine's.
-    _restrict_files(read=[*_readable(), *read], write=[*_devices(), directory], run=False, connect=False,
-                    empty=directory.parent)
-    with _seccomp_or_none() as seccomp:
-        if seccomp is not None:
-            _vcpu_filter(seccomp)
+class VcpuConfinement:
+    """What a vCPU worker gives up; ``directory`` is its machine's. To put it together takes six times as long as to
+    apply it, so a process whose forks are workers makes one for all of them; each applies it to itself."""
+
+    def __init__(self, directory: Path) -> None:
+        """Nothing is given up yet. Raises SandboxError."""
+        self.directory = directory
+        # A worker clears up when keeper and coordinator are gone: so it can remove what is the machine's.
+        self._files = _FileRules(read=_readable(), write=[*_devices(), directory], run=False, connect=False,
+                                 empty=directory.parent)
+        self._calls: Any = None
+        with _seccomp_or_none() as self._seccomp:
+            if self._seccomp is not None:
+                self._calls = _vcpu_rules(self._seccomp)
+
+    def apply(self, read: Iterable[Path] = ()) -> None:
+        """By the only thread of the worker, once. ``read``: files of the host that its guest is to find, where it is
+        the system of Linux programs. Raises SandboxError."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        files = _WORKER_FILES if hard == resource.RLIM_INFINITY else min(hard, _WORKER_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        self._files.let_read(read)
+        self._files.apply()
+        with _seccomp_or_none():
+            if self._seccomp is not None:
+                for name in ("kill", "tgkill"):     # of nobody but itself
+                    self._calls.add_rule(self._seccomp.ALLOW, name, self._seccomp.Arg(0, self._seccomp.EQ, os.getpid()))
+                self._calls.load()
 
 
 def confine_machine(read: Iterable[Path], write: Iterable[Path], empty: Path) -> None:
     """Of a keeper or a coordinator: beside what its programs read, it may read and write only this, and what is in
-    shared memory, and remove empty directories in ``empty``. By its only thread. Raises SandboxError."""
-    _restrict_files(read=[*_readable(), *map(Path, _LOOKUP), *read],
-                    write=[*_devices(), *write], run=True, connect=True, empty=empty)
+    shared memory, and remove empty directories in ``empty``. By its only thread, or the only one that goes on. Raises
+    SandboxError."""
+    _FileRules(read=[*_readable(), *map(Path, _LOOKUP), *read], write=[*_devices(), *write], run=True, connect=True,
+               empty=empty).apply()
     with _seccomp_or_none() as seccomp:
         if seccomp is None:
             return
@@ -153,15 +174,13 @@ def confine_machine(read: Iterable[Path], write: Iterable[Path], empty: Path) ->
         rules.load()
 
 
-def _vcpu_filter(seccomp: ModuleType) -> None:
+def _vcpu_rules(seccomp: ModuleType) -> Any:
     """What is not in the list is "not implemented": the C library then does without (clone3, whose flags a filter
     cannot see)."""
-    me = os.getpid()
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
     _add(rules, seccomp.ALLOW, _VCPU_CALLS)
     for name, argument in (
             ("clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD)),      # threads, no processes
-            ("kill", seccomp.Arg(0, seccomp.EQ, me)), ("tgkill", seccomp.Arg(0, seccomp.EQ, me)),
             ("socket", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX)),
             ("prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_NAME)),
             ("prctl", seccomp.Arg(0, seccomp.EQ, PR_GET_NAME)),
@@ -169,7 +188,7 @@ def _vcpu_filter(seccomp: ModuleType) -> None:
             ("prlimit64", seccomp.Arg(2, seccomp.EQ, 0)),             # reads
             ("ioctl", seccomp.Arg(1, seccomp.NE, termios.TIOCSTI))):  # all of KVM's; no typing into a terminal
         rules.add_rule(seccomp.ALLOW, name, argument)
-    rules.load()
+    return rules
 
 
 def _add(rules: Any, action: int, names: Iterable[str]) -> None:
@@ -185,30 +204,60 @@ def _readable() -> list[Path]:
     return [*map(Path, _SYSTEM), Path(sys.prefix), Path(sys.base_prefix), *(Path(p) for p in sys.path if p)]
 
 
-def _restrict_files(read: Iterable[Path], write: Iterable[Path], *, run: bool, connect: bool,
-                    empty: Path | None = None) -> None:
+class _FileRules:
     """``run``: programs among what can be read; ``connect``: over TCP. A process that does not ``connect`` cannot
-    signal others either. ``empty``: of this, empty directories can be removed. Raises SandboxError."""
-    from py_landlock import AccessFs, Landlock, LandlockDisabledError, LandlockError, LandlockNotAvailableError
+    signal others either. ``empty``: of this, empty directories can be removed."""
 
-    reads = AccessFs.READ_FILE | (AccessFs.EXECUTE if run else AccessFs(0))
-    writes = AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE | AccessFs.IOCTL_DEV
-    makes = (AccessFs.MAKE_REG | AccessFs.MAKE_DIR | AccessFs.MAKE_SOCK | AccessFs.MAKE_FIFO | AccessFs.MAKE_SYM
-            | AccessFs.REMOVE_FILE | AccessFs.REMOVE_DIR | AccessFs.REFER)
-    try:
-        rules = Landlock(strict=False)
-        for paths, of_file, of_directory in ((read, reads, AccessFs(0)), (write, writes, makes)):
-            for path in paths:      # a file must not be given what only a directory can have
-                if path.is_dir():
-                    rules.add_path_rule(path, access=of_file | of_directory | AccessFs.READ_DIR)
-                elif path.exists():
-                    rules.add_path_rule(path, access=of_file)
-        if empty is not None:
+    def __init__(self, read: Iterable[Path], write: Iterable[Path], *, run: bool, connect: bool, empty: Path) -> None:
+        """Nothing is given up yet. Raises SandboxError."""
+        from py_landlock import AccessFs, Landlock
+
+        self._reads = AccessFs.READ_FILE | (AccessFs.EXECUTE if run else AccessFs(0))
+        writes = AccessFs.READ_FILE | AccessFs.WRITE_FILE | AccessFs.TRUNCATE | AccessFs.IOCTL_DEV
+        makes = (AccessFs.MAKE_REG | AccessFs.MAKE_DIR | AccessFs.MAKE_SOCK | AccessFs.MAKE_FIFO | AccessFs.MAKE_SYM
+                 | AccessFs.REMOVE_FILE | AccessFs.REMOVE_DIR | AccessFs.REFER)
+        self._rules: Landlock | None = None     # the kernel has none: `missing` says so
+        with _landlock_errors():
+            rules = Landlock(strict=False)
+            _let(rules, read, self._reads, AccessFs(0))
+            _let(rules, write, writes, makes)
             rules.add_path_rule(empty, access=AccessFs.REMOVE_DIR)
-        if connect:
-            rules.allow_all_network().allow_all_scope()
-        rules.apply()
+            if connect:
+                rules.allow_all_network().allow_all_scope()
+            self._rules = rules
+
+    def let_read(self, paths: Iterable[Path]) -> None:
+        """These too. Raises SandboxError."""
+        if self._rules is not None:
+            with _landlock_errors():
+                _let(self._rules, paths, self._reads, type(self._reads)(0))
+
+    def apply(self) -> None:
+        """To the calling thread, and those that it makes. Raises SandboxError."""
+        if self._rules is not None:
+            with _landlock_errors():
+                self._rules.apply()
+
+
+def _let(rules: Landlock, paths: Iterable[Path], of_file: AccessFs, of_directory: AccessFs) -> None:
+    """A file must not be given what only a directory can have. What is not there is left out."""
+    from py_landlock import AccessFs
+
+    for path in paths:
+        if path.is_dir():
+            rules.add_path_rule(path, access=of_file | of_directory | AccessFs.READ_DIR)
+        elif path.exists():
+            rules.add_path_rule(path, access=of_file)
+
+
+@contextlib.contextmanager
+def _landlock_errors() -> Iterator[None]:
+    """Raises SandboxError; nothing where the kernel has no Landlock."""
+    from py_landlock import LandlockDisabledError, LandlockError, LandlockNotAvailableError
+
+    try:
+        yield
     except (LandlockDisabledError, LandlockNotAvailableError):
-        pass        # the kernel has none: `missing` says so
+        pass
     except (LandlockError, OSError) as exc:
         raise SandboxError(f"cannot give up access to files (Landlock): {exc}") from None

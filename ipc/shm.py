@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -159,23 +159,30 @@ class Segment:
         before a guest has it).
         Raises SegmentError when the name exists or /dev/shm has no room.
         """
-        begun = _begun.pop(name, None)
-        return cls._make(name, size, reserve=reserve) if begun is None else begun.made()
+        begun = _begun.get(name)
+        if begun is None or begun.is_given:
+            return cls._make(name, size, reserve=reserve)
+        return begun.made()
 
     @classmethod
     def begin(cls, name: str, size: int, *, reserve: bool = True, link: str = "") -> None:
-        """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it, or fails as that has
-        failed. ``link``: it is the same memory as that segment, under a name of its own."""
+        """Make it meanwhile, in a thread: most of the time is the kernel's. ``create`` gives it once it has its size,
+        or fails as that has failed; before ``settle`` there may be no room for what is touched. ``link``: it is the
+        same memory as that segment, under a name of its own."""
         _begun[name] = _Begun(name, size, reserve, link)
 
     @staticmethod
     def settle() -> None:
-        """What was begun is made, or has failed: there is no thread of it any more."""
+        """What was begun is made and reserved, or has failed: there is no thread of it any more. Raises SegmentError
+        for one that ``create`` has given and that could not be reserved."""
         for each in _begun.values():
             each.join()
+        for given in [_begun.pop(each.name) for each in list(_begun.values()) if each.is_given]:
+            given.check()
 
     @classmethod
-    def _make(cls, name: str, size: int, *, reserve: bool) -> Segment:
+    def _make(cls, name: str, size: int, *, reserve: bool, sized: Callable[[Segment], None] | None = None) -> Segment:
+        """``sized`` is given it before it is reserved, and has it from then on, even if that fails."""
         size = -(-size // PAGE_SIZE) * PAGE_SIZE
         if reserve and size > free_bytes():     # without filling the host's memory up to find out
             raise SegmentError(room().shortage(f"segment {name}", size))
@@ -186,22 +193,27 @@ class Segment:
                                "leftovers)") from None
         except (posix_ipc.Error, OSError) as exc:
             raise SegmentError(f"cannot create shared-memory segment {name}: {exc}") from None
+        made: Segment | None = None
         try:
             step("segment-empty")
             os.ftruncate(shm.fd, size)
             step("segment-sized")
+            made = cls(name, os.dup(shm.fd), size, owner=True)
+            if sized is not None:
+                sized(made)
             if reserve:
                 os.posix_fallocate(shm.fd, 0, size)
-            return cls(name, shm.fd, size, owner=True)
+            return made
         except OSError as exc:
-            unlink_segment(name)
-            try:
-                os.close(shm.fd)
-            except OSError:
-                pass  # the constructor closed it
+            if made is None:
+                unlink_segment(name)
+            elif sized is None:
+                made.close()
             if exc.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise SegmentError(room().shortage(f"segment {name}", size)) from None
             raise SegmentError(f"cannot set the size of shared-memory segment {name}: {exc}") from None
+        finally:
+            os.close(shm.fd)
 
     @classmethod
     def _link(cls, name: str, size: int, other: str) -> Segment:
@@ -276,11 +288,14 @@ class _Begun(threading.Thread):
     """The making of a segment."""
 
     def __init__(self, name: str, size: int, reserve: bool, link: str) -> None:
-        super().__init__(name="segment", daemon=True)
+        super().__init__(name=name, daemon=True)
         self._wanted = name, size
         self._reserve, self._link = reserve, link
         self._segment: Segment | None = None
         self._error: Exception | None = None
+        self._sized = threading.Event()     # or failed
+        #: Somebody has it.
+        self.is_given = False
         self.start()
 
     def run(self) -> None:
@@ -288,17 +303,31 @@ class _Begun(threading.Thread):
             if self._link:
                 self._segment = Segment._link(*self._wanted, self._link)
             else:
-                self._segment = Segment._make(*self._wanted, reserve=self._reserve)
+                Segment._make(*self._wanted, reserve=self._reserve, sized=self._has_size)
         except Exception as exc:    # of whoever asks for it
             self._error = exc
+        self._sized.set()
+
+    def _has_size(self, segment: Segment) -> None:
+        self._segment = segment
+        self._sized.set()
 
     def made(self) -> Segment:
-        """Raises what its making has raised."""
-        self.join()
+        """It may not be reserved yet. Raises what its making has raised until now."""
+        self._sized.wait()
+        error, segment = self._error, self._segment
+        if error is not None:
+            if segment is not None:
+                segment.close()
+            raise error
+        assert segment is not None
+        self.is_given, self._segment = True, None
+        return segment
+
+    def check(self) -> None:
+        """Once it has ended. Raises what has happened since it was ``made``."""
         if self._error is not None:
             raise self._error
-        assert self._segment is not None
-        return self._segment
 
 
 #: Of `Segment.begin`, by name.

@@ -6,14 +6,15 @@ import os
 import sys
 
 from ipc.messages import MessageError, decode_spec
+from ipc.sandbox import VcpuConfinement
 
 from .process import main
 
 __all__ = ["run"]
 
 
-def run(fd: int) -> int:
-    """One worker, from its specification in this pipe to its end; the exit status."""
+def run(fd: int, confinement: VcpuConfinement | None = None) -> int:
+    """One worker, from its specification in this pipe to its end; the exit status. ``confinement``: as in `main`."""
     with os.fdopen(fd, "rb") as pipe:
         text = pipe.read()
     try:
@@ -21,7 +22,7 @@ def run(fd: int) -> int:
     except MessageError as exc:
         print(f"vcpu worker: {exc}", file=sys.stderr)
         return 1
-    return main(spec)
+    return main(spec, confinement)
 
 
 if __name__ == "__main__":

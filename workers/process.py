@@ -113,8 +113,9 @@ class Worker:
         self._open.close()
 
 
-def main(spec: WorkerSpec) -> int:
-    """The process: 0 after an orderly Shutdown, 1 when the vCPU could not be set up."""
+def main(spec: WorkerSpec, confinement: sandbox.VcpuConfinement | None = None) -> int:
+    """The process: 0 after an orderly Shutdown, 1 when the vCPU could not be set up. ``confinement``: made ready for
+    the machine that it is forked for."""
     process.set_name(f"vcpu{spec.index}")
     process.set_time_slice(process.SERVICE_SLICE)   # of all threads but the vCPU's: they inherit it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator decides what a Ctrl-C means
@@ -125,7 +126,10 @@ def main(spec: WorkerSpec) -> int:
         program = spec.program
         listed = [Path(each) for each in (program.root, *program.files.values()) if each
                   ] if program is not None and spec.is_system else []
-        sandbox.confine_vcpu(Path(spec.fd_socket).parent, listed)
+        directory = Path(spec.fd_socket).parent
+        if confinement is None or confinement.directory != directory:
+            confinement = sandbox.VcpuConfinement(directory)
+        confinement.apply(listed)
     except sandbox.SandboxError as exc:
         unconfined = str(exc)       # said once it can say something
     worker = Worker(spec, unconfined)

@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 from ipc import sandbox
 from ipc.linux import process
@@ -33,7 +34,7 @@ def start(keeper_fd: int, log_fd: int) -> tuple[subprocess.Popen[bytes], socket.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         started = subprocess.Popen(
-            own_process("workers.zygote", str(theirs.fileno())), stdin=subprocess.DEVNULL,
+            own_process("workers.zygote", str(theirs.fileno()), ""), stdin=subprocess.DEVNULL,
             stdout=log_fd, stderr=log_fd,
             pass_fds=[theirs.fileno(), keeper_fd], start_new_session=True,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})     # forks have no use for its threads
@@ -61,17 +62,22 @@ class Zygote:
 
 
 def main(argv: list[str]) -> int:
-    """``workers.zygote FD [programs]`` (ipc/run.py): fork a worker for each (accelerator, pipe) that comes over the
-    socket. ``programs``: they run a Linux program."""
+    """``workers.zygote FD DIRECTORY [programs]`` (ipc/run.py): fork a worker for each (accelerator, pipe) that comes
+    over the socket. DIRECTORY: that of the machine, whose workers' confinement is made ready; it may be empty.
+    ``programs``: they run a Linux program."""
     from .__main__ import run
     from .accel.base import AccelError
     from .accel.registry import load, load_program, names
 
     process.set_name("vcpu-zygote")
     sandbox.missing()       # imports what each worker will need for it
+    confinement = None
+    if argv[1]:
+        with contextlib.suppress(sandbox.SandboxError):     # each worker says so itself
+            confinement = sandbox.VcpuConfinement(Path(argv[1]))
     with contextlib.suppress(AccelError):
         load(names()[0])    # the usual one, while nobody waits
-    if argv[1:]:
+    if argv[2:]:
         from .linux import serve  # noqa: F401  (one of the workers is the system)
 
         with contextlib.suppress(AccelError):
@@ -90,7 +96,7 @@ def main(argv: list[str]) -> int:
                 os.setsid()
                 code = 1
                 try:
-                    code = run(fds[0])
+                    code = run(fds[0], confinement)
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()

@@ -64,7 +64,22 @@ os._exit(0)
 """
 CONFINE = {
     "nothing": "",
-    "vcpu": "process.no_new_privileges(); sandbox.confine_vcpu(Path(inside))",
+    "vcpu": "process.no_new_privileges(); sandbox.VcpuConfinement(Path(inside)).apply()",
+    # As workers are made: by a process that has made it ready for all of them.
+    "forked vcpu": """
+process.no_new_privileges()
+confinement = sandbox.VcpuConfinement(Path(inside))
+for last in False, True:
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if last:
+            os._exit(status)
+    else:
+        confinement.apply()
+        if last:
+            break
+        os._exit(0)
+""",
     "machine": "process.no_new_privileges(); sandbox.confine_machine([], [Path(inside)], Path(inside))",
 }
 
@@ -88,6 +103,7 @@ def test_a_worker_can_do_no_more(what: str, tmp_path: Path) -> None:
     code = {**FILES, **CALLS, **ONLY_VCPU}[what]
     assert attempt(code, "nothing", tmp_path) == 0
     assert attempt(code, "vcpu", tmp_path) == REFUSED
+    assert attempt(code, "forked vcpu", tmp_path) == REFUSED
 
 
 @pytest.mark.sandbox
@@ -101,6 +117,8 @@ def test_keeper_and_coordinator_can_do_no_more(what: str, tmp_path: Path) -> Non
     ("vcpu", "import threading; thread = threading.Thread(target=int); thread.start(); thread.join()"),
     ("vcpu", "socket.socket(socket.AF_UNIX).close()"),
     ("vcpu", "os.kill(os.getpid(), 0)"),
+    ("forked vcpu", "os.kill(os.getpid(), 0)"),
+    ("forked vcpu", "import threading; thread = threading.Thread(target=int); thread.start(); thread.join()"),
     ("vcpu", "os.listdir(inside)"),
     ("vcpu", "import wave"),        # Python's own modules
     ("machine", "os.execv('/bin/true', ['true'])"),

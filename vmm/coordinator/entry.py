@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
 
         if zygote_fd >= 0:
             _compile_loops()
-            Segment.settle()
+            if spec.program is None:
+                Segment.settle()        # else it is awaited before the program starts (loop.py)
             confine(spec.image, spec.replay_trace, spec.trace_file)
         coordinator = Coordinator(spec, machine_dir(spec.name), keeper_fd,
                                   Zygote(zygote_fd) if zygote_fd >= 0 else None, terminal_fd)

@@ -161,7 +161,8 @@ class Keeper:
         """Its end of the socket is the coordinator's to inherit."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull, "rb") as null:
-            Fork("workers.zygote", str(theirs.fileno()), *([PROGRAMS] if self._programs else []), shown=[self._name],
+            Fork("workers.zygote", str(theirs.fileno()), str(self._claim.belongings.directory),
+                 *([PROGRAMS] if self._programs else []), shown=[self._name],
                  streams=(null.fileno(), self.log_write, self.log_write),
                  keep=(theirs.fileno(), self._alive_read), session=True)
         return ours

@@ -20,7 +20,7 @@ import zmq
 
 from ipc.bell import Bell
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, ProgramCalls, RingFull
-from ipc.shm import SegmentError
+from ipc.shm import Segment, SegmentError
 from ipc.steps import step
 from workers.zygote import Zygote
 
@@ -138,7 +138,10 @@ class Coordinator:
                 core.parts, vcpu.index, core.directory, core.vcpus.endpoints, keeper_fd))
         core.vcpus.start_paused()
         core.parts.log.load_loops()     # while the workers are set up
-        core.vcpus.await_hello()
+        try:
+            core.vcpus.await_hello()
+        finally:
+            Segment.settle()        # a worker that has died of memory which there is none of is not what has gone wrong
         self._rounds.begin()
         core.state = "ready"
         core.save()
