@@ -29,9 +29,11 @@ ACCEL = "unicorn" if registry.available("kvm").reason else "kvm"
 
 @pytest.fixture(autouse=True)
 def rays_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where Ray keeps its logs, and which cluster there is (the names of its sockets are long, and this one short)."""
+    """Where Ray keeps its logs, its token, and which cluster there is. Its name is short, since those of sockets are
+    limited."""
     with tempfile.TemporaryDirectory(prefix="svr-", dir="/tmp") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("HOME", folder)      # of its token
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         (Path(folder) / "ray").mkdir()
         yield Path(folder) / "ray"

@@ -55,10 +55,8 @@ def connect(address: str) -> Iterator[Any]:
     host is a node of it), or ``local`` (one that is started on this host, and ends with this). Meanwhile what is
     printed goes to standard error: Ray prints, and standard output is for what was asked for. Raises VmmError."""
     ray = optional.ray()
-    if address == "auto":
-        address = _own_cluster()
     if address != "local":
-        _check_address(address)
+        _check_address(_own_cluster() if address == "auto" else address)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         has = {_HOST: 1.0} | ({} if registry.available("kvm").reason else {_KVM: 1.0})
@@ -69,9 +67,10 @@ def connect(address: str) -> Iterator[Any]:
     try:
         with _own_signals(), redirect_stdout(sys.stderr):
             ray.init(**options)
-    except (OSError, RuntimeError, ValueError, AssertionError) as exc:
+    except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as exc:
         why = (str(exc).splitlines() or [type(exc).__name__])[0]
-        raise VmmError(f"no cluster at {address}: {why}") from None
+        hint = "" if address == "local" else " (one that asks for a token needs RAY_AUTH_MODE=token here)"
+        raise VmmError(f"no cluster at {address}: {why}{hint}") from None
     with redirect_stdout(sys.stderr):
         try:
             yield ray
