@@ -5,6 +5,7 @@ variable of each need that the host can meet, so that nothing is skipped there u
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -67,6 +68,11 @@ def _watch() -> str:
         child.wait()
 
 
+def _ray() -> str:
+    """The extra ``cluster``, which the development environment does not have of itself."""
+    return "" if importlib.util.find_spec("ray") else "not installed: pip install 'shardvmm[cluster]'"
+
+
 def _sandbox() -> str:
     return "; ".join(text for text, _ in sandbox.missing())
 
@@ -79,6 +85,7 @@ NEEDS = {
     "postcopy": Need(post_copy_missing, "SHARDVMM_REQUIRE_POSTCOPY"),
     "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
     "spin": Need(_spin, "SHARDVMM_REQUIRE_SPIN"),
+    "ray": Need(_ray, "SHARDVMM_REQUIRE_RAY"),
     "sandbox": Need(_sandbox, "SHARDVMM_REQUIRE_SANDBOX"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import VmmError
 
-__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block"]
+__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block", "ray"]
 
 
 class MissingPackage(VmmError):
@@ -37,3 +37,8 @@ def lz4_block() -> Any:
 def cryptography(module: str) -> Any:
     """A module of the package cryptography. Raises MissingPackage."""
     return _load(f"cryptography.{module}", "tls", "a migration with keys")
+
+
+def ray() -> Any:
+    """The module ray. Raises MissingPackage."""
+    return _load("ray", "cluster", "--cluster")

@@ -28,7 +28,8 @@ from vmm.client.machine import Machine
 from vmm.lab.stress.measure import Figures, Proof
 from vmm.lab.stress.model import fit_terms
 from vmm.lab.stress.report import print_results
-from vmm.lab.stress.sweep import Point, PointResult, Settings, Sweep, load_results, load_sweep, run
+from vmm.lab.stress.run import run
+from vmm.lab.stress.sweep import Point, PointResult, Settings, Sweep, load_results, load_sweep
 
 
 @pytest.mark.stress

@@ -56,14 +56,16 @@ def _axis(name: str, help_text: str) -> Callable[[Any], Any]:
               help="Directory for the results (required but with --faults); points already in it are not measured "
                    "again.")
 @click.option("--resume", is_flag=True, help="Continue the sweep stored in --output.")
+@click.option("--cluster", metavar="ADDRESS",
+              help="Measure the points on the nodes of a Ray cluster: auto, HOST:PORT, or local for one on this host.")
 @click.option("--faults", type=click.IntRange(1), metavar="N",
               help="Instead of a sweep: kill and stop processes of machines N times while clients use them.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of the faults; the same seed plans the same campaign.")
 @click.option("--replay", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
               help="With --faults: no random faults, but those that failed in the campaign whose faults.json this is.")
 @json_option
-def stress(config: Path | None, output: Path | None, resume: bool, faults: int | None, seed: int | None,
-           replay: Path | None, as_json: bool, **axes: Any) -> int:
+def stress(config: Path | None, output: Path | None, resume: bool, cluster: str | None, faults: int | None,
+           seed: int | None, replay: Path | None, as_json: bool, **axes: Any) -> int:
     """Measure machines over a parameter sweep. It varies vCPUs, ring sizes, workloads, reapers and accelerators, and
     verifies that no page is lost.
 
@@ -75,6 +77,8 @@ def stress(config: Path | None, output: Path | None, resume: bool, faults: int |
     --seed, --replay and --output go with it.
     """
     if faults is not None:
+        if cluster is not None:
+            raise VmmError("--faults: cannot be used with --cluster")
         return _faults(faults, seed, config, output, resume, replay, axes, as_json)
     if seed is not None or replay is not None:
         raise VmmError(f"--{'replay' if seed is None else 'seed'}: only valid with --faults")
@@ -82,14 +86,16 @@ def stress(config: Path | None, output: Path | None, resume: bool, faults: int |
         raise VmmError("--output: give a directory for the results")
     from ..lab.stress import sweep as sweeps
     from ..lab.stress.report import draw_pictures, write_report
+    from ..lab.stress.run import run
     from ..optional import MissingPackage
 
     flags = {key: (_as_given(key, value), value) for key, value in axes.items() if value is not None}
     if resume:
         config = _stored(config, flags, output / sweeps.SWEEP)
-    sweep = sweeps.load_sweep(config, flags)
+    sweep = sweeps.load_sweep(config, flags, here=cluster is None)
     with _signals() as came, _progress(sweep) as (doing, done):
-        results, complete = sweeps.run(sweep, output, stop=lambda: bool(came), progress=doing, done=done)
+        results, complete = run(sweep, output, cluster=cluster, stop=lambda: bool(came), progress=doing,
+                                done=done)
     document = write_report(sweep, results, complete, output)
     try:
         draw_pictures(results, output)

@@ -21,9 +21,10 @@ from typing import Any
 from ...client.machine import Machine
 from ...errors import ExitCode, VmmError
 from ...machine.spec import MachineSpec
+from ..cluster.points import Stopped
 from ..hoststat import CpuTime, cpu_time, pss_beyond_ram
 
-__all__ = ["Figures", "Proof", "Stopped", "measure"]
+__all__ = ["Figures", "Proof", "measure"]
 
 _STEP = 0.05                # seconds between two looks at ``stop``
 _ENTRY_TIMEOUT = 60.0       # seconds for every vCPU to enter the guest
@@ -34,10 +35,6 @@ _CLIENT = "stress"
 #: Seconds between flushes: short and long ones, so that they find few and many dirty pages.
 _GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 _MIB = 1 << 20
-
-
-class Stopped(Exception):
-    """The caller wants no more."""
 
 
 @dataclass(frozen=True, slots=True)

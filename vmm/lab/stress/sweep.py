@@ -1,8 +1,8 @@
 """``vmm stress``: a sweep over what a machine's speed depends on, point by point.
 
 A :class:`Sweep` (configs/stress.yaml, or flags) has axes; every combination of their values, ``repeat`` times, is
-a :class:`Point`. :func:`run` measures those that DIR/results.jsonl does not hold yet, and adds each to it as it
-ends: a line, written at once and synced, so that an interrupted sweep goes on where it stopped.
+a :class:`Point`. Its :class:`PointResult` is a line of DIR/results.jsonl, written at once and synced, so that an
+interrupted sweep goes on where it stopped (run.py).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from ...errors import VmmError
 from ...guests import WORKLOADS, WorkloadError, get_workload
 from ...inputs import read_input
 from ...machine.spec import MachineSpec
-from .measure import Figures, Proof, Stopped, measure
+from .measure import Figures, Proof
 
-__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "run"]
+__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "open_results"]
 
 RESULTS = "results.jsonl"
 SWEEP = "sweep.json"
@@ -233,6 +233,7 @@ class PointResult:
     proof: list[Proof]
     error: str = ""
     exit_code: int = 0          # of that error
+    host: str = ""              # where it was measured
 
     @property
     def lost(self) -> int:
@@ -249,9 +250,10 @@ class PointResult:
 # --- the sweep's file ---------------------------------------------------------------------------------
 
 
-def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = None) -> Sweep:
+def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = None, *, here: bool = True) -> Sweep:
     """From a file (or the defaults), after flags: {key: (flag as it was given, value)}. Every point is planned, so
-    that a sweep which cannot run says so at once. Raises ConfigError, naming file and line, or the flag."""
+    that a sweep which cannot run says so at once; not ``here``: those whose accelerator this host does not have are
+    only read. Raises ConfigError, naming file and line, or the flag."""
     document, lines = read_yaml(path) if path is not None else ({}, {})
     given: dict[tuple[str | int, ...], str] = {}
     for key, (flag, value) in (flags or {}).items():
@@ -262,17 +264,22 @@ def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = Non
         sweep = Sweep.model_validate(document)
     except ValidationError as exc:
         raise explain(exc, where, lines, given, document, Sweep) from None
-    _check_points(sweep, where, lines, given)
+    _check_points(sweep, where, lines, given, here)
     return sweep
 
 
-def _check_points(sweep: Sweep, path: Path, lines: Lines, given: dict[tuple[str | int, ...], str]) -> None:
+def _check_points(sweep: Sweep, path: Path, lines: Lines, given: dict[tuple[str | int, ...], str],
+                  here: bool) -> None:
     settings = sweep.settings()
     for point in sweep.points():
         if point.repetition:
             break
+        verify = settings.verify is not None
         try:
-            point.specs(settings, verify=settings.verify is not None)
+            if here or not registry.available(point.accel).reason:
+                point.specs(settings, verify=verify)
+            else:
+                point.configuration(settings, verify=verify)
         except ValidationError as exc:
             key = ".".join(map(str, exc.errors()[0]["loc"]))
             text = f"{key}: {_message(exc)}" if key else _message(exc)
@@ -319,7 +326,8 @@ def _result(document: dict[str, Any]) -> PointResult:
     point["params"] = tuple((name, value) for name, value in point["params"])
     return PointResult(Point(**point), Settings(**document["settings"]),
                        [Figures(**{**f, "flushes": [tuple(s) for s in f["flushes"]]}) for f in document["figures"]],
-                       [Proof(**p) for p in document["proof"]], document["error"], document["exit_code"])
+                       [Proof(**p) for p in document["proof"]], document["error"], document["exit_code"],
+                       document.get("host", ""))
 
 
 def load_results(directory: Path) -> list[PointResult]:
@@ -340,7 +348,7 @@ def load_results(directory: Path) -> list[PointResult]:
 
 
 @contextmanager
-def _writer(directory: Path) -> Iterator[Callable[[PointResult], None]]:
+def open_results(directory: Path) -> Iterator[Callable[[PointResult], None]]:
     """Adds results to the file, which is this process's alone meanwhile. Raises VmmError."""
     path = directory / RESULTS
     with ExitStack() as stack:
@@ -359,55 +367,3 @@ def _writer(directory: Path) -> Iterator[Callable[[PointResult], None]]:
             os.fsync(fd)
 
         yield add
-
-
-# --- the run ------------------------------------------------------------------------------------------
-
-
-def _key(point: Point, settings: Settings) -> str:
-    return json.dumps([asdict(point), asdict(settings)], sort_keys=True)
-
-
-def run(sweep: Sweep, directory: Path, *, stop: Callable[[], bool] = lambda: False,
-        progress: Callable[[Point, str], None] = lambda point, doing: None,
-        done: Callable[[PointResult, bool], None] = lambda result, fresh: None) -> tuple[list[PointResult], bool]:
-    """Measure what ``directory`` does not hold yet; the sweep's results in order, and whether all are there.
-
-    ``stop`` is asked all the time; when it says True, the machines of the point at hand are ended and the point
-    is dropped. ``progress`` is told what is being done, ``done`` each result (fresh, or found). A point that fails
-    has its error as its result, and is measured again next time. Raises VmmError when DIR cannot be used.
-    """
-    settings = sweep.settings()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / SWEEP).write_text(sweep.model_dump_json(indent=2) + "\n")
-    except OSError as exc:
-        raise VmmError(f"{directory}: cannot be written: {exc.strerror}") from None
-    results: list[PointResult] = []
-    with _writer(directory) as add:
-        found = {_key(r.point, r.settings): r for r in load_results(directory) if not r.error}
-        for point in sweep.points():
-            result = found.get(_key(point, settings))
-            fresh = result is None
-            if result is None:
-                try:
-                    result = _measure(point, settings, stop, progress)
-                except Stopped:
-                    return results, False
-                add(result)
-            results.append(result)
-            done(result, fresh)
-    return results, True
-
-
-def _measure(point: Point, settings: Settings, stop: Callable[[], bool],
-             progress: Callable[[Point, str], None]) -> PointResult:
-    try:
-        proof_specs = point.specs(settings, verify=True) if settings.verify is not None else []
-        figures, proof = measure(point.specs(settings, verify=False), proof_specs, seconds=settings.seconds,
-                                 warm_up=settings.warm_up, flushes=settings.flushes, stop=stop,
-                                 progress=lambda doing: progress(point, doing))
-    except VmmError as exc:
-        return PointResult(point, settings, [], [], str(exc), int(exc.exit_code))
-    return PointResult(point, settings, figures, proof)
-
