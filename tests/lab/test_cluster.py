@@ -65,6 +65,7 @@ class TestOnNodes:
     def test_a_sweep_survives_a_node_whose_machine_ends_with_it(self, tmp_path: Path) -> None:
         sweep_file(tmp_path / "s.yaml", accel=ACCEL, ring=[1024, 2048, 4096], seconds="3s", verify=False)
         found = on_nodes("lost_machines", tmp_path)
+        assert vmm("gc").returncode == 0    # Ray kills a lost task's children, who may be cleaning up
         assert found == {"complete": True, "errors": ["", "", ""], "figures": [1, 1, 1]}
         assert len(lines(tmp_path / "out")) == 3
 
