@@ -92,7 +92,7 @@ def main() -> None:
 
 def at_work(folder: Path, rounds: int, arguments: argparse.Namespace) -> None:
     with Machine.launch(machine_spec(arguments.mib, "sequential", stride=512, passes=40_000 // arguments.mib * 2,
-                                     spin=200), start=False) as machine:
+                                     spin=4000), start=False) as machine:
         memory = machine.ram(0, writable=True)
         memory[2 << 20:] = np.random.default_rng(0).integers(0, 256, len(memory) - (2 << 20), np.uint8)
         machine.start()
