@@ -16,7 +16,7 @@ from pathlib import Path
 import zmq
 
 from ipc import sandbox, sockets, userfault
-from ipc.bell import Bell
+from ipc.bell import Doorbell
 from ipc.layout import PROTOCOL_VERSION, Tracking, VcpuState, control_error, vcpu_control
 from ipc.linux import process
 from ipc.messages import Console, Hello, Notification, WorkerSpec, encode
@@ -68,7 +68,7 @@ class Worker:
             if wrong:
                 raise AccelError(wrong)
             self._control.pid = os.getpid()
-            self.vcpu.bell = self._open.enter_context(contextlib.closing(Bell(Path(spec.fd_socket).parent)))
+            self.vcpu.bell = self._open.enter_context(contextlib.closing(Doorbell(Path(spec.fd_socket).parent)))
             for slot in [*spec.slots, spec.system_slot]:
                 self._memory.add(slot)
             if spec.mode is Tracking.UFFD:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ipc.bell import PROGRAM_CALL, Doorbell
 from ipc.gates import FUTEX, Waits
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuState
 from ipc.linux import futex
@@ -27,7 +28,7 @@ from .accel.base import Exit, ExitKind, ProgramAccelerator
 from .futexes import FutexCall, Futexes
 from .memory import GuestMemory
 
-__all__ = ["ProgramThread", "bell_path"]
+__all__ = ["ProgramThread"]
 
 _RAX = REGISTERS.index("rax")
 _ARGUMENTS = tuple(REGISTERS.index(name) for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
@@ -47,11 +48,6 @@ _UNSEEN = -2
 _KICKED = Exit(ExitKind.KICKED)
 
 
-def bell_path(spec: WorkerSpec) -> Path:
-    """The FIFO by which a system that sleeps is woken."""
-    return Path(spec.fd_socket).parent / "bell"
-
-
 class ProgramThread:
     """A ProgramServer (workers/accel/base.py). ``close`` it when ``serve_attention`` has ended."""
 
@@ -62,7 +58,7 @@ class ProgramThread:
         self._slots = [each for each in memory.slots.values() if each is not slot]
         self._box = Mailbox(slot.segment.buf, slot.host_address, spec.threads, spec.index)
         self._bell = Bell(slot.segment.buf)
-        self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._doorbell = Doorbell(Path(spec.fd_socket).parent, PROGRAM_CALL)
         self._started = self._waiting = self._interrupted = False
         self._kind = Kind.READY
         self._asked = -1        # the number of a call, or something else
@@ -78,7 +74,7 @@ class ProgramThread:
         self.away_ns = 0
 
     def close(self) -> None:
-        os.close(self._bell_fd)
+        self._doorbell.close()
         self._box.close()
         self._bell.close()
         self._waits.close()
@@ -169,10 +165,7 @@ class ProgramThread:
         elif not box.is_answered:
             self._asked = _UNSEEN
         if self._bell.asleep:
-            try:
-                os.write(self._bell_fd, b"\0")
-            except BlockingIOError:
-                pass        # it is full: the system will wake up
+            self._doorbell.ring()
         self._waiting = True
 
     @property

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ipc.bell import Bell
+from ipc.bell import Doorbell
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import DETAIL_MAX, Exited, ExitReason, KickAck, Notification, RingFull
 
@@ -52,7 +52,7 @@ class VcpuThread:
     """``accel`` and ``bell`` are there before ``run``. ``close`` it when the thread has ended."""
 
     accel: Accelerator
-    bell: Bell
+    bell: Doorbell
 
     def __init__(self, index: int, control: VcpuControl, memory: GuestMemory, ports: PortBus,
                  say: Callable[[Notification], None]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from machines import ACCELS, alive, changed_pages, exact, spec, until
 from shared import control_blocks
 
-from ipc.bell import Bell
+from ipc.bell import Doorbell
 from ipc.layout import VcpuState
 from vmm.client.machine import Machine
 from vmm.machine.names import machine_dir
@@ -36,7 +36,7 @@ def silenced(name: str) -> Iterator[list[int]]:
     over = threading.Event()
 
     def take() -> None:
-        with closing(Bell(machine_dir(name))) as bell:
+        with closing(Doorbell(machine_dir(name))) as bell:
             while not over.is_set():
                 if select.select([bell.fd], [], [], 0.01)[0]:
                     bell.silence()
@@ -53,7 +53,8 @@ def silenced(name: str) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("accel", ACCELS)
 def test_a_bell_that_nobody_hears_costs_time_and_nothing_else(accel: str) -> None:
-    walk = spec("sequential", accel=accel, vcpus=2, ring=1024, passes=3, timeout=None, reaper=NEVER, verify=exact(3600))
+    walk = spec("sequential", accel=accel, vcpus=2, ring=1024, passes=30, timeout=None, reaper=NEVER,
+                verify=exact(3600))
     with Machine.launch(walk) as machine, silenced("t") as taken:
         report = machine.wait(TIMEOUT)
     assert report["exit_code"] == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from machines import asleep, until
 
-from ipc.bell import Bell
+from ipc.bell import Doorbell
 from ipc.layout import VcpuControl
 from ipc.linux import futex
 from ipc.ring import ResetRequests, RingReader
@@ -149,9 +149,9 @@ def test_a_full_ring_is_new_once_to_each_who_looks(control: VcpuControl) -> None
 
 
 def test_the_bell_never_holds_anybody_up(tmp_path: Path) -> None:
-    Bell.make(tmp_path)
-    with closing(Bell(tmp_path)) as ours:
-        with closing(Bell(tmp_path)) as worker:
+    Doorbell.make(tmp_path)
+    with closing(Doorbell(tmp_path)) as ours:
+        with closing(Doorbell(tmp_path)) as worker:
             for _ in range(1 << 17):        # more than a pipe holds
                 worker.ring()
             heard = 0
@@ -166,12 +166,12 @@ def test_the_bell_never_holds_anybody_up(tmp_path: Path) -> None:
 
 
 def test_a_successor_hears_what_was_rung_while_nobody_listened(tmp_path: Path) -> None:
-    Bell.make(tmp_path)
-    with closing(Bell(tmp_path)) as worker:
+    Doorbell.make(tmp_path)
+    with closing(Doorbell(tmp_path)) as worker:
         worker.ring()
-        with closing(Bell(tmp_path)) as successor:
+        with closing(Doorbell(tmp_path)) as successor:
             assert readable(successor)
 
 
-def readable(bell: Bell) -> bool:
+def readable(bell: Doorbell) -> bool:
     return bool(select.select([bell.fd], [], [], 0)[0])

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from machines import asleep, until
 
-from ipc.bell import Bell
+from ipc.bell import Doorbell
 from ipc.layout import ExitReason, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import Exited, KickAck, Notification, RingFull
 from ipc.ring import RingReader
@@ -62,7 +62,7 @@ class Running:
         self.said: list[Notification] = []
         self.vcpu = VcpuThread(0, self.control, GuestMemory(), PortBus(lambda data: None), self.said.append)
         self.vcpu.accel = cast(Accelerator, self.accel)
-        self.vcpu.bell = Bell(directory)
+        self.vcpu.bell = Doorbell(directory)
 
     @property
     def waits(self) -> bool:
@@ -89,7 +89,7 @@ class Running:
 
 @contextmanager
 def running(directory: Path, prepare: Callable[[Running], None] = lambda made: None) -> Iterator[Running]:
-    Bell.make(directory)
+    Doorbell.make(directory)
     made = Running(directory)
     prepare(made)
     main = threading.Thread(target=made.vcpu.run, name="vcpu", daemon=True)

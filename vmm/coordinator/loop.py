@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from ipc.bell import Bell
+from ipc.bell import Doorbell
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, ProgramCalls, RingFull
 from ipc.shm import Segment, SegmentError
 from ipc.steps import step
@@ -149,7 +149,7 @@ class Coordinator:
 
     def _open_bell(self) -> None:
         """Raises OSError."""
-        self._bell = Bell(self.core.directory)
+        self._bell = Doorbell(self.core.directory)
         self._closing.callback(self._bell.close)
 
     def _write_journal(self) -> None:

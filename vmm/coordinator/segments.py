@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from ipc import forwarding, programs
-from ipc.bell import Bell
+from ipc.bell import PROGRAM_CALL, Doorbell
 from ipc.layout import (
     CONTROL_MAGIC,
     MAX_SLOTS,
@@ -241,9 +241,10 @@ def _boot_registers(parts: Parts, index: int) -> dict[str, int]:
 
 
 def make_pipes(spec: MachineSpec, directory: Path) -> None:
-    """FIFOs: of full rings, and between a program's system and others (ipc/programs.py, ipc/consoles.py,
-    ipc/forwarding.py). Raises OSError."""
-    Bell.make(directory)
+    """FIFOs: doorbells, and between a program's system and others (ipc/consoles.py, ipc/forwarding.py). Raises
+    OSError."""
+    Doorbell.make(directory)
     if spec.program is not None:
-        for name in ("bell", "console-in", "console-out", *forwarding.PIPES):
+        Doorbell.make(directory, PROGRAM_CALL)
+        for name in ("console-in", "console-out", *forwarding.PIPES):
             os.mkfifo(directory / name, 0o600)

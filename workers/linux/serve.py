@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from ipc.bell import PROGRAM_CALL, Doorbell
 from ipc.layout import VcpuControl, VcpuState
 from ipc.messages import BitmapPlace, ExitReason, Notification, ProgramCalls, SlotSpec, WorkerSpec
 from ipc.programs import (
@@ -33,7 +34,6 @@ from ipc.shm import PAGE_SIZE
 from ..accel.base import AccelError, Exit, ExitKind
 from ..memory import GuestMemory
 from ..ports import PortBus
-from ..programs import bell_path
 from ..state import SystemSaved
 from .abi import CALLS
 from .chance import Chance
@@ -103,9 +103,9 @@ class SystemAccelerator:
         self._ram = Ram(memory, slots, self._log)
         self._bell = Bell(system.segment.buf)
         self._directory = directory = Path(spec.fd_socket).parent
-        self._bell_fd = os.open(bell_path(spec), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._doorbell = Doorbell(directory, PROGRAM_CALL)
         self._poll = select.poll()
-        self._poll.register(self._bell_fd, select.POLLIN)
+        self._poll.register(self._doorbell.fd, select.POLLIN)
         self._stream: StreamConsole | TerminalConsole | None = None
         console: Console = LineConsole(ports.say)
         if spec.program.console == "terminal":
@@ -197,10 +197,7 @@ class SystemAccelerator:
 
     def interrupt(self) -> None:
         self._control.immediate_exit = 1
-        try:
-            os.write(self._bell_fd, b"\0")
-        except BlockingIOError:
-            pass        # it is full: it will wake up
+        self._doorbell.ring()
 
     def run(self) -> Exit:
         self._require()
@@ -248,10 +245,7 @@ class SystemAccelerator:
             self._host.wait_for(self._poll, self._patience())
         finally:
             self._bell.set_asleep(False)
-        try:
-            os.read(self._bell_fd, 4096)
-        except BlockingIOError:
-            pass
+        self._doorbell.silence()
         self._pump()
 
     def _patience(self) -> float:
@@ -402,9 +396,8 @@ class SystemAccelerator:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._bell_fd >= 0:
-            os.close(self._bell_fd)
-            self._bell_fd = -1
+        if self._doorbell.fd >= 0:
+            self._doorbell.close()
             if self._is_there:
                 self._forwarding.close()
         self._ram.close()
