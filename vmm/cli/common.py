@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +15,9 @@ from ..errors import VmmError
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["Duration", "Rate", "Size", "json_option", "on_machine", "print_json", "progress_bar"]
+    from ..client.interrupts import Interrupts
+
+__all__ = ["Duration", "Rate", "Size", "json_option", "on_machine", "print_json", "progress_bar", "recording"]
 
 
 def print_json(document: Any) -> None:
@@ -28,6 +31,17 @@ def progress_bar(*columns: ProgressColumn | str) -> Progress:
 
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[tuple[Interrupts, Callable[..., None]]]:
+    """Around what is recorded for a while: signals, which end it early and keep what there is, and what is to be told
+    the part of it that is over, for a bar (behind that, it takes anything)."""
+    from ..client.interrupts import Interrupts
+
+    with Interrupts() as interrupts, progress_bar() as bar:
+        task = bar.add_task("recording", total=1.0)
+        yield interrupts, lambda part, *more: bar.update(task, completed=part)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from ipc.shm import PAGE_SIZE
 
 from .. import optional
 from ..errors import VmmError
-from .common import Duration, Rate, json_option, on_machine, print_json, progress_bar
+from .common import Duration, Rate, json_option, on_machine, print_json, recording
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
@@ -161,7 +161,6 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
                 html_path: Path | None, as_json: bool) -> int:
     """Record which pages are dirtied per interval. They can be plotted over time, by address and by window. Ctrl-C
     stops early and keeps what was recorded."""
-    from ..client.interrupts import Interrupts
     from ..consumers import workingset
     from ..outputs import open_output
 
@@ -174,32 +173,30 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
         kept = stack.enter_context(open_output(output))
         drawn = stack.enter_context(open_output(png)) if png else None
         page = stack.enter_context(open_output(html_path)) if html_path else None
-        with Interrupts() as interrupts, progress_bar() as bar:
-            task = bar.add_task("recording", total=1.0)
-            recording = workingset.record(machine, interval, seconds, lambda done: bar.update(task, completed=done),
-                                          interrupts.wait)
-        if not recording.intervals:
+        with recording() as (interrupts, progress):
+            found = workingset.record(machine, interval, seconds, progress, interrupts.wait)
+        if not found.intervals:
             raise VmmError(f"machine '{machine.name}' ended before the first interval was complete")
-        recording.write(kept.file)
+        found.write(kept.file)
         kept.commit()       # whatever comes of the pictures
         if drawn is not None:
-            drawn.write(workingset.draw(recording, title))
+            drawn.write(workingset.draw(found, title))
         if page is not None:
-            page.write(workingset.page(recording, title).encode())
-    counts, took = recording.dirty_pages(), float(recording.times[-1])
-    summary = {"name": machine.name, "intervals": recording.intervals, "seconds": round(took, 3),
-               "mean_interval_s": round(took / recording.intervals, 6), "mean_pages": float(counts.mean()),
-               "most_pages": int(counts.max()), "output": str(output), "reason": recording.reason,
-               "complete": not recording.reason}
+            page.write(workingset.page(found, title).encode())
+    counts, took = found.dirty_pages(), float(found.times[-1])
+    summary = {"name": machine.name, "intervals": found.intervals, "seconds": round(took, 3),
+               "mean_interval_s": round(took / found.intervals, 6), "mean_pages": float(counts.mean()),
+               "most_pages": int(counts.max()), "output": str(output), "reason": found.reason,
+               "complete": not found.reason}
     if as_json:
         print_json(summary)
     else:
-        mean = took / recording.intervals
-        click.echo(f"{output}: {recording.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} dirty "
+        mean = took / found.intervals
+        click.echo(f"{output}: {found.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} dirty "
                    f"pages per interval on average, {counts.max():,} at most"
-                   + (f"; incomplete: {recording.reason}" if recording.reason else ""))
+                   + (f"; incomplete: {found.reason}" if found.reason else ""))
     if interrupts.came:
         return 128 + interrupts.came
-    if recording.reason:
-        raise VmmError(f"{output} is incomplete: {recording.reason}")
+    if found.reason:
+        raise VmmError(f"{output} is incomplete: {found.reason}")
     return 0

@@ -12,7 +12,7 @@ from ipc.shm import PAGE_SIZE
 
 from .. import optional
 from ..errors import VmmError
-from .common import Duration, Rate, Size, json_option, print_json, progress_bar
+from .common import Duration, Rate, Size, json_option, print_json, progress_bar, recording
 
 if TYPE_CHECKING:
     from ..consumers.predict.dirtying import Guest, Memory
@@ -95,8 +95,7 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
             task = bar.add_task("predicting", total=len(tried) * len(allowed))
             cells = study.grid(tried, allowed, lambda: bar.advance(task))
             least = study.least_bandwidth()
-        judged = Study(guest, memory, _with(options, tried[0], allowed[0]), Way(latency or 0.0, ratio), limits=limits)
-        remedies = judged.remedies(least)
+        remedies = study.having(bandwidth=tried[0], downtime=allowed[0]).remedies(least)
         rings = [fit(guest, each) for each in _LOOKS if each <= guest.seconds]
         if drawn is not None:
             from ..consumers.predict.plot import draw
@@ -114,12 +113,6 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
         _print_ring(each)
 
 
-def _with(options: Any, bandwidth: float, downtime: float) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(options, bandwidth=bandwidth, downtime=downtime)
-
-
 def _memory(sizes: dict[int, int], filled: int | None) -> Memory:
     from ..consumers.predict.dirtying import Memory
 
@@ -131,27 +124,21 @@ def _memory(sizes: dict[int, int], filled: int | None) -> Memory:
 
 
 def _from_process(target: str, what: str | None, seconds: float, interval: float) -> tuple[Guest, dict[int, int]]:
-    from ..client.interrupts import Interrupts
     from ..consumers.predict.recorded import watch_process
     from .watch import LEAST_INTERVAL, watching
 
-    with watching(target, what) as (_, source, _), Interrupts() as interrupts, progress_bar() as bar:
-        task = bar.add_task("recording", total=1.0)
-        return watch_process(source, seconds, max(interval, LEAST_INTERVAL),
-                             lambda part, entries: bar.update(task, completed=part), interrupts.wait)
+    with watching(target, what) as (_, source, _), recording() as (interrupts, progress):
+        return watch_process(source, seconds, max(interval, LEAST_INTERVAL), progress, interrupts.wait)
 
 
 def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Memory]:
-    from ..client.interrupts import Interrupts
     from ..client.machine import Machine
     from ..consumers.predict.recorded import watch
 
     with Machine.attach(name) as machine:
         machine.require_state()
-        with Interrupts() as interrupts, progress_bar() as bar:
-            task = bar.add_task("recording", total=1.0)
-            return watch(machine, seconds, interval, lambda part, entries: bar.update(task, completed=part),
-                         interrupts.wait)
+        with recording() as (interrupts, progress):
+            return watch(machine, seconds, interval, progress, interrupts.wait)
 
 
 def _rate(value: float) -> str:

@@ -14,7 +14,7 @@ import click
 from ipc.shm import PAGE_SIZE
 
 from ..errors import VmmError
-from .common import Duration, json_option, print_json, progress_bar
+from .common import Duration, json_option, print_json, recording
 
 if TYPE_CHECKING:
     from ..machine.tracefile import TraceEnd
@@ -43,20 +43,13 @@ def trace_record(words: tuple[str, ...], target: str | None, what: str | None, s
     """Record into FILE which pages each vCPU of the machine NAME dirties, in order and with times. Ctrl-C stops early
     and keeps what was recorded. With --pid, the pages that a process of this host dirties, which is no machine: in
     which interval, but not by whom, nor in which order within it."""
-    from ..client.interrupts import Interrupts
-
     if len(words) != (1 if target else 2):
         raise VmmError("vmm trace record takes " + ("a FILE, and no NAME, with --pid" if target else
                                                     "NAME and FILE, or --pid PID and FILE"))
     if what and not target:
         raise VmmError(f"--{what}: is for --pid")
     file = Path(words[-1])
-    with Interrupts() as interrupts, progress_bar() as bar:
-        task = bar.add_task("recording", total=1.0)
-
-        def progress(part: float, entries: int) -> None:
-            bar.update(task, completed=part)
-
+    with recording() as (interrupts, progress):
         name, end = (_of_process(target, what, file, seconds, interval, progress, interrupts.wait) if target else
                      _of_machine(words[0], file, seconds, interval, progress, interrupts.wait))
     size = file.stat().st_size if file.is_file() else None      # None: it went into a pipe

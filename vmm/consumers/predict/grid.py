@@ -88,6 +88,11 @@ class Study:
     def _by_itself(self, **changed: Any) -> Prediction:
         return self.predict(converge=False, postcopy=False, stall=0.0, **changed)
 
+    def having(self, **changed: Any) -> Study:
+        """The same, with options that are ``changed``."""
+        return Study(self._guest, self._memory, dataclasses.replace(self._options, **changed), self._way, self._costs,
+                     self._limits)
+
     def remedies(self, least: float | None) -> list[Remedy]:
         """For a guest that does not converge by itself; none where it does. ``least``: its least bandwidth."""
         plain = self._by_itself()
