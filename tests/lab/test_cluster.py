@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,9 +14,8 @@ from typing import Any
 
 import pytest
 from command import vmm
-from machines import until
 from places import TESTS
-from test_stress import lines, sweep_file
+from test_stress import interrupted, lines, sweep_file
 
 from vmm.errors import VmmError
 from vmm.lab.cluster.points import Stopped, run_points
@@ -92,22 +90,14 @@ class TestStress:
     def test_a_sweep_is_interrupted_and_carried_on_with_nothing_left(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
         config = sweep_file(tmp_path / "s.yaml", accel=ACCEL, vcpus=[1, 2], verify=False, seconds="2s")
-        with subprocess.Popen([sys.executable, "-m", "vmm", "stress", config, "--output", str(out), "--cluster",
-                               "local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            until(lambda: len(lines(out)) == 1, "the first point", 100.0)
-            process.send_signal(signal.SIGINT)
-            stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 130, stderr
-        assert "1 of 2 points are done" in stdout
-        first = lines(out)
-        assert len(first) == 1
-        assert first[0]["host"] == os.uname().nodename
-        assert first[0]["figures"][0]["pages_per_s"] > 0
+        first = interrupted(config, out, "--cluster", "local", patience=100.0)
+        assert first["host"] == os.uname().nodename
+        assert first["figures"][0]["pages_per_s"] > 0
         done = vmm("stress", "--resume", "--output", str(out), "--cluster", "local", timeout=120.0)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("already measured") == 1
         both = lines(out)
-        assert both[0] == first[0]
+        assert both[0] == first
         assert [r["point"]["vcpus"] for r in both] == [1, 2]
         again = vmm("stress", "--resume", "--output", str(out), "--cluster", "127.0.0.1:1")     # there is nothing to do
         assert again.returncode == 0, again.stderr
