@@ -1,9 +1,9 @@
 """What the site has beyond the files of docs/: tables of fields, read from the source, and the examples.
 
 A page says ``<!-- fields: PATH CLASS... -->`` where the fields of these classes are to stand (without a class: those of
-every class of that file that has fields). Their names, types and defaults come from the syntax tree, what they mean
-from the comments beside them: one place for a field, and that is the code. In the repository such a page shows what
-surrounds its tables, and the site all of it.
+every class of that file that has fields), and ``<!-- help -->`` where the help of every verb is. Names, types and
+defaults come from the syntax tree, what they mean from the comments beside them: one place for a field, and that is
+the code. In the repository such a page shows what surrounds its tables, and the site all of it.
 
 Links of pages to what lies beside docs/ (configs/, benchmarks/results) lead to copies of it.
 """
@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 from mkdocs.structure.files import File, Files
 
 TOP = Path(__file__).parent.parent
-_FIELDS = re.compile(r"<!-- fields: (\S+)((?: \w+)*) -->")
+_FIELDS = re.compile(r"^<!-- fields: (\S+)((?: \w+)*) -->$", re.MULTILINE)
+_HELP = "<!-- help -->\n"
+_WIDTH = 90             # of help, as on a terminal
 #: What is linked from docs/, and becomes part of the site: {folder: what it is}
 _BESIDE = {"configs": "Example configurations", "benchmarks/results": "Results of the benchmarks"}
 _LINK = re.compile(r"\]\((?:\.\./)+(configs|benchmarks/results)(/[^)#]*)?(#[^)]*)?\)")
@@ -51,7 +54,26 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Tables in the place of their markers, links to the copies."""
     depth = "../" * page.file.src_uri.count("/")
     markdown = _LINK.sub(lambda m: f"]({depth}{m[1]}{m[2] or '/index.md'}{m[3] or ''})", markdown)
+    if _HELP in markdown:
+        markdown = markdown.replace(_HELP, _help())
     return _FIELDS.sub(lambda m: "\n".join(_table(each) for each in classes(TOP / m[1], m[2].split())), markdown)
+
+
+def _help() -> str:
+    from vmm.cli.commands import cli
+
+    return "\n".join(f"## {name}\n\n```text\n{text}\n```\n" for name, text in _helps(cli, "vmm", None))
+
+
+def _helps(command: click.Command, name: str, parent: click.Context | None) -> Iterator[tuple[str, str]]:
+    """(name, help) of a verb and those below it."""
+    with click.Context(command, info_name=name, parent=parent, terminal_width=_WIDTH) as context:
+        yield context.command_path, command.get_help(context)
+        if isinstance(command, click.Group):
+            for each in command.list_commands(context):
+                below = command.get_command(context, each)
+                if below is not None and not below.hidden:
+                    yield from _helps(below, each, context)
 
 
 def _examples(found: list[Path]) -> str:
@@ -71,7 +93,7 @@ def _table(found: Fields) -> str:
     lines = [f"### {found.name}\n", f"{_escaped(found.text)}\n"]
     if found.rows:
         lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{name}` | `{_cell(kind)}` | {f'`{_cell(default)}`' if default else ''} | {_cell(_escaped(text))} |"
+        lines += [f"| `{name}` | `{_cell(kind)}` | {default and f'`{_cell(default)}`'} | {_cell(_escaped(text))} |"
                   for name, kind, default, text in found.rows]
     return "\n".join([*lines, ""])
 
@@ -115,7 +137,8 @@ def _type(annotation: ast.expr) -> str:
 
 def _comment(node: ast.AnnAssign, lines: list[str]) -> str:
     """What stands beside it, and goes on below; or ``#:`` above it."""
-    assert node.end_lineno is not None and node.end_col_offset is not None
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
     beside = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip()
     said = []
     if beside.startswith("#"):

@@ -64,8 +64,8 @@ def vmm(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
                     "--no-index", "--disable-pip-version-check", str(wheel)], check=True, timeout=120)
 
-    def run(*arguments: str, cwd: Path, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in os.environ.items() if k not in (*without, "PYTHONPATH")}
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "PYTHONPATH")}
         return subprocess.run([python.parent / "vmm", *arguments], cwd=cwd, env=environment, capture_output=True,
                               text=True, timeout=120, check=False)
 
@@ -98,12 +98,11 @@ def test_its_extras_are_those_of_the_documentation() -> None:
     assert table == set(project["optional-dependencies"]) - {"dev", "docs", "bench"}
 
 
-@pytest.mark.parametrize("without", [(), ("HOME",)])
-def test_an_example_runs_from_any_directory(vmm: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path,
-                                            without: tuple[str, ...]) -> None:
+def test_an_example_runs_from_any_directory(vmm: Callable[..., subprocess.CompletedProcess[str]],
+                                            tmp_path: Path) -> None:
     for name in ("numpy.py", "ipc.py"):
         (tmp_path / name).write_text("raise SystemExit('the module of another program')\n")
-    done = vmm("launch", "quickstart", "--set", "guest.params.writes=2000", cwd=tmp_path, without=without)
+    done = vmm("launch", "quickstart", "--set", "guest.params.writes=2000", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "verification passed" in done.stdout
     assert vmm("guests", cwd=tmp_path).stdout.startswith("sequential:")

@@ -20,23 +20,14 @@ from vmm.errors import ExitCode
 STEPS = ["launch", "dirty rate", "dirty limit", "snapshot", "migration", "verifier"]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go, and nothing else."""
-    path = tmp_path / "temporary"
-    path.mkdir()
-    monkeypatch.setenv("TMPDIR", str(path))
-    return path
-
-
 def left(folder: Path) -> list[str]:
     """Temporary files, and records of machines."""
     records = Path(os.environ["XDG_STATE_HOME"]) / "shardvmm"
-    return [*os.listdir(folder), *(p.name for p in records.glob("*demo*"))]
+    return [*(name for name in os.listdir(folder) if name != "shardvmm"), *(p.name for p in records.glob("*demo*"))]
 
 
 @pytest.mark.parametrize("accel", ANY)
-def test_a_terminal_shows_all_of_it_on_one_screen(accel: str, tmp_path: Path, folder: Path) -> None:
+def test_a_terminal_shows_all_of_it_on_one_screen(accel: str, tmp_path: Path, runtime_dir: Path) -> None:
     picture = tmp_path / "demo.svg"
     with Terminal("demo", "--accel", accel, "--picture", str(picture), columns=80) as terminal:
         assert terminal.wait() == 0, terminal.text
@@ -52,10 +43,11 @@ def test_a_terminal_shows_all_of_it_on_one_screen(accel: str, tmp_path: Path, fo
     drawn = re.sub(r"\s+", " ", "".join(root.itertext()).replace("\xa0", " "))
     assert all(step in drawn for step in STEPS)
     assert not re.findall(r"(?:href|src|url\()=?['\"]?http", picture.read_text())
-    assert left(folder) == []
+    assert left(runtime_dir) == []
 
 
-def test_without_a_terminal_it_is_a_line_for_each_thing_that_is_done(folder: Path) -> None:
+@pytest.mark.long
+def test_without_a_terminal_it_is_a_line_for_each_thing_that_is_done(runtime_dir: Path) -> None:
     done = vmm("demo", timeout=120.0)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
@@ -68,11 +60,11 @@ def test_without_a_terminal_it_is_a_line_for_each_thing_that_is_done(folder: Pat
         assert after <= min(before, 2 * limit) * 1.5
     else:
         assert "no dirty rings" in done.stdout
-    assert left(folder) == []
+    assert left(runtime_dir) == []
 
 
 @pytest.mark.long
-def test_its_figures_are_a_document(folder: Path) -> None:
+def test_its_figures_are_a_document(runtime_dir: Path) -> None:
     done = vmm("demo", "--json", "--memory", "16MiB", timeout=120.0)
     assert (done.returncode, done.stderr) == (0, "")
     seen = json.loads(done.stdout)
@@ -80,24 +72,25 @@ def test_its_figures_are_a_document(folder: Path) -> None:
     assert [taken["incremental"] for taken in seen["snapshots"]] == [False, True]
     assert seen["migration"]["status"] == "completed"
     assert seen["memory"] == 16 << 20
-    assert left(folder) == []
+    assert left(runtime_dir) == []
 
 
-@pytest.mark.parametrize("shown", ["Ctrl-C ends it", "MB/s", "left of this round"])
-@pytest.mark.parametrize("number", [signal.SIGINT])
-def test_an_interrupt_leaves_nothing(shown: str, number: int, folder: Path) -> None:
+@pytest.mark.parametrize(("shown", "number"), [
+    ("Ctrl-C ends it", signal.SIGINT), ("MB/s", signal.SIGTERM),
+    pytest.param("left of this round", signal.SIGINT, marks=pytest.mark.long)])
+def test_an_interrupt_leaves_nothing(shown: str, number: signal.Signals, runtime_dir: Path) -> None:
     """While it is launched, while it is looked at, and in a round of the migration."""
     with Terminal("demo", columns=80) as terminal:
         terminal.wait_for(shown)
         terminal.process.send_signal(number)
         assert terminal.wait() == 128 + number, terminal.text
     assert "Traceback" not in terminal.text
-    assert left(folder) == []
+    assert left(runtime_dir) == []
 
 
 @pytest.mark.parametrize("arguments", [["--memory", "4KiB"], ["--memory", "1048577"]])
-def test_what_is_wrong_is_said_before_anything_is_started(arguments: list[str], folder: Path) -> None:
+def test_what_is_wrong_is_said_before_anything_is_started(arguments: list[str], runtime_dir: Path) -> None:
     done = vmm("demo", *arguments)
     assert done.returncode == ExitCode.BAD_INPUT
     assert done.stderr.startswith("vmm: error: --memory: must be")
-    assert left(folder) == []
+    assert left(runtime_dir) == []

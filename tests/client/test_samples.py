@@ -27,7 +27,7 @@ def test_a_file_of_the_users_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("path", ["./quickstart", "configs/quickstart", "quickstart.yml", "Quickstart", "-", "a" * 300])
 def test_what_is_no_bare_name_is_a_file(path: str) -> None:
-    assert find_config(Path(path)) == Path(path)
+    assert find_config(path) == Path(path)
 
 
 def test_a_name_that_is_wrong_is_answered_with_one_that_is_near() -> None:

@@ -143,8 +143,8 @@ def _lines(title: str, seen: Seen, bars: str) -> list[str]:
     if title == "launch":
         if not seen.accelerator:
             return ["…"] if bars == _BARS else ["..."]
-        return [f"{seen.accelerator}, {seen.memory / _MIB:,.0f} MiB, tracking {seen.tracking}, vCPU processes "
-                f"{', '.join(map(str, seen.pids))} in {seen.launch_seconds:.1f} s"]
+        return [f"{seen.accelerator}, {seen.memory / _MIB:,.0f} MiB, tracking {seen.tracking}; processes "
+                f"{', '.join(map(str, seen.pids))}; {seen.launch_seconds:.1f} s"]
     if title == "dirty rate":
         return _rate_lines(seen, bars)
     if title == "dirty limit":
@@ -192,7 +192,7 @@ def _migration_lines(seen: Seen) -> list[str]:
              + (f", {each['left']:,} dirty by then" if each["left"] is not None else " while the guest stood still")
              for number, each in enumerate(report["rounds"], 1)]
     if len(lines) > 5:
-        lines = [*lines[:2], f"… {len(lines) - 4} more …", *lines[-2:]]
+        lines = [*lines[:2], f"... {len(lines) - 4} more ...", *lines[-2:]]
     if report["status"] == "completed":
         lines.append(f"downtime {report['downtime']:,.0f} ms, {report['total_time'] / 1000:,.1f} s in all")
     else:

@@ -315,7 +315,7 @@ def config_schema() -> dict[str, Any]:
 def load_config(path: str | Path, overrides: list[str] | None = None, *, name: str | None = None) -> MachineConfig:
     """Read and validate a file, or an example by its name (samples.py), after ``key.path=value`` overrides; ``name``:
     of the machine, whatever the file says. Raises ConfigError."""
-    path = find_config(Path(path))
+    path = find_config(path)
     document, lines = read_yaml(path)
     set_keys: dict[tuple[str | int, ...], str] = {}
     for override in overrides or []:

@@ -20,11 +20,11 @@ def sample_names() -> list[str]:
     return sorted(path.stem for path in _SAMPLES.glob("*.yaml"))
 
 
-def find_config(path: Path) -> Path:
+def find_config(path: str | Path) -> Path:
     """The file that is meant: ``path`` or, where nothing is called so and it is a bare name, the example of that name.
     Raises ConfigError for a bare name of neither."""
-    if not _NAME.fullmatch(str(path)) or path.exists():
-        return path
+    if not _NAME.fullmatch(str(path)) or Path(path).exists():
+        return Path(path)
     names = sample_names()
     if str(path) in names:
         return _SAMPLES / f"{path}.yaml"

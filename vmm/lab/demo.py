@@ -29,6 +29,7 @@ from ..client.config import MachineConfig
 from ..client.machine import Machine
 from ..errors import ExitCode, VmmError
 from ..machine import records
+from ..machine.runtime import runtime_root
 
 __all__ = ["MEMORY_MIN", "STEPS", "Demo", "Seen"]
 
@@ -37,7 +38,7 @@ STEPS = ("launch", "dirty rate", "dirty limit", "snapshot", "migration", "verifi
 MEMORY_MIN = 1 << 20        # bytes
 _VCPUS = 2
 _LOOK = 0.5                 # seconds between two looks at the dirty rate
-_LOOKS = {"dirty rate": 6, "dirty limit": 6, "snapshot": 3, "verifier": 4}
+_LOOKS = {"dirty rate": 6, "dirty limit": 5, "snapshot": 2, "verifier": 3}
 _VERIFY = 0.1               # seconds between two rounds of the verifier: several in each look
 _LIMIT = 1 / 4              # of its memory, that a vCPU may dirty in a second
 _BANDWIDTH = 2.0            # times its memory, that the migration sends in a second
@@ -108,7 +109,9 @@ class Demo:
         seen, there = self._seen, f"{self._seen.name}-there"
         with contextlib.ExitStack() as stack:
             stack.callback(_forget, seen.name, there)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardvmm-demo-")))
+            # Where sockets of machines are, a socket's path is short enough.
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(
+                prefix="shardvmm-demo-", dir=runtime_root().parent)))
             address = f"ipc://{folder}/there"
             stack.enter_context(_receiver(address, there, self._accel))
             machine = stack.enter_context(self._launch())
