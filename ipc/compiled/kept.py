@@ -117,7 +117,7 @@ def keep(source: str, kept: Kept) -> None:
     data = msgspec.msgpack.encode(kept)
     for directory in cache_directories(source):
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o755 if directory.name == "__pycache__" else 0o700, parents=True, exist_ok=True)
             if trusted(directory):
                 _write(directory, f"{source}.native", data)
                 return
