@@ -98,6 +98,18 @@ def test_its_extras_are_those_of_the_documentation() -> None:
     assert table == set(project["optional-dependencies"]) - {"dev", "docs", "bench"}
 
 
+def test_the_service_is_one(tmp_path: Path) -> None:
+    """With a program that is there."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("not installed: systemd-analyze")
+    unit = tmp_path / "shardvmm@.service"
+    text = (TOP / "docs" / "deploy" / unit.name).read_text()
+    unit.write_text(text.replace("/usr/local/bin/vmm", shutil.which("true") or "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60,
+                          check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_example_runs_from_any_directory(vmm: Callable[..., subprocess.CompletedProcess[str]],
                                             tmp_path: Path) -> None:
     for name in ("numpy.py", "ipc.py"):
