@@ -56,6 +56,8 @@ __all__ = ["ResetRequests", "RingReader"]
 
 # Who waits for reset_request, as futex(2) tells waiters apart.
 _THREAD, _VCPU = 1, 2
+#: Seconds that a vCPU at ring-full looks for its reset: a coordinator that has to wake up takes up to 200 us.
+_ANSWER = 400e-6
 
 
 class RingReader:
@@ -212,7 +214,7 @@ class ResetRequests:
         self._asked = block + VcpuControl.reset_request.offset
         self._answered = block + VcpuControl.reset_done.offset
         self._word = futex.word(self._asked)
-        self._spin = Spin()
+        self._spin = Spin(_ANSWER)
 
     @property
     def pending(self) -> int | None:
