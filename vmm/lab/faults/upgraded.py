@@ -37,9 +37,10 @@ def upgrade(machine: Machine, folder: Path, fault: Fault | None) -> bool:
     killed = fault is not None and hit and fault.kills and fault.victim == "source"
     if status and not killed:
         raise VmmError(f"vmm upgrade has ended with {status}: {said}")
-    until(lambda: _settled(machine), f"the machine goes on under its name, after: {said}")
+    until(lambda: _settled(name), f"the machine goes on under its name, after: {said}")
     if not killed and belongings(name).owner_pid() == keeper:
         raise VmmError(f"the machine has its old processes after: {said}")
+    machine.goes_on()
     return hit
 
 
@@ -58,16 +59,15 @@ def _victim(victim: str, machine: Machine, process: Process) -> int | None:
         return None     # not yet, or no longer
 
 
-def _settled(machine: Machine) -> bool:
+def _settled(name: str) -> bool:
     """It has its name, and nobody is at work to give it other processes."""
-    between = between_name(machine.name)
-    if is_running(between) or belongings(between).left():
+    between = between_name(name)
+    if is_running(between) or belongings(between).left() or not is_running(name):
         return False
     try:
-        status = machine.status()
+        with Machine.attach_pinned(name) as machine:
+            status = machine.status()
     except VmmError:
-        if not is_running(machine.name):
-            return False
-        raise
+        return False        # one is going, or has just come
     return (status["state"] in ("running", "paused") and not status["handed_over"] and
             not any(each["what"] == "lease" for each in status["holders"]))
