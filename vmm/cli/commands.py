@@ -43,6 +43,7 @@ _MODULES = {
     "snapshot": {"snapshot": "snapshot"},
     "stats": {"stats": "stats"},
     "stress": {"stress": "stress"},
+    "top": {"top": "top"},
     "trace": {"trace": "trace"},
     "watch": {"watch": "watch"}}
 _ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
