@@ -97,9 +97,9 @@ def _line(sample: Stats) -> str:
     fills = [v.ring_fill for v in sample.vcpus if v.ring_fill is not None]
     parts = [f"{sample.elapsed_s:9.1f} s  {sample.state}, {running}/{len(sample.vcpus)} vCPUs",
              f"{_count(sample.exits_per_s)} exits/s",
-             f"{_megabytes(sample.dirty_pages_per_s)} dirtied" if sample.logging else "not logged"]
+             f"{_megabytes(sample.dirty_pages_per_s)} logged" if sample.logging else "not logged"]
     if sample.distinct_pages_per_s is not None:
-        parts.append(f"{_megabytes(sample.distinct_pages_per_s)} distinct")
+        parts.append(f"{_megabytes(sample.distinct_pages_per_s)} dirtied")
     if fills:
         parts.append(f"rings at most {max(fills):.0%} full, {_count(sample.ring_full_exits_per_s)} full/s")
     for what, share in (("stalled", sample.stalled), ("throttled", sample.throttled),
@@ -107,9 +107,9 @@ def _line(sample: Stats) -> str:
         if share:
             parts.append(f"{share:.1%} {what}")
     if sample.migration is not None:
-        parts.append(f"migration {sample.migration.status}, {sample.migration.rounds} rounds, "
+        parts.append(f"migration {sample.migration.status}, rounds {sample.migration.rounds}, "
                      f"{sample.migration.remaining / 1e6:,.1f} MB left")
-    parts += [f"snapshot into {each.directory}, round {each.rounds}, {each.done / 1e6:,.1f} of "
+    parts += [f"snapshot into {each.directory}, rounds {each.rounds}, {each.done / 1e6:,.1f} of "
               f"{each.total / 1e6:,.1f} MB" for each in sample.snapshots]
     return "  ".join(parts)
 

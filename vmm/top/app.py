@@ -172,8 +172,11 @@ class TopApp(App[None]):
         self.activity.show("\n".join(text.activity(stats)))
         self.activity.display = bool(self.activity.shown)
         if stats.seconds:
-            rate = stats.dirty_pages_per_s if stats.distinct_pages_per_s is None else stats.distinct_pages_per_s
-            self.dirtied.add(rate, "not tracked" if stats.tracking == "none" else "- (d: measure)")
+            if stats.distinct_pages_per_s is not None or not stats.logging:
+                self.dirtied.add(stats.distinct_pages_per_s,
+                                 "not tracked" if stats.tracking == "none" else "- (d: measure)")
+            else:
+                self.dirtied.add(stats.dirty_pages_per_s, title="logged")
             self.exits.add(stats.exits_per_s)
             self.stalled.add(stats.stalled)
         self.vcpus.show([text.vcpu_row(each) for each in stats.vcpus])

@@ -101,11 +101,11 @@ def activity(stats: Stats) -> list[str]:
     if stats.migration is not None:
         m = stats.migration
         downtime = "unknown" if m.expected_downtime_s is None else _time(m.expected_downtime_s)
-        lines.append(f"migration {m.direction} {m.status}: {m.rounds} rounds, {m.remaining / 1e6:,.1f} MB left, "
+        lines.append(f"migration {m.direction} {m.status}: rounds {m.rounds}, {m.remaining / 1e6:,.1f} MB left, "
                      f"downtime {downtime}, {m.peer}")
     for s in stats.snapshots:
         share = percent(s.done / s.total if s.total else None)
-        lines.append(f"snapshot: round {s.rounds}, {s.done / 1e6:,.1f} of {s.total / 1e6:,.1f} MB ({share}), "
+        lines.append(f"snapshot: rounds {s.rounds}, {s.done / 1e6:,.1f} of {s.total / 1e6:,.1f} MB ({share}), "
                      f"{s.directory}")
     return lines
 

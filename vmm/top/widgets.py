@@ -59,11 +59,11 @@ class Graph(Vertical):
         yield self.now
         yield self.bars
 
-    def add(self, value: float | None, unknown: str = "-") -> None:
-        """One more sample. ``unknown``: what None means."""
+    def add(self, value: float | None, unknown: str = "-", *, title: str = "") -> None:
+        """One more sample. ``unknown``: what None means. ``title``: what this one is, if it is something else."""
         self._values.append(value or 0.0)
         self._draw()
-        text = f"{self._title} {unknown if value is None else self._form(value)}"
+        text = f"{title or self._title} {unknown if value is None else self._form(value)}"
         most = f" (most {self._form(max(self.bars.data or [0.0]))})"
         self.now.show(text + (most if value is not None and len(text + most) <= self.size.width else ""))
 
