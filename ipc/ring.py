@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .layout import MAX_SLOTS, RING_PAGE_OFFSET, RING_RESERVE, DirtyGfn, VcpuControl
+from .layout import DIRTY_GFN_F_DIRTY, MAX_SLOTS, RING_PAGE_OFFSET, RING_RESERVE, DirtyGfn, VcpuControl
 from .linux import futex
 from .shm import Segment
 from .spin import Spin, fence
@@ -136,6 +136,23 @@ class RingReader:
     def countable(self) -> bool:
         """Its totals are such as can be."""
         return 0 <= self.outstanding <= self.entries
+
+    @property
+    def filled(self) -> int:
+        """Entries that are not free: those that await their reset, and those that have not been harvested. The latter
+        follow one another from the fetch index on, so their end is found by halving; nothing in the ring changes."""
+        if not self.address or not self.countable:
+            return 0
+        outstanding, fetch = self.outstanding, int(self._control.fetch_total)
+        first, last = 0, self.entries - outstanding
+        while first < last:
+            middle = (first + last) // 2
+            entry = self.address + (fetch + middle) % self.entries * ctypes.sizeof(DirtyGfn)
+            if ctypes.c_uint32.from_address(entry).value & DIRTY_GFN_F_DIRTY:     # DirtyGfn.flags
+                first = middle + 1
+            else:
+                last = middle
+        return outstanding + first
 
     # --- harvest, reset -----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
     client/, consumers/
                     a program's end: ``Machine``, and who needs dirty pages
     cli/, lab/      the command line; measuring
+    serve/, top/    metrics for Prometheus; a machine as it runs, on a terminal
     guests/         the sample guests
 
 The Python API is ``vmm.Machine``, ``vmm.load_config``, ``vmm.VmmError``, and the modules ``vmm.snapshot``,

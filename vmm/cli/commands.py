@@ -32,6 +32,7 @@ _MODULES = {
     "compare": {"compare": "compare"},
     "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
               "working-set": "working_set"},
+    "exporter": {"exporter": "exporter"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop",
                  "upgrade": "upgrade", "wait": "wait"},
     "migrate": {"migrate": "migrate"},
@@ -40,7 +41,9 @@ _MODULES = {
     "programs": {"maps": "maps", "strace": "strace"},
     "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
+    "stats": {"stats": "stats"},
     "stress": {"stress": "stress"},
+    "top": {"top": "top"},
     "trace": {"trace": "trace"},
     "watch": {"watch": "watch"}}
 _ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
@@ -79,25 +82,34 @@ def cli() -> None:
                    "trace.)")
 @click.option("--trace-file", type=click.Path(dir_okay=False), default="",
               help="Write trace events to this file instead of standard error.")
+@click.option("--metrics", metavar="ADDRESS",
+              help="Serve metrics for Prometheus until the machine ends, at PORT (of 127.0.0.1), HOST:PORT, :PORT or "
+                   "unix:PATH.")
+@click.option("--dirty-rate", "dirty_rate", is_flag=True,
+              help="With --metrics: also measure the dirty rate. The machine logs for it, and each scrape flushes.")
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
-           trace_file: str, as_json: bool) -> int:
+           trace_file: str, metrics: str | None, dirty_rate: bool, as_json: bool) -> int:
     """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
     from ..client.config import load_config
     from ..client.forwarding import HostPorts
     from ..client.machine import Machine
+    from .exporter import MetricsPort
 
     if trace and detach and not trace_file:
         raise VmmError("--trace with --detach needs --trace-file: a detached machine has no terminal to write to")
+    if dirty_rate and metrics is None:
+        raise VmmError("--dirty-rate is measured for metrics: give --metrics ADDRESS, too")
     machine_config = load_config(config, list(overrides), name=name)
     wanted = [] if machine_config.guest is None else machine_config.guest.forward
-    with HostPorts([] if detach else wanted) as ports:
+    with HostPorts([] if detach else wanted) as ports, MetricsPort(metrics, dirty_rate=dirty_rate) as port:
         machine = Machine.launch(machine_config, trace=list(trace),
                                  trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
                                  start=detach)
         if not detach:
-            with machine, forwarding(machine.name, ports):
+            with machine, forwarding(machine.name, ports), port.serving(machine.name):
                 return run_or_leave(machine, False, as_json)
+        port.leave(machine.name)
         status = run_or_leave(machine, True, as_json)
         note_forward(machine.name, wanted)
         return status
@@ -280,13 +292,18 @@ def gc(name: str | None, logs: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["config", "report"]), default="config")
+@click.argument("what", type=click.Choice(["config", "report", "stats"]), default="config")
 def schema(what: str) -> None:
-    """Print a JSON schema. It is that of the configuration file, or of a machine's report (vmm status --json)."""
+    """Print a JSON schema. It is that of the configuration file, of a machine's report (vmm status --json), or of a
+    sample (vmm stats --json-lines)."""
     if what == "report":
         from ..machine.report import report_schema
 
         print_json(report_schema())
+    elif what == "stats":
+        from ..consumers.stats import stats_schema
+
+        print_json(stats_schema())
     else:
         from ..client.config import config_schema
 

@@ -268,9 +268,10 @@ class Machine:
         """Release an ended machine that lingers for its report (which is kept on disk). Raises VmmError."""
         self._client.ask(verbs.Release)
 
-    def status(self) -> dict[str, Any]:
-        """The report so far (vmm/machine/report.py); the same document as ``wait`` returns. Raises VmmError."""
-        return self._client.ask(verbs.Status)
+    def status(self, timeout: float = 30.0) -> dict[str, Any]:
+        """The report so far (vmm/machine/report.py); the same document as ``wait`` returns. Raises VmmError, also when
+        the coordinator has not answered within ``timeout`` seconds."""
+        return self._client.ask(verbs.Status, timeout=timeout)
 
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
