@@ -4,6 +4,7 @@
     rate.py         dirty rate
     workingset.py   which pages are dirtied when
     trace.py        recording of dirty traces
+    events/         what a machine does, event by event
     snapshot/       full and incremental snapshots
     missing.py      pages that come while the guest runs already
     pages.py        which pages are zero, and which follow one another
