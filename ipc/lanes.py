@@ -41,7 +41,7 @@ class Kind(IntEnum):
     THROTTLE_BEGIN = 5  # for its dirty limit
     THROTTLE = 6
     # of the coordinator
-    KICK = 16           # of the reaper, by a full ring
+    REAP_KICKED = 16    # as REAP, of one that a full ring has kicked the reaper for
     REAP_VCPU = 17      # who: vCPU; value: entries harvested, and << 32 those in its ring that await their reset
     RESET = 18          # value: entries that the rings were asked to free
     REAP = 19           # who: microseconds until the next one is due; value: entries
