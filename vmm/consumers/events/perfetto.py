@@ -1,4 +1,4 @@
-"""Events as a trace that Perfetto (https://ui.perfetto.dev) and chrome://tracing open: the Trace Event Format's JSON
+"""Events as a trace that Perfetto (https://ui.perfetto.dev) opens, as older Chromiums do: the Trace Event Format's JSON
 object (Google, "Trace Event Format", the one of catapult), in which times are microseconds.
 
 What takes time is a slice, what does not an instant; entries in a ring and the reaper's interval are counters. Three
