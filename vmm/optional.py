@@ -8,6 +8,8 @@ from typing import Any
 from .errors import VmmError
 
 __all__ = ["MissingPackage", "cryptography", "figure", "lz4_block", "prometheus", "ray", "textual"]
+__all__ = ["MissingPackage", "cryptography", "figure", "jinja2", "lz4_block", "matplotlib",
+           "matplotlib_colors", "matplotlib_ticker", "ray"]
 
 
 class MissingPackage(VmmError):
@@ -27,6 +29,26 @@ def figure(**options: Any) -> Any:
     made = _load("matplotlib.figure", "plots", "plotting").Figure(**options)
     _load("matplotlib.backends.backend_agg", "plots", "plotting").FigureCanvasAgg(made)
     return made
+
+
+def matplotlib() -> Any:
+    """The module matplotlib. Raises MissingPackage."""
+    return _load("matplotlib", "plots", "plotting")
+
+
+def matplotlib_ticker() -> Any:
+    """The module matplotlib.ticker. Raises MissingPackage."""
+    return _load("matplotlib.ticker", "plots", "plotting")
+
+
+def matplotlib_colors() -> Any:
+    """The module matplotlib.colors. Raises MissingPackage."""
+    return _load("matplotlib.colors", "plots", "plotting")
+
+
+def jinja2() -> Any:
+    """The module jinja2. Raises MissingPackage."""
+    return _load("jinja2", "report", "vmm report")
 
 
 def lz4_block() -> Any:

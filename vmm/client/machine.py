@@ -31,7 +31,7 @@ from ..machine.spec import MachineSpec
 from . import holds
 from .connection import ControlClient
 from .launch import Launched
-from .views import Bitmaps, Memory
+from .views import Bitmaps, Lanes, Memory
 
 if TYPE_CHECKING:
     import subprocess
@@ -87,12 +87,12 @@ class Machine:
     """
 
     def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False,
-                 pinned: int | None = None) -> None:
+                 pinned: int | None = None, past: bool = False) -> None:
         self.name = name
         self._launched = launched
         self._detached = detached       # a launched one that lives on without this process once it runs
         self._pinned = launched.keeper.pid if launched is not None else pinned
-        self._client = self._connect(0 if launched is not None else -1)
+        self._client = self._connect(0 if launched is not None or past else -1)
         self._memory = Memory(self._client, name)
         self._bitmaps = Bitmaps(self._client, name)
         self._report: dict[str, Any] | None = None
@@ -164,12 +164,13 @@ class Machine:
         return machine
 
     @classmethod
-    def attach(cls, name: str) -> Machine:
+    def attach(cls, name: str, *, past: bool = False) -> Machine:
         """Connect to a running machine; one that is being upgraded is waited for, and one that is upgraded later stays
-        connected. Raises VmmError when there is none of that name, or it is not a valid name."""
+        connected. ``past``: its ``events`` begin with the first that is kept, not with those from now on. Raises
+        VmmError when there is none of that name, or it is not a valid name."""
         if not await_upgrade(name):
             raise records.no_machine(name)
-        return cls(name)
+        return cls(name, past=past)
 
     @classmethod
     def attach_pinned(cls, name: str) -> Machine:
@@ -276,8 +277,8 @@ class Machine:
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
         warning, ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has
-        their fields. Stops after ``timeout`` seconds without one. Raises VmmError when the machine goes away in
-        between."""
+        their fields; all but dropped have ``at``. Stops after ``timeout`` seconds without one. Raises VmmError when
+        the machine goes away in between."""
         while True:
             event = self._client.event(_FOREVER if timeout is None else timeout)
             if event is not None:
@@ -286,6 +287,10 @@ class Machine:
                     return
             elif timeout is not None:
                 return
+
+    def lanes(self) -> Lanes:
+        """What its processes have written down of late: reaps, stalls, verbs (ipc/lanes.py). Raises VmmError."""
+        return Lanes(self.name)
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
         """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that

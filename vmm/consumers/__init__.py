@@ -5,6 +5,7 @@
     stats.py        samples of a machine as it runs
     workingset.py   which pages are dirtied when
     trace.py        recording of dirty traces
+    events/         what a machine does, event by event
     snapshot/       full and incremental snapshots
     missing.py      pages that come while the guest runs already
     pages.py        which pages are zero, and which follow one another

@@ -4,4 +4,5 @@
     compare/        the same guest under each mode of dirty tracking (``vmm compare``)
     cluster/        points that are independent, on this host or on those of a Ray cluster
     stress/         a sweep over what a machine's speed depends on (``vmm stress``)
+    report/         pages and figures of what was measured (``vmm report``)
 """
