@@ -32,6 +32,7 @@ _MODULES = {
     "compare": {"compare": "compare"},
     "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
               "working-set": "working_set"},
+    "fleet": {"fleet": "fleet"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop",
                  "upgrade": "upgrade", "wait": "wait"},
     "migrate": {"migrate": "migrate"},
