@@ -34,6 +34,7 @@ _MODULES = {
               "working-set": "working_set"},
     "exporter": {"exporter": "exporter"},
     "events": {"events": "events"},
+    "fleet": {"fleet": "fleet"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop",
                  "upgrade": "upgrade", "wait": "wait"},
     "migrate": {"migrate": "migrate"},
