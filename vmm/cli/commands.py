@@ -38,6 +38,7 @@ _MODULES = {
     "predict": {"predict": "predict"},
     "program": {"root": "make_root", "run": "run_program"},
     "programs": {"maps": "maps", "strace": "strace"},
+    "qmp": {"qmp": "qmp"},
     "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
     "stress": {"stress": "stress"},
@@ -79,9 +80,11 @@ def cli() -> None:
                    "trace.)")
 @click.option("--trace-file", type=click.Path(dir_okay=False), default="",
               help="Write trace events to this file instead of standard error.")
+@click.option("--qmp", "qmp_socket", type=click.Path(dir_okay=False),
+              help="Serve QMP at this Unix socket, as vmm qmp does.")
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
-           trace_file: str, as_json: bool) -> int:
+           trace_file: str, qmp_socket: str | None, as_json: bool) -> int:
     """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
     from ..client.config import load_config
     from ..client.forwarding import HostPorts
@@ -94,7 +97,17 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
     with HostPorts([] if detach else wanted) as ports:
         machine = Machine.launch(machine_config, trace=list(trace),
                                  trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
-                                 start=detach)
+                                 start=False)
+        try:
+            if qmp_socket is not None:
+                from .qmp import start_qmp
+
+                start_qmp(machine.name, qmp_socket)
+            if detach:
+                machine.start()
+        except BaseException:
+            machine.close()
+            raise
         if not detach:
             with machine, forwarding(machine.name, ports):
                 return run_or_leave(machine, False, as_json)
