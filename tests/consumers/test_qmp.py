@@ -230,6 +230,10 @@ def test_a_migration_as_qemu_tells_it(machine: Machine, path: Path, address: str
 def test_a_migration_is_cancelled_and_the_machine_goes_on(machine: Machine, session: Session, address: str) -> None:
     machine.write(4 << 20, bytes(range(1, 256)) * (8 << 12))
     assert session.ask("migrate-cancel") == {}      # nothing to cancel: as QEMU
+    session.ask("migrate", uri="unix:/nobody")
+    assert session.ask("query-migrate")["status"] == "setup"
+    session.ask("migrate-cancel")
+    assert session.ask("query-migrate")["status"] == "cancelled"
     receiver = Receiver(address, accel="unicorn")
     session.ask("migrate-set-parameters", max_bandwidth=200_000)
     session.ask("migrate", uri="unix:" + address.removeprefix("ipc://"))

@@ -102,8 +102,11 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Machine.attach(name) as machine:
-            (recover if resume else migrate)(machine, address, msgspec.json.decode(options, type=Options),
-                                             migration_id=migration_id)
+            asked = msgspec.json.decode(options, type=Options)
+            if resume:
+                recover(machine, address, asked, migration_id=migration_id)
+            else:
+                migrate(machine, address, asked, migration_id=migration_id, early=True)
     except VmmError as exc:
         print(f"vmm: error: {exc}", file=sys.stderr)
         return int(exc.exit_code)
