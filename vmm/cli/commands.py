@@ -42,6 +42,7 @@ _MODULES = {
     "program": {"root": "make_root", "run": "run_program"},
     "programs": {"maps": "maps", "strace": "strace"},
     "report": {"report": "report"},
+    "qmp": {"qmp": "qmp"},
     "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
     "stats": {"stats": "stats"},
@@ -90,9 +91,11 @@ def cli() -> None:
                    "unix:PATH.")
 @click.option("--dirty-rate", "dirty_rate", is_flag=True,
               help="With --metrics: also measure the dirty rate. The machine logs for it, and each scrape flushes.")
+@click.option("--qmp", "qmp_socket", type=click.Path(dir_okay=False),
+              help="Serve QMP at this Unix socket, as vmm qmp does.")
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
-           trace_file: str, metrics: str | None, dirty_rate: bool, as_json: bool) -> int:
+           trace_file: str, metrics: str | None, dirty_rate: bool, qmp_socket: str | None, as_json: bool) -> int:
     """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
     from ..client.config import load_config
     from ..client.forwarding import HostPorts
@@ -108,7 +111,17 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bo
     with HostPorts([] if detach else wanted) as ports, MetricsPort(metrics, dirty_rate=dirty_rate) as port:
         machine = Machine.launch(machine_config, trace=list(trace),
                                  trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
-                                 start=detach)
+                                 start=False)
+        try:
+            if qmp_socket is not None:
+                from .qmp import start_qmp
+
+                start_qmp(machine.name, qmp_socket)
+            if detach:
+                machine.start()
+        except BaseException:
+            machine.close()
+            raise
         if not detach:
             with machine, forwarding(machine.name, ports), port.serving(machine.name):
                 return run_or_leave(machine, False, as_json)

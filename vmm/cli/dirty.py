@@ -37,12 +37,10 @@ _MIB = 1 << 20
 @json_option
 def dirty_rate(machine: Machine, seconds: float, mode: Any, unchanged: bool, watch: bool, as_json: bool) -> None:
     """Measure how fast the guest dirties memory. Other users of the dirty log are not affected."""
-    from ..consumers.rate import check_time, measure
+    from ..consumers.rate import best_mode, check_time, measure
 
     check_time(seconds)
-    status = machine.status()
-    logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
-    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
+    mode = mode or best_mode(machine)
     while True:
         rate = measure(machine, seconds, mode, unchanged=unchanged)
         if as_json:
