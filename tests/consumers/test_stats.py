@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from command import vmm, vmm_here
-from machines import changed_pages, replace, spec, until
+from machines import ANY, changed_pages, replace, spec, until
 from migrations import TIMEOUT, Receiver
 
 from vmm.client.machine import Machine
@@ -23,6 +23,11 @@ from vmm.consumers.stats import Sample, Sampler, Stats
 from vmm.errors import VmmError
 from vmm.machine.spec import MachineSpec, ReaperSpec
 from vmm.migrate import Options, migrate
+
+
+@pytest.fixture(params=ANY)
+def accel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def busy(accel: str, **more: Any) -> MachineSpec:

@@ -143,6 +143,7 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
 # --- which machines -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_all_machines_are_served_and_those_that_have_ended_no_longer() -> None:
     machines = [busy("unicorn", "one", vcpus=1), busy("unicorn", "two", vcpus=1)]
     with exporter("--listen", "0") as (url, _):
@@ -280,6 +281,7 @@ def test_a_port_in_use_is_said_before_anything_is_started(config: str) -> None:
     assert vmm("launch", config, "--dirty-rate").returncode == 2
 
 
+@pytest.mark.long
 def test_who_does_not_speak_http_disturbs_nobody(accel: str) -> None:
     with Machine.launch(busy(accel)), exporter("--listen", "0") as (url, _):
         port = int(url.rpartition(":")[2].partition("/")[0])
