@@ -143,6 +143,7 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
 # --- which machines -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_all_machines_are_served_and_those_that_have_ended_no_longer() -> None:
     machines = [busy("unicorn", "one", vcpus=1), busy("unicorn", "two", vcpus=1)]
     with exporter("--listen", "0") as (url, _):
@@ -269,6 +270,14 @@ def test_a_detached_machine_serves_until_it_ends(config: str, runtime_dir: Path)
     until(lambda: gone(path), "its socket goes")
 
 
+def test_a_detached_machine_that_ends_at_once_leaves_no_socket(tmp_path: Path, runtime_dir: Path) -> None:
+    """Before the process that is to serve has begun to look for it."""
+    config, path = tmp_path / "m.yaml", runtime_dir / "metrics"
+    config.write_text("vcpus: 1\naccel: unicorn\nmemory: [{size: 4MiB}]\nguest: {workload: hello}\n")
+    assert vmm("launch", str(config), "--detach", "--metrics", f"unix:{path}").returncode == 0
+    until(lambda: gone(path), "its socket goes")
+
+
 def test_a_port_in_use_is_said_before_anything_is_started(config: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -280,6 +289,7 @@ def test_a_port_in_use_is_said_before_anything_is_started(config: str) -> None:
     assert vmm("launch", config, "--dirty-rate").returncode == 2
 
 
+@pytest.mark.long
 def test_who_does_not_speak_http_disturbs_nobody(accel: str) -> None:
     with Machine.launch(busy(accel)), exporter("--listen", "0") as (url, _):
         port = int(url.rpartition(":")[2].partition("/")[0])

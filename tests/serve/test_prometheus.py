@@ -8,7 +8,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def prometheus(target: str, folder: Path) -> Iterator[str]:
-    """It scrapes ``target`` five times a second; the address of its API."""
+    """It scrapes ``target`` twice a second; the address of its API."""
     config = folder / "prometheus.yml"
-    config.write_text(json.dumps({"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+    config.write_text(json.dumps({"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
                                   "scrape_configs": [{"job_name": "shardvmm",
                                                       "static_configs": [{"targets": [target]}]}]}))
     checked = subprocess.run(["promtool", "check", "config", str(config)], capture_output=True, text=True,
@@ -76,22 +76,29 @@ def value(api: str, text: str) -> float:
     return float(found[0]["value"][1]) if found else float("nan")
 
 
+def becomes(api: str, text: str, expected: Callable[[float], bool] | float) -> None:
+    """A scrape may come too late on a busy host: then there is nothing until the next."""
+    holds = expected if callable(expected) else lambda found: found == expected
+    until(lambda: holds(value(api, text)), text, TIMEOUT)
+
+
 def test_it_scrapes_a_machine_and_answers_questions_about_it(tmp_path: Path) -> None:
     busy = spec("stamp", accel="unicorn", writes=0, spin=50, timeout=None, mib=4)
     with Machine.launch(busy) as machine, exporter("--listen", "0", "--dirty-rate") as (url, _):
         machine.dirty_limit(100_000)
         target = url.removeprefix("http://").removesuffix("/metrics")
         with prometheus(target, tmp_path) as api:
-            rate = 'rate(shardvmm_machine_dirtied_bytes_total{machine="t"}[2s])'
-            until(lambda: value(api, rate) > 0, "there is a dirty rate", TIMEOUT)
-            assert value(api, "up") == 1
-            assert value(api, "sum(rate(shardvmm_vcpu_guest_entries_total[2s])) > bool 0") == 1
-            assert value(api, "count(shardvmm_vcpu_dirty_limit_bytes_per_second)") == 2
-            assert value(api, 'shardvmm_slot_size_bytes{slot="0"}') == machine.status()["slots"][0]["size"]
-            assert value(api, "sum(shardvmm_machine_vcpus)") == 2
-            known = {m["metric"]["__name__"] for m in query(api, '{__name__=~"shardvmm_.*"}')}
+            rate = 'rate(shardvmm_machine_dirtied_bytes_total{machine="t"}[3s])'
+            becomes(api, rate, lambda found: found > 0)
+            becomes(api, "up", 1)
+            becomes(api, "sum(rate(shardvmm_vcpu_guest_entries_total[3s])) > bool 0", 1)
+            becomes(api, "count(shardvmm_vcpu_dirty_limit_bytes_per_second)", 2)
+            becomes(api, 'shardvmm_slot_size_bytes{slot="0"}', machine.status()["slots"][0]["size"])
+            becomes(api, "sum(shardvmm_machine_vcpus)", 2)
+            names = json.loads(fetch(f"{api}/label/__name__/values"))["data"]
+            known = {name for name in names if name.startswith("shardvmm")}
+            assert len(METRICS) // 2 < len(known)
             assert known <= {m.full_name for m in METRICS}
-            assert len(known) > len(METRICS) // 2
             # Type and help have come through as they were meant. (An info is a gauge in the text format.)
             told = json.loads(fetch(f"{api}/metadata"))["data"]
             for metric in METRICS:
@@ -100,10 +107,10 @@ def test_it_scrapes_a_machine_and_answers_questions_about_it(tmp_path: Path) -> 
                     (metric.kind, metric.help), ("gauge" if metric.kind == "info" else metric.kind, metric.help))
             for panel in json.loads(DASHBOARD.read_text())["panels"]:
                 for each in panel["targets"]:
-                    query(api, each["expr"].replace("$machine", ".*").replace("$__rate_interval", "2s"))
+                    query(api, each["expr"].replace("$machine", ".*").replace("$__rate_interval", "3s"))
             # A machine that stands still dirties nothing, and one that has ended is no longer there.
             machine.pause()
-            until(lambda: value(api, rate) == 0, "the rate falls to nothing", TIMEOUT)
+            becomes(api, rate, 0)
             machine.close()
             until(lambda: not query(api, 'shardvmm_machine_up{machine="t"}'), "it is gone", TIMEOUT)
 

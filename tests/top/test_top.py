@@ -28,7 +28,7 @@ from vmm.top.app import TopApp
 from vmm.top.text import SLOT_COLUMNS, VCPU_COLUMNS, Column, megabytes, percent, short
 from vmm.top.widgets import Rows
 
-SIZES = [(80, 24), (40, 12), (132, 43), (220, 60)]
+SIZES = [(80, 24), (40, 12), pytest.param((132, 43), marks=pytest.mark.long), (220, 60)]
 INTERVAL = 0.1
 
 
@@ -203,9 +203,8 @@ def test_a_coordinator_that_does_not_answer_stops_nothing(accel: str) -> None:
 # --- on a terminal --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("no_color", [False, True], ids=["colours", "no colours"])
-def test_on_a_terminal_little_is_sent_and_it_is_left_as_it_was(no_color: bool,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("no_color", [pytest.param(False, marks=pytest.mark.long), True], ids=["colours", "no colours"])
+def test_on_a_terminal_little_is_sent_and_it_is_left_as_it_was(no_color: bool) -> None:
     """A sample is fewer bytes than the screen has characters. With NO_COLOR, none of them says a colour."""
     with Machine.launch(busy("unicorn", log="always")), \
             Terminal("top", "t", "--interval", "200ms", columns=80,

@@ -45,17 +45,17 @@ def exporter(names: tuple[str, ...], address: str, dirty_rate: bool, dashboard: 
     from ..machine.records import no_machine
     from ..machine.runtime import await_upgrade, is_running, is_upgrading
 
-    for name in names:
-        if not await_upgrade(name):
-            raise no_machine(name)
-    with MetricsPort(address, dirty_rate=dirty_rate, inherited=inherited) as port, Interrupts() as interrupts, \
-            port.serving(*names):
-        if inherited < 0:
-            click.echo(f"metrics of {', '.join(names) or 'all machines'} at {port.shown}", err=True)
-        while not interrupts.wait(_LOOK_S):
-            if names and not any(is_running(name) or is_upgrading(name) for name in names):
-                return 0
-        return 128 + interrupts.came
+    with MetricsPort(address, dirty_rate=dirty_rate, inherited=inherited) as port:
+        for name in names:
+            if not await_upgrade(name):
+                raise no_machine(name)
+        with Interrupts() as interrupts, port.serving(*names):
+            if inherited < 0:
+                click.echo(f"metrics of {', '.join(names) or 'all machines'} at {port.shown}", err=True)
+            while not interrupts.wait(_LOOK_S):
+                if names and not any(is_running(name) or is_upgrading(name) for name in names):
+                    return 0
+            return 128 + interrupts.came
 
 
 class MetricsPort:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ipc.shm import PAGE_SIZE
-
 from ..errors import ExitCode, VmmError
 from .common import Duration, json_option, on_machine, print_json
 
@@ -19,6 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["dirty_rate_option", "interval_option", "stats"]
 
 _LEAST_S = 0.05
+_HEAD_EVERY = 20        # lines, as vmstat(8)
+
+#: And their widths: 79 characters in all. The fullest ring; shares of the time.
+_COLUMNS = (("seconds", 7), ("state", 8), ("vCPUs", 8), ("exits/s", 8), ("log MB/s", 9), ("dirty MB/s", 11),
+            ("ring", 5), ("full/s", 7), ("stalled", 8), ("limited", 8))
 
 interval_option = click.option("--interval", type=Duration(_LEAST_S), default="1s", show_default=True,
                                help="Time from one sample to the next.")
@@ -49,7 +52,7 @@ def stats(machine: Machine, interval: float, count: int | None, dirty_rate: bool
 
     if lines and as_json:
         raise VmmError("--json is one document, --json-lines one for each sample: give one of the two")
-    left = 1 if as_json else count
+    left, number = 1 if as_json else count, 0
     sampler = Sampler(machine, dirty_rate=dirty_rate)
     try:
         with Interrupts() as interrupts:
@@ -61,7 +64,8 @@ def stats(machine: Machine, interval: float, count: int | None, dirty_rate: bool
                     return 128 + interrupts.came if count is not None or as_json else ExitCode.OK
                 if (sample := _next(sampler)) is None:
                     break
-                _print(sample, lines, as_json)
+                _print(sample, number, lines, as_json)
+                number += 1
                 left = None if left is None else left - 1
     finally:
         sampler.close()
@@ -81,7 +85,7 @@ def _next(sampler: Sampler) -> Stats | None:
     return None if sample.stats.state == "ended" else sample.stats
 
 
-def _print(sample: Stats, lines: bool, as_json: bool) -> None:
+def _print(sample: Stats, number: int, lines: bool, as_json: bool) -> None:
     import msgspec
 
     if as_json:
@@ -89,34 +93,22 @@ def _print(sample: Stats, lines: bool, as_json: bool) -> None:
     elif lines:
         click.echo(msgspec.json.encode(sample).decode())
     else:
-        click.echo(_line(sample))
+        from ..top.text import activity
+
+        if number % _HEAD_EVERY == 0:
+            click.echo("".join(f"{name:>{width}}" for name, width in _COLUMNS))
+        click.echo("".join(f"{cell:>{width}}" for cell, (_, width) in zip(_cells(sample), _COLUMNS, strict=True)))
+        for each in activity(sample):
+            click.echo(f"          {each}")
 
 
-def _line(sample: Stats) -> str:
+def _cells(sample: Stats) -> tuple[str, ...]:
+    """In the order of _COLUMNS."""
+    from ..top.text import megabytes, percent, short
+
     running = sum(v.state not in ("exited", "dead") for v in sample.vcpus)
     fills = [v.ring_fill for v in sample.vcpus if v.ring_fill is not None]
-    parts = [f"{sample.elapsed_s:9.1f} s  {sample.state}, {running}/{len(sample.vcpus)} vCPUs",
-             f"{_count(sample.exits_per_s)} exits/s",
-             f"{_megabytes(sample.dirty_pages_per_s)} logged" if sample.logging else "not logged"]
-    if sample.distinct_pages_per_s is not None:
-        parts.append(f"{_megabytes(sample.distinct_pages_per_s)} dirtied")
-    if fills:
-        parts.append(f"rings at most {max(fills):.0%} full, {_count(sample.ring_full_exits_per_s)} full/s")
-    for what, share in (("stalled", sample.stalled), ("throttled", sample.throttled),
-                        ("reaping", sample.reaper.reaping)):
-        if share:
-            parts.append(f"{share:.1%} {what}")
-    if sample.migration is not None:
-        parts.append(f"migration {sample.migration.status}, rounds {sample.migration.rounds}, "
-                     f"{sample.migration.remaining / 1e6:,.1f} MB left")
-    parts += [f"snapshot into {each.directory}, rounds {each.rounds}, {each.done / 1e6:,.1f} of "
-              f"{each.total / 1e6:,.1f} MB" for each in sample.snapshots]
-    return "  ".join(parts)
-
-
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def _megabytes(pages_per_s: float | None) -> str:
-    return "-" if pages_per_s is None else f"{pages_per_s * PAGE_SIZE / 1e6:,.1f} MB/s"
+    return (f"{sample.elapsed_s:.1f}", sample.state, f"{running}/{len(sample.vcpus)}", short(sample.exits_per_s),
+            megabytes(sample.dirty_pages_per_s), megabytes(sample.distinct_pages_per_s),
+            percent(max(fills, default=None)), short(sample.ring_full_exits_per_s), percent(sample.stalled),
+            percent(sample.throttled))
