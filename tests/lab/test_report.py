@@ -22,6 +22,7 @@ from vmm.lab.report import machine as machine_kind
 from vmm.lab.report import migration as migration_kind
 from vmm.lab.report.document import bytes_text, count_text, seconds_text, unique_keys
 from vmm.lab.report.events import section as events_section
+from vmm.lab.report.style import colour
 
 KINDS = ["machine", "migration", "prediction", "stress", "compare", "working-set", "events"]
 
@@ -134,6 +135,17 @@ def test_figures_for_papers(kind: str, form: str, kinds: dict[str, Path], tmp_pa
                        for label in labels), labels
 
 
+def test_names_at_axes_are_names(whole: str) -> None:
+    """Numbers are written in digits, and what is no number as it was given."""
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", whole))
+    assert texts >= {"64 MiB, 2 vCPUs, spin 0, ring 4,096, 100 ms", "vCPU 0", "50,000", "≤ 400 µs", "4"}
+
+
+def test_no_two_lines_look_alike() -> None:
+    styles = [colour(number) for number in range(10)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
+
+
 def test_two_of_a_kind_have_names_of_their_own(kinds: dict[str, Path], tmp_path: Path) -> None:
     for name in ("one.html", "two.html"):
         done = vmm_here("report", str(kinds["events"]), str(kinds["events"]), "--output", str(tmp_path / name))
@@ -197,6 +209,8 @@ def test_a_migrations_numbers() -> None:
     assert found.outcome == "It was completed in 3.2 s; the guest stood still for 120 ms."
     rates = found.figures[0]
     assert rates.says.startswith("In 1 of 3 rounds the guest dirtied")      # the second: 33,333 sent, 40,000 dirtied
+    time = next(figure for figure in found.figures if figure.key == "migration-time")
+    assert time.says == "set-up: 40 ms, rounds, guest running: 3 s, downtime: 120 ms, else: 40 ms."
     assert rates.data.rows[1][4] == count_text(20_000 / 0.6 * 4096 / 1e6)
     assert found.warnings == ["vCPU 0 was throttled, to 12.5 MB/s at the end"]
     late = migration_kind.section({**MIGRATION, "downtime": 400.0})

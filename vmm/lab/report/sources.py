@@ -34,7 +34,12 @@ def sections(source: str) -> list[Section]:
     if path.is_dir():
         return [_of_folder(path)]
     if source != "-" and not path.exists() and is_machine_name(source):
-        return _of_machine(source)
+        try:
+            return _of_machine(source)
+        except VmmError as exc:
+            if exc.exit_code is not ExitCode.NO_MACHINE:
+                raise
+            raise VmmError(f"{exc}, nor a file or folder {source}", ExitCode.NO_MACHINE) from None
     if source != "-":
         with open_input(path) as file:
             head = file.read(4)

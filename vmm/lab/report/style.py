@@ -26,7 +26,7 @@ Format = Literal["svg", "png"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)))
 _HATCHES = ("", "//", "..", "xx")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")     # more than colours: the seventh is no first
 _INK = "#010203"        # stands for the page's own colour of text until the drawing is text
 _FAINTEST = 0.15        # of the colours' scale, from white
 _DECADES = 1e3          # below which a logarithmic axis has more ticks than one for each
@@ -36,7 +36,7 @@ _DPI = 300              # of a PNG for a paper
 def colour(number: int) -> dict[str, Any]:
     """Of line ``number``: its colour, and how it is drawn."""
     at = number % len(COLOURS)
-    return {"color": COLOURS[at], "linestyle": _LINES[at], "marker": _MARKERS[at]}
+    return {"color": COLOURS[at], "linestyle": _LINES[at], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
 def heat_colours() -> Any:
@@ -97,7 +97,7 @@ def _number(axis: Any) -> None:
     """Ticks in digits: 25,000 and 0.1, not 2.5e4 and 10 to the -1."""
     ticker = optional.matplotlib_ticker()
     scale = axis.get_scale()
-    if isinstance(axis.get_major_formatter(), ticker.FixedFormatter) or axis.have_units():
+    if not isinstance(axis.get_major_formatter(), ticker.ScalarFormatter | ticker.LogFormatter):
         return      # they are names
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, place: f"{value:,.10g}"))
     if scale == "log":

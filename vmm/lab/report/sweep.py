@@ -47,9 +47,10 @@ def section(document: dict[str, Any]) -> Section:
                    for line, of in lines.items() for r in of])
     for key, name, title, label in _FIGURES:
         best = max(measured, key=lambda r: r["median"][key])
+        many = "s" if best["point"]["vcpus"] > 1 else ""
         found.figures.append(Figure(
             f"stress-{name}", title,
-            f"Most with {best['point']['vcpus']} vCPUs ({_line(best['point'])}): {label}: "
+            f"Most with {best['point']['vcpus']} vCPU{many} ({_line(best['point'])}): {label}: "
             f"{count_text(best['median'][key])}. Medians; bars from the least to the most of the repetitions. The "
             "dotted line is the host's number of cores.",
             _drawing(lines, key, label, host["cores"]), table, (8.0, 3.6)))
