@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ... import optional
+from ...errors import VmmError, one_line
 from .document import Figure
 
 __all__ = ["COLOURS", "Format", "bars", "colour", "drawn", "heat_colours", "inline_svg"]
@@ -74,13 +75,13 @@ def _style(ink: str, ground: str, key: str, letters: str) -> Iterator[None]:
 
 
 def drawn(figure: Figure, kind: Format) -> bytes:
-    """A file for a paper. Raises MissingPackage."""
+    """A file for a paper. Raises MissingPackage, and VmmError for numbers that cannot be drawn."""
     with _style("black", "white", figure.key, "path"):
         return _saved(figure, kind)
 
 
 def inline_svg(figure: Figure) -> str:
-    """An SVG element for a page, which needs nothing from elsewhere. Raises MissingPackage."""
+    """An SVG element for a page, which needs nothing from elsewhere. Raises what ``drawn`` does."""
     with _style(_INK, "none", figure.key, "none"):
         text = _saved(figure, "svg").decode()
     text = text[text.index("<svg"):].replace(_INK, "currentColor")
@@ -109,11 +110,15 @@ def _number(axis: Any) -> None:
 
 def _saved(figure: Figure, kind: Format) -> bytes:
     made = optional.figure(figsize=figure.size, layout="constrained")
-    figure.draw(made)
-    for axes in made.axes:
-        _number(axes.xaxis)
-        _number(axes.yaxis)
     out = io.BytesIO()
-    made.savefig(out, format=kind, dpi=_DPI if kind == "png" else 150,
-                 metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
+    try:
+        figure.draw(made)
+        for axes in made.axes:
+            _number(axes.xaxis)
+            _number(axes.yaxis)
+        made.savefig(out, format=kind, dpi=_DPI if kind == "png" else 150,
+                     metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as exc:
+        raise VmmError(f"{figure.title}: cannot be drawn with these numbers ({type(exc).__name__}: "
+                       f"{one_line(str(exc))})") from None
     return out.getvalue()
