@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ from vmm.client.machine import Machine
 from vmm.consumers.events.event import Event
 from vmm.consumers.events.lines import json_line, read_json_lines, text_line
 from vmm.consumers.events.perfetto import Tracks
+from vmm.consumers.events.stream import Stream
+from vmm.consumers.migration.upgrade import upgrade
 from vmm.errors import VmmError
 from vmm.machine.spec import ReaperSpec
 
@@ -116,6 +119,31 @@ def test_follow_ends_with_the_machine() -> None:
     assert [e["event"] for e in found].count("ended") == 1
     assert [e for e in found if e["event"] == "exit"]
     assert len({(e["at"], e["source"], e["event"], e.get("id")) for e in found}) == len(found)
+
+
+@pytest.mark.parametrize("accel", ACCELS)
+def test_follow_goes_on_with_other_processes(accel: str) -> None:
+    """When the coordinator was killed, and when the machine was upgraded: what the new ones do is told."""
+    with Machine.launch(spec("random", accel=accel, writes=0, timeout=None, log="always"), name="t", start=False) as it:
+        with contextlib.closing(Stream(watched := Machine.attach("t", past=True), 60.0)) as stream:
+            it.start()
+            os.kill(it.status()["coordinator"]["pid"], signal.SIGKILL)
+            it.pause()
+            until(lambda: bool(of(stream, "verb", verb="pause")), "the successor's verb is told")
+            it.resume()
+            upgrade("t")
+            with Machine.attach("t") as moved:
+                moved.pause()
+                until(lambda: bool(of(stream, "verb", verb="pause")), "a verb of the upgraded machine is told")
+                moved.resume()
+                moved.stop()
+            until(lambda: stream.next(0.05) is not None and stream.ended, "it has ended")
+        watched.detach()
+
+
+def of(stream: Stream, name: str, **fields: object) -> list[Event]:
+    """What has come of this kind."""
+    return [e for e in stream.next(0.05) if e.name == name and fields.items() <= e.fields.items()]
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "perfetto"])

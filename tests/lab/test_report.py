@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
 import struct
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from command import vmm_here
-from documents import MACHINE, MIGRATION, events, recording, write_all
+from documents import EVENTS, MACHINE, MIGRATION, PREDICTION, comparison, events, recording, sweep, write_all
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from machines import ACCELS, spec
 
 from vmm.client.machine import Machine
 from vmm.consumers.workingset import heat
+from vmm.errors import VmmError
 from vmm.lab.report import machine as machine_kind
 from vmm.lab.report import migration as migration_kind
 from vmm.lab.report.document import bytes_text, count_text, seconds_text, unique_keys
 from vmm.lab.report.events import section as events_section
+from vmm.lab.report.sources import sections
+from vmm.lab.report.style import colour, drawn
+from vmm.lab.stress.measure import Figures, Proof
+from vmm.lab.stress.sweep import Point, PointResult, Settings, open_results
 
 KINDS = ["machine", "migration", "prediction", "stress", "compare", "working-set", "events"]
 
@@ -134,6 +144,32 @@ def test_figures_for_papers(kind: str, form: str, kinds: dict[str, Path], tmp_pa
                        for label in labels), labels
 
 
+def test_names_at_axes_are_names(whole: str) -> None:
+    """Numbers are written in digits, and what is no number as it was given."""
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", whole))
+    assert texts >= {"64 MiB, 2 vCPUs, spin 0, ring 4,096, 100 ms", "vCPU 0", "50,000", "≤ 400 µs", "4"}
+
+
+def test_no_two_lines_look_alike() -> None:
+    styles = [colour(number) for number in range(10)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
+
+
+def test_an_interrupted_sweep_has_a_page(tmp_path: Path) -> None:
+    """Of which there is results.jsonl only; on which host it ran is not in there."""
+    point = Point(accel="replay", workload="random", params=(), ram=64 << 20, dirty_limit=None, ring=1024,
+                  reaper="adaptive", vcpus=2, machines=1, repetition=0)
+    figures = Figures(**dict.fromkeys(Figures.__dataclass_fields__, 1.0) | {"flushes": [(5.0, 1)]})
+    proof = Proof(rounds=3, checked=1, dirty=1, lost=0, surplus=0, ok=True, findings=[])
+    with open_results(tmp_path) as add:
+        add(PointResult(point, Settings(1.0, 0.1, 5, None, {}), [figures], [proof], "", 0))
+    (found,) = sections(str(tmp_path))
+    assert found.outcome == "Measured: 1 of 1 points. No page was lost."
+    assert found.warnings == ["the sweep is not complete: the same command resumes it"]
+    assert [key for key, _ in found.facts] == ["verification", "repetitions"]
+    assert drawn(found.figures[0], "svg")
+
+
 def test_two_of_a_kind_have_names_of_their_own(kinds: dict[str, Path], tmp_path: Path) -> None:
     for name in ("one.html", "two.html"):
         done = vmm_here("report", str(kinds["events"]), str(kinds["events"]), "--output", str(tmp_path / name))
@@ -158,6 +194,40 @@ def test_what_is_no_result_is_refused_in_a_line(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
         assert not (tmp_path / "out.html").exists()
     assert vmm_here("report", "nobody", "--output", str(tmp_path / "out.html")).returncode == 7
+
+
+def places(document: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Ways to all that is in it."""
+    inner: Any = ()
+    if isinstance(document, dict | list):
+        inner = document.items() if isinstance(document, dict) else enumerate(document)
+    return [at, *(place for key, value in inner for place in places(value, (*at, key)))]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_damaged_document_is_a_line_or_a_page(data: st.DataObject) -> None:
+    """Any of its values replaced by something else: never a traceback. (Drawn for some only: that takes long.)"""
+    document = copy.deepcopy(data.draw(st.sampled_from([
+        MACHINE, MIGRATION, PREDICTION, sweep(), comparison(), list(map(json.loads, EVENTS.splitlines()))])))
+    way = data.draw(st.sampled_from([place for place in places(document) if place]))
+    parent = document
+    for key in way[:-1]:
+        parent = parent[key]
+    parent[way[-1]] = data.draw(st.sampled_from([None, "x", -1, 1e300, float("inf"), float("nan"), [], {}, True, 0]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "d.json"
+        path.write_text("".join(json.dumps(line) + "\n" for line in document) if isinstance(document, list) else
+                        json.dumps(document))
+        try:
+            (found,) = sections(str(path))
+            for figure in found.figures if data.draw(st.integers(0, 3)) == 0 else ():
+                drawn(figure, "svg")
+        except VmmError as exc:
+            said = str(exc)
+        else:
+            said = found.outcome
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("accel", ACCELS)
@@ -197,6 +267,8 @@ def test_a_migrations_numbers() -> None:
     assert found.outcome == "It was completed in 3.2 s; the guest stood still for 120 ms."
     rates = found.figures[0]
     assert rates.says.startswith("In 1 of 3 rounds the guest dirtied")      # the second: 33,333 sent, 40,000 dirtied
+    time = next(figure for figure in found.figures if figure.key == "migration-time")
+    assert time.says == "set-up: 40 ms, rounds, guest running: 3 s, downtime: 120 ms, else: 40 ms."
     assert rates.data.rows[1][4] == count_text(20_000 / 0.6 * 4096 / 1e6)
     assert found.warnings == ["vCPU 0 was throttled, to 12.5 MB/s at the end"]
     late = migration_kind.section({**MIGRATION, "downtime": 400.0})

@@ -122,19 +122,26 @@ def test_it_is_fit_for_a_screen_reader(page: Page) -> None:
     assert page.evaluate("document.documentElement.lang") == "en"
 
 
-def test_numbers_are_printed_too(page: Page) -> None:
-    """What is folded away on the screen is not on paper."""
+def test_numbers_are_printed_where_they_are_unfolded(page: Page) -> None:
+    """And figures, facts and warnings always."""
+    page.evaluate("document.querySelector('details').open = true")
     page.media("print")
-    heights: list[float] = page.evaluate("[...document.querySelectorAll('details table')].map("
-                                         "t => t.getBoundingClientRect().height)")
-    assert heights
-    assert all(height > 0 for height in heights)
+    seen = page.evaluate("[...document.querySelectorAll('details table')].map(t => t.checkVisibility())")
+    assert seen[0] is True
+    assert len(seen) > 5
+    assert not any(seen[1:])
+    for selector in ("figure svg", "figcaption p", "dd", ".warnings li"):
+        assert page.evaluate(f"[...document.querySelectorAll({selector!r})].every(e => e.checkVisibility())"), selector
 
 
 @pytest.mark.parametrize("width", [360, 1600])
 def test_it_fits_a_narrow_and_a_wide_window(width: int, browser: Page, path: Path) -> None:
-    """Only tables are wider than the window, and those in a region of their own that scrolls."""
+    """Only tables and, in a narrow one, figures are wider than it, and scroll in a place of their own; no text has
+    room for a few letters only."""
     browser.open(path.as_uri(), width=width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate("[...document.querySelectorAll('.wide')].every(w => w.tabIndex === 0 && "
                             "getComputedStyle(w).overflowX === 'auto')")
+    widths = browser.evaluate("[...document.querySelectorAll('dd, dt, p')].filter(e => e.textContent.length > 20).map("
+                              "e => e.getBoundingClientRect().width)")
+    assert min(widths) > 200

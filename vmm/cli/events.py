@@ -57,9 +57,9 @@ def events(name: str, since: float, follow: bool, seconds: float | None, kind: s
     head, line, tail = _format("jsonl" if as_json else kind or "text", name)
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(Machine.attach(name, past=True))
+        interrupts = stack.enter_context(Interrupts())      # from here on, what there is is kept
         write = _writer(stack.enter_context(open_output(output)) if output is not None else None)
         stream = stack.enter_context(contextlib.closing(Stream(machine, since)))
-        interrupts = stack.enter_context(Interrupts())
         write(head)
         for batch in _batches(stream, follow, seconds, interrupts):
             write("".join(map(line, batch)))

@@ -304,6 +304,7 @@ class Machine:
 
     def lanes(self) -> Lanes:
         """What its processes have written down of late: reaps, stalls, verbs (ipc/lanes.py). Raises VmmError."""
+        self.status()       # one that was just upgraded may have its name, and not its memory yet
         return Lanes(self.name)
 
     def skip_events(self) -> None:

@@ -42,14 +42,22 @@ class Stream:
             self.ended = True
         until = time.monotonic()        # what was over by then is in the lanes by now
         found += self._marks()
-        if self.ended and self._machine.goes_on():      # it was upgraded: its new processes have lanes of their own
-            self.ended = False
-            self._lanes.close()
-            self._lanes, self._read = self._machine.lanes(), {}
+        if self.ended and self._machine.goes_on():
+            self._follow()
         found.sort(key=lambda event: event.at)
         ready = len(found) if self.ended else sum(event.at <= until for event in found)
         self._waiting = found[ready:]
         return [event for event in found[:ready] if event.at >= self._from]
+
+    def _follow(self) -> None:
+        """The machine was upgraded: its new processes have lanes of their own. Raises VmmError."""
+        self._lanes.close()
+        try:
+            self._lanes, self._read = self._machine.lanes(), {}
+            self.ended = False
+        except VmmError as exc:
+            if exc.exit_code is not ExitCode.NO_MACHINE:
+                raise
 
     def _marks(self) -> list[Event]:
         found: list[Event] = []

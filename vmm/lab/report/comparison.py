@@ -14,6 +14,8 @@ __all__ = ["rows_of", "section"]
 
 _LABEL = re.compile(r"(\d+) MiB, (\d+) vCPUs?, spin (\d+), ring (\d+), every ([0-9.e+-]+) ms")
 _PANELS = (("relative", "guest speed, without tracking = 1", False), ("collect_ms", "time to collect (ms)", True))
+_SAYS = {"relative": "Medians; bars from the least to the most of the windows, and on where they reach the edge.",
+         "collect_ms": "The median time of a sync, as its client sees it. Modes without a log have none."}
 
 
 def rows_of(kept: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,8 +49,7 @@ def section(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Section:
     for key, label, logarithmic in _PANELS:
         found.figures.append(Figure(
             f"compare-{key.replace('_', '-')}", f"{label[0].upper()}{label[1:]}, at each point",
-            "Medians; bars from the least to the most of the windows." if key == "relative" else
-            "The median time of a sync, as its client sees it. Modes without a log have none.",
+            _SAYS[key],
             _drawing(points, key, label, logarithmic), table, (8.0, 1.6 + 0.42 * len(points))))
     return found
 
@@ -71,7 +72,7 @@ def _drawing(points: dict[str, list[dict[str, Any]]], key: str, label: str, loga
                      if r["mode"] == mode and r[key] is not None]
             places = [at + (number - (len(modes) - 1) / 2) * 0.1 for at, _ in found]
             bars = [[r[key] - r["relative_low"] for _, r in found], [r["relative_high"] - r[key] for _, r in found]]
-            style = colour(number) | {"linestyle": "none"}
+            style = colour(MODES.index(mode)) | {"linestyle": "none"}
             axes.errorbar([r[key] for _, r in found], places, xerr=bars if key == "relative" else None, label=mode,
                           capsize=2, **style)
         axes.set_yticks(range(len(points)), list(points))
@@ -80,7 +81,7 @@ def _drawing(points: dict[str, list[dict[str, Any]]], key: str, label: str, loga
         if logarithmic:
             axes.set_xscale("log")
         else:
-            axes.set_xlim(0, None)
+            axes.set_xlim(0, 1.1 * max(1.0, *(r[key] for of in points.values() for r in of)))
         figure.legend(loc="outside upper left", ncols=7)
 
     return draw

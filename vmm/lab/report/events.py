@@ -91,7 +91,7 @@ def section(events: Sequence[Event], name: str) -> Section:
                               "is earlier is not complete")
     if any(of for kind in seen.waits.values() for of in kind.values()):
         found.figures.append(_timeline(seen))
-    if stalls:
+    if len(stalls) > 2:
         found.figures.append(_distribution(seen, stalls))
     if seen.fill:
         found.figures += [_fill(seen), _rate(seen)]

@@ -75,8 +75,7 @@ def _figures(report: dict[str, Any], outgoing: bool) -> list[Figure]:
             lambda figure: _draw_left(figure, report), table))
     made.append(Figure(
         "migration-time", "Where the time went",
-        f"{seconds_text(report['setup_time'] / 1e3)} to set up, {seconds_text(sum(r['seconds'] for r in rounds))} in "
-        f"{len(rounds)} rounds, {seconds_text(report['downtime'] / 1e3)} of downtime.",
+        ", ".join(f"{name}: {seconds_text(seconds)}" for name, seconds in _times(report)) + ".",
         lambda figure: _draw_time(figure, report), table, (8.0, 1.6)))
     return made
 
@@ -123,19 +122,27 @@ def _draw_left(figure: Any, report: dict[str, Any]) -> None:
         best = max(_sent(r, page) for r in rounds) / 1e6
         axes.axhline(limit / 1e3 * best, color=COLOURS[1], linestyle="--",
                      label=f"sent within {limit:,.0f} ms at {best:,.0f} MB/s")
-    axes.set(xlabel="time since the first round began (s)", ylabel="MB")
+    axes.set(xlabel="time since the first round began (s)", ylabel="left dirty (MB)")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(0, 2 * rounds[0]["pages"] * page / 1e6)
     figure.legend(loc="outside upper left", ncols=2)
 
 
+def _times(report: dict[str, Any]) -> list[tuple[str, float]]:
+    """Seconds, which add up to the total. What is sent while the guest stands still is a round too, of the downtime."""
+    total, setup, down = (report[key] / 1e3 for key in ("total_time", "setup_time", "downtime"))
+    rounds = sum(r["seconds"] for r in report["rounds"] if r["dirtied"] is not None)
+    found = [("set-up", setup)]
+    if rounds:      # else it is the target's, which does not know
+        found += [("rounds, guest running", rounds)]
+    return [*found, ("downtime", down), ("else", max(0.0, total - setup - rounds - down))]
+
+
 def _draw_time(figure: Any, report: dict[str, Any]) -> None:
     axes = figure.subplots()
-    going = sum(r["seconds"] for r in report["rounds"])
-    bars(axes, [""], [("set-up", [report["setup_time"] / 1e3]), ("rounds, guest running", [going]),
-                      ("downtime", [report["downtime"] / 1e3])])
+    bars(axes, [""], [(name, [seconds]) for name, seconds in _times(report)])
     axes.set(xlabel="time (s)", yticks=[])
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=4)
 
 
 def _latencies(report: dict[str, Any]) -> Figure:

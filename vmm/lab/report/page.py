@@ -18,7 +18,8 @@ _NUMBER = re.compile(r"-?[0-9][0-9.,]*(?: ?(?:%|µs|ms|s|B|[KMGT]iB))?|-")
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
-    """HTML. Every section's and figure's key is its own. Raises MissingPackage."""
+    """HTML. Every section's and figure's key is its own. Raises MissingPackage, and VmmError for numbers that cannot be
+    drawn."""
     jinja2 = optional.jinja2()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)

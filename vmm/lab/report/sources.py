@@ -34,7 +34,12 @@ def sections(source: str) -> list[Section]:
     if path.is_dir():
         return [_of_folder(path)]
     if source != "-" and not path.exists() and is_machine_name(source):
-        return _of_machine(source)
+        try:
+            return _of_machine(source)
+        except VmmError as exc:
+            if exc.exit_code is not ExitCode.NO_MACHINE:
+                raise
+            raise VmmError(f"{exc}, nor a file or folder {source}", ExitCode.NO_MACHINE) from None
     if source != "-":
         with open_input(path) as file:
             head = file.read(4)
@@ -52,12 +57,10 @@ def _of_folder(path: Path) -> Section:
     results = load_results(path)
     if not results:
         raise VmmError(f"{path}: there are no results in it (of vmm stress or vmm compare)")
-    from ..hoststat import describe_host
-
     # It was interrupted before it could write more.
     rows = json.loads(json.dumps([{**row, "point": asdict(row["point"])} for row in summaries(results)]))
     return sweep.section({
-        "summary": rows, "complete": False, "model": [], "host": describe_host(),
+        "summary": rows, "complete": False, "model": [], "host": None,
         "lost_pages": sum(r.lost for r in results), "surplus_pages": sum(r.surplus for r in results)})
 
 
@@ -84,7 +87,11 @@ def _of_lines(path: Path, name: str, data: bytes) -> Section:
         known = False
     if not known:
         raise VmmError(f"{name}: is not {_KINDS}")
-    return events.section(read_json_lines(data, name), path.stem)
+    try:
+        return events.section(read_json_lines(data, name), path.stem)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
+        raise VmmError(f"{name}: has events that vmm events does not write ({type(exc).__name__}: "
+                       f"{one_line(str(exc))})") from None
 
 
 def _of_document(document: Any, name: str) -> Section:

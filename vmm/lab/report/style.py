@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ... import optional
+from ...errors import VmmError, one_line
 from .document import Figure
 
 __all__ = ["COLOURS", "Format", "bars", "colour", "drawn", "heat_colours", "inline_svg"]
@@ -26,7 +27,7 @@ Format = Literal["svg", "png"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)))
 _HATCHES = ("", "//", "..", "xx")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")     # more than colours: the seventh is no first
 _INK = "#010203"        # stands for the page's own colour of text until the drawing is text
 _FAINTEST = 0.15        # of the colours' scale, from white
 _DECADES = 1e3          # below which a logarithmic axis has more ticks than one for each
@@ -36,7 +37,7 @@ _DPI = 300              # of a PNG for a paper
 def colour(number: int) -> dict[str, Any]:
     """Of line ``number``: its colour, and how it is drawn."""
     at = number % len(COLOURS)
-    return {"color": COLOURS[at], "linestyle": _LINES[at], "marker": _MARKERS[at]}
+    return {"color": COLOURS[at], "linestyle": _LINES[at], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
 def heat_colours() -> Any:
@@ -74,13 +75,13 @@ def _style(ink: str, ground: str, key: str, letters: str) -> Iterator[None]:
 
 
 def drawn(figure: Figure, kind: Format) -> bytes:
-    """A file for a paper. Raises MissingPackage."""
+    """A file for a paper. Raises MissingPackage, and VmmError for numbers that cannot be drawn."""
     with _style("black", "white", figure.key, "path"):
         return _saved(figure, kind)
 
 
 def inline_svg(figure: Figure) -> str:
-    """An SVG element for a page, which needs nothing from elsewhere. Raises MissingPackage."""
+    """An SVG element for a page, which needs nothing from elsewhere. Raises what ``drawn`` does."""
     with _style(_INK, "none", figure.key, "none"):
         text = _saved(figure, "svg").decode()
     text = text[text.index("<svg"):].replace(_INK, "currentColor")
@@ -97,7 +98,7 @@ def _number(axis: Any) -> None:
     """Ticks in digits: 25,000 and 0.1, not 2.5e4 and 10 to the -1."""
     ticker = optional.matplotlib_ticker()
     scale = axis.get_scale()
-    if isinstance(axis.get_major_formatter(), ticker.FixedFormatter) or axis.have_units():
+    if not isinstance(axis.get_major_formatter(), ticker.ScalarFormatter | ticker.LogFormatter):
         return      # they are names
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, place: f"{value:,.10g}"))
     if scale == "log":
@@ -109,11 +110,15 @@ def _number(axis: Any) -> None:
 
 def _saved(figure: Figure, kind: Format) -> bytes:
     made = optional.figure(figsize=figure.size, layout="constrained")
-    figure.draw(made)
-    for axes in made.axes:
-        _number(axes.xaxis)
-        _number(axes.yaxis)
     out = io.BytesIO()
-    made.savefig(out, format=kind, dpi=_DPI if kind == "png" else 150,
-                 metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
+    try:
+        figure.draw(made)
+        for axes in made.axes:
+            _number(axes.xaxis)
+            _number(axes.yaxis)
+        made.savefig(out, format=kind, dpi=_DPI if kind == "png" else 150,
+                     metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None})
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as exc:
+        raise VmmError(f"{figure.title}: cannot be drawn with these numbers ({type(exc).__name__}: "
+                       f"{one_line(str(exc))})") from None
     return out.getvalue()

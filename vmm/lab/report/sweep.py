@@ -24,11 +24,12 @@ def section(document: dict[str, Any]) -> Section:
     lost, failed = document["lost_pages"], [r for r in rows if not r["repetitions"]]
     proved = sum(r["rounds"] for r in rows)
     outcome = (f"{lost:,} pages were lost." if lost else "No page was lost." if proved else "It was not verified.")
-    found = Section("stress", "Sweep", f"{len(measured)} points were measured. {outcome}")
+    found = Section("stress", "Sweep", f"Measured: {len(measured)} of {len(rows)} points. {outcome}")
     host = document["host"]
-    found.facts = [("host", f"{host['cpu']}, {host['cores']} cores, {host['memory_mib']:,} MiB, "
-                            f"Linux {host['kernel']}"),
-                   ("verification", f"{proved:,} rounds"),
+    if host is not None:
+        found.facts.append(("host", f"{host['cpu']}, {host['cores']} cores, {host['memory_mib']:,} MiB, "
+                                    f"Linux {host['kernel']}"))
+    found.facts += [("verification", f"{proved:,} rounds"),
                    ("repetitions", ", ".join(sorted({str(r["repetitions"]) for r in measured})))]
     if not document["complete"]:
         found.warnings.append("the sweep is not complete: the same command resumes it")
@@ -47,12 +48,13 @@ def section(document: dict[str, Any]) -> Section:
                    for line, of in lines.items() for r in of])
     for key, name, title, label in _FIGURES:
         best = max(measured, key=lambda r: r["median"][key])
+        many = "s" if best["point"]["vcpus"] > 1 else ""
         found.figures.append(Figure(
             f"stress-{name}", title,
-            f"Most with {best['point']['vcpus']} vCPUs ({_line(best['point'])}): {label}: "
-            f"{count_text(best['median'][key])}. Medians; bars from the least to the most of the repetitions. The "
-            "dotted line is the host's number of cores.",
-            _drawing(lines, key, label, host["cores"]), table, (8.0, 3.6)))
+            f"Most with {best['point']['vcpus']} vCPU{many} ({_line(best['point'])}): {label}: "
+            f"{count_text(best['median'][key])}. Medians; bars from the least to the most of the repetitions."
+            + (" The dotted line is the host's number of cores." if host is not None else ""),
+            _drawing(lines, key, label, None if host is None else host["cores"]), table, (8.0, 3.6)))
     if document["model"]:
         found.tables.append(Table(
             "Scaling model", ["quantity", "unit", "model", "R²", "points"],
@@ -69,7 +71,7 @@ def _line(point: dict[str, Any]) -> str:
     return f"{point['accel']}, {load}, {size_text(point['ram'])}, {ring}, {point['reaper']}{limit}"
 
 
-def _drawing(lines: dict[str, list[dict[str, Any]]], key: str, label: str, cores: int) -> Any:
+def _drawing(lines: dict[str, list[dict[str, Any]]], key: str, label: str, cores: int | None) -> Any:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for number, (line, rows) in enumerate(lines.items()):
@@ -77,7 +79,8 @@ def _drawing(lines: dict[str, list[dict[str, Any]]], key: str, label: str, cores
             bars = [[m - r["least"][key] for m, r in zip(middle, rows, strict=True)],
                     [r["most"][key] - m for m, r in zip(middle, rows, strict=True)]]
             axes.errorbar([r["point"]["vcpus"] for r in rows], middle, bars, capsize=3, label=line, **colour(number))
-        axes.axvline(cores, color="grey", linestyle=":", linewidth=1)
+        if cores is not None:
+            axes.axvline(cores, color="grey", linestyle=":", linewidth=1)
         counts = sorted({r["point"]["vcpus"] for rows in lines.values() for r in rows})
         axes.set(xlabel="vCPUs", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
