@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.consumers.migration.report import Report
@@ -17,6 +17,7 @@ documents = st.recursive(st.none() | st.booleans() | st.integers() | st.text(),
                          lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.text(), documents), max_size=5), st.sampled_from(["", " ", "\r\n", "\t\n"]),
        st.booleans(), st.lists(st.integers(0, 200), max_size=8))
 def test_values_are_the_same_however_they_are_sent(sent: list[Any], between: str, readable: bool,
