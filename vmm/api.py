@@ -65,9 +65,9 @@ class Machine(_Machine):
                detach: bool = False, start: bool = True, console: str = "lines",
                keeper: KeeperProcess | None = None) -> Self:
         """Start a machine from a configuration (``load_config``) or its file, with ``overrides`` such as ``vcpus=8``.
-        ``detach``: it lives on when this process has ended. ``start=False`` leaves the vCPUs before their first instruction
-        until ``start()``. ``trace``, ``trace_file``: trace events, by patterns, and the file that they go into. Raises
-        VmmError, with nothing left behind."""
+        ``detach``: it lives on when this process has ended. ``start=False`` leaves the vCPUs before their first
+        instruction until ``start()``. ``trace``, ``trace_file``: trace events, by patterns, and the file that they go
+        into. Raises VmmError, with nothing left behind."""
         return super().launch(as_config(config, overrides, name=name), name=name, trace=trace, trace_file=trace_file,
                               detach=detach, start=start, console=console, keeper=keeper)
 
