@@ -159,3 +159,14 @@ def test_a_file_is_launched_with_overrides(tmp_path: Path) -> None:
         assert (machine.name, len(report["vcpus"]), report["exit_code"]) == ("small", 2, 0)
     with pytest.raises(VmmError, match="overrides are for a configuration file"):
         Machine.launch(WALK, overrides=["vcpus=2"])
+
+
+def test_one_that_is_let_go_is_left_running() -> None:
+    Machine.launch(WALK, detach=True).detach()
+    with Machine.attach("source") as machine:
+        assert machine.report().state == "running"
+        machine.stop()
+    until(lambda: Machine("source").status()["state"] == "ended", "it has ended")
+    with Machine.attach("source") as machine:
+        machine.release()
+    until(lambda: nothing_left("source"), "nothing is left", TIMEOUT)

@@ -54,9 +54,9 @@ def as_config(config: MachineConfig | MachineSpec | str | os.PathLike[str], over
 class Machine(_Machine):
     """A connection to one machine. Not thread-safe: open one per thread (``another``).
 
-    A machine that was launched, restored or received here ends with its ``with`` (or ``close``) and with this process,
-    unless it is let go (``detach=True``, ``let_go``); one that was attached to keeps running. Whatever goes wrong
-    raises VmmError, whose ``exit_code`` is that of the command line.
+    A machine that was launched, restored or received here ends with its ``with`` (or ``close``). It ends with this
+    process, too, unless it is let go (``detach=True``, ``let_go``): such a one is left with ``detach()``. One that was
+    attached to keeps running. Whatever goes wrong raises VmmError, whose ``exit_code`` is that of the command line.
     """
 
     @classmethod
@@ -65,9 +65,9 @@ class Machine(_Machine):
                detach: bool = False, start: bool = True, console: str = "lines",
                keeper: KeeperProcess | None = None) -> Self:
         """Start a machine from a configuration (``load_config``) or its file, with ``overrides`` such as ``vcpus=8``.
-        ``detach``: it lives on without this process. ``start=False`` leaves the vCPUs before their first instruction
-        until ``start()``. ``trace``, ``trace_file``: trace events, by patterns, and the file that they go into. Raises
-        VmmError, with nothing left behind."""
+        ``detach``: it lives on when this process has ended. ``start=False`` leaves the vCPUs before their first
+        instruction until ``start()``. ``trace``, ``trace_file``: trace events, by patterns, and the file that they go
+        into. Raises VmmError, with nothing left behind."""
         return super().launch(as_config(config, overrides, name=name), name=name, trace=trace, trace_file=trace_file,
                               detach=detach, start=start, console=console, keeper=keeper)
 

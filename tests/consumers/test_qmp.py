@@ -249,6 +249,27 @@ def test_a_migration_is_cancelled_and_the_machine_goes_on(machine: Machine, sess
     goes_on(machine)
 
 
+def test_a_server_that_is_killed_takes_nothing_along(machine: Machine, path: Path, address: str) -> None:
+    """Neither the migration, which another server sees through, nor its place."""
+    machine.write(4 << 20, bytes(range(1, 256)) * (8 << 12))
+    receiver = Receiver(address, accel="unicorn")
+    with serving("source", path) as server, Session(path) as session:
+        session.ask("migrate-set-parameters", max_bandwidth=200_000)
+        session.ask("migrate", uri="unix:" + address.removeprefix("ipc://"))
+        until(lambda: session.ask("query-migrate")["status"] == "active", "it is active", TIMEOUT)
+        server.kill()
+        server.wait(TIMEOUT)
+    assert path.exists()
+    with serving("source", path) as server, Session(path) as session:
+        assert session.ask("query-migrate")["status"] == "active"
+        session.ask("migrate-set-parameters", max_bandwidth=0)
+        until(lambda: session.ask("query-migrate")["status"] == "completed", "it is completed", TIMEOUT)
+        receiver.result().close()
+        session.ask("quit")
+        assert session.closed()
+        assert server.wait(TIMEOUT) == 0
+
+
 def test_a_target_that_cannot_be_is_said(machine: Machine, session: Session) -> None:
     for uri, said in (("tcp:localhost:4444", "--insecure"), ("exec:cat", "write tcp:HOST:PORT or unix:PATH"),
                       ("tcp:localhost:99999999", "port"), ("tcp:localhost:1,ipv4=on", "comma"), ("unix:", "unix:PATH")):

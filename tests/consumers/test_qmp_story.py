@@ -6,17 +6,18 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.consumers.migration.report import Report
 from vmm.consumers.qmp.story import Story
-from vmm.consumers.qmp.wire import Splitter, TooLong
+from vmm.consumers.qmp.wire import Splitter, TooLong, decode_request
 
 documents = st.recursive(st.none() | st.booleans() | st.integers() | st.text(),
                          lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.text(), documents), max_size=5), st.sampled_from(["", " ", "\r\n", "\t\n"]),
        st.booleans(), st.lists(st.integers(0, 200), max_size=8))
 def test_values_are_the_same_however_they_are_sent(sent: list[Any], between: str, readable: bool,
@@ -29,6 +30,20 @@ def test_values_are_the_same_however_they_are_sent(sent: list[Any], between: str
         found += splitter.feed(text[at:cut])
         at = cut
     assert [json.loads(each or b"") for each in found] == sent
+
+
+PIECES = [b'{"execute": "stop"}', b'"', b"{", b"}", b"\\", b'{"id": [1], "x": 2}']
+
+
+@given(st.lists(st.binary() | st.sampled_from(PIECES)))
+def test_whatever_is_sent_is_a_request_or_said_to_be_none(sent: list[bytes]) -> None:
+    splitter = Splitter()
+    for piece in sent:
+        for text in splitter.feed(piece):
+            if text is not None:
+                request, _, wrong = decode_request(text)
+                assert (request is None) == bool(wrong)
+                assert wrong.isprintable()
 
 
 def test_a_control_character_begins_anew() -> None:

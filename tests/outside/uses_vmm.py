@@ -40,8 +40,8 @@ def plain(folder: Path) -> None:
         else:
             assert_type(report, vmm.MigrationReport)
             assert_type(report.ram.transferred, int)
-    with Machine.launch("machine.yaml", overrides=["vcpus=4"], detach=True) as other:
-        other.let_go()
+    other = Machine.launch("machine.yaml", overrides=["vcpus=4"], detach=True)
+    other.detach()
     assert_type(Machine.restore(folder, name="again", lazy=True), Machine)
     assert_type(Machine.receive("ipc:///tmp/here", timeout=1.0), Machine)
     assert_type(Machine.attach("one"), Machine)

@@ -188,7 +188,8 @@ class Machine:
         """``machine`` as an object of this class, which has its place: what was launched with it ends with this one."""
         launched, machine._launched = machine._launched, None
         machine.detach()
-        return cls(machine.name, launched=launched, detached=machine._detached, pinned=machine._pinned)
+        return cls(machine.name, launched=launched, detached=machine._detached, pinned=machine._pinned,
+                   after=machine._after)
 
     def another(self) -> Self:
         """Another connection of this process to the machine, for another thread; its events begin where those of this
