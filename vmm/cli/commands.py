@@ -30,6 +30,7 @@ __all__ = ["run"]
 _MODULES = {
     "clients": {"client": "client"},
     "compare": {"compare": "compare"},
+    "demo": {"demo": "demo"},
     "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
               "working-set": "working_set"},
     "exporter": {"exporter": "exporter"},
@@ -96,7 +97,8 @@ def cli() -> None:
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
            trace_file: str, metrics: str | None, dirty_rate: bool, qmp_socket: str | None, as_json: bool) -> int:
-    """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
+    """Launch a machine and run it until it ends. CONFIG is a YAML file, or the name of an example (quickstart, for
+    one); - reads standard input."""
     from ..client.config import load_config
     from ..client.forwarding import HostPorts
     from ..client.machine import Machine

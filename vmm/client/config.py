@@ -28,6 +28,7 @@ from ..machine.forwards import parse_forward
 from ..machine.names import MACHINE_NAME, check_machine_name
 from ..machine.spec import REAPERS_MAX, RamSlot
 from .explain import explain
+from .samples import find_config
 from .units import parse_duration, parse_rate, parse_size
 from .yamlfile import DEPTH_MAX, ConfigError, key_step, key_text, parse_value, read_yaml
 
@@ -312,9 +313,9 @@ def config_schema() -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, name: str | None = None) -> MachineConfig:
-    """Read and validate a file, after ``key.path=value`` overrides; ``name``: of the machine, whatever the file
-    says. Raises ConfigError."""
-    path = Path(path)
+    """Read and validate a file, or an example by its name (samples.py), after ``key.path=value`` overrides; ``name``:
+    of the machine, whatever the file says. Raises ConfigError."""
+    path = find_config(path)
     document, lines = read_yaml(path)
     set_keys: dict[tuple[str | int, ...], str] = {}
     for override in overrides or []:

@@ -1,6 +1,6 @@
 """``Machine``: launch a machine or attach to one, drive it, and look into its memory.
 
-    with Machine.launch(load_config("configs/quickstart.yaml")) as machine:
+    with Machine.launch(load_config("quickstart")) as machine:
         report = machine.wait()
 
 Everything the CLI does, it does with this class. Memory and bitmaps are numpy views of the machine's

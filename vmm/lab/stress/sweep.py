@@ -35,6 +35,7 @@ from ...client.accelerators import choose_accelerator
 from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig
 from ...client.explain import explain
 from ...client.plan import plan
+from ...client.samples import find_config
 from ...client.yamlfile import ConfigError, Lines, read_yaml
 from ...errors import VmmError
 from ...guests import WORKLOADS, WorkloadError, get_workload
@@ -251,9 +252,10 @@ class PointResult:
 
 
 def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = None, *, here: bool = True) -> Sweep:
-    """From a file (or the defaults), after flags: {key: (flag as it was given, value)}. Every point is planned, so
-    that a sweep which cannot run says so at once; not ``here``: those whose accelerator this host does not have are
-    only read. Raises ConfigError, naming file and line, or the flag."""
+    """From a file (or an example by its name, or the defaults), after flags: {key: (flag as it was given, value)}.
+    Every point is planned, so that a sweep which cannot run says so at once; not ``here``: those whose accelerator
+    this host does not have are only read. Raises ConfigError, naming file and line, or the flag."""
+    path = None if path is None else find_config(path)
     document, lines = read_yaml(path) if path is not None else ({}, {})
     given: dict[tuple[str | int, ...], str] = {}
     for key, (flag, value) in (flags or {}).items():
