@@ -15,7 +15,7 @@ from .signals import raise_on
 if TYPE_CHECKING:
     from ..client.machine import Machine
 
-__all__ = ["Interrupted", "run_or_leave"]
+__all__ = ["Interrupted", "follow_machine", "run_or_leave"]
 
 _PROGRESS_S = 0.25
 _NOTES = {
@@ -60,18 +60,12 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
         raise_on(signum, Interrupted)
     try:
         machine.start()
-        while _follow(machine, as_json) == ExitCode.STOPPED and machine.goes_on():
-            click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes, which end with this "
-                       "one only if it is interrupted", err=True)
+        follow_machine(machine, as_json, ", which end with this one only if it is interrupted")
     except Interrupted as exc:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)   # one is enough
         stopped_by = exc.signum
         machine.stop()
-    except VmmError as exc:
-        if exc.exit_code is not ExitCode.NO_MACHINE:
-            raise
-        # It has gone, and left its report.
     report = machine.wait(60.0)
     if as_json:
         print_json(report)
@@ -81,6 +75,17 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
 
         print_report(report, screen())
     return 128 + stopped_by if stopped_by else int(report["exit_code"])
+
+
+def follow_machine(machine: Machine, as_json: bool, upgraded: str = "") -> None:
+    """Show it until it ends, in whichever processes; ``upgraded``: what else there is to say of new ones."""
+    try:
+        while _follow(machine, as_json) == ExitCode.STOPPED and machine.goes_on():
+            click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes{upgraded}", err=True)
+    except VmmError as exc:
+        if exc.exit_code is not ExitCode.NO_MACHINE:
+            raise
+        # It has gone, and left its report.
 
 
 def _follow(machine: Machine, as_json: bool) -> int:
