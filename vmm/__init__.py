@@ -9,8 +9,8 @@
     cli/, lab/      the command line; measuring
     guests/         the sample guests
 
-The Python API is ``vmm.Machine``, ``vmm.load_config``, ``vmm.VmmError``, and the modules ``vmm.snapshot``,
-``vmm.migrate``, ``vmm.receive``, ``vmm.pagefile`` and ``vmm.tracefile``.
+The Python API is ``vmm.Machine``, ``vmm.load_config``, ``vmm.load_configs``, ``vmm.VmmError``, and the modules
+``vmm.snapshot``, ``vmm.migrate``, ``vmm.receive``, ``vmm.pagefile`` and ``vmm.tracefile``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .client.config import load_config
+    from .client.config import load_config, load_configs
     from .client.machine import Machine
     from .errors import VmmError
 
-__all__ = ["Machine", "VmmError", "load_config"]
+__all__ = ["Machine", "VmmError", "load_config", "load_configs"]
 
-_HOMES = {"Machine": ".client.machine", "VmmError": ".errors", "load_config": ".client.config"}
+_HOMES = {"Machine": ".client.machine", "VmmError": ".errors", "load_config": ".client.config",
+          "load_configs": ".client.config"}
 
 
 def __getattr__(name: str) -> Any:

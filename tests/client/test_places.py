@@ -59,6 +59,8 @@ def test_an_option_is_named_instead_of_the_file(tmp_path: Path) -> None:
     # Also where the value is a part of what was given, and where a later check finds it.
     (said, _), = problems(tmp_path / "m.yaml", GOOD, "reaper={interval: 1s, mode: fxed}")
     assert said.startswith("--set reaper={interval: 1s, mode: fxed}: reaper.mode: ")
+    (said, _), = problems(tmp_path / "m.yaml", GOOD, "memory.0.size=1TiB")
+    assert re.search(r":1:10: memory.0: .* overlaps the system area .* \(with --set memory.0.size=1TiB\)$", said), said
     (said, _), = problems(tmp_path / "m.yaml", GOOD, "guest.params.line=3")
     assert said.startswith("--set guest.params.line=3: guest.params.line: ")
 

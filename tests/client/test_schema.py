@@ -26,7 +26,7 @@ GOOD = {"memory": [{"size": "4MiB"}], "guest": {"workload": "hello"}}
 
 
 def valid(document: Any) -> bool:
-    return jsonschema.Draft202012Validator(config_schema()).is_valid(document)
+    return jsonschema.Draft7Validator(config_schema()).is_valid(document)
 
 
 # --- published ----------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def valid(document: Any) -> bool:
 @pytest.mark.parametrize(("name", "made"), [("config", config_schema), ("sweep", sweep_schema)])
 def test_the_published_schemas_are_the_models(name: str, made: Any) -> None:
     """vmm schema config > docs/config.schema.json; vmm schema sweep > docs/sweep.schema.json"""
-    jsonschema.Draft202012Validator.check_schema(made())
+    jsonschema.Draft7Validator.check_schema(made())
     assert json.loads((DOCS / f"{name}.schema.json").read_text()) == made()
     assert json.loads(vmm_here("schema", name).stdout) == made()
 
@@ -48,7 +48,7 @@ def test_every_example_names_its_schema_and_is_of_it(path: Path) -> None:
     schema = (path.parent / named[1]).resolve()
     assert schema == DOCS / f"{'sweep' if path.stem.startswith('stress') else 'config'}.schema.json"
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(schema.read_text()),
-                        cls=jsonschema.Draft202012Validator)
+                        cls=jsonschema.Draft7Validator)
 
 
 @pytest.mark.parametrize("change", [
@@ -152,3 +152,31 @@ def test_new_writes_no_file_over_another(tmp_path: Path) -> None:
     assert (done.returncode, path.read_text()) == (2, template("guest"))
     assert vmm_here("config", "new", "nothing").returncode == 2
     assert [line.split()[0] for line in vmm_here("config", "new").stdout.splitlines()] == list(TEMPLATES)
+
+
+# --- checked ------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_would_be_launched_and_starts_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text("accel: unicorn\nmemory: [{size: 4MiB}]\nguest: {workload: random}\ndirty_ring_size: 1024\n"
+                    "dirty_limit: 100MB/s\nreaper: {mode: fixed}\n")
+    done = vmm_here("config", "check", str(path))
+    assert done.returncode == 0
+    assert done.stdout == "m: can be launched: random on 1 vCPU (unicorn), 4 MiB, rings of 1024 entries\n"
+    assert done.stderr.startswith(f"vmm: warning: {path}:4:1: dirty_ring_size: a ring of 1024 entries is full ")
+    found = json.loads(vmm_here("config", "check", str(path), "--set", "vcpus=2", "--json").stdout)
+    machine, = found["machines"]
+    assert (machine["vcpus"], machine["memory"], len(machine["warnings"])) == (2, 4 << 20, 1)
+    assert vmm_here("list").stdout == "no machine is running\n"
+    refused = vmm_here("config", "check", str(path), "--set", "guest.workload=helo")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("vmm: error: --set guest.workload=helo: guest.workload: unknown workload")
+
+
+def test_check_of_a_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("accel: unicorn\nvcpus: [1, 2]\nring: [1024, 4096]\n")
+    assert vmm_here("config", "check", str(path)).stdout == f"{path}: a sweep of 4 points\n"
+    path.write_text("accel: unicorn\nring: [1000]\n")
+    assert f"{path}:2:8: ring.0: must be a power of two" in vmm_here("config", "check", str(path)).stderr

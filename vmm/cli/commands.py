@@ -11,11 +11,11 @@ import importlib
 import os
 import signal
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ExitCode, VmmError
+from ..errors import ExitCode, VmmError, one_line
 from .common import Size, confirm, json_option, on_machine, print_json
 from .completion import complete_ended, complete_slots
 from .examples import EXAMPLES
@@ -29,6 +29,7 @@ __all__ = ["run"]
 
 
 _RANGES = 10        # of a slot that sync prints, unless asked for others
+_PAGE_KIB = 4
 
 #: {module: {verb: its name there}}
 _MODULES = {
@@ -59,6 +60,16 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*self.commands, *_ELSEWHERE})
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            import difflib
+
+            if near := difflib.get_close_matches(args[0], self.list_commands(ctx), n=1):
+                raise click.UsageError(f"{exc.format_message()} Did you mean '{near[0]}'?", ctx) from None
+            raise
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands and cmd_name in _ELSEWHERE:
@@ -157,19 +168,19 @@ def sync(machine: Machine, client: str, ranges: int, everything: bool, as_json: 
     """Flush the dirty log and show dirty pages. These are the pages of each slot dirtied since this client's last
     sync; the first sync registers the client, and counting starts there. Ranges are of page numbers within the slot.
     With --json, all ranges are there, as first page and number of pages."""
+    is_new = client not in machine.status()["clients"]
     machine.register(client)
     result = machine.sync(client)
     if as_json:
         print_json({"name": machine.name, "client": client, "pages": result.pages,
                      "slots": {str(i): [list(r) for r in ranges] for i, ranges in result.slots.items()}})
         return
-    from ipc.shm import PAGE_SIZE
-
-    from ..tables import size_text
-
-    total = sum(map(len, result.slots.values()))
-    size = size_text(result.pages * PAGE_SIZE)
-    click.echo(f"{machine.name}, client {client}: {result.pages:,} pages dirty ({size}), in {total:,} ranges")
+    if is_new:
+        click.echo(f"{machine.name}: client {client} is new: what is dirtied is gathered for it from now on")
+    kib = result.pages * _PAGE_KIB
+    click.echo(f"{machine.name}, client {client}: {result.pages:,} pages dirty "
+               f"({f'{kib / 1024:,.1f} MiB' if kib >= 1024 else f'{kib} KiB'}), "
+               f"in {sum(map(len, result.slots.values())):,} ranges")
     for slot_id, found in result.slots.items():
         click.echo(f"slot {slot_id}: {sum(n for _, n in found):,} pages dirty")
         shown = found if everything else found[:ranges]
@@ -315,9 +326,13 @@ def run() -> int:
         for line in exc.told():
             _say(line if line.startswith(" ") else f"vmm: {line}")
         return int(exc.exit_code)
-    except click.ClickException as exc:
+    except click.exceptions.NoArgsIsHelpError as exc:
         with contextlib.suppress(OSError):
             exc.show()
+        return exc.exit_code
+    except click.ClickException as exc:
+        path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx is not None else "vmm"
+        _say(f"vmm: error: {one_line(exc.format_message(), 500).rstrip('.')} (see {path} --help)")
         return exc.exit_code
     except Interrupted as exc:
         return 128 + exc.signum

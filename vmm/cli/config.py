@@ -28,11 +28,17 @@ def config() -> None:
 @json_option
 def check(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check FILE as vmm launch would, and start nothing; - reads standard input. Also warns of choices that work badly
-    on this host. Exit status 2: it cannot be launched."""
+    on this host. The file of a sweep is checked as vmm stress would. Exit status 2: it cannot be launched."""
     from ..client.advice import advice
     from ..client.config import load_configs
     from ..client.plan import plan
 
+    if file != "-" and not overrides and _is_sweep(Path(file)):
+        from ..lab.stress.sweep import load_sweep
+
+        points = len(load_sweep(Path(file)).points())
+        print_json({"file": file, "points": points}) if as_json else click.echo(f"{file}: a sweep of {points:,} points")
+        return
     found = [(each, plan(each)) for each in load_configs(file, overrides)]
     warnings = {each.name: advice(each, spec) for each, spec in found}
     if as_json:
@@ -47,6 +53,14 @@ def check(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             if excerpt:
                 click.echo(excerpt, err=True)
         click.echo(f"{spec.name}: {_summary(spec)}")
+
+
+def _is_sweep(file: Path) -> bool:
+    """It has axes, and no memory. Raises ConfigError."""
+    from ..client.yamlfile import read_yaml
+
+    document, _ = read_yaml(file)
+    return "memory" not in document and not {"workload", "ram", "ring"}.isdisjoint(document)
 
 
 def _summary(spec: MachineSpec) -> str:

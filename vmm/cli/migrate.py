@@ -52,7 +52,8 @@ class _Migrate(click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """And those of ``start``, which are also this verb's."""
         begin = self.commands["start"]
-        records = [record for each in begin.get_params(ctx) if (record := each.get_help_record(ctx))]
+        records = [record for each in begin.get_params(ctx)
+                   if isinstance(each, click.Option) and (record := each.get_help_record(ctx))]
         with formatter.section("Options of vmm migrate NAME ADDRESS"):
             formatter.write_dl(records)
         self.format_commands(ctx, formatter)

@@ -133,8 +133,9 @@ def doctor_table(findings: list[dict[str, str]]) -> Table:
 def machines_table(machines: list[dict[str, Any]]) -> Table:
     """Reports, whole or not."""
     ended = any(m.get("ended_at") for m in machines)
-    found = table("name", "state", "accelerator", numbers=("vCPUs", "memory", "elapsed"),
-                  texts=("ended", "cause") if ended else ())
+    found = table("name", "state", "accelerator",
+                  numbers=("vCPUs", "memory", "elapsed", *(["ended"] if ended else [])),
+                  texts=("cause",) if ended else ())
     for m in machines:
         row = [m["name"], _state_text(m)]
         if "vcpus" in m:

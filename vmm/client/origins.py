@@ -95,6 +95,8 @@ class Origins:
             if at[:len(given)] == given:
                 named = key_text(at) if option.startswith("--set ") or at != given else ""
                 return Problem(f"{option}: {named}: {message}" if named else f"{option}: {message}")
+        if at and (below := [option for given, option in self.given.items() if given[:len(at)] == at]):
+            message += f" (with {', '.join(below)})"
         key = key_text(at if at and at[0] in self.shared else (*self.below, *at))
         said = f"{key}: {message}" if key else message
         place = self.place(at)

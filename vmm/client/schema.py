@@ -30,7 +30,7 @@ class PlainSchema(GenerateJsonSchema):
 
 
 def config_schema() -> dict[str, Any]:
-    """Of the file: of one machine, or of several."""
+    """Of the file: of one machine, or of several. Draft 7 is what language servers for YAML know best."""
     schema = MachineConfig.model_json_schema(schema_generator=PlainSchema)
     keys: dict[str, Any] = schema.pop("properties")
     required = schema.pop("required")
@@ -40,7 +40,7 @@ def config_schema() -> dict[str, Any]:
     several = {"description": _SEVERAL, "type": "object", "minProperties": 1,
                "propertyNames": {"pattern": keys["name"]["pattern"]},
                "additionalProperties": {"$ref": "#/$defs/MachineOfSeveral"}}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema,
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **schema,
             "properties": {**keys, _MACHINES: several}, "patternProperties": {"^x-": True},
             "anyOf": [{"required": required}, {"required": [_MACHINES]}]}
 

@@ -21,4 +21,4 @@ def sweep_schema() -> dict[str, Any]:
         if value.get("type") == "array":
             more = {name: value.pop(name) for name in ("default", "description") if name in value}
             keys[key] = {"anyOf": [value["items"], value], **more}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
