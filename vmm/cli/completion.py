@@ -6,21 +6,25 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["complete_clients", "complete_ended", "complete_keys", "complete_machines", "complete_machines_of_file",
            "complete_slots", "complete_snapshots", "complete_templates", "completion"]
 
-_Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+_Complete = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
 
 
 def _completes(find: Callable[[click.Context], Iterable[tuple[str, str]]]) -> _Complete:
     """``find`` gives (value, what it is), in the order in which they are shown."""
     @functools.wraps(find)
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         with contextlib.suppress(Exception):
             return [CompletionItem(value, help=what or None) for value, what in find(ctx)
                     if value.startswith(incomplete)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +19,7 @@ __all__ = ["Interrupted", "follow_machine", "run_or_leave"]
 
 _PROGRESS_S = 0.25
 _NOTES = {
-    "ring-rebuilt": "vCPU {vcpu}: the counts of its ring did not match ({harvested} harvested, {reset} reset); the "
-                    "ring was rebuilt, {pages_marked} pages were marked dirty",
+    "ring-rebuilt": "vCPU {vcpu}: {why}; the ring was rebuilt, {pages_marked} pages were marked dirty",
     "warning": "vmm: warning: {text}",
     "dropped": "{count} events, some of them console output, were dropped because they were not read in time (vmm "
                "logs {name} may have them)",
@@ -88,6 +87,16 @@ def follow_machine(machine: Machine, as_json: bool, upgraded: str = "") -> None:
         # It has gone, and left its report.
 
 
+def _note(name: str, event: dict[str, Any]) -> str:
+    """In words."""
+    why = ""
+    if event["event"] == "ring-rebuilt":
+        counts = event["harvested"], event["reset"]
+        why = ("its ring overflowed, or stayed full with nothing in it" if counts[0] == counts[1] else
+               "the counts of its ring did not match ({} harvested, {} reset)".format(*counts))
+    return _NOTES[event["event"]].format(name=name, why=why, **event)
+
+
 def _follow(machine: Machine, as_json: bool) -> int:
     """Console output as it comes, a progress line on a terminal, until the end; the exit status."""
     from rich.console import Console
@@ -109,7 +118,7 @@ def _follow(machine: Machine, as_json: bool) -> int:
                 elif event["event"] == "ended":
                     return int(event["exit_code"])
                 elif event["event"] in _NOTES:
-                    screen.print(_NOTES[event["event"]].format(name=machine.name, **event), markup=False)
+                    screen.print(_note(machine.name, event), markup=False, soft_wrap=True)
                 if time.monotonic() - shown >= _PROGRESS_S:
                     break
             if screen.is_terminal:
