@@ -43,6 +43,10 @@ class Terminal:
     def lines(self) -> list[str]:
         return self.text.split("\n")
 
+    def type(self, text: str) -> None:
+        """As if somebody typed it."""
+        os.write(self._controller, text.encode())
+
     def wait_for(self, what: str, times: int = 1, seconds: float = 60.0) -> None:
         """Until this was shown so many times."""
         deadline = time.monotonic() + seconds

@@ -96,7 +96,17 @@ def test_migrate_shows_the_options_that_it_has() -> None:
     assert re.search(r"(?m)^  cancel ", text)
 
 
-def test_errors_of_usage_name_the_program() -> None:
-    done = vmm_here("status")
-    assert done.returncode == 2
-    assert "vmm status" in done.stderr
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["status"], "Missing argument 'NAME' (see vmm status --help)"),
+    (["stauts", "web"], "No such command 'stauts'. Did you mean 'status'? (see vmm --help)"),
+    (["xyzzy"], "No such command 'xyzzy' (see vmm --help)"),
+    (["wait", "--vcpus", "2"], "No such option '--vcpus' (see vmm wait --help)"),
+    (["snapshot", "crate"], "No such command 'crate' (see vmm snapshot --help)"),
+])
+def test_errors_of_usage_are_one_line(arguments: list[str], said: str) -> None:
+    done = vmm_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("vmm: error: ")
+    assert done.stderr.count("\n") == 1
+    if "crate" not in arguments:        # click may suggest another there
+        assert done.stderr == f"vmm: error: {said}\n"

@@ -236,6 +236,19 @@ def test_a_list_of_machines(report: dict[str, Any], width: int) -> None:
 
 
 @wide
+def test_machines_that_have_ended_with_when_and_why(report: dict[str, Any], width: int) -> None:
+    """The time in one piece; the cause may take several lines."""
+    cause = "vcpu 1 ended: worker-died: its worker process (pid 71) was killed by signal 9 " * 2
+    report.update(name="over", ended_at="2026-11-30T06:22:30+00:00", cause=cause, exit_code=6)
+    lost = {"name": "lost", "state": "lost", "exit_code": 6, "cause": "killed", "ended_at": "2026-11-30T06:22:31+00:00"}
+    text = shown(width, lambda console: print_table(machines_table([report, lost]), console))
+    rows = read_tables(text)
+    assert [rows[name]["ended"] for name in ("over", "lost")] == [report["ended_at"], lost["ended_at"]]
+    assert squeezed(rows["over"]["cause"]) == squeezed(cause)
+    assert (rows["over"]["state"], rows["lost"]["state"]) == ("ended (6)", "lost (6)")
+
+
+@wide
 def test_what_the_doctor_found(width: int) -> None:
     findings = [Finding("kvm", "ok", "/dev/kvm can be used"),
                 Finding("/dev/shm", "warn", "0.9 GiB, 0.1 GiB free",

@@ -67,9 +67,11 @@ class _Verbs(click.Group):
         except click.UsageError as exc:
             import difflib
 
-            if near := difflib.get_close_matches(args[0], self.list_commands(ctx), n=1):
-                raise click.UsageError(f"{exc.format_message()} Did you mean '{near[0]}'?", ctx) from None
-            raise
+            # Click knows only those that have been imported.
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if args[0].startswith("-") or not near:
+                raise
+            raise click.UsageError(f"{exc.message} Did you mean '{near[0]}'?", ctx) from None
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands and cmd_name in _ELSEWHERE:
