@@ -40,7 +40,7 @@ def test_nothing_to_say(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "wanted"), [
-    (GUEST + "vcpus: 3\n", "4:1: vcpus: 3 vCPUs share the 2 cores"),
+    (GUEST + "vcpus: 3\n", "4:1: vcpus: 3 vCPUs share 2 cores"),
     # 448 entries a second is what fits: 1,024 less 576 in reserve.
     (GUEST + "dirty_ring_size: 1024\nreaper: {mode: fixed}\n",
      "4:1: dirty_ring_size: a ring of 1024 entries that is reaped every 1 s is full before that at more than 448"),
@@ -52,6 +52,13 @@ def test_nothing_to_say(tmp_path: Path, text: str) -> None:
 def test_what_works_badly(tmp_path: Path, text: str, wanted: str) -> None:
     found, = said(tmp_path / "m.yaml", text)
     assert found.startswith(wanted), found
+
+
+def test_that_cores_are_shared_is_left_out_where_it_is_not_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(GUEST + "vcpus: 3\n")
+    config = load_config(path)
+    assert advice(config, plan(config), sharing=False) == []
 
 
 @pytest.mark.parametrize("emulates", [True, False])

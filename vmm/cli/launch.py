@@ -114,5 +114,5 @@ def _warn(config: MachineConfig, machine: Machine) -> None:
     from ..client.advice import advice
 
     assert machine.spec is not None
-    for each in advice(config, machine.spec):
+    for each in advice(config, machine.spec, sharing=False):
         click.echo(f"vmm: warning: {each.text}", err=True)

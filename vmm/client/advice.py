@@ -16,16 +16,17 @@ from .origins import Problem
 __all__ = ["advice"]
 
 
-def advice(config: MachineConfig, spec: MachineSpec) -> list[Problem]:
-    """About a configuration and the machine that was planned from it; with the place of the key."""
+def advice(config: MachineConfig, spec: MachineSpec, *, sharing: bool = True) -> list[Problem]:
+    """About a configuration and the machine that was planned from it; with the place of the key. ``sharing``: also that
+    vCPUs share cores, which is often meant."""
     found: list[Problem] = []
 
     def note(key: str, text: str) -> None:
         found.extend(config.error(key, text).problems)
 
     cores = len(os.sched_getaffinity(0))
-    if spec.can.guests and spec.program is None and spec.vcpus > cores:
-        note("vcpus", f"{spec.vcpus} vCPUs share the {cores} cores that this process may use")
+    if sharing and spec.can.guests and spec.program is None and spec.vcpus > cores:
+        note("vcpus", f"{spec.vcpus} vCPUs share {cores} core{'s' if cores > 1 else ''}")
     if spec.privilege == "kernel" and registry.available(spec.accel).emulates_kernel:
         note("privilege", "kernel: this host's KVM has no hardware virtualisation and emulates CPL 0, about a million "
                           "instructions per second; user (CPL 3) runs natively")
