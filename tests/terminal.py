@@ -21,9 +21,9 @@ _FRAME = "┃│"
 
 class Terminal:
     """``vmm ARGUMENTS`` whose standard streams are a terminal so wide. ``text`` is what has been shown there,
-    without colours and cursor movements."""
+    without colours and cursor movements. ``variables``: of its environment."""
 
-    def __init__(self, *arguments: str, columns: int) -> None:
+    def __init__(self, *arguments: str, columns: int, **variables: str) -> None:
         self._controller, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -31,13 +31,19 @@ class Terminal:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vmm", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
-                env=environment | {"TERM": "xterm-256color"})
+                env=environment | {"TERM": "xterm-256color", **variables})
         finally:
             os.close(terminal)
 
     @property
     def text(self) -> str:
         return _ESCAPE.sub("", self._raw.decode(errors="replace")).replace("\r\n", "\n")
+
+    @property
+    def colours(self) -> set[int]:
+        """Those that were asked for: 30 to 37, 90 to 97 (ECMA-48, SGR)."""
+        codes = re.findall(rb"\x1b\[([0-9;]*)m", self._raw)
+        return {int(each) for code in codes for each in code.split(b";") if re.fullmatch(rb"[39][0-7]", each)}
 
     @property
     def lines(self) -> list[str]:

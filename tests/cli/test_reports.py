@@ -315,6 +315,14 @@ def test_a_launch_on_a_terminal_shows_console_progress_and_report(tmp_path: Path
     assert read_tables(shown)["1"]["exit"] == "code"
 
 
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_where_they_are_wanted(variables: dict[str, str], coloured: bool) -> None:
+    with Terminal("doctor", columns=120, **variables) as terminal:
+        terminal.wait()
+        assert bool(terminal.colours) == coloured
+        assert "kvm" in terminal.text
+
+
 def test_a_pipe_has_no_colours_and_tables_as_wide_as_120() -> None:
     done = subprocess.run([sys.executable, "-m", "vmm", "doctor"], capture_output=True, text=True, timeout=60,
                           check=False)
