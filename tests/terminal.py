@@ -21,9 +21,9 @@ _FRAME = "┃│"
 
 class Terminal:
     """``vmm ARGUMENTS`` whose standard streams are a terminal so wide. ``text`` is what has been shown there,
-    without colours and cursor movements; ``raw`` with them. ``more``: of the environment."""
+    without colours and cursor movements; ``raw`` with them. ``variables``: of its environment."""
 
-    def __init__(self, *arguments: str, columns: int, rows: int = 40, **more: str) -> None:
+    def __init__(self, *arguments: str, columns: int, rows: int = 40, **variables: str) -> None:
         self._controller, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -31,7 +31,7 @@ class Terminal:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vmm", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
-                env=environment | {"TERM": "xterm-256color"} | more)
+                env=environment | {"TERM": "xterm-256color", **variables})
         finally:
             os.close(terminal)
 
@@ -40,8 +40,18 @@ class Terminal:
         return _ESCAPE.sub("", self.raw.decode(errors="replace")).replace("\r\n", "\n")
 
     @property
+    def colours(self) -> set[int]:
+        """Those that were asked for: 30 to 37, 90 to 97 (ECMA-48, SGR)."""
+        codes = re.findall(rb"\x1b\[([0-9;]*)m", self.raw)
+        return {int(each) for code in codes for each in code.split(b";") if re.fullmatch(rb"[39][0-7]", each)}
+
+    @property
     def lines(self) -> list[str]:
         return self.text.split("\n")
+
+    def type(self, text: str) -> None:
+        """As if somebody typed it."""
+        os.write(self._controller, text.encode())
 
     def wait_for(self, what: str, times: int = 1, seconds: float = 60.0) -> None:
         """Until this was shown so many times."""
@@ -55,10 +65,6 @@ class Terminal:
         while self._read(deadline):
             pass
         return self.process.wait(seconds)
-
-    def type(self, keys: str) -> None:
-        """On the keyboard."""
-        os.write(self._controller, keys.encode())
 
     def read_for(self, seconds: float) -> None:
         """All that is shown within so long."""

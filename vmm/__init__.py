@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from . import migrate, pagefile, receive, snapshot, tracefile
     from .aio import AsyncMachine
     from .api import Machine
-    from .client.config import MachineConfig, load_config
+    from .client.config import MachineConfig, load_config, load_configs
     from .client.machine import Flushed, SyncResult, list_machines
     from .consumers.migration.report import MigrationError, Options
     from .consumers.migration.report import Report as MigrationReport
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncMachine", "DirtyRate", "ExitCode", "Flushed", "Machine", "MachineConfig", "Manifest", "MigrationError",
            "MigrationReport", "Options", "Recording", "Report", "SyncResult", "VmmError", "__version__",
-           "list_machines", "load_config", "migrate", "pagefile", "receive", "snapshot", "tracefile"]
+           "list_machines", "load_config", "load_configs", "migrate", "pagefile", "receive", "snapshot", "tracefile"]
 
 #: Where each is: module, and name there (empty: the module).
 _HOMES = {
@@ -49,7 +49,7 @@ _HOMES = {
     "Recording": (".consumers.workingset", "Recording"), "Report": (".machine.report", "Report"),
     "SyncResult": (".client.machine", "SyncResult"), "VmmError": (".errors", "VmmError"),
     "__version__": (".version", "VERSION"), "list_machines": (".client.machine", "list_machines"),
-    "load_config": (".client.config", "load_config"),
+    "load_config": (".client.config", "load_config"), "load_configs": (".client.config", "load_configs"),
     "migrate": (".migrate", ""), "pagefile": (".pagefile", ""), "receive": (".receive", ""),
     "snapshot": (".snapshot", ""), "tracefile": (".tracefile", "")}
 

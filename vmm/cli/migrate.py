@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ipc.run import python_module
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
+from .completion import complete_ended, complete_machines
 from .migrating import MigrationLines, Shown, key_options, print_report, print_status
 from .signals import raise_on
 
@@ -41,15 +43,32 @@ class _Migrate(click.Group):
             args = ["start", *args]
         return super().resolve_command(ctx, args)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """And those of ``start``, which are also this verb's."""
+        begin = self.commands["start"]
+        records = [record for each in begin.get_params(ctx)
+                   if isinstance(each, click.Option) and (record := each.get_help_record(ctx))]
+        with formatter.section("Options of vmm migrate NAME ADDRESS"):
+            formatter.write_dl(records)
+        self.format_commands(ctx, formatter)
 
-@click.group(cls=_Migrate)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What ``start`` begins with, too."""
+        begin = self.commands["start"]
+        if incomplete.startswith("-"):
+            return begin.shell_complete(click.Context(begin, parent=ctx), incomplete)
+        named = begin.params[0].shell_complete(ctx, incomplete)
+        return [*named, *super().shell_complete(ctx, incomplete)]
+
+
+@click.group(cls=_Migrate, subcommand_metavar="NAME ADDRESS | COMMAND NAME [ARGS]...")
 def migrate() -> None:
-    """Migrate a running machine to another host or name. Usage: vmm migrate NAME ADDRESS, where vmm receive is
-    waiting at ADDRESS."""
+    """Migrate a running machine to another host or name. vmm receive waits at ADDRESS (tcp://HOST:PORT or ipc://PATH).
+    A machine that is called like one of the commands is migrated by vmm migrate start NAME ADDRESS."""
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.argument("address")
 @click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]), default="none",
               show_default=True, help="Compression of memory pages.")
@@ -156,7 +175,7 @@ def _start_in_background(name: str, address: str, as_json: bool) -> None:
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_ended)
 @json_option
 def status(name: str, as_json: bool) -> None:
     """Show the progress or outcome of the last migration of machine NAME, which left this host or came to it; with the
@@ -174,7 +193,7 @@ def status(name: str, as_json: bool) -> None:
 
 
 @migrate.command("set")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.option("--bandwidth", type=_RateOrNone(), help="Bandwidth limit, or none.")
 @click.option("--downtime", type=Duration(), help="Maximum downtime of the guest.")
 @click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]),
@@ -195,7 +214,7 @@ def set_(name: str, as_json: bool, **wanted: Any) -> None:
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @json_option
 def postcopy(name: str, as_json: bool) -> None:
     """Have the migration of machine NAME go over to post-copy now. The guest resumes at the target, and the rest of its
@@ -223,7 +242,7 @@ def _text(key: str, value: Any) -> str:
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @json_option
 def cancel(name: str, as_json: bool) -> None:
     """Cancel the migration of machine NAME; it keeps running here."""

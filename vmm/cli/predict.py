@@ -13,6 +13,7 @@ from ipc.shm import PAGE_SIZE
 from .. import optional
 from ..errors import VmmError
 from .common import Duration, Rate, Size, json_option, print_json, progress_bar, recording
+from .completion import complete_machines
 
 if TYPE_CHECKING:
     from ..consumers.predict.dirtying import Guest, Memory
@@ -26,7 +27,7 @@ _LOOKS = (0.1, 1.0)         # seconds between two looks at the log, for the ring
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_machines)
 @click.option("--trace", "trace", type=click.Path(path_type=Path, exists=False),
               help="Predict from this dirty trace, instead of from machine NAME.")
 @click.option("--pid", "target", help="Predict for a process of this host, or for the VM that it runs: its id, a VM's "

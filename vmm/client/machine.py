@@ -113,6 +113,11 @@ class Machine:
         return None if self._launched is None else self._launched.keeper
 
     @property
+    def spec(self) -> MachineSpec | None:
+        """Of a machine that was launched here: what it was launched as."""
+        return None if self._launched is None else self._launched.spec
+
+    @property
     def warnings(self) -> list[str]:
         """What the user of a machine that was launched here should know (that no log is kept, for example)."""
         return [] if self._launched is None else list(self._launched.warnings)

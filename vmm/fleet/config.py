@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..client.config import Duration, FileName, MachineConfig, load_config
+from ..client.config import load_config
 from ..client.explain import explain
-from ..client.yamlfile import ConfigError, read_yaml
+from ..client.models import Duration, FileName, MachineConfig
+from ..client.origins import Key, Origins
+from ..client.yamlfile import read_yaml
 from ..errors import VmmError
 from ..machine.names import check_machine_name
 
@@ -85,22 +87,22 @@ class Wanted:
 
 def load_fleet(path: Path) -> list[Wanted]:
     """Each machine that the file asks for. Raises ConfigError, VmmError."""
-    document, lines = read_yaml(path)
+    document, origins = read_yaml(path)
     try:
         fleet = FleetConfig.model_validate(document)
     except ValidationError as exc:
-        raise explain(exc, path, lines, {}, document, FleetConfig) from None
+        raise explain(exc, origins, document, FleetConfig) from None
     found: dict[str, Wanted] = {}
-    for at, entry in enumerate(fleet.machines):
-        where = f"{path}:{lines[('machines', at)]}: machines.{at}"
-        for wanted in _machines(path.parent, fleet, entry, where):
+    for number, entry in enumerate(fleet.machines):
+        at = ("machines", number)
+        for wanted in _machines(path.parent, fleet, entry, origins, at):
             if wanted.name in found:
-                raise ConfigError(f"{where}: there is a machine '{wanted.name}' already: give them another name")
+                raise origins.error(at, f"there is a machine '{wanted.name}' already: give them another name")
             found[wanted.name] = wanted
     return list(found.values())
 
 
-def _machines(folder: Path, fleet: FleetConfig, entry: MachinesConfig, where: str) -> list[Wanted]:
+def _machines(folder: Path, fleet: FleetConfig, entry: MachinesConfig, origins: Origins, at: Key) -> list[Wanted]:
     config = load_config(folder / entry.config, entry.set, name=entry.name)
     names = [config.name] if entry.count is None else [f"{config.name}-{number}" for number in range(entry.count)]
     found = []
@@ -108,11 +110,11 @@ def _machines(folder: Path, fleet: FleetConfig, entry: MachinesConfig, where: st
         try:
             check_machine_name(name)
         except VmmError as exc:
-            raise ConfigError(f"{where}: {exc}") from None
+            raise origins.error(at, str(exc)) from None
         snapshots = None
         if fleet.snapshots is not None:
             if config.replay is not None:
-                raise ConfigError(f"{where}: '{name}' runs accel: replay, which has no memory to take snapshots of")
+                raise origins.error(at, f"'{name}' runs accel: replay, which has no memory to take snapshots of")
             chains = (folder / fleet.snapshots.directory).resolve()
             snapshots = Snapshots(chains / name, fleet.snapshots.every, fleet.snapshots.keep,
                                   fleet.snapshots.lease)
