@@ -67,15 +67,27 @@ def pss(found: list[psutil.Process]) -> float:
     return statistics.mean(process.memory_full_info().pss for process in found) / 2**20 if found else 0.0
 
 
+def spent(process: psutil.Process) -> float:
+    """Seconds of processor time so far, of the threads that it has."""
+    return sum(int((task / "schedstat").read_text().split()[0])
+               for task in Path(f"/proc/{process.pid}/task").iterdir()) / 1e9
+
+
 def used(process: psutil.Process, seconds: float) -> float:
     """Of a core, over so many seconds."""
-    def spent() -> int:
-        return sum(int((task / "schedstat").read_text().split()[0])
-                   for task in Path(f"/proc/{process.pid}/task").iterdir())
-
-    before, began = spent(), time.monotonic()
+    before, began = spent(process), time.monotonic()
     time.sleep(seconds)
-    return (spent() - before) / 1e9 / (time.monotonic() - began)
+    return (spent(process) - before) / (time.monotonic() - began)
+
+
+def renewals(manager: psutil.Process) -> float:
+    """Of the fleet's actor, microseconds of processor time for each."""
+    import ray
+
+    actor = ray.get_actor("fleet", namespace="shardvmm")
+    count, before = 5000, spent(manager)
+    ray.get([actor.renew.remote("web-0", 1) for _ in range(count)])
+    return (spent(manager) - before) * 1e6 / count
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -99,13 +111,21 @@ def measure(nodes: int, count: int, seconds: float, folder: Path) -> dict[str, f
 
     found: dict[str, float] = {"nodes": nodes, "machines": count}
     with cluster(nodes, folder) as made, fleet_of(made.address, made=True) as client:
+        client.overview()
+        (manager,) = processes("ray::Fleet", folder)
+        found["a renewal of a lease, many at once (CPU us)"] = renewals(manager)
+        found["fleet's actor without machines (of a core)"] = used(manager, seconds)
+        before = spent(manager)
         found["start (s)"], _ = timed(lambda: client.add(load_fleet(fleet_file(folder, count)), restored=False,
                                                          said=lambda text: None))
-        found["list (ms)"] = statistics.median(timed(client.overview)[0] * 1000 for _ in range(5))
-        residents, (manager,) = processes("ray::Resident", folder), processes("ray::Fleet", folder)
+        residents = processes("ray::Resident", folder)
+        found["start: fleet's actor, per machine (CPU ms)"] = (spent(manager) - before) * 1000 / count
+        found["start: a machine's actor (CPU s)"] = statistics.mean(spent(each) for each in residents)
+        before = spent(manager)
+        found["list (ms)"] = statistics.median(timed(client.overview)[0] * 1000 for _ in range(10))
+        found["list: fleet's actor, per machine (CPU ms)"] = (spent(manager) - before) * 100 / count
         found["PSS of a machine's actor (MiB)"] = pss(residents)
         found["PSS of the fleet's actor (MiB)"] = pss([manager])
-        found["PSS of a Ray node (raylet) (MiB)"] = pss([p for p in psutil.process_iter() if p.name() == "raylet"])
         found["fleet's actor (of a core)"] = used(manager, seconds)
         found["a machine's actor (of a core)"] = statistics.mean(used(each, seconds / count) for each in residents)
 

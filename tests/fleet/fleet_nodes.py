@@ -73,6 +73,11 @@ class Nodes:
         with self.machine(name) as machine:
             return bytes(machine.read(_AT, 16)).hex()
 
+    def forget(self) -> None:
+        """The fleet has ended; there will be another."""
+        self._open.close()
+        self._client = None
+
     def close(self) -> None:
         self._open.close()
         self.made.shutdown()
@@ -130,7 +135,8 @@ def life(directory: Path) -> Any:
 
 
 def cut_off(directory: Path) -> Any:
-    """Of two nodes, one is heard no more, but its processes run: is a machine of it ever on both?"""
+    """Of two nodes, one is heard no more, but its processes run: is a machine of it ever on both? Then the fleet is
+    stopped, and begun again from its snapshots."""
     nodes = Nodes(directory, 2)
     (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
     wait(lambda: nodes.machines()["web-0"]["snapshot"]["id"] is not None, "a snapshot")
@@ -149,6 +155,14 @@ def cut_off(directory: Path) -> Any:
     wait(restored, "it is restored")
     found = {"first": there["node"], "both": both, "machine": nodes.machines()["web-0"],
              "events": [event["text"] for event in nodes.vmm("list")["events"]]}
+    mark = nodes.mark("web-0")
+    taken = int(nodes.machines()["web-0"]["snapshot"]["id"] or 0)
+    wait(lambda: int(nodes.machines()["web-0"]["snapshot"]["id"] or 0) >= taken + 2, "newer snapshots")
+    nodes.vmm("stop")
+    nodes.forget()
+    found["refused"] = nodes.vmm(str(directory / "fleet.yaml"), status=2)
+    nodes.vmm(str(directory / "fleet.yaml"), "--restore")
+    found["again"] = nodes.marked("web-0") == mark
     nodes.vmm("stop")
     nodes.lose(there["node"])
     nodes.close()

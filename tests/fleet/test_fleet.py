@@ -242,6 +242,8 @@ class TestOnNodes:
         assert found["machine"]["node"] != found["first"]
         assert found["machine"]["detail"].startswith("from snapshot 00")
         assert any(text.startswith("node ") and text.endswith("is lost, with web-0") for text in found["events"])
+        assert "has snapshots of an earlier machine: --restore goes on with them" in found["refused"]
+        assert found["again"]
 
     def test_the_fleet_survives_its_own_process_and_says_what_it_cannot(self, tmp_path: Path) -> None:
         fleet_file(tmp_path, count=2, spread="apart", snapshots=False)

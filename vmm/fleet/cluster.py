@@ -102,7 +102,8 @@ class Cluster:
         free for others than machines of the fleet, if that is less."""
         asked = [node for node in nodes if node.alive and node.cpus]
         looks = await asyncio.gather(*map(self._look, asked))
-        return [Host(node.id, node.name, node.address, node.cpus, min(node.memory, seen.memory), seen.kvm)
+        return [Host(node.id, node.name, node.address, node.cpus, min(node.memory, seen.memory), seen.kvm,
+                     node.shared)
                 for node, seen in zip(asked, looks, strict=True) if seen is not None]
 
     def told(self, node: str, seen: Look) -> None:
@@ -123,14 +124,14 @@ class Cluster:
 
     # --- actors ---------------------------------------------------------------------------------------------
 
-    def resident(self, wanted: Wanted, generation: int, node: Node) -> Any:
+    def resident(self, wanted: Wanted, generation: int, host: Host) -> Any:
         """A new actor for this machine, there."""
         # Where points that measure time have a host for themselves, none of them comes to where a machine is.
-        resources = {HOST: PART} if node.shared else {}
+        resources = {HOST: PART} if host.shared else {}
         return self._ray.remote(Resident).options(
             name=f"{wanted.name}.{generation}", namespace=NAMESPACE, lifetime="detached", num_cpus=wanted.cpus,
             memory=wanted.memory, resources=resources, max_restarts=0, max_concurrency=_THREADS,
-            scheduling_strategy=self._at(node.id)).remote(wanted, generation, node.id, renew)
+            scheduling_strategy=self._at(host.id)).remote(wanted, generation, host.id, renew)
 
     def residents(self) -> Iterator[Any]:
         """Those that there are, whoever made them."""

@@ -62,10 +62,11 @@ class Fleet:
             placed = place([member.load for member in new.values()], await self._hosts())
             if homeless := [new[name] for name, host in placed.items() if host is None]:
                 raise VmmError(f"{homeless[0].no_room}; {len(homeless)} of {len(new)} machines have no place")
-            for name, member in new.items():
-                member.node = _id(placed[name])
+            homes = {name: host for name, host in placed.items() if host is not None}
+            for name, host in homes.items():
+                new[name].node = host.id
             self._members |= new
-        began = await asyncio.gather(*(self._start(member, restored) for member in new.values()),
+        began = await asyncio.gather(*(self._start(member, homes[name], restored) for name, member in new.items()),
                                      return_exceptions=True)
         for name, each in zip(new, began, strict=True):
             if isinstance(each, BaseException):
@@ -79,6 +80,8 @@ class Fleet:
         await self._ready()
         told = await asyncio.gather(*(self._status(member, seconds) for member in self._members.values()))
         nodes, found = self._cluster.nodes(), []
+        for each in told:
+            each["node_name"] = nodes[each["node"]].name if each["node"] in nodes else ""
         hosts = {host.id: host for host in await self._hosts(everyone=True)}
         for node in nodes.values():
             if not node.alive and node.id not in self._gone:
@@ -150,16 +153,15 @@ class Fleet:
 
     # --- a machine's life ---------------------------------------------------------------------------------------
 
-    async def _start(self, member: Member, restored: bool) -> list[str]:
-        """There, where it is to be; warnings."""
+    async def _start(self, member: Member, host: Host, restored: bool) -> list[str]:
+        """There; warnings."""
         async with member.lock:
-            member.actor = actor = self._resident(member, member.node)
+            member.actor = actor = self._resident(member, host)
             try:
                 found = await self._cluster.ask((actor.restore if restored else actor.launch).remote(), _START_TIMEOUT)
             except Lost:
-                where = self._cluster.nodes()[member.node].name
-                raise VmmError(f"its process on {where} has ended: install the same shardvmm on each host (Ray's logs "
-                               "there may say more)", ExitCode.WORKER_DIED) from None
+                raise VmmError(f"its process on {host.name} has ended: install the same shardvmm on each host (Ray's "
+                               "logs there may say more)", ExitCode.WORKER_DIED) from None
             except TimeoutError:
                 raise VmmError(f"it does not run after {_START_TIMEOUT:.0f} s: other programs of the cluster may have "
                                "what it needs", ExitCode.TIMEOUT) from None
@@ -206,7 +208,7 @@ class Fleet:
             raise VmmError(f"it is {member.state}")
         if member.wanted.config.replay is not None:
             raise VmmError("accel: replay has no memory that could be moved")
-        ask, old, new = self._cluster.ask, member.actor, self._resident(member, host.id)
+        ask, old, new = self._cluster.ask, member.actor, self._resident(member, host)
         self._say(f"{member.name} moves to {host.name}")
         member.state, member.detail = "moving", f"to {host.name}"
         report: dict[str, Any] = {}
@@ -274,7 +276,7 @@ class Fleet:
             async with self._placing:
                 host = choose(member.load, await self._hosts())
                 if host is not None:
-                    member.node, member.actor = host.id, self._resident(member, host.id)
+                    member.node, member.actor = host.id, self._resident(member, host)
             if host is None:
                 member.detail = member.no_room
                 await asyncio.sleep(_AGAIN)
@@ -320,10 +322,10 @@ class Fleet:
                 member.take_from(host)
         return hosts
 
-    def _resident(self, member: Member, node: str) -> Any:
+    def _resident(self, member: Member, host: Host) -> Any:
         """A new actor for it, there."""
         member.generation += 1
-        return self._cluster.resident(member.wanted, member.generation, self._cluster.nodes()[node])
+        return self._cluster.resident(member.wanted, member.generation, host)
 
     async def _status(self, member: Member, seconds: float) -> dict[str, Any]:
         """For ``overview``; and what it dirties is known from then on."""
@@ -336,11 +338,9 @@ class Fleet:
                     member.rate = found["pages_per_s"]
                 if found["report"] is not None:
                     member.on_kvm = found["report"].get("accelerator") == "kvm"
-        node = self._cluster.nodes().get(member.node)
         return {"name": member.name, "state": member.state, "detail": member.detail, "node": member.node,
-                "node_name": "" if node is None else node.name, "cpus": member.wanted.cpus,
-                "memory": member.wanted.memory, "host": None, "pages_per_s": None, "snapshot": None,
-                "report": member.report, **found}
+                "cpus": member.wanted.cpus, "memory": member.wanted.memory, "host": None, "pages_per_s": None,
+                "snapshot": None, "report": member.report, **found}
 
     def _say_lost_node(self, node: str) -> bool:
         """Once, if it is; whether it is."""

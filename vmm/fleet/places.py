@@ -20,7 +20,7 @@ _QUIET = 1000.0         # pages per second (4 MB/s) by which hosts differ when o
 @dataclass
 class Host:
     """What is free there, in Ray's CPUs and bytes. ``kvm``: guests run on KVM there. ``rate``: pages that its machines
-    dirty per second; ``groups``: whose machines it has."""
+    dirty per second; ``groups``: whose machines it has. ``shared``: points that measure time may have it too."""
 
     id: str
     name: str
@@ -28,6 +28,7 @@ class Host:
     cpus: float
     memory: int
     kvm: bool = False
+    shared: bool = False
     rate: float = 0.0
     groups: set[str] = field(default_factory=set)
 
