@@ -16,11 +16,12 @@ from .style import COLOURS, colour
 __all__ = ["section"]
 
 _LINES = 6          # vCPUs with a line of their own
-_BARS = 32          # and of the timeline
+_PANELS = 8         # and of the timeline
 _BINS = 100         # of time
 _MOMENTS = 400      # of the time, to draw
 _MOST = 4000        # points of a line
 _WAITS = {"stall": "stalled at a full ring", "pause": "paused", "throttle": "throttled"}
+_SHADES = {"stall": COLOURS[1], "pause": COLOURS[0], "throttle": COLOURS[3]}
 
 
 class _Seen:
@@ -104,44 +105,45 @@ def _timeline(seen: _Seen) -> Figure:
     rows = [[f"vCPU {vcpu}", _WAITS[kind], f"{len(of):,}", seconds_text(sum(t for _, t in of)),
              seconds_text(max(t for _, t in of)), f"{100 * sum(t for _, t in of) / seen.seconds:.2g}"]
             for vcpu in sorted(seen.vcpus) for kind in _WAITS if (of := seen.waits[kind].get(vcpu))]
-    shown = sorted(sorted(seen.vcpus, key=lambda v: -sum(t for _, t in seen.waits["stall"].get(v, [])))[:_BARS])
+    shown = sorted(sorted(seen.vcpus, key=lambda v: -sum(t for _, t in seen.waits["stall"].get(v, [])))[:_PANELS])
+    some = "" if len(shown) == len(seen.vcpus) else f" Those {_PANELS} of {len(seen.vcpus)} that stalled longest."
     return Figure(
         "events-timeline", "When vCPUs were held out of the guest",
-        "A bar for each time that a vCPU was out of the guest, as long as that took. Stalls of all vCPUs at once are a "
-        "reaper that comes too late, or takes too long; those of one vCPU are a ring too small for its rate.",
+        f"The share of each {seconds_text(seen.seconds / _MOMENTS)}; a mark below for each stall. Stalls of all vCPUs "
+        "at once are a reaper that comes too late, or takes too long; those of one are a ring too small for its rate."
+        + some,
         lambda figure: _draw_timeline(figure, seen, shown),
         Table("Times out of the guest", ["vCPU", "why", "times", "in all", "longest", "% of the time"], rows),
-        (8.0, 1.3 + 0.3 * len(shown)))
+        (8.0, 1.0 + 0.9 * len(shown)))
 
 
 def _draw_timeline(figure: Any, seen: _Seen, vcpus: list[int]) -> None:
-    axes = figure.subplots()
-    least = seen.seconds / 600      # what is shorter would not be seen
-    for number, kind in enumerate(_WAITS):
-        if not seen.waits[kind]:
-            continue
-        shade = COLOURS[(1, 0, 3)[number]]
-        for row, vcpu in enumerate(vcpus):
-            spans = _joined(seen.waits[kind].get(vcpu, []), least)
-            axes.broken_barh(spans, (row + (-0.4, 0.08, 0.26)[number], (0.45, 0.15, 0.15)[number]), facecolor=shade,
-                             linewidth=0)
-        axes.barh([0], [0], color=shade, label=_WAITS[kind])
-    axes.set_yticks(range(len(vcpus)), [f"vCPU {v}" for v in vcpus])
-    axes.set(xlabel="time (s)", xlim=(0, seen.seconds), ylim=(len(vcpus) - 0.4, -0.6))
-    axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside upper left", ncols=3)
+    edges = np.linspace(0, seen.seconds, _MOMENTS + 1)
+    kinds = [kind for kind in _WAITS if seen.waits[kind]]
+    panels = figure.subplots(len(vcpus), 1, sharex=True, squeeze=False)
+    for vcpu, (axes,) in zip(vcpus, panels, strict=True):
+        below = np.zeros(_MOMENTS)
+        for kind in kinds:
+            share = 100 * np.diff(_passed(seen.waits[kind].get(vcpu, []), edges)) / np.diff(edges)
+            axes.stairs(below + share, edges, baseline=below, fill=True, color=_SHADES[kind], label=_WAITS[kind])
+            below = below + share
+        marks = np.unique(np.searchsorted(edges, [at for at, _ in seen.waits["stall"].get(vcpu, [])]))
+        axes.vlines(edges[np.minimum(marks, _MOMENTS)], -16, -6, color=_SHADES["stall"], linewidth=0.8)
+        axes.set(xlim=(0, seen.seconds), ylim=(-18, 100), yticks=[0, 50, 100])
+        axes.set_title(f"vCPU {vcpu}", fontsize=8, pad=2)
+    panels[-1][0].set_xlabel("time (s)")
+    figure.supylabel("out of the guest (%)", fontsize=9)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
 
-def _joined(spans: list[tuple[float, float]], least: float) -> list[tuple[float, float]]:
-    """At least so wide each; those that touch are one: a page has room for so many only."""
-    found: list[tuple[float, float]] = []
-    for at, took in sorted(spans):
-        took = max(took, least)
-        if found and at <= found[-1][0] + found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], at + took - found[-1][0]))
-        else:
-            found.append((at, took))
-    return found
+def _passed(spans: list[tuple[float, float]], moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds of the spans, which come one after the other, that are over by each moment."""
+    if not spans:
+        return np.zeros(len(moments))
+    begins, took = np.array(sorted(spans)).T
+    times = np.column_stack([begins, begins + took]).ravel()
+    over = np.cumsum(took)
+    return np.interp(moments, times, np.column_stack([over - took, over]).ravel())
 
 
 def _distribution(seen: _Seen, stalls: list[float]) -> Figure:
