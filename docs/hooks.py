@@ -2,8 +2,8 @@
 
 A page says ``<!-- fields: PATH CLASS... -->`` where the fields of these classes are to stand (without a class: those of
 every class of that file that has fields), and ``<!-- help -->`` where the help of every verb is. Names, types and
-defaults come from the syntax tree, what they mean from the comments beside them: one place for a field, and that is
-the code. In the repository such a page shows what surrounds its tables, and the site all of it.
+defaults come from the syntax tree, what they mean from their descriptions, or the comments beside them: one place for
+a field, and that is the code. In the repository such a page shows what surrounds its tables, and the site all of it.
 
 Links of pages to what lies beside docs/ (configs/, benchmarks/results) lead to copies of it.
 """
@@ -121,14 +121,29 @@ def _fields(node: ast.ClassDef, lines: list[str]) -> Fields:
     found = Fields(node.name, inspect.cleandoc(ast.get_docstring(node) or ""))
     for each in node.body:
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and each.target.id[0] != "_":
-            found.rows.append((each.target.id, _type(each.annotation),
-                               "" if each.value is None or "Field(" in (said := ast.unparse(each.value)) else said,
-                               _comment(each, lines)))
+            found.rows.append((each.target.id, _type(each.annotation), _default(each.value),
+                               _description(each) or _comment(each, lines)))
     return found
+
+
+def _default(value: ast.expr | None) -> str:
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "Field":
+        value = value.args[0] if value.args else None
+    return "" if value is None else ast.unparse(value)
+
+
+def _description(node: ast.AnnAssign) -> str:
+    """Of a key of a configuration: that of its ``Field``."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.keyword) and each.arg == "description" and isinstance(each.value, ast.Constant):
+            return str(each.value.value)
+    return ""
 
 
 def _type(annotation: ast.expr) -> str:
     """Without what only says how it is checked."""
+    if isinstance(annotation, ast.BinOp):
+        return f"{_type(annotation.left)} | {_type(annotation.right)}"
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
         assert isinstance(annotation.slice, ast.Tuple)
         return _type(annotation.slice.elts[0])

@@ -35,7 +35,12 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "said").write_text(_PIP)
     python = tmp_path / ".venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\ncat {tmp_path}/said; exit $STATUS\n')
+    python.write_text(f"""#!/bin/sh
+[ "$1" = -c ] && exit 0
+echo "$@" >>{tmp_path}/asked
+cat {tmp_path}/said
+exit $STATUS
+""")
     python.chmod(0o755)
     return tmp_path
 
@@ -60,6 +65,19 @@ def test_a_failure_is_one_and_comes_again(checkout: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.splitlines()[-1] == "setup: pip could not install the packages (is there a network?)"
 
+
+@pytest.mark.parametrize(("commands", "extras"), [(["vmm", "vmm"], ["all"]), (["vmm", "pytest", "vmm"], ["all", "dev"]),
+                                                  (["pytest", "vmm"], ["dev"])])
+def test_who_only_runs_machines_need_not_wait_for_the_tools_of_tests(checkout: Path, commands: list[str],
+                                                                    extras: list[str]) -> None:
+    for name in commands:
+        program = checkout / ".venv" / "bin" / name
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        subprocess.run([checkout / ".ci" / "env", name], timeout=60, check=True, env=os.environ | {"STATUS": "0"},
+                       stderr=subprocess.DEVNULL)
+    asked = (checkout / "asked").read_text().splitlines()
+    assert [line[line.rindex("[") + 1:-1] for line in asked] == extras
 
 
 def test_on_a_terminal_one_line_changes(checkout: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from .yamlfile import ConfigError
+from .origins import ConfigError
 
 __all__ = ["find_config", "sample_names"]
 
