@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 from ipc.oneline import one_line
@@ -32,6 +33,10 @@ class VmmError(Exception):
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.BAD_INPUT) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    def told(self) -> Iterable[str]:
+        """Lines for a person."""
+        return [f"error: {line}" for line in str(self).splitlines()]
 
 
 def no_memory(machine: str) -> str:

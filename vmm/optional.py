@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import VmmError
 
+__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block", "prometheus", "ray", "textual"]
 __all__ = ["MissingPackage", "cryptography", "figure", "jinja2", "lz4_block", "matplotlib",
            "matplotlib_colors", "matplotlib_ticker", "ray"]
 
@@ -58,6 +59,16 @@ def lz4_block() -> Any:
 def cryptography(module: str) -> Any:
     """A module of the package cryptography. Raises MissingPackage."""
     return _load(f"cryptography.{module}", "tls", "a migration with keys")
+
+
+def prometheus(module: str = "core") -> Any:
+    """A module of the package prometheus_client. Raises MissingPackage."""
+    return _load(f"prometheus_client.{module}", "metrics", "metrics")
+
+
+def textual() -> Any:
+    """The module textual.app. Raises MissingPackage."""
+    return _load("textual.app", "top", "vmm top")
 
 
 def ray() -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from machines import ACCELS, spec, until
+from terminal import Terminal
 
 from vmm.client.config import load_config
 from vmm.client.machine import Machine
@@ -110,6 +111,43 @@ def test_an_unfinished_machine_has_no_exit_code(accel: str) -> None:
         report = machine.wait(60.0)
         assert report["exit_code"] == 0
         assert {(v["exit_reason"], v["exit_code"]) for v in report["vcpus"]} == {("code", 0)}
+
+
+# --- what cannot be undone ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["snapshot", "delete", "{}", "0001"], ["snapshot", "merge", "{}"]])
+def test_what_cannot_be_undone_is_asked_or_forced(idle: Machine, tmp_path: Path, arguments: list[str]) -> None:
+    words = [each.format(tmp_path / "chain") for each in arguments]
+    assert vmm("snapshot", "create", idle.name, str(tmp_path / "chain")).returncode == 0
+
+    def there() -> list[str]:
+        return [each["id"] for each in asked("snapshot", "list", str(tmp_path / "chain"))]
+
+    done = vmm(*words)      # nobody can be asked
+    assert (done.returncode, done.stdout, there()) == (2, "", ["0001"])
+    assert done.stderr.endswith("That cannot be undone: --force does it\n")
+    with Terminal(*words, columns=120) as terminal:
+        terminal.wait_for("[y/N]: ")
+        terminal.type("n\n")
+        assert terminal.wait() == 130
+    assert there() == ["0001"]
+    with Terminal(*words, columns=120) as terminal:
+        terminal.wait_for("[y/N]: ")
+        terminal.type("y\n")
+        assert terminal.wait() == 0
+    assert there() == ([] if "delete" in words else ["0001"])
+
+
+def test_logs_of_all_machines_are_removed_by_force_alone() -> None:
+    with Machine.launch(spec("hello", accel="unicorn", lines=1)) as machine:
+        machine.wait(60.0)
+    done = vmm("gc", "--logs")
+    assert done.returncode == 2
+    assert "Remove the logs and reports of" in done.stderr
+    assert [each["name"] for each in asked("list", "--all")] == ["t"]
+    assert vmm("gc", "--logs", "--force").returncode == 0
+    assert asked("list", "--all") == []
 
 
 # --- clients of the dirty log -------------------------------------------------------------------------------------

@@ -236,6 +236,19 @@ def test_a_list_of_machines(report: dict[str, Any], width: int) -> None:
 
 
 @wide
+def test_machines_that_have_ended_with_when_and_why(report: dict[str, Any], width: int) -> None:
+    """The time in one piece; the cause may take several lines."""
+    cause = "vcpu 1 ended: worker-died: its worker process (pid 71) was killed by signal 9 " * 2
+    report.update(name="over", ended_at="2026-11-30T06:22:30+00:00", cause=cause, exit_code=6)
+    lost = {"name": "lost", "state": "lost", "exit_code": 6, "cause": "killed", "ended_at": "2026-11-30T06:22:31+00:00"}
+    text = shown(width, lambda console: print_table(machines_table([report, lost]), console))
+    rows = read_tables(text)
+    assert [rows[name]["ended"] for name in ("over", "lost")] == [report["ended_at"], lost["ended_at"]]
+    assert squeezed(rows["over"]["cause"]) == squeezed(cause)
+    assert (rows["over"]["state"], rows["lost"]["state"]) == ("ended (6)", "lost (6)")
+
+
+@wide
 def test_what_the_doctor_found(width: int) -> None:
     findings = [Finding("kvm", "ok", "/dev/kvm can be used"),
                 Finding("/dev/shm", "warn", "0.9 GiB, 0.1 GiB free",
@@ -300,6 +313,14 @@ def test_a_launch_on_a_terminal_shows_console_progress_and_report(tmp_path: Path
     assert "[vcpu 0] hello from vCPU 0 of 2\n" in shown
     assert "[vcpu 1] hello from vCPU 1 of 2\n" in shown
     assert read_tables(shown)["1"]["exit"] == "code"
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_where_they_are_wanted(variables: dict[str, str], coloured: bool) -> None:
+    with Terminal("doctor", columns=120, **variables) as terminal:
+        terminal.wait()
+        assert bool(terminal.colours) == coloured
+        assert "kvm" in terminal.text
 
 
 def test_a_pipe_has_no_colours_and_tables_as_wide_as_120() -> None:

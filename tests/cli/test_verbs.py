@@ -104,12 +104,31 @@ def test_sync_prints_the_ranges_that_it_returns(machine: Machine) -> None:
     machine.write(0x1000_2000, b"x" * PAGE * 3)
     machine.write(0x1000_9000, b"x")
     text = said("sync", NAME, "--client", "me")
-    assert "slot 0: 0 pages dirty" in text
+    assert text.startswith("verbs, client me: 4 pages dirty (16 KiB), in 2 ranges\nslot 0: 0 pages dirty\n")
     assert text[text.index("slot 5"):].splitlines() == [
         "slot 5: 4 pages dirty", "    0x2-0x4 (3 pages)", "    0x9 (1 page)"]
     machine.write(0x1000_9000, b"x")
     assert says(answered("sync", NAME, "--client", "me"), name=NAME, client="me", pages=1,
                 slots={"0": [], "5": [[9, 1]]})
+
+
+def test_sync_prints_no_more_ranges_than_are_asked_for(machine: Machine) -> None:
+    machine.pause()
+    said("memory", "add", NAME, "5", "0x10000000", "1MiB")
+    said("sync", NAME, "--client", "me")
+
+    def synced(*options: str) -> list[str]:
+        for page in range(0, 60, 2):
+            machine.write(0x1000_0000 + page * PAGE, b"x")
+        return said("sync", NAME, "--client", "me", *options).splitlines()
+
+    ranges = [f"    {page:#x} (1 page)" for page in range(0, 60, 2)]
+    assert synced()[3:] == [*ranges[:10], "    and 20 more ranges (--all prints them)"]
+    assert synced("--ranges", "0")[3:] == ["    and 30 more ranges (--all prints them)"]
+    assert synced("--all")[3:] == synced("--ranges", "30")[3:] == ranges
+    for page in range(0, 60, 2):
+        machine.write(0x1000_0000 + page * PAGE, b"x")
+    assert len(answered("sync", NAME, "--client", "me")["slots"]["5"]) == 30
 
 
 # --- life ---------------------------------------------------------------------------------------------------------
@@ -185,7 +204,7 @@ def test_dirty_rate_watches_until_the_machine_ends(machine: Machine) -> None:
         terminal.wait_for("machine: ", times=3)
         machine.stop()
         assert terminal.wait() == 0
-        assert terminal.text.count("machine: ") * 3 == len(terminal.text.splitlines())
+        assert terminal.text.count("machine: ") * 4 == len(terminal.text.splitlines())      # and when
 
 
 def test_dirty_limit(machine: Machine) -> None:
@@ -193,7 +212,7 @@ def test_dirty_limit(machine: Machine) -> None:
         return [v["dirty_limit_pages_per_s"] for v in machine.status()["vcpus"]]
 
     assert said("dirty-limit", "set", NAME, "20MB/s") == (
-        "verbs: each vCPU limited to 20.0 MB/s (4,883 pages/s)\n")
+        "verbs: each vCPU limited to 20.0 MB/s (19.1 MiB/s), 4,883 pages/s\n")
     assert limits() == [4883, 4883]     # 20e6 / 4096
     assert says(answered("dirty-limit", "set", NAME, "1MiB/s", "--vcpu", "1"), name=NAME, vcpu=1, pages_per_s=256)
     assert limits() == [4883, 256]
@@ -284,12 +303,12 @@ def test_snapshot_verbs(accel: str, machine: Machine, tmp_path: Path) -> None:
             assert part in row
     assert said("snapshot", "verify", chain).startswith(f"{chain}/0003: verified")
     assert answered("snapshot", "verify", chain, "0002")["id"] == "0002"
-    assert "needed by 0003" in refused("snapshot", "delete", chain, "0002")
-    assert said("snapshot", "merge", chain, "0002") == f"{chain}/0002: {pages:,} pages, full\n"
+    assert "needed by 0003" in refused("snapshot", "delete", chain, "0002", "--force")
+    assert said("snapshot", "merge", chain, "0002", "--force") == f"{chain}/0002: {pages:,} pages, full\n"
     assert [s["id"] for s in answered("snapshot", "list", chain)] == ["0002", "0003"]
     assert said("snapshot", "create", NAME, chain, "--incremental").startswith(f"{chain}/0004: ")
-    assert said("snapshot", "delete", chain, "0004") == f"{chain}/0004: deleted\n"
-    assert says(answered("snapshot", "delete", chain, "0003"), id="0003", done="delete")
+    assert said("snapshot", "delete", chain, "0004", "--force") == f"{chain}/0004: deleted\n"
+    assert says(answered("snapshot", "delete", chain, "0003", "--force"), id="0003", done="delete")
     assert says(answered("snapshot", "restore", chain, "--name", "restored", "--accel", accel, "--detach"),
                 name="restored")
     try:
@@ -308,7 +327,7 @@ def test_progress_of_snapshots_as_json_lines(machine: Machine, tmp_path: Path) -
         for arguments, ended in ((["create", NAME, str(chain)], {"id": "0001", "machine": NAME}),
                                  (["verify", str(chain)], {"id": "0001"}),
                                  ([*restore, "--detach"], {"name": "restored"}),
-                                 (["delete", str(chain), "0001"], {"id": "0001", "done": "delete"})):
+                                 (["delete", str(chain), "0001", "--force"], {"id": "0001", "done": "delete"})):
             done = vmm("snapshot", *arguments, "--json-lines")
             assert done.returncode == 0, done.stderr
             *progress, end = [json.loads(line) for line in done.stdout.splitlines()]

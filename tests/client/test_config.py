@@ -11,14 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmm.client.config import ConfigError, config_schema, load_config
+from vmm.client.config import ConfigError, load_config
 from vmm.client.plan import plan
-from vmm.client.units import parse_duration, parse_size
+from vmm.client.schema import config_schema
+from vmm.client.units import parse_duration, parse_rate, parse_size
 from vmm.client.yamlfile import FILE_MAX
 from vmm.errors import VmmError
 
-_TIMES = {"": 1, "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "h": 3600}
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "pages": 4096}
+_TIMES = {"": 1, "us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": 1, "m": 60, "min": 60, "h": 3600}
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "pages": 4096, "kB": 1000, "MB": 10**6}
 
 
 @given(st.integers(0, 1 << 20), st.sampled_from(sorted(_UNITS)), st.sampled_from(["", " "]))
@@ -34,38 +35,53 @@ def test_durations(number: int, unit: tuple[str, float]) -> None:
     assert parse_duration(number) == number
 
 
-def means(text: str, units: dict[str, int | float], whole: bool) -> Fraction | None:
+def means(text: str, units: dict[str, int | float], any_case: bool) -> Fraction | None:
     """What a size or duration in the documented form says, exactly; None for a text that is not one. Written anew:
-    a number (of a duration with a fraction), blanks, a unit (of a size in any case)."""
+    a number with or without a fraction, blanks, a unit (of a size in any case, but not as bits are written)."""
     match = re.fullmatch(r"([0-9]+)(\.[0-9]+)?\s*([A-Za-z]*)", text.strip())
-    if match is None or (whole and match[2]):
+    if match is None or (any_case and re.fullmatch("[A-Z]b", match[3])):
         return None
-    named = {name.lower() if whole else name: unit for name, unit in units.items()}
-    unit = named.get(match[3].lower() if whole else match[3])
+    named = {name.lower() if any_case else name: unit for name, unit in units.items()}
+    unit = named.get(match[3].lower() if any_case else match[3])
     return None if unit is None else Fraction(match[1] + (match[2] or "")) * Fraction(unit)
 
 
 #: Close to what is meant, and just beside it.
 _NUMBERS = st.sampled_from(["0", "1", "4096", "007", "1.5", ".5", "1e3", "-1", "+1", "", "0x10", "1_000", "inf",
                             "nan"])
-_SUFFIXES = st.sampled_from(["", "KiB", "MiB", "GiB", "pages", "kib", "MB", "M", "us", "ms", "s", "m", "h", "min",
-                             "S", "pages s"])
+_SUFFIXES = st.sampled_from(["", "KiB", "MiB", "GiB", "pages", "kib", "MB", "mb", "KB", "Mb", "M", "us", "ms", "s", "m",
+                             "h", "min", "S", "pages s"])
 
 
 @given(number=_NUMBERS, blank=st.sampled_from(["", " ", "  ", "\t", "-"]), unit=_SUFFIXES)
 def test_a_size_or_duration_is_understood_or_refused(number: str, blank: str, unit: str) -> None:
     text = number + blank + unit
-    for parse, units, whole in ((parse_size, _UNITS, True), (parse_duration, _TIMES, False)):
-        wanted = means(text, units, whole)
-        if whole and number == "0x10":
+    for parse, units, size in ((parse_size, _UNITS, True), (parse_duration, _TIMES, False)):
+        wanted = means(text, units, size)
+        if size and number == "0x10":
             wanted = Fraction(16) if not unit and not blank.strip() else None
-        if not whole and wanted == 0:
+        if size and wanted is not None and wanted.denominator != 1:
+            wanted = None       # there are no parts of bytes
+        if not size and wanted == 0:
             wanted = None       # a wait of no time is not meant
         if wanted is None:
             with pytest.raises(ValueError):     # noqa: PT011  (the texts are those of test_cli.py)
                 parse(text)
         else:
             assert parse(text) == pytest.approx(float(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("100MB/s", 100e6), ("100 mb", 100e6), ("64MiB/s", 64 << 20), ("1.5GiB/s", 1.5 * (1 << 30)), ("10Gbit/s", 1.25e9),
+    ("1kbit", 125), ("8bit/s", 1), ("500 pages/s", 500 * 4096), ("7", 7), (7, 7), (0.5, 0.5)])
+def test_rates(text: object, wanted: float) -> None:
+    assert parse_rate(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["100Mb/s", "1Gb", "100M", "MB/s", "0", "-1MB/s", "1e3", "1/s MB", "100MB/ s", True])
+def test_what_is_not_a_rate_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="is not a rate"):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize("value", [True, False, None, [], [1], {}, b"4KiB", "", " ", "KiB", "4 KiB 4", "-1",
@@ -99,7 +115,7 @@ def test_overrides_reach_lists_and_what_is_not_in_the_file(tmp_path: Path) -> No
 ])
 def test_slots_that_cannot_be(tmp_path: Path, slots: str, said: str) -> None:
     path = write(tmp_path / "m.yaml", f"memory: {slots}\nguest: {{workload: hello}}\n")
-    with pytest.raises(ConfigError, match=r"m\.yaml:1: memory") as caught:
+    with pytest.raises(ConfigError, match=r"m\.yaml:1:\d+: memory") as caught:
         load_config(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -184,7 +200,8 @@ def test_any_override_is_taken_or_a_line_about_it(tmp_path: Path, key: str, valu
     (GOOD + "vcpus: 2\nx: \xff\n", "m.yaml:4: not UTF-8 text"),
     ('memory: [{size: 4MiB}]\nguest: {image: "a\\0b"}\n', "m.yaml:2: guest.image: not a valid file name"),
     ('memory: [{size: 4MiB}]\nreplay: {trace: ""}\n', "m.yaml:2: replay.trace: not a valid file name"),
-    ("memory: [{size: 64MB}]\nguest: {workload: hello}\n", "(did you mean 64MiB?)"),
+    ("memory: [{size: 64M}]\nguest: {workload: hello}\n", "(did you mean 64MiB or 64MB?)"),
+    (GOOD + "dirty_limit: 100Mb/s\n", "(did you mean 100MB/s or 100Mbit/s?)"),
     ("memory: [{size: ٤ MiB}]\nguest: {workload: hello}\n", "'٤ MiB' is not a size"),
 ])
 def test_what_a_text_may_not_make_of_itself(tmp_path: Path, text: str, said: str) -> None:
@@ -193,7 +210,7 @@ def test_what_a_text_may_not_make_of_itself(tmp_path: Path, text: str, said: str
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     refused(caught.value, f"{path}")
-    assert said in str(caught.value)
+    assert said in re.sub(r"(yaml:\d+):\d+: ", r"\1: ", str(caught.value))     # but for the column
 
 
 @pytest.mark.parametrize(("override", "said"), [
@@ -218,7 +235,7 @@ def test_a_key_that_is_no_word_stays_within_its_line(tmp_path: Path) -> None:
     with pytest.raises(VmmError) as raised:
         plan(load_config(path))
     assert str(raised.value).isprintable()
-    assert "2: guest.params.\\x1b[2J: workload stamp has no parameter" in str(raised.value)
+    assert "2:35: guest.params.\\x1b[2J: workload stamp has no parameter" in str(raised.value)
 
 
 def test_merge_keys_give_what_a_mapping_does_not_say_itself(tmp_path: Path) -> None:
@@ -245,6 +262,6 @@ def test_a_pipe_that_this_process_was_given_is_read(tmp_path: Path) -> None:
     read, written = os.pipe()
     os.write(written, GOOD.encode() + b"vcpsu: 1\n")
     os.close(written)
-    with pytest.raises(ConfigError, match=rf"/dev/fd/{read}:3: vcpsu: unknown key"):
+    with pytest.raises(ConfigError, match=rf"/dev/fd/{read}:3:1: vcpsu: unknown key"):
         load_config(f"/dev/fd/{read}")
     os.close(read)

@@ -125,7 +125,7 @@ def test_snapshot_merge(machine: Machine, tmp_path: Path, step: int) -> None:
         nonlocal chain
         chain = tmp_path / f"chain{next(turns)}"
         shutil.copytree(original, chain)
-        return run_failing(["-m", "vmm", "snapshot", "merge", str(chain)], [chain], fails, TIMEOUT)
+        return run_failing(["-m", "vmm", "snapshot", "merge", str(chain), "--force"], [chain], fails, TIMEOUT)
 
     def check(ran: FailingRun) -> None:
         ended_in_order(ran)

@@ -60,15 +60,15 @@ def hello(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("limit", "said"), [
     ((resource.RLIMIT_NOFILE, 24),
-     r"hello\.yaml:1: vcpus: the hard limit of open files is 24, .* needs \d+ \(see ulimit"),
+     r"hello\.yaml:1:\d+: vcpus: the hard limit of open files is 24, .* needs \d+ \(see ulimit"),
     ((resource.RLIMIT_NOFILE, 100), "the hard limit of open files is 100"),
-    ((resource.RLIMIT_AS, 400 * MIB), r"hello\.yaml:2: memory: the address space limit is 400 MiB, .* \(see ulimit"),
+    ((resource.RLIMIT_AS, 400 * MIB), r"hello\.yaml:2:\d+: memory: the address space limit is 400 MiB, .*see ulimit"),
 ])
 def test_a_limit_that_is_too_low_is_one_line(hello: Path, limit: tuple[int, int], said: str) -> None:
     done = launch(hello, limit=limit)
     assert done.returncode == ExitCode.BAD_INPUT
     assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.count("vmm: ") == 1
     assert re.search(said, done.stderr)
 
 
@@ -127,8 +127,8 @@ def test_a_machine_beyond_its_cgroup_is_one_line_and_one_within_runs(hello: Path
     (group / "memory.limit_in_bytes").write_text(str(180 * MIB))
     refused = launch(hello, "--set", "memory.0.size=256MiB", group=group)
     assert refused.returncode == ExitCode.BAD_INPUT
-    assert f"hello.yaml:2: memory: the memory cgroup {group} is too small" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    assert f"hello.yaml:2:1: memory: the memory cgroup {group} is too small" in refused.stderr
+    assert refused.stderr.count("vmm: ") == 1
     (group / "below").mkdir()       # the limit of one above counts
     refused = launch(hello, "--set", "memory.0.size=256MiB", group=group / "below")
     (group / "below").rmdir()

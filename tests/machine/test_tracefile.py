@@ -321,9 +321,9 @@ def test_record_and_info_on_the_command_line_and_a_file_that_replays_it(tmp_path
     assert planned.replay_trace == str(path)
     assert planned.replay is not None
     assert planned.replay.speed == 2.0
-    with pytest.raises(ConfigError, match=r"m\.yaml:3: replay\.trace: .*a\.trace: was recorded from 2 vCPUs, "):
+    with pytest.raises(ConfigError, match=r"m\.yaml:3:\d+: replay\.trace: .*a\.trace: was recorded from 2 vCPUs, "):
         plan(load_config(config, ["vcpus=3"]))
-    with pytest.raises(ConfigError, match=r"m\.yaml:3: replay\.trace: .*needs memory slot 7 of 9001 pages"):
+    with pytest.raises(ConfigError, match=r"m\.yaml:3:\d+: replay\.trace: .*needs memory slot 7 of 9001 pages"):
         plan(load_config(config, ["memory.1.size=4MiB"]))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(VmmError, match=r"a\.trace: is damaged"):

@@ -203,7 +203,7 @@ def test_pages_that_are_dirtied_with_what_they_held_are_counted(root: Path) -> N
 @pytest.mark.kvm
 def test_calls_are_shown_with_arguments_results_and_times(root: Path) -> None:
     with running(root, "calls") as (machine, _):
-        shown = vmm("strace", machine.name, "--duration", "500ms")
+        shown = vmm("strace", machine.name, "--time", "500ms")
         assert shown.returncode == 0, shown.stderr
         assert not shown.stderr
         lines = shown.stdout.splitlines()
@@ -215,12 +215,12 @@ def test_calls_are_shown_with_arguments_results_and_times(root: Path) -> None:
             "[1] lseek(3, 0, 0) = 0", '[1] read(3, "hello\\n", 64) = 6', "[1] close(3) = 0",
             '[1] openat(AT_FDCWD, "/nowhere/at all", 0x0, 0) = -1 ENOENT (No such file or directory)',
             "[1] close(77) = -1 EBADF (Bad file descriptor)"]
-        counts = asked("strace", machine.name, "--duration", "500ms", "--count")
+        counts = asked("strace", machine.name, "--time", "500ms", "--count")
         counted = {each["name"]: each for each in counts["calls"]}
         assert counted["openat"]["calls"] == pytest.approx(2 * counted["read"]["calls"], abs=2)
         assert counted["close"]["errors"] == pytest.approx(counted["close"]["calls"] / 2, abs=1)
         assert counted["clock_nanosleep"]["mean_s"] >= 0.009
-        assert not vmm("strace", machine.name, "--duration", "200ms", "--process", "99").stdout
+        assert not vmm("strace", machine.name, "--time", "200ms", "--process", "99").stdout
 
 
 @pytest.mark.kvm

@@ -459,16 +459,16 @@ HEAD = "accel: replay\nmemory: [{size: 1TiB}]\n"
     ("guest: {workload: hello}", "accel: replay has no CPU"),
     ("", r"'guest' \(or 'replay'\) is missing"),
     ("guest: {workload: hello}\nreplay: {pattern: random}", "give either 'guest' or 'replay', not both"),
-    ("replay: {pattern: randm}", r"m\.yaml:3: replay\.pattern"),
-    ("replay: {patern: random}", r"m\.yaml:3: replay\.patern: unknown key \(did you mean 'pattern'"),
-    ("replay: {writes: 5}", r"m\.yaml:3: replay: give exactly one of"),
+    ("replay: {pattern: randm}", r"m\.yaml:3:\d+: replay\.pattern"),
+    ("replay: {patern: random}", r"m\.yaml:3:\d+: replay\.patern: unknown key \(did you mean 'pattern'"),
+    ("replay: {writes: 5}", r"m\.yaml:3:\d+: replay: give exactly one of"),
     ("replay: {pattern: zipf}", r"replay\.pattern: zipf needs 'exponent'"),
     ("replay: {pattern: random, stride: 4}", r"replay\.stride: only valid with pattern: strided"),
     ("replay: {pattern: random, speed: full}", r"replay\.speed: only valid with 'trace'"),
-    ("replay:\n  trace: x.trace\n  seed: 4", r"m\.yaml:5: replay\.seed"),
-    ("replay:\n  phases:\n  - {pattern: random}\n  - {pattern: random}", r"m\.yaml:5: replay\.phases\.0: needs"),
-    ("replay:\n  phases:\n  - {pattern: random, writs: 3}", r"m\.yaml:5: replay\.phases\.0\.writs: unknown key"),
-    ("replay: {pattern: random}\ndirty_ring_size: 0", r"m\.yaml:4: dirty_ring_size"),
+    ("replay:\n  trace: x.trace\n  seed: 4", r"m\.yaml:5:\d+: replay\.seed"),
+    ("replay:\n  phases:\n  - {pattern: random}\n  - {pattern: random}", r"m\.yaml:5:\d+: replay\.phases\.0: needs"),
+    ("replay:\n  phases:\n  - {pattern: random, writs: 3}", r"m\.yaml:5:\d+: replay\.phases\.0\.writs: unknown key"),
+    ("replay: {pattern: random}\ndirty_ring_size: 0", r"m\.yaml:4:\d+: dirty_ring_size"),
 ])
 def test_what_is_wrong_with_a_replay_section_is_said_with_its_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "m.yaml").write_text(HEAD + text + "\n")
@@ -479,10 +479,10 @@ def test_what_is_wrong_with_a_replay_section_is_said_with_its_line(tmp_path: Pat
 def test_a_guest_may_not_have_that_much_memory_or_be_run_by_replay(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("memory: [{gpa: 4GiB, size: 1TiB}]\nguest: {workload: hello}\n")
-    with pytest.raises(ConfigError, match=r"m\.yaml:1: memory\.0\.size: ends at 0x10100000000"):
+    with pytest.raises(ConfigError, match=r"m\.yaml:1:\d+: memory\.0\.size: ends at 0x10100000000"):
         load_config(path)
     path.write_text("accel: kvm\nmemory: [{size: 1TiB}]\nreplay: {pattern: random}\n")
-    with pytest.raises(ConfigError, match=r"m\.yaml:1: accel: kvm runs a guest"):
+    with pytest.raises(ConfigError, match=r"m\.yaml:1:\d+: accel: kvm runs a guest"):
         load_config(path)
 
 

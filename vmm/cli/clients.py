@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import json_option, on_machine, print_json
+from .completion import complete_clients
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
@@ -41,7 +42,7 @@ def list_(machine: Machine, as_json: bool) -> None:
 
 @client.command()
 @on_machine
-@click.argument("name_of_client", metavar="CLIENT")
+@click.argument("name_of_client", metavar="CLIENT", shell_complete=complete_clients)
 @json_option
 def drop(machine: Machine, name_of_client: str, as_json: bool) -> None:
     """Drop CLIENT and the pages collected for it. A client owned by a running process cannot be dropped."""

@@ -11,14 +11,16 @@ import importlib
 import os
 import signal
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ExitCode, VmmError
-from .common import json_option, on_machine, print_json
-from .forward import forward, forwarding, note_forward
-from .run import Interrupted, run_or_leave
+from ..errors import ExitCode, VmmError, one_line
+from .common import Size, confirm, json_option, on_machine, print_json
+from .completion import complete_ended, complete_slots
+from .examples import EXAMPLES
+from .forward import forward
+from .run import Interrupted
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
@@ -26,13 +28,23 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+_RANGES = 10        # of a slot that sync prints, unless asked for others
+_PAGE_KIB = 4
+
 #: {module: {verb: its name there}}
 _MODULES = {
     "clients": {"client": "client"},
     "compare": {"compare": "compare"},
+    "completion": {"completion": "completion"},
+    "config": {"config": "config"},
+    "console": {"attach": "attach", "console": "console"},
+    "demo": {"demo": "demo"},
     "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
               "working-set": "working_set"},
     "events": {"events": "events"},
+    "exporter": {"exporter": "exporter"},
+    "fleet": {"fleet": "fleet"},
+    "launch": {"launch": "launch"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop",
                  "upgrade": "upgrade", "wait": "wait"},
     "migrate": {"migrate": "migrate"},
@@ -40,9 +52,12 @@ _MODULES = {
     "program": {"root": "make_root", "run": "run_program"},
     "programs": {"maps": "maps", "strace": "strace"},
     "report": {"report": "report"},
+    "qmp": {"qmp": "qmp"},
     "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
+    "stats": {"stats": "stats"},
     "stress": {"stress": "stress"},
+    "top": {"top": "top"},
     "trace": {"trace": "trace"},
     "watch": {"watch": "watch"}}
 _ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
@@ -54,55 +69,40 @@ class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*self.commands, *_ELSEWHERE})
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            import difflib
+
+            # Click knows only those that have been imported.
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if args[0].startswith("-") or not near:
+                raise
+            raise click.UsageError(f"{exc.message} Did you mean '{near[0]}'?", ctx) from None
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands and cmd_name in _ELSEWHERE:
             module, name = _ELSEWHERE[cmd_name]
             self.add_command(getattr(importlib.import_module(f".{module}", __package__), name), cmd_name)
-        return super().get_command(ctx, cmd_name)
+        found = super().get_command(ctx, cmd_name)
+        if found is not None and found.epilog is None:
+            _add_examples(found, cmd_name)
+        return found
+
+
+def _add_examples(command: click.Command, words: str) -> None:
+    """To its help, and to that of the verbs below it."""
+    if words in EXAMPLES:
+        command.epilog = "\b\n" + "\n".join(["Examples:", *(f"  {each}" for each in EXAMPLES[words])])
+    for name, each in getattr(command, "commands", {}).items():
+        _add_examples(each, f"{words} {name}")
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="shardvmm")
 def cli() -> None:
     """Run virtual machines whose vCPUs are processes, and track every page they dirty."""
-
-
-# --- launch ------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@click.argument("config", type=click.Path())
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Override a key of CONFIG, for example vcpus=8 or memory.0.size=1GiB.")
-@click.option("--name", help="Name of the machine (default: the name in CONFIG, else its file name).")
-@click.option("--detach", is_flag=True, help="Leave the machine running in the background.")
-@click.option("--trace", "trace", multiple=True, metavar="PATTERN",
-              help="Enable the trace events that match, for example 'kvm_dirty_ring_*'. (For dirty traces, see vmm "
-                   "trace.)")
-@click.option("--trace-file", type=click.Path(dir_okay=False), default="",
-              help="Write trace events to this file instead of standard error.")
-@json_option
-def launch(config: str, overrides: tuple[str, ...], name: str | None, detach: bool, trace: tuple[str, ...],
-           trace_file: str, as_json: bool) -> int:
-    """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input."""
-    from ..client.config import load_config
-    from ..client.forwarding import HostPorts
-    from ..client.machine import Machine
-
-    if trace and detach and not trace_file:
-        raise VmmError("--trace with --detach needs --trace-file: a detached machine has no terminal to write to")
-    machine_config = load_config(config, list(overrides), name=name)
-    wanted = [] if machine_config.guest is None else machine_config.guest.forward
-    with HostPorts([] if detach else wanted) as ports:
-        machine = Machine.launch(machine_config, trace=list(trace),
-                                 trace_file=os.path.abspath(trace_file) if trace_file else "", detach=detach,
-                                 start=detach)
-        if not detach:
-            with machine, forwarding(machine.name, ports):
-                return run_or_leave(machine, False, as_json)
-        status = run_or_leave(machine, True, as_json)
-        note_forward(machine.name, wanted)
-        return status
 
 
 # --- running machines ------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def log() -> None:
 def _log_verb(name: str, help_text: str) -> None:
     @log.command(name, help=help_text)
     @on_machine
-    @click.argument("slot", type=int)
+    @click.argument("slot", type=int, shell_complete=complete_slots)
     @json_option
     def verb(machine: Machine, slot: int, as_json: bool) -> None:
         if name == "start":
@@ -170,21 +170,35 @@ _log_verb("stop", "Stop logging SLOT; the pages logged so far are kept.")
 @cli.command()
 @on_machine
 @click.option("--client", default="cli", show_default=True, help="Client whose last sync to count from.")
+@click.option("--ranges", type=click.IntRange(0), default=_RANGES, show_default=True, metavar="N",
+              help="Print at most so many ranges of each slot.")
+@click.option("--all", "everything", is_flag=True, help="Print all ranges.")
 @json_option
-def sync(machine: Machine, client: str, as_json: bool) -> None:
+def sync(machine: Machine, client: str, ranges: int, everything: bool, as_json: bool) -> None:
     """Flush the dirty log and show dirty pages. These are the pages of each slot dirtied since this client's last
-    sync; the first sync registers the client, and counting starts there."""
+    sync; the first sync registers the client, and counting starts there. Ranges are of page numbers within the slot.
+    With --json, all ranges are there, as first page and number of pages."""
+    is_new = client not in machine.status()["clients"]
     machine.register(client)
     result = machine.sync(client)
     if as_json:
         print_json({"name": machine.name, "client": client, "pages": result.pages,
                      "slots": {str(i): [list(r) for r in ranges] for i, ranges in result.slots.items()}})
         return
-    for slot_id, ranges in result.slots.items():
-        click.echo(f"slot {slot_id}: {sum(n for _, n in ranges)} pages dirty")
-        for first, count in ranges:
+    if is_new:
+        click.echo(f"{machine.name}: client {client} is new: what is dirtied is gathered for it from now on")
+    kib = result.pages * _PAGE_KIB
+    click.echo(f"{machine.name}, client {client}: {result.pages:,} pages dirty "
+               f"({f'{kib / 1024:,.1f} MiB' if kib >= 1024 else f'{kib} KiB'}), "
+               f"in {sum(map(len, result.slots.values())):,} ranges")
+    for slot_id, found in result.slots.items():
+        click.echo(f"slot {slot_id}: {sum(n for _, n in found):,} pages dirty")
+        shown = found if everything else found[:ranges]
+        for first, count in shown:
             pages = f"{first:#x}" if count == 1 else f"{first:#x}-{first + count - 1:#x}"
-            click.echo(f"    {pages} ({count} page{'s' if count > 1 else ''})")
+            click.echo(f"    {pages} ({count:,} page{'s' if count > 1 else ''})")
+        if len(shown) < len(found):
+            click.echo(f"    and {len(found) - len(shown):,} more ranges (--all prints them)")
 
 
 @cli.group()
@@ -195,25 +209,20 @@ def memory() -> None:
 @memory.command("add")
 @on_machine
 @click.argument("slot", type=int)
-@click.argument("gpa")
-@click.argument("size")
+@click.argument("gpa", type=Size())
+@click.argument("size", type=Size())
 @click.option("--no-log", is_flag=True, help="Add the slot without dirty logging.")
 @json_option
-def memory_add(machine: Machine, slot: int, gpa: str, size: str, no_log: bool, as_json: bool) -> None:
-    """Add memory slot SLOT of SIZE at guest physical address GPA (bytes, 0x…, KiB, MiB, GiB)."""
-    from ..client.units import parse_size
-
-    try:
-        address, length = parse_size(_number(gpa)), parse_size(_number(size))
-    except ValueError as exc:
-        raise VmmError(str(exc)) from None
-    machine.memory_add(slot, address, length, log=not no_log)
+def memory_add(machine: Machine, slot: int, gpa: int, size: int, no_log: bool, as_json: bool) -> None:
+    """Add memory slot SLOT of SIZE at guest physical address GPA. Both are bytes, 0x…, or a number with a unit (64MiB,
+    64MB, 4099 pages), and multiples of 4096 bytes."""
+    machine.memory_add(slot, gpa, size, log=not no_log)
     _memory_done(machine, slot, "added", as_json)
 
 
 @memory.command("remove")
 @on_machine
-@click.argument("slot", type=int)
+@click.argument("slot", type=int, shell_complete=complete_slots)
 @click.option("--force", is_flag=True, help="Remove it even if it holds the guest's image or stacks.")
 @json_option
 def memory_remove(machine: Machine, slot: int, force: bool, as_json: bool) -> None:
@@ -221,11 +230,6 @@ def memory_remove(machine: Machine, slot: int, force: bool, as_json: bool) -> No
     vCPUs."""
     machine.memory_remove(slot, force=force)
     _memory_done(machine, slot, "removed", as_json)
-
-
-def _number(text: str) -> int | str:
-    """``4096`` is bytes; everything else is for parse_size."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
 
 
 def _memory_done(machine: Machine, slot: int, what: str, as_json: bool) -> None:
@@ -259,14 +263,17 @@ def doctor(as_json: bool) -> int:
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_ended)
 @click.option("--logs", is_flag=True, help="Also remove logs and reports of machines that have ended.")
+@click.option("--force", is_flag=True, help="With --logs and without NAME: do not ask.")
 @json_option
-def gc(name: str | None, logs: bool, as_json: bool) -> None:
+def gc(name: str | None, logs: bool, force: bool, as_json: bool) -> None:
     """Remove what crashed machines left behind. With NAME, only what that machine left."""
-    from ..machine.records import remove_records
+    from ..machine.records import ended_names, remove_records
     from ..machine.runtime import collect_garbage
 
+    if logs and name is None and (ended := ended_names()):
+        confirm(f"Remove the logs and reports of {len(ended)} machines?", force=force)
     removed = collect_garbage(name)
     if logs:
         try:
@@ -282,15 +289,24 @@ def gc(name: str | None, logs: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["config", "report"]), default="config")
+@click.argument("what", type=click.Choice(["config", "report", "stats", "sweep"]), default="config")
 def schema(what: str) -> None:
-    """Print a JSON schema. It is that of the configuration file, or of a machine's report (vmm status --json)."""
+    """Print a JSON schema. It is that of the configuration file, of a machine's report (vmm status --json), of a sample
+    (vmm stats --json-lines), or of the file of a sweep (vmm stress)."""
     if what == "report":
         from ..machine.report import report_schema
 
         print_json(report_schema())
+    elif what == "stats":
+        from ..consumers.stats import stats_schema
+
+        print_json(stats_schema())
+    elif what == "sweep":
+        from ..lab.stress.schema import sweep_schema
+
+        print_json(sweep_schema())
     else:
-        from ..client.config import config_schema
+        from ..client.schema import config_schema
 
         print_json(config_schema())
 
@@ -319,14 +335,18 @@ def run() -> int:
     """Carry out the command line; its exit status. Whatever goes wrong is said on standard error, but for what
     becomes of standard output (vmm/cli/main.py)."""
     try:
-        return int(cli.main(standalone_mode=False) or 0)
+        return int(cli.main(prog_name="vmm", standalone_mode=False) or 0)
     except VmmError as exc:
-        for line in str(exc).splitlines():
-            _say(f"vmm: error: {line}")
+        for line in exc.told():
+            _say(line if line.startswith(" ") else f"vmm: {line}")
         return int(exc.exit_code)
-    except click.ClickException as exc:
+    except click.exceptions.NoArgsIsHelpError as exc:
         with contextlib.suppress(OSError):
             exc.show()
+        return exc.exit_code
+    except click.ClickException as exc:
+        path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx is not None else "vmm"
+        _say(f"vmm: error: {one_line(exc.format_message(), 500).rstrip('.')} (see {path} --help)")
         return exc.exit_code
     except Interrupted as exc:
         return 128 + exc.signum

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import VmmError
+from .completion import complete_machines
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
     from ..client.interrupts import Interrupts
 
-__all__ = ["Duration", "Rate", "Size", "json_option", "on_machine", "print_json", "progress_bar", "recording"]
+__all__ = ["Duration", "Rate", "Size", "confirm", "json_option", "on_machine", "param_text", "print_json",
+           "progress_bar", "recording"]
 
 
 def print_json(document: Any) -> None:
@@ -49,6 +52,17 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return option(function)
 
 
+def confirm(question: str, *, force: bool) -> None:
+    """What cannot be undone: asked on a terminal, and elsewhere done only with ``force``. Raises Abort when the answer
+    is no, and VmmError where nobody can be asked."""
+    if force:
+        return
+    streams = (sys.stdin, sys.stderr)
+    if not all(each is not None and not each.closed and each.isatty() for each in streams):
+        raise VmmError(f"{question} That cannot be undone: --force does it")
+    click.confirm(question, abort=True, err=True)
+
+
 def on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the verb a Machine in place of its NAME, and close it afterwards."""
 
@@ -59,11 +73,18 @@ def on_machine(function: Callable[..., Any]) -> Callable[..., Any]:
         with Machine.attach(name) as machine:
             return function(machine, **options)
 
-    return click.argument("name")(wrapper)
+    return click.argument("name", shell_complete=complete_machines)(wrapper)
+
+
+def param_text(param: click.Parameter | None, otherwise: str) -> str:
+    """What an error calls an option (``--time``) or an argument (``SIZE``)."""
+    if param is None:
+        return otherwise
+    return param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
 
 
 class Duration(click.ParamType):
-    """``500ms``, ``1s``, ``2m``; a bare number is seconds. ``least``: the shortest that can be kept to, seconds.
+    """``500ms``, ``1s``, ``5min``; a bare number is seconds. ``least``: the shortest that can be kept to, seconds.
     Raises VmmError."""
 
     name = "duration"
@@ -74,7 +95,7 @@ class Duration(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         from ..client.units import parse_duration
 
-        where = param.opts[0] if param else "duration"
+        where = param_text(param, self.name)
         try:
             seconds = parse_duration(value)
         except ValueError as exc:
@@ -95,19 +116,18 @@ class Rate(click.ParamType):
         try:
             return parse_rate(value)
         except ValueError as exc:
-            raise VmmError(f"{param.human_readable_name if param else 'rate'}: {exc}") from None
+            raise VmmError(f"{param_text(param, self.name)}: {exc}") from None
 
 
 class Size(click.ParamType):
-    """``64MiB``, ``4099 pages``; a bare number is bytes. Raises VmmError."""
+    """``64MiB``, ``64MB``, ``4099 pages``; a bare number is bytes. Raises VmmError."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         from ..client.units import parse_size
 
-        text = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
         try:
-            return parse_size(text)
+            return parse_size(value)
         except ValueError as exc:
-            raise VmmError(f"{param.opts[0] if param else 'size'}: {exc}") from None
+            raise VmmError(f"{param_text(param, self.name)}: {exc}") from None

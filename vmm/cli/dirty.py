@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ _MIB = 1 << 20
 @click.option("--time", "seconds", type=Duration(), default="1s", show_default=True,
               help="How long to measure, 50ms to 60s.")
 @click.option("--mode", type=click.Choice(["ring", "bitmap", "sampling"]), default=None,
-              help="ring: per vCPU and in total; bitmap: in total; sampling: estimated, without the dirty log. "
+              help="Per vCPU and in total (ring), in total (bitmap), or estimated without the dirty log (sampling).  "
                    "[default: ring where the machine has rings]")
 @click.option("--unchanged", is_flag=True,
               help="Also count dirtied pages whose content is what it was. The machine stands still while its memory "
@@ -36,19 +38,29 @@ _MIB = 1 << 20
 @click.option("--watch", is_flag=True, help="Repeat the measurement until interrupted or until the machine ends.")
 @json_option
 def dirty_rate(machine: Machine, seconds: float, mode: Any, unchanged: bool, watch: bool, as_json: bool) -> None:
-    """Measure how fast the guest dirties memory. Other users of the dirty log are not affected."""
-    from ..consumers.rate import check_time, measure
+    """Measure how fast the guest dirties memory. Other users of the dirty log are not affected.
+
+    A page counts once in the time that is measured, however often it is written: the longer that is, the lower the rate
+    of a guest that writes to the same pages again. The machine's rate is of distinct pages; the rates of the vCPUs are
+    of their ring entries, and two vCPUs may dirty the same page. With --watch and --json, one document per line.
+    """
+    from ..consumers.rate import best_mode, check_time, measure
+    from ..machine.records import now
 
     check_time(seconds)
-    status = machine.status()
-    logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
-    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
+    mode = mode or best_mode(machine)
     while True:
         rate = measure(machine, seconds, mode, unchanged=unchanged)
-        if as_json:
+        if as_json and watch:
+            click.echo(json.dumps({"name": machine.name, "time": now(), **rate.as_dict()}))
+            sys.stdout.flush()
+        elif as_json:
             print_json({"name": machine.name, **rate.as_dict()})
         else:
+            if watch:
+                click.echo(f"{now()}:")
             _print_rate(rate)
+            sys.stdout.flush()
         if not watch or machine.status()["state"] == "ended":
             return
 
@@ -118,8 +130,13 @@ def _limit_done(machine: Machine, vcpu: int | None, pages: int, as_json: bool) -
         print_json({"name": machine.name, "vcpu": vcpu, "pages_per_s": pages})
         return
     who = "each vCPU" if vcpu is None else f"vCPU {vcpu}"
-    what = f"limited to {pages * PAGE_SIZE / 1e6:.1f} MB/s ({pages:,} pages/s)" if pages else "unlimited"
+    what = f"limited to {_rate_text(pages)}, {pages:,} pages/s" if pages else "unlimited"
     click.echo(f"{machine.name}: {who} {what}")
+
+
+def _rate_text(pages: float) -> str:
+    """In the unit of limits, and in that of vmm dirty-rate."""
+    return f"{pages * PAGE_SIZE / 1e6:.1f} MB/s ({pages * PAGE_SIZE / _MIB:.1f} MiB/s)"
 
 
 @dirty_limit.command("query")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import VmmError
+from .completion import complete_machines
 
 if TYPE_CHECKING:
     from ..client.forwarding import HostPorts
@@ -19,7 +20,7 @@ _LOOK_S = 0.2       # seconds after which it is seen that the machine has ended
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.argument("ports", nargs=-1, required=True, metavar="[ADDRESS:]PORT[:INSIDE]...")
 def forward(name: str, ports: tuple[str, ...]) -> int:
     """Lead ports of this host to a machine's Linux program. What connects to PORT of this host (at ADDRESS, 127.0.0.1

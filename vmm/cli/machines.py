@@ -13,13 +13,14 @@ import click
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, json_option, print_json
+from .completion import complete_ended, complete_machines
 from .signals import raise_on
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
     from ..machine.log import LogLine
 
-__all__ = ["list_", "logs", "status", "stop", "upgrade", "wait"]
+__all__ = ["list_", "logs", "print_log", "show_report", "status", "stop", "upgrade", "wait"]
 
 _STOP_TIMEOUT = 30.0        # seconds
 _FORCE_TIMEOUT = 15.0
@@ -51,7 +52,7 @@ def list_(everything: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_ended)
 @json_option
 def status(name: str, as_json: bool) -> None:
     """Show the status of a machine. It covers vCPUs, reaper, slots and verification; of a machine that has ended,
@@ -63,11 +64,11 @@ def status(name: str, as_json: bool) -> None:
     if report is None:
         with Machine.attach(name) as machine:
             report = machine.status()
-    _show(report, as_json)
+    show_report(report, as_json)
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.option("--force", is_flag=True, help="Kill its processes; its last dirty pages and its report are lost.")
 @json_option
 def stop(name: str, force: bool, as_json: bool) -> int:
@@ -124,7 +125,7 @@ def _kill(name: str) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @json_option
 def upgrade(name: str, as_json: bool) -> None:
     """Give a running machine new processes, of the program that this command is. Its memory stays where it is, and its
@@ -143,7 +144,7 @@ def upgrade(name: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_ended)
 @click.option("--timeout", type=Duration(),
               help="Stop waiting after this time (exit status 5); the machine keeps running.")
 @json_option
@@ -160,11 +161,12 @@ def wait(name: str, timeout: float | None, as_json: bool) -> int:
                 report = machine.wait(timeout)
             except TimeoutError as exc:
                 raise VmmError(str(exc), ExitCode.TIMEOUT) from None
-    _show(report, as_json)
+    show_report(report, as_json)
     return int(report["exit_code"])
 
 
-def _show(report: dict[str, Any], as_json: bool) -> None:
+def show_report(report: dict[str, Any], as_json: bool) -> None:
+    """Whole or not (vmm/machine/records.py)."""
     if as_json:
         print_json(report)
     else:
@@ -175,13 +177,18 @@ def _show(report: dict[str, Any], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_ended)
 @click.option("--follow", "-f", is_flag=True, help="Keep printing until the machine has ended.")
 @click.option("--console", is_flag=True, help="Print only the guest's console output.")
 @json_option
 def logs(name: str, follow: bool, console: bool, as_json: bool) -> int:
     """Print the log of a machine. It has the console output, events, warnings and errors of the processes of the
     last machine named NAME, running or not. The newest 2 to 4 MiB are kept. With --json, one document per line."""
+    return print_log(name, follow=follow, console=console, as_json=as_json)
+
+
+def print_log(name: str, *, follow: bool, console: bool, as_json: bool) -> int:
+    """``console``: only what the guest has printed. Raises VmmError."""
     from ..machine.log import follow_log, read_log
     from ..machine.records import log_path, no_machine
     from ..machine.runtime import is_running

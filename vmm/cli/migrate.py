@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ipc.run import python_module
 
 from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
+from .completion import complete_ended, complete_machines
 from .migrating import MigrationLines, Shown, key_options, print_report, print_status
 from .signals import raise_on
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from ..migrate import Options
 
 __all__ = ["migrate"]
-
-_BACKGROUND_PATIENCE = 60.0
-_CANCEL_PATIENCE = 15.0
 
 _LATE = click.Choice(["cancel", "force", "postcopy"])
 
@@ -47,15 +43,32 @@ class _Migrate(click.Group):
             args = ["start", *args]
         return super().resolve_command(ctx, args)
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """And those of ``start``, which are also this verb's."""
+        begin = self.commands["start"]
+        records = [record for each in begin.get_params(ctx)
+                   if isinstance(each, click.Option) and (record := each.get_help_record(ctx))]
+        with formatter.section("Options of vmm migrate NAME ADDRESS"):
+            formatter.write_dl(records)
+        self.format_commands(ctx, formatter)
 
-@click.group(cls=_Migrate)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What ``start`` begins with, too."""
+        begin = self.commands["start"]
+        if incomplete.startswith("-"):
+            return begin.shell_complete(click.Context(begin, parent=ctx), incomplete)
+        named = begin.params[0].shell_complete(ctx, incomplete)
+        return [*named, *super().shell_complete(ctx, incomplete)]
+
+
+@click.group(cls=_Migrate, subcommand_metavar="NAME ADDRESS | COMMAND NAME [ARGS]...")
 def migrate() -> None:
-    """Migrate a running machine to another host or name. Usage: vmm migrate NAME ADDRESS, where vmm receive is
-    waiting at ADDRESS."""
+    """Migrate a running machine to another host or name. vmm receive waits at ADDRESS (tcp://HOST:PORT or ipc://PATH).
+    A machine that is called like one of the commands is migrated by vmm migrate start NAME ADDRESS."""
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.argument("address")
 @click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]), default="none",
               show_default=True, help="Compression of memory pages.")
@@ -149,24 +162,11 @@ def _check(name: str, address: str, options: Options, as_json: bool) -> int:
 
 def _start_in_background(name: str, address: str, as_json: bool) -> None:
     """The same command again, without --background, on its own; until it has something to say."""
-    from ..consumers.migration.status import load_status
+    from ..consumers.migration.background import begin_command
 
     migration_id = uuid.uuid4().hex[:8]
     arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json", "--json-lines")]
-    with tempfile.TemporaryFile() as errors:    # a pipe would break when this process has gone
-        process = subprocess.Popen(python_module("vmm", *arguments, "--id", migration_id),
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                                   start_new_session=True)
-        deadline = time.monotonic() + _BACKGROUND_PATIENCE
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(VmmError):
-                if load_status(name)["id"] == migration_id:
-                    break
-            time.sleep(0.02)
-        if process.poll():
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().removeprefix("vmm: error: ")
-            raise VmmError(said or "the migration could not be started", _exit_code(process.returncode))
+    begin_command(name, python_module("vmm", *arguments, "--id", migration_id), migration_id)
     if as_json:
         print_json({"id": migration_id, "name": name, "target": address})
     else:
@@ -174,12 +174,8 @@ def _start_in_background(name: str, address: str, as_json: bool) -> None:
                    f"vmm migrate cancel {name})")
 
 
-def _exit_code(status: int) -> ExitCode:
-    return ExitCode(status) if status in list(ExitCode) else ExitCode.MIGRATION_FAILED
-
-
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_ended)
 @json_option
 def status(name: str, as_json: bool) -> None:
     """Show the progress or outcome of the last migration of machine NAME, which left this host or came to it; with the
@@ -197,7 +193,7 @@ def status(name: str, as_json: bool) -> None:
 
 
 @migrate.command("set")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.option("--bandwidth", type=_RateOrNone(), help="Bandwidth limit, or none.")
 @click.option("--downtime", type=Duration(), help="Maximum downtime of the guest.")
 @click.option("--compress", "compression", type=click.Choice(["none", "zstd", "lz4"]),
@@ -218,7 +214,7 @@ def set_(name: str, as_json: bool, **wanted: Any) -> None:
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @json_option
 def postcopy(name: str, as_json: bool) -> None:
     """Have the migration of machine NAME go over to post-copy now. The guest resumes at the target, and the rest of its
@@ -246,42 +242,14 @@ def _text(key: str, value: Any) -> str:
 
 
 @migrate.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @json_option
 def cancel(name: str, as_json: bool) -> None:
     """Cancel the migration of machine NAME; it keeps running here."""
-    from ..consumers.migration.report import COMMITTED, OVER
-    from ..consumers.migration.status import interrupt, load_status
+    from ..consumers.migration.background import cancel as end
 
-    found = load_status(name)
-    _refuse_to_cancel(found)
-    if found["status"] in OVER:
-        raise VmmError(f"no migration of machine '{name}' is in progress (last one: {found['status']})")
-    interrupt(found)
-    deadline = time.monotonic() + _CANCEL_PATIENCE
-    while found["status"] not in OVER and found["status"] not in COMMITTED:
-        if time.monotonic() > deadline:
-            raise VmmError(f"the migration of '{name}' did not end within {_CANCEL_PATIENCE:.0f} s",
-                           ExitCode.MIGRATION_FAILED)
-        time.sleep(0.05)
-        found = load_status(name)
-    _refuse_to_cancel(found)
+    found = end(name)
     if as_json:
         print_json({"name": name, "status": found["status"]})
     else:
         click.echo(f"{name}: migration {found['status']}")
-
-
-def _refuse_to_cancel(report: dict[str, Any]) -> None:
-    from ..consumers.migration.report import COMMITTED, OVER
-
-    name, target = report["machine"], report["target"]
-    if report["direction"] == "incoming":
-        raise VmmError(f"machine '{name}' is not being migrated: it came here from {target}"
-                       if report["status"] in OVER else
-                       f"machine '{name}' is arriving here: cancel that where it comes from, or run vmm stop {name}")
-    if report["status"] == "completed":
-        raise VmmError(f"machine '{name}' has already been migrated to {target}")
-    if report["status"] in COMMITTED:
-        raise VmmError(f"machine '{name}' has already been handed over to {target}: the migration can no longer be "
-                       "cancelled")

@@ -92,7 +92,8 @@ def _print_others(found: dict[str, Any]) -> None:
 
 @click.command()
 @on_machine
-@click.option("--duration", type=Duration(), help="Stop after this time [default: when the machine ends].")
+@click.option("--time", "--duration", "duration", type=Duration(),
+              help="Stop after this time.  [default: when the machine ends]")
 @click.option("--process", type=int, metavar="PID", help="Only calls of this process, as vmm maps numbers it.")
 @click.option("--count", is_flag=True, help="Print a table at the end: calls, errors and mean time of each.")
 @json_option

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,12 +15,11 @@ from .signals import raise_on
 if TYPE_CHECKING:
     from ..client.machine import Machine
 
-__all__ = ["Interrupted", "run_or_leave"]
+__all__ = ["Interrupted", "follow_machine", "run_or_leave"]
 
 _PROGRESS_S = 0.25
 _NOTES = {
-    "ring-rebuilt": "vCPU {vcpu}: the counts of its ring did not match ({harvested} harvested, {reset} reset); the "
-                    "ring was rebuilt, {pages_marked} pages were marked dirty",
+    "ring-rebuilt": "vCPU {vcpu}: {why}; the ring was rebuilt, {pages_marked} pages were marked dirty",
     "warning": "vmm: warning: {text}",
     "dropped": "{count} events, some of them console output, were dropped because they were not read in time (vmm "
                "logs {name} may have them)",
@@ -60,18 +59,12 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
         raise_on(signum, Interrupted)
     try:
         machine.start()
-        while _follow(machine, as_json) == ExitCode.STOPPED and machine.goes_on():
-            click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes, which end with this "
-                       "one only if it is interrupted", err=True)
+        follow_machine(machine, as_json, ", which end with this one only if it is interrupted")
     except Interrupted as exc:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)   # one is enough
         stopped_by = exc.signum
         machine.stop()
-    except VmmError as exc:
-        if exc.exit_code is not ExitCode.NO_MACHINE:
-            raise
-        # It has gone, and left its report.
     report = machine.wait(60.0)
     if as_json:
         print_json(report)
@@ -81,6 +74,27 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
 
         print_report(report, screen())
     return 128 + stopped_by if stopped_by else int(report["exit_code"])
+
+
+def follow_machine(machine: Machine, as_json: bool, upgraded: str = "") -> None:
+    """Show it until it ends, in whichever processes; ``upgraded``: what else there is to say of new ones."""
+    try:
+        while _follow(machine, as_json) == ExitCode.STOPPED and machine.goes_on():
+            click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes{upgraded}", err=True)
+    except VmmError as exc:
+        if exc.exit_code is not ExitCode.NO_MACHINE:
+            raise
+        # It has gone, and left its report.
+
+
+def _note(name: str, event: dict[str, Any]) -> str:
+    """In words."""
+    why = ""
+    if event["event"] == "ring-rebuilt":
+        counts = event["harvested"], event["reset"]
+        why = ("its ring overflowed, or stayed full with nothing in it" if counts[0] == counts[1] else
+               "the counts of its ring did not match ({} harvested, {} reset)".format(*counts))
+    return _NOTES[event["event"]].format(name=name, why=why, **event)
 
 
 def _follow(machine: Machine, as_json: bool) -> int:
@@ -104,7 +118,7 @@ def _follow(machine: Machine, as_json: bool) -> int:
                 elif event["event"] == "ended":
                     return int(event["exit_code"])
                 elif event["event"] in _NOTES:
-                    screen.print(_NOTES[event["event"]].format(name=machine.name, **event), markup=False)
+                    screen.print(_note(machine.name, event), markup=False, soft_wrap=True)
                 if time.monotonic() - shown >= _PROGRESS_S:
                     break
             if screen.is_terminal:

@@ -13,7 +13,8 @@ from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
 from ..errors import ExitCode, VmmError, one_line
-from .common import Duration, json_option, on_machine, print_json, progress_bar
+from .common import Duration, confirm, json_option, on_machine, print_json, progress_bar
+from .completion import complete_snapshots
 from .lines import JsonLines
 from .program import run_arrived, trees_options
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["snapshot"]
 
 _directory = click.argument("directory", type=click.Path(path_type=Path))
-_name = click.argument("snapshot_id", required=False)
+_name = click.argument("snapshot_id", required=False, shell_complete=complete_snapshots)
+_force = click.option("--force", is_flag=True, help="Do not ask.")
 
 
 @click.group()
@@ -142,12 +144,15 @@ def verify(directory: Path, snapshot_id: str | None, as_json: bool, lines: bool)
 @snapshot.command()
 @_directory
 @_name
+@_force
 @json_option
 @_lines_option
-def merge(directory: Path, snapshot_id: str | None, as_json: bool, lines: bool) -> None:
+def merge(directory: Path, snapshot_id: str | None, force: bool, as_json: bool, lines: bool) -> None:
     """Make SNAPSHOT_ID (default: the newest) a full snapshot and delete those it was built on."""
     from ..consumers import snapshot as snapshots
 
+    which = "the newest snapshot" if snapshot_id is None else f"snapshot {snapshot_id}"
+    confirm(f"Make {which} of {directory} full, and delete those it was built on?", force=force)
     with _shown("merging", lines) as progress:
         merged = snapshots.merge(directory, snapshot_id, progress)
     _say(_summary(merged), f"{directory / merged.id}: {merged.pages:,} pages, full", as_json, lines)
@@ -155,14 +160,16 @@ def merge(directory: Path, snapshot_id: str | None, as_json: bool, lines: bool) 
 
 @snapshot.command()
 @_directory
-@click.argument("snapshot_id")
+@click.argument("snapshot_id", shell_complete=complete_snapshots)
 @click.option("--fold", is_flag=True, help="Add its pages to the snapshots that build on it, if there are any.")
+@_force
 @json_option
 @_lines_option
-def delete(directory: Path, snapshot_id: str, fold: bool, as_json: bool, lines: bool) -> None:
+def delete(directory: Path, snapshot_id: str, fold: bool, force: bool, as_json: bool, lines: bool) -> None:
     """Delete SNAPSHOT_ID; refused while another snapshot builds on it, unless --fold is given."""
     from ..consumers import snapshot as snapshots
 
+    confirm(f"Delete snapshot {snapshot_id} of {directory}?", force=force)
     with _shown("deleting", lines) as progress:
         snapshots.delete(directory, snapshot_id, fold=fold, progress=progress)
     _say({"id": snapshot_id, "done": "delete"}, f"{directory / snapshot_id}: deleted", as_json, lines)

@@ -76,8 +76,8 @@ def _print_trouble(vcpu: dict[str, Any], console: Console) -> None:
     if vcpu["bad_entries"]:
         notes.append(f"{vcpu['bad_entries']} bad ring entries dropped")
     if vcpu["ring_rebuilds"]:
-        notes.append(f"ring counts did not match; the ring was rebuilt {vcpu['ring_rebuilds']} times (all logged "
-                     "pages were marked dirty)")
+        notes.append(f"its ring overflowed, or its counts did not match; it was rebuilt {vcpu['ring_rebuilds']} "
+                     f"time{'s' if vcpu['ring_rebuilds'] > 1 else ''} (all logged pages were marked dirty)")
     for note in notes:
         console.print(f"vCPU {vcpu['index']}: {note}", markup=False)
     if vcpu["registers"] and vcpu["exit_reason"] != "stopped":      # who stopped it does not ask where it was
@@ -133,8 +133,9 @@ def doctor_table(findings: list[dict[str, str]]) -> Table:
 def machines_table(machines: list[dict[str, Any]]) -> Table:
     """Reports, whole or not."""
     ended = any(m.get("ended_at") for m in machines)
-    found = table("name", "state", "accelerator", numbers=("vCPUs", "memory", "elapsed"),
-                  texts=("ended", "cause") if ended else ())
+    found = table("name", "state", "accelerator",
+                  numbers=("vCPUs", "memory", "elapsed", *(["ended"] if ended else [])),
+                  texts=("cause",) if ended else ())
     for m in machines:
         row = [m["name"], _state_text(m)]
         if "vcpus" in m:

@@ -20,7 +20,7 @@ from ..machine.tracefile import TraceError, TraceReader, check_trace
 from ..machine.trackings import check_tracking
 from ..outputs import open_append
 from .accelerators import choose_accelerator
-from .config import ConfigError, GuestConfig, MachineConfig, ReplayConfig
+from .models import GuestConfig, MachineConfig, ReplayConfig
 from .programs import THREADS, program_spec
 
 __all__ = ["plan"]
@@ -34,7 +34,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         accel = choose_accelerator(config.accel, "guest" if config.replay is None else "replay",
                                    programs=config.guest is not None and config.guest.program is not None)
     except VmmError as exc:
-        raise ConfigError(f"{config.where('accel')}: {exc}") from None
+        raise config.error("accel", str(exc)) from None
     slots = [RamSlot(m.slot, m.gpa, m.size, m.log) for m in config.memory]
     largest = registry.available(accel).ring_max
     if not largest:
@@ -42,19 +42,18 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
     elif config.dirty_ring_size == "auto":
         entries = fitting_ring(slots, largest)
     elif (entries := config.dirty_ring_size) > largest:
-        raise VmmError(f"{config.where('dirty_ring_size')}: {entries} entries, but the largest ring on this host "
-                       f"has {largest}")
+        raise config.error("dirty_ring_size", f"{entries} entries, but the largest ring on this host has {largest}")
     if config.tracking is not None:
         try:
             check_tracking(config.tracking, accel, entries)
         except VmmError as exc:
-            raise ConfigError(f"{config.where('tracking')}: {exc}") from None
+            raise config.error("tracking", str(exc)) from None
     if config.replay is not None and config.replay.trace is not None:
         try:
             with TraceReader(config.replay.trace) as reader:
                 check_trace(config.replay.trace, reader.header, config.vcpus, slots)
         except TraceError as exc:
-            raise ConfigError(f"{config.where('replay.trace')}: {exc}") from None
+            raise config.error("replay.trace", str(exc)) from None
     image, params, exact, program = "", list[int](), True, None
     address, vcpus = None, config.vcpus
     if config.guest is not None and config.guest.program is not None:
@@ -67,7 +66,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
             loaded = loader.load_image(image, address)
             loader.check_fits(loaded, [(s.gpa, s.size) for s in slots])
         except loader.GuestImageError as exc:
-            raise ConfigError(f"{config.where('guest.image')}: {exc}") from None
+            raise config.error("guest.image", str(exc)) from None
     patterns = [*config.trace, *(trace or [])]
     check_patterns(patterns)
     if trace_file:
@@ -90,7 +89,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
         check_machine(spec)
         check_room(spec)
     except (RuleError, RoomError) as exc:
-        raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
+        raise config.error(exc.key, exc.text) from None
     return spec
 
 
@@ -126,7 +125,7 @@ def _program(config: MachineConfig, guest: GuestConfig, console: str) -> Program
                             files={inside: str(outside) for inside, outside in guest.files.items()},
                             directory=guest.directory, seed=guest.seed, console=console, forward=guest.forward)
     except RuleError as exc:
-        raise ConfigError(f"{config.where(exc.key)}: {exc.text}") from None
+        raise config.error(exc.key, exc.text) from None
 
 
 def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], bool]:
@@ -138,10 +137,10 @@ def _guest(config: MachineConfig, guest: GuestConfig) -> tuple[str, list[int], b
     try:
         workload = get_workload(guest.workload)
     except WorkloadError as exc:
-        raise ConfigError(f"{config.where('guest.workload')}: {exc}") from None
+        raise config.error("guest.workload", str(exc)) from None
     try:
         params = resolve_params(guest.workload, guest.params)
     except WorkloadError as exc:
         key = f"guest.params.{exc.param}" if exc.param in guest.params else "guest.params"
-        raise ConfigError(f"{config.where(key)}: {exc}") from None
+        raise config.error(key, str(exc)) from None
     return str(WORKLOADS[guest.workload].image), params, workload.exact

@@ -87,6 +87,10 @@ class Recording:
                  for i in range(0, self.intervals - window + 1, max(1, window // 2))]
         return float(np.mean(sizes))
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        return draw(self, "pages dirtied per interval")
+
     def save(self, path: Path) -> None:
         """Raises VmmError."""
         with open_output(path) as out:

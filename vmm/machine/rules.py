@@ -210,7 +210,8 @@ def _check_slot(whole: str, prefix: str, slot: RamSlot, taken: Iterable[tuple[st
         raise RuleError(f"{prefix}size", f"ends at {end:#x}, above {top:#x}")
     for what, other_start, other_end in taken:
         if start < other_end and other_start < end:
-            raise RuleError(whole, f"[{start:#x}, {end:#x}) overlaps {what} [{other_start:#x}, {other_end:#x})")
+            advice = ": what is more needs a slot of its own, from 4GiB on" if other_start == SYSTEM_AREA[0] else ""
+            raise RuleError(whole, f"[{start:#x}, {end:#x}) overlaps {what} [{other_start:#x}, {other_end:#x}){advice}")
 
 
 def _check_guest(spec: MachineSpec, guests: bool) -> None:

@@ -61,6 +61,7 @@ class Available:
     found: str = ""                 # what there is, for a user
     ring_max: int = RING_MAX        # entries of its largest ring; 0: it has no rings here
     ring: str = ""                  # what its rings are, where that depends on the host
+    emulates_kernel: bool = False   # guests at CPL 0 are emulated here, instruction by instruction
 
 
 class Backend(Protocol):

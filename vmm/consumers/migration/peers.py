@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import zmq
 
-from ...errors import VmmError
+from ...errors import ExitCode, VmmError
 from .arrivals import Arrivals
 from .wire import (
     Alive,
@@ -36,6 +36,9 @@ _ALIVE_EVERY = 1.0          # seconds
 
 class ReceiveError(VmmError):
     """No machine was received; nothing of it is left here."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.MIGRATION_FAILED) -> None:
+        super().__init__(message, exit_code)
 
 
 class Gone(ReceiveError):

@@ -32,10 +32,12 @@ from ipc.linux.files import open_locked
 from workers.accel import registry
 
 from ...client.accelerators import choose_accelerator
-from ...client.config import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig
 from ...client.explain import explain
+from ...client.models import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig
+from ...client.origins import Key, Origins
 from ...client.plan import plan
-from ...client.yamlfile import ConfigError, Lines, read_yaml
+from ...client.samples import find_config
+from ...client.yamlfile import read_yaml
 from ...errors import VmmError
 from ...guests import WORKLOADS, WorkloadError, get_workload
 from ...inputs import read_input
@@ -116,20 +118,27 @@ _Axis = Annotated[list[_T], BeforeValidator(_list), Field(min_length=1)]
 class Sweep(_Model):
     """Axes (lists, or single values), then what all points share."""
 
-    accel: _Axis[Annotated[str, _same_as(MachineConfig, "accel")]] = ["auto"]
-    workload: _Axis[Annotated[WorkloadConfig, BeforeValidator(_workload)]] = [WorkloadConfig(name="random")]
-    ram: _Axis[Size] = [256 << 20]                                                  # bytes
-    dirty_limit: _Axis[Annotated[Rate | None, BeforeValidator(_limit)]] = [None]    # bytes per second of each vCPU
-    ring: _Axis[int] = [4096]                                                       # entries
-    reaper: _Axis[Annotated[str, _same_as(ReaperConfig, "mode")]] = ["adaptive"]
-    vcpus: _Axis[int] = [1, 2, 4]
-    machines: Annotated[int, Field(ge=1, le=64)] = 1        # at once, at each point
-    repeat: Annotated[int, Field(ge=1, le=100)] = 1
-    seconds: Duration = 2.0         # the timed window
-    warm_up: Duration = 0.5         # before it
-    flushes: Annotated[int, Field(ge=0, le=1000)] = 20      # after it, one by one
-    verify: Annotated[VerifyConfig | None, BeforeValidator(_verify)] = VerifyConfig(interval=_PROOF_INTERVAL)
-    machine: dict[str, Any] = Field(default_factory=dict)   # further keys of every machine's configuration
+    accel: Annotated[_Axis[Annotated[str, _same_as(MachineConfig, "accel")]], Field(
+        description="Accelerators.")] = ["auto"]
+    workload: Annotated[_Axis[Annotated[WorkloadConfig, BeforeValidator(_workload)]], Field(
+        description="Sample guests that run indefinitely; with accel: replay, patterns.")] = [
+            WorkloadConfig(name="random")]
+    ram: Annotated[_Axis[Size], Field(description="Guest RAM sizes.")] = [256 << 20]
+    dirty_limit: Annotated[_Axis[Annotated[Rate | None, BeforeValidator(_limit)]], Field(
+        description="Dirty limits of each vCPU; none: no limit.")] = [None]
+    ring: Annotated[_Axis[int], Field(description="Ring sizes in entries; 0: the plain bitmap.")] = [4096]
+    reaper: Annotated[_Axis[Annotated[str, _same_as(ReaperConfig, "mode")]], Field(
+        description="Reaper modes: adaptive, fixed.")] = ["adaptive"]
+    vcpus: Annotated[_Axis[int], Field(description="Numbers of vCPUs.")] = [1, 2, 4]
+    machines: Annotated[int, Field(ge=1, le=64, description="Machines that run at once at each point.")] = 1
+    repeat: Annotated[int, Field(ge=1, le=100, description="Repetitions of each point.")] = 1
+    seconds: Annotated[Duration, Field(description="Length of the timed window of each point.")] = 2.0
+    warm_up: Annotated[Duration, Field(description="Time before the timed window.")] = 0.5
+    flushes: Annotated[int, Field(ge=0, le=1000, description="Flushes that are timed after it, one by one.")] = 20
+    verify: Annotated[VerifyConfig | None, BeforeValidator(_verify), Field(
+        description="A second, verified run of each point; false: none.")] = VerifyConfig(interval=_PROOF_INTERVAL)
+    machine: Annotated[dict[str, Any], Field(
+        description="Further keys of every machine's configuration.")] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:
@@ -251,25 +260,23 @@ class PointResult:
 
 
 def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = None, *, here: bool = True) -> Sweep:
-    """From a file (or the defaults), after flags: {key: (flag as it was given, value)}. Every point is planned, so
-    that a sweep which cannot run says so at once; not ``here``: those whose accelerator this host does not have are
-    only read. Raises ConfigError, naming file and line, or the flag."""
-    document, lines = read_yaml(path) if path is not None else ({}, {})
-    given: dict[tuple[str | int, ...], str] = {}
+    """From a file (or an example by its name, or the defaults), after flags: {key: (flag as it was given, value)}.
+    Every point is planned, so that a sweep which cannot run says so at once; not ``here``: those whose accelerator
+    this host does not have are only read. Raises ConfigError, naming file and line, or the flag."""
+    path = None if path is None else find_config(path)
+    document, origins = read_yaml(path) if path is not None else ({}, Origins(""))
     for key, (flag, value) in (flags or {}).items():
         document[key] = value
-        given[key,] = flag
-    where = path or Path("stress")
+        origins.given[key,] = flag
     try:
         sweep = Sweep.model_validate(document)
     except ValidationError as exc:
-        raise explain(exc, where, lines, given, document, Sweep) from None
-    _check_points(sweep, where, lines, given, here)
+        raise explain(exc, origins, document, Sweep) from None
+    _check_points(sweep, origins, here)
     return sweep
 
 
-def _check_points(sweep: Sweep, path: Path, lines: Lines, given: dict[tuple[str | int, ...], str],
-                  here: bool) -> None:
+def _check_points(sweep: Sweep, origins: Origins, here: bool) -> None:
     settings = sweep.settings()
     for point in sweep.points():
         if point.repetition:
@@ -291,10 +298,11 @@ def _check_points(sweep: Sweep, path: Path, lines: Lines, given: dict[tuple[str 
         axis = _AXES.get(key.partition(".")[0]) if colon else None
         if axis is None:
             axis, message = "machine", text
-        raise ConfigError(_at(path, lines, given, _position(sweep, axis, point), message))
+        at = _position(sweep, axis, point)
+        raise origins.error(at[:1] if at[:1] in origins.given else at, message)
 
 
-def _position(sweep: Sweep, axis: str, point: Point) -> tuple[str | int, ...]:
+def _position(sweep: Sweep, axis: str, point: Point) -> Key:
     """Of the point's value in its axis."""
     values = getattr(sweep, axis)
     if axis in ("machine", "verify"):
@@ -304,17 +312,6 @@ def _position(sweep: Sweep, axis: str, point: Point) -> tuple[str | int, ...]:
                           == (point.workload, point.params))
     wanted = getattr(point, axis)
     return axis, values.index(wanted) if wanted in values else 0
-
-
-def _at(path: Path, lines: Lines, given: dict[tuple[str | int, ...], str], at: tuple[str | int, ...],
-        message: str) -> str:
-    """One line: flag or file and line, key, what is wrong."""
-    key = ".".join(map(str, at))
-    flag = given.get(at[:1])
-    if flag is not None:
-        return f"{flag}: {message}"
-    line = lines.get(at) or lines.get(at[:1])
-    return f"{path}:{line}: {key}: {message}" if line else f"{key}: {message}"
 
 
 # --- results ------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ def probe() -> Available:
     if info.reason:
         return Available(info.reason, "accel: unicorn works without it", ring_max=0)
     return Available(found=f"{host.DEVICE} can be used", ring_max=info.max_entries,
-                     ring=f"KVM_CAP_{info.ring_capability}" if info.ring_capability else "")
+                     ring=f"KVM_CAP_{info.ring_capability}" if info.ring_capability else "",
+                     emulates_kernel=not host.hardware_virtualisation())
 
 
 def features() -> list[str]:

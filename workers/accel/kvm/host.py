@@ -13,12 +13,14 @@ from ipc.layout import RING_MIN, DirtyGfn
 
 from . import api
 
-__all__ = ["DEVICE", "RING_CAPABILITIES", "KvmInfo", "nested_paging", "probe", "ring_size_error"]
+__all__ = ["DEVICE", "RING_CAPABILITIES", "KvmInfo", "hardware_virtualisation", "nested_paging", "probe",
+           "ring_size_error"]
 
 DEVICE = Path("/dev/kvm")
 RING_CAPABILITIES = {"DIRTY_LOG_RING_ACQ_REL": api.CAP_DIRTY_LOG_RING_ACQ_REL,
                      "DIRTY_LOG_RING": api.CAP_DIRTY_LOG_RING}     # in the order of preference
 _MODULES = Path("/sys/module")
+_PROCESSORS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,17 @@ def nested_paging() -> bool:
             if (_MODULES / parameter).read_text().strip() in ("Y", "1"):
                 return True
     return False
+
+
+def hardware_virtualisation() -> bool:
+    """The processor has VMX or SVM for KVM. A KVM without them (as of a hypervisor's guest that is given none) runs CPL
+    3 natively, and emulates CPL 0. True where that cannot be seen."""
+    try:
+        with _PROCESSORS.open() as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return True
+    return not flags or not {"vmx", "svm"}.isdisjoint(flags.split())
 
 
 def ring_size_error(entries: int, info: KvmInfo) -> str:

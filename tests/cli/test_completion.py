@@ -1,0 +1,113 @@
+"""What shells offer: asked by real shells where they are installed, and as their scripts ask."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.shell_completion import get_completion_class
+from command import vmm
+from machines import spec
+
+from vmm.cli.commands import cli
+from vmm.client.machine import Machine
+from vmm.machine.spec import RamSlot
+
+NAME = "completed"
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    slots = [RamSlot(0, 0, 8 << 20), RamSlot(5, 1 << 30, 1 << 20)]
+    with Machine.launch(spec("idle", accel="unicorn", name=NAME, slots=slots, milliseconds=0, timeout=None),
+                        name=NAME) as made:
+        made.register("backup")
+        yield made
+
+
+def offered(line: str) -> list[str]:
+    """At the end of the line, without a process."""
+    kind = get_completion_class("fish")
+    assert kind is not None
+    *words, last = shlex.split(line) if not line.endswith(" ") else [*shlex.split(line), ""]
+    return [item.value for item in kind(cli, {}, "vmm", "_VMM_COMPLETE").get_completions(words[1:], last)]
+
+
+def in_shell(shell: str, script: str) -> list[str]:
+    """Lines that a real shell prints."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run([shell, "-c", script], capture_output=True, text=True, timeout=60, check=True,
+                          env={**os.environ, "PATH": path})
+    return done.stdout.split("\n")
+
+
+def needs_shell(shell: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed")
+
+
+def test_verbs_and_options() -> None:
+    assert {"snapshot", "status", "stop"} <= set(offered("vmm s"))
+    assert offered("vmm snapshot re") == ["restore"]
+    assert "--detach" in offered("vmm launch x.yaml --de")
+    assert offered("vmm tracking web b") == ["bitmap"]
+    assert offered("vmm config explain reaper.mo") == ["reaper.mode"]
+    assert offered("vmm config new p") == ["program"]
+
+
+def test_names_of_machines_slots_and_clients(machine: Machine) -> None:
+    for verb in ("status", "pause", "sync", "attach", "console", "memory remove", "snapshot create", "migrate",
+                 "migrate cancel", "dirty-limit set", "predict", "forward", "wait"):
+        assert NAME in offered(f"vmm {verb} com"), verb
+    assert offered("vmm status other") == []
+    assert offered(f"vmm memory remove {NAME} ") == ["0", "5"]
+    assert offered(f"vmm log stop {NAME} 5") == ["5"]
+    assert offered(f"vmm client drop {NAME} ") == ["backup"]
+    assert offered("vmm memory remove nobody ") == []       # and no error
+
+
+def test_machines_that_have_ended_where_that_makes_sense() -> None:
+    with Machine.launch(spec("hello", accel="unicorn", name="over", lines=1), name="over") as ended:
+        ended.wait(60.0)
+    assert "over" in offered("vmm logs ov")
+    assert "over" not in offered("vmm pause ov")
+
+
+def test_snapshots_the_newest_first(machine: Machine, tmp_path: Path) -> None:
+    chain = tmp_path / "chain"
+    for arguments in ([], ["--incremental"]):
+        assert vmm("snapshot", "create", NAME, str(chain), *arguments).returncode == 0
+    assert offered(f"vmm snapshot restore {chain} ") == ["0002", "0001"]
+    assert offered(f"vmm snapshot verify {chain} 0001") == ["0001"]
+    assert offered(f"vmm snapshot delete {tmp_path} ") == []
+
+
+def test_machines_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text("memory: [{size: 4MiB}]\nguest: {workload: hello}\nmachines: {web: {}, db: {}}\n")
+    assert offered(f"vmm launch {path} --machine ") == ["web", "db"]
+
+
+@needs_shell("bash")
+def test_bash(machine: Machine) -> None:
+    script = ('eval "$(vmm completion bash)"; complete -p vmm; COMP_WORDS=(vmm memory remove com); COMP_CWORD=3; '
+              '_vmm_completion vmm; printf "%s\\n" "${COMPREPLY[@]}"')
+    assert in_shell("bash", script) == ["complete -o nosort -F _vmm_completion vmm", NAME, ""]
+
+
+@needs_shell("fish")
+def test_fish(machine: Machine) -> None:
+    script = 'vmm completion fish | source; complete -C "vmm memory remove com"; complete -C "vmm sta"'
+    assert in_shell("fish", script)[:2] == [f"{NAME}\trunning", "status\tShow the status of a machine."]
+
+
+@needs_shell("zsh")
+def test_zsh(machine: Machine) -> None:
+    script = ('autoload -U compinit; compinit -D; eval "$(vmm completion zsh)"; print -r -- $_comps[vmm]; '
+              'COMP_WORDS="vmm memory remove com" COMP_CWORD=3 _VMM_COMPLETE=zsh_complete vmm')
+    assert in_shell("zsh", script)[:4] == ["_vmm_completion", "plain", NAME, "running"]
