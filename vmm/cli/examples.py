@@ -17,7 +17,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "config explain": ("vmm config explain", "vmm config explain dirty_ring_size"),
     "config new": ("vmm config new", "vmm config new program --output program.yaml"),
     "console": ("vmm console web", "vmm console web --no-follow | tail -5"),
-    "demo": ("vmm demo", "vmm demo --memory 64MiB --picture demo.svg"),
     "dirty-limit": ("vmm dirty-limit set web 100MB/s",),
     "dirty-limit cancel": ("vmm dirty-limit cancel web",),
     "dirty-limit query": ("vmm dirty-limit query web --time 500ms",),
