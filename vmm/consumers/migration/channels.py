@@ -137,7 +137,8 @@ class Channels:
             except Exception as exc:    # whatever it was, this job was not sent
                 self._fail(exc)
             finally:
-                self._jobs.task_done()
+                with contextlib.suppress(ValueError):       # see ``close``
+                    self._jobs.task_done()
 
     def _send(self, stream: Stream, packer: Packer, limiter: _Limiter, job: Job) -> None:
         for message, data in packer.pack(job.round, job.slot, job.memory.memory, job.pages):
@@ -155,16 +156,16 @@ class Channels:
     def close(self) -> None:
         """What is left is dropped."""
         self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._jobs.get_nowait()
-                self._jobs.task_done()
         for stream in self._streams:
             stream.shut()
         with self._can_answer:
             self._can_answer.notify_all()
-        for _ in self._streams[1:]:
-            self._jobs.put(None)
+        # A signal may have thrown an exception into the middle of ``put``: its count may be wrong then, and a waiter
+        # that was woken may still stand first in the line of those to be woken, where one ``notify`` is lost on it.
+        with self._jobs.mutex:
+            self._jobs.queue.clear()
+            self._jobs.queue.extend([None] * (len(self._streams) - 1))
+            self._jobs.not_empty.notify_all()
         for thread in self._threads:
             thread.join()
         for stream in self._streams:
