@@ -89,6 +89,15 @@ def test_options_are_alike(verb: str) -> None:
     assert LEAVES[verb].help
 
 
+def test_the_first_help_has_each_verb_once_with_a_whole_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = vmm_here("--help").stdout
+    listed = re.findall(r"(?m)^  ([a-z][a-z-]*) {2,}[A-Z]", text)
+    assert sorted(listed) == sorted(name for name in VERBS if " " not in name)
+    assert text.count("...") == 1        # of the usage
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_migrate_shows_the_options_that_it_has() -> None:
     text = vmm_here("migrate", "--help").stdout
     assert "--postcopy" in text
