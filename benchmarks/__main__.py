@@ -10,7 +10,7 @@ import runpy
 import sys
 
 NAMES = ("dirtying", "migration", "harvest", "coordinator", "replay", "dirty_limit", "snapshot", "tracking",
-         "tracked", "log_cost", "linux", "predict", "watch")
+         "tracked", "log_cost", "linux", "predict", "watch", "fleet")
 #: Only by their names: they take hours.
 LONG = ("programs", "ltp")
 

@@ -49,7 +49,6 @@ from .peer.qemu import PAGE, Qemu, make_key, missing, version
 NAME = "migration"
 RING = 4096
 DOWNTIME = 0.3
-PATIENCE = 60.0     # seconds for the guest to go over its memory once
 BEHIND = 50e6       # bytes per second of post-copy, but for what is asked for
 WRITE_US = 2.3      # about what a first write to a logged page takes
 SOURCE, TARGET = "bench-source", "bench-target"
@@ -131,12 +130,7 @@ def qemu(mib: int, spin: int, idle: bool, seconds: float, way: Way) -> dict[str,
         source, target = [stack.enter_context(Qemu(mib=mib, vcpus=1, ring=RING, spin=spin, idle=idle, shared=way.shared,
                                                    incoming=incoming, keys=keys)) for incoming in (False, True)]
         target.receive(uri, channels=way.channels)
-        first, pages = source.shares[0]
-        deadline = time.monotonic() + PATIENCE
-        while not source.word(first + (pages - 1) * PAGE):      # its first pass
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"QEMU: the guest has not come round in {PATIENCE:.0f} s")
-            time.sleep(0.02)
+        source.walked()
         dirtied = 0.0
         if not idle:
             source.start_logging(int(seconds) + 2, "dirty-ring")     # as ours is, and as in a migration

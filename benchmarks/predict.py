@@ -2,29 +2,35 @@
 bandwidth is foretold from that, and then it is migrated, over a Unix socket with that cap, on the same host.
 
 ``ours`` is what was foretold, the peer what came: ratios of total time and downtime should be 1. The guests: those of
-this program, at several rates over 512 MiB; with ``--root`` (a folder made by vmm root) programs of Linux, too.
+this program, at several rates over 512 MiB; with ``--root`` (a folder made by vmm root) programs of Linux, too; and,
+where QEMU is installed, guests of QEMU, which are watched from outside (as by ``vmm predict --pid``) and migrated by
+QEMU itself, without throttling: what is foretold is our migration's rounds, what comes are QEMU's.
 Errors (of the ratio from 1) over all guests and bandwidths are printed at the end: targets are a median of 15 % of the
 total time and 30 % of the downtime.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from vmm.cli.watch import watching
 from vmm.client.config import load_config
 from vmm.client.machine import Machine
-from vmm.consumers.predict.recorded import memory_of, watch
+from vmm.consumers.predict.dirtying import Memory
+from vmm.consumers.predict.recorded import memory_of, watch, watch_process
 from vmm.consumers.predict.simulate import simulate
 from vmm.migrate import Options, migrate
 
 from .common import CONSOLE, Case, Results, arguments_parser, quiet, warm
-from .migration import receiver
+from .migration import DOWNTIME, RING, receiver
+from .peer.qemu import Qemu, missing
 
 NAME = "predict"
 SOURCE = "bench-predict"
@@ -35,11 +41,12 @@ INTERVAL = 0.05
 
 
 class Workload(NamedTuple):
-    """``guest``: of the configuration."""
+    """``guest``: of the configuration; of QEMU's guests the pauses after each write of their walk."""
 
     guest: str
     vcpus: int = 2
     program: bool = False       # of a root
+    qemu: bool = False
 
 
 WORKLOADS = {
@@ -52,15 +59,23 @@ WORKLOADS = {
     "redis": Workload("{program: /bin/sh, args: [-c, 'redis-server --save \"\" --port 7 & sleep 1; while :; do "
                       "redis-benchmark -p 7 -t set -r 200000 -d 200 -n 1000000 -q; done'], root: ROOT, threads: 16}",
                       2, True),
-    "java": Workload("{program: /usr/bin/java, args: [-Xmx160m, -Xint, Load], root: ROOT, threads: 40}", 2, True),
+    "java": Workload("{program: JAVA, args: [-Xmx128m, -XX:+UseParallelGC, /root/Churn.java], root: ROOT, "
+                     "threads: 40}", 2, True),
+    "QEMU, walk, slow": Workload("6000", qemu=True),
+    "QEMU, walk, fast": Workload("800", qemu=True),
 }
 
 
-@contextmanager
+def java_in(root: Path) -> str:
+    """Its path there; empty where there is none."""
+    return next((f"/{each.relative_to(root)}" for each in root.glob("usr/lib/jvm/*/bin/java")), "")
+
+
+@contextlib.contextmanager
 def machine(workload: Workload, root: Path | None, mib: int) -> Iterator[Machine]:
     """It runs, and has touched the memory that it uses."""
     vcpus = "" if workload.program else f"vcpus: {workload.vcpus}\n"
-    guest = workload.guest.replace("ROOT", str(root))
+    guest = workload.guest.replace("ROOT", str(root)).replace("JAVA", java_in(root) if root is not None else "")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(f"name: {SOURCE}\n{vcpus}accel: kvm\nmemory: [{{size: {mib}MiB}}]\nguest: {guest}\n")
         file.flush()
@@ -96,6 +111,29 @@ def measure(workload: Workload, bandwidth: float, root: Path | None, mib: int,
              "rounds": report.ram.dirty_sync_count - 1, "bytes": report.ram.transferred})
 
 
+def measure_qemu(workload: Workload, bandwidth: float, mib: int, patience: float) -> tuple[dict[str, float],
+                                                                                           dict[str, float]]:
+    """The same, of a guest of QEMU that QEMU migrates."""
+    quiet(patience)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        uri = f"unix:{folder}/socket"
+        source, target = (stack.enter_context(Qemu(mib=mib, vcpus=workload.vcpus, ring=RING, spin=int(workload.guest),
+                                                   shared=True, incoming=incoming)) for incoming in (False, True))
+        target.receive(uri)
+        source.walked()
+        with watching(str(source.pid), "ram") as (_, watched, _):
+            guest, sizes = watch_process(watched, RECORDED, INTERVAL, lambda seconds, entries: None,
+                                         lambda seconds: time.sleep(seconds) or False)
+        said = simulate(guest, Memory.whole(sizes, 1.0), Options(bandwidth=bandwidth, downtime=DOWNTIME,
+                                                                 converge=False))
+        began = time.time()
+        report = source.migrate(uri, downtime=DOWNTIME, bandwidth=round(bandwidth))
+        stopped, resumed = source.event("STOP"), target.event("RESUME")
+    return ({"total": said.total, "downtime": said.downtime, "rounds": len(said.rounds), "bytes": said.transferred},
+            {"total": max(report["total-time"] / 1000, resumed - began), "downtime": resumed - stopped,
+             "rounds": report["ram"]["dirty-sync-count"] - 1, "bytes": report["ram"]["transferred"]})
+
+
 def errors(results: Results, quantity: str) -> list[float]:
     """Of each run: how far what was foretold is from what came, as a part of that."""
     return [abs(a[quantity] / b[quantity] - 1) for case in results.cases
@@ -105,7 +143,8 @@ def errors(results: Results, quantity: str) -> list[float]:
 def main() -> None:
     parser = arguments_parser(NAME, __doc__)
     parser.add_argument("--mib", type=int, default=512, help="RAM of the guests of this program")
-    parser.add_argument("--root", type=Path, help="root with redis-server, redis-tools")
+    parser.add_argument("--root", type=Path, help="root with redis-server, redis-tools, dash, coreutils, "
+                                                  "openjdk-17-jre-headless (as of vmm root)")
     parser.add_argument("--only", nargs="*", choices=[*WORKLOADS])
     parser.add_argument("--bandwidths", type=float, nargs="*", default=BANDWIDTHS, help="MB/s")
     options = parser.parse_args()
@@ -114,12 +153,16 @@ def main() -> None:
         "rounds": ("rounds", 1.0, ".0f"), "bytes": ("sent (MiB)", 2.0**-20, ".0f")})
     rounds = options.rounds or (1 if options.quick else 3)
     warm(2 * options.mib)
+    if options.root is not None:
+        shutil.copy(Path(__file__).parent / "programs" / "scripts" / "Churn.java", options.root / "root")
     wanted = options.only or ([*WORKLOADS][:1] if options.quick else [*WORKLOADS])
     for name, workload in WORKLOADS.items():
-        if name not in wanted or (workload.program and options.root is None):
+        if name not in wanted or (workload.program and options.root is None) or (
+                workload.qemu and missing()):
             continue
         for bandwidth in options.bandwidths[:1 if options.quick else None]:
-            pairs = [measure(workload, bandwidth * 1e6, options.root, options.mib, options.patience)
+            pairs = [measure_qemu(workload, bandwidth * 1e6, options.mib, options.patience) if workload.qemu else
+                     measure(workload, bandwidth * 1e6, options.root, options.mib, options.patience)
                      for _ in range(rounds)]
             results.cases.append(Case(f"{name}, {bandwidth:g} MB/s", [a for a, _ in pairs], [b for _, b in pairs]))
             CONSOLE.print(f"{name}, {bandwidth:g} MB/s: " + "; ".join(

@@ -8,6 +8,8 @@ takes).
 * redis: redis-benchmark SETs random keys of a million, 16 in a pipeline;
 * stress-ng: its worker ``vm`` writes and checks 64 MiB (its rate is of its whole run, which is not watched from the
   first second on);
+* PostgreSQL: pgbench with one client, whose server process is watched, with the memory that all of them share (of its
+  whole run, too);
 * a guest of QEMU that writes to all of its pages in turn, as fast as it can or with pauses.
 
 What is found is compared with words that the guest counts in each of its pages: of the pages whose word changed between
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,6 +151,56 @@ def _worker(pid: int) -> int:
 
 
 @contextlib.contextmanager
+def postgres(programs: Path) -> Iterator[Measure]:
+    as_user = ["runuser", "-u", "postgres", "--"]       # it does not run as root
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.chown(folder, "postgres")
+        there = ["-h", folder, "-U", "postgres", "bench"]
+        subprocess.run([*as_user, programs / "initdb", "-A", "trust", "-N", "-D", f"{folder}/data"],
+                       stdout=subprocess.DEVNULL, check=True)
+        with subprocess.Popen([*as_user, programs / "postgres", "-D", f"{folder}/data", "-c", "listen_addresses=",
+                               "-c", f"unix_socket_directories={folder}"], stderr=subprocess.DEVNULL) as server:
+            deadline = time.monotonic() + _PATIENCE
+            while subprocess.run([programs / "createdb", *there], stderr=subprocess.DEVNULL, check=False).returncode:
+                if time.monotonic() > deadline:
+                    raise RuntimeError("PostgreSQL does not answer")
+                time.sleep(0.1)
+            subprocess.run([programs / "pgbench", "-i", "-q", "-s", "5", *there], stderr=subprocess.DEVNULL, check=True)
+
+            def measure(interval: float | None, seconds: float) -> dict[str, float]:
+                found: dict[str, float] = {}
+                with subprocess.Popen([programs / "pgbench", "-n", "-T", f"{seconds + _BEGIN:.0f}", *there], text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as client:
+                    pid = _backend(server.pid)
+                    with watched(pid, interval, found):
+                        used = 0.0
+                        while client.poll() is None:
+                            with contextlib.suppress(FileNotFoundError):    # it goes with the client
+                                used = spent(pid)
+                            time.sleep(0.05)
+                    assert client.stdout is not None
+                    done = next(line for line in client.stdout if "transactions actually processed" in line)
+                return {**found, "rate": int(done.split(":")[1].split("/")[0]) / used}
+
+            try:
+                yield measure
+            finally:
+                server.terminate()
+
+
+def _backend(pid: int) -> int:
+    """The process that serves pgbench; runuser may be between."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            for each in [c for p in (pid, *children(pid)) for c in children(p)]:
+                if b"postgres bench" in Path(f"/proc/{each}/cmdline").read_bytes():
+                    return each
+        time.sleep(0.02)
+    raise RuntimeError("PostgreSQL serves no client")
+
+
+@contextlib.contextmanager
 def guest(mib: int, spin: int) -> Iterator[peer.Qemu]:
     made = peer.Qemu(mib=mib, vcpus=1, ring=0, spin=spin, shared=True)
     try:
@@ -219,6 +272,8 @@ def cases(quick: bool, intervals: list[float], rounds: int, seconds: float, pati
         targets["redis, SET, 16 in a pipeline"] = redis
     if shutil.which("stress-ng"):
         targets["stress-ng vm, 64 MiB"] = stress
+    if programs := sorted(Path("/usr/lib/postgresql").glob("*/bin")):
+        targets["PostgreSQL, pgbench"] = lambda: postgres(programs[-1])
     if not peer.missing():
         targets["a guest of QEMU, 256 MiB, with pauses"] = lambda: qemu(_PAUSES)
         targets["a guest of QEMU, 256 MiB, as fast as it can"] = lambda: qemu(0)

@@ -42,11 +42,13 @@ __all__ = [
     "VcpuState",
     "control_error",
     "control_size",
+    "coordinator_lane",
     "machine_control",
     "vcpu_control",
+    "vcpu_lane",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 CONTROL_MAGIC = 0x4D4D5644_52414853  # "SHARDVMM"
 
 MAX_VCPUS = 256
@@ -69,6 +71,9 @@ IMMEDIATE_EXIT_OFFSET = 1
 
 #: Interrupts the vCPU thread of a worker in the guest.
 KICK_SIGNAL = signal.SIGUSR1
+
+#: Bytes of the lanes behind the control blocks, in which each process writes down what it does (ipc/lanes.py).
+_COORDINATOR_LANE, _VCPU_LANE = 512 << 10, 128 << 10
 
 # Flags of a ring entry (Linux Documentation/virt/kvm/api.rst, 8.29 KVM_CAP_DIRTY_LOG_RING).
 DIRTY_GFN_F_DIRTY = 1
@@ -221,8 +226,19 @@ assert ctypes.sizeof(DirtyGfn) == 16
 
 
 def control_size(vcpus: int) -> int:
-    """Bytes of a control segment: the machine's page, then one page a vCPU."""
-    return PAGE_SIZE * (1 + vcpus)
+    """Bytes of a control segment: the machine's page, then one page a vCPU, then the lanes: the coordinator's, then
+    one a vCPU."""
+    return PAGE_SIZE * (1 + vcpus) + _COORDINATOR_LANE + _VCPU_LANE * vcpus
+
+
+def coordinator_lane(vcpus: int) -> tuple[int, int]:
+    """Where it lies in the control segment: (first byte, bytes)."""
+    return PAGE_SIZE * (1 + vcpus), _COORDINATOR_LANE
+
+
+def vcpu_lane(vcpus: int, index: int) -> tuple[int, int]:
+    """The same, of vCPU ``index``."""
+    return PAGE_SIZE * (1 + vcpus) + _COORDINATOR_LANE + _VCPU_LANE * index, _VCPU_LANE
 
 
 def machine_control(address: int) -> MachineControl:

@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .layout import MAX_SLOTS, RING_PAGE_OFFSET, RING_RESERVE, DirtyGfn, VcpuControl
+from .layout import DIRTY_GFN_F_DIRTY, MAX_SLOTS, RING_PAGE_OFFSET, RING_RESERVE, DirtyGfn, VcpuControl
 from .linux import futex
 from .shm import Segment
 from .spin import Spin, fence
@@ -56,6 +56,8 @@ __all__ = ["ResetRequests", "RingReader"]
 
 # Who waits for reset_request, as futex(2) tells waiters apart.
 _THREAD, _VCPU = 1, 2
+#: Seconds that a vCPU at ring-full looks for its reset: a coordinator that has to wake up takes up to 200 us.
+_ANSWER = 400e-6
 
 
 class RingReader:
@@ -135,6 +137,23 @@ class RingReader:
         """Its totals are such as can be."""
         return 0 <= self.outstanding <= self.entries
 
+    @property
+    def filled(self) -> int:
+        """Entries that are not free: those that await their reset, and those that have not been harvested. The latter
+        follow one another from the fetch index on, so their end is found by halving; nothing in the ring changes."""
+        if not self.address or not self.countable:
+            return 0
+        outstanding, fetch = self.outstanding, int(self._control.fetch_total)
+        first, last = 0, self.entries - outstanding
+        while first < last:
+            middle = (first + last) // 2
+            entry = self.address + (fetch + middle) % self.entries * ctypes.sizeof(DirtyGfn)
+            if ctypes.c_uint32.from_address(entry).value & DIRTY_GFN_F_DIRTY:     # DirtyGfn.flags
+                first = middle + 1
+            else:
+                last = middle
+        return outstanding + first
+
     # --- harvest, reset -----------------------------------------------------------------------------
 
     def harvest(self, table: int, pages: NDArray[np.uint64] | None = None) -> int:
@@ -212,7 +231,7 @@ class ResetRequests:
         self._asked = block + VcpuControl.reset_request.offset
         self._answered = block + VcpuControl.reset_done.offset
         self._word = futex.word(self._asked)
-        self._spin = Spin()
+        self._spin = Spin(_ANSWER)
 
     @property
     def pending(self) -> int | None:

@@ -201,7 +201,9 @@ def _add(rules: Any, action: int, names: Iterable[str]) -> None:
 
 
 def _readable() -> list[Path]:
-    return [*map(Path, _SYSTEM), Path(sys.prefix), Path(sys.base_prefix), *(Path(p) for p in sys.path if p)]
+    """These packages, too: an editable installation may have them elsewhere than ``sys.path`` says."""
+    return [*map(Path, _SYSTEM), Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parents[1],
+            *(Path(p) for p in sys.path if p)]
 
 
 class _FileRules:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from itertools import repeat
 
 __all__ = ["Spin", "fence"]
 
-#: Looks before somebody sleeps, at 40 ns each: as long as an answer takes and two switches of processes.
-_LOOKS = 4000
+#: Seconds of looking before somebody sleeps: as long as an answer takes and two switches of processes.
+_PATIENCE = 160e-6
+#: Looks between two looks at the clock, at 20 to 40 ns each.
+_LOOKS = 100
 #: How often in a row it is not tried after it was of no use, at most.
 _PAUSE_MAX = 127
 
@@ -26,7 +29,9 @@ class Spin:
     other side takes long, or has no processor to run on) it is not tried the next time, or the next 3, 7, ... times:
     a few short looks would never find out that it pays again."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = _PATIENCE) -> None:
+        """``patience``: seconds."""
+        self._patience = int(patience * 1e9)
         self._pause = self._left = 0
 
     def until(self, word: memoryview, value: int) -> bool:
@@ -34,10 +39,12 @@ class Spin:
         if self._left:
             self._left -= 1
             return word[0] >= value
-        for _ in repeat(None, _LOOKS):
-            if word[0] >= value:
-                self._pause = 0
-                return True
+        end = time.perf_counter_ns() + self._patience
+        while time.perf_counter_ns() < end:
+            for _ in repeat(None, _LOOKS):
+                if word[0] >= value:
+                    self._pause = 0
+                    return True
         return self._in_vain()
 
     def until_not(self, word: memoryview, value: int) -> bool:
@@ -45,10 +52,12 @@ class Spin:
         if self._left:
             self._left -= 1
             return word[0] != value
-        for _ in repeat(None, _LOOKS):
-            if word[0] != value:
-                self._pause = 0
-                return True
+        end = time.perf_counter_ns() + self._patience
+        while time.perf_counter_ns() < end:
+            for _ in repeat(None, _LOOKS):
+                if word[0] != value:
+                    self._pause = 0
+                    return True
         return self._in_vain()
 
     def _in_vain(self) -> bool:

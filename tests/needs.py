@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from browser import chromium
 
 from ipc import sandbox
 from ipc.userfault import post_copy_missing
@@ -53,6 +54,13 @@ def _spin() -> str:
     return f"not installed: {', '.join(lacking)}" if lacking else ""
 
 
+def _prometheus() -> str:
+    """Debian's package of it."""
+    lacking = [tool for tool in ("prometheus", "promtool") if shutil.which(tool) is None]
+    return (f"not installed: {', '.join(lacking)} (apt-get install --no-install-recommends prometheus)" if lacking
+            else "")
+
+
 def _watch() -> str:
     """To trace processes that this one has started, and what is asked of their memory then."""
     if reason := watching_missing():
@@ -73,6 +81,11 @@ def _ray() -> str:
     return "" if importlib.util.find_spec("ray") else "not installed: pip install 'shardvmm[cluster]'"
 
 
+def _browser() -> str:
+    """To look at pages that are written."""
+    return "" if chromium() else "not installed: chromium"
+
+
 def _sandbox() -> str:
     return "; ".join(text for text, _ in sandbox.missing())
 
@@ -86,6 +99,8 @@ NEEDS = {
     "root": Need(_root, "SHARDVMM_REQUIRE_ROOT"),
     "spin": Need(_spin, "SHARDVMM_REQUIRE_SPIN"),
     "ray": Need(_ray, "SHARDVMM_REQUIRE_RAY"),
+    "prometheus": Need(_prometheus, "SHARDVMM_REQUIRE_PROMETHEUS"),
+    "browser": Need(_browser, "SHARDVMM_REQUIRE_BROWSER"),
     "sandbox": Need(_sandbox, "SHARDVMM_REQUIRE_SANDBOX"),
 }
 

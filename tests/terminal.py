@@ -21,13 +21,13 @@ _FRAME = "┃│"
 
 class Terminal:
     """``vmm ARGUMENTS`` whose standard streams are a terminal so wide. ``text`` is what has been shown there,
-    without colours and cursor movements. ``variables``: of its environment."""
+    without colours and cursor movements; ``raw`` with them. ``variables``: of its environment."""
 
-    def __init__(self, *arguments: str, columns: int, **variables: str) -> None:
+    def __init__(self, *arguments: str, columns: int, rows: int = 40, **variables: str) -> None:
         self._controller, terminal = pty.openpty()
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
-        self._raw = b""
+        self.raw = b""
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vmm", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
@@ -37,12 +37,12 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        return _ESCAPE.sub("", self._raw.decode(errors="replace")).replace("\r\n", "\n")
+        return _ESCAPE.sub("", self.raw.decode(errors="replace")).replace("\r\n", "\n")
 
     @property
     def colours(self) -> set[int]:
         """Those that were asked for: 30 to 37, 90 to 97 (ECMA-48, SGR)."""
-        codes = re.findall(rb"\x1b\[([0-9;]*)m", self._raw)
+        codes = re.findall(rb"\x1b\[([0-9;]*)m", self.raw)
         return {int(each) for code in codes for each in code.split(b";") if re.fullmatch(rb"[39][0-7]", each)}
 
     @property
@@ -66,6 +66,13 @@ class Terminal:
             pass
         return self.process.wait(seconds)
 
+    def read_for(self, seconds: float) -> None:
+        """All that is shown within so long."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([self._controller], [], [], left)[0]:
+                self.raw += os.read(self._controller, 65536)
+
     def _read(self, deadline: float) -> bool:
         """Something more of what is shown; False: nobody has the terminal any more."""
         ready, _, _ = select.select([self._controller], [], [], max(0.0, deadline - time.monotonic()))
@@ -74,7 +81,7 @@ class Terminal:
             data = os.read(self._controller, 65536)
         except OSError:     # EIO: nobody has the other end
             return False
-        self._raw += data
+        self.raw += data
         return bool(data)
 
     def __enter__(self) -> Terminal:

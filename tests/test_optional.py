@@ -21,7 +21,8 @@ from vmm.errors import VmmError
 
 @pytest.mark.parametrize(("module", "use", "extra"), [
     ("matplotlib.figure", optional.figure, "plots"), ("lz4.block", optional.lz4_block, "lz4"),
-    ("lz4.block", lambda: Packer("lz4", sums=False), "lz4"), ("cryptography.x509", Certificate, "tls")])
+    ("lz4.block", lambda: Packer("lz4", sums=False), "lz4"), ("cryptography.x509", Certificate, "tls"),
+    ("prometheus_client.core", optional.prometheus, "metrics"), ("textual.app", optional.textual, "top")])
 def test_what_is_missing_is_said_with_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch, module: str,
                                                             use: Callable[[], object], extra: str) -> None:
     use()

@@ -7,7 +7,9 @@ from typing import Any
 
 from .errors import VmmError
 
-__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block", "ray"]
+__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block", "prometheus", "ray", "textual"]
+__all__ = ["MissingPackage", "cryptography", "figure", "jinja2", "lz4_block", "matplotlib",
+           "matplotlib_colors", "matplotlib_ticker", "ray"]
 
 
 class MissingPackage(VmmError):
@@ -29,6 +31,26 @@ def figure(**options: Any) -> Any:
     return made
 
 
+def matplotlib() -> Any:
+    """The module matplotlib. Raises MissingPackage."""
+    return _load("matplotlib", "plots", "plotting")
+
+
+def matplotlib_ticker() -> Any:
+    """The module matplotlib.ticker. Raises MissingPackage."""
+    return _load("matplotlib.ticker", "plots", "plotting")
+
+
+def matplotlib_colors() -> Any:
+    """The module matplotlib.colors. Raises MissingPackage."""
+    return _load("matplotlib.colors", "plots", "plotting")
+
+
+def jinja2() -> Any:
+    """The module jinja2. Raises MissingPackage."""
+    return _load("jinja2", "report", "vmm report")
+
+
 def lz4_block() -> Any:
     """The module lz4.block. Raises MissingPackage."""
     return _load("lz4.block", "lz4", "lz4 compression")
@@ -37,6 +59,16 @@ def lz4_block() -> Any:
 def cryptography(module: str) -> Any:
     """A module of the package cryptography. Raises MissingPackage."""
     return _load(f"cryptography.{module}", "tls", "a migration with keys")
+
+
+def prometheus(module: str = "core") -> Any:
+    """A module of the package prometheus_client. Raises MissingPackage."""
+    return _load(f"prometheus_client.{module}", "metrics", "metrics")
+
+
+def textual() -> Any:
+    """The module textual.app. Raises MissingPackage."""
+    return _load("textual.app", "top", "vmm top")
 
 
 def ray() -> Any:

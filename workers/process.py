@@ -17,6 +17,7 @@ import zmq
 
 from ipc import sandbox, sockets, userfault
 from ipc.bell import Doorbell
+from ipc.lanes import Lane
 from ipc.layout import PROTOCOL_VERSION, Tracking, VcpuState, control_error, vcpu_control
 from ipc.linux import process
 from ipc.messages import Console, Hello, Notification, WorkerSpec, encode
@@ -51,7 +52,8 @@ class Worker:
         self._memory = GuestMemory()
         self._open.callback(self._memory.close)
         ports = PortBus(lambda data: self._say(Console(spec.index, data)))
-        self.vcpu = VcpuThread(spec.index, self._control, self._memory, ports, self._say)
+        self.vcpu = VcpuThread(spec.index, self._control, self._memory, ports, self._say,
+                               Lane.of_vcpu(segment.address, spec.vcpu_count, spec.index))
         self.service = Service(spec, context, self.vcpu)
         #: Of a vCPU that runs a thread of a Linux program.
         self.program: ProgramThread | None = None

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ipc.bell import Doorbell
+from ipc.lanes import Kind, Lane
 from ipc.layout import KICK_SIGNAL, VcpuControl, VcpuRequest, VcpuState
 from ipc.messages import DETAIL_MAX, Exited, ExitReason, KickAck, Notification, RingFull
 
@@ -49,14 +50,16 @@ _JOB_TIMEOUT = 20.0         # seconds for the vCPU thread, which is parked, to b
 
 
 class VcpuThread:
-    """``accel`` and ``bell`` are there before ``run``. ``close`` it when the thread has ended."""
+    """``accel`` and ``bell`` are there before ``run``. ``close`` it when the thread has ended. ``lane``: where it
+    writes down when it was out of the guest, and why."""
 
     accel: Accelerator
     bell: Doorbell
 
     def __init__(self, index: int, control: VcpuControl, memory: GuestMemory, ports: PortBus,
-                 say: Callable[[Notification], None]) -> None:
+                 say: Callable[[Notification], None], lane: Lane | None = None) -> None:
         self.index = index
+        self._lane = lane or Lane.of_nobody()
         self.control = control
         self.memory = memory
         self.ports = ports
@@ -168,6 +171,7 @@ class VcpuThread:
         if not debt:
             return False
         counted = began
+        self._lane.put(Kind.THROTTLE_BEGIN)
         while (left := began + debt - time.monotonic()) > 0:
             if self._attend() or control.dirty_quota != quota:
                 break
@@ -176,6 +180,7 @@ class VcpuThread:
             now = time.monotonic()
             control.throttled_ns += int((now - counted) * 1e9)
             counted = now
+        self._lane.put(Kind.THROTTLE, int((time.monotonic() - began) * 1e9))
         return True
 
     def _run_slice(self) -> Exit:
@@ -247,9 +252,15 @@ class VcpuThread:
     def stay_paused(self, state: VcpuState = VcpuState.PAUSED) -> None:
         """``state``: in which it does."""
         control = self.control
+        began = 0
         while self._attend() and not self.shutdown and not control.request & VcpuRequest.STOP:
             control.state = state
+            if not began:
+                began = time.monotonic_ns()
+                self._lane.put(Kind.PAUSE_BEGIN)
             self.sleep()
+        if began:
+            self._lane.put(Kind.PAUSE, time.monotonic_ns() - began)
 
     def wait_for(self, poll: select.poll, seconds: float) -> None:
         """Until something happens at one of these descriptors, as at ``sleep``."""
@@ -269,6 +280,7 @@ class VcpuThread:
         self.ring_full = True
         resets.requests.begin_looking()
         control.ring_full_exits += 1
+        self._lane.put(Kind.RING_FULL)      # before anybody can do anything about it
         self.bell.ring()
         left = _LOOK_AROUND
         while self.ring_full and left > 0 and not self._attend():
@@ -281,7 +293,9 @@ class VcpuThread:
             self.say(RingFull(self.index))
             while self.ring_full and not self._attend():
                 self.sleep()
-        control.stalled_ns += time.perf_counter_ns() - began
+        took = time.perf_counter_ns() - began
+        control.stalled_ns += took
+        self._lane.put(Kind.STALL, took)
 
     def _port_event(self, leave: Exit) -> bool:
         """Act on a port write; False when it ended the vCPU."""

@@ -134,6 +134,15 @@ class Qemu:
         text = self.ask("human-monitor-command", command_line=f"xp /1gx {address:#x}")
         return int(text.split(":")[1], 16)
 
+    def walked(self) -> None:
+        """Wait until the first vCPU has been at each of its pages."""
+        first, pages = self.shares[0]
+        deadline = time.monotonic() + _PATIENCE
+        while not self.word(first + (pages - 1) * PAGE):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"QEMU: the guest has not come round in {_PATIENCE:.0f} s")
+            time.sleep(0.02)
+
     def pause(self) -> None:
         self.ask("stop")
 
@@ -189,9 +198,10 @@ class Qemu:
         self._set_up(channels)
         self.ask("migrate-incoming", uri=uri)
 
-    def migrate(self, uri: str, *, downtime: float, channels: int = 1) -> dict[str, Any]:
-        """Migrate to who waits there; QEMU's report once it is over. ``channels``: more than one is multifd."""
-        self._set_up(channels, max_bandwidth=1 << 40, downtime_limit=round(downtime * 1000))
+    def migrate(self, uri: str, *, downtime: float, channels: int = 1, bandwidth: int = 1 << 40) -> dict[str, Any]:
+        """Migrate to who waits there; QEMU's report once it is over. ``channels``: more than one is multifd.
+        ``bandwidth``: bytes per second at most."""
+        self._set_up(channels, max_bandwidth=bandwidth, downtime_limit=round(downtime * 1000))
         self.ask("migrate", uri=uri)
         while (found := self.ask("query-migrate")).get("status") not in ("completed", "failed", "cancelled"):
             time.sleep(0.01)

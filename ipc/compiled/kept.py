@@ -72,8 +72,9 @@ def _path(module: str) -> Path:
 
 def cache_directories(source: str) -> list[Path]:
     """Where code may be kept, the best first: beside the source, as Python keeps its own, or the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return [_path(source).parent / "__pycache__", Path(home) / "shardvmm"]
+    beside = _path(source).parent / "__pycache__"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return [beside, Path(home) / "shardvmm"] if os.path.isabs(home) else [beside]      # not everybody has a home
 
 
 def trusted(directory: Path) -> bool:
@@ -116,7 +117,7 @@ def keep(source: str, kept: Kept) -> None:
     data = msgspec.msgpack.encode(kept)
     for directory in cache_directories(source):
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o755 if directory.name == "__pycache__" else 0o700, parents=True, exist_ok=True)
             if trusted(directory):
                 _write(directory, f"{source}.native", data)
                 return
@@ -125,10 +126,12 @@ def keep(source: str, kept: Kept) -> None:
 
 
 def _write(directory: Path, name: str, data: bytes) -> None:
-    """Raises OSError, with nothing left of it."""
+    """Readable by all: beside a program that is everybody's it saves everybody the compiling. Raises OSError, with
+    nothing left of it."""
     fd, aside = tempfile.mkstemp(dir=directory)
     try:
         with open(fd, "wb") as file:
+            os.fchmod(fd, 0o644)
             file.write(data)
         os.replace(aside, directory / name)
     except BaseException:

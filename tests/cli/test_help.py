@@ -84,7 +84,7 @@ def test_options_are_alike(verb: str) -> None:
             assert re.fullmatch(r"(?s)[A-Z-].*\.\)?", sentence), f"{name}: {option.help}"
         if option.type.name == "duration":
             assert name != "--duration" or "--time" in option.opts
-    if verb not in ("completion", "schema", "run", "root", "forward"):
+    if verb not in ("completion", "exporter", "forward", "root", "run", "schema", "top"):
         assert "--json" in options
     assert LEAVES[verb].help
 
@@ -107,7 +107,7 @@ def test_migrate_shows_the_options_that_it_has() -> None:
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["status"], "Missing argument 'NAME' (see vmm status --help)"),
-    (["stauts", "web"], "No such command 'stauts'. Did you mean 'status'? (see vmm --help)"),
+    (["pasue", "web"], "No such command 'pasue'. Did you mean 'pause'? (see vmm --help)"),
     (["xyzzy"], "No such command 'xyzzy' (see vmm --help)"),
     (["wait", "--vcpus", "2"], "No such option '--vcpus' (see vmm wait --help)"),
     (["snapshot", "crate"], "No such command 'crate' (see vmm snapshot --help)"),

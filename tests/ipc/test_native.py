@@ -43,6 +43,7 @@ def test_what_was_kept_is_found_under_its_key(cache: Path) -> None:
     assert kept.find("source", "another") is None
     assert kept.find("another", "key") is None
     assert [p.name for p in cache.iterdir()] == ["source.native"]
+    assert (cache / "source.native").stat().st_mode & 0o777 == 0o644     # as Python's own, where the program is all's
 
 
 @pytest.mark.parametrize("spoil", [

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from machines import ANY, spec, until
 
+from ipc.linux import process
 from ipc.run import python_module
 from ipc.shm import PAGE_SIZE
 from vmm.client.machine import Machine
@@ -248,3 +249,19 @@ with Segment.create("/shardvmm.test.core.{os.getpid()}", {PAGE_SIZE}) as segment
     assert bytes(i ^ 85 for i in range(32)) not in data
 
 
+
+@pytest.mark.sandbox
+def test_a_machine_may_read_these_packages_wherever_they_are(tmp_path: Path) -> None:
+    """An editable installation has a finder for them, and nothing in sys.path."""
+    (tmp_path / "read.py").write_text(f"""
+import sys
+from pathlib import Path
+from ipc import sandbox
+sys.path = [each for each in sys.path if Path(each).resolve() not in Path({process.__file__!r}).parents]
+sandbox.confine_machine([], [], Path({str(tmp_path)!r}))
+print(len(Path({process.__file__!r}).read_text()))
+""")
+    done = subprocess.run(python_module("read"), cwd=tmp_path, timeout=60, check=False,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) == len(Path(process.__file__).read_text())

@@ -1,5 +1,5 @@
-"""Points on a Ray cluster: on several nodes of this machine, one of which is lost; and ``vmm stress`` on a Ray that it
-starts."""
+"""Points on a Ray cluster: on several nodes of this machine, one of which is lost; and ``vmm stress``, ``compare`` and
+``predict`` on a Ray that they start."""
 
 from __future__ import annotations
 
@@ -113,6 +113,44 @@ class TestStress:
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+class TestOthers:
+    """``vmm compare`` and ``vmm predict`` with ``--cluster``."""
+
+    pytestmark = RAY
+
+    def test_a_comparison_is_measured_on_the_cluster_and_kept(self, tmp_path: Path) -> None:
+        small = ("compare", "--accel", ACCEL, "--ram", "8MiB", "--vcpus", "1", "--spin", "0,200", "--ring", "1024",
+                 "--interval", "20ms", "--rounds", "1", "--window", "50ms", "--tracking", "bitmap", "--json",
+                 "--output", str(tmp_path))
+        done = vmm(*small, "--cluster", "local", timeout=120.0)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert [(row["spin"], row["mode"]) for row in found["rows"]] == [
+            (0, "none"), (0, "bitmap"), (200, "none"), (200, "bitmap")]
+        assert all(row["speed"] > 0 for row in found["rows"])
+        kept = json.loads((tmp_path / "results.json").read_text())
+        assert set(kept["hosts"].values()) == {os.uname().nodename}
+        again = vmm(*small)     # here, and with nothing left to measure
+        assert json.loads(again.stdout) == found
+
+    def test_predictions_are_the_same_wherever_they_are_made(self, tmp_path: Path) -> None:
+        config = tmp_path / "replay.yaml"
+        config.write_text("accel: replay\nmemory: [{size: 64MiB}]\nreplay: {pattern: random, rate: 20000}\n")
+        assert vmm("launch", str(config), "--name", "foretold", "--detach").returncode == 0
+        trace = tmp_path / "trace"
+        try:
+            assert vmm("trace", "record", "foretold", str(trace), "--time", "1s").returncode == 0
+        finally:
+            vmm("stop", "foretold")
+        grid = ("predict", "--trace", str(trace), "--bandwidth", "100MB/s", "--bandwidth", "1GB/s", "--downtime",
+                "10ms", "--downtime", "300ms", "--json")
+        here, there = vmm(*grid), vmm(*grid, "--cluster", "local", timeout=120.0)
+        assert there.returncode == 0, there.stderr
+        assert json.loads(there.stdout) == json.loads(here.stdout)
+        assert [(cell["bandwidth"], cell["downtime_limit"]) for cell in json.loads(there.stdout)["grid"]] == [
+            (1e8, 10.0), (1e8, 300.0), (1e9, 10.0), (1e9, 300.0)]
 
 
 @pytest.mark.ray

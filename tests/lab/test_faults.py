@@ -31,6 +31,7 @@ from vmm.lab.faults.oracle import Lost, Oracle
 from vmm.lab.faults.plan import HOT_SLOT, KILLS, Episode, Event, Fault, draw_episode, possible
 from vmm.lab.faults.run import Outcome, run_episode
 from vmm.lab.faults.shrink import shrink
+from vmm.lab.faults.upgraded import upgrade
 from vmm.machine.spec import RamSlot
 
 CAN = {"kvm": ("ring", "bitmap", "uffd", "auto"), "unicorn": ("ring", "bitmap")}
@@ -80,6 +81,9 @@ def test_every_plan_can_be_carried_out() -> None:
                     assert not dead
                     accels.add(str(accel))      # it may have stayed
                     assert not mode or all(mode in CAN[each] for each in accels)
+                case "upgrade":
+                    assert not dead
+                    assert not uncertain
                 case "tracking":
                     mode = "" if uncertain else str(event.arguments[0])
                     assert all(event.arguments[0] in CAN[each] for each in accels)
@@ -92,7 +96,8 @@ def test_every_plan_can_be_carried_out() -> None:
                     assert mode in ("ring", "auto")
             done[event.kind] += 1
             if fault is not None:
-                assert event.do == "migrate" or fault.victim in ("coordinator", "keeper", "vcpu0", "vcpu1", "vcpu2")
+                assert event.do in ("migrate", "upgrade") or fault.victim in ("coordinator", "keeper", "vcpu0", "vcpu1",
+                                                                             "vcpu2")
                 assert not (fault.kills and fault.victim == "keeper")
                 faults[fault.kind] += 1
                 kills += fault.kills and fault.victim.endswith("coordinator")
@@ -101,7 +106,7 @@ def test_every_plan_can_be_carried_out() -> None:
         assert dead < episode.vcpus
     assert set(done) == {"start", "check", "look", "run", "write", "plug", "unplug", "log-stop", "log-start",
                          "tracking", "snapshot", "client", "nobody", "pause", "resume", "migrate precopy",
-                         "migrate postcopy", "migrate in-place", "limit", "record", "stop"}
+                         "migrate postcopy", "migrate in-place", "upgrade", "limit", "record", "stop"}
     either = {"coordinator", "vcpu", "source", "target", "target-coordinator", "target-keeper", "target-vcpu"}
     assert set(faults) == {"delay messages", "stop keeper",
                            *(f"{what} {whom}" for what in ("kill", "stop") for whom in either)}
@@ -279,6 +284,26 @@ def test_a_killed_end_of_a_migration_leaves_the_machine_on_one_side(accel: str, 
     outcome = run_episode(_episode(accel, Event("migrate", (how, accel), Fault(victim, 0, 0.0)),
                                    verify=how != "in-place"))
     assert (outcome.problem, outcome.hits) == ("", {f"kill {victim}": 1})
+
+
+@pytest.mark.parametrize("accel", ANY)
+@pytest.mark.parametrize(("victim", "after_ms"), [("source", 0.0), ("source", 150.0), ("coordinator", 0.0),
+                                                  ("target-coordinator", 0.0)])
+def test_an_upgrade_loses_nothing_whoever_is_killed(accel: str, victim: str, after_ms: float) -> None:
+    """Clients, limits, host writes and the verifier go on, and another upgrade after it."""
+    outcome = run_episode(_episode(
+        accel, Event("limit", (2000,)), Event("check"), Event("write", (1, 7)),
+        Event("upgrade", (), Fault(victim, 0, after_ms)), Event("look"), Event("write", (1, 9)), Event("check"),
+        Event("upgrade"), Event("limit", (0,))))
+    assert (outcome.problem, outcome.done["upgrade"]) == ("", 2)
+    assert after_ms or outcome.hits == {f"kill {victim}": 1}
+
+
+def test_an_upgrade_that_fails_for_no_reason_is_a_finding(machine: Machine, tmp_path: Path) -> None:
+    """Somebody takes a snapshot meanwhile."""
+    refused = pytest.raises(VmmError, match=r"upgrade has ended with 2: .*snapshot")
+    with machine.lease("snapshot", "of a test"), refused:
+        upgrade(machine, tmp_path, None)
 
 
 def test_a_migration_that_fails_for_no_reason_is_a_finding(machine: Machine, tmp_path: Path) -> None:

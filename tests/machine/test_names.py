@@ -23,7 +23,8 @@ VERBS = [["status"], ["pause"], ["resume"], ["stop"], ["sync"], ["log", "start",
          ["memory", "remove", "NAME", "0"], ["tracking", "NAME", "none"], ["dirty-rate"],
          ["working-set", "NAME", "--output", "/dev/null"], ["trace", "record", "NAME", "/nonexistent/x"],
          ["snapshot", "create", "NAME", "d"],
-         ["migrate", "start", "NAME", "ipc:///tmp/x"], ["migrate", "status"], ["migrate", "cancel"], ["gc"]]
+         ["migrate", "start", "NAME", "ipc:///tmp/x"], ["migrate", "status"], ["migrate", "cancel"], ["gc"],
+         ["qmp", "NAME", "/nonexistent/x"]]
 
 
 def vmm(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -39,8 +39,12 @@ _MODULES = {
     "completion": {"completion": "completion"},
     "config": {"config": "config"},
     "console": {"attach": "attach", "console": "console"},
+    "demo": {"demo": "demo"},
     "dirty": {"dirty-limit": "dirty_limit", "dirty-rate": "dirty_rate", "tracking": "tracking",
               "working-set": "working_set"},
+    "events": {"events": "events"},
+    "exporter": {"exporter": "exporter"},
+    "fleet": {"fleet": "fleet"},
     "launch": {"launch": "launch"},
     "machines": {"list": "list_", "logs": "logs", "status": "status", "stop": "stop",
                  "upgrade": "upgrade", "wait": "wait"},
@@ -48,20 +52,25 @@ _MODULES = {
     "predict": {"predict": "predict"},
     "program": {"root": "make_root", "run": "run_program"},
     "programs": {"maps": "maps", "strace": "strace"},
+    "report": {"report": "report"},
+    "qmp": {"qmp": "qmp"},
     "receive": {"keys": "keys", "receive": "receive"},
     "snapshot": {"snapshot": "snapshot"},
+    "stats": {"stats": "stats"},
     "stress": {"stress": "stress"},
+    "top": {"top": "top"},
     "trace": {"trace": "trace"},
     "watch": {"watch": "watch"}}
 #: In which order help lists the verbs; the others come last.
 _SECTIONS = {
-    "Machines": ("launch", "list", "status", "attach", "console", "logs", "pause", "resume", "wait", "stop", "upgrade"),
+    "Machines": ("demo", "launch", "list", "status", "top", "attach", "console", "logs", "events", "stats", "pause",
+                 "resume", "wait", "stop", "upgrade"),
     "Configuration": ("config", "guests", "schema"),
     "Linux programs": ("run", "root", "forward", "maps", "strace"),
     "Dirty pages": ("sync", "client", "log", "tracking", "dirty-rate", "dirty-limit", "working-set", "trace", "watch"),
     "Memory, snapshots, migration": ("memory", "snapshot", "migrate", "receive", "predict", "keys"),
-    "Measurements": ("compare", "stress"),
-    "This host": ("doctor", "gc", "completion")}
+    "Measurements": ("compare", "stress", "report"),
+    "Hosts": ("doctor", "gc", "fleet", "exporter", "qmp", "completion")}
 _ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
 
 
@@ -114,7 +123,7 @@ def _add_examples(command: click.Command, words: str) -> None:
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-             epilog="\b\nExamples:\n  vmm launch configs/quickstart.yaml\n  vmm config new guest --output vm.yaml\n"
+             epilog="\b\nExamples:\n  vmm launch quickstart\n  vmm config new guest --output vm.yaml\n"
                     "  vmm launch --help          each verb has examples in its help")
 @click.version_option(package_name="shardvmm")
 def cli() -> None:
@@ -305,14 +314,22 @@ def gc(name: str | None, logs: bool, force: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["config", "report", "sweep"]), default="config")
+@click.argument("what", type=click.Choice(["config", "fleet", "report", "stats", "sweep"]), default="config")
 def schema(what: str) -> None:
-    """Print a JSON schema. It is that of the configuration file, of a machine's report (vmm status --json), or of the
-    file of a sweep (vmm stress)."""
-    if what == "report":
+    """Print a JSON schema. It is that of the configuration file, of a machine's report (vmm status --json), of a sample
+    (vmm stats --json-lines), or of the file of a sweep (vmm stress) or of a fleet."""
+    if what == "fleet":
+        from ..fleet.config import fleet_schema
+
+        print_json(fleet_schema())
+    elif what == "report":
         from ..machine.report import report_schema
 
         print_json(report_schema())
+    elif what == "stats":
+        from ..consumers.stats import stats_schema
+
+        print_json(stats_schema())
     elif what == "sweep":
         from ..lab.stress.schema import sweep_schema
 

@@ -89,17 +89,20 @@ class Intervals(click.ParamType):
 @click.option("--quick", is_flag=True, help="Use a small grid that takes less than a minute.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False),
               help="Directory for results.json and the plots; points already in it are not measured again.")
+@click.option("--cluster", metavar="ADDRESS",
+              help="Measure the points on the nodes of a Ray cluster: auto, HOST:PORT, or local for one on this host.")
 @json_option
 def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...], ring: tuple[int, ...],
             interval: tuple[float, ...], modes: str, workload: str, accel: str, rounds: int, window: float,
-            quick: bool, output: Path | None, as_json: bool) -> int:
+            quick: bool, output: Path | None, cluster: str | None, as_json: bool) -> int:
     """Compare the costs of dirty-tracking modes. The same guest runs in each of them."""
     from rich.console import Console
     from rich.progress import Progress
 
     from ..client.accelerators import choose_accelerator
-    from ..lab.compare.measure import MODES, Grid, Settings, available, run_point, summarise
+    from ..lab.compare.measure import MODES, Grid, Settings, available, summarise
     from ..lab.compare.report import draw, print_rows, verdict
+    from ..lab.compare.run import key_of, run
 
     if quick:
         ram, vcpus, spin, ring, interval, rounds = (64,), (1,), (0, 2000), (4096,), (0.1,), min(rounds, 3)
@@ -119,18 +122,17 @@ def compare(ram: tuple[int, ...], vcpus: tuple[int, ...], spin: tuple[int, ...],
     grid = Grid(ram, vcpus, spin, ring, [s * 1000 for s in interval])
     kept = _load(output, settings)      # windows as they were measured, a list per point
     todo = [(point, tuple(w for w in chosen if w in there)) for point, chosen in grid.points()]
-    todo = [(point, chosen) for point, chosen in todo if len(chosen) > 1]
-    rows: list[dict[str, Any]] = []
+    todo = [each for each in todo if len(each[1]) > 1]
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(todo))
-        for point, chosen in todo:
-            key = f"{point.label}: {', '.join(chosen)}"
-            if key not in kept["points"]:
-                kept["points"][key] = run_point(point, chosen, settings,
-                                                lambda text: bar.update(task, description=text))
-                _save(output, kept)
-            rows += summarise(point, kept["points"][key])
-            bar.advance(task)
+
+        def done(number: int) -> None:
+            _save(output, kept)
+            bar.update(task, completed=number)
+
+        run(todo, settings, kept, cluster=cluster, done=done, progress=lambda text: bar.update(task, description=text))
+    rows: list[dict[str, Any]] = [row for point, chosen in todo
+                                  for row in summarise(point, kept["points"][key_of(point, chosen)])]
     lines = verdict(rows)
     if output is not None:
         try:

@@ -44,13 +44,11 @@ def dirty_rate(machine: Machine, seconds: float, mode: Any, unchanged: bool, wat
     of a guest that writes to the same pages again. The machine's rate is of distinct pages; the rates of the vCPUs are
     of their ring entries, and two vCPUs may dirty the same page. With --watch and --json, one document per line.
     """
-    from ..consumers.rate import check_time, measure
+    from ..consumers.rate import best_mode, check_time, measure
     from ..machine.records import now
 
     check_time(seconds)
-    status = machine.status()
-    logged = status["tracking"] != "none" or status["tracking_asked"] == "auto"
-    mode = mode or ("ring" if status["tracking"] == "ring" else "bitmap" if logged else "sampling")
+    mode = mode or best_mode(machine)
     while True:
         rate = measure(machine, seconds, mode, unchanged=unchanged)
         if as_json and watch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -43,44 +43,77 @@ _KEYS = {"accel": "accel", "vcpus": "vcpus", "memory": "memory.0.size"}
                    "trace.)")
 @click.option("--trace-file", type=click.Path(dir_okay=False), default="",
               help="Write trace events to this file instead of standard error.")
+@click.option("--metrics", metavar="ADDRESS",
+              help="Serve metrics for Prometheus until the machine ends, at PORT (of 127.0.0.1), HOST:PORT, :PORT or "
+                   "unix:PATH.")
+@click.option("--dirty-rate", "dirty_rate", is_flag=True,
+              help="With --metrics: also measure the dirty rate. The machine logs for it, and each scrape flushes.")
+@click.option("--qmp", "qmp_socket", type=click.Path(dir_okay=False),
+              help="Serve QMP at this Unix socket, as vmm qmp does.")
 @json_option
 def launch(config: str, overrides: tuple[str, ...], name: str | None, machine: str | None, detach: bool,
-           trace: tuple[str, ...], trace_file: str, as_json: bool, **short: Any) -> int:
-    """Launch a machine and run it until it ends. CONFIG is a YAML file; - reads standard input. A CONFIG with several
-    machines is launched in the background, all of them or none."""
+           trace: tuple[str, ...], trace_file: str, metrics: str | None, dirty_rate: bool, qmp_socket: str | None,
+           as_json: bool, **short: Any) -> int:
+    """Launch a machine and run it until it ends. CONFIG is a YAML file, or the name of an example (quickstart, for
+    one); - reads standard input. A CONFIG with several machines is launched in the background, all of them or none."""
     from ..client.config import load_configs
 
     if trace and detach and not trace_file:
         raise VmmError("--trace with --detach needs --trace-file: a detached machine has no terminal to write to")
+    if dirty_rate and metrics is None:
+        raise VmmError("--dirty-rate is measured for metrics: give --metrics ADDRESS, too")
     options = [(f"--{key} {value}", _KEYS[key], value) for key, value in short.items() if value is not None]
     if name is not None:
         options.append((f"--name {name}", "name", name))
     configs = load_configs(config, overrides, machine=machine, options=options)
+    served = Served(metrics, dirty_rate, qmp_socket)
     traced = {"trace": list(trace), "trace_file": os.path.abspath(trace_file) if trace_file else ""}
     if len(configs) == 1:
-        return _launch_one(configs[0], traced, detach, as_json)
+        return _launch_one(configs[0], traced, served, detach, as_json)
     names = ", ".join(each.name for each in configs)
     if name is not None:
         raise VmmError(f"--name: {config} has several machines ({names}): it goes with --machine")
     if not detach:
         raise VmmError(f"{config} has several machines ({names}): launch all of them with --detach, or one with "
                        "--machine")
-    if trace_file:
-        raise VmmError("--trace-file: is for one machine: use --machine")
+    for option, given in (("--trace-file", trace_file), ("--metrics", metrics), ("--qmp", qmp_socket)):
+        if given:
+            raise VmmError(f"{option}: is for one machine: use --machine")
     return _launch_all(configs, as_json)
 
 
-def _launch_one(config: MachineConfig, traced: dict[str, Any], detach: bool, as_json: bool) -> int:
+class Served(NamedTuple):
+    """What is offered to other programs: metrics at an address, with the dirty rate; QMP at a socket."""
+
+    metrics: str | None
+    dirty_rate: bool
+    qmp: str | None
+
+
+def _launch_one(config: MachineConfig, traced: dict[str, Any], served: Served, detach: bool, as_json: bool) -> int:
     from ..client.forwarding import HostPorts
     from ..client.machine import Machine
+    from .exporter import MetricsPort
 
     wanted = [] if config.guest is None else config.guest.forward
-    with HostPorts([] if detach else wanted) as ports:
-        machine = Machine.launch(config, **traced, detach=detach, start=detach)
-        _warn(config, machine)
+    with (HostPorts([] if detach else wanted) as ports,
+          MetricsPort(served.metrics, dirty_rate=served.dirty_rate) as port):
+        machine = Machine.launch(config, **traced, detach=detach, start=False)
+        try:
+            _warn(config, machine)
+            if served.qmp is not None:
+                from .qmp import start_qmp
+
+                start_qmp(machine.name, served.qmp)
+            if detach:
+                machine.start()
+        except BaseException:
+            machine.close()
+            raise
         if not detach:
-            with machine, forwarding(machine.name, ports):
+            with machine, forwarding(machine.name, ports), port.serving(machine.name):
                 return run_or_leave(machine, False, as_json)
+        port.leave(machine.name)
         status = run_or_leave(machine, True, as_json)
         note_forward(machine.name, wanted)
         return status

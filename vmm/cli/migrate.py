@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +24,6 @@ if TYPE_CHECKING:
     from ..migrate import Options
 
 __all__ = ["migrate"]
-
-_BACKGROUND_PATIENCE = 60.0
-_CANCEL_PATIENCE = 15.0
 
 _LATE = click.Choice(["cancel", "force", "postcopy"])
 
@@ -168,33 +162,16 @@ def _check(name: str, address: str, options: Options, as_json: bool) -> int:
 
 def _start_in_background(name: str, address: str, as_json: bool) -> None:
     """The same command again, without --background, on its own; until it has something to say."""
-    from ..consumers.migration.status import load_status
+    from ..consumers.migration.background import begin_command
 
     migration_id = uuid.uuid4().hex[:8]
     arguments = [a for a in sys.argv[1:] if a not in ("--background", "--json", "--json-lines")]
-    with tempfile.TemporaryFile() as errors:    # a pipe would break when this process has gone
-        process = subprocess.Popen(python_module("vmm", *arguments, "--id", migration_id),
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                                   start_new_session=True)
-        deadline = time.monotonic() + _BACKGROUND_PATIENCE
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(VmmError):
-                if load_status(name)["id"] == migration_id:
-                    break
-            time.sleep(0.02)
-        if process.poll():
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().removeprefix("vmm: error: ")
-            raise VmmError(said or "the migration could not be started", _exit_code(process.returncode))
+    begin_command(name, python_module("vmm", *arguments, "--id", migration_id), migration_id)
     if as_json:
         print_json({"id": migration_id, "name": name, "target": address})
     else:
         click.echo(f"{migration_id}: {name} is being migrated to {address} (see vmm migrate status {name}, "
                    f"vmm migrate cancel {name})")
-
-
-def _exit_code(status: int) -> ExitCode:
-    return ExitCode(status) if status in list(ExitCode) else ExitCode.MIGRATION_FAILED
 
 
 @migrate.command()
@@ -269,38 +246,10 @@ def _text(key: str, value: Any) -> str:
 @json_option
 def cancel(name: str, as_json: bool) -> None:
     """Cancel the migration of machine NAME; it keeps running here."""
-    from ..consumers.migration.report import COMMITTED, OVER
-    from ..consumers.migration.status import interrupt, load_status
+    from ..consumers.migration.background import cancel as end
 
-    found = load_status(name)
-    _refuse_to_cancel(found)
-    if found["status"] in OVER:
-        raise VmmError(f"no migration of machine '{name}' is in progress (last one: {found['status']})")
-    interrupt(found)
-    deadline = time.monotonic() + _CANCEL_PATIENCE
-    while found["status"] not in OVER and found["status"] not in COMMITTED:
-        if time.monotonic() > deadline:
-            raise VmmError(f"the migration of '{name}' did not end within {_CANCEL_PATIENCE:.0f} s",
-                           ExitCode.MIGRATION_FAILED)
-        time.sleep(0.05)
-        found = load_status(name)
-    _refuse_to_cancel(found)
+    found = end(name)
     if as_json:
         print_json({"name": name, "status": found["status"]})
     else:
         click.echo(f"{name}: migration {found['status']}")
-
-
-def _refuse_to_cancel(report: dict[str, Any]) -> None:
-    from ..consumers.migration.report import COMMITTED, OVER
-
-    name, target = report["machine"], report["target"]
-    if report["direction"] == "incoming":
-        raise VmmError(f"machine '{name}' is not being migrated: it came here from {target}"
-                       if report["status"] in OVER else
-                       f"machine '{name}' is arriving here: cancel that where it comes from, or run vmm stop {name}")
-    if report["status"] == "completed":
-        raise VmmError(f"machine '{name}' has already been migrated to {target}")
-    if report["status"] in COMMITTED:
-        raise VmmError(f"machine '{name}' has already been handed over to {target}: the migration can no longer be "
-                       "cancelled")

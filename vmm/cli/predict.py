@@ -54,11 +54,14 @@ _LOOKS = (0.1, 1.0)         # seconds between two looks at the log, for the ring
 @click.option("--filled", type=Size(), default=None,
               help="With --trace and --pid: memory that has bytes; the rest is zero.  [default: all]")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a plot to this file.")
+@click.option("--cluster", metavar="ADDRESS",
+              help="Predict on the nodes of a Ray cluster, a core for each bandwidth and limit: auto, HOST:PORT, or "
+                   "local for one on this host.")
 @json_option
 def predict(name: str | None, trace: Path | None, target: str | None, what: str | None, seconds: float,
             interval: float, bandwidths: tuple[float, ...], downtimes: tuple[float, ...], latency: float | None,
-            ratio: float, dirty_limit: float | None, filled: int | None, png: Path | None, as_json: bool,
-            **asked: Any) -> None:
+            ratio: float, dirty_limit: float | None, filled: int | None, png: Path | None, cluster: str | None,
+            as_json: bool, **asked: Any) -> None:
     """Predict what a live migration would take. It is that of machine NAME, of the guest of a dirty trace, or of
     another VMM's VM: time, downtime, bytes and rounds at several bandwidths and downtime limits; from which bandwidth
     on it converges, and what helps where it does not. Nothing is migrated."""
@@ -68,6 +71,7 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
     from ..consumers.predict.grid import Study
     from ..consumers.predict.rings import fit
     from ..consumers.predict.simulate import Way
+    from ..lab.predictions import predict_grid
     from ..outputs import open_output
 
     if sum(each is not None for each in (name, trace, target)) != 1:
@@ -94,7 +98,7 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
         allowed = sorted(downtimes or [options.downtime])
         with progress_bar() as bar:
             task = bar.add_task("predicting", total=len(tried) * len(allowed))
-            cells = study.grid(tried, allowed, lambda: bar.advance(task))
+            cells = predict_grid(study, tried, allowed, cluster=cluster, progress=lambda: bar.advance(task))
             least = study.least_bandwidth()
         remedies = study.having(bandwidth=tried[0], downtime=allowed[0]).remedies(least)
         rings = [fit(guest, each) for each in _LOOKS if each <= guest.seconds]

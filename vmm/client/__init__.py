@@ -1,6 +1,7 @@
 """A program's end of a machine. Imports vmm.machine and below; nothing that runs in the coordinator.
 
-    config.py, yamlfile.py  the YAML file; explain.py says what is wrong with it
+    config.py, yamlfile.py  the YAML file; explain.py says what is wrong with it;
+                            samples.py: the examples, by name
     accelerators.py         which accelerator it gets
     plan.py                 from a configuration to a machine that this host can run
     launch.py               starting its keeper, and ending it

@@ -33,6 +33,7 @@ from .models import (
     VerifyConfig,
 )
 from .origins import ConfigError, Key, Origins, key_step, key_text
+from .samples import find_config
 from .yamlfile import DEPTH_MAX, parse_value, read_yaml
 
 __all__ = ["ConfigError", "Duration", "GuestConfig", "MachineConfig", "Option", "Rate", "ReaperConfig", "ReplayConfig",
@@ -59,9 +60,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, name: str | 
 
 def load_configs(path: str | Path, overrides: Sequence[str] = (), *, machine: str | None = None,
                  options: Sequence[Option] = ()) -> list[MachineConfig]:
-    """Read and validate a file, of one machine or of several; ``machine``: only this one of several. Overrides and
-    options hold for each, but for ``machines.NAME.key=value``. Raises ConfigError."""
-    path = Path(path)
+    """Read and validate a file, or an example by its name (samples.py), of one machine or of several; ``machine``: only
+    this one of several. Overrides and options hold for each, but for ``machines.NAME.key=value``. Raises
+    ConfigError."""
+    path = find_config(path)
     document, origins = read_yaml(path)
     for key in [key for key in document if key.startswith(_IGNORED)]:
         del document[key]

@@ -170,7 +170,9 @@ class ControlClient:
         keeper = self._owner()
         if self._pinned is not None and keeper != self._pinned:
             self._drop()
-            raise VmmError(f"machine '{self._name}' is gone", ExitCode.NO_MACHINE)
+            raise VmmError(f"machine '{self._name}' is gone" + (
+                ": one of its name runs in other processes (was it upgraded?)" if keeper is not None else ""),
+                ExitCode.NO_MACHINE)
         if None not in (keeper, self._keeper) and keeper != self._keeper and self._after > 0:
             self._after = 0
         self._keeper = keeper or self._keeper

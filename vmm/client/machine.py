@@ -1,6 +1,6 @@
 """``Machine``: launch a machine or attach to one, drive it, and look into its memory.
 
-    with Machine.launch(load_config("configs/quickstart.yaml")) as machine:
+    with Machine.launch(load_config("quickstart")) as machine:
         report = machine.wait()
 
 Everything the CLI does, it does with this class. Memory and bitmaps are numpy views of the machine's
@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -31,7 +31,7 @@ from ..machine.spec import MachineSpec
 from . import holds
 from .connection import ControlClient
 from .launch import Launched
-from .views import Bitmaps, Memory
+from .views import Bitmaps, Lanes, Memory
 
 if TYPE_CHECKING:
     import subprocess
@@ -87,12 +87,14 @@ class Machine:
     """
 
     def __init__(self, name: str, *, launched: Launched | None = None, detached: bool = False,
-                 pinned: int | None = None) -> None:
+                 pinned: int | None = None, after: int = -1) -> None:
+        """For ``launch`` and ``attach``. ``after``: the events that ``events`` begins behind; -1: those so far."""
         self.name = name
         self._launched = launched
         self._detached = detached       # a launched one that lives on without this process once it runs
         self._pinned = launched.keeper.pid if launched is not None else pinned
-        self._client = self._connect(0 if launched is not None else -1)
+        self._after = 0 if launched is not None else after
+        self._client = self._connect(self._after)
         self._memory = Memory(self._client, name)
         self._bitmaps = Bitmaps(self._client, name)
         self._report: dict[str, Any] | None = None
@@ -138,7 +140,7 @@ class Machine:
     @classmethod
     def launch(cls, config: Any, *, name: str | None = None, trace: list[str] | None = None,
                trace_file: str = "", detach: bool = False, start: bool = True, console: str = "lines",
-               keeper: KeeperProcess | None = None) -> Machine:
+               keeper: KeeperProcess | None = None) -> Self:
         """Start a machine from a MachineConfig (vmm/client/config.py) or a MachineSpec. ``console``: of a Linux
         program (ipc/messages.py); who does not want its lines follows it himself (vmm/client/console.py).
 
@@ -169,21 +171,35 @@ class Machine:
         return machine
 
     @classmethod
-    def attach(cls, name: str) -> Machine:
+    def attach(cls, name: str, *, past: bool = False) -> Self:
         """Connect to a running machine; one that is being upgraded is waited for, and one that is upgraded later stays
-        connected. Raises VmmError when there is none of that name, or it is not a valid name."""
+        connected. ``past``: its ``events`` begin with the first that is kept, not with those from now on. Raises
+        VmmError when there is none of that name, or it is not a valid name."""
         if not await_upgrade(name):
             raise records.no_machine(name)
-        return cls(name)
+        return cls(name, after=0 if past else -1)
 
     @classmethod
-    def attach_pinned(cls, name: str) -> Machine:
+    def attach_pinned(cls, name: str) -> Self:
         """The same, and once the machine has ended or was upgraded it is gone: for whoever ends it, or moves it.
         Raises VmmError."""
         keeper = belongings(name).owner_pid()
         if keeper is None:
             raise records.no_machine(name)
         return cls(name, pinned=keeper)
+
+    @classmethod
+    def taken_over(cls, machine: Machine) -> Self:
+        """``machine`` as an object of this class, which has its place: what was launched with it ends with this one."""
+        launched, machine._launched = machine._launched, None
+        machine.detach()
+        return cls(machine.name, launched=launched, detached=machine._detached, pinned=machine._pinned,
+                   after=machine._after)
+
+    def another(self) -> Self:
+        """Another connection of this process to the machine, for another thread; its events begin where those of this
+        one began. It is to be detached."""
+        return type(self)(self.name, pinned=self._pinned, after=self._after)
 
     def beside(self, lease: holds.Lease) -> Machine:
         """Another connection of this process, for a thread that is to end ``lease``, which both show until then. It is
@@ -273,15 +289,16 @@ class Machine:
         """Release an ended machine that lingers for its report (which is kept on disk). Raises VmmError."""
         self._client.ask(verbs.Release)
 
-    def status(self) -> dict[str, Any]:
-        """The report so far (vmm/machine/report.py); the same document as ``wait`` returns. Raises VmmError."""
-        return self._client.ask(verbs.Status)
+    def status(self, timeout: float = 30.0) -> dict[str, Any]:
+        """The report so far (vmm/machine/report.py); the same document as ``wait`` returns. Raises VmmError, also when
+        the coordinator has not answered within ``timeout`` seconds."""
+        return self._client.ask(verbs.Status, timeout=timeout)
 
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
         warning, ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has
-        their fields. Stops after ``timeout`` seconds without one. Raises VmmError when the machine goes away in
-        between."""
+        their fields; all but dropped have ``at``. Stops after ``timeout`` seconds without one. Raises VmmError when
+        the machine goes away in between."""
         while True:
             event = self._client.event(_FOREVER if timeout is None else timeout)
             if event is not None:
@@ -290,6 +307,16 @@ class Machine:
                     return
             elif timeout is not None:
                 return
+
+    def lanes(self) -> Lanes:
+        """What its processes have written down of late: reaps, stalls, verbs (ipc/lanes.py). Raises VmmError."""
+        self.status()       # one that was just upgraded may have its name, and not its memory yet
+        return Lanes(self.name)
+
+    def skip_events(self) -> None:
+        """Let ``events`` of an attached machine begin behind those that there are now, instead of when it is first
+        asked for any. Raises VmmError."""
+        self._client.skip_events()
 
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
         """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
@@ -536,7 +563,7 @@ class Machine:
         self.detach()
         return launched is None or launched.end()
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,

@@ -1,4 +1,5 @@
-"""The machine's shared memory as a client has it mapped: RAM slots, the system slot, a dirty-log client's bitmaps.
+"""The machine's shared memory as a client has it mapped: RAM slots, the system slot, a dirty-log client's bitmaps, the
+lanes in which its processes write down what they do.
 
 What lies under a slot's number may change (it is removed, and another added): each use asks for the slots as they
 are now, and a segment that is another's is mapped anew. numpy is imported with the first of them: who only runs a
@@ -10,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ipc.lanes import Lane
+from ipc.layout import control_error, machine_control
 from ipc.shm import Segment, SegmentError
 from workers.accel import registry
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..machine.memory import ClientBitmaps
 
-__all__ = ["Bitmaps", "Memory", "View"]
+__all__ = ["Bitmaps", "Lanes", "Memory", "View"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,26 @@ class Bitmaps:
         for bitmaps in self._open.values():
             bitmaps.close()
         self._open.clear()
+
+
+class Lanes:
+    """What the coordinator (``coordinator``) and each vCPU's worker (``vcpus``) have written down of late. It stays
+    when the machine has gone, until ``close``."""
+
+    def __init__(self, machine: str) -> None:
+        """Raises VmmError."""
+        self._segment = open_segment(machine, segment_name(machine, "control"))
+        address = self._segment.address
+        if wrong := control_error(address, self._segment.size):
+            self._segment.close()
+            raise VmmError(f"machine '{machine}': {wrong}")
+        count = machine_control(address).vcpu_count
+        self.coordinator = Lane.of_coordinator(address, count)
+        self.vcpus = [Lane.of_vcpu(address, count, index) for index in range(count)]
+
+    def close(self) -> None:
+        """Idempotent. A lane must not be read any more."""
+        self._segment.close()
 
 
 def open_segment(machine: str, name: str) -> Segment:

@@ -23,14 +23,14 @@ from ipc.shm import PAGE_SIZE
 from ..client.machine import Flushed, Machine
 from ..errors import VmmError
 
-__all__ = ["MODES", "DirtyRate", "VcpuRate", "check_time", "measure"]
+__all__ = ["MODES", "SAMPLES_PER_GIB", "DirtyRate", "Mode", "VcpuRate", "best_mode", "check_time", "measure"]
 
 Mode = Literal["ring", "bitmap", "sampling"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 _MIB = 1 << 20
 _SHORTEST, _LONGEST = 0.05, 60.0        # seconds, QEMU's bounds
-_SAMPLES_PER_GIB = 512                  # QEMU's default
+SAMPLES_PER_GIB = 512                   # QEMU's default
 _PART = 4096                            # pages that are compared at once
 _SAMPLES_MIN = 512                      # of a small machine, or all of its pages
 
@@ -72,14 +72,24 @@ def check_time(seconds: float, option: str = "--time") -> float:
     return seconds
 
 
-def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring", *, unchanged: bool = False) -> DirtyRate:
+def best_mode(machine: Machine) -> Mode:
+    """The one that says most of this machine as it is now. Raises VmmError."""
+    status = machine.status()
+    if status["tracking"] == "ring":
+        return "ring"
+    return "bitmap" if status["tracking"] != "none" or status["tracking_asked"] == "auto" else "sampling"
+
+
+def measure(machine: Machine, seconds: float = 1.0, mode: Mode = "ring", *, unchanged: bool = False,
+            samples_per_gib: int = SAMPLES_PER_GIB) -> DirtyRate:
     """Measure for ``seconds``. ``unchanged``: and compare the content of dirtied pages: the guest stands still while
-    its memory is copied, and compared. Raises VmmError for a mode that the machine does not have."""
+    its memory is copied, and compared. ``samples_per_gib``: pages that ``sampling`` looks at. Raises VmmError for a
+    mode that the machine does not have."""
     check_time(seconds)
     if mode == "sampling":
         if unchanged:
             raise VmmError("--unchanged: sampling does not know which pages were dirtied")
-        return _sample(machine, seconds)
+        return _sample(machine, seconds, samples_per_gib)
     before = machine.status()
     if mode == "ring" and before["tracking"] != "ring":
         raise VmmError(f"machine '{machine.name}' has tracking mode {before['tracking']}, but only dirty rings "
@@ -138,11 +148,11 @@ def _result(mode: str, seconds: float, pages: int, repeated: int, vcpus: list[Vc
                      unchanged)
 
 
-def _sample(machine: Machine, seconds: float) -> DirtyRate:
+def _sample(machine: Machine, seconds: float, samples_per_gib: int) -> DirtyRate:
     random = np.random.default_rng()
     slots = machine.status()["slots"]
     total = sum(s["pages"] for s in slots)
-    wanted = min(total, max(_SAMPLES_MIN, total * PAGE_SIZE * _SAMPLES_PER_GIB >> 30))
+    wanted = min(total, max(_SAMPLES_MIN, total * PAGE_SIZE * samples_per_gib >> 30))
     chosen = np.sort(random.choice(total, wanted, replace=False))
     pages = []
     for slot, first in zip(slots, np.cumsum([0, *(s["pages"] for s in slots)]), strict=False):

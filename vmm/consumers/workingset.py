@@ -46,12 +46,13 @@ from ..errors import ExitCode, VmmError, one_line
 from ..inputs import input_name, open_input
 from ..outputs import open_output
 
-__all__ = ["Recording", "draw", "load", "page", "record"]
+__all__ = ["WINDOWS", "Recording", "draw", "heat", "load", "page", "record"]
 
 VERSION = 1
 _MIB = 1 << 20
 _HEAT_ROWS = 256        # address bins of the heat map
-_WINDOWS = (1, 2, 5, 10, 20, 50, 100)
+#: Intervals that a working set is of.
+WINDOWS = (1, 2, 5, 10, 20, 50, 100)
 _LOADED_MAX = 4 << 30   # bytes of a recording's arrays
 
 INTERRUPTED = "interrupted"
@@ -85,6 +86,10 @@ class Recording:
                      for s, _, _ in self.slots)
                  for i in range(0, self.intervals - window + 1, max(1, window // 2))]
         return float(np.mean(sizes))
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        return draw(self, "pages dirtied per interval")
 
     def save(self, path: Path) -> None:
         """Raises VmmError."""
@@ -242,7 +247,7 @@ def draw(recording: Recording, title: str) -> bytes:
     top.set(xlabel="time (s)", ylabel="dirtied (MiB/s)")
     top.legend()
     _heat_map(middle, recording)
-    windows = [w for w in _WINDOWS if w <= recording.intervals]
+    windows = [w for w in WINDOWS if w <= recording.intervals]
     step = float(np.mean(lengths))
     bottom.plot([w * step for w in windows], [recording.working_set(w) * PAGE_SIZE / _MIB for w in windows], "o-")
     bottom.set(xlabel="window (s)", ylabel="working set of writes (MiB)", xscale="log")
@@ -251,20 +256,27 @@ def draw(recording: Recording, title: str) -> bytes:
     return picture.getvalue()
 
 
-def _heat_map(axes: Any, recording: Recording) -> None:
-    """Pages of all slots one above the other, in rows of equal size."""
+def heat(recording: Recording, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Memory by time, the pages of all slots one above the other: the share of each row's pages that was dirtied in
+    each interval, shape [at most ``rows``, n]; and where the rows begin and end, in MiB, shape [rows + 1]."""
     total = sum(pages for _, _, pages in recording.slots)
-    rows = min(_HEAT_ROWS, total)
-    heat = np.zeros((rows, recording.intervals))
+    rows = max(1, min(rows, total))
+    found = np.zeros((rows, recording.intervals))
     first = 0
     for slot, _, pages in recording.slots:
         row = (recording.pages[slot].astype(np.int64) + first) * rows // total
         column = np.repeat(np.arange(recording.intervals), np.diff(recording.offsets[slot]))
-        np.add.at(heat, (row, column), 1)
+        np.add.at(found, (row, column), 1)
         first += pages
+    edges = -(-np.arange(rows + 1) * total // rows)     # pages that rows begin with
+    return found / np.maximum(1, np.diff(edges))[:, None], edges * PAGE_SIZE / _MIB
+
+
+def _heat_map(axes: Any, recording: Recording) -> None:
+    shares, heights = heat(recording, _HEAT_ROWS)
+    pages = shares * (np.diff(heights) * _MIB / PAGE_SIZE)[:, None]
     # Intervals are as long as they were, not all the same.
-    heights = np.linspace(0, total * PAGE_SIZE / _MIB, rows + 1)
-    image = axes.pcolormesh(recording.times, heights, heat, cmap="inferno", shading="flat", rasterized=True)
+    image = axes.pcolormesh(recording.times, heights, pages, cmap="inferno", shading="flat", rasterized=True)
     axes.set(xlabel="time (s)", ylabel="guest memory, slots stacked (MiB)")
     axes.figure.colorbar(image, ax=axes, label="dirty pages")
 

@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from ipc.bell import Doorbell
+from ipc.lanes import Kind, Lane
 from ipc.messages import AnyNotification, Console, Exited, ExitReason, ProgramCalls, RingFull
 from ipc.shm import Segment, SegmentError
 from ipc.steps import step
@@ -104,15 +105,17 @@ class Coordinator:
         self._block = core.parts.control
         self._block.coordinator_pid = os.getpid()
         self._events = EventLog(self._block)
+        self._lane = Lane.of_coordinator(core.parts.control_segment.address, spec.vcpus)
         self._consoles = Consoles(self._on_console)
         core.vcpus = VcpuPool(directory, zygote, self._on_notification, self._on_death)
         self._closing.callback(core.vcpus.close)
-        self._server = ControlServer(spec.name, directory, handlers(machine), self._before_verb, self._events)
+        self._server = ControlServer(spec.name, directory, handlers(machine), self._before_verb, self._events,
+                                     self._lane)
         self._closing.callback(self._server.close)
         self._signal_fd, self._signal_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closing.callback(self._close_signals)
         core.reaper = Reaper(spec.reaper, core.vcpus, core.parts.log, self._block, core.tracer, self._on_rebuild,
-                             mode=tracking_mode(core.parts.tracking))
+                             mode=tracking_mode(core.parts.tracking), lane=self._lane)
         self._closing.callback(core.reaper.close)
         self._closing.callback(core.vcpus.shut_down)
         self._closing.callback(machine.recording.close)
@@ -194,7 +197,9 @@ class Coordinator:
             self.core.reaper.wake()
         round_left = self._rounds.left(now)
         if round_left is not None and round_left <= 0:
+            began = time.perf_counter_ns()
             self._rounds.run()
+            self._lane.put(Kind.VERIFY, time.perf_counter_ns() - began)
         self.machine.tracking.choose_or_keep()
 
     def _wait(self, now: float) -> None:
@@ -299,7 +304,7 @@ class Coordinator:
 
     def _tell(self, event: dict[str, Any]) -> None:
         """To every client that wants events, and to the log."""
-        self._events.add(event)
+        self._events.add({**event, "at": round(time.monotonic(), 6)})
         kind = event["event"]
         if kind == "warning":
             _log.warning("%s", event["text"])

@@ -162,5 +162,7 @@ class Pauses:
             except BaseException:
                 self._standing = False      # it has let all of them go again
                 raise
+            self._core.tell({"event": "paused", "by": ", ".join(self.holders)})
         else:
             self._core.vcpus.resume_all()
+            self._core.tell({"event": "resumed"})

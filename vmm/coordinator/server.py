@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from ipc.lanes import Kind, Lane
 from ipc.lines import LINE_MAX, LineConnection, LineListener, LineTooLong
 from ipc.shm import SegmentError
 from ipc.steps import step
@@ -39,11 +40,13 @@ _log = logging.getLogger(__name__)
 class ControlServer:
     """``before`` is called before each verb with the process id of the client: of the peer of the socket, seen from
     here; 0 when it is in a PID namespace that is not seen from here. ``verbs``: what is called with the verb; it
-    gives the answer's result (None: an empty one), or raises. ``Events`` is this class's own."""
+    gives the answer's result (None: an empty one), or raises. ``Events`` is this class's own. ``lane``: where each
+    verb is written down."""
 
     def __init__(self, machine: str, directory: Path, verbs: dict[type[control.Verb], Handler],
-                 before: Callable[[int], None], events: EventLog) -> None:
+                 before: Callable[[int], None], events: EventLog, lane: Lane | None = None) -> None:
         """Raises OSError."""
+        self._lane = lane or Lane.of_nobody()
         self._machine = machine
         self._verbs = verbs
         self._before = before
@@ -163,9 +166,14 @@ class ControlServer:
             if isinstance(verb, control.Events):
                 self._waiting[connection.fileno()] = (number, verb.after)
                 return None
+            began = time.perf_counter_ns()
             self._before(connection.pid)
             step("verb")
-            result = self._verbs[type(verb)](verb)
+            try:
+                result = self._verbs[type(verb)](verb)
+            finally:
+                self._lane.put(Kind.VERB, time.perf_counter_ns() - began, connection.pid,
+                               control.VERB_NAMES.index(name))
             step("verb-carried-out")
             return _encode({"id": number, "result": result or {}})
         except VmmError as exc:

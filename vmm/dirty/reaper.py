@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ipc.lanes import Kind, Lane
 from ipc.layout import MachineControl, ReaperState
 from ipc.steps import step
 
@@ -57,12 +58,14 @@ class ReapMode(Protocol):
 
 
 class Reaper:
-    """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3."""
+    """``report_rebuild(vcpu, entries owed, entries reset, pages marked)`` is told of invariant 3. ``lane``: where each
+    reap is written down."""
 
     def __init__(self, spec: ReaperSpec, vcpus: VcpuPool, log: DirtyLog, control: MachineControl,
                  tracer: Tracer, report_rebuild: Callable[[int, int, int, int], None], *,
-                 mode: ReapMode) -> None:
+                 mode: ReapMode, lane: Lane | None = None) -> None:
         self.spec = spec
+        self._lane = lane or Lane.of_nobody()
         self.schedule = Schedule(spec)
         self.vcpus = vcpus
         self.log = log
@@ -113,7 +116,7 @@ class Reaper:
         self._control.reaper_state = ReaperState.REAPING
         if not reason:
             self.schedule.woken(time.monotonic())
-        self.reap(reset=self._resets_early(), found=found, asked=False)
+        self.reap(reset=self._resets_early(), found=found, asked=False, kicked=bool(reason))
         self._control.reaper_iteration += 1
 
     def _resets_early(self) -> bool:
@@ -139,10 +142,11 @@ class Reaper:
             self.log.mark_logged_slots()
             vcpu.control.collected = 1
 
-    def reap(self, *, reset: bool = True, found: _Found | None = None, asked: bool = True) -> int:
+    def reap(self, *, reset: bool = True, found: _Found | None = None, asked: bool = True,
+             kicked: bool = False) -> int:
         """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap). Without ``reset`` nothing is
         reset or published while no ring is full, or will soon be. ``found``: in full rings, already. ``asked``: by
-        somebody who needs the log."""
+        somebody who needs the log. ``kicked``: for a full ring."""
         if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
@@ -159,6 +163,8 @@ class Reaper:
         for part in (found, *parts):
             for index, (count, outstanding) in part.items():
                 harvested[index], owed[index] = count, outstanding
+                if count:
+                    self._lane.put(Kind.REAP_VCPU, who=index, value=outstanding << 32 | count)
         now = time.monotonic()
         self.schedule.learn(now, harvested)
         if not reset:
@@ -174,7 +180,9 @@ class Reaper:
             for index, count in self._reset(rings, owed, full).items():
                 harvested[index] = harvested.get(index, 0) + count
             self._unasked = self._unasked and not asked
-            self.schedule.was_reset(time.monotonic() - now)
+            resetting = time.monotonic() - now
+            self.schedule.was_reset(resetting)
+            self._lane.put(Kind.RESET, int(resetting * 1e9), value=sum(owed.values()))
         total = sum(harvested.values())
         self._last = harvested
         took = time.perf_counter_ns() - began
@@ -182,7 +190,8 @@ class Reaper:
         self._control.reap_ns += took
         if total and self._trace.reap:
             self._trace.reap(total, took // 1000)
-        self.schedule.plan(now, self.room())
+        wait = self.schedule.plan(now, self.room())
+        self._lane.put(Kind.REAP_KICKED if kicked else Kind.REAP, took, int(wait * 1e6), total)
         return total
 
     def room(self) -> dict[int, int]:
@@ -316,9 +325,11 @@ class Reaper:
                            "that waits for one cannot be stopped")
         if self._trace.flush:
             self._trace.flush(0)
+        began = time.perf_counter_ns()
         self.vcpus.kick_all()
         total = self.mode.gather(self)
         self._control.flushes += 1
+        self._lane.put(Kind.FLUSH, time.perf_counter_ns() - began, value=total)
         if self._trace.flush:
             self._trace.flush(1)
         return total

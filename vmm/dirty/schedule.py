@@ -27,6 +27,8 @@ class Schedule:
         self._rates: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._due = 0.0
+        #: Seconds that were planned last.
+        self.interval = 0.0
         self._late = self._resetting = 0.0      # seconds
 
     def woken(self, now: float) -> None:
@@ -58,7 +60,7 @@ class Schedule:
         wait = spec.interval
         if spec.mode == "adaptive":
             wait = min(max(self._until_filled(room, spec.max_interval), spec.min_interval), spec.max_interval)
-        self._due = now + wait
+        self.interval, self._due = wait, now + wait
         return wait
 
     def _until_filled(self, room: dict[int, int], never: float) -> float:

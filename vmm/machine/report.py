@@ -40,6 +40,7 @@ class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     registers: dict[str, int] | None    # of a guest that ended badly
     dirty_pages: int            # entries harvested, or bits gathered
+    ring_used: int              # entries that are not free now: harvested and not reset, or not harvested
     ring_full_exits: int
     resets: int
     reset_s: float              # seconds in reset calls
@@ -73,6 +74,7 @@ class ReaperReport(msgspec.Struct, frozen=True, kw_only=True):
     pages: int                  # entries reaped
     microseconds: int           # in reaps
     flushes: int
+    interval_s: float | None    # seconds from the last reap to the next, as planned; None: nothing is reaped now
 
 
 class SlotReport(msgspec.Struct, frozen=True, kw_only=True):

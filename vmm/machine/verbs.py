@@ -8,7 +8,7 @@ vmm/coordinator/server.py the coordinator's.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -16,7 +16,7 @@ from ipc.messages import UNREADABLE
 
 from ..errors import VmmError, one_line
 
-__all__ = ["CONTROL_VERSION", "MARKED_WORDS", "Owned", "Verb", "decode_verb"]
+__all__ = ["CONTROL_VERSION", "MARKED_WORDS", "VERB_NAMES", "Owned", "Verb", "decode_verb"]
 
 CONTROL_VERSION = 2
 MARKED_WORDS = 1 << 16      # of 64 pages, in a ``MarkFor``
@@ -281,6 +281,9 @@ AnyVerb = (Events | Start | Status | State | SetState | Incoming | Arrived | Pau
            | Unregister | MarkFor
            | Sync | DirtyLimit | SetTracking | Slots | Mark | RecordStart | RecordStep | RecordStop
            | ProgramMaps | ProgramTrace | MemoryAdd | MemoryRemove)
+
+#: Each by its number in a mark (ipc/lanes.py).
+VERB_NAMES: list[str] = [each.__name__ for each in get_args(AnyVerb)]
 
 _verbs = msgspec.json.Decoder(AnyVerb)
 

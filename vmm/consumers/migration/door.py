@@ -26,7 +26,7 @@ from ipc.linux.peer import peer_of
 from ...errors import VmmError
 from .addresses import Address
 
-__all__ = ["PAGES", "Door"]
+__all__ = ["PAGES", "Door", "listening_at"]
 
 PAGES = b"\0"               # the first byte of a connection for pages
 _ZMTP = b"\xff"
@@ -47,7 +47,7 @@ class Door:
         that a receiver of this user has left behind when it was killed."""
         self._open = contextlib.ExitStack()
         self._address = address
-        self._listener = self._open.enter_context(_listening_at(address))
+        self._listener = self._open.enter_context(listening_at(address))
         #: Where ZeroMQ is to listen; it lets in nobody but this process.
         self.behind = f"ipc://@shardvmm-{secrets.token_hex(16)}"
         self._pages: Callable[[socket.socket], None] = lambda sock: None
@@ -200,7 +200,9 @@ def _carry(source: socket.socket, sink: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def _listening_at(address: Address) -> Iterator[socket.socket]:
+def listening_at(address: Address) -> Iterator[socket.socket]:
+    """A socket that listens there; the file of a Unix socket is removed at the end. Raises VmmError when nobody can,
+    with whatever is there as it was."""
     if not address.local:
         with _tcp(address) as listener:
             yield listener

@@ -92,14 +92,14 @@ _LOOK_EVERY = 0.02
 
 
 def migrate(machine: Machine, address: str, options: Options | None = None, *, migration_id: str = "",
-            progress: Callable[[Report], None] = lambda report: None) -> Report:
+            early: bool = False, progress: Callable[[Report], None] = lambda report: None) -> Report:
     """Migrate the machine to a waiting ``vmm receive``; it has left this host when this returns. ``progress`` is told
-    after every round, and about every tenth of a second. Raises MigrationError, with the machine still running
-    here; KeyboardInterrupt (and whatever else is raised into it) cancels in the same way, until the machine is
-    handed over: nothing cancels it then. VmmError for an invalid address or keys, and for a machine that
-    cannot be migrated now."""
+    after every round, and about every tenth of a second; ``early``: and before the target is connected to. Raises
+    MigrationError, with the machine still running here; KeyboardInterrupt (and whatever else is raised into it) cancels
+    in the same way, until the machine is handed over: nothing cancels it then. VmmError for an invalid address or keys,
+    and for a machine that cannot be migrated now."""
     report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address)
-    return _carry_out(machine, options or Options(), report, progress, Source.run)
+    return _carry_out(machine, options or Options(), report, progress, Source.run, early=early)
 
 
 def recover(machine: Machine, address: str = "", options: Options | None = None, *, migration_id: str = "",
@@ -113,12 +113,12 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
 
 
 def _carry_out(machine: Machine, options: Options, report: Report, progress: Callable[[Report], None],
-               work: Callable[[Source], None]) -> Report:
+               work: Callable[[Source], None], *, early: bool = False) -> Report:
     if options.compression == "lz4":
         lz4_block()     # it is installed, or that is said now
     process = identity()
     report.pid, report.pid_started = process.pid, process.start
-    with Source(machine, report.target, options, report, progress) as source:
+    with Source(machine, report.target, options, report, progress, early=early) as source:
         try:
             work(source)
         except BaseException as exc:
@@ -134,8 +134,9 @@ class Source:
     keeps."""
 
     def __init__(self, machine: Machine, address: str, options: Options, report: Report,
-                 progress: Callable[[Report], None]) -> None:
+                 progress: Callable[[Report], None], *, early: bool = False) -> None:
         self.machine = machine
+        self._early = early
         self._steering = Steering(options, report)
         self._control: Control | None = None
         self.report = report
@@ -171,6 +172,8 @@ class Source:
         """From the offer to the end. Raises MigrationError, VmmError."""
         with self.machine.lease("migration", f"to {self._address.text}") as self._lease:
             self._progress.kept = True
+            if self._early:
+                self._progress.tell(force=True)
             self._listen()
             began = time.monotonic()
             spec = specification(self.machine)

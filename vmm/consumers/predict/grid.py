@@ -65,15 +65,9 @@ class Study:
         return simulate(self._guest, self._memory, dataclasses.replace(self._options, **changed), self._way,
                         self._costs, limits)
 
-    def grid(self, bandwidths: list[float], downtimes: list[float],
-             progress: Callable[[], None] = lambda: None) -> list[Cell]:
-        """Every bandwidth with every limit. ``progress`` is called after each."""
-        cells = []
-        for bandwidth in bandwidths:
-            for downtime in downtimes:
-                cells.append(Cell(bandwidth, downtime, self.predict(bandwidth=bandwidth, downtime=downtime)))
-                progress()
-        return cells
+    def cell(self, bandwidth: float, downtime: float) -> Cell:
+        """With this bandwidth (bytes per second) and this limit (seconds)."""
+        return Cell(bandwidth, downtime, self.predict(bandwidth=bandwidth, downtime=downtime))
 
     def least_bandwidth(self) -> float | None:
         """Bytes per second from which on it converges by itself: no vCPU is throttled, no round is the last for being

@@ -16,6 +16,7 @@ Whatever else is in the directory is not this program's: it is neither read nor 
     layers      what a chain holds of one slot
     pagefile, pagemap, threads  page files, written and read by several threads
     take, restore, merge    what is done with them
+    underway    how far one is that is being taken
     aside       pages of a live snapshot, in memory until the guest runs again
     heat        what was in use when a snapshot was taken
     lazy        memory that is read while the guest runs
@@ -29,6 +30,8 @@ from .merge import delete, merge
 from .pagefile import PageFileError
 from .restore import restore, restore_many
 from .take import create
+from .underway import snapshot_underway
 
 __all__ = ["Damaged", "Manifest", "PageFileError", "SnapshotError", "chain", "create", "delete", "list_snapshots",
-           "load_manifest", "merge", "read_memory", "restore", "restore_many", "survey", "verify"]
+           "load_manifest", "merge", "read_memory", "restore", "restore_many", "snapshot_underway", "survey",
+           "verify"]

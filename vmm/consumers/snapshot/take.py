@@ -40,6 +40,7 @@ from .manifest import FORMAT, VERSION, Compression, Manifest, SlotFile, file_che
 from .pagefile import PAGE, PageWriter, compress
 from .pagemap import Words, all_pages
 from .threads import Progress, behind
+from .underway import Underway
 
 __all__ = ["create"]
 
@@ -60,12 +61,13 @@ def create(machine: Machine, directory: Path, *, incremental: bool = False, live
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise SnapshotError(f"{directory}: cannot be created: {exc.strerror}") from None
-    with locked(directory), machine.lease("snapshot", f"into {directory}"):
-        return _create(machine, directory, incremental, live, compression, working_set, progress)
+    with (locked(directory), machine.lease("snapshot", f"into {directory}"),
+          contextlib.closing(Underway(machine.name, directory)) as underway):
+        return _create(machine, directory, incremental, live, compression, working_set, progress, underway)
 
 
 def _create(machine: Machine, directory: Path, incremental: bool, live: bool, compression: Compression,
-            working_set: float, progress: Progress) -> Manifest:
+            working_set: float, progress: Progress, underway: Underway) -> Manifest:
     parent = _parent(machine, directory) if incremental else None
     family = _family(directory)
     epoch = f"{family}_{uuid.uuid4().hex[:8]}"
@@ -79,7 +81,7 @@ def _create(machine: Machine, directory: Path, incremental: bool, live: bool, co
             machine.register(work, mine=True, like=parent.epoch if parent else "")
             stack.callback(_forget, machine, work)
             taking = _Taking(machine, aside, work, whole=parent is None, packed=compression == "zstd",
-                             progress=progress)
+                             progress=progress, underway=underway)
             stack.callback(taking.close)
             if working_set:
                 taking.watch(working_set)
@@ -143,18 +145,23 @@ class _Taking:
     """The memory files of a snapshot while it is taken."""
 
     def __init__(self, machine: Machine, aside: Path, client: str, *, whole: bool, packed: bool,
-                 progress: Progress) -> None:
+                 progress: Progress, underway: Underway) -> None:
         self._machine = machine
         self._folder = aside
         self._client = client
         self._whole = whole
         self._packed = packed
-        self._progress = progress
+        self._told = progress
+        self._underway = underway
         self._writers: dict[tuple[int, int], PageWriter] = {}
         self._heat: dict[tuple[int, int], Heat] = {}
         self._done = 0
         self._last = 0      # pages of the last round
         self._aside: Aside | None = None
+
+    def _progress(self, done: int, total: int) -> None:
+        self._underway.tell(done, total)
+        self._told(done, total)
 
     def _slots(self) -> list[dict[str, Any]]:
         return list(self._machine.status()["slots"])
@@ -228,6 +235,8 @@ class _Taking:
         """Write what is new since the last round, or set it aside if there is room for it; pages."""
         total, todo = self._dirty()
         self._last = total
+        self._underway.begin_round()
+        self._underway.tell(self._done, self._done + total)
         if self._aside is not None and self._aside.has_room(total):
             for slot, writer, dirty in todo:
                 self._aside.copy(writer, self._machine.ram(slot["id"]), dirty)

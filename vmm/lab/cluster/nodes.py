@@ -12,103 +12,26 @@ exception or an error as its result, and is not run again.
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from workers.accel import registry
-
-from ... import optional
 from ...errors import VmmError
+from .connection import HOST, KVM, PART, not_nice
 from .points import Needs, Stopped, Work
 
-__all__ = ["Nodes", "connect"]
+__all__ = ["Nodes"]
 
 P = TypeVar("P")
 R = TypeVar("R")
 
-_HOST, _KVM = "host", "kvm"     # custom resources of a node
-_PART = 0.001           # of a resource that is shared: more points than that do not fit on any host
 _RETRIES = 3            # of a point whose node, or process, was lost
 _AHEAD = 256            # points that are with Ray at once
 _LOOK = 0.2             # seconds between two looks at ``stop``
 _ALONE = 60.0           # seconds without a node that has what is needed, until that is an error
-_CONNECT_TIMEOUT = 5.0
 _CANCEL_TIMEOUT = 30.0  # for points to end their machines
-_STORE = 100 << 20      # bytes of Ray's object store, where Ray is started here: results are small
-#: Of a Ray that is started here: it says nothing to its makers, runs points at our own niceness, warns of no GPUs.
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-
-
-@contextmanager
-def connect(address: str) -> Iterator[Any]:
-    """The module ray, connected: ``auto`` (the cluster that this host is a node of), ``HOST:PORT`` (of its head; this
-    host is a node of it), or ``local`` (one that is started on this host, and ends with this). Meanwhile what is
-    printed goes to standard error: Ray prints, and standard output is for what was asked for. Raises VmmError."""
-    ray = optional.ray()
-    if address != "local":
-        _check_address(_own_cluster() if address == "auto" else address)
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        has = {_HOST: 1.0} | ({} if registry.available("kvm").reason else {_KVM: 1.0})
-        options |= {"num_cpus": os.cpu_count(), "resources": has, "include_dashboard": False,
-                    "object_store_memory": _STORE}
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        with _own_signals(), redirect_stdout(sys.stderr):
-            ray.init(**options)
-    except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as exc:
-        why = (str(exc).splitlines() or [type(exc).__name__])[0]
-        hint = "" if address == "local" else " (one that asks for a token needs RAY_AUTH_MODE=token here)"
-        raise VmmError(f"no cluster at {address}: {why}{hint}") from None
-    with redirect_stdout(sys.stderr):
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
-
-
-def _own_cluster() -> str:
-    """Its address, where Ray keeps it."""
-    if given := os.environ.get("RAY_ADDRESS"):
-        return given
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    try:
-        return Path(folder, "ray", "ray_current_cluster").read_text().strip()
-    except OSError:
-        raise VmmError("no cluster at auto: this host is not a node of one; ray start --head starts one") from None
-
-
-def _check_address(address: str) -> None:
-    """Ray itself takes a minute to find that nobody answers."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and "/" not in host and port.isdecimal() and 0 < int(port) < 65536):
-        raise VmmError(f"--cluster: '{address}' is not an address: auto, local, or HOST:PORT")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
-    except OSError as exc:
-        raise VmmError(f"no cluster at {address}: {exc.strerror or exc}; ray start --head starts one") from None
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 class Nodes(Generic[P, R]):
@@ -134,12 +57,13 @@ class Nodes(Generic[P, R]):
         """Raises Stopped, VmmError, and what the work raises."""
         ray = self._ray
         run = ray.remote(_run)
+        work = ray.put(self._work)      # once, however large it is, and however many points
         running: dict[Any, P] = {}
         try:
             while self._points or running:
                 while self._points and len(running) < _AHEAD:
                     point = self._points.popleft()
-                    running[run.options(**self._options[self._needs(point)]).remote(self._work, point)] = point
+                    running[run.options(**self._options[self._needs(point)]).remote(work, point)] = point
                 self._progress(next(iter(running.values())), f"and {len(self._points) + len(running) - 1} more on the "
                                                              "cluster")
                 ended, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
@@ -173,17 +97,17 @@ class Nodes(Generic[P, R]):
     def _fitting(self, needs: Needs) -> list[dict[str, float]]:
         """Resources of the nodes that have what is needed, busy ones included."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return [has for has in nodes if has.get("CPU") and (has.get(_KVM) or not needs.kvm)
+        return [has for has in nodes if has.get("CPU") and (has.get(KVM) or not needs.kvm)
                 and (needs.whole or has["CPU"] >= needs.cores)]
 
     def _choose(self, needs: Needs, point: str) -> dict[str, Any]:
         nodes = self._fitting(needs)
         if not nodes:
             raise VmmError(self._missing(needs, point))
-        hosts = any(has.get(_HOST) for has in nodes)
-        resources = {_KVM: _PART} if needs.kvm else {}
+        hosts = any(has.get(HOST) for has in nodes)
+        resources = {KVM: PART} if needs.kvm else {}
         if hosts:
-            resources[_HOST] = 1.0 if needs.whole else _PART
+            resources[HOST] = 1.0 if needs.whole else PART
         cpus = needs.cores if not needs.whole else 0 if hosts else max(has["CPU"] for has in nodes)
         return {"num_cpus": cpus, "resources": resources, "max_retries": _RETRIES, "retry_exceptions": False}
 
@@ -219,6 +143,5 @@ class Nodes(Generic[P, R]):
 
 def _run(work: Work[P, R], point: P) -> R:
     """On a node, in a process of Ray's. Raises what the work raises."""
-    with suppress(OSError):     # Ray's processes are nice, and with them all that they start; root may change that
-        os.setpriority(os.PRIO_PROCESS, 0, min(0, os.getpriority(os.PRIO_PROCESS, 0)))
+    not_nice()
     return work(point, lambda: False, lambda doing: None)

@@ -85,7 +85,8 @@ def run_points(points: Iterable[P], work: Work[P, R], *, address: str | None = N
     with ExitStack() as stack:
         executor: Executor[P, R] = Here(work, stop, progress)
         if address is not None:
-            from .nodes import Nodes, connect
+            from .connection import connect
+            from .nodes import Nodes
 
             ray: Any = stack.enter_context(connect(address))
             executor = Nodes(ray, work, needs, lost, stop, progress)

@@ -1,1 +1,1 @@
-"""``vmm compare``: measure.py runs the points, report.py shows them."""
+"""``vmm compare``: run.py goes through the points, measure.py measures one, report.py shows them."""

@@ -170,7 +170,7 @@ def run_point(point: Point, modes: Sequence[str], settings: Settings,
             # Once round, so that every page is there and every mode has been taken.
             for number in range(-1, settings.rounds):
                 for mode in modes if number % 2 == 0 else reversed(modes):
-                    progress(f"{point.label}: {mode}")
+                    progress(mode)
                     if number < 0:
                         _window(machine, meter, mode, number, point, 0.05, idle)
                     else:

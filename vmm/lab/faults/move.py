@@ -16,14 +16,8 @@ One end is nobody's fault: a target's keeper that is killed takes its machine al
 from __future__ import annotations
 
 import contextlib
-import signal
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from ipc.run import python_module
 
 from ...client.machine import Machine
 from ...errors import VmmError
@@ -32,11 +26,9 @@ from ...machine.runtime import end_at_once, is_running
 from .delay import Relay
 from .hit import Hit, pid_in
 from .plan import Fault
+from .process import PATIENCE, Process, until
 
-__all__ = ["Ended", "Move", "end", "move", "until"]
-
-_PATIENCE = 60.0            # seconds for whatever is to come about
-_LOOK_EVERY = 0.02
+__all__ = ["Ended", "Move", "end", "move"]
 
 
 class Ended(Exception):
@@ -61,9 +53,9 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
     """Whether it has moved, and whether the fault has hit. Raises Ended, and VmmError for what must not be."""
     path = wanted.folder / wanted.target
     with contextlib.ExitStack() as stack:
-        receiver = stack.enter_context(_Process(
+        receiver = stack.enter_context(Process(
             path.with_suffix(".receive"), "receive", f"ipc://{path}", "--name", wanted.target, "--accel", wanted.accel,
-            "--detach", "--timeout", f"{_PATIENCE:.0f}s"))
+            "--detach", "--timeout", f"{PATIENCE:.0f}s"))
         until(lambda: "waiting at" in receiver.said or receiver.over, "vmm receive waits")
         if receiver.over:
             raise VmmError(f"vmm receive has ended: {receiver.said}")
@@ -72,7 +64,7 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
         if fault is not None and fault.delay_ms:
             relay = stack.enter_context(Relay(path, fault.delay_ms))
             address = relay.address
-        mover = stack.enter_context(_Process(
+        mover = stack.enter_context(Process(
             path.with_suffix(".migrate"), "migrate", source.name, address,
             *_OPTIONS[wanted.how]))
         if fault is None or relay is not None:
@@ -85,46 +77,7 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
         return _settle(source, wanted, mover, receiver, fault if hit else None), hit
 
 
-class _Process:
-    """A ``vmm`` of its own; what it says goes into a file. ``with`` it: nothing of it is left."""
-
-    def __init__(self, path: Path, *arguments: str) -> None:
-        self._path = path
-        with open(path, "wb") as out:
-            self._process = subprocess.Popen(python_module("vmm", *arguments), stdin=subprocess.DEVNULL, stdout=out,
-                                             stderr=out, start_new_session=True)
-        self.pid = self._process.pid
-
-    @property
-    def said(self) -> str:
-        return self._path.read_text(errors="replace").strip()
-
-    @property
-    def over(self) -> bool:
-        return self._process.poll() is not None
-
-    def wait(self) -> int:
-        """Its exit status. Raises VmmError."""
-        try:
-            return self._process.wait(3 * _PATIENCE)        # a target that is silent is given a minute
-        except subprocess.TimeoutExpired:
-            raise VmmError(f"{self._path.suffix[1:]} has not ended: {self.said}") from None
-
-    def end(self) -> None:
-        """As a person does, with Ctrl-C's cousin."""
-        if not self.over:
-            self._process.send_signal(signal.SIGTERM)
-        self.wait()
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def _victim(victim: str, source: Machine, target: str, mover: _Process, receiver: _Process) -> int | None:
+def _victim(victim: str, source: Machine, target: str, mover: Process, receiver: Process) -> int | None:
     """Its pid, once the target has begun to make the machine: before, nothing goes on that a fault could hurt."""
     keeper = belongings(target).owner_pid()
     if keeper is None:
@@ -147,7 +100,7 @@ def _victim(victim: str, source: Machine, target: str, mover: _Process, receiver
     return pid_in(status, victim.removeprefix("target-"))
 
 
-def _settle(source: Machine, wanted: Move, mover: _Process, receiver: _Process, fault: Fault | None) -> bool:
+def _settle(source: Machine, wanted: Move, mover: Process, receiver: Process, fault: Fault | None) -> bool:
     """The one that migrates has ended: whether the machine has moved. Raises Ended, where a receiver was killed that
     had taken the memory in place."""
     target = wanted.target
@@ -219,15 +172,6 @@ def _has(target: str) -> bool:
 
     until(known, "the target has the machine, or not")
     return found in ("running", "paused")
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Raises VmmError."""
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            raise VmmError(f"not within {_PATIENCE:.0f} s: {what}")
-        time.sleep(_LOOK_EVERY)
 
 
 def end(name: str) -> None:

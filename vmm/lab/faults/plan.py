@@ -23,7 +23,8 @@ _LIMITS = (100, 2000, 100_000)      # pages per second
 
 class Fault(msgspec.Struct, frozen=True):
     """``victim``: coordinator, keeper, or vcpu0, …, of the machine; while it migrates also source and target (the two
-    processes that move it), target-coordinator, target-keeper, target-vcpu0, …, and messages (between the two).
+    processes that move it), target-coordinator, target-keeper, target-vcpu0, …, and messages (between the two); while
+    it is upgraded source (the process that does it) and the target's, which are those of the machine in between.
     ``stop_ms``: SIGSTOP, and SIGCONT after so long; ``delay_ms``: each message comes later by up to so much; neither:
     SIGKILL. ``after_ms``: after the event it goes with has begun, of a migration: after the victim is there, and the
     target has begun to make the machine."""
@@ -150,7 +151,7 @@ class _Events:
         for _ in range(dice.randint(8, 24)):
             event = self._event(dice.choice((
                 "look", "look", "check", "run", "write", "plug", "log", "tracking", "snapshot", "client", "nobody",
-                "pause", "migrate", "migrate", "limit", "record")))
+                "pause", "migrate", "migrate", "upgrade", "limit", "record")))
             if event is not None:
                 events.append(event)
         return [*events, Event("check"), Event("stop")]
@@ -186,10 +187,11 @@ class _Events:
                     return None
             case "pause":
                 do, self._paused = ("resume" if self._paused else "pause"), not self._paused
-            case "migrate":
+            case "migrate" | "upgrade":
                 if self._alive < self._vcpus:
                     return None
-                arguments = self._way()
+                if do == "migrate":
+                    arguments = self._way()
         fault = self._fault(do)
         self._note(do, arguments, fault)
         return Event(do, arguments, fault)
@@ -207,7 +209,7 @@ class _Events:
 
     def _fault(self, do: str) -> Fault | None:
         dice = self._dice
-        if dice.random() > (0.9 if do == "migrate" else 0.7):
+        if dice.random() > (0.9 if do in ("migrate", "upgrade") else 0.7):
             return None
         vcpus = [f"vcpu{i}" for i in range(self._vcpus)]
         victims = ["coordinator", "coordinator", "coordinator", "keeper", *vcpus]
@@ -215,6 +217,9 @@ class _Events:
         if do == "migrate":
             victims += ["source", "source", "target", "target", "target-coordinator", "target-coordinator",
                         "target-keeper", *(f"target-{vcpu}" for vcpu in vcpus), "messages", "messages"]
+            after = round(dice.expovariate(1 / 200), 2)
+        elif do == "upgrade":
+            victims += ["source", "source", "source", "target-coordinator", *(f"target-{vcpu}" for vcpu in vcpus)]
             after = round(dice.expovariate(1 / 200), 2)
         victim = dice.choice(victims)
         if victim == "messages":
@@ -225,7 +230,7 @@ class _Events:
         elif victim == "keeper":
             kill = False            # the machine is to end of it; of its last vCPU too
         elif "vcpu" in victim:
-            kill = kill and self._alive > 1 and dice.random() < 0.2
+            kill = kill and self._alive > 1 and do != "upgrade" and dice.random() < 0.2
         return Fault(victim, 0 if kill else dice.choice((1, 5, 20, 100)), after)
 
     def _note(self, do: str, arguments: tuple[int | str, ...], fault: Fault | None) -> None:

@@ -25,13 +25,15 @@ from ...client.machine import Machine
 from ...consumers.trace import record
 from ...errors import ExitCode, VmmError
 from ...guests import WORKLOADS, resolve_params
-from ...machine.names import belongings
+from ...machine.names import belongings, between_name
 from ...machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 from ...tracefile import TraceReader
 from .hit import Hit, pid_in
-from .move import Ended, Move, end, move, until
+from .move import Ended, Move, end, move
 from .oracle import Oracle
 from .plan import COLD_SLOT, HOT_SLOT, Episode, Event, Fault
+from .process import until
+from .upgraded import upgrade
 
 __all__ = ["Outcome", "run_episode"]
 
@@ -41,6 +43,7 @@ _MOVING = 300.0             # of a migration: vmm/lab/faults/move.py bounds its 
 _RUN = 0.03                 # seconds that a guest is left alone
 _RECORDING = 0.3            # seconds of a recording
 _CLIENTS = ("faults_a", "faults_b")
+_HITS_ITSELF = ("migrate", "upgrade")    # events that have processes of their own, which a fault may hit
 
 
 @dataclass(slots=True)
@@ -75,7 +78,7 @@ def run_episode(episode: Episode) -> Outcome:
             for number, event in enumerate(episode.events):
                 outcome.at = number
                 try:
-                    with _patience(_MOVING if event.do == "migrate" else _PATIENCE):
+                    with _patience(_MOVING if event.do in _HITS_ITSELF else _PATIENCE):
                         run.carry_out(event)
                 except Ended:
                     break
@@ -116,13 +119,14 @@ class _Run:
     @property
     def left(self) -> list[str]:
         """What there is of the machine, wherever it has been."""
-        return [each for name in self._names for each in belongings(name).left()]
+        return [each for name in self._names for each in (*belongings(name).left(),
+                                                          *belongings(between_name(name)).left())]
 
     def carry_out(self, event: Event) -> None:
         """Do it, with its fault meanwhile. Raises Ended, and VmmError for what must not be."""
         action = getattr(self, f"_do_{event.do.replace('-', '_')}")
         self._fault = event.fault
-        if event.fault is None or event.do == "migrate":
+        if event.fault is None or event.do in _HITS_ITSELF:
             action(*event.arguments)
             return
         with self._hitting(event.fault):
@@ -303,6 +307,12 @@ class _Run:
         self._dead = {each["index"] for each in target.status()["vcpus"] if each["exit_reason"]}
         self._outcome.lost_workers += len(self._dead)
         self._oracles = [Oracle(target.name, client) for client in _CLIENTS]
+        self._check_limit()
+
+    def _do_upgrade(self) -> None:
+        """Clients, and what they have been told and will be, are those of before: the oracles go on."""
+        if upgrade(self._machine, self._folder, self._fault) and self._fault is not None:
+            self._hit(self._fault)
         self._check_limit()
 
     @staticmethod

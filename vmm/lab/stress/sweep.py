@@ -36,6 +36,7 @@ from ...client.explain import explain
 from ...client.models import Duration, MachineConfig, Rate, ReaperConfig, Size, VerifyConfig
 from ...client.origins import Key, Origins
 from ...client.plan import plan
+from ...client.samples import find_config
 from ...client.yamlfile import read_yaml
 from ...errors import VmmError
 from ...guests import WORKLOADS, WorkloadError, get_workload
@@ -259,9 +260,10 @@ class PointResult:
 
 
 def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = None, *, here: bool = True) -> Sweep:
-    """From a file (or the defaults), after flags: {key: (flag as it was given, value)}. Every point is planned, so
-    that a sweep which cannot run says so at once; not ``here``: those whose accelerator this host does not have are
-    only read. Raises ConfigError, naming file and line, or the flag."""
+    """From a file (or an example by its name, or the defaults), after flags: {key: (flag as it was given, value)}.
+    Every point is planned, so that a sweep which cannot run says so at once; not ``here``: those whose accelerator
+    this host does not have are only read. Raises ConfigError, naming file and line, or the flag."""
+    path = None if path is None else find_config(path)
     document, origins = read_yaml(path) if path is not None else ({}, Origins(""))
     for key, (flag, value) in (flags or {}).items():
         document[key] = value

@@ -1,0 +1,143 @@
+"""Which kind of result something is, and its sections: files are known by what is in them, not by their names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...consumers import workingset
+from ...consumers.events.event import Event
+from ...consumers.events.lines import read_json_lines
+from ...errors import ExitCode, VmmError, one_line
+from ...inputs import input_name, open_input, read_input
+from ...machine import records
+from ...machine.names import is_machine_name
+from . import comparison, events, machine, migration, prediction, sweep
+from . import workingset as recording
+from .document import Section
+
+__all__ = ["sections"]
+
+_DOCUMENT_MAX = 256 << 20       # bytes
+_SINCE = 10.0                   # seconds of a running machine's past
+
+_KINDS = ("a machine's report (vmm status --json), a migration's (vmm migrate --report), a prediction (vmm predict "
+          "--json), a comparison or a sweep (their folders), a recording (vmm working-set), or events (vmm events "
+          "--format jsonl)")
+
+
+def sections(source: str) -> list[Section]:
+    """Of a file, a folder, or a machine that runs or has ended. Raises VmmError."""
+    path = Path(source)
+    if path.is_dir():
+        return [_of_folder(path)]
+    if source != "-" and not path.exists() and is_machine_name(source):
+        try:
+            return _of_machine(source)
+        except VmmError as exc:
+            if exc.exit_code is not ExitCode.NO_MACHINE:
+                raise
+            raise VmmError(f"{exc}, nor a file or folder {source}", ExitCode.NO_MACHINE) from None
+    if source != "-":
+        with open_input(path) as file:
+            head = file.read(4)
+        if head.startswith(b"PK"):
+            return [recording.section(workingset.load(path), path.name)]
+    return [_of_text(path)]
+
+
+def _of_folder(path: Path) -> Section:
+    from ..stress.report import summaries
+    from ..stress.sweep import load_results
+
+    if (path / "results.json").exists():
+        return _of_text(path / "results.json")
+    results = load_results(path)
+    if not results:
+        raise VmmError(f"{path}: there are no results in it (of vmm stress or vmm compare)")
+    # It was interrupted before it could write more.
+    rows = json.loads(json.dumps([{**row, "point": asdict(row["point"])} for row in summaries(results)]))
+    return sweep.section({
+        "summary": rows, "complete": False, "model": [], "host": None,
+        "lost_pages": sum(r.lost for r in results), "surplus_pages": sum(r.surplus for r in results)})
+
+
+def _of_text(path: Path) -> Section:
+    name = input_name(path)
+    data = read_input(path, _DOCUMENT_MAX, pipes=True)
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return _of_lines(path, name, data)
+    if isinstance(document, dict) and "source" in document and "event" in document:
+        return _of_lines(path, name, data)      # a single one
+    try:
+        return _of_document(document, name)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
+        raise VmmError(f"{name}: is not {_KINDS} ({type(exc).__name__}: {one_line(str(exc))})") from None
+
+
+def _of_lines(path: Path, name: str, data: bytes) -> Section:
+    try:
+        first = json.loads(data.partition(b"\n")[0])
+        known = isinstance(first, dict) and "source" in first
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise VmmError(f"{name}: is not {_KINDS}")
+    try:
+        return events.section(read_json_lines(data, name), path.stem)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
+        raise VmmError(f"{name}: has events that vmm events does not write ({type(exc).__name__}: "
+                       f"{one_line(str(exc))})") from None
+
+
+def _of_document(document: Any, name: str) -> Section:
+    """Raises LookupError, TypeError, ValueError, AttributeError, ArithmeticError for one that is none of these, or is
+    damaged."""
+    if "grid" in document:
+        return prediction.section(document)
+    if "summary" in document and "sweep" in document:
+        return sweep.section(document)
+    if "rows" in document:
+        return comparison.section(document["rows"], document["settings"])
+    if "points" in document and "settings" in document:
+        return comparison.section(comparison.rows_of(document), document["settings"])
+    if "rounds" in document and "direction" in document:
+        return migration.section(document)
+    if "state" in document and "name" in document:
+        return machine.section(document)
+    raise ValueError("it has none of their keys")
+
+
+def _of_machine(name: str) -> list[Section]:
+    """Raises VmmError where there is none of that name, and was none."""
+    from ...client.machine import Machine
+
+    report, seen = records.outcome(name), []
+    if report is None:
+        with Machine.attach(name, past=True) as running:
+            report, seen = running.status(), _past(running)
+    found = [machine.section(report)]
+    if seen:
+        found.append(events.section(seen, f"the last {_SINCE:g} s"))
+    try:
+        from ...consumers.migration.status import load_status
+
+        found.append(migration.section(load_status(name)))
+    except VmmError as exc:
+        if exc.exit_code not in (ExitCode.NO_MACHINE, ExitCode.BAD_INPUT):
+            raise       # else it was not migrated
+    return found
+
+
+def _past(running: Any) -> list[Event]:
+    from ...consumers.events.stream import Stream
+
+    stream = Stream(running, _SINCE)
+    try:
+        return stream.next(0.1)
+    finally:
+        stream.close()
