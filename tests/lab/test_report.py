@@ -155,6 +155,14 @@ def test_no_two_lines_look_alike() -> None:
     assert len({(style["color"], style["marker"]) for style in styles}) == len(styles)
 
 
+def test_of_the_lines_of_a_migration(tmp_path: Path) -> None:
+    """vmm migrate --json-lines: the last has all of it."""
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"event": "progress"}) + "\n" + json.dumps({"event": "end", **MIGRATION}) + "\n")
+    (found,) = sections(str(path))
+    assert found.outcome == migration_kind.section(MIGRATION).outcome
+
+
 def test_an_interrupted_sweep_has_a_page(tmp_path: Path) -> None:
     """Of which there is results.jsonl only; on which host it ran is not in there."""
     point = Point(accel="replay", workload="random", params=(), ram=64 << 20, dirty_limit=None, ring=1024,

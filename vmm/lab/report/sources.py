@@ -68,33 +68,31 @@ def _of_text(path: Path) -> Section:
     name = input_name(path)
     data = read_input(path, _DOCUMENT_MAX, pipes=True)
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return _of_lines(path, name, data)
-    if isinstance(document, dict) and "source" in document and "event" in document:
-        return _of_lines(path, name, data)      # a single one
-    try:
-        return _of_document(document, name)
+        document = _parsed(data)
+        if isinstance(document, dict) and "event" in document and "source" in document:     # a single one
+            document = None
+        if document is not None:
+            return _of_document(document)
+        lines = data.splitlines() or [b""]
+        last = _parsed(lines[-1])
+        if isinstance(last, dict) and last.get("event") == "end":       # vmm migrate --json-lines
+            return migration.section(last)
+        if isinstance(_parsed(lines[0]), dict) and "source" in _parsed(lines[0]):
+            return events.section(read_json_lines(data, name), path.stem)
+        raise ValueError("it is neither")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
         raise VmmError(f"{name}: is not {_KINDS} ({type(exc).__name__}: {one_line(str(exc))})") from None
 
 
-def _of_lines(path: Path, name: str, data: bytes) -> Section:
+def _parsed(data: bytes) -> Any:
+    """None: it is no JSON."""
     try:
-        first = json.loads(data.partition(b"\n")[0])
-        known = isinstance(first, dict) and "source" in first
+        return json.loads(data)
     except (ValueError, RecursionError):
-        known = False
-    if not known:
-        raise VmmError(f"{name}: is not {_KINDS}")
-    try:
-        return events.section(read_json_lines(data, name), path.stem)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
-        raise VmmError(f"{name}: has events that vmm events does not write ({type(exc).__name__}: "
-                       f"{one_line(str(exc))})") from None
+        return None
 
 
-def _of_document(document: Any, name: str) -> Section:
+def _of_document(document: Any) -> Section:
     """Raises LookupError, TypeError, ValueError, AttributeError, ArithmeticError for one that is none of these, or is
     damaged."""
     if "grid" in document:
