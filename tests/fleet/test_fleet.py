@@ -245,6 +245,17 @@ class TestOnNodes:
         assert "has snapshots of an earlier machine: --restore goes on with them" in found["refused"]
         assert found["again"]
 
+    def test_a_machine_survives_the_loss_of_either_end_of_its_move(self, tmp_path: Path) -> None:
+        fleet_file(tmp_path, count=1, set=["memory.0.size=256MiB", "guest.params.spin=0"])
+        found = on_nodes("mid_move", tmp_path)
+        assert found["target: drain"] == 9
+        assert found["target: node"] == found["source"]     # it never left
+        assert found["target: running"] == [found["source"]]
+        assert found["target: kept"]
+        assert found["source: node"] not in (found["source"], found["target: target"])
+        assert found["source: running"] == [found["source: node"]]
+        assert found["source: kept"]
+
     def test_the_fleet_survives_its_own_process_and_says_what_it_cannot(self, tmp_path: Path) -> None:
         fleet_file(tmp_path, count=2, spread="apart", snapshots=False)
         fleet_file(tmp_path, count=2, name="large.yaml", snapshots=False, cpus=5, **{"set": []})
