@@ -75,6 +75,17 @@ class Nodes:
         with self.machine(name) as machine:
             return bytes(machine.read(_AT, 16)).hex()
 
+    def watched(self, count: int) -> list[list[str]]:
+        """Names of machines, as often as ``vmm fleet list --watch`` has said them until it was interrupted."""
+        with subprocess.Popen([sys.executable, "-m", "vmm", "fleet", "list", "--watch", "--json", "--cluster",
+                               self.made.address], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            found = [json.loads(process.stdout.readline()) for _ in range(count)]
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=_DEADLINE)
+        assert process.returncode == 128 + signal.SIGINT, process.returncode
+        return [[machine["name"] for machine in each["machines"]] for each in found]
+
     def draining(self, node: str) -> subprocess.Popen[str]:
         return subprocess.Popen([sys.executable, "-m", "vmm", "fleet", "drain", node, "--cluster", self.made.address],
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -113,6 +124,7 @@ def life(directory: Path) -> Any:
     found["started"] = {each["name"]: each["node"] for each in started["machines"]}
     marks = {name: nodes.mark(name) for name in found["started"]}
     found["rates"] = {each["name"]: each["pages_per_s"] for each in nodes.vmm("list", "--rate", "0.3")["machines"]}
+    found["watched"] = nodes.watched(2)
     drained = found["started"]["web-0"]
     found["drained"], found["moved"] = drained, nodes.vmm("drain", drained[:12])
     after = nodes.machines()

@@ -212,6 +212,7 @@ class TestOnNodes:
         counts = sorted(list(found["started"].values()).count(node) for node in found["nodes"])
         assert counts == [1, 1, 2]
         assert all(rate > 0 for rate in found["rates"].values())
+        assert [sorted(each) for each in found["watched"]] == [names, names]
 
         going = sorted(name for name, node in found["started"].items() if node == found["drained"])
         assert sorted(each["name"] for each in found["moved"]) == going
