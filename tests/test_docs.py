@@ -84,8 +84,8 @@ def test_a_page_fetches_nothing_from_elsewhere(pages: dict[Path, Page]) -> None:
 
 
 @pytest.mark.parametrize(("page", "said"), [
-    ("configuration.html", ["dirty_ring_size", "max_interval", "of the vCPU processes, as nice(1) has it"]),
-    ("report.html", ["ring_full_exits", "seconds in the guest, at ring-full, throttled"]),
+    ("configuration.html", ["dirty_ring_size", "max_interval", "Niceness of the vCPU processes"]),
+    ("machine-report.html", ["ring_full_exits", "seconds in the guest, at ring-full, throttled"]),
     ("messages.html", ["TakeLease", "RebuildRing", "RoundEnd"]),
     ("cli-help.html", ["--on-timeout", "vmm snapshot restore", "vmm migrate start", "usage: vmm demo"]),
     ("configs/index.html", ["quickstart", "workload: stamp"])])

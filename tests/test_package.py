@@ -75,7 +75,7 @@ def vmm(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ipc", "workers", "vmm"}
-    assert not [name for name in names if re.search(r"(^|/)(tests?|docs|benchmarks)/|test_|conftest", name)]
+    assert not [name for name in names if re.search(r"(^|/)(tests?|docs|benchmarks)/|(^|/)test_|conftest", name)]
     examples = {f"vmm/configs/{path.name}" for path in CONFIGS.glob("*.yaml")}
     images = {f"vmm/guests/{path.name}" for path in (TOP / "vmm" / "guests").glob("*.elf")}
     assert len(examples) > 10
