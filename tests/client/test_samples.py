@@ -41,4 +41,9 @@ def test_it_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     done = vmm("launch", "hello")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hello from vCPU") == 4
+    assert done.stdout.count("hello from vCPU") == 2
+
+
+def test_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert vmm("config", "check", "hello").stdout.startswith("hello: can be launched: hello on 2 vCPUs ")
