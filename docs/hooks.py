@@ -93,7 +93,7 @@ def _table(found: Fields) -> str:
     lines = [f"### {found.name}\n", f"{_escaped(found.text)}\n"]
     if found.rows:
         lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{name}` | `{_cell(kind)}` | {default and f'`{_cell(default)}`'} | {_cell(_escaped(text))} |"
+        lines += [f"| `{name}` | `{kind}` | {default and f'`{default}`'} | {_cell(_escaped(text))} |"
                   for name, kind, default, text in found.rows]
     return "\n".join([*lines, ""])
 

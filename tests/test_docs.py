@@ -3,12 +3,12 @@ and the messages that it explains are there."""
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -84,7 +84,7 @@ def test_a_page_fetches_nothing_from_elsewhere(pages: dict[Path, Page]) -> None:
 
 
 @pytest.mark.parametrize(("page", "said"), [
-    ("configuration.html", ["dirty_ring_size", "max_interval", "Niceness of the vCPU processes"]),
+    ("configuration.html", ["dirty_ring_size", "max_interval", "niceness of the vCPU processes", "GuestConfig | None"]),
     ("machine-report.html", ["ring_full_exits", "seconds in the guest, at ring-full, throttled"]),
     ("messages.html", ["TakeLease", "RebuildRing", "RoundEnd"]),
     ("cli-help.html", ["--on-timeout", "vmm snapshot restore", "vmm migrate start", "usage: vmm demo"]),
@@ -117,21 +117,15 @@ def test_the_two_commands_are_as_they_were() -> None:
     assert commands == [".ci/env vmm launch configs/quickstart.yaml", ".ci/env pytest"]
 
 
-def literals() -> str:
-    """Every text of the program, put together as the compiler does, a line each."""
-    found = []
-    for path in (p for folder in ("ipc", "workers", "vmm") for p in (TOP / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-            elif isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
-    return "\n".join(found) + (TOP / ".ci" / "env").read_text()
+def source() -> str:
+    """Of the program; a text that goes on in the next line is one."""
+    files = [path for folder in ("ipc", "workers", "vmm") for path in (TOP / folder).rglob("*.py")]
+    return "\n".join(re.sub(r'"\s*\n\s*[fr]?"', "", path.read_text()) for path in [*files, TOP / ".ci" / "env"])
 
 
 def test_messages_that_are_explained_are_there() -> None:
     """Between what differs (capitals) every part of them."""
-    text = literals()
+    text = source()
     page = (DOCS / "troubleshooting.md").read_text()
     messages = [m for line in re.findall(r"^\*\*`.*\*\*", page, re.MULTILINE) for m in re.findall(r"`([^`]+)`", line)]
     parts = [part.strip(" :;()?'") for m in messages for part in re.split(r"\b[A-Z]{2,}\b(?!_)|\bN\b|/dev/\w+", m)]
@@ -139,6 +133,15 @@ def test_messages_that_are_explained_are_there() -> None:
     unknown = [part for part in parts if len(part) > 3 and part not in text and part not in reasons]
     assert len(messages) > 40
     assert not unknown
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    found = re.search(r"^ +```python\n(.*?)^ +```", (TOP / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    done = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(found[1])], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"\d+ pages dirtied since\n", done.stdout)
 
 
 @pytest.mark.parametrize("page", ["tutorial.md", "howto/own-guest.md", "howto/two-hosts.md"])

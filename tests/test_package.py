@@ -75,7 +75,7 @@ def vmm(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ipc", "workers", "vmm"}
-    assert not [name for name in names if re.search(r"(^|/)(tests?|docs|benchmarks)/|(^|/)test_|conftest", name)]
+    assert not [name for name in names if re.search(r"(^|/)(tests?|docs|benchmarks)/|(^|/)(test_|conftest)", name)]
     examples = {f"vmm/configs/{path.name}" for path in CONFIGS.glob("*.yaml")}
     images = {f"vmm/guests/{path.name}" for path in (TOP / "vmm" / "guests").glob("*.elf")}
     assert len(examples) > 10
@@ -96,6 +96,18 @@ def test_its_extras_are_those_of_the_documentation() -> None:
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
     table = set(re.findall(r"^\| `(\w+)` \|", (TOP / "docs" / "install.md").read_text(), re.MULTILINE))
     assert table == set(project["optional-dependencies"]) - {"dev", "docs", "bench"}
+
+
+def test_the_service_is_one(tmp_path: Path) -> None:
+    """With a program that is there."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("not installed: systemd-analyze")
+    unit = tmp_path / "shardvmm@.service"
+    text = (TOP / "docs" / "deploy" / unit.name).read_text()
+    unit.write_text(text.replace("/usr/local/bin/vmm", shutil.which("true") or "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60,
+                          check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_example_runs_from_any_directory(vmm: Callable[..., subprocess.CompletedProcess[str]],

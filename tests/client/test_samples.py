@@ -41,7 +41,7 @@ def test_it_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     done = vmm("launch", "hello")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hello from vCPU") == 2
+    assert "hello from vCPU 0" in done.stdout
 
 
 def test_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

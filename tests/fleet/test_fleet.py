@@ -212,6 +212,7 @@ class TestOnNodes:
         counts = sorted(list(found["started"].values()).count(node) for node in found["nodes"])
         assert counts == [1, 1, 2]
         assert all(rate > 0 for rate in found["rates"].values())
+        assert [sorted(each) for each in found["watched"]] == [names, names]
 
         going = sorted(name for name, node in found["started"].items() if node == found["drained"])
         assert sorted(each["name"] for each in found["moved"]) == going
@@ -244,6 +245,17 @@ class TestOnNodes:
         assert any(text.startswith("node ") and text.endswith("is lost, with web-0") for text in found["events"])
         assert "has snapshots of an earlier machine: --restore goes on with them" in found["refused"]
         assert found["again"]
+
+    def test_a_machine_survives_the_loss_of_either_end_of_its_move(self, tmp_path: Path) -> None:
+        fleet_file(tmp_path, count=1, set=["memory.0.size=256MiB", "guest.params.spin=0"])
+        found = on_nodes("mid_move", tmp_path)
+        assert found["target: drain"] == 9
+        assert found["target: node"] == found["source"]     # it never left
+        assert found["target: running"] == [found["source"]]
+        assert found["target: kept"]
+        assert found["source: node"] not in (found["source"], found["target: target"])
+        assert found["source: running"] == [found["source: node"]]
+        assert found["source: kept"]
 
     def test_the_fleet_survives_its_own_process_and_says_what_it_cannot(self, tmp_path: Path) -> None:
         fleet_file(tmp_path, count=2, spread="apart", snapshots=False)

@@ -79,7 +79,7 @@ class _Screen:
         from rich.live import Live
 
         self._console = Console(stderr=quiet, highlight=False)
-        self._in_place = self._console.is_terminal
+        self._in_place = self._console.is_terminal and not self._console.is_dumb_terminal
         self._quiet = quiet
         self._live = Live(console=self._console, auto_refresh=False, transient=quiet, redirect_stdout=False,
                           redirect_stderr=False)
