@@ -112,6 +112,11 @@ def wait(holds: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
+def taken(machine: dict[str, Any]) -> int:
+    """The number of its last snapshot."""
+    return int((machine["snapshot"] or {}).get("id") or 0)
+
+
 def _where(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {name: each["node"] for name, each in machines.items()}
 
@@ -133,8 +138,8 @@ def life(directory: Path) -> Any:
     found["left_there"] = [str(path) for path in (nodes.folders[drained] / "shardvmm").rglob("*")]
 
     # One snapshot may have been begun before the mark was there; the next was not.
-    wanted = {name: int(each["snapshot"]["id"] or 0) + 2 for name, each in after.items()}
-    wait(lambda: all(int(each["snapshot"]["id"] or 0) >= wanted[name] for name, each in nodes.machines().items()),
+    wanted = {name: taken(each) + 2 for name, each in after.items()}
+    wait(lambda: all(taken(each) >= wanted[name] for name, each in nodes.machines().items()),
          "newer snapshots")
     lost = found["after_drain"]["web-0"]
     found["lost"] = lost
@@ -143,9 +148,15 @@ def life(directory: Path) -> Any:
          "restored")
     found["after_loss"] = _where(nodes.machines())
     found["restored"] = {name: nodes.marked(name) == mark for name, mark in marks.items()}
-    listed = nodes.vmm("list")
-    found["running"] = {each["name"]: each["report"]["state"] for each in listed["machines"]}
-    found["events"] = [event["text"] for event in listed["events"]]
+    running: set[str] = set()       # a snapshot pauses each now and then
+
+    def all_seen() -> bool:
+        running.update(name for name, each in nodes.machines().items()
+                       if (each["report"] or {}).get("state") == "running")
+        return running == set(marks)
+
+    wait(all_seen, "each runs")
+    found["events"] = [event["text"] for event in nodes.vmm("list")["events"]]
     found["stopped"] = nodes.vmm("stop")["stopped"]
     found["no_fleet"] = nodes.vmm("list", status=7)
     nodes.close()
@@ -157,7 +168,7 @@ def cut_off(directory: Path) -> Any:
     stopped, and begun again from its snapshots."""
     nodes = Nodes(directory, 2)
     (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
-    wait(lambda: nodes.machines()["web-0"]["snapshot"]["id"] is not None, "a snapshot")
+    wait(lambda: taken(nodes.machines()["web-0"]) > 0, "a snapshot")
     node = next(each for each in nodes.made.nodes if each.node_id == there["node"])
     (other,) = [folder for name, folder in nodes.folders.items() if name != there["node"]]
     raylet = node.all_processes["raylet"][0].process
@@ -174,8 +185,8 @@ def cut_off(directory: Path) -> Any:
     found = {"first": there["node"], "both": both, "machine": nodes.machines()["web-0"],
              "events": [event["text"] for event in nodes.vmm("list")["events"]]}
     mark = nodes.mark("web-0")
-    taken = int(nodes.machines()["web-0"]["snapshot"]["id"] or 0)
-    wait(lambda: int(nodes.machines()["web-0"]["snapshot"]["id"] or 0) >= taken + 2, "newer snapshots")
+    last = taken(nodes.machines()["web-0"])
+    wait(lambda: taken(nodes.machines()["web-0"]) >= last + 2, "newer snapshots")
     nodes.vmm("stop")
     nodes.forget()
     found["refused"] = nodes.vmm(str(directory / "fleet.yaml"), status=2)
@@ -193,8 +204,8 @@ def mid_move(directory: Path) -> Any:
     nodes = Nodes(directory, 3)
     (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
     source, mark = there["node"], nodes.mark("web-0")
-    taken = int(nodes.machines()["web-0"]["snapshot"]["id"] or 0)
-    wait(lambda: int(nodes.machines()["web-0"]["snapshot"]["id"] or 0) >= taken + 2, "newer snapshots")
+    last = taken(nodes.machines()["web-0"])
+    wait(lambda: taken(nodes.machines()["web-0"]) >= last + 2, "newer snapshots")
     found: dict[str, Any] = {"source": source}
     for who in ("target", "source"):
         with nodes.draining(source) as drain:
