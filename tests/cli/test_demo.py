@@ -79,7 +79,9 @@ def test_its_figures_are_a_document(runtime_dir: Path) -> None:
     ("Ctrl-C ends it", signal.SIGINT), ("MB/s", signal.SIGTERM),
     pytest.param("left of this round", signal.SIGINT, marks=pytest.mark.long)])
 def test_an_interrupt_leaves_nothing(shown: str, number: signal.Signals, runtime_dir: Path) -> None:
-    """While it is launched, while it is looked at, and in a round of the migration."""
+    """While it is launched, while it is looked at, and in a round of the migration. Nor is anything left of a run that
+    was killed before."""
+    (runtime_dir / "shardvmm-demo-killed" / "snapshots").mkdir(parents=True)
     with Terminal("demo", columns=80) as terminal:
         terminal.wait_for(shown)
         terminal.process.send_signal(number)

@@ -8,9 +8,11 @@ and has as many rounds, on a fast host as on a slow one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import select
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -37,6 +39,7 @@ __all__ = ["MEMORY_MIN", "STEPS", "Demo", "Seen"]
 STEPS = ("launch", "dirty rate", "dirty limit", "snapshot", "migration", "verifier")
 MEMORY_MIN = 1 << 20        # bytes
 _VCPUS = 2
+_PREFIX = "shardvmm-demo-"
 _LOOK = 0.5                 # seconds between two looks at the dirty rate
 _LOOKS = {"dirty rate": 6, "dirty limit": 5, "snapshot": 2, "verifier": 3}
 _VERIFY = 0.1               # seconds between two rounds of the verifier: several in each look
@@ -109,10 +112,9 @@ class Demo:
         seen, there = self._seen, f"{self._seen.name}-there"
         with contextlib.ExitStack() as stack:
             stack.callback(_forget, seen.name, there)
-            # Where sockets of machines are, a socket's path is short enough.
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(
-                prefix="shardvmm-demo-", dir=runtime_root().parent)))
-            address = f"ipc://{folder}/there"
+            folder = stack.enter_context(_folder())
+            (folder / "door").mkdir()       # of its own: whoever listens there locks it
+            address = f"ipc://{folder}/door/there"
             stack.enter_context(_receiver(address, there, self._accel))
             machine = stack.enter_context(self._launch())
             self._look(machine, "dirty rate")
@@ -197,6 +199,29 @@ class Demo:
 
         options = migrate.Options(bandwidth=self._seen.memory * _BANDWIDTH, downtime=_DOWNTIME)
         progress(migrate.migrate(machine, address, options, progress=progress))
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """For snapshots and a socket; where sockets of machines are, whose paths are short enough. Locked, so that those of
+    a run that was killed can be told, and are removed by the next one."""
+    root = runtime_root().parent
+    for left in root.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=root) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises OSError where another process has it, or it is another user's."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _mean(rates: list[float]) -> float:
