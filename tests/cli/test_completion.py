@@ -102,7 +102,7 @@ def test_bash(machine: Machine) -> None:
 
 @needs_shell("fish")
 def test_fish(machine: Machine) -> None:
-    script = 'vmm completion fish | source; complete -C "vmm memory remove com"; complete -C "vmm sta"'
+    script = 'vmm completion fish | source; complete -C "vmm memory remove com"; complete -C "vmm statu"'
     assert in_shell("fish", script)[:2] == [f"{NAME}\trunning", "status\tShow the status of a machine."]
 
 

@@ -84,9 +84,18 @@ def test_options_are_alike(verb: str) -> None:
             assert re.fullmatch(r"(?s)[A-Z-].*\.\)?", sentence), f"{name}: {option.help}"
         if option.type.name == "duration":
             assert name != "--duration" or "--time" in option.opts
-    if verb not in ("completion", "schema", "run", "root", "forward"):
+    if verb not in ("completion", "exporter", "forward", "root", "run", "schema", "top"):
         assert "--json" in options
     assert LEAVES[verb].help
+
+
+def test_the_first_help_has_each_verb_once_with_a_whole_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = vmm_here("--help").stdout
+    listed = re.findall(r"(?m)^  ([a-z][a-z-]*) {2,}[A-Z]", text)
+    assert sorted(listed) == sorted(name for name in VERBS if " " not in name)
+    assert text.count("...") == 1        # of the usage
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_migrate_shows_the_options_that_it_has() -> None:
@@ -98,7 +107,7 @@ def test_migrate_shows_the_options_that_it_has() -> None:
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["status"], "Missing argument 'NAME' (see vmm status --help)"),
-    (["stauts", "web"], "No such command 'stauts'. Did you mean 'status'? (see vmm --help)"),
+    (["pasue", "web"], "No such command 'pasue'. Did you mean 'pause'? (see vmm --help)"),
     (["xyzzy"], "No such command 'xyzzy' (see vmm --help)"),
     (["wait", "--vcpus", "2"], "No such option '--vcpus' (see vmm wait --help)"),
     (["snapshot", "crate"], "No such command 'crate' (see vmm snapshot --help)"),

@@ -42,3 +42,8 @@ def test_it_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     done = vmm("launch", "hello")
     assert done.returncode == 0, done.stderr
     assert "hello from vCPU 0" in done.stdout
+
+
+def test_it_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert vmm("config", "check", "hello").stdout.startswith("hello: can be launched: hello on 2 vCPUs ")

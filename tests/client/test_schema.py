@@ -18,6 +18,7 @@ from vmm.client.models import MachineConfig
 from vmm.client.schema import config_schema, find_key, key_docs
 from vmm.client.templates import TEMPLATES, template
 from vmm.errors import VmmError
+from vmm.fleet.config import fleet_schema
 from vmm.lab.stress.schema import sweep_schema
 
 DOCS = TOP / "docs"
@@ -32,9 +33,10 @@ def valid(document: Any) -> bool:
 # --- published ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "made"), [("config", config_schema), ("sweep", sweep_schema)])
+@pytest.mark.parametrize(("name", "made"), [("config", config_schema), ("sweep", sweep_schema),
+                                          ("fleet", fleet_schema)])
 def test_the_published_schemas_are_the_models(name: str, made: Any) -> None:
-    """vmm schema config > docs/config.schema.json; vmm schema sweep > docs/sweep.schema.json"""
+    """vmm schema NAME > docs/NAME.schema.json"""
     jsonschema.Draft7Validator.check_schema(made())
     assert json.loads((DOCS / f"{name}.schema.json").read_text()) == made()
     assert json.loads(vmm_here("schema", name).stdout) == made()
@@ -46,7 +48,8 @@ def test_every_example_names_its_schema_and_is_of_it(path: Path) -> None:
     named = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
     assert named is not None, first
     schema = (path.parent / named[1]).resolve()
-    assert schema == DOCS / f"{'sweep' if path.stem.startswith('stress') else 'config'}.schema.json"
+    kind = "sweep" if path.stem.startswith("stress") else "fleet" if path.stem == "fleet" else "config"
+    assert schema == DOCS / f"{kind}.schema.json"
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(schema.read_text()),
                         cls=jsonschema.Draft7Validator)
 

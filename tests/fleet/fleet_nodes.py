@@ -19,6 +19,8 @@ import psutil
 from cluster_nodes import cluster
 
 from vmm import Machine
+from vmm.consumers.migration.status import load_status
+from vmm.errors import VmmError
 from vmm.fleet.client import fleet_of
 from vmm.machine.runtime import is_running
 
@@ -73,6 +75,21 @@ class Nodes:
         with self.machine(name) as machine:
             return bytes(machine.read(_AT, 16)).hex()
 
+    def watched(self, count: int) -> list[list[str]]:
+        """Names of machines, as often as ``vmm fleet list --watch`` has said them until it was interrupted."""
+        with subprocess.Popen([sys.executable, "-m", "vmm", "fleet", "list", "--watch", "--json", "--cluster",
+                               self.made.address], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            found = [json.loads(process.stdout.readline()) for _ in range(count)]
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=_DEADLINE)
+        assert process.returncode == 128 + signal.SIGINT, process.returncode
+        return [[machine["name"] for machine in each["machines"]] for each in found]
+
+    def draining(self, node: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "vmm", "fleet", "drain", node, "--cluster", self.made.address],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
     def forget(self) -> None:
         """The fleet has ended; there will be another."""
         self._open.close()
@@ -92,7 +109,12 @@ def wait(holds: Callable[[], bool], what: str) -> None:
     while not holds():
         if time.monotonic() > deadline:
             raise TimeoutError(what)
-        time.sleep(0.2)
+        time.sleep(0.05)
+
+
+def taken(machine: dict[str, Any]) -> int:
+    """The number of its last snapshot."""
+    return int((machine["snapshot"] or {}).get("id") or 0)
 
 
 def _where(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -107,6 +129,7 @@ def life(directory: Path) -> Any:
     found["started"] = {each["name"]: each["node"] for each in started["machines"]}
     marks = {name: nodes.mark(name) for name in found["started"]}
     found["rates"] = {each["name"]: each["pages_per_s"] for each in nodes.vmm("list", "--rate", "0.3")["machines"]}
+    found["watched"] = nodes.watched(2)
     drained = found["started"]["web-0"]
     found["drained"], found["moved"] = drained, nodes.vmm("drain", drained[:12])
     after = nodes.machines()
@@ -115,8 +138,8 @@ def life(directory: Path) -> Any:
     found["left_there"] = [str(path) for path in (nodes.folders[drained] / "shardvmm").rglob("*")]
 
     # One snapshot may have been begun before the mark was there; the next was not.
-    wanted = {name: int(each["snapshot"]["id"] or 0) + 2 for name, each in after.items()}
-    wait(lambda: all(int(each["snapshot"]["id"] or 0) >= wanted[name] for name, each in nodes.machines().items()),
+    wanted = {name: taken(each) + 2 for name, each in after.items()}
+    wait(lambda: all(taken(each) >= wanted[name] for name, each in nodes.machines().items()),
          "newer snapshots")
     lost = found["after_drain"]["web-0"]
     found["lost"] = lost
@@ -125,9 +148,15 @@ def life(directory: Path) -> Any:
          "restored")
     found["after_loss"] = _where(nodes.machines())
     found["restored"] = {name: nodes.marked(name) == mark for name, mark in marks.items()}
-    listed = nodes.vmm("list")
-    found["running"] = {each["name"]: each["report"]["state"] for each in listed["machines"]}
-    found["events"] = [event["text"] for event in listed["events"]]
+    running: set[str] = set()       # a snapshot pauses each now and then
+
+    def all_seen() -> bool:
+        running.update(name for name, each in nodes.machines().items()
+                       if (each["report"] or {}).get("state") == "running")
+        return running == set(marks)
+
+    wait(all_seen, "each runs")
+    found["events"] = [event["text"] for event in nodes.vmm("list")["events"]]
     found["stopped"] = nodes.vmm("stop")["stopped"]
     found["no_fleet"] = nodes.vmm("list", status=7)
     nodes.close()
@@ -139,7 +168,7 @@ def cut_off(directory: Path) -> Any:
     stopped, and begun again from its snapshots."""
     nodes = Nodes(directory, 2)
     (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
-    wait(lambda: nodes.machines()["web-0"]["snapshot"]["id"] is not None, "a snapshot")
+    wait(lambda: taken(nodes.machines()["web-0"]) > 0, "a snapshot")
     node = next(each for each in nodes.made.nodes if each.node_id == there["node"])
     (other,) = [folder for name, folder in nodes.folders.items() if name != there["node"]]
     raylet = node.all_processes["raylet"][0].process
@@ -156,8 +185,8 @@ def cut_off(directory: Path) -> Any:
     found = {"first": there["node"], "both": both, "machine": nodes.machines()["web-0"],
              "events": [event["text"] for event in nodes.vmm("list")["events"]]}
     mark = nodes.mark("web-0")
-    taken = int(nodes.machines()["web-0"]["snapshot"]["id"] or 0)
-    wait(lambda: int(nodes.machines()["web-0"]["snapshot"]["id"] or 0) >= taken + 2, "newer snapshots")
+    last = taken(nodes.machines()["web-0"])
+    wait(lambda: taken(nodes.machines()["web-0"]) >= last + 2, "newer snapshots")
     nodes.vmm("stop")
     nodes.forget()
     found["refused"] = nodes.vmm(str(directory / "fleet.yaml"), status=2)
@@ -167,6 +196,45 @@ def cut_off(directory: Path) -> Any:
     nodes.lose(there["node"])
     nodes.close()
     return found
+
+
+def mid_move(directory: Path) -> Any:
+    """A node is drained of a machine that dirties much; the one to which that moves is lost meanwhile. It is drained
+    again, and is lost itself."""
+    nodes = Nodes(directory, 3)
+    (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
+    source, mark = there["node"], nodes.mark("web-0")
+    last = taken(nodes.machines()["web-0"])
+    wait(lambda: taken(nodes.machines()["web-0"]) >= last + 2, "newer snapshots")
+    found: dict[str, Any] = {"source": source}
+    for who in ("target", "source"):
+        with nodes.draining(source) as drain:
+            assert drain.stderr is not None
+            said = next(line for line in drain.stderr if " moves to " in line)
+            target = next(node for node in nodes.folders if node[:6] in said)
+            wait(lambda: _migration(nodes.folders[source]), "the migration")
+            nodes.lose(target if who == "target" else source)
+            drain.communicate(timeout=_DEADLINE)
+            found[f"{who}: drain"] = drain.returncode
+        wait(lambda: nodes.machines()["web-0"]["state"] == "running", "it runs")
+        found[f"{who}: node"], found[f"{who}: kept"] = nodes.machines()["web-0"]["node"], nodes.marked("web-0") == mark
+        found[f"{who}: running"] = [node for node, folder in nodes.folders.items() if _runs(folder, "web-0")]
+        found[f"{who}: target"] = target
+    nodes.vmm("stop")
+    nodes.close()
+    return found
+
+
+def _migration(folder: Path) -> bool:
+    """One sends memory from this node."""
+    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
+    try:
+        found = load_status("web-0")
+    except VmmError:
+        return False
+    finally:
+        os.environ["XDG_RUNTIME_DIR"] = before
+    return bool(found["direction"] == "outgoing" and found["status"] == "active")
 
 
 def _runs(folder: Path, name: str) -> bool:

@@ -67,14 +67,14 @@ def test_a_file_says_each_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("document", "error"), [
-    ({}, "fleet.yaml:1: machines: missing"),
-    ({"machines": []}, "fleet.yaml:1: machines: List should have at least 1 item after"),
+    ({}, "fleet.yaml:1:1: machines: missing"),
+    ({"machines": []}, "fleet.yaml:1:1: machines: List should have at least 1 item after"),
     ({"machines": [{"config": "web.yaml", "count": 0}]}, "machines.0.count: input should be greater than or equal"),
     ({"machines": [{"config": "web.yaml", "spred": "even"}]}, "unknown key (did you mean 'spread'?)"),
     ({"machines": [{"config": "web.yaml"}, {"config": "web.yaml"}]},
-     "fleet.yaml:3: machines.1: there is a machine 'web' already"),
+     "fleet.yaml:3:3: machines.1: there is a machine 'web' already"),
     ({"machines": [{"config": "web.yaml", "set": ["vcpus=0"]}]}, "--set vcpus=0: vcpus: input should be greater"),
-    ({"machines": [{"config": "web.yaml", "name": "x" * 31, "count": 2}]}, "fleet.yaml:2: machines.0: "),
+    ({"machines": [{"config": "web.yaml", "name": "x" * 31, "count": 2}]}, "fleet.yaml:2:3: machines.0: "),
     ({"machines": [{"config": "none.yaml"}]}, "none.yaml: ")])
 def test_what_is_wrong_with_a_file_is_said_with_its_place(document: Any, error: str, tmp_path: Path) -> None:
     fleet_file(tmp_path)
@@ -212,6 +212,7 @@ class TestOnNodes:
         counts = sorted(list(found["started"].values()).count(node) for node in found["nodes"])
         assert counts == [1, 1, 2]
         assert all(rate > 0 for rate in found["rates"].values())
+        assert [sorted(each) for each in found["watched"]] == [names, names]
 
         going = sorted(name for name, node in found["started"].items() if node == found["drained"])
         assert sorted(each["name"] for each in found["moved"]) == going
@@ -227,7 +228,6 @@ class TestOnNodes:
             if found["after_drain"][name] != found["lost"]:
                 assert node == found["after_drain"][name]
         assert found["restored"] == dict.fromkeys(names, True)
-        assert found["running"] == dict.fromkeys(names, "running")
         (said,) = [text for text in found["events"] if text.startswith("node ") and " is lost, with " in text]
         assert found["lost"][:6] in said
         assert "web-0" in said
@@ -244,6 +244,17 @@ class TestOnNodes:
         assert any(text.startswith("node ") and text.endswith("is lost, with web-0") for text in found["events"])
         assert "has snapshots of an earlier machine: --restore goes on with them" in found["refused"]
         assert found["again"]
+
+    def test_a_machine_survives_the_loss_of_either_end_of_its_move(self, tmp_path: Path) -> None:
+        fleet_file(tmp_path, count=1, set=["memory.0.size=256MiB", "guest.params.spin=0"])
+        found = on_nodes("mid_move", tmp_path)
+        assert found["target: drain"] == 9
+        assert found["target: node"] == found["source"]     # it never left
+        assert found["target: running"] == [found["source"]]
+        assert found["target: kept"]
+        assert found["source: node"] not in (found["source"], found["target: target"])
+        assert found["source: running"] == [found["source: node"]]
+        assert found["source: kept"]
 
     def test_the_fleet_survives_its_own_process_and_says_what_it_cannot(self, tmp_path: Path) -> None:
         fleet_file(tmp_path, count=2, spread="apart", snapshots=False)

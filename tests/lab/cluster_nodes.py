@@ -31,14 +31,17 @@ def leave_traces(directory: Path, point: int, stop: Callable[[], bool], progress
     return here()
 
 
-def meet(directory: Path, point: int, stop: Callable[[], bool], progress: Callable[[str], None]) -> bool:
-    """Work: was anyone else on this node meanwhile?"""
+def meet(directory: Path, patience: float, point: int, stop: Callable[[], bool],
+         progress: Callable[[str], None]) -> bool:
+    """Work: does anyone else come to this node meanwhile? It is left once one has, or so many seconds are over."""
     mine = directory / f"{here()}-{point}"
     mine.touch()
-    time.sleep(0.1)
-    others = [path for path in directory.glob(f"{here()}-*") if path != mine]
-    mine.unlink()
-    return bool(others)
+    deadline = time.monotonic() + patience
+    while not (met := any(path != mine for path in directory.glob(f"{here()}-*"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not met:
+        mine.unlink()       # else the other looks for it
+    return met
 
 
 def fail(directory: Path, point: int, stop: Callable[[], bool], progress: Callable[[str], None]) -> None:
@@ -116,9 +119,11 @@ def whole(directory: Path) -> Any:
     found = {}
     for name, resources in (("host", {"host": 1}), ("cpus", {})):
         made = cluster([{"num_cpus": 2, "resources": resources}])
-        for kind, needs in (("whole", Needs(whole=True)), ("shared", Needs(whole=False))):
+        for kind, needs, count, patience in (("whole", Needs(whole=True), 8, 0.1),
+                                             ("shared", Needs(whole=False), 2, _DEADLINE)):
             found[f"{name} {kind}"] = [met for _, met in run_points(
-                range(8), partial(meet, directory), address=made.address, needs=lambda point, needs=needs: needs)]
+                range(count), partial(meet, directory, patience), address=made.address,
+                needs=lambda point, needs=needs: needs)]
         made.shutdown()
     return found
 

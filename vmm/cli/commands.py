@@ -30,6 +30,7 @@ __all__ = ["run"]
 
 _RANGES = 10        # of a slot that sync prints, unless asked for others
 _PAGE_KIB = 4
+_SENTENCE = 200     # characters of the first sentence of a help text: all of it
 
 #: {module: {verb: its name there}}
 _MODULES = {
@@ -60,6 +61,16 @@ _MODULES = {
     "top": {"top": "top"},
     "trace": {"trace": "trace"},
     "watch": {"watch": "watch"}}
+#: In which order help lists the verbs; the others come last.
+_SECTIONS = {
+    "Machines": ("demo", "launch", "list", "status", "top", "attach", "console", "logs", "events", "stats", "pause",
+                 "resume", "wait", "stop", "upgrade"),
+    "Configuration": ("config", "guests", "schema"),
+    "Linux programs": ("run", "root", "forward", "maps", "strace"),
+    "Dirty pages": ("sync", "client", "log", "tracking", "dirty-rate", "dirty-limit", "working-set", "trace", "watch"),
+    "Memory, snapshots, migration": ("memory", "snapshot", "migrate", "receive", "predict", "keys"),
+    "Measurements": ("compare", "stress", "report"),
+    "Hosts": ("doctor", "gc", "fleet", "exporter", "qmp", "completion")}
 _ELSEWHERE = {verb: (module, name) for module, verbs in _MODULES.items() for verb, name in verbs.items()}
 
 
@@ -68,6 +79,12 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*self.commands, *_ELSEWHERE})
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        left = {name: each for name in self.list_commands(ctx) if (each := self.get_command(ctx, name)) is not None}
+        for title, verbs in _SECTIONS.items():
+            _write_verbs(formatter, title, {name: left.pop(name) for name in verbs if name in left})
+        _write_verbs(formatter, "More", left)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -91,6 +108,12 @@ class _Verbs(click.Group):
         return found
 
 
+def _write_verbs(formatter: click.HelpFormatter, title: str, verbs: dict[str, click.Command]) -> None:
+    if verbs:
+        with formatter.section(title):
+            formatter.write_dl([(f"{name:<11}", each.get_short_help_str(_SENTENCE)) for name, each in verbs.items()])
+
+
 def _add_examples(command: click.Command, words: str) -> None:
     """To its help, and to that of the verbs below it."""
     if words in EXAMPLES:
@@ -99,7 +122,9 @@ def _add_examples(command: click.Command, words: str) -> None:
         _add_examples(each, f"{words} {name}")
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+             epilog="\b\nExamples:\n  vmm launch quickstart\n  vmm config new guest --output vm.yaml\n"
+                    "  vmm launch --help          each verb has examples in its help")
 @click.version_option(package_name="shardvmm")
 def cli() -> None:
     """Run virtual machines whose vCPUs are processes, and track every page they dirty."""
@@ -289,11 +314,15 @@ def gc(name: str | None, logs: bool, force: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["config", "report", "stats", "sweep"]), default="config")
+@click.argument("what", type=click.Choice(["config", "fleet", "report", "stats", "sweep"]), default="config")
 def schema(what: str) -> None:
     """Print a JSON schema. It is that of the configuration file, of a machine's report (vmm status --json), of a sample
-    (vmm stats --json-lines), or of the file of a sweep (vmm stress)."""
-    if what == "report":
+    (vmm stats --json-lines), or of the file of a sweep (vmm stress) or of a fleet."""
+    if what == "fleet":
+        from ..fleet.config import fleet_schema
+
+        print_json(fleet_schema())
+    elif what == "report":
         from ..machine.report import report_schema
 
         print_json(report_schema())

@@ -113,7 +113,8 @@ def complete_machines_of_file(ctx: click.Context) -> Iterable[tuple[str, str]]:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script that has SHELL complete vmm's verbs, options, machines, slots, clients and snapshots.
+    """Print a script that has SHELL complete vmm. It completes verbs, options, and the names of machines, slots,
+    clients and snapshots.
 
     \b
     bash:  eval "$(vmm completion bash)"        in ~/.bashrc

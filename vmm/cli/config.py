@@ -27,16 +27,18 @@ def config() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as for vmm launch.")
 @json_option
 def check(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check FILE as vmm launch would, and start nothing; - reads standard input. Also warns of choices that work badly
-    on this host. The file of a sweep is checked as vmm stress would. Exit status 2: it cannot be launched."""
+    """Check FILE as vmm launch would, and start nothing. It may be the name of an example; - reads standard input. Also
+    warns of choices that work badly on this host. The file of a sweep is checked as vmm stress would. Exit status 2: it
+    cannot be launched."""
     from ..client.advice import advice
     from ..client.config import load_configs
     from ..client.plan import plan
+    from ..client.samples import find_config
 
-    if file != "-" and not overrides and _is_sweep(Path(file)):
+    if file != "-" and not overrides and _is_sweep(path := find_config(file)):
         from ..lab.stress.sweep import load_sweep
 
-        points = len(load_sweep(Path(file)).points())
+        points = len(load_sweep(path).points())
         print_json({"file": file, "points": points}) if as_json else click.echo(f"{file}: a sweep of {points:,} points")
         return
     found = [(each, plan(each)) for each in load_configs(file, overrides)]

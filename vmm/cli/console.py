@@ -21,8 +21,8 @@ __all__ = ["attach", "console"]
 @click.option("--no-follow", is_flag=True, help="Print what there is and end.")
 @json_option
 def console(name: str, no_follow: bool, as_json: bool) -> int:
-    """Print what a machine's guest has printed, then what it prints, until the machine ends or Ctrl-C. The newest 2 to
-    4 MiB are kept; those of a machine that has ended, too. With --json, one document per line."""
+    """Print what a machine's guest has printed, and prints. It goes on until the machine ends, or Ctrl-C. The newest 2
+    to 4 MiB are kept; those of a machine that has ended, too. With --json, one document per line."""
     return print_log(name, follow=not no_follow, console=True, as_json=as_json)
 
 
@@ -30,9 +30,9 @@ def console(name: str, no_follow: bool, as_json: bool) -> int:
 @click.argument("name", shell_complete=complete_machines)
 @json_option
 def attach(name: str, as_json: bool) -> int:
-    """Show a machine in the background as vmm launch does: what its guest prints from now on, progress, and its report
-    at the end; the exit status is the machine's. Ctrl-C leaves it running (vmm console shows what was printed
-    before)."""
+    """Bring a machine to the foreground. As vmm launch does, it shows what the guest prints from now on, progress, and
+    the report at the end; the exit status is the machine's. Ctrl-C leaves it running (vmm console shows what was
+    printed before)."""
     from ..client.machine import Machine
 
     with Machine.attach(name) as machine:

@@ -31,7 +31,7 @@ _STEP = 0.1     # seconds between two looks
 @click.option("--follow", "-f", is_flag=True, help="Keep printing until the machine has ended, or until Ctrl-C.")
 @click.option("--time", "seconds", type=Duration(), default=None, help="With --follow: for so long at most.")
 @click.option("--format", "kind", type=click.Choice(["text", "jsonl", "perfetto"]), default=None,
-              help="text; jsonl: a JSON document per line; perfetto: a trace to open in ui.perfetto.dev.  "
+              help="As text, jsonl (a JSON document per line) or perfetto (a trace to open in ui.perfetto.dev).  "
                    "[default: text]")
 @click.option("--output", type=click.Path(path_type=Path),
               help="File to write, which is there when all of it is.  [default: standard output]")

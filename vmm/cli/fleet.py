@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from .common import Duration, json_option, print_json
 __all__ = ["fleet"]
 
 _EVENTS_SHOWN = 10
+_AGAIN = 2.0                # seconds
 
 _cluster_option = click.option("--cluster", metavar="ADDRESS", default="auto", show_default=True,
                                help="The Ray cluster: auto (the one that this host is a node of), or HOST:PORT.")
@@ -66,20 +71,36 @@ def start(file: Path, cluster: str, restored: bool, as_json: bool) -> None:
 @_cluster_option
 @click.option("--rate", "seconds", type=Duration(least=0.05), metavar="DURATION",
               help="Measure for so long what each machine dirties.")
+@click.option("--watch", is_flag=True, help="Repeat until interrupted, every 2 s; with --json a document a line.")
 @json_option
-def list_(cluster: str, seconds: float | None, as_json: bool) -> None:
+def list_(cluster: str, seconds: float | None, watch: bool, as_json: bool) -> None:
     """Show the cluster's nodes, the machines of its fleet, and what became of them. With --json also each machine's
     whole report, as vmm status has it."""
     from ..fleet.client import fleet_of
 
+    out = sys.stdout        # while it is connected to Ray, which prints, that is standard error
     with fleet_of(cluster) as client:
-        found = client.overview(seconds or 0.0)
-    if as_json:
+        while True:
+            found = client.overview(seconds or 0.0)
+            with contextlib.redirect_stdout(out):
+                _show(found, watch, as_json)
+            if not watch:
+                return
+            time.sleep(_AGAIN)
+
+
+def _show(found: dict[str, Any], watch: bool, as_json: bool) -> None:
+    if as_json and watch:
+        click.echo(json.dumps(found))
+    elif as_json:
         print_json(found)
-        return
-    _print(found)
-    for event in found["events"][-_EVENTS_SHOWN:]:
-        click.echo(f"{event['at']} {event['text']}")
+    else:
+        if watch:
+            click.clear()       # nothing, where it is no terminal
+        _print(found)
+        for event in found["events"][-_EVENTS_SHOWN:]:
+            click.echo(f"{event['at']} {event['text']}")
+    sys.stdout.flush()
 
 
 @fleet.command()

@@ -63,8 +63,8 @@ class _Migrate(click.Group):
 
 @click.group(cls=_Migrate, subcommand_metavar="NAME ADDRESS | COMMAND NAME [ARGS]...")
 def migrate() -> None:
-    """Migrate a running machine to another host or name. vmm receive waits at ADDRESS (tcp://HOST:PORT or ipc://PATH).
-    A machine that is called like one of the commands is migrated by vmm migrate start NAME ADDRESS."""
+    """Migrate a running machine to another host or name. At ADDRESS (tcp://HOST:PORT or ipc://PATH), vmm receive is
+    waiting. A machine that is called like one of the commands is migrated by vmm migrate start NAME ADDRESS."""
 
 
 @migrate.command()

@@ -62,9 +62,9 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
             interval: float, bandwidths: tuple[float, ...], downtimes: tuple[float, ...], latency: float | None,
             ratio: float, dirty_limit: float | None, filled: int | None, png: Path | None, cluster: str | None,
             as_json: bool, **asked: Any) -> None:
-    """Predict what a live migration of machine NAME would take, of the guest of a dirty trace, or of another VMM's VM:
-    time, downtime, bytes and rounds at several bandwidths and downtime limits; from which bandwidth on it converges,
-    and what helps where it does not. Nothing is migrated."""
+    """Predict what a live migration would take. It is that of machine NAME, of the guest of a dirty trace, or of
+    another VMM's VM: time, downtime, bytes and rounds at several bandwidths and downtime limits; from which bandwidth
+    on it converges, and what helps where it does not. Nothing is migrated."""
     from ..client.units import parse_rate
     from ..consumers.migration.report import Options
     from ..consumers.predict.dirtying import from_trace

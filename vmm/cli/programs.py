@@ -98,7 +98,7 @@ def _print_others(found: dict[str, Any]) -> None:
 @click.option("--count", is_flag=True, help="Print a table at the end: calls, errors and mean time of each.")
 @json_option
 def strace(machine: Machine, duration: float | None, process: int | None, count: bool, as_json: bool) -> int:
-    """Print the system calls of a machine's Linux program as they are made, a line each: [thread] name(arguments) =
+    """Print the system calls of a machine's Linux program as they are made. Each is a line: [thread] name(arguments) =
     result <seconds>. The time is from when the system took the call until it was answered. Not seen are calls
     that a vCPU serves by itself: gettid, sched_yield, and most of futex; nor clocks that are read without a call. With
     --json, one document per line. Ctrl-C stops; the program is not disturbed."""

@@ -46,8 +46,8 @@ def run_or_leave(machine: Machine, detach: bool, as_json: bool) -> int:
     if as_json:
         print_json({"name": machine.name})
     else:
-        name = machine.name
-        click.echo(f"{name} is running: vmm status {name}, vmm logs {name}, vmm wait {name}, vmm stop {name}")
+        verbs = ("status", "attach", "logs", "wait", "stop")
+        click.echo(f"{machine.name} is running: {', '.join(f'vmm {verb} {machine.name}' for verb in verbs)}")
     return ExitCode.OK
 
 

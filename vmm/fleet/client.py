@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,12 @@ from .config import Wanted
 __all__ = ["FleetClient", "fleet_of"]
 
 _LOOK = 0.5                 # seconds between two looks at what has happened
+_PATIENCE = 60.0            # seconds for a fleet to answer again
 _HEAD = "node:__internal_head__"    # Ray's own resource of the cluster's head
+
+
+class _Away(VmmError):
+    """It will answer again."""
 
 
 class FleetClient:
@@ -28,9 +34,16 @@ class FleetClient:
         return found
 
     def overview(self, seconds: float = 0.0) -> dict[str, Any]:
-        """See Fleet.overview."""
-        found: dict[str, Any] = self._ask(self._actor.overview.remote(seconds))
-        return found
+        """See Fleet.overview. A fleet whose process was killed is waited for, since another takes its place."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                found: dict[str, Any] = self._ask(self._actor.overview.remote(seconds))
+                return found
+            except _Away:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_LOOK)
 
     def drain(self, node: str, at_most: int, said: Callable[[str], None]) -> list[dict[str, Any]]:
         """See Fleet.drain; ``said`` is told what happens meanwhile."""
@@ -62,6 +75,9 @@ class FleetClient:
             return self._ray.get(answer)
         except errors.RayTaskError as exc:
             raise exc.cause from None
+        except errors.ActorUnavailableError:
+            raise _Away("the fleet's process was lost, and another takes its place: vmm fleet list shows what it has "
+                        "done", ExitCode.WORKER_DIED) from None
         except errors.RayError as exc:
             raise VmmError(f"the fleet does not answer ({type(exc).__name__})", ExitCode.WORKER_DIED) from None
 

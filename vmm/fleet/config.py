@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,11 +12,12 @@ from ..client.config import load_config
 from ..client.explain import explain
 from ..client.models import Duration, FileName, MachineConfig
 from ..client.origins import Key, Origins
+from ..client.schema import PlainSchema
 from ..client.yamlfile import read_yaml
 from ..errors import VmmError
 from ..machine.names import check_machine_name
 
-__all__ = ["Snapshots", "Spread", "Wanted", "load_fleet"]
+__all__ = ["Snapshots", "Spread", "Wanted", "fleet_schema", "load_fleet"]
 
 #: ``even``: where most is free; ``pack``: where least is free that is enough; ``apart``: as even, and no two machines
 #: of one entry on one host.
@@ -58,6 +59,12 @@ class FleetConfig(_Model):
     spread: Spread = "even"         # of entries that do not say otherwise
     snapshots: SnapshotsConfig | None = None
     insecure: bool = False          # migrations between the hosts without keys
+
+
+def fleet_schema() -> dict[str, Any]:
+    """JSON schema of the file."""
+    return {"$schema": "http://json-schema.org/draft-07/schema#",
+            **FleetConfig.model_json_schema(schema_generator=PlainSchema)}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import ExitCode, VmmError
+from .adoption import adopted
 from .cluster import Cluster, Lost, Unreachable
 from .config import Wanted
 from .events import Event, Events
@@ -194,7 +195,9 @@ class Fleet:
             if member.actor is not actor or member.state == "stopping":
                 return
             member.actor = None
-            if report is None:
+            if report is not None and report.get("handed_over"):
+                lost = "it was handed over, and has not arrived"
+            if report is None or lost:
                 await self._restore(member, lost)
                 return
             self._cluster.kill(actor)
@@ -234,11 +237,19 @@ class Fleet:
         return report
 
     async def _has_moved(self, old: Any, new: Any, exc: Exception) -> bool:
-        """All the same: the source was lost after the hand-over, or has heard nothing since then."""
+        """All the same: the source was lost after the hand-over, or its answer was, or it has heard nothing since."""
+        handed_over = True      # unless it says that it was not
         with contextlib.suppress(VmmError, TimeoutError):
-            if isinstance(exc, Lost) or await self._cluster.ask(old.handed_over.remote()):
+            handed_over = isinstance(exc, Lost) or await self._cluster.ask(old.handed_over.remote(), _STATUS_TIMEOUT)
+        deadline = time.monotonic() + _ARRIVAL_TIMEOUT
+        while handed_over and time.monotonic() < deadline:
+            try:
                 await self._cluster.ask(new.arrive.remote(), _ARRIVAL_TIMEOUT)
                 return True
+            except Unreachable:
+                await asyncio.sleep(_AGAIN)
+            except (VmmError, TimeoutError):
+                break
         return False
 
     async def _take_back(self, member: Member, host: Host) -> None:
@@ -361,27 +372,10 @@ class Fleet:
     async def _adopt(self) -> None:
         if not self._cluster.was_lost():
             return
-        for actor, described in await asyncio.gather(*map(self._described, self._cluster.residents())):
-            if described is None:
-                continue
-            wanted, generation, node, has_it = described
-            known = self._members.get(wanted.name)
-            if not has_it or (known is not None and known.generation > generation):
-                self._cluster.kill(actor)
-                continue
-            if known is not None:
-                self._cluster.kill(known.actor)
-            self._members[wanted.name] = Member(wanted, node, "", actor, generation, state="running")
+        self._members = await adopted(self._cluster)
         for member in self._members.values():
             self._follow(member)
         self._say(f"the fleet's own process was lost; it has found {len(self._members)} machines")
-
-    async def _described(self, actor: Any) -> tuple[Any, Any]:
-        """The actor, and what Resident.describe says; None: it is gone."""
-        try:
-            return actor, await self._cluster.ask(actor.describe.remote())
-        except VmmError:
-            return actor, None
 
 
 def _id(host: Host | None) -> str:

@@ -157,12 +157,16 @@ def run_point(point: Point, modes: Sequence[str], settings: Settings,
         tries: list[Window] = []
         while len(tries) < _TRIES and (not tries or min(map(_steal, tries)) > _STRANGERS_MAX):
             tries.append(_window(machine, meter, mode, number, point, settings.seconds, idle))
-        return min(tries, key=_steal)
+        found = min(tries, key=_steal)
+        if mode == "none" and not found.speed:
+            raise VmmError(f"the guest did nothing in {settings.seconds:g} s without tracking, to which the rest is "
+                           "compared: other programs use this host's processors (try a longer --window)")
+        return found
 
     def _steal(window: Window) -> float:
         return window.steal_ns / 1e9 / window.seconds / point.vcpus
 
-    found: list[Window] = []
+    windows: list[Window] = []
     idle = "ring" if available(["ring"], settings.accel)[0] else "bitmap"
     with Machine.launch(_spec(point, settings)) as machine:
         with contextlib.ExitStack() as stack:
@@ -174,9 +178,9 @@ def run_point(point: Point, modes: Sequence[str], settings: Settings,
                     if number < 0:
                         _window(machine, meter, mode, number, point, 0.05, idle)
                     else:
-                        found.append(best_of(mode, number))
+                        windows.append(best_of(mode, number))
         machine.stop()
-    return [asdict(w) for w in found]
+    return [asdict(w) for w in windows]
 
 
 def _spec(point: Point, settings: Settings) -> MachineSpec:

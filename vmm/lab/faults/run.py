@@ -184,10 +184,11 @@ class _Run:
         self._check_limit()
 
     def _do_write(self, slot: int, page: int) -> None:
-        """By the host, over a page's end."""
+        """By the host, over a page's end. The number with which the next page begins is 0: whatever the guest puts
+        there later is higher (``_not_older``)."""
         gpa = {COLD_SLOT: _COLD_GPA, HOT_SLOT: _HOT_GPA}[slot]
         at = gpa + min(page * PAGE_SIZE + PAGE_SIZE - 8, _HOT_PAGES * PAGE_SIZE - 16)
-        self._machine.write(at, self._dice.bytes(16))
+        self._machine.write(at, self._dice.bytes(8) + bytes(4) + self._dice.bytes(4))
 
     def _do_plug(self) -> None:
         self._machine.memory_add(HOT_SLOT, _HOT_GPA, _HOT_PAGES * PAGE_SIZE)
