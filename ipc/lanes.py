@@ -89,10 +89,13 @@ class Lane:
         """Nobody can look at it."""
         return cls(bytearray(2 * _MARK.size))
 
-    def put(self, kind: Kind, took: int = 0, who: int = 0, value: int = 0) -> None:
-        """``took`` in nanoseconds. Of one thread."""
+    def put(self, kind: Kind, took: int = 0, who: int = 0, value: int = 0, began: int = 0) -> None:
+        """``took`` in nanoseconds, since ``began`` (of CLOCK_MONOTONIC); if that is not given, until now: who is
+        interrupted before this writes it down later than it was, and what lies within something would not seem to.
+        Of one thread."""
         count = self._count.value
-        _MARK.pack_into(self._memory, (1 + count % self._capacity) * _MARK.size, time.monotonic_ns(),
+        at = began + took if began else time.monotonic_ns()
+        _MARK.pack_into(self._memory, (1 + count % self._capacity) * _MARK.size, at,
                         took & _MASK64, kind, who & _MASK32, value & _MASK64)
         self._count.value = count + 1
 

@@ -260,7 +260,7 @@ class VcpuThread:
                 self._lane.put(Kind.PAUSE_BEGIN)
             self.sleep()
         if began:
-            self._lane.put(Kind.PAUSE, time.monotonic_ns() - began)
+            self._lane.put(Kind.PAUSE, time.monotonic_ns() - began, began=began)
 
     def wait_for(self, poll: select.poll, seconds: float) -> None:
         """Until something happens at one of these descriptors, as at ``sleep``."""
@@ -295,7 +295,7 @@ class VcpuThread:
                 self.sleep()
         took = time.perf_counter_ns() - began
         control.stalled_ns += took
-        self._lane.put(Kind.STALL, took)
+        self._lane.put(Kind.STALL, took, began=began)
 
     def _port_event(self, leave: Exit) -> bool:
         """Act on a port write; False when it ended the vCPU."""

@@ -16,6 +16,7 @@ from .common import Duration, Rate, Size, json_option, print_json, progress_bar,
 from .completion import complete_machines
 
 if TYPE_CHECKING:
+    from ..consumers.predict.costs import Costs
     from ..consumers.predict.dirtying import Guest, Memory
     from ..consumers.predict.grid import Cell, Remedy
     from ..consumers.predict.rings import RingFit
@@ -86,14 +87,15 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
         drawn = stack.enter_context(open_output(png)) if png else None
         of = str(trace or target or name)
         if name is not None:
-            guest, memory = _from_machine(name, seconds, interval)
+            guest, memory, costs = _from_machine(name, seconds, interval)
         else:
+            costs = None
             guest, sizes = (from_trace(trace) if trace is not None else
                             _from_process(str(target), what, seconds, interval))
             memory = _memory(sizes, filled)
         options = Options(converge=not asked.pop("no_converge"), compression="zstd" if ratio > 1 else "none", **asked)
         limits = None if dirty_limit is None else dict.fromkeys(range(len(guest.vcpus)), dirty_limit / PAGE_SIZE)
-        study = Study(guest, memory, options, Way(latency or 0.0, ratio), limits=limits)
+        study = Study(guest, memory, options, Way(latency or 0.0, ratio), costs, limits)
         tried = sorted(bandwidths or [parse_rate(text) for text in _BANDWIDTHS])
         allowed = sorted(downtimes or [options.downtime])
         with progress_bar() as bar:
@@ -136,14 +138,14 @@ def _from_process(target: str, what: str | None, seconds: float, interval: float
         return watch_process(source, seconds, max(interval, LEAST_INTERVAL), progress, interrupts.wait)
 
 
-def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Memory]:
+def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Memory, Costs]:
     from ..client.machine import Machine
-    from ..consumers.predict.recorded import watch
+    from ..consumers.predict.recorded import costs_of, watch
 
     with Machine.attach(name) as machine:
         machine.require_state()
         with recording() as (interrupts, progress):
-            return watch(machine, seconds, interval, progress, interrupts.wait)
+            return *watch(machine, seconds, interval, progress, interrupts.wait), costs_of(machine)
 
 
 def _rate(value: float) -> str:

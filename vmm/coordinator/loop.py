@@ -199,7 +199,7 @@ class Coordinator:
         if round_left is not None and round_left <= 0:
             began = time.perf_counter_ns()
             self._rounds.run()
-            self._lane.put(Kind.VERIFY, time.perf_counter_ns() - began)
+            self._lane.put(Kind.VERIFY, time.perf_counter_ns() - began, began=began)
         self.machine.tracking.choose_or_keep()
 
     def _wait(self, now: float) -> None:

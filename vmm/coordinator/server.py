@@ -173,7 +173,7 @@ class ControlServer:
                 result = self._verbs[type(verb)](verb)
             finally:
                 self._lane.put(Kind.VERB, time.perf_counter_ns() - began, connection.pid,
-                               control.VERB_NAMES.index(name))
+                               control.VERB_NAMES.index(name), began)
             step("verb-carried-out")
             return _encode({"id": number, "result": result or {}})
         except VmmError as exc:

@@ -182,7 +182,7 @@ class Reaper:
             self._unasked = self._unasked and not asked
             resetting = time.monotonic() - now
             self.schedule.was_reset(resetting)
-            self._lane.put(Kind.RESET, int(resetting * 1e9), value=sum(owed.values()))
+            self._lane.put(Kind.RESET, int(resetting * 1e9), value=sum(owed.values()), began=int(now * 1e9))
         total = sum(harvested.values())
         self._last = harvested
         took = time.perf_counter_ns() - began
@@ -191,7 +191,7 @@ class Reaper:
         if total and self._trace.reap:
             self._trace.reap(total, took // 1000)
         wait = self.schedule.plan(now, self.room())
-        self._lane.put(Kind.REAP_KICKED if kicked else Kind.REAP, took, int(wait * 1e6), total)
+        self._lane.put(Kind.REAP_KICKED if kicked else Kind.REAP, took, int(wait * 1e6), total, began)
         return total
 
     def room(self) -> dict[int, int]:
@@ -329,7 +329,7 @@ class Reaper:
         self.vcpus.kick_all()
         total = self.mode.gather(self)
         self._control.flushes += 1
-        self._lane.put(Kind.FLUSH, time.perf_counter_ns() - began, value=total)
+        self._lane.put(Kind.FLUSH, time.perf_counter_ns() - began, value=total, began=began)
         if self._trace.flush:
             self._trace.flush(1)
         return total

@@ -17,9 +17,10 @@ from ..pages import is_filled, touched
 from ..trace import record
 from ..watch.series import Source
 from ..watch.tracing import record_process
+from .costs import PROGRAM, Costs
 from .dirtying import Guest, Memory, from_trace
 
-__all__ = ["memory_of", "watch", "watch_process"]
+__all__ = ["costs_of", "memory_of", "watch", "watch_process"]
 
 _PART = 1 << 14             # pages that are looked at at once
 
@@ -36,6 +37,11 @@ def memory_of(machine: Machine) -> Memory:
         ram = machine.ram(slot["id"]).reshape(-1, PAGE_SIZE)
         filled += sum(int(is_filled(ram[found[at:at + _PART]]).sum()) for at in range(0, len(found), _PART))
     return Memory(sizes, todo, filled)
+
+
+def costs_of(machine: Machine) -> Costs:
+    """Of its migrations. Raises VmmError."""
+    return PROGRAM if machine.status()["program"] is not None else Costs()
 
 
 def watch(machine: Machine, seconds: float, interval: float, progress: Callable[[float, int], None],
