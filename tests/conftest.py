@@ -48,7 +48,7 @@ _LONG = re.compile("|".join([
     r"test_every_config_runs_as_it_says\[(?!quickstart).*-unicorn",
     r"test_bad_workers\.py::.*\[unicorn", r"test_consumers\.py::(?!.*limit).*\[unicorn",
     r"test_a_sweep_ends_with_figures_fits_and_pictures\[unicorn", r"however_many_vcpus\[unicorn-(1|2|8)\]",
-    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|harvest|replay)",
+    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|dirtying|harvest|replay|tracked)",
     r"test_a_small_comparison_is_kept_and_carried_on", r"test_two_machines_at_once",
     r"everything_is_read_when_nobody_prints",
     r"test_kicks_and_reaps_do_not_disturb_the_guest", r"the_guest_is_not_disturbed_by_switches",
@@ -62,6 +62,7 @@ _LONG = re.compile("|".join([
     r"a_machine_stopped_in_post_copy_is_gone.*\[unicorn",
     r"the_second_hand_over_is_finished.*\[(?!migrate-handed-over|receive-started)",
     r"test_upgrade\.py::.*are_replaced\[(?!start-)",
+    r"test_examples_run\[tutorial", r"coordinators_die_meanwhile\[False",
 ]))
 
 
