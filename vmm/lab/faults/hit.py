@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...client.machine import Machine
+from ...errors import VmmError
+from ...machine.names import belongings
 from .plan import Fault
 
-__all__ = ["Hit", "pid_in"]
+__all__ = ["Hit", "find_pid", "pid_in"]
 
 _LOOK_EVERY = 0.002     # seconds
 
@@ -21,6 +24,17 @@ def pid_in(status: dict[str, Any], who: str) -> int:
     """Of a machine's coordinator or ``vcpuN``, by what the machine says of itself."""
     return int(status["coordinator"]["pid"] if who == "coordinator" else
                status["vcpus"][int(who.removeprefix("vcpu"))]["pid"])
+
+
+def find_pid(name: str, who: str) -> int | None:
+    """Of machine ``name``'s keeper, or as ``pid_in``; None: it is not there yet, or no longer."""
+    if who == "keeper":
+        return belongings(name).owner_pid()
+    try:
+        with Machine.attach_pinned(name) as machine:
+            return pid_in(machine.status(), who)
+    except VmmError:
+        return None
 
 
 class Hit(threading.Thread):

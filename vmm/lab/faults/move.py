@@ -24,7 +24,7 @@ from ...errors import VmmError
 from ...machine.names import belongings
 from ...machine.runtime import end_at_once, is_running
 from .delay import Relay
-from .hit import Hit, pid_in
+from .hit import Hit, find_pid
 from .plan import Fault
 from .process import PATIENCE, Process, until
 
@@ -79,25 +79,14 @@ def move(source: Machine, wanted: Move, fault: Fault | None) -> tuple[bool, bool
 
 def _victim(victim: str, source: Machine, target: str, mover: Process, receiver: Process) -> int | None:
     """Its pid, once the target has begun to make the machine: before, nothing goes on that a fault could hurt."""
-    keeper = belongings(target).owner_pid()
-    if keeper is None:
+    if belongings(target).owner_pid() is None:
         return None
     match victim:
         case "source":
             return mover.pid
         case "target":
             return receiver.pid
-        case "target-keeper":
-            return keeper
-    name = target if victim.startswith("target-") else source.name
-    if victim == "keeper":
-        return belongings(name).owner_pid()
-    try:
-        with Machine.attach(name) as machine:
-            status = machine.status()
-    except VmmError:
-        return None     # not yet, or no longer
-    return pid_in(status, victim.removeprefix("target-"))
+    return find_pid(target if victim.startswith("target-") else source.name, victim.removeprefix("target-"))
 
 
 def _settle(source: Machine, wanted: Move, mover: Process, receiver: Process, fault: Fault | None) -> bool:

@@ -13,7 +13,7 @@ from ...client.machine import Machine
 from ...errors import VmmError
 from ...machine.names import belongings, between_name
 from ...machine.runtime import is_running
-from .hit import Hit, pid_in
+from .hit import Hit, find_pid
 from .plan import Fault
 from .process import Process, until
 
@@ -46,17 +46,10 @@ def upgrade(machine: Machine, folder: Path, fault: Fault | None) -> bool:
 
 def _victim(victim: str, machine: Machine, process: Process) -> int | None:
     """Its pid, if there is one now. ``target-``: of the machine in between."""
+    if victim == "source":
+        return process.pid
     name = between_name(machine.name) if victim.startswith("target-") else machine.name
-    match victim:
-        case "source":
-            return process.pid
-        case "keeper":
-            return belongings(name).owner_pid()
-    try:
-        with Machine.attach_pinned(name) as found:
-            return pid_in(found.status(), victim.removeprefix("target-"))
-    except VmmError:
-        return None     # not yet, or no longer
+    return find_pid(name, victim.removeprefix("target-"))
 
 
 def _settled(name: str) -> bool:
