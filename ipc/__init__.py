@@ -27,9 +27,9 @@ A page's way, down through the files of all three packages:
 
 In this package: shm.py (segments), layout.py (ring entries and control blocks), ring.py, bell.py (that somebody
 should look), spin.py (looking before sleeping), bitmap.py, journal.py, lanes.py (what each process did of late),
-claims.py (names that one owner at a time has); messages.py, sockets.py, lines.py (what is said, over what);
-userfault.py, pagescan.py and writelog.py (missing pages, written pages); steps.py (where a test may kill); run.py (how
-a process begins and ends); oneline.py (text from outside, as it is said); compiled/, linux/, traces/.
+claims.py (names that one owner at a time has); messages.py, sockets.py, lines.py, listening.py (what is said, over
+what); userfault.py, pagescan.py and writelog.py (missing pages, written pages); steps.py (where a test may kill);
+run.py (how a process begins and ends); oneline.py (text from outside, as it is said); compiled/, linux/, traces/.
 
 This package knows nothing of machines and imports neither ``workers`` nor ``vmm``.
 """

@@ -1,7 +1,8 @@
 """A program's end of a machine. Imports vmm.machine and below; nothing that runs in the coordinator.
 
-    config.py, yamlfile.py  the YAML file; explain.py says what is wrong with it;
-                            samples.py: the examples, by name
+    config.py, yamlfile.py  the YAML file; models.py: its keys; origins.py: where each was given; explain.py says what
+                            is wrong with it, advice.py what works badly; samples.py: the examples, by name
+    schema.py, templates.py its published schema, and files to begin with
     accelerators.py         which accelerator it gets
     plan.py                 from a configuration to a machine that this host can run
     launch.py               starting its keeper, and ending it

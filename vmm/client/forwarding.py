@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ipc.forwarding import COUNT, FULL, WINDOW, FrameError, Kind, Link, open_outside
+from ipc.listening import listen_tcp
 
 from ..errors import ExitCode, VmmError
 from ..machine.forwards import Forward, parse_forward
@@ -68,16 +69,8 @@ class HostPorts:
 
 def _listen(forward: Forward) -> socket.socket:
     """Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        forward.address, forward.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    found = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(_BACKLOG)
-    except OSError:
-        found.close()
-        raise
+    found = listen_tcp(forward.address, forward.port, _BACKLOG)
+    found.setblocking(False)
     return found
 
 

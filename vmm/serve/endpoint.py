@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+from ipc.listening import listen_tcp
+
 from .. import optional
 from ..errors import VmmError, one_line
 from .collector import MachineCollector
@@ -78,7 +80,8 @@ class Listening:
             if inherited >= 0:
                 self.socket = socket.socket(fileno=inherited)
             else:
-                self.socket = _listen_unix(address.path) if address.path else _listen_port(address)
+                self.socket = (_listen_unix(address.path) if address.path else
+                               listen_tcp(address.host or None, address.port, _BACKLOG))
         except OSError as exc:
             why = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot listen there: {exc.strerror or exc}"
             raise VmmError(f"metrics: {address.shown}: {why}") from None
@@ -98,20 +101,6 @@ class Listening:
         if file is not None and _identity(self.address.path) == file:
             with contextlib.suppress(OSError):
                 os.unlink(self.address.path)
-
-
-def _listen_port(address: Address) -> socket.socket:
-    family, kind, protocol, _, where = socket.getaddrinfo(
-        address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    found = socket.socket(family, kind, protocol)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(where)
-        found.listen(_BACKLOG)
-    except OSError:
-        found.close()
-        raise
-    return found
 
 
 def _listen_unix(path: str) -> socket.socket:
