@@ -14,13 +14,13 @@ of vmm/consumers/ as methods. vmm/aio.py has the same for asyncio. docs/python.m
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
+from .client.interrupts import sleep
 from .client.machine import Flushed, SyncResult, list_machines
 from .client.machine import Machine as _Machine
 from .machine.report import Report
@@ -88,14 +88,14 @@ class Machine(_Machine):
 
     def working_set(self, seconds: float = 10.0, interval: float = 0.1, *,
                     progress: Callable[[float], None] = lambda done: None,
-                    wait: Callable[[float], bool] | None = None) -> Recording:
+                    wait: Callable[[float], bool] = sleep) -> Recording:
         """Which pages are dirtied in each ``interval`` (seconds), for ``seconds`` or until the machine ends; the
         recording can be saved and drawn (vmm/consumers/workingset.py). ``progress`` is told the share that is done.
         ``wait``: called with the seconds until the next interval; ends the recording early when it returns True. Raises
         VmmError."""
         from .consumers import workingset
 
-        return workingset.record(self, interval, seconds, progress, wait or _sleep)
+        return workingset.record(self, interval, seconds, progress, wait)
 
     # --- kept, and moved ------------------------------------------------------------------------------------------
 
@@ -143,8 +143,3 @@ class Machine(_Machine):
 
         return cls.taken_over(receive(address, name=name, accel=accel, detach=detach, key=key, peer=peer,
                                       insecure=insecure, timeout=timeout, waiting=waiting))
-
-
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False

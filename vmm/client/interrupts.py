@@ -9,7 +9,13 @@ import signal
 import time
 from types import FrameType, TracebackType
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "sleep"]
+
+
+def sleep(seconds: float) -> bool:
+    """As ``Interrupts.wait``, for programs that have nothing to note: False."""
+    time.sleep(seconds)
+    return False
 
 
 class Interrupts:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ipc.shm import PAGE_SIZE
 
+from ..client.interrupts import sleep
 from ..client.machine import Machine
 from ..errors import VmmError
 from .rate import check_time
@@ -65,11 +66,10 @@ def _rates(pages: int, seconds: float) -> dict[str, float]:
 
 
 def system_calls(machine: Machine, seconds: float | None = None, pid: int | None = None,
-                 wait: Callable[[float], bool] | None = None) -> Generator[dict[str, Any], None, None]:
+                 wait: Callable[[float], bool] = sleep) -> Generator[dict[str, Any], None, None]:
     """Calls as they are made (workers/linux/tracing.py), for this time or until the machine ends; of one process.
     ``{"lost": n}`` stands for calls that came too fast to be kept (None: nobody knows how many, for it has asked too
     late). ``wait``: so many seconds; True: that is enough. Raises VmmError."""
-    wait = wait or _sleep
     tracer = uuid.uuid4().hex
     found = machine.program_trace(tracer)
     deadline = None if seconds is None else time.monotonic() + seconds
@@ -93,11 +93,6 @@ def system_calls(machine: Machine, seconds: float | None = None, pid: int | None
     finally:
         with contextlib.suppress(VmmError):
             machine.program_trace(tracer, on=False)
-
-
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
 
 
 def _has_ended(machine: Machine) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipc.traces.queue import TraceQueue
 
+from ..client.interrupts import sleep
 from ..errors import VmmError
 from ..machine.names import record_queue
 from ..machine.spec import RamSlot
@@ -24,14 +25,9 @@ __all__ = ["INTERRUPTED", "record"]
 INTERRUPTED = "interrupted"
 
 
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
-
-
 def record(machine: Machine, path: Path, seconds: float, interval: float,
            progress: Callable[[float, int], None] = lambda part, entries: None,
-           wait: Callable[[float], bool] = _sleep) -> TraceEnd:
+           wait: Callable[[float], bool] = sleep) -> TraceEnd:
     """Record what the machine's vCPUs dirty, for so long or until it ends. Every ``interval`` seconds the rings are
     harvested, if they were not in between: that is how exact the times in the trace are. ``progress`` is told the
     part of the time that is over, and entries. ``wait`` waits, and says whether to stop early: the trace is kept

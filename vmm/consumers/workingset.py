@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from ipc.shm import PAGE_SIZE
 
 from .. import optional
+from ..client.interrupts import sleep
 from ..client.machine import Flushed, Machine
 from ..errors import ExitCode, VmmError, one_line
 from ..inputs import input_name, open_input
@@ -151,14 +152,9 @@ def _loaded(data: Any) -> Recording:
     return recording
 
 
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
-
-
 def record(machine: Machine, interval: float, duration: float,
            progress: Callable[[float], None] = lambda done: None,
-           wait: Callable[[float], bool] = _sleep) -> Recording:
+           wait: Callable[[float], bool] = sleep) -> Recording:
     """Take the dirty log every ``interval`` seconds for ``duration`` seconds, or until the machine ends.
     ``progress`` is told the share that is done, from 0 to 1. ``wait`` waits, and says whether to stop early: what
     there is until then is the recording, which says that it was interrupted. Raises VmmError before the first

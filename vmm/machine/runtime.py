@@ -18,9 +18,9 @@ from ipc.shm import list_segments
 from ..errors import ExitCode, VmmError
 from .names import belongings, between_name, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
-__all__ = ["CONTINUES", "END", "KEEPER", "LET_GO", "PROGRAMS", "adopt_claim", "await_upgrade", "claim",
-           "collect_garbage", "end_at_once", "is_running", "is_upgrading", "leftovers", "machine_dir", "machine_names",
-           "release", "runtime_root"]
+__all__ = ["CONTINUES", "END", "KEEPER", "LET_GO", "PROGRAMS", "SOCKET_PATH_MAX", "adopt_claim", "await_upgrade",
+           "claim", "collect_garbage", "end_at_once", "is_running", "is_upgrading", "leftovers", "machine_dir",
+           "machine_names", "release", "runtime_root"]
 
 #: What a launching process tells the keeper on its life pipe: end the machine; it lives on without me.
 END, LET_GO = b"0", b"1"
@@ -30,7 +30,8 @@ KEEPER = "vmm-keeper"
 PROGRAMS = "programs"
 #: And where it is the machine that was upgraded (``MachineSpec.continues``).
 CONTINUES = "continues"
-_SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
+#: Bytes of a Unix socket's path: sun_path, less its terminating NUL.
+SOCKET_PATH_MAX = 107
 #: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
 LONGEST_SOCKET = "userfault"
 _ROOT_TRIES = 10
@@ -63,7 +64,7 @@ def claim(name: str, *, continues: bool = False) -> Claim:
     """
     owned = belongings(name)
     directory = owned.directory
-    if len(os.fsencode(directory / LONGEST_SOCKET)) > _SOCKET_PATH_MAX:
+    if len(os.fsencode(directory / LONGEST_SOCKET)) > SOCKET_PATH_MAX:
         raise VmmError(f"the path of the runtime directory {directory} is too long for a Unix socket: choose a "
                        "shorter name or a shorter XDG_RUNTIME_DIR")
     if not continues and is_upgrading(name):

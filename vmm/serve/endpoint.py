@@ -22,6 +22,7 @@ from ipc.listening import listen_tcp
 
 from .. import optional
 from ..errors import VmmError, one_line
+from ..machine.runtime import SOCKET_PATH_MAX
 from .collector import MachineCollector
 
 __all__ = ["Address", "Endpoint", "Listening", "parse_address"]
@@ -30,7 +31,6 @@ _LOCAL = "127.0.0.1"
 _HEARING = 10.0         # seconds for a client to say what it wants
 _BACKLOG = 16
 _FORM = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]*):)?(?P<port>[0-9]{1,5})")
-_SOCKET_PATH_MAX = 107  # sun_path, less its terminating NUL
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ def parse_address(text: str, option: str = "ADDRESS") -> Address:
     VmmError."""
     if text.startswith("unix:"):
         path = os.path.abspath(text.removeprefix("unix:"))
-        if not text.removeprefix("unix:") or len(os.fsencode(path)) > _SOCKET_PATH_MAX or "\0" in path:
-            raise VmmError(f"{option}: {one_line(text, 120)}: a socket's path has 1 to {_SOCKET_PATH_MAX} bytes")
+        if not text.removeprefix("unix:") or len(os.fsencode(path)) > SOCKET_PATH_MAX or "\0" in path:
+            raise VmmError(f"{option}: {one_line(text, 120)}: a socket's path has 1 to {SOCKET_PATH_MAX} bytes")
         return Address(path=path)
     match = _FORM.fullmatch(text)
     if match is None or not 0 <= int(match["port"]) <= 65535:
