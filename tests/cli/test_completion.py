@@ -58,6 +58,10 @@ def test_verbs_and_options() -> None:
     assert offered("vmm tracking web b") == ["bitmap"]
     assert offered("vmm config explain reaper.mo") == ["reaper.mode"]
     assert offered("vmm config new p") == ["program"]
+    assert offered("vmm launch quick") == ["quickstart", "quick"]       # the second: files of such names
+    assert offered("vmm launch quickstart --set reaper.mo") == ["reaper.mode=", "reaper.mode=adaptive"]
+    assert offered("vmm config check x.yaml --set memory.0.si") == ["memory.0.size=", "memory.0.size=64MiB"]
+    assert offered("vmm launch quickstart --set guest.nothing") == []
 
 
 def test_names_of_machines_slots_and_clients(machine: Machine) -> None:

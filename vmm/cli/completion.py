@@ -13,8 +13,9 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-__all__ = ["complete_clients", "complete_ended", "complete_keys", "complete_machines", "complete_machines_of_file",
-           "complete_slots", "complete_snapshots", "complete_templates", "completion"]
+__all__ = ["complete_clients", "complete_configs", "complete_ended", "complete_keys", "complete_machines",
+           "complete_machines_of_file", "complete_settings", "complete_slots", "complete_snapshots",
+           "complete_templates", "completion"]
 
 _Complete = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
 
@@ -90,6 +91,28 @@ def complete_keys(ctx: click.Context) -> Iterable[tuple[str, str]]:
     from ..client.schema import key_docs
 
     return [(doc.name, doc.description.partition(". ")[0]) for doc in key_docs().values()]
+
+
+def complete_configs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files, and the names of the examples."""
+    from click.shell_completion import CompletionItem
+
+    from ..client.samples import sample_names
+
+    names = [CompletionItem(name, help="example") for name in sample_names() if name.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
+@_completes
+def complete_settings(ctx: click.Context) -> Iterable[tuple[str, str]]:
+    """For ``--set KEY=VALUE``: keys that a value can be given for, with what they have by default, or an example."""
+    from ..client.schema import key_docs
+
+    for doc in key_docs().values():
+        if not doc.below:
+            values = [str(doc.default).lower()] if doc.default is not None else list(doc.examples[:1])
+            for value in ("", *values):
+                yield f"{doc.name.replace('.N', '.0')}={value}", doc.description.partition(". ")[0]
 
 
 @_completes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import json_option, print_json
-from .completion import complete_keys, complete_templates
+from .completion import complete_configs, complete_keys, complete_settings, complete_templates
 
 if TYPE_CHECKING:
     from ..client.schema import KeyDoc
@@ -23,8 +23,9 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("file", type=click.Path(allow_dash=True))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, as for vmm launch.")
+@click.argument("file", type=click.Path(allow_dash=True), shell_complete=complete_configs)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=complete_settings,
+              help="Override a key, as for vmm launch.")
 @json_option
 def check(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Check FILE as vmm launch would, and start nothing. It may be the name of an example; - reads standard input. Also

@@ -12,7 +12,7 @@ from workers.accel import registry
 
 from ..errors import ExitCode, VmmError
 from .common import Size, json_option, print_json
-from .completion import complete_machines_of_file
+from .completion import complete_configs, complete_machines_of_file, complete_settings
 from .forward import forwarding, note_forward
 from .run import run_or_leave
 
@@ -27,8 +27,8 @@ _KEYS = {"accel": "accel", "vcpus": "vcpus", "memory": "memory.0.size"}
 
 
 @click.command()
-@click.argument("config", type=click.Path(allow_dash=True))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+@click.argument("config", type=click.Path(allow_dash=True), shell_complete=complete_configs)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", shell_complete=complete_settings,
               help="Override a key of CONFIG, for example reaper.mode=fixed or memory.0.size=1GiB (see vmm config "
                    "explain).")
 @click.option("--accel", type=click.Choice(["auto", *registry.names()]), help="Accelerator to use.")

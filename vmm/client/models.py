@@ -3,6 +3,7 @@ there is: the published schema, ``vmm config explain`` and the files of ``vmm co
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,10 +61,15 @@ def _not_required(*keys: str) -> Any:
     return change
 
 
+def _title(model: type) -> str:
+    """What an editor calls it: ``memory`` of MemoryConfig."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", model.__name__.removesuffix("Config")).lower()
+
+
 class _Model(BaseModel):
     """``strict``: ``yes`` is not the number 1, nor "2" the number 2."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, model_title_generator=_title)
 
 
 def _file_name(value: object) -> object:
