@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from machines import until
 from migrations import Relay, listening
 
-from vmm.consumers.migration import door as door_module
+import ipc.listening
 from vmm.consumers.migration import keys as keys_module
 from vmm.consumers.migration import sockets
 from vmm.consumers.migration.addresses import parse_address
@@ -238,7 +238,7 @@ def test_a_folder_that_somebody_else_has_locked_is_one_line(context: zmq.Context
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    monkeypatch.setattr(door_module, "_LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(ipc.listening, "_LOCK_PATIENCE", 0.1)
     fd = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(VmmError, match="locked by another process"), at_path(context, tmp_path / "s"):

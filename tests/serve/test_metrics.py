@@ -202,7 +202,7 @@ def test_a_unix_socket_is_the_users_alone_and_goes(runtime_dir: Path, accel: str
             assert stat.S_ISSOCK(found.st_mode)
             assert stat.S_IMODE(found.st_mode) == 0o600
             assert of(parsed(fetch_unix(str(path))), "t", "shardvmm_machine_up") == 1
-            assert "is in use" in vmm("exporter", "--listen", f"unix:{path}").stderr
+            assert "another program is already listening" in vmm("exporter", "--listen", f"unix:{path}").stderr
             process.kill()
         assert path.exists()
         with exporter("--listen", f"unix:{path}"):

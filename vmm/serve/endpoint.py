@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 import socket
-import stat
 import threading
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
@@ -18,7 +16,7 @@ from types import TracebackType
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from ipc.listening import listen_tcp
+from ipc.listening import InTheWay, UnixListener, listen_tcp
 
 from .. import optional
 from ..errors import VmmError, one_line
@@ -70,65 +68,40 @@ def parse_address(text: str, option: str = "ADDRESS") -> Address:
 
 
 class Listening:
-    """Connections wait at ``address`` from now on. A Unix socket is this user's alone (mode 0600); one on which nobody
-    listens any more is replaced. ``inherited``: the descriptor of a socket that listens there already."""
+    """Connections wait at ``address`` from now on. A Unix socket is this user's alone (ipc/listening.py).
+    ``inherited``: the descriptor of a socket that listens there already."""
 
     def __init__(self, address: Address, *, inherited: int = -1) -> None:
         """Raises VmmError."""
         self.address = address
+        self._unix: UnixListener | None = None
         try:
-            if inherited >= 0:
+            if address.path:
+                self._unix = UnixListener(address.path, _BACKLOG, inherited=inherited)
+                self.socket = self._unix.socket
+            elif inherited >= 0:
                 self.socket = socket.socket(fileno=inherited)
             else:
-                self.socket = (_listen_unix(address.path) if address.path else
-                               listen_tcp(address.host or None, address.port, _BACKLOG))
+                self.socket = listen_tcp(address.host or None, address.port, _BACKLOG)
+        except InTheWay as exc:
+            raise VmmError(f"metrics: {address.shown}: {exc.strerror}") from None
         except OSError as exc:
             why = "is in use" if exc.errno == errno.EADDRINUSE else f"cannot listen there: {exc.strerror or exc}"
             raise VmmError(f"metrics: {address.shown}: {why}") from None
-        self._file = _identity(address.path)
         if not address.path:        # the port that was chosen, where 0 was asked for
             self.address = Address(address.host, self.socket.getsockname()[1])
 
     def leave(self) -> None:
         """Another process has the socket."""
         self.socket.close()
-        self._file = None
+        if self._unix is not None:
+            self._unix.leave()
 
     def close(self) -> None:
-        """A Unix socket's file goes, unless it is another's by now. Idempotent."""
+        """A Unix socket's file goes. Idempotent."""
         self.socket.close()
-        file, self._file = self._file, None
-        if file is not None and _identity(self.address.path) == file:
-            with contextlib.suppress(OSError):
-                os.unlink(self.address.path)
-
-
-def _listen_unix(path: str) -> socket.socket:
-    found = socket.socket(socket.AF_UNIX)
-    try:
-        _remove_dead(path)
-        os.fchmod(found.fileno(), 0o600)        # what it will be bound with (unix(7)), whatever the umask
-        found.bind(path)
-        found.listen(_BACKLOG)
-    except OSError:
-        found.close()
-        raise
-    return found
-
-
-def _remove_dead(path: str) -> None:
-    """Of an earlier one that was killed. Raises OSError where somebody listens, or it is no socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            found = os.lstat(path)
-            if stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid():
-                os.unlink(path)
-            return      # whatever else is there is in the way of bind(2)
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        if self._unix is not None:
+            self._unix.close()
 
 
 class _Handler(WSGIRequestHandler):
@@ -183,12 +156,3 @@ class Endpoint:
         self._thread.join()
         self._listening.close()
         self._collector.close()
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """None: there is nothing."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -14,14 +14,12 @@ import errno
 import os
 import secrets
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from ipc.linux.files import lock_within
 from ipc.linux.peer import peer_of
+from ipc.listening import InTheWay, UnixListener
 
 from ...errors import VmmError
 from .addresses import Address
@@ -35,7 +33,6 @@ _STRANGERS = 64             # connections that have not said what they want
 _LED = 256                  # to ZeroMQ at a time
 _PATIENCE = 10.0            # seconds for them to say it
 _DRAIN = 2.0                # seconds at the end for what ZeroMQ has said last
-_LOCK_PATIENCE = 2.0        # seconds for another that is about to listen in the same folder
 _PIECE = 1 << 16
 
 
@@ -207,29 +204,31 @@ def listening_at(address: Address) -> Iterator[socket.socket]:
         with _tcp(address) as listener:
             yield listener
         return
-    path = Path(address.path)
-    made = None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-        try:
-            if address.abstract:
-                listener.bind("\0" + address.path[1:])
-            else:
-                os.fchmod(listener.fileno(), 0o600)     # bind(2) gives the file this mode, less the umask
-                with _folder_locked(path.parent):
-                    _clear_stale(path, address)
-                    listener.bind(str(path))
-                    made = os.lstat(path)
-            listener.listen(_BACKLOG)
-        except OSError as exc:
-            why = "another program is already listening" if exc.errno == errno.EADDRINUSE else exc.strerror
-            raise VmmError(f"{address.text}: cannot listen there: {why}") from None
-        try:
-            yield listener
-        finally:
-            if made is not None:
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(os.lstat(path), made):
-                        path.unlink()
+    with contextlib.closing(_abstract(address) if address.abstract else _unix(address)) as listener:
+        yield listener if isinstance(listener, socket.socket) else listener.socket
+
+
+def _abstract(address: Address) -> socket.socket:
+    """Raises VmmError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind("\0" + address.path[1:])
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        why = "another program is already listening" if exc.errno == errno.EADDRINUSE else exc.strerror
+        raise VmmError(f"{address.text}: cannot listen there: {why}") from None
+    return listener
+
+
+def _unix(address: Address) -> UnixListener:
+    """Raises VmmError."""
+    try:
+        return UnixListener(address.path, _BACKLOG)
+    except InTheWay as exc:
+        raise VmmError(f"{address.text}: {exc.strerror}") from None
+    except OSError as exc:
+        raise VmmError(f"{address.text}: cannot listen there: {exc.strerror}") from None
 
 
 def _tcp(address: Address) -> socket.socket:
@@ -243,39 +242,3 @@ def _tcp(address: Address) -> socket.socket:
         except OSError as exc:
             why = why or os.strerror(exc.errno or 0)
     raise VmmError(f"{address.text}: cannot listen there: {why or 'it has no IPv4 address'}")
-
-
-@contextlib.contextmanager
-def _folder_locked(folder: Path) -> Iterator[None]:
-    """Two that listen at one path at the same moment take turns: else each could unlink the other's socket, which
-    was stale when it looked. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            lock_within(fd, _LOCK_PATIENCE)
-        except TimeoutError:
-            raise OSError(errno.EBUSY, f"the directory {folder} is locked by another process") from None
-        yield
-    finally:
-        os.close(fd)
-
-
-def _clear_stale(path: Path, address: Address) -> None:
-    """Remove the socket of a receiver that was killed; nothing else. Raises VmmError for what else is there."""
-    try:
-        there = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(there.st_mode):
-        raise VmmError(f"{address.text}: {path} exists and is not a socket: choose another path")
-    if there.st_uid != os.geteuid():
-        raise VmmError(f"{address.text}: {path} is a socket of another user (uid {there.st_uid}): choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError:
-            pass        # EAGAIN: there is a listener, whose backlog is full
-    raise VmmError(f"{address.text}: another program is already listening there")
