@@ -45,6 +45,7 @@ NAME = "watch"
 _PATIENCE = 60.0
 _MIB = 1 << 20
 _BEGIN = 5.0            # seconds of stress-ng's run that go by before it is watched, at most
+_AT_WORK = 0.1          # seconds of processor time
 _PAUSES = 1000          # after each write of a guest
 
 
@@ -189,12 +190,13 @@ def postgres(programs: Path) -> Iterator[Measure]:
 
 
 def _backend(pid: int) -> int:
-    """The process that serves pgbench; runuser may be between."""
+    """The process that serves pgbench; runuser may be between. That of its first connection ends at once, and has done
+    nothing."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             for each in [c for p in (pid, *children(pid)) for c in children(p)]:
-                if b"postgres bench" in Path(f"/proc/{each}/cmdline").read_bytes():
+                if b"postgres bench" in Path(f"/proc/{each}/cmdline").read_bytes() and spent(each) > _AT_WORK:
                     return each
         time.sleep(0.02)
     raise RuntimeError("PostgreSQL serves no client")
