@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from command import vmm, vmm_here
 from machines import ACCELS, spec, until
+from places import TOP
 
 from vmm.client.machine import Machine
 from vmm.consumers.events.event import Event
@@ -234,3 +237,17 @@ def test_a_stall_is_a_slice_as_long_as_it_took() -> None:
     assert (pause["ph"], pause["ts"]) == ("B", 10_500_000.0)
     fill = [(e["ts"], e["args"]["entries"]) for e in entries if e["name"] == "vCPU 0 ring entries"]
     assert fill == [(10_000_250.0, 448), (10_000_300.0, 0)]
+
+
+def test_what_a_coordinator_tells_is_documented() -> None:
+    """By the text of its source: in the protocol, in the table of events, and where Python programs look."""
+    told = {name for file in (TOP / "vmm" / "coordinator").glob("*.py")
+            for name in re.findall(r'"event": "([a-z-]+)"', file.read_text())}
+    assert told >= {"started", "paused", "console", "ended"}
+    protocol = (TOP / "docs" / "protocol.md").read_text().partition("The events are")[2].partition("Each has `at`")[0]
+    assert {name for line in protocol.splitlines() for name in re.findall(r"`([a-z-]+)`(?: \(|[;,]|$)", line)
+            if line.startswith("* ")} >= told
+    row, = (line for line in (TOP / "docs" / "events.md").read_text().splitlines() if "`ring-rebuilt`" in line)
+    assert set(re.findall(r"`([a-z-]+)`", row)) == told
+    said = inspect.getdoc(Machine.events) or ""
+    assert set(re.findall(r"[a-z-]+", said.partition(": ")[2].partition(";")[0])) - {"the", "last"} == told

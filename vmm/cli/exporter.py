@@ -43,7 +43,7 @@ def exporter(names: tuple[str, ...], address: str, dirty_rate: bool, dashboard: 
         return 0
     from ..client.interrupts import Interrupts
     from ..machine.records import no_machine
-    from ..machine.runtime import await_upgrade, is_running, is_upgrading
+    from ..machine.runtime import await_upgrade, goes_on
 
     with MetricsPort(address, dirty_rate=dirty_rate, inherited=inherited) as port:
         for name in names:
@@ -53,7 +53,7 @@ def exporter(names: tuple[str, ...], address: str, dirty_rate: bool, dashboard: 
             if inherited < 0:
                 click.echo(f"metrics of {', '.join(names) or 'all machines'} at {port.shown}", err=True)
             while not interrupts.wait(_LOOK_S):
-                if names and not any(is_running(name) or is_upgrading(name) for name in names):
+                if names and not any(map(goes_on, names)):
                     return 0
             return 128 + interrupts.came
 

@@ -26,7 +26,7 @@ from workers.accel import registry
 from ..errors import ExitCode, VmmError, no_memory
 from ..machine import records, verbs
 from ..machine.names import belongings
-from ..machine.runtime import await_upgrade, is_running, is_upgrading, machine_dir, machine_names
+from ..machine.runtime import await_upgrade, goes_on, is_running, is_upgrading, machine_dir, machine_names
 from ..machine.spec import MachineSpec
 from . import holds
 from .connection import ControlClient
@@ -103,7 +103,7 @@ class Machine:
         name, owner, pinned = self.name, belongings(self.name).owner_pid, self._pinned
 
         def alive() -> bool:
-            return owner() == pinned if pinned is not None else is_running(name) or is_upgrading(name)
+            return owner() == pinned if pinned is not None else goes_on(name)
 
         return ControlClient(machine_dir(name), name, alive, owner, after=after, pinned=pinned)
 
@@ -295,10 +295,10 @@ class Machine:
         return self._client.ask(verbs.Status, timeout=timeout)
 
     def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Events as they come, of a launched machine from the first one: console, exit, ring-rebuilt, tracking,
-        warning, ended (the last); dropped (``count``), for so many that came too long ago. docs/protocol.md has
-        their fields; all but dropped have ``at``. Stops after ``timeout`` seconds without one. Raises VmmError when
-        the machine goes away in between."""
+        """Events as they come, of a launched machine from the first one: started, paused, resumed, console, exit,
+        ring-rebuilt, tracking, warning, incoming-lost, ended (the last); dropped (``count``), for so many that came too
+        long ago. docs/protocol.md has their fields; all but dropped have ``at``. Stops after ``timeout`` seconds
+        without one. Raises VmmError when the machine goes away in between."""
         while True:
             event = self._client.event(_FOREVER if timeout is None else timeout)
             if event is not None:
@@ -346,8 +346,10 @@ class Machine:
         begin with the first. Otherwise nothing has changed."""
         owner, before = belongings(self.name).owner_pid, self._client.keeper
         deadline = time.monotonic() + _UPGRADE_PATIENCE
-        while (keeper := owner()) in (before, None) and is_upgrading(self.name) and time.monotonic() < deadline:
+        upgrading = is_upgrading(self.name)     # looked at first: when it is no more, the machine has its name
+        while (keeper := owner()) in (before, None) and upgrading and time.monotonic() < deadline:
             time.sleep(0.01)
+            upgrading = is_upgrading(self.name)
         if before is None or keeper in (before, None):
             return False
         self.detach()

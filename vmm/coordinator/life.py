@@ -50,8 +50,9 @@ class Life:
         timeout = self._core.spec.timeout
         return None if timeout is None or self.stopping != ExitReason.NONE else timeout - self.elapsed
 
-    def start(self) -> None:
-        """Let the vCPUs enter the guest for the first time. Nothing, if they have already. Raises VmmError."""
+    def start(self, held_by: str = "") -> None:
+        """Let the vCPUs enter the guest for the first time. Nothing, if they have already. ``held_by``: who keeps it
+        paused all the same, for people. Raises VmmError."""
         core = self._core
         if core.state != "ready":
             return
@@ -67,6 +68,7 @@ class Life:
         core.state = "running"
         core.reaper.schedule.plan(self.started, core.reaper.room())
         core.vcpus.resume_all()
+        core.tell({"event": "started", "held_by": held_by})
         step("start-resumed")
 
     def stop(self, reason: ExitReason) -> None:

@@ -6,6 +6,8 @@ handed over to another host, which stays until the machine is taken back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from ipc.linux.processid import ProcessId
@@ -162,7 +164,17 @@ class Pauses:
             except BaseException:
                 self._standing = False      # it has let all of them go again
                 raise
-            self._core.tell({"event": "paused", "by": ", ".join(self.holders)})
+            self._tell({"event": "paused", "by": ", ".join(self.holders)})
         else:
             self._core.vcpus.resume_all()
-            self._core.tell({"event": "resumed"})
+            self._tell({"event": "resumed"})
+
+    def tell_if_running(self) -> None:
+        """By a coordinator that has taken over: the one that died may not have come to it."""
+        if self.running:
+            self._tell({"event": "resumed"})
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Not of a guest that has not begun: it stands still anyway, and ``started`` says who keeps it paused."""
+        if self._core.state == "running":
+            self._core.tell(event)

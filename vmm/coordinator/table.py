@@ -44,7 +44,7 @@ def handlers(machine: Families) -> dict[type[verbs.Verb], Handler]:
         return handler
 
     return {
-        verbs.Start: allowed(Change.START, lambda v: life.start()),
+        verbs.Start: allowed(Change.START, lambda v: life.start(", ".join(pauses.holders))),
         verbs.Status: lambda v: life.final if life.final is not None else core.report(),
         verbs.Stop: lambda v: life.stop_or_go(one_line(v.why)),
         verbs.Release: lambda v: life.go(),

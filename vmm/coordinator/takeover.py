@@ -68,6 +68,7 @@ def commit(machine: Families, known: set[str]) -> None:
     if life.started is not None:
         core.take_memory()
         core.vcpus.resume_all()     # those who want it to stand still have their own pause by now
+        machine.pauses.tell_if_running()
     _log.info("took over the machine (restart %d)", core.restarts)
 
 

@@ -27,7 +27,7 @@ from ipc.linux.files import lock_within, open_locked
 
 from ..errors import ExitCode, VmmError
 from .names import check_machine_name, is_machine_name, scope
-from .runtime import is_running, is_upgrading, machine_names
+from .runtime import goes_on, is_running, is_upgrading, machine_names
 
 __all__ = ["BY_SIGTERM", "KEPT", "KEPT_DAYS", "UPGRADED", "Record", "ended_names", "log_path",
            "migration_path", "no_machine", "now", "outcome", "remove_records", "state_root", "write_report"]
@@ -119,7 +119,7 @@ def outcome(name: str) -> dict[str, Any] | None:
     """The last report of a machine that does not run any more, as vmm/coordinator/status.py has it; None: there is
     none of that name. Without ``vcpus`` if there was nobody to make one: states ``failed`` (it did not start) and
     ``lost`` (all of its processes were killed)."""
-    if is_running(name) or is_upgrading(name):
+    if goes_on(name):
         return None
     try:
         path = _directory(name) / _REPORT

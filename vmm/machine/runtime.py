@@ -19,8 +19,8 @@ from ..errors import ExitCode, VmmError
 from .names import belongings, between_name, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
 __all__ = ["CONTINUES", "END", "KEEPER", "LET_GO", "PROGRAMS", "SOCKET_PATH_MAX", "adopt_claim", "await_upgrade",
-           "claim", "collect_garbage", "end_at_once", "is_running", "is_upgrading", "leftovers", "machine_dir",
-           "machine_names", "release", "runtime_root"]
+           "claim", "collect_garbage", "end_at_once", "goes_on", "is_running", "is_upgrading", "leftovers",
+           "machine_dir", "machine_names", "release", "runtime_root"]
 
 #: What a launching process tells the keeper on its life pipe: end the machine; it lives on without me.
 END, LET_GO = b"0", b"1"
@@ -46,6 +46,11 @@ def is_running(name: str) -> bool:
 def is_upgrading(name: str) -> bool:
     """The machine of that name is being upgraded: where none runs, one will (vmm/consumers/migration/upgrade.py)."""
     return is_running(between_name(name))
+
+
+def goes_on(name: str) -> bool:
+    """A machine of that name runs, or will when its upgrade is through."""
+    return is_upgrading(name) or is_running(name)      # in this order: where it is upgraded no more, it has its name
 
 
 def await_upgrade(name: str) -> bool:
