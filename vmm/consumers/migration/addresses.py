@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...errors import VmmError
+from ...errors import VmmError, one_line
+from ...machine.runtime import SOCKET_PATH_MAX
 
 __all__ = ["Address", "parse_address"]
 
-_PATH_MAX = 107     # sun_path, less its terminating NUL
+_SHOWN = 60         # characters
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 
 
@@ -103,8 +104,8 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
     if scheme == "ipc":
         if rest in ("*", "@"):
             raise refuse("write ipc://PATH")
-        if (size := len(rest.encode())) > _PATH_MAX:
-            raise refuse(f"its path has {size} bytes, but a Unix socket path may have at most {_PATH_MAX}")
+        if (size := len(rest.encode())) > SOCKET_PATH_MAX:
+            raise refuse(f"its path has {size} bytes, but a Unix socket path may have at most {SOCKET_PATH_MAX}")
         return Address(text, path=rest)
     host, separator, port = rest.rpartition(":")
     if not separator or not host:
@@ -112,19 +113,24 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
     return Address(text, host=_host(host, listen, refuse), port=_port(port, listen, refuse))
 
 
+def _cut(text: str) -> str:
+    """A part of an address, in what is said of it."""
+    return one_line(text, _SHOWN)
+
+
 def _host(host: str, listen: bool, refuse: Callable[[str], VmmError]) -> str:
     if host.startswith("[") and host.endswith("]"):
         try:
             ipaddress.IPv6Address(host[1:-1])
         except ValueError:
-            raise refuse(f"{host} is not an IPv6 address") from None
+            raise refuse(f"{_cut(host)} is not an IPv6 address") from None
         return host[1:-1]
     if ":" in host:
-        raise refuse(f"write an IPv6 address in brackets: tcp://[{host.strip('[]')}]:PORT")
+        raise refuse(f"write an IPv6 address in brackets: tcp://[{_cut(host.strip('[]'))}]:PORT")
     if listen and host == "*":
         return host
     if not _HOST.fullmatch(host):
-        raise refuse(f"'{host}' is not a valid host name or address")
+        raise refuse(f"'{_cut(host)}' is not a valid host name or address")
     return host
 
 
@@ -132,7 +138,7 @@ def _port(port: str, listen: bool, refuse: Callable[[str], VmmError]) -> int:
     if listen and port == "*":
         return 0
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
-        raise refuse(f"port '{port}': use a number from {0 if listen else 1} to 65535")
+        raise refuse(f"port '{_cut(port)}': use a number from {0 if listen else 1} to 65535")
     if not listen and int(port) == 0:
         raise refuse("port 0: use a number from 1 to 65535")
     return int(port)

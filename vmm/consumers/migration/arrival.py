@@ -22,8 +22,9 @@ _SHOWN = 64         # characters of a name that the source gives
 class Arrival:
     """From the offer on; before there is one, nothing is kept."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, upgrade: bool = False) -> None:
         self._address = address
+        self._upgrade = upgrade
         self._began = self._round_began = time.monotonic()
         #: None: no offer was taken yet.
         self.report: Report | None = None
@@ -33,7 +34,8 @@ class Arrival:
         self._began = time.monotonic()
         process = identity()
         self.report = Report(one_line(offer.id, _SHOWN), name, self._address, direction="incoming",
-                             source=one_line(offer.spec.name, _SHOWN), pid=process.pid, pid_started=process.start)
+                             source=one_line(offer.spec.name, _SHOWN), pid=process.pid, pid_started=process.start,
+                             upgrade=self._upgrade)
         self.report.ram.total = self.report.ram.remaining = sum(slot.size for slot in offer.spec.slots)
 
     def taking(self) -> None:

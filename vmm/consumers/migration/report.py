@@ -137,6 +137,7 @@ class Report:
     pid_started: int = 0
     direction: str = "outgoing"
     source: str = ""
+    upgrade: bool = False       # a half of one (upgrade.py)
     began_at: str = field(default_factory=now)
     ended_at: str = ""
 

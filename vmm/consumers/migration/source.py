@@ -98,8 +98,9 @@ def migrate(machine: Machine, address: str, options: Options | None = None, *, m
     MigrationError, with the machine still running here; KeyboardInterrupt (and whatever else is raised into it) cancels
     in the same way, until the machine is handed over: nothing cancels it then. VmmError for an invalid address or keys,
     and for a machine that cannot be migrated now."""
-    report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address)
-    return _carry_out(machine, options or Options(), report, progress, Source.run, early=early)
+    options = options or Options()
+    report = Report(migration_id or uuid.uuid4().hex[:8], machine.name, address, upgrade=bool(options.upgrade))
+    return _carry_out(machine, options, report, progress, Source.run, early=early)
 
 
 def recover(machine: Machine, address: str = "", options: Options | None = None, *, migration_id: str = "",
@@ -108,7 +109,8 @@ def recover(machine: Machine, address: str = "", options: Options | None = None,
     target waits. ``address`` and ``options``: as they were, unless others are given. Raises MigrationError,
     VmmError."""
     record = load_hand_over(machine.name)
-    report = continued(Report(migration_id or record.id, machine.name, address or record.address))
+    report = continued(Report(migration_id or record.id, machine.name, address or record.address,
+                              upgrade=bool(record.upgrade)))
     return _carry_out(machine, options or record.options, report, progress, Source.recover)
 
 

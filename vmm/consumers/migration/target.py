@@ -190,7 +190,7 @@ class _Target:
         self._timeout = timeout
         self._refused = refused
         self._trees = trees
-        self._arrival = Arrival(place.endpoint)
+        self._arrival = Arrival(place.endpoint, upgrade=upgrade is not None)
         self._machine: Machine | None = None
         self._begun = contextlib.ExitStack()    # what is needed until the machine is ready
         self._ready = self._reserved = False
