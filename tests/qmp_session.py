@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["TIMEOUT", "Session", "serving"]
 
@@ -35,7 +35,11 @@ def serving(name: str, path: Path, *options: str) -> Iterator[subprocess.Popen[s
 
 
 class Session:
-    """A connection. ``events``: those that have come and were not waited for. ``answers``: (command, what came)."""
+    """A connection. ``events``: those that have come and were not waited for; ``told``: all of them. ``answers``:
+    (command, what came). ``all_told``, ``all_answers``: of every session that there was."""
+
+    all_told: ClassVar[list[dict[str, Any]]] = []
+    all_answers: ClassVar[list[tuple[str, dict[str, Any]]]] = []
 
     def __init__(self, path: Path, *, negotiate: bool = True) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -44,6 +48,7 @@ class Session:
         self._text = b""
         self._count = 0
         self.events: list[dict[str, Any]] = []
+        self.told: list[dict[str, Any]] = []
         self.answers: list[tuple[str, dict[str, Any]]] = []
         self.greeting = self.line()
         if negotiate:
@@ -64,7 +69,11 @@ class Session:
             self._text += more
         text, _, self._text = self._text.partition(b"\n")
         assert text.endswith(b"\r")
-        return dict(json.loads(text))
+        found = dict(json.loads(text))
+        if "event" in found:
+            self.told.append(found)
+            self.all_told.append(found)
+        return found
 
     def answer(self) -> dict[str, Any]:
         """The next that is no event."""
@@ -81,6 +90,7 @@ class Session:
         found = self.answer()
         assert found.pop("id") == self._count
         self.answers.append((command, found))
+        self.all_answers.append((command, found))
         return found
 
     def ask(self, command: str, **arguments: Any) -> Any:

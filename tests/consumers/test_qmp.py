@@ -11,18 +11,28 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import msgspec
 import pytest
 from command import vmm_here
-from machines import nothing_left, runs, spec, stands_still, until
-from migrations import Receiver, goes_on
+from machines import nothing_left, replace, runs, spec, stands_still, until
+from migrations import PlayedTarget, Receiver, goes_on
 from qmp_schema import qemu_schema
 from qmp_session import TIMEOUT, Session, serving
 
 from vmm.client.machine import Machine
+from vmm.consumers.migration import wire
+from vmm.consumers.migration.upgrade import upgrade
+from vmm.consumers.qmp import QmpServer
+from vmm.consumers.qmp import server as server_module
 from vmm.consumers.qmp.commands import TABLE
+from vmm.consumers.qmp.follower import Follower
+from vmm.consumers.qmp.story import Story
+from vmm.errors import ExitCode, VmmError
+from vmm.machine.runtime import is_running
+from vmm.machine.spec import MachineSpec
 
 #: Its guest dirties a few thousand pages per second, for ever.
 WALK = spec("sequential", accel="unicorn", name="source", mib=16, passes=0, spin=3000, timeout=None)
@@ -35,6 +45,21 @@ def path(tmp_path_factory: pytest.TempPathFactory, runtime_dir: Path) -> Iterato
     found = runtime_dir / "qmp"
     yield found
     assert not found.exists()
+
+
+@pytest.fixture(autouse=True)
+def all_is_as_qemus_schema_says() -> Iterator[None]:
+    """Whatever is answered and told in any of these tests (where there is a QEMU to say so)."""
+    Session.all_answers.clear()
+    Session.all_told.clear()
+    yield
+    with contextlib.suppress(pytest.skip.Exception):
+        schema = qemu_schema()
+        wrong = [text for name, answer in Session.all_answers if "return" in answer and schema.knows(name)
+                 for text in schema.wrong_answer(name, answer["return"])]
+        wrong += [text for each in Session.all_told
+                  for text in schema.wrong_event(each["event"], each.get("data", {}))]
+        assert not [text for text in wrong if not text.startswith(GONE_SINCE)]
 
 
 @pytest.fixture
@@ -109,19 +134,31 @@ def test_what_others_do_to_the_machine_is_told(machine: Machine, session: Sessio
     assert session.closed()
 
 
-@pytest.mark.parametrize(("workload", "events"), [
-    ("hello", [("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})]),
-    ("crash", [("GUEST_PANICKED", {"action": "poweroff"}), ("SHUTDOWN", {"guest": True, "reason": "guest-panic"})])])
-def test_the_end_of_a_guest_is_told_as_what_it_was(workload: str, events: list[Any], path: Path,
+def tiny(tmp_path: Path, code: str) -> MachineSpec:
+    """Its guest is these bytes, in hex."""
+    image = tmp_path / "guest.bin"
+    image.write_bytes(bytes.fromhex(code))
+    return spec("", accel="unicorn", image=image, load_address=0x10_0000, params=[], vcpus=1, mib=4)
+
+
+ENDS = "31c0e7f4"       # exit with code 0
+CRASHES = "0f0b"        # ud2
+
+
+@pytest.mark.parametrize(("code", "events"), [
+    (ENDS, [("RESUME", {}), ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})]),
+    (CRASHES, [("RESUME", {}), ("GUEST_PANICKED", {"action": "poweroff"}),
+               ("SHUTDOWN", {"guest": True, "reason": "guest-panic"})])])
+@pytest.mark.parametrize("first", [[], ["stop"]], ids=["", "stopped before"])
+def test_the_end_of_a_guest_is_told_as_what_it_was(code: str, events: list[Any], first: list[str], path: Path,
                                                    tmp_path: Path) -> None:
-    image = tmp_path / "crash.bin"
-    image.write_bytes(bytes.fromhex("0f0b" if workload == "crash" else "31c0e7f4"))     # ud2; exit with code 0
-    guest = spec("", accel="unicorn", image=image, load_address=0x10_0000, params=[], vcpus=1, mib=4)
-    with Machine.launch(guest, start=False), serving("t", path) as server, Session(path) as session:
-        assert session.ask("query-status")["status"] == "prelaunch"
+    with Machine.launch(tiny(tmp_path, code), start=False), serving("t", path) as server, Session(path) as session:
+        for command in [*first, "query-status"]:
+            session.ask(command)
+        assert session.answers[-1][1]["return"] == {"running": False, "singlestep": False, "status": "prelaunch"}
         session.ask("cont")
         assert session.closed()
-        assert [(each["event"], each["data"]) for each in session.events] == events
+        assert [(each["event"], each.get("data", {})) for each in session.events] == events
         assert server.wait(TIMEOUT) == 0
 
 
@@ -156,6 +193,108 @@ def test_it_outlives_the_coordinator(machine: Machine, session: Session) -> None
     session.ask("cont")
     session.event("RESUME")
     assert not session.events
+
+
+def test_a_resume_that_went_down_with_its_coordinator_is_told(steps: Path, machine: Machine, session: Session) -> None:
+    session.ask("stop")
+    session.event("STOP")
+    (steps / "kill-resume-noted").touch()
+    session.ask("cont")
+    session.event("RESUME")
+    assert machine.status()["coordinator"]["restarts"] == 1
+    assert not session.events
+
+
+@contextlib.contextmanager
+def detached(launched: MachineSpec) -> Iterator[Machine]:
+    """It lives by itself, and has ended afterwards. It is paused before its first instruction."""
+    first = Machine.launch(replace(launched, linger=False), detach=True, start=False)
+    first.pause()
+    first.start()
+    first.detach()
+    try:
+        with Machine.attach(launched.name) as found:
+            yield found
+    finally:
+        if is_running(launched.name):
+            with Machine.attach(launched.name) as found:
+                found.stop()
+        until(lambda: nothing_left(launched.name), "nothing is left")
+
+
+def test_it_outlives_an_upgrade(path: Path) -> None:
+    """The guest stands still for each of its two hand-overs, which are no migrations."""
+    with detached(WALK) as machine, serving("source", path) as server, Session(path) as session:
+        session.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        session.ask("cont")
+        session.event("RESUME")
+        upgrade("source")
+        session.event("STOP")
+        session.event("RESUME")
+        assert session.ask("query-migrate") == {}
+        session.ask("stop")
+        session.event("STOP")
+        assert stands_still(machine)
+        session.ask("cont")
+        session.event("RESUME")
+        session.ask("quit")
+        assert session.closed()
+        assert server.wait(TIMEOUT) == 0
+        assert {each["event"] for each in session.told} == {"STOP", "RESUME", "SHUTDOWN"}
+
+
+def test_a_guest_that_ends_after_an_upgrade_has_ended_by_itself(path: Path, tmp_path: Path) -> None:
+    """Though its old vCPUs were stopped; and one that was paused all the time is not said to go on."""
+    with detached(tiny(tmp_path, ENDS)), serving("t", path) as server, Session(path) as session:
+        upgrade("t")
+        assert session.ask("query-status")["status"] == "paused"
+        session.ask("cont")
+        assert session.closed()
+        assert server.wait(TIMEOUT) == 0
+        assert [(each["event"], each.get("data", {})) for each in session.told] == [
+            ("RESUME", {}), ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})]
+
+
+class Deaf(Machine):
+    """Its first three looks for events are ``said`` instead."""
+
+    looks = 0
+    said: dict[str, Any] | VmmError
+
+    def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
+        self.looks += 1
+        if self.looks > 3:
+            yield from super().events(timeout)
+        elif isinstance(self.said, VmmError):
+            raise self.said
+        else:
+            yield self.said
+
+
+def test_a_machine_that_does_not_answer_has_not_ended(machine: Machine) -> None:
+    with Deaf.attach("source") as deaf:
+        deaf.said = VmmError("it did not answer", ExitCode.NO_MACHINE)
+        deaf.skip_events()
+        machine.stop()
+        report = Follower(deaf, Story(deaf.status()), lambda told: None, Event()).until_end()
+        assert report is not None
+        assert (report["state"], deaf.looks > 3) == ("ended", True)
+
+
+def test_what_was_dropped_is_made_up_for(machine: Machine) -> None:
+    told: list[str] = []
+
+    def tell(each: list[Any]) -> None:
+        told.extend(name for name, _ in each)
+        machine.stop()
+
+    with Deaf.attach("source") as deaf:
+        story = Story(deaf.status())
+        machine.pause()
+        deaf.skip_events()      # nobody tells of it
+        deaf.said = {"event": "dropped", "count": 3}
+        assert Follower(deaf, story, tell, Event()).until_end() is not None
+    assert told == ["STOP"]
 
 
 # --- dirty rate and limit -------------------------------------------------------------------------------------------
@@ -220,11 +359,49 @@ def test_a_migration_as_qemu_tells_it(machine: Machine, path: Path, address: str
         assert session.events[-1]["event"] != "SHUTDOWN"
         assert session.ask("query-status") == {"running": False, "singlestep": False, "status": "postmigrate"}
         assert "does not run here any more" in session.refused("cont")["desc"]
+        with Session(path, negotiate=False) as other:
+            other.refused("quit")
+        session.refused("quit", now=True)
+        assert session.ask("query-status")["status"] == "postmigrate"
         with receiver.result() as moved:
             goes_on(moved)
         session.close()
         assert server.wait(TIMEOUT) == 0
     assert machine.wait(TIMEOUT)["handed_over"]
+
+
+def test_a_quit_is_not_forgotten_before_it_is_noticed_that_the_machine_has_left(
+        machine: Machine, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client waits for the end."""
+    answered, closed = Event(), list[bool]()
+
+    class Late(Follower):
+        def until_end(self) -> dict[str, Any]:
+            assert answered.wait(TIMEOUT)
+            return {"handed_over": "there"}
+
+    def client() -> None:
+        with Session(path) as session:
+            session.ask("quit")
+            answered.set()
+            closed.append(session.closed())
+
+    monkeypatch.setattr(server_module, "Follower", Late)
+    thread = Thread(target=client)
+    assert QmpServer("source", str(path)).run(thread.start) == 0
+    thread.join(TIMEOUT)
+    assert closed == [True]
+
+
+def test_a_migration_that_fails_is_told(machine: Machine, session: Session, address: str) -> None:
+    session.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    with PlayedTarget(address, {wire.Offer: [wire.Refused("there is no room")]}):
+        session.ask("migrate", uri=address)
+        until(lambda: session.ask("query-migrate")["status"] == "failed", "it has failed", TIMEOUT)
+    assert "there is no room" in session.ask("query-migrate")["error-desc"]
+    while statuses(session)[-1:] != ["failed"]:
+        session.events.append(session.line())
+    assert session.ask("query-status")["status"] == "running"
 
 
 def test_a_migration_is_cancelled_and_the_machine_goes_on(machine: Machine, session: Session, address: str) -> None:
@@ -272,19 +449,19 @@ def test_a_server_that_is_killed_takes_nothing_along(machine: Machine, path: Pat
 
 def test_a_target_that_cannot_be_is_said(machine: Machine, session: Session) -> None:
     for uri, said in (("tcp:localhost:4444", "--insecure"), ("exec:cat", "write tcp:HOST:PORT or unix:PATH"),
-                      ("tcp:localhost:99999999", "port"), ("tcp:localhost:1,ipv4=on", "comma"), ("unix:", "unix:PATH")):
+                      ("tcp:localhost:99999999", "port"), ("tcp:localhost:1,ipv4=on", "comma"), ("unix:", "unix:PATH"),
+                      ("unix:/a\0b", "control character"), ("unix:/" + "x" * 200_000, "socket path"),
+                      ("tcp:" + "x" * 200_000 + ":1", "not a valid host name"), ("\u202e" * 1000, "unix:PATH"),
+                      ("tcp://\u202e:1", "not a valid host name")):
         error = session.refused("migrate", uri=uri)
         assert error["class"] == "GenericError"
         assert said in error["desc"]
+        assert error["desc"].isprintable()
+        assert len(error["desc"]) < 400
         assert session.ask("query-status")["status"] == "running"
 
 
 # --- QEMU's schema --------------------------------------------------------------------------------------------------
-
-
-def known(wrong: list[str]) -> list[str]:
-    """Without what other versions of QEMU have otherwise."""
-    return [text for text in wrong if not text.startswith(GONE_SINCE)]
 
 
 def test_commands_take_what_qemus_take() -> None:
@@ -300,8 +477,9 @@ def test_commands_take_what_qemus_take() -> None:
         assert all(optional or not theirs[each] or name == "migrate" for each, optional in ours.items()), name
 
 
-def test_every_answer_and_event_is_as_qemus_schema_says(machine: Machine, path: Path, address: str) -> None:
-    schema = qemu_schema()
+def test_every_command_is_answered_as_qemus_schema_says(machine: Machine, path: Path, address: str) -> None:
+    """Which is looked at after each test here."""
+    qemu_schema()
     receiver = Receiver(address, accel="unicorn")
     with serving("source", path), Session(path) as session:
         queries = [name for name in TABLE if name.startswith("query-")]
@@ -324,10 +502,6 @@ def test_every_answer_and_event_is_as_qemus_schema_says(machine: Machine, path: 
         receiver.result().close()
         session.ask("quit")
         assert session.closed()
-    wrong = [text for name, answer in session.answers if "return" in answer and schema.knows(name)
-             for text in schema.wrong_answer(name, answer["return"])]
-    wrong += [text for each in session.events for text in schema.wrong_event(each["event"], each.get("data", {}))]
-    assert not known(wrong)
     assert {"STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"} <= {each["event"] for each in session.events}
     assert {name for name, _ in session.answers} >= {name for name in TABLE if name != "migrate_cancel"} - {
         "migrate-cancel"}
@@ -363,13 +537,17 @@ NO_COMMANDS = [
     (b'{"execute": "stop", "arguments": {"x": 1}}', "GenericError"), (b'{"execute": }', "GenericError"),
     (b'{"execute": "calc-dirty-rate"}', "GenericError"), (b"[" * 5000 + b"]" * 5000, "GenericError"),
     (b'{"execute": "calc-dirty-rate", "arguments": {"calc-time": 0}}', "GenericError"), (b'"\x01', "GenericError"),
+    (b'{"execute": "%s"}' % ("\u202e" * 9999).encode(), "CommandNotFound"), (b"{'execute': 'stop'}", "GenericError"),
     (b'{"execute": "qu\xff', "GenericError"), (b"}", "GenericError"), (b'{"execute": "\xc3\x28"}', "GenericError")]
 
 
 def test_what_is_no_command_is_an_error_and_the_next_one_is_heard(session: Session) -> None:
     for sent, kind in NO_COMMANDS:
         session.send(sent)
-        assert session.answer()["error"]["class"] == kind, sent
+        error = session.answer()["error"]
+        assert error["class"] == kind, sent
+        assert error["desc"].isprintable()
+        assert len(error["desc"]) < 400
         assert session.ask("query-name") == {"name": "source"}
     session.send(b'{"execute":"query-name","id":{"a":[1]}}{"execute":\n\n"query-na')
     session.send(b'me"}')
@@ -377,9 +555,22 @@ def test_what_is_no_command_is_an_error_and_the_next_one_is_heard(session: Sessi
     assert session.answer() == {"return": {"name": "source"}}
 
 
+def test_a_client_that_does_not_read_is_given_up(session: Session, path: Path) -> None:
+    """It has asked for more than may lie about for it, and the others are served."""
+    with Session(path) as other:
+        with contextlib.suppress(ConnectionError):
+            other.send(b'{"execute":"query-commands"}' * 20_000)
+        assert session.ask("query-status")["running"] is True
+        read = 0
+        with contextlib.suppress(EOFError, ConnectionError):
+            while other.line():
+                read += 1
+    assert 0 < read < 20_000
+    assert session.ask("query-status")["running"] is True
+
+
 def test_clients_harm_nobody_else(session: Session, path: Path) -> None:
-    """One that goes in the middle of a command, one that sends without end, more than there may be, one that does not
-    read."""
+    """One that goes in the middle of a command, one that sends without end, more than there may be."""
     with socket.socket(socket.AF_UNIX) as other:
         other.connect(str(path))
         other.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-status"')

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vmm.consumers.migration.report import Report
 from vmm.consumers.qmp.story import Story
-from vmm.consumers.qmp.wire import Splitter, TooLong, decode_request
+from vmm.consumers.qmp.wire import Splitter, TooLong, decode_request, encode
 
 documents = st.recursive(st.none() | st.booleans() | st.integers() | st.text(),
                          lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
@@ -53,42 +53,77 @@ def test_a_control_character_begins_anew() -> None:
     assert splitter.feed(b'"}{"') == [b'"}{"']
 
 
+@given(st.text() | st.integers())
+def test_what_is_said_is_ascii(text: str | int) -> None:
+    """As QEMU's own is (docs/interop/qmp-spec): a client may read bytes."""
+    line = encode({"return": {"text": text}, "id": text})
+    assert max(line) < 0x80
+    assert json.loads(line) == {"return": {"text": text}, "id": text}
+
+
 def test_a_value_without_end_is_given_up() -> None:
     splitter = Splitter()
     with pytest.raises(TooLong):
         splitter.feed(b"[" * (2 << 20))
 
 
-def said(*events: dict[str, Any], stopped: bool = False, quits: bool = False) -> list[Any]:
-    story = Story(stopped=stopped)
-    story.quit = quits
-    return [told for event in events for told in story.heard(event)] + story.ended()
+RUNNING, PAUSED, READY = ({"state": state} for state in ("running", "paused", "ready"))
 
 
-def leaves(reason: str) -> dict[str, Any]:
-    return {"event": "exit", "vcpu": 0, "reason": reason, "code": 0, "detail": ""}
+def names(told: list[Any]) -> list[str]:
+    return [name for name, _ in told]
 
 
-@pytest.mark.parametrize(("reasons", "reason", "guest"), [
-    (["code", "code"], "guest-shutdown", True), (["code", "triple-fault"], "guest-panic", True),
-    (["stopped", "code"], "host-signal", False), (["worker-died", "stopped"], "host-error", False),
-    (["timeout"], "host-error", False), ([], "host-error", False)])
-def test_why_it_ended(reasons: list[str], reason: str, guest: bool) -> None:
-    assert said(*map(leaves, reasons))[-1] == ("SHUTDOWN", {"guest": guest, "reason": reason})
-    assert said(*map(leaves, reasons), quits=True)[-1] == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+def said(*events: dict[str, Any], at_first: dict[str, Any] = RUNNING) -> list[str]:
+    story = Story(at_first)
+    return names([told for event in events for told in story.heard(event)])
+
+
+@pytest.mark.parametrize(("reasons", "code", "reason", "guest"), [
+    (["code", "code"], 0, "guest-shutdown", True), (["code", "triple-fault"], 4, "guest-panic", True),
+    (["stopped", "triple-fault"], 4, "guest-panic", True), (["stopped", "code"], 8, "host-signal", False),
+    (["worker-died", "stopped"], 6, "host-error", False), (["worker-died", "triple-fault"], 6, "guest-panic", True),
+    (["timeout"], 5, "host-error", False), ([None], 8, "host-signal", False), ([], 6, "host-error", False)])
+def test_why_it_ended(reasons: list[str | None], code: int, reason: str, guest: bool) -> None:
+    """Whether a vCPU's end was heard of or not (its coordinator may have died with it)."""
+    report = {"exit_code": code, "vcpus": [{"exit_reason": each} for each in reasons]}
+    exits = [{"event": "exit", "vcpu": 0, "reason": each, "code": 0, "detail": ""} for each in reasons if each]
+    for heard in (exits, []):
+        story = Story(RUNNING)
+        told = [each for event in heard for each in story.heard(event)] + story.ended(report)
+        assert names(told) == ["GUEST_PANICKED"] * (reason == "guest-panic") + ["SHUTDOWN"]
+        assert told[-1][1] == {"guest": guest, "reason": reason}
+    story.quit = True
+    assert story.ended(report)[-1] == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+
+
+def test_an_end_without_a_report_of_vcpus_is_an_error() -> None:
+    assert Story(RUNNING).ended({"exit_code": 6}) == [("SHUTDOWN", {"guest": False, "reason": "host-error"})]
 
 
 def test_a_pause_is_told_once_however_often_it_is_heard() -> None:
     """A coordinator that takes over says again what is so."""
     paused, resumed = {"event": "paused", "by": "the user"}, {"event": "resumed"}
-    told = [name for name, _ in said(paused, paused, resumed, resumed, paused)]
-    assert told == ["STOP", "RESUME", "STOP", "SHUTDOWN"]
-    assert [name for name, _ in said(paused, resumed, stopped=True)] == ["RESUME", "SHUTDOWN"]
+    assert said(paused, paused, resumed, resumed, paused) == ["STOP", "RESUME", "STOP"]
+    assert said(paused, resumed, at_first=PAUSED) == ["RESUME"]
+    assert said(paused, {"event": "started", "held_by": ""}, paused) == ["STOP", "RESUME", "STOP"]
+    assert said(paused, {"event": "started", "held_by": "the user"}, resumed) == ["STOP", "RESUME"]
+    assert said({"event": "started", "held_by": ""}, at_first=READY) == ["RESUME"]
+    assert said({"event": "started", "held_by": "the user"}, resumed, at_first=READY) == ["RESUME"]
+
+
+def test_what_was_not_heard_is_made_up_for_by_a_look() -> None:
+    story = Story(RUNNING)
+    assert names(story.looked(PAUSED)) == ["STOP"]
+    assert names(story.heard({"event": "paused", "by": ""})) == []
+    assert names(story.looked(PAUSED)) == []
+    assert names(story.looked(RUNNING)) == ["RESUME"]
+    assert names(story.looked({"state": "ended"})) == []
 
 
 def passed(*looks: tuple[str, int]) -> list[Any]:
     """(status, rounds done), as they were seen; the numbers are passes."""
-    story, told = Story(stopped=False), []
+    story, told = Story(RUNNING), []
     for status, rounds in looks:
         report = Report("id", "t", "there", status=status)
         report.ram.dirty_sync_count = rounds

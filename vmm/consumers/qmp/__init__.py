@@ -3,9 +3,11 @@
 
     server.py       the socket, sessions, events to all of them, the end
     wire.py         JSON values out of a stream, answers, errors
-    commands.py     the table of commands; arguments checked; state, vCPUs, stop, cont, quit
+    commands.py     the table of commands; state, vCPUs, stop, cont, quit
+    arguments.py    what commands take, checked
     dirty.py        dirty rate and dirty limit
     migration.py    migrate and what belongs to it
+    follower.py     what happens to the machine, until it ends
     story.py        from the machine's events and its migration's report to QMP's events (no I/O)
 
 It is a client of the machine like any other: a coordinator that dies is replaced behind it, and an upgraded machine

@@ -18,7 +18,7 @@ from ...version import VERSION
 from . import dirty, migration
 from .arguments import Arguments, Nothing
 from .story import Story
-from .wire import QmpError
+from .wire import QmpError, shown
 
 __all__ = ["TABLE", "VERSION_INFO", "Commands", "check_negotiation", "run_state"]
 
@@ -49,7 +49,7 @@ class Commands:
         """The answer. Raises QmpError."""
         command = TABLE.get(name)
         if command is None:
-            raise QmpError(f"there is no command '{name}' here (query-commands lists them)", "CommandNotFound")
+            raise QmpError(f"there is no command '{shown(name)}' here (query-commands lists them)", "CommandNotFound")
         try:
             given = msgspec.convert(arguments, command.takes)
         except UNREADABLE as exc:
@@ -117,21 +117,22 @@ def _stop(all_: Commands, _: Nothing) -> dict[str, Any]:
 
 def _cont(all_: Commands, _: Nothing) -> dict[str, Any]:
     machine = all_.require_here()
-    if machine.status()["state"] == "ready":
+    begun = machine.status()["state"] != "ready"
+    machine.resume()        # also before the start: it may have been stopped
+    if not begun:
         machine.start()
-    else:
-        machine.resume()
     return {}
 
 
 def _quit(all_: Commands, _: Nothing) -> dict[str, Any]:
-    all_.story.quit = True
-    if not all_.left:
-        try:
+    all_.story.quit = True      # before it ends: that is told by another thread
+    try:
+        if not all_.left:
             all_.machine.stop()
-        except VmmError as exc:
-            if exc.exit_code is not ExitCode.NO_MACHINE:
-                raise
+    except VmmError as exc:
+        if exc.exit_code is not ExitCode.NO_MACHINE:
+            all_.story.quit = False
+            raise
     return {}
 
 

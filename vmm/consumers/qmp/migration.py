@@ -14,12 +14,13 @@ import msgspec
 
 from ...errors import VmmError
 from ..migration import background, control
+from ..migration.addresses import parse_address
 from ..migration.report import COMMITTED, OVER, Options
 from ..migration.status import load_status
 from ..migration.steering import CHANNELS_MAX, Changes
 from .arguments import Arguments, Count
 from .story import STATUS
-from .wire import QmpError
+from .wire import QmpError, shown
 
 __all__ = ["Addressing", "Capabilities", "Migrate", "Migrations", "Parameters", "address_of"]
 
@@ -73,17 +74,20 @@ class Capabilities(Arguments):
 
 
 def address_of(uri: str) -> str:
-    """As ``vmm migrate`` takes it, of ``tcp:HOST:PORT``, ``unix:PATH`` and what it takes itself. Raises QmpError."""
+    """As ``vmm migrate`` takes it, of ``tcp:HOST:PORT``, ``unix:PATH`` and what it takes itself. Raises QmpError,
+    VmmError."""
     scheme, _, rest = uri.partition(":")
     if rest.startswith("//") and scheme in ("tcp", "ipc"):
-        return uri
-    if scheme == "tcp":
+        address = uri
+    elif scheme == "tcp":
         if "," in rest:
-            raise QmpError(f"uri '{uri}': options behind a comma cannot be had here")
-        return f"tcp://{rest}"
-    if scheme == "unix" and rest:
-        return f"ipc://{os.path.abspath(rest)}"
-    raise QmpError(f"uri '{uri}': write tcp:HOST:PORT or unix:PATH, where vmm receive waits")
+            raise QmpError(f"uri '{shown(uri)}': options behind a comma cannot be had here")
+        address = f"tcp://{rest}"
+    elif scheme == "unix" and rest:
+        address = f"ipc://{os.path.abspath(rest)}"
+    else:
+        raise QmpError(f"uri '{shown(uri)}': write tcp:HOST:PORT or unix:PATH, where vmm receive waits")
+    return parse_address(address).text
 
 
 class Migrations:
@@ -103,9 +107,10 @@ class Migrations:
         return self._switches["events"]
 
     def report(self) -> dict[str, Any] | None:
-        """Of its last migration; None: it was never migrated, as far as is known."""
+        """Of its last migration; None: it was never migrated, as far as is known. An upgrade is none."""
         with contextlib.suppress(VmmError):     # with the machine its report goes, before the last one is kept
-            self._last = load_status(self._machine)
+            found = load_status(self._machine)
+            self._last = self._last if found.get("upgrade") else found
         return self._last
 
     @property
@@ -167,7 +172,7 @@ class Migrations:
         wanted = {each.capability: each.state for each in asked.capabilities}
         for name, state in wanted.items():
             if name not in _SWITCHES and name not in _OFF:
-                raise QmpError(f"there is no migration capability '{name}' here")
+                raise QmpError(f"there is no migration capability '{shown(name)}' here")
             if state and name in _OFF:
                 raise QmpError(f"the migration capability {name} cannot be had here")
         self._switches.update({name: state for name, state in wanted.items() if name in _SWITCHES})

@@ -19,14 +19,14 @@ import msgspec
 
 from ...client.machine import Machine
 from ...errors import VmmError
-from ...machine.records import outcome
 from ..migration.addresses import parse_address
 from ..migration.door import listening_at
 from ..migration.report import OVER
 from .commands import VERSION_INFO, Commands, check_negotiation
+from .follower import Follower
 from .migration import Addressing
 from .story import Story, Told
-from .wire import QmpError, Splitter, TooLong, decode_request, encode, event
+from .wire import QmpError, Splitter, TooLong, decode_request, encode, event, shown
 
 __all__ = ["QmpServer"]
 
@@ -35,7 +35,6 @@ _PIECE = 1 << 16
 _UNREAD = 1 << 20           # bytes of events and answers that a client may leave lying
 _LOOK_S = 0.1               # at a migration under way
 _LOOK_IDLE_S = 1.0          # whether one has begun
-_HEAR_S = 0.5               # for events, before it is looked whether this is to end
 _LAST_S = 2.0               # for a client to take what was said last
 
 _GREETING = encode({"QMP": {"version": VERSION_INFO, "capabilities": []}})
@@ -49,9 +48,9 @@ class QmpServer:
         self._stack = contextlib.ExitStack()
         try:
             self._machine = self._stack.enter_context(Machine.attach(name))
-            self._follower = self._stack.enter_context(self._machine.another())
-            self._follower.skip_events()
-            self._story = Story(stopped=self._machine.status()["state"] == "paused")
+            self._followed = self._stack.enter_context(self._machine.another())
+            self._followed.skip_events()
+            self._story = Story(self._machine.status())
             self._socket = self._stack.enter_context(listening_at(parse_address(f"ipc://{path}", listen=True)))
         except BaseException:
             self._stack.close()
@@ -78,7 +77,7 @@ class QmpServer:
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, self._on_signal, number)
         self._thread = ThreadPoolExecutor(1, "qmp-commands")
-        follower = threading.Thread(target=self._follow, args=(loop, self._follower), name="qmp-events")
+        follower = threading.Thread(target=self._follow, args=(loop,), name="qmp-events")
         server = await asyncio.start_unix_server(self._serve, sock=self._socket)
         looker = asyncio.create_task(self._look_after_migrations())
         follower.start()
@@ -135,18 +134,17 @@ class QmpServer:
         session.idle.clear()
         try:
             session.answer(await self._carried_out(session, request.execute, request.arguments), number)
+            self._end_if_left()
         except QmpError as exc:
             session.fail(exc, number)
         finally:
             session.idle.set()
-        if request.execute == "quit" and self._commands.left:
-            self._ended.set()
 
     async def _carried_out(self, session: _Session, name: str, arguments: dict[str, Any]) -> Any:
         """Raises QmpError."""
         if not session.negotiated:
             if name != "qmp_capabilities":
-                raise QmpError(f"{name}: a session begins with qmp_capabilities", "CommandNotFound")
+                raise QmpError(f"{shown(name)}: a session begins with qmp_capabilities", "CommandNotFound")
             check_negotiation(arguments)
             session.negotiated = True
             return {}
@@ -162,40 +160,25 @@ class QmpServer:
 
     # --- the machine ------------------------------------------------------------------------------------------------
 
-    def _follow(self, loop: asyncio.AbstractEventLoop, machine: Machine) -> None:
-        """In a thread: what happens to the machine, until it ends."""
-        while not self._over.is_set():
-            if self._hear(loop, machine) and not machine.goes_on():
-                return self._machine_ended(loop, machine)
-
-    def _hear(self, loop: asyncio.AbstractEventLoop, machine: Machine) -> bool:
-        """For a moment; True: it has ended."""
-        try:
-            for happened in machine.events(_HEAR_S):
-                if happened["event"] == "ended":
-                    return True
-                if told := self._story.heard(happened):
-                    loop.call_soon_threadsafe(self._tell, told)
-                if self._over.is_set():
-                    break
-        except VmmError:
-            return True
-        return False
-
-    def _machine_ended(self, loop: asyncio.AbstractEventLoop, machine: Machine) -> None:
-        """It was migrated, or has ended for good."""
-        if _handed_over(machine):
+    def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread: what happens to the machine, until it was migrated, or has ended for good."""
+        report = Follower(self._followed, self._story, lambda told: loop.call_soon_threadsafe(self._tell, told),
+                          self._over).until_end()
+        if report is None:
+            return
+        if report.get("handed_over"):
             self._commands.left = True
             loop.call_soon_threadsafe(self._end_if_left)
             return
         if self._story.quit:        # whoever launched it need not let it go
             with contextlib.suppress(VmmError):
-                machine.release()
-        loop.call_soon_threadsafe(self._tell, self._story.ended())
+                self._followed.release()
+        loop.call_soon_threadsafe(self._tell, self._story.ended(report))
         loop.call_soon_threadsafe(self._ended.set)
 
     def _end_if_left(self) -> None:
-        if self._commands.left and not self._sessions:
+        """It is not here any more, and nobody has anything to ask: the last client has gone, or one has said so."""
+        if self._commands.left and (self._story.quit or not self._sessions):
             self._ended.set()
 
     async def _look_after_migrations(self) -> None:
@@ -206,15 +189,6 @@ class QmpServer:
             if report is not None:
                 self._tell(self._story.migration(report, tell=migrations.tells))
             await asyncio.sleep(_LOOK_S if active or self._commands.left else _LOOK_IDLE_S)
-
-
-def _handed_over(machine: Machine) -> bool:
-    """A machine that has ended runs elsewhere, or will."""
-    try:
-        report: dict[str, Any] | None = machine.status()
-    except VmmError:
-        report = outcome(machine.name)
-    return bool(report and report.get("handed_over"))
 
 
 class _Session:

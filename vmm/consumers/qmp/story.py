@@ -1,12 +1,14 @@
 """From what happens to a machine to the events that QMP tells of it: decisions without I/O.
 
 The machine's own events (docs/protocol.md) come from its coordinator, which may be replaced: a pause that is told
-twice is one STOP. A migration's report is looked at now and then (server.py), so states that it surely went through
-in between are told too."""
+twice is one STOP. A machine that is upgraded is paused in its old processes, and started in its new ones. A migration's
+report is looked at now and then (server.py), so states that it surely went through in between are told too."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from ...errors import ExitCode
 
 __all__ = ["STATUS", "Story", "Told"]
 
@@ -23,48 +25,56 @@ _BEFORE_CANCELLED = "cancelling"
 
 #: Why a vCPU ends whose guest is to blame (vmm/coordinator/outcome.py).
 _PANICS = frozenset({"triple-fault", "exception", "bad-address", "unknown-port", "halt"})
-_CLEAN = frozenset({"code"})
 
 
 class Story:
-    """Of one machine, from when somebody looks. ``stopped``: its guest stood still then."""
+    """Of one machine, from when its report was this one (vmm/machine/report.py)."""
 
-    def __init__(self, *, stopped: bool) -> None:
-        self.stopped = stopped
+    def __init__(self, report: dict[str, Any]) -> None:
+        self._stopped = report["state"] != "running"
         #: The client has asked for the end.
         self.quit = False
         self._panicked = False
-        self._reasons: set[str] = set()
         self._migration, self._status, self._passes = "", "", 0
+
+    def looked(self, report: dict[str, Any]) -> Told:
+        """It is so by now, and what came before may not have been heard."""
+        return [] if report["state"] == "ended" else self._stands(report["state"] != "running")
+
+    def _stands(self, stopped: bool) -> Told:
+        before, self._stopped = self._stopped, stopped
+        return [] if stopped == before else [("STOP" if stopped else "RESUME", {})]
+
+    def _crashed(self) -> Told:
+        told: Told = [] if self._panicked else [("GUEST_PANICKED", {"action": "poweroff"})]
+        self._panicked = True
+        return told
 
     def heard(self, event: dict[str, Any]) -> Told:
         """An event of the machine, other than its last."""
         kind = event["event"]
-        if kind == "paused" and not self.stopped:
-            self.stopped = True
-            return [("STOP", {})]
-        if kind == "resumed" and self.stopped:
-            self.stopped = False
-            return [("RESUME", {})]
-        if kind == "exit":
-            self._reasons.add(event["reason"])
-            if event["reason"] in _PANICS and not self._panicked:
-                self._panicked = True
-                return [("GUEST_PANICKED", {"action": "poweroff"})]
+        if kind in ("paused", "resumed"):
+            return self._stands(kind == "paused")
+        if kind == "started":
+            return self._stands(bool(event["held_by"]))
+        if kind == "exit" and event["reason"] in _PANICS:
+            return self._crashed()
         return []
 
-    def ended(self) -> Told:
-        """The machine has ended, and does not go on elsewhere."""
-        guest = bool(self._reasons) and self._reasons <= _CLEAN | _PANICS
+    def ended(self, report: dict[str, Any]) -> Told:
+        """The machine has ended, and does not go on elsewhere; its last report. What is known of its vCPUs by then
+        counts, whoever had heard of it."""
+        reasons = {vcpu["exit_reason"] for vcpu in report.get("vcpus", [])}
+        told = self._crashed() if reasons & _PANICS else []
         if self.quit:
-            guest, reason = False, "host-qmp-quit"
+            reason = "host-qmp-quit"
         elif self._panicked:
             reason = "guest-panic"
-        elif guest:
+        elif reasons == {"code"}:
             reason = "guest-shutdown"
         else:
-            reason = "host-signal" if self._reasons <= {"stopped", "code"} and self._reasons else "host-error"
-        return [("SHUTDOWN", {"guest": guest, "reason": reason})]
+            reason = "host-signal" if report["exit_code"] == ExitCode.STOPPED else "host-error"
+        return [*told, ("SHUTDOWN", {"guest": reason.startswith("guest-"), "reason": reason})]
 
     def migration(self, report: dict[str, Any], *, tell: bool = True) -> Told:
         """The report of its last migration, of those that leave. ``tell``: somebody wants to know (QEMU's migration

@@ -7,6 +7,7 @@ to the beginning (QEMU's way out for a client that does not know what it has sen
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -16,9 +17,10 @@ from ipc.messages import UNREADABLE
 
 from ...errors import one_line
 
-__all__ = ["QmpError", "Request", "Splitter", "TooLong", "decode_request", "encode", "event"]
+__all__ = ["QmpError", "Request", "Splitter", "TooLong", "decode_request", "encode", "event", "shown"]
 
 _MOST = 1 << 20             # bytes of one value
+_SHOWN = 100                # characters of a name that came from a client
 _SPACE = b" \t\r\n"
 _OPEN, _CLOSE, _QUOTE, _ESCAPE = b"{[", b"}]", ord('"'), ord("\\")
 _NO_UTF8 = 0xFE             # and above
@@ -111,8 +113,14 @@ def decode_request(text: bytes) -> tuple[Request | None, Any, str]:
 
 
 def encode(document: dict[str, Any]) -> bytes:
-    """A line. Values of UNSET are left out."""
-    return msgspec.json.encode({k: v for k, v in document.items() if v is not msgspec.UNSET}) + b"\r\n"
+    """A line, in ASCII as QEMU's are. Values of UNSET are left out."""
+    text = json.dumps({k: v for k, v in document.items() if v is not msgspec.UNSET}, separators=(",", ":"))
+    return text.encode() + b"\r\n"
+
+
+def shown(name: str) -> str:
+    """What a client calls something, as a part of what is answered."""
+    return one_line(name, _SHOWN)
 
 
 def event(name: str, data: dict[str, Any] | None = None) -> bytes:
