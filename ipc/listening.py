@@ -9,11 +9,14 @@ import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .linux.files import lock_within
 
 __all__ = ["InTheWay", "UnixListener", "listen_tcp"]
 
+#: What the kernel says where there is no IPv6, or it is switched off.
+_NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 _LOCK_PATIENCE = 2.0        # seconds for another that is about to listen in the same folder
 
 
@@ -22,13 +25,30 @@ class InTheWay(OSError):
 
 
 def listen_tcp(host: str | None, port: int, backlog: int) -> socket.socket:
-    """At the first address of that name (None: every address of the host). Unlike ``socket.create_server`` it leaves to
-    the host whether an IPv6 address takes IPv4, too, and errors as the kernel has them. Raises OSError."""
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                                          flags=socket.AI_PASSIVE)[0]
-    found = socket.socket(family, kind, protocol)
+    """At the first address of that name; None: every address of the host, IPv6 and IPv4, or IPv4 where the host has no
+    other. Unlike ``socket.create_server`` it leaves to the host whether an IPv6 address takes IPv4, too, and errors as
+    the kernel has them. Raises OSError."""
+    if host is None:
+        try:
+            return _listen(socket.AF_INET6, ("::", port), backlog, both=True)
+        except OSError as exc:
+            if exc.errno not in _NO_IPV6:
+                raise
+            return _listen(socket.AF_INET, ("0.0.0.0", port), backlog)
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except UnicodeError:        # of the encoding as a domain's name
+        raise OSError(errno.EINVAL, "not a valid host name") from None
+    return _listen(family, where, backlog)
+
+
+def _listen(family: int, where: Any, backlog: int, *, both: bool = False) -> socket.socket:
+    """``both``: IPv4 at an IPv6 socket, whatever the host is set to. Raises OSError."""
+    found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if both:
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         found.bind(where)
         found.listen(backlog)
     except OSError:

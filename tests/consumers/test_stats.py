@@ -20,7 +20,7 @@ from migrations import TIMEOUT, Receiver
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
 from vmm.consumers.stats import Sample, Sampler, Stats
-from vmm.errors import VmmError
+from vmm.errors import ExitCode, VmmError
 from vmm.machine.spec import MachineSpec, ReaperSpec
 from vmm.migrate import Options, migrate
 
@@ -107,6 +107,34 @@ def test_distinct_pages_are_measured_when_asked_for_and_the_log_is_let_go(accel:
         sampler.dirty_rate = False
         assert sampler.sample().distinct_pages is None
         assert machine.status()["clients"] == []
+
+
+class Mute(Machine):
+    """Gives no report once."""
+
+    mute = False
+
+    def status(self, timeout: float = 30.0) -> dict[str, Any]:
+        was, self.mute = self.mute, False
+        if was:
+            raise VmmError("it did not answer", ExitCode.NO_MACHINE)
+        return super().status(timeout)
+
+
+def test_pages_of_a_sample_that_fails_are_in_the_next(accel: str) -> None:
+    """The flush has taken them already."""
+    with Machine.launch(busy(accel)) as machine, Mute.attach("t") as mute, sampled(mute, dirty_rate=True) as sampler:
+        machine.pause()
+        sampler.sample()
+        before = sampler.sample().distinct_pages
+        machine.write(0x10_0000, bytes(4096 * 5))
+        mute.mute = True
+        with pytest.raises(VmmError):
+            sampler.sample()
+        machine.write(0x20_0000, bytes(4096 * 2))
+        found = sampler.sample()
+        assert (found.distinct_pages, before) == (7, 0)
+        assert found.stats.distinct_pages_per_s == pytest.approx(7 / found.stats.seconds)
 
 
 def test_ring_fill_is_what_the_next_flush_harvests(accel: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ipc.listening import InTheWay, UnixListener
+from ipc import listening
+from ipc.listening import InTheWay, UnixListener, listen_tcp
 
 
 def connected(path: Path) -> socket.socket:
@@ -63,3 +65,27 @@ def test_the_file_of_a_third_stays(tmp_path: Path) -> None:
     with connected(path):
         pass
     third.close()
+
+
+@pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
+def test_every_address_of_a_host_without_ipv6_is_ipv4(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old(socket.socket):
+        """Of a kernel that has no IPv6, or has it switched off."""
+
+        def __init__(self, family: int = -1, *more: int, **options: object) -> None:
+            if family == socket.AF_INET6 and code == errno.EAFNOSUPPORT:
+                raise OSError(code, "")
+            super().__init__(socket.AF_INET, *more)
+
+        def bind(self, where: tuple[str, int]) -> None:
+            if where[0] == "::":
+                raise OSError(code, "")
+            super().bind(where)
+
+        def setsockopt(self, level: int, *option: int) -> None:
+            if level != socket.IPPROTO_IPV6:
+                super().setsockopt(level, *option)
+
+    monkeypatch.setattr(listening.socket, "socket", Old)
+    with listen_tcp(None, 0, 1) as found:
+        assert found.getsockname()[0] == "0.0.0.0"

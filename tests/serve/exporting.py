@@ -37,9 +37,9 @@ def exporter(*arguments: str, status: int | None = 128 + signal.SIGTERM) -> Iter
     assert status is None or process.returncode == status
 
 
-def fetch(url: str, accept: str = "text/plain") -> str:
+def fetch(url: str, accept: str = "text/plain", seconds: float = TIMEOUT) -> str:
     request = urllib.request.Request(url, headers={"Accept": accept})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
         return str(answer.read().decode())
 
 

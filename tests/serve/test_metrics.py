@@ -12,6 +12,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,16 @@ from command import vmm, vmm_here
 from exporting import TIMEOUT, Series, exporter, fetch, fetch_unix, parsed
 from machines import ANY, spec, until
 from places import TOP
+from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 
 from vmm.client.machine import Machine
 from vmm.errors import VmmError
 from vmm.machine.runtime import is_running
 from vmm.machine.spec import MachineSpec
+from vmm.serve import endpoint
 from vmm.serve.collector import MachineCollector
-from vmm.serve.endpoint import parse_address
+from vmm.serve.endpoint import Endpoint, Listening, parse_address
 from vmm.serve.metrics import METRICS, table
 
 
@@ -170,6 +174,44 @@ def test_a_machine_that_does_not_answer_is_down_and_the_others_are_not() -> None
         until(lambda: of(parsed(fetch(url)), "one", "shardvmm_machine_up") == 1, "it answers again")
 
 
+@pytest.mark.parametrize("scrapes", [0, 2], ids=["when it would be registered", "when it would be flushed"])
+def test_one_that_stands_still_does_not_hold_up_the_others(scrapes: int) -> None:
+    """Prometheus waits for 10 s. And once it answers, one client is there for the exporter, which goes with it."""
+    with Machine.launch(busy("unicorn", "one", vcpus=1)) as one, \
+            Machine.launch(busy("unicorn", "two", vcpus=1)) as two, \
+            exporter("--listen", "0", "--dirty-rate") as (url, process):
+        pid = one.status()["coordinator"]["pid"]
+        for _ in range(scrapes):
+            fetch(url)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for _ in range(2):
+                found = parsed(fetch(url, seconds=10.0))
+                assert [of(found, name, "shardvmm_machine_up") for name in ("one", "two")] == [0, 1]
+            assert two.status()["clients"]
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: of(parsed(fetch(url)), "one", "shardvmm_machine_up") == 1, "it answers again")
+        assert len(one.status()["clients"]) == 1
+        process.terminate()
+        process.wait(TIMEOUT)
+        until(lambda: one.status()["clients"] == [], "the client goes with the exporter")
+
+
+def test_a_machine_that_has_anothers_name_is_another() -> None:
+    with contextlib.closing(MachineCollector(dirty_rate=True)) as collector:
+        def dirtied() -> float | None:
+            values = {s.name: s.value for family in collector.collect() for s in family.samples}
+            return values.get("shardvmm_machine_dirtied_bytes_total")
+
+        for pages in (7, 3):
+            with Machine.launch(busy("unicorn", vcpus=1)) as machine:
+                machine.pause()
+                until(lambda: dirtied() == 0, "it is measured from here on")
+                machine.write(0x10_0000, bytes(4096 * pages))
+                assert dirtied() == pages * 4096
+
+
 def test_the_exporter_of_a_machine_ends_with_it(accel: str) -> None:
     with Machine.launch(busy(accel)) as machine, exporter("t", "--listen", "0", status=0) as (url, process):
         assert of(parsed(fetch(url)), "t", "shardvmm_machine_up") == 1
@@ -228,6 +270,83 @@ def test_what_is_no_address_is_said(text: str) -> None:
     with pytest.raises(VmmError) as caught:
         parse_address(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_host_that_can_be_no_name_is_said() -> None:
+    done = vmm_here("exporter", "--listen", "a..b:1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "http://a..b:1/metrics: cannot listen there: not a valid host name" in done.stderr
+
+
+class Served(MachineCollector):
+    """Of no machine: it gives what the test says."""
+
+    families: list[Any]
+
+    def collect(self) -> Iterator[Any]:
+        if not self.families:
+            raise ValueError("a\nb")
+        return iter(self.families)
+
+
+@contextlib.contextmanager
+def served(path: Path, families: list[Any]) -> Iterator[Callable[[], socket.socket]]:
+    """Gives connections to it. No thread of it is left."""
+    collector = Served([])
+    collector.families = families
+    before = set(threading.enumerate())
+    with Endpoint(Listening(parse_address(f"unix:{path}")), collector), contextlib.ExitStack() as stack:
+        def connected() -> socket.socket:
+            found = stack.enter_context(socket.socket(socket.AF_UNIX))
+            found.settimeout(TIMEOUT)
+            found.connect(str(path))
+            return found
+
+        yield connected
+        until(lambda: len(set(threading.enumerate()) - before) == 1, "all requests are over")     # its own is left
+
+
+def test_what_goes_wrong_is_one_line(runtime_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with served(runtime_dir / "metrics", []) as connected:
+        client = connected()
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        with client.makefile("rb") as file:
+            answer = file.read()
+    assert b" 500 " in answer.splitlines()[0]
+    assert capfd.readouterr().err == "vmm: error: metrics: ValueError: a\\nb (this is a bug)\n"
+
+
+def test_a_client_that_does_not_take_its_answer_is_nobodys_affair(
+        runtime_dir: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint._Handler, "timeout", 0.2)
+    long = GaugeMetricFamily("long", "x" * (4 << 20))
+    with served(runtime_dir / "metrics", [long]) as connected:
+        connected().sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_has_so_long_for_all_of_its_request(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it says something."""
+    monkeypatch.setattr(endpoint._Handler, "timeout", 2 * TIMEOUT)
+    monkeypatch.setattr(endpoint, "_REQUEST", 0.2)
+    with served(runtime_dir / "metrics", []) as connected:
+        client = connected()
+        client.sendall(b"GET /met")
+        assert client.recv(1) == b""
+
+
+def test_every_address_of_the_host_is_both_kinds() -> None:
+    with exporter("--listen", ":0") as (url, _):
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        for host in ["127.0.0.1", *(["[::1]"] if has_ipv6() else [])]:
+            fetch(f"http://{host}:{port}/metrics")
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::1", 0))
+        return True
+    return False
 
 
 # --- with a launch ----------------------------------------------------------------------------------------------------

@@ -440,12 +440,12 @@ class Machine:
         """Switch dirty logging of a slot off. Raises VmmError."""
         self._client.ask(verbs.LogStop, slot=slot)
 
-    def register(self, client: str, *, mine: bool = False, like: str = "") -> None:
+    def register(self, client: str, *, mine: bool = False, like: str = "", timeout: float = 30.0) -> None:
         """Begin to gather dirty pages for ``client`` (1 to 32 of a-z, 0-9, _); idempotent. Where nobody else needs a
         log, the vCPUs stand still for some milliseconds, and log from then on. ``mine``: until this process ends at
         the latest, and for it alone. ``like``: begin with what that client has gathered. Raises VmmError, also when
-        it is another process' own."""
-        self._client.ask(verbs.Register, client=client, mine=mine, like=like)
+        it is another process' own, and when the coordinator has not answered within ``timeout`` seconds."""
+        self._client.ask(verbs.Register, timeout, client=client, mine=mine, like=like)
 
     def mark_for(self, client: str, slot: int, words: NDArray[np.uint64]) -> None:
         """These pages of the slot are dirty for this client alone, in its next sync (``words``: a bit a page, as in
@@ -456,9 +456,10 @@ class Machine:
                 bits = base64.b64encode(zlib.compress(piece.astype("<u8").tobytes(), 1)).decode()
                 self._client.ask(verbs.MarkFor, client=client, slot=slot, word=at, bits=bits)
 
-    def unregister(self, client: str) -> None:
-        """Stop gathering for the client; what it had is dropped. Raises VmmError."""
-        self._client.ask(verbs.Unregister, client=client)
+    def unregister(self, client: str, timeout: float = 30.0) -> None:
+        """Stop gathering for the client; what it had is dropped. Raises VmmError, also when the coordinator has not
+        answered within ``timeout`` seconds."""
+        self._client.ask(verbs.Unregister, timeout, client=client)
         self._bitmaps.forget(client)
 
     def sync(self, client: str) -> SyncResult:
@@ -480,10 +481,10 @@ class Machine:
         return Flushed({slot_id: slot["dirty"] for slot_id, slot in answer["slots"].items()}, answer["at"],
                        answer["vcpu_pages"], frozenset(i for i, s in answer["slots"].items() if s["retired"]))
 
-    def take(self, client: str) -> int:
+    def take(self, client: str, timeout: float = 30.0) -> int:
         """Like ``sync``, the dirty pages only counted: no bitmap is opened, no ranges are made of it. Raises
-        VmmError."""
-        return sum(s["dirty"] for s in self._client.ask(verbs.Sync, client=client)["slots"].values())
+        VmmError, also when the coordinator has not answered within ``timeout`` seconds."""
+        return sum(s["dirty"] for s in self._client.ask(verbs.Sync, timeout, client=client)["slots"].values())
 
     def bitmap(self, slot: int, client: str) -> Bitmap:
         """The client's bitmap of a slot as of its last sync here, a view; valid until its next. (The slot itself

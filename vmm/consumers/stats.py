@@ -32,6 +32,7 @@ __all__ = ["MigrationStats", "ReaperStats", "Sample", "Sampler", "SlotStats", "S
 VERSION = 1
 
 _PATIENCE = 10.0        # seconds for a coordinator's answer
+_CLOSING = 1.0          # and for one that is no longer of interest
 _OVER = ("exited", "dead")
 
 _numbers = itertools.count()
@@ -138,52 +139,55 @@ class Sample:
 
 
 class Sampler:
-    """Samples of one machine, for one thread. ``dirty_rate`` may be changed between two. Close it."""
+    """Samples of one machine, for one thread. ``dirty_rate`` may be changed between two. ``timeout``: seconds for each
+    answer of its coordinator. Close it."""
 
     def __init__(self, machine: Machine, *, dirty_rate: bool = False, timeout: float = _PATIENCE) -> None:
         self.machine = machine
         self.dirty_rate = dirty_rate
         self._timeout = timeout
-        self._client = ""               # of the dirty log
-        self._distinct = 0
+        self._client = ""               # of the dirty log; it may have been asked for, and not answered
+        self._gathers = False           # it has been flushed for
+        self._distinct = self._sampled = 0      # pages: of all flushes, and of those up to the last sample
         self._before: dict[str, Any] | None = None
 
     def sample(self) -> Sample:
         """Raises VmmError when the machine is gone, or has not answered in time."""
-        distinct = self._flush()
+        measured = self._flush()
         report = self.machine.status(self._timeout)
         before, self._before = self._before, report
-        if distinct is not None:
-            self._distinct += distinct
+        distinct = self._distinct - self._sampled if measured else None
+        self._sampled = self._distinct
         return Sample(_stats(report, before, distinct, _underway(report)), report,
                       self._distinct if self.dirty_rate else None)
 
-    def _flush(self) -> int | None:
-        """Pages dirtied since the last time; None: not measured, or not now (while a machine is arriving, say).
-        Raises VmmError as ``sample`` does."""
+    def _flush(self) -> bool:
+        """Pages dirtied since the last time are counted; False: not measured, or not now (while a machine is arriving,
+        say). Raises VmmError as ``sample`` does."""
         if not self.dirty_rate:
             self.close()
-            return None
-        fresh = not self._client
+            return False
+        self._client = self._client or f"stats_{os.getpid()}_{next(_numbers)}"
         try:
-            if fresh:
-                client = f"stats_{os.getpid()}_{next(_numbers)}"
-                self.machine.register(client, mine=True)
-                self._client = client
-            pages = self.machine.take(self._client)
+            if not self._gathers:
+                self.machine.register(self._client, mine=True, timeout=self._timeout)
+            pages = self.machine.take(self._client, self._timeout)
         except VmmError as exc:
             if exc.exit_code is ExitCode.NO_MACHINE:
                 raise
             self.close()
-            return None
-        return None if fresh else pages
+            return False
+        before, self._gathers = self._gathers, True
+        self._distinct += pages if before else 0
+        return before
 
     def close(self) -> None:
-        """The machine logs for it no longer. Idempotent."""
-        client, self._client = self._client, ""
+        """The machine logs for it no longer: at the latest when this process ends, where its coordinator does not
+        answer. Idempotent."""
+        client, self._client, self._gathers = self._client, "", False
         if client:
             with contextlib.suppress(VmmError):     # with the machine, it has gone
-                self.machine.unregister(client)
+                self.machine.unregister(client, min(self._timeout, _CLOSING))
 
 
 def stats_schema() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from .. import optional
 from ..client.machine import Machine
 from ..consumers.stats import Sample, Sampler
 from ..errors import VmmError
+from ..machine.names import belongings
 from ..machine.runtime import is_running, machine_names
 from .metrics import METRICS, UP, Metric
 
@@ -25,14 +26,15 @@ _AT_ONCE = 8        # machines
 
 class MachineCollector:
     """Of the machines ``names``, or (None) of all that run when it is asked. A machine is connected to once, and let go
-    when it has ended. ``dirty_rate``: as ``Sampler`` has it. Nothing happens between two collections. Close it."""
+    when it has ended; one that was upgraded, or has another's name, is another. ``dirty_rate``: as ``Sampler`` has it.
+    Nothing happens between two collections. Close it."""
 
     def __init__(self, names: Sequence[str] | None = None, *, dirty_rate: bool = False) -> None:
         """Raises MissingPackage."""
         self._core = optional.prometheus("core")
         self._names = names
         self._dirty_rate = dirty_rate
-        self._samplers: dict[str, Sampler] = {}
+        self._samplers: dict[str, tuple[int, Sampler]] = {}     # with the keeper of its machine
         self._lock = threading.Lock()       # a server may be asked twice at once
         self._closed = False
 
@@ -49,9 +51,14 @@ class MachineCollector:
 
     def _sample_all(self) -> dict[str, Sample | None]:
         """{machine: None where it does not answer}."""
-        names = [n for n in (machine_names() if self._names is None else self._names) if is_running(n)]
-        for gone in self._samplers.keys() - set(names):
-            _let_go(self._samplers.pop(gone))
+        asked = machine_names() if self._names is None else self._names
+        keepers = {name: keeper for name in asked if (keeper := belongings(name).owner_pid()) is not None}
+        for gone in [name for name, (keeper, _) in self._samplers.items() if keepers.get(name) != keeper]:
+            _let_go(self._samplers.pop(gone)[1])
+        for name in keepers.keys() - self._samplers.keys():
+            sampler = Sampler(Machine(name), dirty_rate=self._dirty_rate, timeout=_PATIENCE)
+            self._samplers[name] = keepers[name], sampler
+        names = list(keepers)
         if len(names) < 2:
             return {name: sample for name in names if (sample := self._sample(name)) or is_running(name)}
         with ThreadPoolExecutor(min(_AT_ONCE, len(names)), "collect") as pool:
@@ -60,11 +67,7 @@ class MachineCollector:
 
     def _sample(self, name: str) -> Sample | None:
         try:
-            sampler = self._samplers.get(name)
-            if sampler is None:
-                sampler = self._samplers[name] = Sampler(Machine(name), dirty_rate=self._dirty_rate,
-                                                         timeout=_PATIENCE)
-            return sampler.sample()
+            return self._samplers[name][1].sample()
         except VmmError:
             return None
 
@@ -89,7 +92,7 @@ class MachineCollector:
         """Idempotent."""
         with self._lock:
             self._closed = True
-            for sampler in self._samplers.values():
+            for _, sampler in self._samplers.values():
                 _let_go(sampler)
             self._samplers.clear()
 

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import re
 import socket
+import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from ipc.listening import InTheWay, UnixListener, listen_tcp
@@ -23,10 +27,14 @@ from ..errors import VmmError, one_line
 from ..machine.runtime import SOCKET_PATH_MAX
 from .collector import MachineCollector
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
 __all__ = ["Address", "Endpoint", "Listening", "parse_address"]
 
 _LOCAL = "127.0.0.1"
-_HEARING = 10.0         # seconds for a client to say what it wants
+_HEARING = 10.0         # seconds for a client to say something, or take some of its answer
+_REQUEST = 30.0         # and for all of it
 _BACKLOG = 16
 _FORM = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]*):)?(?P<port>[0-9]{1,5})")
 
@@ -105,12 +113,30 @@ class Listening:
 
 
 class _Handler(WSGIRequestHandler):
-    """Says nothing of each request."""
+    """Says nothing of each request. A client that has not asked and taken its answer in time is given up."""
 
     timeout = _HEARING
 
+    def handle(self) -> None:
+        """One request."""
+        deadline = threading.Timer(_REQUEST, self._give_up)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            super().handle()
+        finally:
+            deadline.cancel()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(OSError):      # it has gone
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
+
+    def get_stderr(self) -> io.StringIO:
+        """For what wsgiref says of a client that does not take its answer: nothing."""
+        return io.StringIO()
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -132,6 +158,20 @@ class _Server(ThreadingMixIn, WSGIServer):
         pass    # it has gone, or does not speak HTTP
 
 
+def _said(application: WSGIApplication) -> WSGIApplication:
+    """What goes wrong within it is one line on standard error, and for the client."""
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            return application(environ, start_response)
+        except Exception as exc:
+            said = f"metrics: {type(exc).__name__}: {one_line(str(exc))} (this is a bug)"
+            print(f"vmm: error: {said}", file=sys.stderr, flush=True)
+            start_response("500 Internal Server Error", [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"{said}\n".encode()]
+
+    return answer
+
+
 class Endpoint:
     """Serves what ``collector`` has to whoever connects, in threads of its own, within its ``with``; both are closed
     after it."""
@@ -143,7 +183,7 @@ class Endpoint:
         self._collector = collector
         self._listening = listening
         self._server = _Server(listening.socket)
-        self._server.set_app(optional.prometheus("exposition").make_wsgi_app(registry))
+        self._server.set_app(_said(optional.prometheus("exposition").make_wsgi_app(registry)))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True)
 
     def __enter__(self) -> Endpoint:
