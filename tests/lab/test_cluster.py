@@ -105,6 +105,7 @@ class TestStress:
 
     @pytest.mark.parametrize(("address", "message"), [
         ("127.0.0.1:1", "no cluster at 127.0.0.1:1: Connection refused"),
+        ("a..b:1", "no cluster at a..b:1: not a valid host name"),
         ("auto", "no cluster at auto: this host is not a node of one"),
         ("ray://here:10001", "--cluster: 'ray://here:10001' is not an address: auto, local, or HOST:PORT")])
     def test_no_cluster_is_said_in_a_line(self, address: str, message: str, tmp_path: Path) -> None:

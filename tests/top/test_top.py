@@ -24,7 +24,7 @@ from textual.widgets import Footer, Input
 from vmm.client.machine import Machine
 from vmm.consumers import snapshot
 from vmm.machine.spec import MachineSpec
-from vmm.top.app import TopApp
+from vmm.top.app import TopApp, next_due
 from vmm.top.text import SLOT_COLUMNS, VCPU_COLUMNS, Column, megabytes, percent, short
 from vmm.top.widgets import Rows
 
@@ -148,6 +148,12 @@ def test_keys_do_what_they_say(accel: str, tmp_path: Path) -> None:
             await ask(app, pilot, "l", "100MB/s")
             await shown(pilot, lambda: "limited to 100.0 MB/s" in said(app), "it is limited")
             assert {v["dirty_limit_pages_per_s"] for v in machine.status()["vcpus"]} == {24414}
+            await ask(app, pilot, "l", "")
+            assert {v["dirty_limit_pages_per_s"] for v in machine.status()["vcpus"]} == {24414}
+            await ask(app, pilot, "l", "inf")
+            await shown(pilot, lambda: "is not a rate" in said(app), "what is no rate is said")
+            await ask(app, pilot, "n", "~nosuchuser/x")
+            await shown(pilot, lambda: said(app).startswith("snapshot failed"), "there is no such user")
             await ask(app, pilot, "l", "0")
             await shown(pilot, lambda: said(app) == "no dirty limit", "it is not limited")
             await pilot.press("d")
@@ -199,6 +205,27 @@ def test_a_coordinator_that_does_not_answer_stops_nothing(accel: str) -> None:
             await shown(pilot, lambda: app.samples > samples + 1, "samples go on", 60.0)
 
         on_screen(act)
+
+
+@pytest.mark.parametrize("mode", ["bitmap", "ring"])
+def test_why_nothing_is_reaped_is_said(mode: str) -> None:
+    with Machine.launch(busy("unicorn", log="always" if mode == "bitmap" else "auto")) as machine:
+        machine.set_tracking(mode)
+
+        async def act(app: TopApp, pilot: Pilot[None]) -> None:
+            why = "without rings" if mode == "bitmap" else "it does not log"
+            await shown(pilot, lambda: app.reaper.shown.endswith(f"none due: {why}"), "why")
+
+        on_screen(act)
+
+
+def test_samples_are_regular_however_many_keys_ask_for_one() -> None:
+    assert next_due(10.0, 10.5, 1.0) == 11.0        # it took so long to take it
+    assert next_due(10.0, 12.5, 1.0) == 12.5        # one that took too long is not made up for
+    due = 11.0
+    for now in (10.25, 10.5, 10.75):                # keys: one sample each, before the next is due
+        due = next_due(due, now, 1.0)
+        assert due == now + 1.0
 
 
 # --- on a terminal --------------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ from . import text
 from .ask import Ask
 from .widgets import Graph, Line, Rows
 
-__all__ = ["TopApp"]
+__all__ = ["TopApp", "next_due"]
 
-_LIFT = ("", "0", "none")
+_LIFT = ("0", "none")
 _PATIENCE = 2.0         # seconds for the machine's answer
 
 
@@ -130,8 +130,9 @@ class TopApp(App[None]):
                     sampler.dirty_rate = self._dirty_rate
                     if not self._take(sampler):
                         return
-                    due = max(due + self._interval, time.monotonic())
-                    self._look.wait(due - time.monotonic())
+                    now = time.monotonic()
+                    due = next_due(due, now, self._interval)
+                    self._look.wait(due - now)
                     self._look.clear()
         except VmmError as exc:
             self._tell(str(exc))
@@ -235,7 +236,7 @@ class TopApp(App[None]):
     def action_limit(self) -> None:
         """``vmm dirty-limit set``, or ``cancel``."""
         def limit(answer: str | None) -> None:
-            if answer is None:
+            if not answer:
                 return
             try:
                 pages = 0 if answer.lower() in _LIFT else round(parse_rate(_number(answer)) / PAGE_SIZE)
@@ -262,17 +263,27 @@ class TopApp(App[None]):
     def _take_snapshot(self, directory: str | None) -> None:
         if not directory:
             return
-        path = Path(directory).expanduser()
-        self._snapshot = process = subprocess.Popen(
-            python_module("vmm", "snapshot", "create", "--live", "--", self.machine, str(path)),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True)
+        try:
+            path = Path(directory).expanduser()
+            self._snapshot = process = subprocess.Popen(
+                python_module("vmm", "snapshot", "create", "--live", "--", self.machine, str(path)),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True)
+        except (OSError, RuntimeError, ValueError) as exc:      # no room for a process, no such user, no path
+            self._say(f"snapshot failed: {exc}")
+            return
 
         def wait() -> None:
             said, _ = process.communicate()
             self._tell(f"snapshot {said.strip() or 'ended'}".replace("snapshot vmm: error:", "snapshot failed:"))
 
         self._begin(wait)
+
+
+def next_due(due: float, now: float, interval: float) -> float:
+    """When the next sample is to be taken, where the last one was due at ``due`` and it is ``now``: as regularly as can
+    be, at once where that is over; an interval from now at most, as after one that a key has asked for."""
+    return max(min(due, now) + interval, now)
 
 
 def _set_limit(machine: Machine, pages: int) -> str:

@@ -88,7 +88,7 @@ def reaper_line(stats: Stats) -> str:
     reaper = stats.reaper
     text = f"reaper {reaper.mode} {reaper.state}: {short(reaper.iterations)} reaps"
     if reaper.interval_s is None:
-        return f"{text}, none due: it does not log"
+        return f"{text}, none due: {'without rings' if stats.logging else 'it does not log'}"
     text += f", every {_time(reaper.interval_s)}"
     if reaper.reap_s is not None:
         text += f" for {_time(reaper.reap_s)} ({percent(reaper.reaping)})"

@@ -79,8 +79,9 @@ def _check_address(address: str) -> None:
         raise VmmError(f"--cluster: '{address}' is not an address: auto, local, or HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
-    except OSError as exc:
-        raise VmmError(f"no cluster at {address}: {exc.strerror or exc}; ray start --head starts one") from None
+    except (OSError, UnicodeError) as exc:
+        why = exc.strerror or exc if isinstance(exc, OSError) else "not a valid host name"
+        raise VmmError(f"no cluster at {address}: {why}; ray start --head starts one") from None
 
 
 @contextmanager
