@@ -10,7 +10,7 @@ before the count, and x86 keeps the order of stores: what the count covers is wh
 again, and drops what may have been overwritten meanwhile. So marks are always on: one costs its writer less than a
 microsecond, and memory is bounded.
 
-What a worker that went wild has written over its lane is no mark: a reader drops what cannot be.
+What a worker that went wild has written over a lane is no mark: a reader drops what cannot be there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .layout import coordinator_lane, vcpu_lane
 
-__all__ = ["Kind", "Lane", "Mark"]
+__all__ = ["COORDINATOR_KINDS", "VCPU_KINDS", "Kind", "Lane", "Mark"]
 
 _MARK = struct.Struct("@QQIIQ")     # at, took, kind, who, value; native: the count is one store
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
@@ -40,14 +40,19 @@ class Kind(IntEnum):
     PAUSE = 4
     THROTTLE_BEGIN = 5  # for its dirty limit
     THROTTLE = 6
-    # of the coordinator
-    REAP_KICKED = 16    # as REAP, of one that a full ring has kicked the reaper for
+    # of the coordinator (16: of earlier versions)
     REAP_VCPU = 17      # who: vCPU; value: entries harvested, and << 32 those in its ring that await their reset
     RESET = 18          # value: entries that the rings were asked to free
     REAP = 19           # who: microseconds until the next one is due; value: entries
     FLUSH = 20          # value: entries, or pages
     VERIFY = 21         # a round of the verifier
     VERB = 22           # who: process id of the client; value: number of the verb (vmm/machine/verbs.py)
+    KICK = 23           # a full ring has kicked the reaper
+
+
+#: Those of each writer.
+VCPU_KINDS = frozenset(kind for kind in Kind if kind < Kind.REAP_VCPU)
+COORDINATOR_KINDS = frozenset(Kind) - VCPU_KINDS
 
 
 class Mark(NamedTuple):
@@ -62,27 +67,30 @@ class Mark(NamedTuple):
 
 
 class Lane:
-    """A lane in ``memory``, a writable buffer: a multiple of 32 bytes, the first 32 of which hold the count."""
+    """A lane in ``memory``, a writable buffer: a multiple of 32 bytes, the first 32 of which hold the count. ``kinds``:
+    its writer's."""
 
-    def __init__(self, memory: bytearray | ctypes.Array[ctypes.c_char]) -> None:
+    def __init__(self, memory: bytearray | ctypes.Array[ctypes.c_char], kinds: frozenset[Kind] = frozenset(Kind)
+                 ) -> None:
         self._memory = memory
+        self._kinds = kinds
         self._count = ctypes.c_uint64.from_buffer(memory)
         self._capacity = len(memory) // _MARK.size - 1
 
     @classmethod
     def of_coordinator(cls, control: int, vcpus: int) -> Lane:
         """In the control segment that is mapped at address ``control``. Keep the mapping alive."""
-        return cls._at(control, coordinator_lane(vcpus))
+        return cls._at(control, coordinator_lane(vcpus), COORDINATOR_KINDS)
 
     @classmethod
     def of_vcpu(cls, control: int, vcpus: int, index: int) -> Lane:
         """The same."""
-        return cls._at(control, vcpu_lane(vcpus, index))
+        return cls._at(control, vcpu_lane(vcpus, index), VCPU_KINDS)
 
     @classmethod
-    def _at(cls, control: int, place: tuple[int, int]) -> Lane:
+    def _at(cls, control: int, place: tuple[int, int], kinds: frozenset[Kind]) -> Lane:
         offset, size = place
-        return cls((ctypes.c_char * size).from_address(control + offset))
+        return cls((ctypes.c_char * size).from_address(control + offset), kinds)
 
     @classmethod
     def of_nobody(cls) -> Lane:
@@ -113,7 +121,7 @@ class Lane:
         now = time.monotonic_ns()
         found = [Mark(at, took, Kind(kind), who, value)
                  for at, took, kind, who, value in _MARK.iter_unpack(data[(kept - first) * _MARK.size:])
-                 if kind in _KINDS and took <= at <= now]
+                 if kind in self._kinds and took <= at <= now]
         return found, end, kept - after
 
     def _spans(self, first: int, end: int) -> list[tuple[int, int]]:
@@ -122,6 +130,3 @@ class Lane:
         begin = first % self._capacity
         head = min(count, self._capacity - begin)
         return [((1 + begin) * size, (1 + begin + head) * size), (size, (1 + count - head) * size)]
-
-
-_KINDS = frozenset(int(kind) for kind in Kind)

@@ -62,6 +62,23 @@ def test_events_agree_with_the_counters(accel: str) -> None:
 
 
 @pytest.mark.parametrize("accel", ACCELS)
+def test_events_come_in_the_order_in_which_they_were_over(accel: str) -> None:
+    """Also from one look to the next, while rings get full all the time: a kick of the reaper comes before its reap."""
+    with Machine.launch(spec("sequential", accel=accel, passes=3, **SMALL), name="t") as machine, \
+            contextlib.closing(Stream(watched := Machine.attach("t", past=True), 60.0)) as stream:
+        found: list[Event] = []
+        while not stream.ended:
+            found += stream.next(0.001)
+        own = [e.at for e in found if e.source == "coordinator" and e.name.startswith("kvm_dirty_ring")]
+        names = [e.name for e in found if e.name in ("kvm_dirty_ring_reaper_kick", "kvm_dirty_ring_reap")]
+        assert own == sorted(own)
+        assert names.count("kvm_dirty_ring_reaper_kick") > 0
+        assert "kvm_dirty_ring_reaper_kick kvm_dirty_ring_reaper_kick" not in " ".join(names)
+        assert machine.wait(TIMEOUT)["exit_code"] == 0
+        watched.detach()
+
+
+@pytest.mark.parametrize("accel", ACCELS)
 def test_a_client_and_a_pause_have_tracks_of_their_own(accel: str, tmp_path: Path) -> None:
     """The trace as Perfetto reads it: a slice for each verb on its client's track, for the pause on each vCPU's."""
     path = tmp_path / "trace.json"
@@ -224,6 +241,13 @@ def test_text_is_a_line_each() -> None:
 def trace() -> str:
     tracks = Tracks("m")
     return tracks.begin() + "".join(map(tracks.add, EVENTS)) + tracks.end()
+
+
+def test_a_client_whose_process_is_not_known_has_a_track() -> None:
+    """One of another namespace of processes has the number 0."""
+    tracks = Tracks("m")
+    verb = Event(at=1.0, source="client0", name="verb", took=0.5, fields={"verb": "sync", "pid": 0})
+    assert slices(json.loads(tracks.begin() + tracks.add(verb) + tracks.end())) == {("client 0", "sync")}
 
 
 def test_a_stall_is_a_slice_as_long_as_it_took() -> None:

@@ -84,6 +84,20 @@ def test_no_mark_is_half_of_two() -> None:
     memory.close()
 
 
+def test_a_lane_has_what_its_writer_writes_and_nothing_else() -> None:
+    """Whatever a worker that went wild has put there, it is not told as if another had."""
+    memory = (ctypes.c_char * control_size(2))()
+    lanes = {Lane.of_coordinator(ctypes.addressof(memory), 2): coordinator_lane(2),
+             Lane.of_vcpu(ctypes.addressof(memory), 2, 1): vcpu_lane(2, 1)}
+    seen: list[set[Kind]] = []
+    for lane, (offset, size) in lanes.items():
+        wild = Lane((ctypes.c_char * size).from_buffer(memory, offset))
+        for kind in Kind:
+            wild.put(kind)
+        seen.append({mark.kind for mark in lane.read(0)[0]})
+    assert seen == [{kind for kind in Kind if kind > 16}, {kind for kind in Kind if kind < 16}]
+
+
 @given(st.binary(min_size=MARK * 4, max_size=MARK * 4), st.integers(0, 1 << 64))
 def test_junk_is_no_mark(junk: bytes, after: int) -> None:
     """A worker that went wild may have written anything over its lane."""

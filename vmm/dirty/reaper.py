@@ -109,14 +109,16 @@ class Reaper:
     def wake(self, reason: str = "", found: _Found | None = None) -> None:
         """State REAPING: a timed wake-up, or (``reason``) a kick of the reaper, for which full rings may have been
         ``found`` already."""
-        if reason and self._trace.reaper_kick:
-            self._trace.reaper_kick(reason)
+        if reason:
+            self._lane.put(Kind.KICK)
+            if self._trace.reaper_kick:
+                self._trace.reaper_kick(reason)
         if self._trace.reaper:
             self._trace.reaper("wakeup")
         self._control.reaper_state = ReaperState.REAPING
         if not reason:
             self.schedule.woken(time.monotonic())
-        self.reap(reset=self._resets_early(), found=found, asked=False, kicked=bool(reason))
+        self.reap(reset=self._resets_early(), found=found, asked=False)
         self._control.reaper_iteration += 1
 
     def _resets_early(self) -> bool:
@@ -142,11 +144,10 @@ class Reaper:
             self.log.mark_logged_slots()
             vcpu.control.collected = 1
 
-    def reap(self, *, reset: bool = True, found: _Found | None = None, asked: bool = True,
-             kicked: bool = False) -> int:
+    def reap(self, *, reset: bool = True, found: _Found | None = None, asked: bool = True) -> int:
         """One reap of every ring; the entries harvested (QEMU: kvm_dirty_ring_reap). Without ``reset`` nothing is
         reset or published while no ring is full, or will soon be. ``found``: in full rings, already. ``asked``: by
-        somebody who needs the log. ``kicked``: for a full ring."""
+        somebody who needs the log."""
         if not self.mode.rings:
             return 0
         began = time.perf_counter_ns()
@@ -191,7 +192,7 @@ class Reaper:
         if total and self._trace.reap:
             self._trace.reap(total, took // 1000)
         wait = self.schedule.plan(now, self.room())
-        self._lane.put(Kind.REAP_KICKED if kicked else Kind.REAP, took, int(wait * 1e6), total, began)
+        self._lane.put(Kind.REAP, took, int(wait * 1e6), total, began)
         return total
 
     def room(self) -> dict[int, int]:

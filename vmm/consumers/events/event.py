@@ -22,7 +22,7 @@ BEGINNINGS = {"kvm_dirty_ring_full": "stall", "pause-begin": "pause", "throttle-
 
 _NAMES = {
     Kind.RING_FULL: "kvm_dirty_ring_full", Kind.STALL: "stall", Kind.PAUSE_BEGIN: "pause-begin", Kind.PAUSE: "pause",
-    Kind.THROTTLE_BEGIN: "throttle-begin", Kind.THROTTLE: "throttle", Kind.REAP_KICKED: "kvm_dirty_ring_reap",
+    Kind.THROTTLE_BEGIN: "throttle-begin", Kind.THROTTLE: "throttle", Kind.KICK: "kvm_dirty_ring_reaper_kick",
     Kind.REAP_VCPU: "kvm_dirty_ring_reap_vcpu", Kind.RESET: "reset", Kind.REAP: "kvm_dirty_ring_reap",
     Kind.FLUSH: "kvm_dirty_ring_flush", Kind.VERIFY: "verify-round", Kind.VERB: "verb"}
 
@@ -40,8 +40,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     fields: dict[str, Any] = {}
 
 
-def of_mark(source: str, mark: Mark) -> list[Event]:
-    """``source``: whose lane it is from. In order."""
+def of_mark(source: str, mark: Mark) -> Event:
+    """``source``: whose lane it is from."""
     kind = mark.kind
     fields: dict[str, Any] = {}
     if kind is Kind.RING_FULL:
@@ -50,7 +50,9 @@ def of_mark(source: str, mark: Mark) -> list[Event]:
         fields = {"id": mark.who, "count": mark.value & _LOW32, "outstanding": mark.value >> 32}
     elif kind is Kind.RESET:
         fields = {"entries": mark.value}
-    elif kind in (Kind.REAP, Kind.REAP_KICKED):
+    elif kind is Kind.KICK:
+        fields = {"reason": "ring-full"}
+    elif kind is Kind.REAP:
         fields = {"count": mark.value, "t": mark.took // 1000, "next_us": mark.who}
     elif kind is Kind.FLUSH:
         fields = {"finished": 1, "count": mark.value}
@@ -58,11 +60,7 @@ def of_mark(source: str, mark: Mark) -> list[Event]:
         known = mark.value < len(VERB_NAMES)
         fields = {"verb": _dashed(VERB_NAMES[mark.value]) if known else "unknown", "pid": mark.who}
         source = f"client{mark.who}"
-    event = Event(at=mark.at / 1e9, source=source, name=_NAMES[kind], took=mark.took / 1e9, fields=fields)
-    if kind is not Kind.REAP_KICKED:
-        return [event]
-    return [Event(at=event.at - event.took, source=source, name="kvm_dirty_ring_reaper_kick",
-                  fields={"reason": "ring-full"}), event]
+    return Event(at=mark.at / 1e9, source=source, name=_NAMES[kind], took=mark.took / 1e9, fields=fields)
 
 
 def _dashed(name: str) -> str:

@@ -27,6 +27,7 @@ class Tracks:
         """``process_name``: of a client, by its process id; "" where it has gone."""
         self._machine = machine
         self._process_name = process_name
+        self._groups: set[int] = set()
         self._known: set[tuple[int, int]] = set()
         self._begun: dict[tuple[str, str], Event] = {}      # by source and what it will be called
         self._filled: set[int] = set()                      # vCPUs whose rings await their reset
@@ -85,8 +86,8 @@ class Tracks:
         """Its names, before its first entry."""
         place = self._place(source)
         pid, tid = place["pid"], place["tid"]
-        if (pid, 0) not in self._known:
-            self._known.add((pid, 0))
+        if pid not in self._groups:
+            self._groups.add(pid)
             group = {_COORDINATOR: "coordinator", _VCPUS: "vCPUs", _CLIENTS: "clients"}[pid]
             yield {"ph": "M", "pid": pid, "tid": 0, "name": "process_name",
                    "args": {"name": f"{self._machine}: {group}"}}

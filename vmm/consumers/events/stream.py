@@ -67,8 +67,7 @@ class Stream:
             marks, self._read[source], lost = lane.read(self._read.get(source, 0))
             if lost:    # told where the first that is known comes: only if that is later than where this begins
                 found.append(overwritten(source, lost, marks[0].at / 1e9 if marks else time.monotonic()))
-            for mark in marks:
-                found += of_mark(source, mark)
+            found += [of_mark(source, mark) for mark in marks]
         return found
 
     def close(self) -> None:
