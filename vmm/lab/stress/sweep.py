@@ -45,7 +45,7 @@ from ...machine.spec import MachineSpec
 from ...tables import digits_text, size_text
 from .measure import Figures, Proof
 
-__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "open_results"]
+__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "open_results", "sweep_of"]
 
 RESULTS = "results.jsonl"
 SWEEP = "sweep.json"
@@ -273,7 +273,12 @@ def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = Non
     Every point is planned, so that a sweep which cannot run says so at once; not ``here``: those whose accelerator
     this host does not have are only read. Raises ConfigError, naming file and line, or the flag."""
     path = None if path is None else find_config(path)
-    document, origins = read_yaml(path) if path is not None else ({}, Origins(""))
+    return sweep_of(*(read_yaml(path) if path is not None else ({}, Origins(""))), flags, here=here)
+
+
+def sweep_of(document: dict[str, Any], origins: Origins, flags: dict[str, tuple[str, Any]] | None = None, *,
+             here: bool = True) -> Sweep:
+    """As ``load_sweep``, of what ``read_yaml`` has read. Raises ConfigError."""
     for key, (flag, value) in (flags or {}).items():
         document[key] = value
         origins.given[key,] = flag
