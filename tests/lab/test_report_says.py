@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import vmm_here
+from command import vmm, vmm_here
 from documents import MACHINE, MIGRATION, comparison, sweep
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
@@ -298,3 +298,25 @@ def test_a_record_of_another_version_is_an_error_in_a_line(spoil: Callable[[dict
     done = vmm_here("report", "old", "--output", str(tmp_path / "out.html"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("vmm: error: machine 'old': its report is of another version (")
+
+
+# --- where they go -----------------------------------------------------------------------------------------------
+
+
+def test_a_page_on_standard_output_is_a_page_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(MACHINE))
+    done = vmm("report", str(tmp_path / "m.json"), "--output", "/dev/stdout")
+    assert done.returncode == 0
+    assert done.stdout.startswith("<!doctype html>")
+    assert done.stdout.rstrip().endswith("</html>")
+    assert done.stderr == ("Machine alpha: It ended with status 0, and every write was found in the log.\n"
+                           "/dev/stdout\n")
+    both = vmm_here("report", str(tmp_path / "m.json"), "--output", "/dev/stdout", "--json")
+    assert (both.returncode, both.stdout) == (2, "")
+
+
+def test_a_format_without_files_to_have_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(MACHINE))
+    done = vmm_here("report", str(tmp_path / "m.json"), "--format", "png", "--output", str(tmp_path / "out.html"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "vmm: error: --format is of the files of --figures DIR: give that, too\n"
