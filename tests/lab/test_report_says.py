@@ -258,6 +258,15 @@ def test_a_sweep_has_a_panel_for_each_accelerator_and_load() -> None:
     assert {line.get_color() for line in made.axes[1].lines if line.get_linestyle() != ":"} <= set(COLOURS)
 
 
+def test_what_is_below_nothing_is_drawn_too() -> None:
+    """A flush from which more is deducted than it took."""
+    document = sweep()
+    document["summary"][0]["least"]["flush_ms"] = document["summary"][0]["median"]["flush_ms"] = -3.0
+    figures = {figure.key: drawing(figure) for figure in sweep_kind.section(document).figures}
+    assert figures["stress-flush"].axes[0].get_ylim()[0] < -3
+    assert figures["stress-throughput"].axes[0].get_ylim()[0] == 0
+
+
 # --- where they come from ----------------------------------------------------------------------------------------
 
 
@@ -313,6 +322,19 @@ def test_a_page_on_standard_output_is_a_page_and_nothing_else(tmp_path: Path) ->
                            "/dev/stdout\n")
     both = vmm_here("report", str(tmp_path / "m.json"), "--output", "/dev/stdout", "--json")
     assert (both.returncode, both.stdout) == (2, "")
+
+
+def test_a_column_is_right_aligned_where_all_of_it_is_numbers(tmp_path: Path) -> None:
+    """And not cell by cell: a model may be a number alone."""
+    document = sweep()
+    document["model"] *= 2
+    document["model"][1] = {**document["model"][1], "terms": [{"name": "vCPU", "value": 12345.0, "error": 0.1}]}
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    assert vmm_here("report", str(tmp_path), "--output", str(tmp_path / "out.html")).returncode == 0
+    text = (tmp_path / "out.html").read_text()
+    assert "<td>3</td>" in text
+    assert "<td>12,340 x vCPU</td>" in text
+    assert '<td class="number">0.90</td>' in text
 
 
 def test_a_format_without_files_to_have_it_is_refused(tmp_path: Path) -> None:

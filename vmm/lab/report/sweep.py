@@ -16,6 +16,7 @@ _FIGURES = (("pages_per_s", "throughput", "Pages dirtied per second", "pages/s, 
             ("stalled_percent", "stalls", "Share of vCPU time in stalls at full rings", "stalled (%)"),
             ("ring_full_per_s", "full-rings", "Full-ring exits per second", "exits/s, all vCPUs"),
             ("flush_ms", "flush", "Time of a flush, median", "flush (ms)"))
+_SAYS = {"flush_ms": " What a request takes that flushes nothing is deducted, which can leave less than nothing."}
 #: What each panel is of; the rest tells its lines.
 _PANEL = ("accel", "load")
 _ABREAST = 2        # panels
@@ -64,8 +65,8 @@ def section(document: dict[str, Any]) -> Section:
         found.figures.append(Figure(
             f"stress-{name}", title,
             f"Most at {_point(best)}: {count_text(best['median'][key])} ({label}). Medians; bars from the least to the "
-            "most of the repetitions." + (" The dotted line is the host's number of cores." if host is not None else
-                                          ""),
+            "most of the repetitions." + (" The dotted line is the host's number of cores." if host is not None else "")
+            + (" Each panel has its own scale." if len(panels) > 1 else "") + _SAYS.get(key, ""),
             _drawing(panels, key, label, None if host is None else host["cores"]), table, (8.0, _height(panels))))
     if document["model"]:
         found.tables.append(Table(
@@ -105,7 +106,7 @@ def _drawing(panels: dict[str, dict[str, list[dict[str, Any]]]], key: str, label
 
     def draw(figure: Any) -> None:
         across = min(_ABREAST, len(panels))
-        grid = figure.subplots(-(-len(panels) // across), across, squeeze=False, sharey=True)
+        grid = figure.subplots(-(-len(panels) // across), across, squeeze=False)
         for axes in grid.flat[len(panels):]:
             axes.remove()
         known: dict[str, Any] = {}
@@ -119,12 +120,12 @@ def _drawing(panels: dict[str, dict[str, list[dict[str, Any]]]], key: str, label
             if cores is not None:
                 axes.axvline(cores, color="grey", linestyle=":", linewidth=1)
             counts = sorted({r["point"]["vcpus"] for rows in lines.values() for r in rows})
-            axes.set(title=panel, xlabel="vCPUs", ylim=(0, None))
+            axes.set(title=panel, xlabel="vCPUs", ylabel=label)
+            if all(r["least"][key] >= 0 for rows in lines.values() for r in rows):      # a flush may be below it
+                axes.set_ylim(0, None)
             axes.set_xscale("log", base=2)
             axes.set_xticks(counts, [str(n) for n in counts])
             axes.minorticks_off()
-        for row in grid:
-            row[0].set_ylabel(label)
         if labels:
             figure.legend([known[each] for each in labels], labels, loc="outside upper left", ncols=columns)
 

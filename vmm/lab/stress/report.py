@@ -199,7 +199,9 @@ def draw(results: Sequence[PointResult], figure: str, label: str, path: Path) ->
                     [r["most"][figure] - m for m, r in zip(middle, of_line, strict=True)]]
             axes.errorbar([r["point"].vcpus for r in of_line], middle, bars, fmt="o-", capsize=3, label=line)
         axes.axvline(cores(), color="grey", linestyle=":", linewidth=1)
-        axes.set(title=f"{accel}, {load}", xlabel="vCPUs (dotted: the host's cores)", ylabel=label, ylim=(0, None))
+        axes.set(title=f"{accel}, {load}", xlabel="vCPUs (dotted: the host's cores)", ylabel=label)
+        if all(r["least"][figure] >= 0 for of_line in lines.values() for r in of_line):     # a flush may be below it
+            axes.set_ylim(0, None)
         counts = sorted({r["point"].vcpus for of_line in lines.values() for r in of_line})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])
