@@ -341,6 +341,20 @@ def test_progress_of_snapshots_as_json_lines(machine: Machine, tmp_path: Path) -
     assert "needs --detach" in refused("snapshot", *restore, "--json-lines")
 
 
+@pytest.mark.parametrize(("verb", "said"), [
+    (["working-set", NAME, "--time", "300ms", "--output"], b"dirty pages per interval"),
+    (["trace", "record", NAME, "--time", "300ms"], b" entries in ")])
+def test_a_recording_on_standard_output_is_that_and_nothing_else(machine: Machine, verb: list[str],
+                                                                 said: bytes) -> None:
+    done = subprocess.run([sys.executable, "-m", "vmm", *verb, "/dev/stdout"], capture_output=True, timeout=60,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+    assert said not in done.stdout
+    assert done.stdout
+    assert "/dev/stdout: is where --json goes, too" in refused(*verb, "/dev/stdout", "--json")
+
+
 def test_a_full_disk_under_json_lines_is_said_when_the_work_is_done(machine: Machine, tmp_path: Path) -> None:
     chain = tmp_path / "chain"
     with open("/dev/full", "w") as full:
