@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import queue
 import threading
 from typing import Any
 
-__all__ = ["JsonLines"]
+__all__ = ["JsonLines", "lost_output"]
 
 _WAITING = 64       # lines that may wait for whoever reads them
 _PATIENCE = 5.0     # seconds for the last of them
+
+
+_lost: list[OSError] = []       # why a line could not be written
+
+
+def lost_output() -> OSError | None:
+    """Why lines could not be written; None: they were, or whoever read them has gone. Said once."""
+    error = _lost[-1] if _lost else None
+    _lost.clear()
+    return error
 
 
 class JsonLines:
@@ -30,10 +40,13 @@ class JsonLines:
             self._queue.put(json.dumps({"event": event, **document}).encode() + b"\n")
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):      # nobody reads it: that is no reason to stop
+        try:
             while line := self._queue.get():
                 while line:
                     line = line[os.write(1, line):]
+        except OSError as exc:      # no reason to stop: what it is about goes on
+            if exc.errno != errno.EPIPE:
+                _lost.append(exc)
 
     def __enter__(self) -> JsonLines:
         return self
