@@ -20,7 +20,6 @@ from .common import Size, confirm, json_option, on_machine, print_json
 from .completion import complete_ended, complete_slots
 from .examples import EXAMPLES
 from .forward import forward
-from .lines import lost_output
 from .run import Interrupted
 
 if TYPE_CHECKING:
@@ -365,11 +364,7 @@ def run() -> int:
     """Carry out the command line; its exit status. Whatever goes wrong is said on standard error, but for what
     becomes of standard output (vmm/cli/main.py)."""
     try:
-        code = int(cli.main(prog_name="vmm", standalone_mode=False) or 0)
-        if (lost := lost_output()) is None:
-            return code
-        _say(f"vmm: error: standard output: cannot be written: {lost.strerror}")
-        return code or ExitCode.OUTPUT
+        return int(cli.main(prog_name="vmm", standalone_mode=False) or 0)
     except VmmError as exc:
         for line in exc.told():
             _say(line if line.startswith(" ") else f"vmm: {line}")

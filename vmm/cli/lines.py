@@ -9,27 +9,21 @@ import queue
 import threading
 from typing import Any
 
-__all__ = ["JsonLines", "lost_output"]
+from ..errors import ExitCode, VmmError
+
+__all__ = ["JsonLines"]
 
 _WAITING = 64       # lines that may wait for whoever reads them
 _PATIENCE = 5.0     # seconds for the last of them
 
 
-_lost: list[OSError] = []       # why a line could not be written
-
-
-def lost_output() -> OSError | None:
-    """Why lines could not be written; None: they were, or whoever read them has gone. Said once."""
-    error = _lost[-1] if _lost else None
-    _lost.clear()
-    return error
-
-
 class JsonLines:
     """Written by a thread of its own: nothing waits for whoever reads them. ``event`` says what a line is. When they
-    are not read, progress is left out. ``with`` it."""
+    are not read, progress is left out. ``with`` it: at its end, lines that could not be written are a VmmError, unless
+    something else went wrong or whoever read them has gone."""
 
     def __init__(self) -> None:
+        self._lost: OSError | None = None
         self._queue: queue.Queue[bytes] = queue.Queue()
         self._thread = threading.Thread(target=self._write, name="json-lines", daemon=True)
         self._thread.start()
@@ -46,11 +40,13 @@ class JsonLines:
                     line = line[os.write(1, line):]
         except OSError as exc:      # no reason to stop: what it is about goes on
             if exc.errno != errno.EPIPE:
-                _lost.append(exc)
+                self._lost = exc
 
     def __enter__(self) -> JsonLines:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         self._queue.put(b"")
         self._thread.join(_PATIENCE)
+        if kind is None and self._lost is not None:
+            raise VmmError(f"standard output: cannot be written: {self._lost.strerror}", ExitCode.OUTPUT)
