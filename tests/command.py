@@ -7,11 +7,14 @@ import contextlib
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from unittest import mock
 
-from vmm.cli.commands import run
+import click
 
-__all__ = ["vmm", "vmm_here"]
+from vmm.cli.commands import cli, run
+
+__all__ = ["verbs", "vmm", "vmm_here"]
 
 
 def vmm(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -26,3 +29,15 @@ def vmm_here(*arguments: str) -> subprocess.CompletedProcess[str]:
             contextlib.redirect_stderr(err):
         code = run()
     return subprocess.CompletedProcess(["vmm", *arguments], code, out.getvalue(), err.getvalue())
+
+
+def verbs(command: click.Command = cli, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every verb, and every group of verbs, by its words."""
+    if words:
+        yield " ".join(words), command
+    if isinstance(command, click.Group):
+        ctx = click.Context(command)
+        for name in command.list_commands(ctx):
+            found = command.get_command(ctx, name)
+            assert found is not None
+            yield from verbs(found, (*words, name))

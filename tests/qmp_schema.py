@@ -3,10 +3,12 @@ it. It shares no code with what answers."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
 import subprocess
+import threading
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 __all__ = ["QEMU", "Schema", "qemu_schema"]
 
 QEMU = "qemu-system-x86_64"
-_NAMES = ("qmp_capabilities", "query-qmp-schema", "quit")
+_NAMES = ("qmp_capabilities", "query-qmp-schema")
 
 
 @functools.cache
@@ -22,12 +24,29 @@ def qemu_schema() -> Schema:
     """Of the QEMU that is installed. Skips where there is none."""
     if shutil.which(QEMU) is None:
         pytest.skip(f"{QEMU} is not installed")
-    said = "".join(json.dumps({"execute": name, "id": name}) + "\n" for name in _NAMES)
-    done = subprocess.run([QEMU, "-machine", "none", "-nodefaults", "-nographic", "-no-user-config", "-qmp", "stdio"],
-                          input=said, capture_output=True, text=True, timeout=60, check=False)
-    answers = {each.get("id"): each for each in map(json.loads, done.stdout.splitlines())}
-    if "return" not in answers.get("query-qmp-schema", {}):
-        pytest.skip(f"{QEMU} gives no schema: {done.stderr.strip()}")
+    with subprocess.Popen([QEMU, "-machine", "none", "-nodefaults", "-nographic", "-no-user-config", "-qmp", "stdio"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        timer = threading.Timer(60.0, process.kill)
+        timer.start()
+        answers: dict[str | None, Any] = {}
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                for name in _NAMES:
+                    process.stdin.write(json.dumps({"execute": name, "id": name}) + "\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                answer = json.loads(line)
+                answers[answer.get("id")] = answer
+                if _NAMES[-1] in answers:       # (a quit before would end it with the answer half written)
+                    break
+        finally:
+            process.kill()
+            timer.cancel()
+        if "return" not in answers.get("query-qmp-schema", {}):
+            pytest.skip(f"{QEMU} gives no schema: {process.stderr.read().strip()}")
     return Schema(answers["query-qmp-schema"]["return"])
 
 

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from ipc.oneline import one_line
 
-__all__ = ["ExitCode", "VmmError", "no_memory", "one_line"]
+__all__ = ["ExitCode", "StillRunning", "VmmError", "no_memory", "one_line"]
 
 
 class ExitCode(IntEnum):
@@ -37,6 +37,13 @@ class VmmError(Exception):
     def told(self) -> Iterable[str]:
         """Lines for a person."""
         return [f"error: {line}" for line in str(self).splitlines()]
+
+
+class StillRunning(VmmError, TimeoutError):
+    """A machine has not ended in the time that it was waited for."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, ExitCode.TIMEOUT)
 
 
 def no_memory(machine: str) -> str:

@@ -7,9 +7,8 @@ from typing import Any
 
 from .errors import VmmError
 
-__all__ = ["MissingPackage", "cryptography", "figure", "lz4_block", "prometheus", "ray", "textual"]
-__all__ = ["MissingPackage", "cryptography", "figure", "jinja2", "lz4_block", "matplotlib",
-           "matplotlib_colors", "matplotlib_ticker", "ray"]
+__all__ = ["MissingPackage", "cryptography", "figure", "jinja2", "lz4_block", "matplotlib", "matplotlib_colors",
+           "matplotlib_ticker", "prometheus", "ray", "textual"]
 
 
 class MissingPackage(VmmError):

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from .errors import VmmError
 
-__all__ = ["Output", "OutputError", "open_append", "open_output"]
+__all__ = ["Output", "OutputError", "is_stdout", "open_append", "open_output"]
 
 _STREAM = re.compile(r"/dev/(?:(stdin|stdout|stderr)|fd/(\d{1,6}))|/proc/self/fd/(\d{1,6})")
 _STREAMS = {"stdin": 0, "stdout": 1, "stderr": 2}
@@ -146,6 +146,11 @@ def open_append(path: str | os.PathLike[str]) -> int:
         return os.open(path, flags | os.O_CLOEXEC)
     except (OSError, ValueError) as exc:
         raise _error(path, exc) from None
+
+
+def is_stdout(path: str | os.PathLike[str]) -> bool:
+    """It is a name of this process's standard output."""
+    return _stream(Path(path)) == 1
 
 
 def _stream(path: Path) -> int | None:

@@ -1,9 +1,10 @@
-"""Tables and sizes for a person. Nothing is cut, however narrow the terminal: a table of which not every column
-fits is printed in parts."""
+"""Tables, sizes and numbers for a person. Nothing is cut, however narrow the terminal: a table of which not every
+column fits is printed in parts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Column, Table
 
 from ipc.shm import PAGE_SIZE
 
-__all__ = ["print_table", "screen", "size_text", "table"]
+__all__ = ["digits_text", "print_table", "screen", "size_text", "table"]
 
 _PLAIN_WIDTH = 120
 _FRAME = 3                  # characters of a column besides its text: a line, a blank at each side
@@ -85,3 +86,8 @@ def size_text(size: int) -> str:
                 break
             return f"{size // unit} {name}" + (f" + {rest // PAGE_SIZE} pages" if rest else "")
     return f"{size} B"
+
+
+def digits_text(number: float, digits: int = 3) -> str:
+    """``12.3``, ``1,230``: rounded to so many digits, and never with an exponent."""
+    return f"{Decimal(f'{number:.{digits}g}'):,f}"

@@ -114,11 +114,19 @@ def test_every_config_runs_as_it_says(config: Path, accel: str) -> None:
     ("memory:\n  - {size: 4MiB}\nguest: {image: m.yaml}\n", [], ["guest.image: ", "not an ELF file"]),
     ("memory:\n  - {gpa: 0x10000000, size: 4MiB}\nguest: {workload: hello}\n", [],
      ["guest.image: ", "no memory at 0x100000"]),
+    ("memory:\n  - {size: 4MiB}\nguest: {image: loop}\n", [], ["m.yaml:3: guest.image: ", "loop", "symbolic links"]),
+    ("memory: [{size: 4MiB}]\nguest: {workload: hello}\ntrace: [kvm_dirty_ring_full, nonsense]\n", [],
+     ["m.yaml:3: trace.1: nonsense: no such event", "kvm_dirty_ring_full"]),
+    (GOOD, ["--trace", "a\nb"], ["--trace a\\nb: no such event"]),
+    (GOOD, ["--name", "a\nb"], ["--name a\\nb: "]),
+    (GOOD, ["--memory", "4099B"], ["--memory 4099B: "]),
+    (GOOD, ["--memory", "64M"], ["--memory 64M: ", "did you mean 64MiB"]),
     ("memory:\n  - {size: 4MiB\n", [], ["m.yaml:", "invalid YAML"]),
     ("- 1\n", [], ["must be a mapping"]),
 ])
 def test_bad_input_is_one_clear_line(tmp_path: Path, text: str, arguments: list[str],
                                      fragments: list[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
     config = write(tmp_path / "m.yaml", text)
     done = vmm_here("launch", config, *arguments)
     assert done.returncode == ExitCode.BAD_INPUT, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.shell_completion import get_completion_class
-from command import vmm
+from command import verbs, vmm
 from machines import spec
 
 from vmm.cli.commands import cli
@@ -95,6 +97,30 @@ def test_machines_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("memory: [{size: 4MiB}]\nguest: {workload: hello}\nmachines: {web: {}, db: {}}\n")
     assert offered(f"vmm launch {path} --machine ") == ["web", "db"]
+
+
+def test_standard_input_is_left_to_the_command() -> None:
+    """Of vmm launch -: nobody types there while names are completed."""
+    reader, writer = os.pipe()
+    try:
+        done = subprocess.run([sys.executable, "-m", "vmm"], stdin=reader, capture_output=True, text=True, timeout=30,
+                              check=False, env={**os.environ, "_VMM_COMPLETE": "bash_complete", "COMP_CWORD": "4",
+                                                "COMP_WORDS": "vmm launch - --machine "})
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_every_verb_of_a_machine_completes_its_name(machine: Machine) -> None:
+    """By what the help calls its argument. Machines of a fleet are asked for only when a verb is carried out, and a
+    pair of keys has a name of its own."""
+    others = {"keys", "fleet stop"}
+    asked = {words for words, command in verbs() for param in command.params[:1]
+             if isinstance(param, click.Argument) and words not in others
+             and re.search(r"\b(NAME|RUN)\b", param.make_metavar(click.Context(command)))}
+    assert {"status", "events", "top", "qmp", "exporter", "report", "trace record", "predict"} <= asked
+    assert [words for words in sorted(asked) if NAME not in offered(f"vmm {words} compl")] == []
 
 
 @needs_shell("bash")

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -72,6 +74,22 @@ def test_its_figures_are_a_document(runtime_dir: Path) -> None:
     assert [taken["incremental"] for taken in seen["snapshots"]] == [False, True]
     assert seen["migration"]["status"] == "completed"
     assert seen["memory"] == 16 << 20
+    assert left(runtime_dir) == []
+
+
+def test_a_host_without_what_it_needs_is_an_error_in_a_line(runtime_dir: Path) -> None:
+    """No descriptor is left for its folder."""
+    done = subprocess.run([sys.executable, "-c", "import resource\n"
+                           "from vmm.errors import VmmError\n"
+                           "from vmm.lab.demo import Demo\n"
+                           "demo = Demo(memory=8 << 20, accel='auto', tell=lambda seen: None)\n"
+                           "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+                           "try:\n"
+                           "    demo.run()\n"
+                           "except VmmError as exc:\n"
+                           "    print(exc)\n"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("the demo cannot go on: [Errno 24] Too many open files")
     assert left(runtime_dir) == []
 
 

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 
 import click
 import pytest
-from command import vmm_here
+from command import verbs, vmm_here
+from places import TOP
 
 from vmm.cli.commands import cli
 from vmm.cli.examples import EXAMPLES
-
-
-def verbs(command: click.Command = cli, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    """Every verb, and every group of verbs, by its words."""
-    if words:
-        yield " ".join(words), command
-    if isinstance(command, click.Group):
-        ctx = click.Context(command)
-        for name in command.list_commands(ctx):
-            found = command.get_command(ctx, name)
-            assert found is not None
-            yield from verbs(found, (*words, name))
-
 
 VERBS = dict(verbs())
 LEAVES = {name: each for name, each in VERBS.items() if not isinstance(each, click.Group)}
@@ -96,6 +83,16 @@ def test_the_first_help_has_each_verb_once_with_a_whole_sentence(monkeypatch: py
     assert sorted(listed) == sorted(name for name in VERBS if " " not in name)
     assert text.count("...") == 1        # of the usage
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_documentation_lists_those_without_json() -> None:
+    """docs/cli.md, in one sentence."""
+    text = " ".join((TOP / "docs" / "cli.md").read_text().split())
+    sentence = re.search(r"Every verb takes `--json`, except (.*?) \(`--report-json", text)
+    assert sentence is not None
+    said = re.findall(r"`([a-z]+)`", sentence[1])
+    without = [name for name, each in LEAVES.items() if not any("--json" in param.opts for param in each.params)]
+    assert sorted(said) == sorted(without)
 
 
 def test_migrate_shows_the_options_that_it_has() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ipc.shm import Segment, list_segments
 from vmm.cli.commands import cli
 from vmm.client.machine import Machine, list_machines
 from vmm.consumers import workingset
-from vmm.errors import VmmError
+from vmm.errors import ExitCode, VmmError
 from vmm.machine.names import machine_dir, machine_prefix, runtime_root, segment_name
 
 PAGE = 4096
@@ -337,6 +339,30 @@ def test_progress_of_snapshots_as_json_lines(machine: Machine, tmp_path: Path) -
     finally:
         said("stop", "restored")
     assert "needs --detach" in refused("snapshot", *restore, "--json-lines")
+
+
+@pytest.mark.parametrize(("verb", "said"), [
+    (["working-set", NAME, "--time", "300ms", "--output"], b"dirty pages per interval"),
+    (["trace", "record", NAME, "--time", "300ms"], b" entries in ")])
+def test_a_recording_on_standard_output_is_that_and_nothing_else(machine: Machine, verb: list[str],
+                                                                 said: bytes) -> None:
+    done = subprocess.run([sys.executable, "-m", "vmm", *verb, "/dev/stdout"], capture_output=True, timeout=60,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+    assert said not in done.stdout
+    assert done.stdout
+    assert "/dev/stdout: is where --json goes, too" in refused(*verb, "/dev/stdout", "--json")
+
+
+def test_a_full_disk_under_json_lines_is_said_when_the_work_is_done(machine: Machine, tmp_path: Path) -> None:
+    chain = tmp_path / "chain"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "vmm", "snapshot", "create", NAME, str(chain), "--json-lines"],
+                              stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (
+        ExitCode.OUTPUT, "vmm: error: standard output: cannot be written: No space left on device\n")
+    assert [each["id"] for each in answered("snapshot", "list", chain)] == ["0001"]
 
 
 def test_a_list_of_snapshots_on_a_narrow_terminal(tmp_path: Path) -> None:

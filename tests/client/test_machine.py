@@ -395,6 +395,14 @@ def test_pause_really_stops_the_guest(endless: Machine) -> None:
         endless.resume()
 
 
+def test_a_wait_that_takes_too_long_is_an_error_for_people_too(endless: Machine) -> None:
+    with pytest.raises(TimeoutError) as caught:
+        endless.wait(0.1)
+    assert isinstance(caught.value, VmmError)
+    assert (str(caught.value), caught.value.exit_code) == (
+        f"machine '{endless.name}' is still running after 0.1 s", ExitCode.TIMEOUT)
+
+
 def test_stop_ends_in_order(endless: Machine) -> None:
     endless.start()
     endless.stop()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,34 @@ def test_new_writes_no_file_over_another(tmp_path: Path) -> None:
 
 
 # --- checked ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("accel: unicorn\nmemory: [{size: 4MiB}]\nguest: {workload: hello}\nname: m\n", "m: can be launched: "),
+    ("accel: unicorn\nvcpus: [1, 2]\nrepeat: 3\n", ": a sweep of 6 points\n")])
+@pytest.mark.parametrize("standard", [True, False])
+def test_check_reads_a_pipe_once(text: str, said: str, standard: bool) -> None:
+    """vmm config check -, and <(...) of bash; be it a machine or a sweep without memory, workload or ring."""
+    reader, writer = os.pipe()
+    os.write(writer, text.encode())
+    os.close(writer)
+    try:
+        file = "-" if standard else f"/dev/fd/{reader}"
+        done = subprocess.run([sys.executable, "-m", "vmm", "config", "check", file],
+                              stdin=reader if standard else subprocess.DEVNULL, pass_fds=[reader], capture_output=True,
+                              text=True, timeout=60, check=False)
+    finally:
+        os.close(reader)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout
+
+
+def test_new_leaves_no_part_of_a_file_behind(tmp_path: Path) -> None:
+    path = tmp_path / "vm.yaml"
+    done = subprocess.run(["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", sys.executable, "-m", "vmm", "config", "new",
+                           "guest", "--output", str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, f"vmm: error: {path}: cannot be written: File too large\n")
+    assert not path.exists()
 
 
 def test_check_says_what_would_be_launched_and_starts_nothing(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from command import vmm, vmm_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmm.cli.predict import _print_remedies
 from vmm.client.machine import Machine
+from vmm.client.units import parse_duration, parse_rate
 from vmm.consumers.migration.report import Options
 from vmm.consumers.predict.costs import Costs
 from vmm.consumers.predict.dirtying import Guest, Memory
@@ -214,3 +218,18 @@ def test_of_a_process() -> None:
     assert found["vcpus"] == 1
     assert found["filled"] == 1 << 20
     assert 1 << 10 <= found["rings"][0]["most"] < 4 << 10
+
+
+def test_what_is_suggested_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    """Values of a thousand and more, too: as an option takes them."""
+    found = SimpleNamespace(total=1.0, downtime=1.0, outcome="converges", rounds=[], throttled={}, pending=0)
+    cell = SimpleNamespace(bandwidth=1.25e12, downtime=0.3)
+    _print_remedies([SimpleNamespace(what=what, value=value, found=found) for what, value in    # type: ignore[misc]
+                     (("downtime", 12.0), ("dirty-limit", 12_345e6))], cell)                    # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "At 10,000 Gbit/s and " in said
+    downtime, limit = re.search(r"--downtime (\S+),", said), re.search(r"set NAME (\S+):", said)
+    assert downtime is not None
+    assert limit is not None
+    assert parse_duration(downtime[1]) == 12.0
+    assert parse_rate(limit[1]) == 12_340e6      # of four digits

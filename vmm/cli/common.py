@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import VmmError
+from ..outputs import is_stdout
 from .completion import complete_machines
 
 if TYPE_CHECKING:
@@ -20,11 +22,20 @@ if TYPE_CHECKING:
     from ..client.interrupts import Interrupts
 
 __all__ = ["Duration", "Rate", "Size", "confirm", "json_option", "on_machine", "param_text", "print_json",
-           "progress_bar", "recording"]
+           "progress_bar", "recording", "text_aside"]
 
 
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2))
+
+
+def text_aside(path: str | os.PathLike[str] | None, as_json: bool) -> bool:
+    """What there is to say goes to standard error: ``path``, which is written to, is standard output. Raises VmmError
+    where JSON is to go there, too."""
+    aside = path is not None and is_stdout(path)
+    if aside and as_json:
+        raise VmmError(f"{path}: is where --json goes, too: write to another file")
+    return aside
 
 
 def progress_bar(*columns: ProgressColumn | str) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def _load(output: Path | None, settings: Any) -> dict[str, Any]:
     from ..inputs import read_input
 
     fresh: dict[str, Any] = {"version": _VERSION, "settings": asdict(settings), "points": {}}
-    if output is None or not (output / "results.json").exists():
+    if output is None or not os.path.exists(output / "results.json"):
         return fresh
     path = output / "results.json"
     try:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 __all__ = ["complete_clients", "complete_configs", "complete_ended", "complete_keys", "complete_machines",
-           "complete_machines_of_file", "complete_settings", "complete_slots", "complete_snapshots",
-           "complete_templates", "completion"]
+           "complete_machines_of_file", "complete_recorded", "complete_runs", "complete_settings", "complete_slots",
+           "complete_snapshots", "complete_templates", "completion"]
 
 _Complete = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
 
@@ -93,6 +93,20 @@ def complete_keys(ctx: click.Context) -> Iterable[tuple[str, str]]:
     return [(doc.name, doc.description.partition(". ")[0]) for doc in key_docs().values()]
 
 
+def complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Of ``vmm report``: machines, and files."""
+    from click.shell_completion import CompletionItem
+
+    return [*complete_ended(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
+def complete_recorded(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Of ``vmm trace record``: running machines, and files."""
+    from click.shell_completion import CompletionItem
+
+    return [*complete_machines(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+
 def complete_configs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Files, and the names of the examples."""
     from click.shell_completion import CompletionItem
@@ -127,9 +141,12 @@ def complete_templates(ctx: click.Context) -> Iterable[tuple[str, str]]:
 def complete_machines_of_file(ctx: click.Context) -> Iterable[tuple[str, str]]:
     """Machines of the configuration that has been named."""
     from ..client.config import load_configs
+    from ..client.samples import find_config
 
     # Behind an option whose value is not there yet, arguments are not parsed.
-    file = ctx.params.get("config") or ctx.args[0]
+    file = find_config(ctx.params.get("config") or ctx.args[0])
+    if str(file) == "-" or not file.is_file():      # what comes from a terminal or a pipe is for the command itself
+        return []
     return [(config.name, "") for config in load_configs(file)]
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["config"]
 
+#: A file with none of these keys is that of a sweep.
+_OF_MACHINES = frozenset({"memory", "guest", "replay", "machines"})
+
 
 @click.group()
 def config() -> None:
@@ -32,17 +35,20 @@ def check(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     warns of choices that work badly on this host. The file of a sweep is checked as vmm stress would. Exit status 2: it
     cannot be launched."""
     from ..client.advice import advice
-    from ..client.config import load_configs
+    from ..client.config import configs_of
     from ..client.plan import plan
     from ..client.samples import find_config
+    from ..client.yamlfile import read_yaml
 
-    if file != "-" and not overrides and _is_sweep(path := find_config(file)):
-        from ..lab.stress.sweep import load_sweep
+    path = find_config(file)
+    document, origins = read_yaml(path)     # once: it may be a pipe
+    if not overrides and _OF_MACHINES.isdisjoint(document):
+        from ..lab.stress.sweep import sweep_of
 
-        points = len(load_sweep(path).points())
+        points = len(sweep_of(document, origins).points())
         print_json({"file": file, "points": points}) if as_json else click.echo(f"{file}: a sweep of {points:,} points")
         return
-    found = [(each, plan(each)) for each in load_configs(file, overrides)]
+    found = [(each, plan(each)) for each in configs_of(path, document, origins, overrides)]
     warnings = {each.name: advice(each, spec) for each, spec in found}
     if as_json:
         print_json({"file": file, "machines": [
@@ -56,14 +62,6 @@ def check(file: str, overrides: tuple[str, ...], as_json: bool) -> None:
             if excerpt:
                 click.echo(excerpt, err=True)
         click.echo(f"{spec.name}: {_summary(spec)}")
-
-
-def _is_sweep(file: Path) -> bool:
-    """It has axes, and no memory. Raises ConfigError."""
-    from ..client.yamlfile import read_yaml
-
-    document, _ = read_yaml(file)
-    return "memory" not in document and not {"workload", "ram", "ring"}.isdisjoint(document)
 
 
 def _summary(spec: MachineSpec) -> str:
@@ -136,7 +134,6 @@ def new(name: str | None, output: Path | None, as_json: bool) -> None:
     """Print a commented configuration to begin with. TEMPLATE is guest, image, program, replay or machines; without it,
     the templates are listed."""
     from ..client.templates import TEMPLATES, template
-    from ..errors import VmmError
 
     if name is None:
         if as_json:
@@ -147,13 +144,7 @@ def new(name: str | None, output: Path | None, as_json: bool) -> None:
     text = template(name)
     said: dict[str, Any] = {"template": name, "text": text}
     if output is not None:
-        try:
-            with output.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise VmmError(f"{output}: is there already") from None
-        except (OSError, ValueError) as exc:
-            raise VmmError(f"{output}: cannot be written: {getattr(exc, 'strerror', None) or exc}") from None
+        _create(output, text)
         said["output"] = str(output)
     if as_json:
         print_json(said)
@@ -161,3 +152,21 @@ def new(name: str | None, output: Path | None, as_json: bool) -> None:
         click.echo(text, nl=False)
     else:
         click.echo(f"{output}: vmm config check {output}, vmm launch {output}")
+
+
+def _create(path: Path, text: str) -> None:
+    """All of it, or nothing. Raises VmmError where something is there already."""
+    from ..errors import VmmError
+
+    try:
+        file = path.open("x", encoding="utf-8")
+        try:
+            with file:
+                file.write(text)
+        except BaseException:
+            path.unlink()
+            raise
+    except FileExistsError:
+        raise VmmError(f"{path}: is there already") from None
+    except (OSError, ValueError) as exc:
+        raise VmmError(f"{path}: cannot be written: {getattr(exc, 'strerror', None) or exc}") from None

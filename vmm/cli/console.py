@@ -6,7 +6,6 @@ import signal
 
 import click
 
-from ..errors import ExitCode, VmmError
 from .common import json_option
 from .completion import complete_ended, complete_machines
 from .machines import print_log, show_report
@@ -46,7 +45,5 @@ def attach(name: str, as_json: bool) -> int:
                 signal.signal(signum, signal.SIG_IGN)       # one is enough
             click.echo(f"vmm: {name} keeps running: vmm attach {name}, vmm stop {name}", err=True)
             return 128 + exc.signum
-        except TimeoutError as exc:
-            raise VmmError(str(exc), ExitCode.TIMEOUT) from None
     show_report(report, as_json)
     return int(report["exit_code"])

@@ -14,7 +14,7 @@ from ipc.shm import PAGE_SIZE
 
 from .. import optional
 from ..errors import VmmError
-from .common import Duration, Rate, json_option, on_machine, print_json, recording
+from .common import Duration, Rate, json_option, on_machine, print_json, recording, text_aside
 
 if TYPE_CHECKING:
     from ..client.machine import Machine
@@ -183,6 +183,7 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
 
     if interval > seconds:
         raise VmmError(f"--interval {interval:g} s is longer than --time {seconds:g} s")
+    aside = text_aside(output, as_json)
     title = f"{machine.name}: pages dirtied per {interval * 1000:g} ms interval"
     if png or html_path:
         optional.figure()       # what draws it is there, or that is said before the work begins
@@ -211,7 +212,7 @@ def working_set(machine: Machine, interval: float, seconds: float, output: Path,
         mean = took / found.intervals
         click.echo(f"{output}: {found.intervals} intervals of {mean * 1000:.4g} ms, {counts.mean():,.0f} dirty "
                    f"pages per interval on average, {counts.max():,} at most"
-                   + (f"; incomplete: {found.reason}" if found.reason else ""))
+                   + (f"; incomplete: {found.reason}" if found.reason else ""), err=aside)
     if interrupts.came:
         return 128 + interrupts.came
     if found.reason:

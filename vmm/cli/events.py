@@ -15,6 +15,7 @@ from ..client.interrupts import Interrupts
 from ..errors import ExitCode, VmmError
 from ..outputs import Output, open_output
 from .common import Duration, json_option
+from .completion import complete_machines
 
 if TYPE_CHECKING:
     from ..consumers.events.event import Event
@@ -26,7 +27,7 @@ _STEP = 0.1     # seconds between two looks
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.option("--since", type=Duration(), default="10s", show_default=True, help="How far back to begin.")
 @click.option("--follow", "-f", is_flag=True, help="Keep printing until the machine has ended, or until Ctrl-C.")
 @click.option("--time", "seconds", type=Duration(), default=None, help="With --follow: for so long at most.")

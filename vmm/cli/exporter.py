@@ -12,6 +12,7 @@ import click
 from ipc.run import python_module
 
 from .. import optional
+from .completion import complete_machines
 from .stats import dirty_rate_option
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _LOOK_S = 0.5       # seconds after which it is seen that a machine has ended
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_machines)
 @click.option("--listen", "address", default="9853", show_default=True, metavar="ADDRESS",
               help="PORT (of 127.0.0.1), HOST:PORT, :PORT (of every address), or unix:PATH.")
 @dirty_rate_option

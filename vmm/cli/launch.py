@@ -10,8 +10,8 @@ import click
 
 from workers.accel import registry
 
-from ..errors import ExitCode, VmmError
-from .common import Size, json_option, print_json
+from ..errors import ExitCode, VmmError, one_line
+from .common import json_option, print_json
 from .completion import complete_configs, complete_machines_of_file, complete_settings
 from .forward import forwarding, note_forward
 from .run import run_or_leave
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["launch"]
 
 #: {option: the key that it is short for}
-_KEYS = {"accel": "accel", "vcpus": "vcpus", "memory": "memory.0.size"}
+_KEYS = {"accel": "accel", "vcpus": "vcpus", "memory": "memory.0.size", "name": "name"}
 
 
 @click.command()
@@ -33,7 +33,7 @@ _KEYS = {"accel": "accel", "vcpus": "vcpus", "memory": "memory.0.size"}
                    "explain).")
 @click.option("--accel", type=click.Choice(["auto", *registry.names()]), help="Accelerator to use.")
 @click.option("--vcpus", type=int, help="Number of vCPUs.")
-@click.option("--memory", type=Size(), help="Size of the first memory slot.")
+@click.option("--memory", metavar="SIZE", help="Size of the first memory slot.")
 @click.option("--name", help="Name of the machine (default: the name in CONFIG, else its file name).")
 @click.option("--machine", shell_complete=complete_machines_of_file,
               help="Of a CONFIG with several machines, launch only this one.")
@@ -62,9 +62,8 @@ def launch(config: str, overrides: tuple[str, ...], name: str | None, machine: s
         raise VmmError("--trace with --detach needs --trace-file: a detached machine has no terminal to write to")
     if dirty_rate and metrics is None:
         raise VmmError("--dirty-rate is measured for metrics: give --metrics ADDRESS, too")
-    options = [(f"--{key} {value}", _KEYS[key], value) for key, value in short.items() if value is not None]
-    if name is not None:
-        options.append((f"--name {name}", "name", name))
+    options = [(f"--{key} {one_line(str(value), 80)}", _KEYS[key], value)
+               for key, value in {**short, "name": name}.items() if value is not None]
     configs = load_configs(config, overrides, machine=machine, options=options)
     served = Served(metrics, dirty_rate, qmp_socket)
     traced = {"trace": list(trace), "trace_file": os.path.abspath(trace_file) if trace_file else ""}

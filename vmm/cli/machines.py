@@ -157,10 +157,7 @@ def wait(name: str, timeout: float | None, as_json: bool) -> int:
     report = outcome(name)
     if report is None:
         with Machine.attach(name) as machine:
-            try:
-                report = machine.wait(timeout)
-            except TimeoutError as exc:
-                raise VmmError(str(exc), ExitCode.TIMEOUT) from None
+            report = machine.wait(timeout)
     show_report(report, as_json)
     return int(report["exit_code"])
 

@@ -57,8 +57,8 @@ class MigrationLines:
     def __enter__(self) -> MigrationLines:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._lines.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        self._lines.__exit__(kind, *error)
 
 
 class Shown:

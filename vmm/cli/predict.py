@@ -149,11 +149,13 @@ def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Me
 
 
 def _rate(value: float) -> str:
-    return f"{value * 8 / 1e9:,.3g} Gbit/s ({value / 1e6:,.4g} MB/s)"
+    from ..tables import digits_text
+
+    return f"{digits_text(value * 8 / 1e9)} Gbit/s ({digits_text(value / 1e6, 4)} MB/s)"
 
 
 def _print(guest: Guest, memory: Memory, cells: list[Cell], least: float | None) -> None:
-    from ..tables import print_table, screen, table
+    from ..tables import digits_text, print_table, screen, table
 
     total = sum(memory.sizes.values())
     click.echo(f"{total * PAGE_SIZE >> 20:,} MiB of memory, {memory.filled * PAGE_SIZE >> 20:,} MiB of it filled; "
@@ -162,7 +164,7 @@ def _print(guest: Guest, memory: Memory, cells: list[Cell], least: float | None)
     for cell in cells:
         found = cell.found
         quota = min(found.throttled.values(), default=0) * PAGE_SIZE / 1e6
-        shown.add_row(f"{cell.bandwidth * 8 / 1e9:,.3g} Gbit/s", f"{cell.downtime * 1000:g} ms", found.outcome,
+        shown.add_row(f"{digits_text(cell.bandwidth * 8 / 1e9)} Gbit/s", f"{cell.downtime * 1000:g} ms", found.outcome,
                       f"{found.total:,.2f}", f"{found.downtime * 1000:,.0f}", f"{found.transferred / 1e6:,.0f}",
                       str(len(found.rounds)), f"{quota:,.1f} MB/s" if quota else "")
     print_table(shown, screen(), keys=2)
@@ -174,15 +176,18 @@ def _print(guest: Guest, memory: Memory, cells: list[Cell], least: float | None)
 
 
 def _print_remedies(remedies: list[Remedy], cell: Cell) -> None:
+    from ..tables import digits_text
+
     if not remedies:
         return
-    click.echo(f"At {cell.bandwidth * 8 / 1e9:,.3g} Gbit/s and {cell.downtime * 1000:g} ms it does not. What helps:")
+    click.echo(f"At {digits_text(cell.bandwidth * 8 / 1e9)} Gbit/s and {cell.downtime * 1000:g} ms it does not. What "
+               "helps:")
     for each in remedies:
         found = each.found
         takes = f"total {found.total:,.2f} s, downtime {found.downtime * 1000:,.0f} ms"
         how = {"bandwidth": f"{_rate(each.value)}",
-               "downtime": f"--downtime {each.value * 1000:,.0f}ms, after {len(found.rounds)} rounds",
-               "dirty-limit": f"vmm dirty-limit set NAME {each.value / 1e6:,.4g}MB/s",
+               "downtime": f"--downtime {each.value * 1000:.0f}ms, after {len(found.rounds)} rounds",
+               "dirty-limit": f"vmm dirty-limit set NAME {digits_text(each.value / 1e6, 4).replace(',', '')}MB/s",
                "converge": "the migration throttles vCPUs" + (
                    f", to {min(found.throttled.values()) * PAGE_SIZE / 1e6:,.1f} MB/s" if found.throttled else ""),
                "postcopy": f"--postcopy, {found.pending:,} pages of it after the hand-over"}[each.what]

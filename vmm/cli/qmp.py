@@ -13,13 +13,14 @@ from ipc.run import python_module
 
 from ..errors import ExitCode, VmmError
 from .common import json_option
+from .completion import complete_machines
 from .migrating import key_options
 
 __all__ = ["qmp", "start_qmp"]
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @click.argument("socket", type=click.Path(dir_okay=False))
 @key_options
 @json_option

@@ -10,7 +10,8 @@ import click
 
 from ..errors import VmmError
 from ..outputs import open_output
-from .common import json_option, print_json
+from .common import json_option, print_json, text_aside
+from .completion import complete_runs
 
 if TYPE_CHECKING:
     from ..lab.report.document import Section
@@ -19,12 +20,12 @@ __all__ = ["report"]
 
 
 @click.command()
-@click.argument("run", nargs=-1, required=True)
+@click.argument("run", nargs=-1, required=True, shell_complete=complete_runs)
 @click.option("--output", type=click.Path(path_type=Path),
               help="The page to write.  [default: NAME-report.html, by the first RUN]")
 @click.option("--figures", type=click.Path(path_type=Path, file_okay=False),
               help="Write the figures into this directory, one file each, for papers; then a page only with --output.")
-@click.option("--format", "kind", type=click.Choice(["svg", "png"]), default="svg", show_default=True,
+@click.option("--format", "kind", type=click.Choice(["svg", "png"]), show_default="svg",
               help="Of those files; PNG has 300 dots per inch.")
 @click.option("--title", help="Heading of the page.")
 @json_option
@@ -43,11 +44,14 @@ def report(run: tuple[str, ...], output: Path | None, figures: Path | None, kind
     from ..lab.report.document import unique_keys
     from ..lab.report.sources import sections
 
+    if kind is not None and figures is None:
+        raise VmmError("--format is of the files of --figures DIR: give that, too")
     wanted = output if output is not None or figures is not None else Path(f"{_stem(run[0])}report.html")
+    aside = text_aside(wanted, as_json)
     with contextlib.ExitStack() as stack:
         page_file = stack.enter_context(open_output(wanted)) if wanted is not None else None
         found = unique_keys([section for each in run for section in sections(each)])
-        made = _write_figures(found, figures, kind) if figures is not None else []
+        made = _write_figures(found, figures, kind or "svg") if figures is not None else []
         if page_file is not None:
             from ..lab.report.page import page
 
@@ -59,9 +63,9 @@ def report(run: tuple[str, ...], output: Path | None, figures: Path | None, kind
                                                      for s in found]})
         return
     for section in found:
-        click.echo(f"{section.title}: {section.outcome}")
+        click.echo(f"{section.title}: {section.outcome}", err=aside)
     for name in written:
-        click.echo(name)
+        click.echo(name, err=aside)
 
 
 def _stem(run: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def _stored(config: Path | None, flags: dict[str, Any], stored: Path) -> Path:
     if config is not None or flags:
         raise VmmError("--resume continues the sweep stored in --output: leave out CONFIG and the options of the "
                        "sweep")
-    if not stored.is_file():
+    if not os.path.isfile(stored):
         raise VmmError(f"{stored}: not found: there is no sweep to resume")
     return stored
 

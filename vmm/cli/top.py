@@ -8,13 +8,14 @@ import click
 
 from .. import optional
 from ..errors import VmmError
+from .completion import complete_machines
 from .stats import dirty_rate_option, interval_option
 
 __all__ = ["top"]
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_machines)
 @interval_option
 @dirty_rate_option
 def top(name: str, interval: float, dirty_rate: bool) -> int:

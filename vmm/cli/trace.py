@@ -14,7 +14,8 @@ import click
 from ipc.shm import PAGE_SIZE
 
 from ..errors import VmmError
-from .common import Duration, json_option, print_json, recording
+from .common import Duration, json_option, print_json, recording, text_aside
+from .completion import complete_recorded
 
 if TYPE_CHECKING:
     from ..machine.tracefile import TraceEnd
@@ -28,7 +29,7 @@ def trace() -> None:
 
 
 @trace.command("record")
-@click.argument("words", nargs=-1, metavar="[NAME] FILE")
+@click.argument("words", nargs=-1, metavar="[NAME] FILE", shell_complete=complete_recorded)
 @click.option("--pid", "target", help="Record a process of this host instead of a machine: its id, a VM's name, or the "
                                       "path of a VM's QMP socket (see vmm watch).")
 @click.option("--ram", "what", flag_value="ram", help="With --pid: only the memory of the VM that it runs.")
@@ -49,6 +50,7 @@ def trace_record(words: tuple[str, ...], target: str | None, what: str | None, s
     if what and not target:
         raise VmmError(f"--{what}: is for --pid")
     file = Path(words[-1])
+    aside = text_aside(file, as_json)
     with recording() as (interrupts, progress):
         name, end = (_of_process(target, what, file, seconds, interval, progress, interrupts.wait) if target else
                      _of_machine(words[0], file, seconds, interval, progress, interrupts.wait))
@@ -59,7 +61,7 @@ def trace_record(words: tuple[str, ...], target: str | None, what: str | None, s
     else:
         click.echo(f"{file}: {end.entries:,} entries in {end.seconds:.2f} s"
                    + (f", {size:,} bytes" if size is not None else "")
-                   + (f"; incomplete: {end.reason}" if end.reason else ""))
+                   + (f"; incomplete: {end.reason}" if end.reason else ""), err=aside)
     if end.lost:
         raise VmmError(f"{file} is incomplete: {end.lost:,} entries came faster than they could be written")
     if interrupts.came:

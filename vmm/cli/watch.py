@@ -228,8 +228,10 @@ class _Shown:
 
 
 def _line(now: Now) -> str:
+    from ..tables import digits_text
+
     return (f"{now.seconds:8.1f} s {now.mib_per_s:10.1f} MiB/s {now.pages_per_s:12,.0f} pages/s, working set "
-            f"{now.working_set:,} pages in {now.over:.2g} s")
+            f"{now.working_set:,} pages in {digits_text(now.over, 2)} s")
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from .samples import find_config
 from .yamlfile import DEPTH_MAX, parse_value, read_yaml
 
 __all__ = ["ConfigError", "Duration", "GuestConfig", "MachineConfig", "Option", "Rate", "ReaperConfig", "ReplayConfig",
-           "Size", "VerifyConfig", "load_config", "load_configs"]
+           "Size", "VerifyConfig", "configs_of", "load_config", "load_configs"]
 
 #: A key that an option of its own gives: (the option as it was given, key, value).
 Option = tuple[str, str, Any]
@@ -64,7 +65,12 @@ def load_configs(path: str | Path, overrides: Sequence[str] = (), *, machine: st
     this one of several. Overrides and options hold for each, but for ``machines.NAME.key=value``. Raises
     ConfigError."""
     path = find_config(path)
-    document, origins = read_yaml(path)
+    return configs_of(path, *read_yaml(path), overrides, machine=machine, options=options)
+
+
+def configs_of(path: Path, document: dict[str, Any], origins: Origins, overrides: Sequence[str] = (), *,
+               machine: str | None = None, options: Sequence[Option] = ()) -> list[MachineConfig]:
+    """As ``load_configs``, of what ``read_yaml`` has read. Raises ConfigError."""
     for key in [key for key in document if key.startswith(_IGNORED)]:
         del document[key]
     several = _MACHINES in document
@@ -126,12 +132,17 @@ def _validated(path: Path, document: dict[str, Any], origins: Origins) -> Machin
         given = getattr(model, file, None)
         if given is not None and not given.is_absolute():
             config = config.model_copy(
-                update={section: model.model_copy(update={file: (path.parent / given).resolve()})})
+                update={section: model.model_copy(update={file: _absolute(path.parent / given)})})
     if config.guest is not None and config.guest.files:
-        files = {inside: (path.parent / outside).resolve() for inside, outside in config.guest.files.items()}
+        files = {inside: _absolute(path.parent / outside) for inside, outside in config.guest.files.items()}
         config = config.model_copy(update={"guest": config.guest.model_copy(update={"files": files})})
     config._origins = origins
     return config
+
+
+def _absolute(path: Path) -> Path:
+    """Links followed, as far as they lead somewhere."""
+    return Path(os.path.realpath(path))
 
 
 def _set_text(override: str) -> str:

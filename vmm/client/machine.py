@@ -23,7 +23,7 @@ import msgspec
 from ipc.shm import PAGE_SIZE
 from workers.accel import registry
 
-from ..errors import ExitCode, VmmError, no_memory
+from ..errors import ExitCode, StillRunning, VmmError, no_memory
 from ..machine import records, verbs
 from ..machine.names import belongings
 from ..machine.runtime import await_upgrade, goes_on, is_running, is_upgrading, machine_dir, machine_names
@@ -321,7 +321,7 @@ class Machine:
     def wait(self, timeout: float | None = None) -> dict[str, Any]:
         """Until every vCPU has ended; the final report. That of a machine which has gone meanwhile is the one that
         it has left (without ``vcpus`` if it could not make one). One that was upgraded is waited for in its new
-        processes, which do not end with this one. Raises TimeoutError."""
+        processes, which do not end with this one. Raises TimeoutError, which is a VmmError, too."""
         deadline = time.monotonic() + (_FOREVER if timeout is None else timeout)
         report: dict[str, Any] | None = None
         while report is None:
@@ -335,7 +335,7 @@ class Machine:
                 if report is None and not (exc.exit_code is ExitCode.NO_MACHINE and is_running(self.name)):
                     raise
             if report is None and time.monotonic() >= deadline:
-                raise TimeoutError(f"machine '{self.name}' is still running after {timeout} s")
+                raise StillRunning(f"machine '{self.name}' is still running after {timeout} s")
             if report is not None and report["cause"].endswith(records.UPGRADED) and self.goes_on():
                 report = None
         self._report = report

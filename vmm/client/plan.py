@@ -12,7 +12,7 @@ from workers.accel import registry
 from ..errors import VmmError
 from ..guests import WORKLOADS, WorkloadError, get_workload, resolve_params
 from ..machine import loader
-from ..machine.events import check_patterns
+from ..machine.events import check_pattern
 from ..machine.room import RoomError, check_room
 from ..machine.rules import RuleError, check_machine, fitting_ring
 from ..machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
@@ -67,8 +67,7 @@ def plan(config: MachineConfig, *, name: str | None = None, trace: list[str] | N
             loader.check_fits(loaded, [(s.gpa, s.size) for s in slots])
         except loader.GuestImageError as exc:
             raise config.error("guest.image", str(exc)) from None
-    patterns = [*config.trace, *(trace or [])]
-    check_patterns(patterns)
+    patterns = _patterns(config, trace or [])
     if trace_file:
         _check_trace_file(trace_file, patterns)
     verify = config.verify
@@ -97,6 +96,21 @@ def _tracking(config: MachineConfig, entries: int) -> str:
     """What the file says, or its default. Whoever says how large a ring is wants rings."""
     measured = config.dirty_ring_size == "auto" and entries > 0 and config.replay is None
     return config.tracking or ("auto" if measured else "")
+
+
+def _patterns(config: MachineConfig, given: list[str]) -> list[str]:
+    """Of the file, and ``given`` by --trace. Raises VmmError."""
+    for number, pattern in enumerate(config.trace):
+        try:
+            check_pattern(pattern)
+        except VmmError as exc:
+            raise config.error(f"trace.{number}", str(exc)) from None
+    for pattern in given:
+        try:
+            check_pattern(pattern)
+        except VmmError as exc:
+            raise VmmError(f"--trace {exc}") from None
+    return [*config.trace, *given]
 
 
 def _check_trace_file(path: str, patterns: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def sample_names() -> list[str]:
 def find_config(path: str | Path) -> Path:
     """The file that is meant: ``path`` or, where nothing is called so and it is a bare name, the example of that name.
     Raises ConfigError for a bare name of neither."""
-    if not _NAME.fullmatch(str(path)) or Path(path).exists():
+    if not _NAME.fullmatch(str(path)) or os.path.exists(path):
         return Path(path)
     names = sample_names()
     if str(path) in names:

@@ -1,9 +1,9 @@
 """Sizes, durations and rates as people write them, the same everywhere: in files, for options, as arguments. Apart from
 the configuration, which takes long to import.
 
-MB is 10^6 bytes and MiB 2^20, as the IEC has it; so is kB 10^3. A unit is understood in any case, but for Mb and its
-like, which some mean bits by. The patterns are also those of the published schema: they keep to what Python and
-ECMA-262 (JSON schema) have in common.
+MB is 10^6 bytes and MiB 2^20, as the IEC has it; so is kB 10^3. A unit of sizes or rates is understood in any case, but
+for Mb and its like, which some mean bits by; units of durations are in lower case. The patterns are also those of the
+published schema: they keep to what Python and ECMA-262 (JSON schema) have in common.
 """
 
 from __future__ import annotations

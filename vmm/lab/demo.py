@@ -109,6 +109,14 @@ class Demo:
 
     def run(self) -> Seen:
         """Nothing of it is left afterwards, also when it is left by an exception. Raises VmmError."""
+        try:
+            return self._run()
+        except VmmError:
+            raise
+        except OSError as exc:      # no room for its folder, no descriptor, no process
+            raise VmmError(f"the demo cannot go on: {exc}") from None
+
+    def _run(self) -> Seen:
         seen, there = self._seen, f"{self._seen.name}-there"
         with contextlib.ExitStack() as stack:
             stack.callback(_forget, seen.name, there)

@@ -16,10 +16,10 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 
-from ..errors import VmmError
+from ..errors import VmmError, one_line
 from ..outputs import open_append
 
-__all__ = ["EVENTS", "Tracer", "check_patterns"]
+__all__ = ["EVENTS", "Tracer", "check_pattern"]
 
 EVENTS: dict[str, tuple[str, ...]] = {
     "kvm_dirty_ring_full": ("id",),
@@ -36,11 +36,10 @@ _PREFIX = "kvm_dirty_ring_"
 Emit = Callable[..., None]
 
 
-def check_patterns(patterns: Sequence[str]) -> None:
-    """Raises VmmError for a pattern that matches no event."""
-    for pattern in patterns:
-        if not fnmatch.filter(EVENTS, pattern):
-            raise VmmError(f"--trace {pattern}: no such event; choose from {', '.join(EVENTS)}")
+def check_pattern(pattern: str) -> None:
+    """Raises VmmError for one that matches no event."""
+    if not fnmatch.filter(EVENTS, pattern):
+        raise VmmError(f"{one_line(pattern, 80)}: no such event; choose from {', '.join(EVENTS)}")
 
 
 class Tracer:

@@ -22,7 +22,7 @@ from workers.accel import registry
 
 from ..errors import VmmError
 from . import boot
-from .events import check_patterns
+from .events import check_pattern
 from .forwards import parse_forward
 from .names import check_machine_name
 from .spec import REAPERS_MAX, MachineSpec, RamSlot
@@ -101,7 +101,11 @@ def check_machine(spec: MachineSpec) -> None:
         raise RuleError("dirty_limit", "needs a dirty ring, but dirty_ring_size is 0")
     if len(spec.trace) > _EVENT_PATTERNS_MAX:
         raise RuleError("trace", f"must have at most {_EVENT_PATTERNS_MAX} patterns (got {len(spec.trace)})")
-    check_patterns(spec.trace)
+    for pattern in spec.trace:
+        try:
+            check_pattern(pattern)
+        except VmmError as exc:
+            raise RuleError("trace", str(exc)) from None
     if len(spec.shown) > _SHOWN_MAX or any(len(name) > _SHOWN_LENGTH or not name.isprintable() for name in spec.shown):
         raise RuleError("shown", f"must be at most {_SHOWN_MAX} names of CPU features")
     if spec.trace_file:

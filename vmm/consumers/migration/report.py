@@ -80,7 +80,8 @@ class Ram:
 
 def latency(waits: list[float]) -> dict[str, float]:
     """Of pages that vCPUs waited for, so many seconds each: ``pages``, ``median_us``, ``p99_us``, ``max_us``, and how
-    many took at most 100, 200, 400 us and so on (``upto_100_us``; what is empty is left out). Empty without any."""
+    many took at most 100 us (``upto_100_us``), longer and at most 200 us, longer and at most 400 us, and so on (what is
+    empty is left out). Empty without any."""
     if not waits:
         return {}
     ranked = sorted(each * 1e6 for each in waits)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Figure", "Section", "Table", "bytes_text", "count_text", "seconds_text", "unique_keys"]
+from ...tables import digits_text
+
+__all__ = ["Figure", "Section", "Table", "busiest", "bytes_text", "count_text", "left_out_text", "percent_text",
+           "seconds_text", "unique_keys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +61,37 @@ def unique_keys(sections: Sequence[Section]) -> list[Section]:
 
 
 def seconds_text(seconds: float) -> str:
-    """``343 µs``, ``12.3 ms``, ``4.56 s``."""
+    """``343 µs``, ``12.3 ms``, ``4.56 s``, ``4,321 s``."""
+    rounded = float(f"{seconds:.3g}")
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if abs(seconds) >= unit:
-            return f"{seconds / unit:,.3g} {name}" if seconds / unit < 1000 else f"{seconds / unit:,.0f} {name}"
-    return f"{seconds * 1e6:,.3g} µs" if seconds else "0 s"
+        if abs(rounded) >= unit:
+            return f"{digits_text(rounded / unit)} {name}" if abs(rounded) < 1000 else f"{seconds:,.0f} s"
+    return f"{digits_text(rounded * 1e6)} µs" if rounded else "0 s"
 
 
 def bytes_text(size: float) -> str:
     """``12.3 MiB``."""
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.4g} {name}"
+        if float(f"{size / unit:.4g}") >= 1:
+            return f"{digits_text(size / unit, 4)} {name}"
     return f"{size:,.0f} B"
 
 
 def count_text(number: float) -> str:
     """``12,345``; of less than a hundred, three digits."""
-    return f"{number:,.0f}" if abs(number) >= 100 or number == int(number) else f"{number:.3g}"
+    return f"{number:,.0f}" if abs(number) >= 100 or number == int(number) else digits_text(number)
+
+
+def percent_text(part: float, whole: float = 1.0) -> str:
+    """``12.5 %``: of nothing, nothing."""
+    return f"{digits_text(100 * part / whole if whole else 0.0)} %"
+
+
+def busiest(weights: Mapping[int, float], most: int) -> list[int]:
+    """At most so many vCPUs, those of the greatest weights, in the order of their numbers."""
+    return sorted(sorted(weights, key=lambda vcpu: -weights[vcpu])[:most])
+
+
+def left_out_text(shown: int, there: int, which: str) -> str:
+    """`` Those 8 of 64 vCPUs that stalled longest.``; "" where none is left out."""
+    return f" Those {shown} of {there} vCPUs that {which}." if shown < there else ""

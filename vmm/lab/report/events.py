@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...consumers.events.event import BEGINNINGS, Event
-from .document import Figure, Section, Table, count_text, seconds_text
-from .style import COLOURS, colour
+from .document import Figure, Section, Table, busiest, count_text, left_out_text, percent_text, seconds_text
+from .style import COLOURS, area, colour
 
 __all__ = ["section"]
 
@@ -20,17 +20,19 @@ _PANELS = 8         # and of the timeline
 _BINS = 100         # of time
 _MOMENTS = 400      # of the time, to draw
 _MOST = 4000        # points of a line
+_SHORTEST = 0.01    # seconds, below which nothing is said or drawn per second
 _WAITS = {"stall": "stalled at a full ring", "pause": "paused", "throttle": "throttled"}
-_SHADES = {"stall": COLOURS[1], "pause": COLOURS[0], "throttle": COLOURS[3]}
+_AREAS = {"stall": 1, "pause": 0, "throttle": 3}
 
 
 class _Seen:
-    """What the events say, by vCPU. Times in seconds since the first."""
+    """What the events say, by vCPU. Times in seconds since ``began``; ``waits`` have of each only what is later."""
 
-    def __init__(self, events: Sequence[Event]) -> None:
-        self.began = min(e.at - e.took for e in events)
-        self.seconds = max(max(e.at for e in events) - self.began, 1e-9)
+    def __init__(self, events: Sequence[Event], began: float, until: float) -> None:
+        self.began = began
+        self.seconds = until - began
         self.waits: dict[str, dict[int, list[tuple[float, float]]]] = {kind: {} for kind in _WAITS}
+        self.stalls: dict[int, list[float]] = {}                # how long each took, whenever it began
         self.fill: dict[int, list[tuple[float, int]]] = {}
         self.harvested: dict[int, list[tuple[float, int]]] = {}
         self.reaps: list[tuple[float, float, float]] = []       # at, took, until the next
@@ -40,8 +42,18 @@ class _Seen:
         begun: dict[tuple[int, str], float] = {}
         for event in sorted(events, key=lambda e: e.at):
             self._take(event, event.at - self.began, begun)
-        for (vcpu, kind), at in begun.items():      # it waits still
-            self.waits[kind].setdefault(vcpu, []).append((at, self.seconds - at))
+        for (vcpu, kind), at in begun.items():
+            self._waited(kind, vcpu, self.seconds, self.seconds - at)       # it does so still
+
+    def _waited(self, kind: str, vcpu: int, at: float, took: float) -> None:
+        begin = max(0.0, at - took)
+        self.waits[kind].setdefault(vcpu, []).append((begin, at - begin))
+        if kind == "stall":
+            self.stalls.setdefault(vcpu, []).append(took)
+
+    def held(self, kind: str, vcpu: int) -> float:
+        """Seconds in all."""
+        return sum(took for _, took in self.waits[kind].get(vcpu, []))
 
     def _take(self, event: Event, at: float, begun: dict[tuple[int, str], float]) -> None:
         name, fields = event.name, event.fields
@@ -52,7 +64,7 @@ class _Seen:
                 begun[vcpu, BEGINNINGS[name]] = at
             elif name in self.waits:
                 begun.pop((vcpu, name), None)
-                self.waits[name].setdefault(vcpu, []).append((at - event.took, event.took))
+                self._waited(name, vcpu, at, event.took)
         elif name == "kvm_dirty_ring_reap_vcpu":
             vcpu = int(fields["id"])
             self.vcpus.add(vcpu)
@@ -68,18 +80,24 @@ class _Seen:
             self.flushes.append(event.took)
 
 
-def section(events: Sequence[Event], name: str) -> Section:
-    """``name``: of their file, or of the machine. Raises LookupError, TypeError, ValueError for what ``vmm events``
+def section(events: Sequence[Event], name: str, window: tuple[float, float] | None = None) -> Section:
+    """``name``: of their file, or of the machine. ``window``: the time that was looked at, of the clock that the events
+    have; None: from the first to the last of them. Raises LookupError, TypeError, ValueError for what ``vmm events``
     does not write."""
     if not events:
         return Section("events", f"Events ({name})", "There is none.")
-    seen = _Seen(events)
-    stalls = [took for of in seen.waits["stall"].values() for _, took in of]
-    share = 100 * sum(stalls) / (seen.seconds * max(1, len(seen.vcpus)))
+    first, last = min(e.at for e in events), max(e.at for e in events)
+    began, until = (first, last) if window is None else (window[0], max(last, window[1]))
+    seen = _Seen(events, began, until)
+    rates = seen.seconds >= _SHORTEST
+    stalls = [took for of in seen.stalls.values() for took in of]
     times = "once" if len(stalls) == 1 else f"{len(stalls):,} times"
-    stalled = (f"vCPUs stalled {times} at full rings, for {share:.2g} % of their time" if stalls else
-               "no vCPU stalled at a full ring")
-    found = Section("events", f"Events ({name})", f"In {seconds_text(seen.seconds)} {stalled}.")
+    said = f"vCPUs stalled {times} at full rings" if stalls else "no vCPU stalled at a full ring"
+    if stalls and rates:
+        held = sum(seen.held("stall", vcpu) for vcpu in seen.vcpus)
+        said += f", for {percent_text(held, seen.seconds * len(seen.vcpus))} of their time"
+    found = Section("events", f"Events ({name})",
+                    f"In {seconds_text(seen.seconds) if rates else 'one moment'} {said}.")
     found.facts = [("events", f"{len(events):,}"), ("reaps", f"{len(seen.reaps):,}"),
                    ("flushes", f"{len(seen.flushes):,}"
                     + (f", {seconds_text(float(np.median(seen.flushes)))} in the median" if seen.flushes else ""))]
@@ -90,30 +108,29 @@ def section(events: Sequence[Event], name: str) -> Section:
     if seen.missing:
         found.warnings.append(f"{seen.missing:,} events had been overwritten by newer ones before they were read: what "
                               "is earlier is not complete")
-    if any(of for kind in seen.waits.values() for of in kind.values()):
+    if rates and any(of for kind in seen.waits.values() for of in kind.values()):
         found.figures.append(_timeline(seen))
     if len(stalls) > 2:
         found.figures.append(_distribution(seen, stalls))
-    if seen.fill:
+    if rates and seen.fill:
         found.figures += [_fill(seen), _rate(seen)]
-    if seen.reaps:
+    if rates and seen.reaps:
         found.figures.append(_reaper(seen))
     return found
 
 
 def _timeline(seen: _Seen) -> Figure:
+    shown = busiest({vcpu: seen.held("stall", vcpu) for vcpu in seen.vcpus}, _PANELS)
     rows = [[f"vCPU {vcpu}", _WAITS[kind], f"{len(of):,}", seconds_text(sum(t for _, t in of)),
-             seconds_text(max(t for _, t in of)), f"{100 * sum(t for _, t in of) / seen.seconds:.2g}"]
-            for vcpu in sorted(seen.vcpus) for kind in _WAITS if (of := seen.waits[kind].get(vcpu))]
-    shown = sorted(sorted(seen.vcpus, key=lambda v: -sum(t for _, t in seen.waits["stall"].get(v, [])))[:_PANELS])
-    some = "" if len(shown) == len(seen.vcpus) else f" Those {_PANELS} of {len(seen.vcpus)} that stalled longest."
+             seconds_text(max(t for _, t in of)), percent_text(sum(t for _, t in of), seen.seconds)]
+            for vcpu in shown for kind in _WAITS if (of := seen.waits[kind].get(vcpu))]
     return Figure(
         "events-timeline", "When vCPUs were held out of the guest",
         f"The share of each {seconds_text(seen.seconds / _MOMENTS)}; a mark below for each stall. Stalls of all vCPUs "
         "at once are a reaper that comes too late, or takes too long; those of one are a ring too small for its rate."
-        + some,
+        + left_out_text(len(shown), len(seen.vcpus), "stalled longest"),
         lambda figure: _draw_timeline(figure, seen, shown),
-        Table("Times out of the guest", ["vCPU", "why", "times", "in all", "longest", "% of the time"], rows),
+        Table("Times out of the guest", ["vCPU", "why", "times", "in all", "longest", "of the time"], rows),
         (8.0, 1.0 + 0.9 * len(shown)))
 
 
@@ -125,10 +142,11 @@ def _draw_timeline(figure: Any, seen: _Seen, vcpus: list[int]) -> None:
         below = np.zeros(_MOMENTS)
         for kind in kinds:
             share = 100 * np.diff(_passed(seen.waits[kind].get(vcpu, []), edges)) / np.diff(edges)
-            axes.stairs(below + share, edges, baseline=below, fill=True, color=_SHADES[kind], label=_WAITS[kind])
+            axes.stairs(below + share, edges, baseline=below, fill=True, label=_WAITS[kind], **area(_AREAS[kind]))
             below = below + share
         marks = np.unique(np.searchsorted(edges, [at for at, _ in seen.waits["stall"].get(vcpu, [])]))
-        axes.vlines(edges[np.minimum(marks, _MOMENTS)], -16, -6, color=_SHADES["stall"], linewidth=0.8)
+        axes.vlines(edges[np.minimum(marks, _MOMENTS)], -16, -6, color=COLOURS[_AREAS["stall"]],
+                    linewidth=0.8)
         axes.set(xlim=(0, seen.seconds), ylim=(-18, 100), yticks=[0, 50, 100])
         axes.set_title(f"vCPU {vcpu}", fontsize=8, pad=2)
     panels[-1][0].set_xlabel("time (s)")
@@ -148,8 +166,8 @@ def _passed(spans: list[tuple[float, float]], moments: NDArray[np.float64]) -> N
 
 def _distribution(seen: _Seen, stalls: list[float]) -> Figure:
     rows = []
-    for vcpu, of in sorted(seen.waits["stall"].items()):
-        took = np.array([t for _, t in of])
+    for vcpu, of in sorted(seen.stalls.items()):
+        took = np.array(of)
         rows.append([f"vCPU {vcpu}", f"{len(took):,}",
                      *(seconds_text(float(np.quantile(took, q))) for q in (0.5, 0.9, 0.99, 1.0))])
     return Figure(
@@ -166,66 +184,70 @@ def _draw_distribution(figure: Any, stalls: list[float]) -> None:
     axes.set(xlabel="stall (ms)", ylabel="stalls that took at most so long (%)", xscale="log", ylim=(0, 102))
 
 
+def _harvests(seen: _Seen) -> tuple[list[int], str]:
+    """The vCPUs that dirty most, and what is said of the others."""
+    shown = busiest({vcpu: sum(n for _, n in of) for vcpu, of in seen.harvested.items()}, _LINES)
+    return shown, left_out_text(len(shown), len(seen.harvested), "dirtied most")
+
+
 def _fill(seen: _Seen) -> Figure:
+    shown, some = _harvests(seen)
     highest = {vcpu: max(n for _, n in points) for vcpu, points in seen.fill.items()}
     rows = [[f"vCPU {vcpu}", f"{len(seen.harvested[vcpu]):,}", f"{highest[vcpu]:,}",
-             count_text(float(np.mean([n for _, n in seen.harvested[vcpu]])))] for vcpu in sorted(seen.fill)]
+             count_text(float(np.mean([n for _, n in seen.harvested[vcpu]])))] for vcpu in shown]
     most = max(highest, key=lambda v: highest[v])
     return Figure(
         "events-fill", "How full the rings were",
-        f"Entries in each ring when it was harvested, and none once it was reset. Fullest was that of vCPU {most}, "
-        f"with {highest[most]:,} entries.",
-        lambda figure: _draw_fill(figure, seen),
+        f"Entries in each ring since its last harvest, the most within each {seconds_text(seen.seconds / _MOMENTS)}; "
+        f"none once it was reset. Fullest was that of vCPU {most}, with {highest[most]:,} entries." + some,
+        lambda figure: _draw_fill(figure, seen, shown),
         Table("Rings", ["vCPU", "harvests", "most entries", "entries per harvest, mean"], rows),
-        (8.0, 1.0 + 0.9 * min(_LINES, len(seen.fill))))
+        (8.0, 1.0 + 0.9 * len(shown)))
 
 
-def _draw_fill(figure: Any, seen: _Seen) -> None:
-    """A panel for each vCPU, of those that dirty most: the most that was in its ring in each moment that can be told
-    from the next."""
-    busy = sorted(sorted(seen.fill, key=lambda v: -sum(n for _, n in seen.fill[v]))[:_LINES])
-    top = max(n for vcpu in busy for _, n in seen.fill[vcpu])
-    panels = figure.subplots(len(busy), 1, sharex=True, sharey=True, squeeze=False)
-    for number, (vcpu, (axes,)) in enumerate(zip(busy, panels, strict=True)):
-        edges = np.linspace(0, seen.seconds, _MOMENTS + 1)
-        most = np.zeros(_MOMENTS)
-        at = np.array([at for at, _ in seen.fill[vcpu]])
-        np.maximum.at(most, np.minimum((at / seen.seconds * _MOMENTS).astype(int), _MOMENTS - 1),
-                      [n for _, n in seen.fill[vcpu]])
-        axes.stairs(most, edges, fill=True, color=COLOURS[number], label=f"vCPU {vcpu}")
+def _draw_fill(figure: Any, seen: _Seen, vcpus: list[int]) -> None:
+    edges = np.linspace(0, seen.seconds, _MOMENTS + 1)
+    top = max(1, *(n for vcpu in vcpus for _, n in seen.fill[vcpu]))
+    panels = figure.subplots(len(vcpus), 1, sharex=True, sharey=True, squeeze=False)
+    for number, (vcpu, (axes,)) in enumerate(zip(vcpus, panels, strict=True)):
+        axes.stairs(_highest(seen.fill[vcpu], edges), edges, fill=True, color=COLOURS[number])
         axes.set(xlim=(0, seen.seconds), ylim=(0, 1.05 * top))
         axes.set_title(f"vCPU {vcpu}", fontsize=8, pad=2)
     panels[-1][0].set_xlabel("time (s)")
     figure.supylabel("entries in the ring", fontsize=9)
 
 
+def _highest(points: list[tuple[float, int]], edges: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The most between each two edges of what each point sets until the next one; 0 before the first."""
+    at, values = np.array([at for at, _ in points]), np.array([n for _, n in points])
+    before = np.searchsorted(at, edges[:-1], side="right") - 1
+    found = np.where(before < 0, 0, values[before])
+    np.maximum.at(found, np.clip(np.searchsorted(edges, at, side="right") - 1, 0, len(found) - 1), values)
+    return found
+
+
 def _rate(seen: _Seen) -> Figure:
+    shown, some = _harvests(seen)
     edges = np.linspace(0, seen.seconds, _BINS + 1)
-    width = seen.seconds / _BINS
-    rates: dict[int, NDArray[np.float64]] = {
-        vcpu: np.histogram([at for at, _ in points], edges, weights=[n for _, n in points])[0] / width
-        for vcpu, points in seen.harvested.items()}
-    total = sum(rates.values())
-    assert isinstance(total, np.ndarray)
+    rates = {vcpu: np.histogram([at for at, _ in points], edges, weights=[n for _, n in points])[0] / np.diff(edges)
+             for vcpu, points in seen.harvested.items()}
+    total = np.sum(list(rates.values()), axis=0)
     return Figure(
         "events-rate", "Entries harvested per second",
         f"Of all vCPUs {count_text(float(total.mean()))} entries/s in the mean, {count_text(float(total.max()))} at "
-        "most. An entry counts when it is harvested: late reaps make peaks.",
-        lambda figure: _draw_lines(figure, {v: list(zip(edges[:-1], rate, strict=True)) for v, rate in rates.items()},
-                                   seen, "entries/s"),
-        Table("Rates", ["from (s)", *(f"vCPU {v} (entries/s)" for v in sorted(rates)[:_LINES])],
-              [[f"{edge:.3f}", *(f"{rates[v][i]:,.0f}" for v in sorted(rates)[:_LINES])]
-               for i, edge in enumerate(edges[:-1])]))
+        "most. An entry counts when it is harvested: late reaps make peaks." + some,
+        lambda figure: _draw_rates(figure, {vcpu: rates[vcpu] for vcpu in shown}, edges),
+        Table("Rates", ["from (s)", *(f"vCPU {v} (entries/s)" for v in shown)],
+              [[f"{edge:.3f}", *(f"{rates[v][i]:,.0f}" for v in shown)] for i, edge in enumerate(edges[:-1])]))
 
 
-def _draw_lines(figure: Any, lines: dict[int, list[tuple[float, Any]]], seen: _Seen, label: str) -> None:
+def _draw_rates(figure: Any, rates: dict[int, NDArray[np.float64]], edges: NDArray[np.float64]) -> None:
     axes = figure.subplots()
-    busy = sorted(sorted(lines, key=lambda v: -sum(n for _, n in lines[v]))[:_LINES])
-    for number, vcpu in enumerate(busy):
-        points = lines[vcpu][::max(1, len(lines[vcpu]) // _MOST)]
-        axes.step([at for at, _ in points], [n for _, n in points], where="post", label=f"vCPU {vcpu}",
-                  **(colour(number) | {"marker": "", "linewidth": 1.0}))
-    axes.set(xlabel="time (s)", ylabel=label, xlim=(0, seen.seconds), ylim=(0, None))
+    for number, (vcpu, rate) in enumerate(rates.items()):
+        look = colour(number)
+        axes.stairs(rate, edges, baseline=None, label=f"vCPU {vcpu}", linewidth=1.0, color=look["color"],
+                    linestyle=look["linestyle"])
+    axes.set(xlabel="time (s)", ylabel="entries/s", xlim=(0, edges[-1]), ylim=(0, None))
     figure.legend(loc="outside upper left", ncols=6)
 
 

@@ -6,7 +6,17 @@ from typing import Any
 
 from ipc.shm import PAGE_SIZE
 
-from .document import Figure, Section, Table, bytes_text, count_text, seconds_text
+from .document import (
+    Figure,
+    Section,
+    Table,
+    busiest,
+    bytes_text,
+    count_text,
+    left_out_text,
+    percent_text,
+    seconds_text,
+)
 from .style import COLOURS, bars
 
 __all__ = ["section"]
@@ -20,13 +30,15 @@ def section(report: dict[str, Any]) -> Section:
     """Raises LookupError, TypeError, ValueError for what is no such report."""
     name = report["name"]
     found = Section("machine", f"Machine {name}", _outcome(report))
+    if report.get("cause"):
+        found.facts.append(("ended", f"{report['ended_at']}: {report['cause']}"))
     if "vcpus" not in report:
         return found
     vcpus = report["vcpus"]
     dirtied, stalled = sum(v["dirty_pages"] for v in vcpus), sum(v["stalled_s"] for v in vcpus)
     elapsed = max(report["elapsed_s"], 1e-9)
     reaper = report["reaper"]
-    found.facts = [
+    found.facts += [
         ("ran for", seconds_text(report["elapsed_s"])),
         ("vCPUs", f"{len(vcpus)}, {report['accelerator']}"),
         ("memory", bytes_text(sum(s["size"] for s in report["slots"]))),
@@ -38,26 +50,24 @@ def section(report: dict[str, Any]) -> Section:
         ("reaper", f"{reaper['mode']}, {reaper['iterations']:,} iterations, "
                    f"{seconds_text(reaper['microseconds'] / 1e6)} in reaps; {reaper['flushes']:,} flushes"),
     ]
-    if report["cause"]:
-        found.facts.append(("ended", f"{report['ended_at']}: {report['cause']}"))
     _judge(report, found)
-    shown = sorted(sorted(vcpus, key=lambda v: -v["stalled_s"])[:_SHOWN], key=lambda v: v["index"])
-    some = "" if len(shown) == len(vcpus) else f" Those {_SHOWN} of {len(vcpus)} that stalled most."
-    tall = 1.3 + 0.28 * len(shown)
     table = _table(vcpus)
     if any(v[key] for v in vcpus for _, key in _PARTS):
-        share = 100 * stalled / max(1e-9, sum(v[key] for v in vcpus for _, key in _PARTS))
+        shown = _busiest(vcpus, "stalled_s")
+        share = percent_text(stalled, sum(v[key] for v in vcpus for _, key in _PARTS))
         found.figures.append(Figure(
             "machine-vcpu-time", "Where the vCPUs' time went",
-            f"Of the time that vCPUs were in the guest or held out of it, {share:.2g} % were stalls at full rings."
-            + some,
-            lambda figure: _draw_time(figure, shown, elapsed), table, (8.0, tall)))
+            f"Of the time that vCPUs were in the guest or held out of it, {share} were stalls at full rings."
+            + left_out_text(len(shown), len(vcpus), "stalled longest"),
+            lambda figure: _draw_time(figure, shown, elapsed), table, (8.0, 1.3 + 0.28 * len(shown))))
     if dirtied:
-        most = max(vcpus, key=lambda v: v["dirty_pages"])
+        dirtiest = _busiest(vcpus, "dirty_pages")
+        most = max(dirtiest, key=lambda v: v["dirty_pages"])
         found.figures.append(Figure(
             "machine-dirtied", "Ring entries by vCPU",
-            f"vCPU {most['index']} dirtied most: {most['dirty_pages']:,} of {dirtied:,} entries." + some,
-            lambda figure: _draw_dirtied(figure, shown), table, (8.0, tall)))
+            f"vCPU {most['index']} dirtied most: {most['dirty_pages']:,} of {dirtied:,} entries."
+            + left_out_text(len(dirtiest), len(vcpus), "dirtied most"),
+            lambda figure: _draw_dirtied(figure, dirtiest), table, (8.0, 1.3 + 0.28 * len(dirtiest))))
     found.tables = [table, Table(
         "Memory slots", ["slot", "GPA", "size", "pages", "dirty pages", "logged"],
         [[str(s["id"]), f"{s['gpa']:#x}", bytes_text(s["size"]), f"{s['pages']:,}", f"{s['dirty']:,}",
@@ -65,13 +75,29 @@ def section(report: dict[str, Any]) -> Section:
     return found
 
 
+def _busiest(vcpus: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    shown = busiest({v["index"]: v[key] for v in vcpus}, _SHOWN)
+    return sorted((v for v in vcpus if v["index"] in shown), key=lambda v: v["index"])
+
+
 def _outcome(report: dict[str, Any]) -> str:
     if report["state"] != "ended" and report.get("exit_code") is None:
         return f"It is {report['state']}."
-    verified = report.get("verification")
-    proof = "" if verified is None else (", and every write was found in the log" if verified["ok"] else
-                                         f", but verification failed: {verified['lost_pages']:,} pages were lost")
-    return f"It ended with status {report['exit_code']}{proof}."
+    return f"It ended with status {report['exit_code']}{_proof(report.get('verification'))}."
+
+
+def _proof(verified: dict[str, Any] | None) -> str:
+    if verified is None:
+        return ""
+    if not verified["ok"]:
+        return f", but verification failed: {_failures(verified)}"
+    return ", and every write was found in the log" if verified["rounds"] else ", but nothing was verified"
+
+
+def _failures(verified: dict[str, Any]) -> str:
+    """As the machine's own cause has it (vmm/coordinator/outcome.py)."""
+    surplus = f", {verified['surplus_pages']:,} surplus" if verified.get("surplus_is_failure", True) else ""
+    return f"{verified['lost_pages']:,} pages lost{surplus}"
 
 
 def _judge(report: dict[str, Any], found: Section) -> None:
@@ -87,9 +113,9 @@ def _judge(report: dict[str, Any], found: Section) -> None:
             found.warnings.append(f"{who}: {vcpu['bad_entries']:,} bad ring entries were dropped")
     verified = report["verification"]
     if verified is not None:
-        verdict = "passed" if verified["ok"] else "failed"
+        verdict = "failed" if not verified["ok"] else "passed" if verified["rounds"] else "nothing was verified"
         found.facts.append(("verification", f"{verdict}: {verified['rounds']:,} rounds, "
-                            f"{verified['dirty_pages']:,} dirty pages, {verified['lost_pages']:,} lost"))
+                            f"{verified['dirty_pages']:,} dirty pages, {_failures(verified)}"))
         found.warnings += verified["first_findings"]
     restarts = report["coordinator"]["restarts"]
     if restarts:

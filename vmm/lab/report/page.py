@@ -25,7 +25,13 @@ def page(title: str, sections: Sequence[Section]) -> str:
                                      undefined=jinja2.StrictUndefined)
     template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
     return str(template.render(title=title, sections=[_shown(section) for section in sections], rows=_ROWS,
-                               version=VERSION, is_number=lambda cell: _NUMBER.fullmatch(cell) is not None))
+                               version=VERSION, numeric=_numeric))
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Of each column: there are only numbers in it, or nothing."""
+    return [bool(table.rows) and all(_NUMBER.fullmatch(row[at]) for row in table.rows)
+            for at in range(len(table.columns))]
 
 
 def _shown(section: Section) -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ipc.shm import PAGE_SIZE
 
+from ...tables import digits_text
 from .document import Figure, Section, Table, bytes_text, count_text, seconds_text
 from .style import colour
 
@@ -38,8 +39,8 @@ def section(study: dict[str, Any]) -> Section:
     lines = [c for c in grid if c["downtime_limit"] == grid[0]["downtime_limit"]][:_ROUNDS_SHOWN]
     found.figures.append(Figure(
         "prediction-rounds", "Memory left after each round",
-        f"At a downtime limit of {grid[0]['downtime_limit']:g} ms. A line that stops falling is a migration that does "
-        "not converge by itself.",
+        f"At a downtime limit of {seconds_text(grid[0]['downtime_limit'] / 1e3)}. A line that stops falling is a "
+        "migration that does not converge by itself.",
         lambda figure: _draw_rounds(figure, lines), _rounds(lines)))
     if study["remedies"]:
         found.tables.append(Table("What helps", ["remedy", "outcome", "total", "downtime"],
@@ -55,12 +56,12 @@ def section(study: dict[str, Any]) -> Section:
 
 
 def _rate(value: float) -> str:
-    return f"{value * 8 / 1e9:,.3g} Gbit/s" if value else "no cap"
+    return f"{digits_text(value * 8 / 1e9)} Gbit/s" if value else "no cap"
 
 
 def _remedy(one: dict[str, Any]) -> str:
     return {"bandwidth": f"bandwidth of {_rate(one['value'])}", "downtime": f"downtime of {seconds_text(one['value'])}",
-            "dirty-limit": f"dirty limit of {one['value'] / 1e6:,.4g} MB/s for each vCPU",
+            "dirty-limit": f"dirty limit of {digits_text(one['value'] / 1e6, 4)} MB/s for each vCPU",
             "converge": "throttling by the migration", "postcopy": "post-copy"}[one["what"]]
 
 
@@ -78,10 +79,10 @@ def _draw_grid(figure: Any, grid: list[dict[str, Any]]) -> None:
             line = [c for c in grid if c["downtime_limit"] == limit and c["bandwidth"]]
             axes.plot([c["bandwidth"] * 8 / 1e9 for c in line],
                       [c[key] / (1e3 if key == "total" else 1.0) for c in line], **colour(number),
-                      label=f"limit {limit:g} ms" if key == "total" else None)
+                      label=f"limit {seconds_text(limit / 1e3)}" if key == "total" else None)
         ticks = sorted({c["bandwidth"] * 8 / 1e9 for c in grid if c["bandwidth"]})
         axes.set(xscale="log", xlabel="bandwidth (Gbit/s)", ylabel=label, ylim=(0, None))
-        axes.set_xticks(ticks, [f"{t:.3g}" for t in ticks])
+        axes.set_xticks(ticks, [digits_text(t) for t in ticks])
         axes.minorticks_off()
     figure.legend(loc="outside upper left", ncols=4)
 

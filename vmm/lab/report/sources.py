@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from ...machine import records
 from ...machine.names import is_machine_name
 from . import comparison, events, machine, migration, prediction, sweep
 from . import workingset as recording
-from .document import Section
+from .document import Section, seconds_text
 
 __all__ = ["sections"]
 
@@ -31,43 +35,56 @@ _KINDS = ("a machine's report (vmm status --json), a migration's (vmm migrate --
 def sections(source: str) -> list[Section]:
     """Of a file, a folder, or a machine that runs or has ended. Raises VmmError."""
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return [_of_folder(path)]
-    if source != "-" and not path.exists() and is_machine_name(source):
+    if source != "-" and not os.path.exists(path) and is_machine_name(source):
         try:
             return _of_machine(source)
         except VmmError as exc:
             if exc.exit_code is not ExitCode.NO_MACHINE:
                 raise
             raise VmmError(f"{exc}, nor a file or folder {source}", ExitCode.NO_MACHINE) from None
-    if source != "-":
+    if source != "-" and os.path.isfile(path):      # what is in a pipe can be read once
         with open_input(path) as file:
             head = file.read(4)
         if head.startswith(b"PK"):
-            return [recording.section(workingset.load(path), path.name)]
+            with _told(f"{input_name(path)}: is no recording of vmm working-set"):
+                return [recording.section(workingset.load(path), path.name)]
+        if not head:
+            return [events.section([], path.stem)]
     return [_of_text(path)]
+
+
+@contextlib.contextmanager
+def _told(text: str) -> Iterator[None]:
+    """Around what makes sections: of a document that is none, or damaged, or of another version. Raises VmmError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
+        raise VmmError(f"{text} ({type(exc).__name__}: {one_line(str(exc))})") from None
 
 
 def _of_folder(path: Path) -> Section:
     from ..stress.report import summaries
     from ..stress.sweep import load_results
 
-    if (path / "results.json").exists():
+    if os.path.exists(path / "results.json"):
         return _of_text(path / "results.json")
     results = load_results(path)
     if not results:
         raise VmmError(f"{path}: there are no results in it (of vmm stress or vmm compare)")
     # It was interrupted before it could write more.
-    rows = json.loads(json.dumps([{**row, "point": asdict(row["point"])} for row in summaries(results)]))
-    return sweep.section({
-        "summary": rows, "complete": False, "model": [], "host": None,
-        "lost_pages": sum(r.lost for r in results), "surplus_pages": sum(r.surplus for r in results)})
+    with _told(f"{path}: has no results of this version"):
+        rows = json.loads(json.dumps([{**row, "point": asdict(row["point"])} for row in summaries(results)]))
+        return sweep.section({
+            "summary": rows, "complete": False, "model": [], "host": None,
+            "lost_pages": sum(r.lost for r in results), "surplus_pages": sum(r.surplus for r in results)})
 
 
 def _of_text(path: Path) -> Section:
     name = input_name(path)
     data = read_input(path, _DOCUMENT_MAX, pipes=True)
-    try:
+    with _told(f"{name}: is not {_KINDS}"):
         document = _parsed(data)
         if isinstance(document, dict) and "event" in document and "source" in document:     # a single one
             document = None
@@ -80,8 +97,6 @@ def _of_text(path: Path) -> Section:
         if isinstance(_parsed(lines[0]), dict) and "source" in _parsed(lines[0]):
             return events.section(read_json_lines(data, name), path.stem)
         raise ValueError("it is neither")
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
-        raise VmmError(f"{name}: is not {_KINDS} ({type(exc).__name__}: {one_line(str(exc))})") from None
 
 
 def _parsed(data: bytes) -> Any:
@@ -113,29 +128,33 @@ def _of_document(document: Any) -> Section:
 def _of_machine(name: str) -> list[Section]:
     """Raises VmmError where there is none of that name, and was none."""
     from ...client.machine import Machine
+    from ...consumers.migration.status import load_status
 
-    report, seen = records.outcome(name), []
+    report, seen, window = records.outcome(name), list[Event](), (0.0, 0.0)
     if report is None:
         with Machine.attach(name, past=True) as running:
-            report, seen = running.status(), _past(running)
-    found = [machine.section(report)]
-    if seen:
-        found.append(events.section(seen, f"the last {_SINCE:g} s"))
+            report = running.status()
+            seen, window = _past(running, report["elapsed_s"])
+    with _told(f"machine '{name}': its report is of another version"):
+        found = [machine.section(report)]
+        if seen:
+            found.append(events.section(seen, f"the last {seconds_text(window[1] - window[0])}", window))
     try:
-        from ...consumers.migration.status import load_status
-
-        found.append(migration.section(load_status(name)))
+        with _told(f"machine '{name}': the report of its migration is of another version"):
+            found.append(migration.section(load_status(name)))
     except VmmError as exc:
         if exc.exit_code not in (ExitCode.NO_MACHINE, ExitCode.BAD_INPUT):
             raise       # else it was not migrated
     return found
 
 
-def _past(running: Any) -> list[Event]:
+def _past(running: Any, age: float) -> tuple[list[Event], tuple[float, float]]:
+    """Events of late, and the time in which they were, of the clock that they have. ``age``: the machine's, seconds."""
     from ...consumers.events.stream import Stream
 
+    since = time.monotonic() - min(_SINCE, age)
     stream = Stream(running, _SINCE)
     try:
-        return stream.next(0.1)
+        return stream.next(0.1), (since, time.monotonic())
     finally:
         stream.close()

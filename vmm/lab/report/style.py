@@ -20,7 +20,7 @@ from ... import optional
 from ...errors import VmmError, one_line
 from .document import Figure
 
-__all__ = ["COLOURS", "Format", "bars", "colour", "drawn", "heat_colours", "inline_svg"]
+__all__ = ["COLOURS", "Format", "area", "bars", "colour", "drawn", "heat_colours", "inline_svg"]
 
 Format = Literal["svg", "png"]
 
@@ -40,6 +40,11 @@ def colour(number: int) -> dict[str, Any]:
     return {"color": COLOURS[at], "linestyle": _LINES[at], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
+def area(number: int) -> dict[str, Any]:
+    """Of area ``number``, of at most four: its colour, and a hatch that tells it without."""
+    return {"facecolor": COLOURS[number], "hatch": _HATCHES[number], "edgecolor": "white"}
+
+
 def heat_colours() -> Any:
     """Of the cells of a heat map: told apart by lightness, too, and all of them from a white ground. (A page inverts
     lightness by night, when the ground is dark.) Raises MissingPackage."""
@@ -48,12 +53,10 @@ def heat_colours() -> Any:
 
 
 def bars(axes: Any, labels: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]]) -> None:
-    """Bars to the right, one below the other, of parts that add up; hatched, so that they can be told without
-    colours."""
+    """Bars to the right, one below the other, of parts that add up."""
     left = [0.0] * len(labels)
     for number, (name, values) in enumerate(parts):
-        axes.barh(labels, values, left=left, label=name, color=COLOURS[number], hatch=_HATCHES[number],
-                  edgecolor="white", linewidth=0.4, height=0.7)
+        axes.barh(labels, values, left=left, label=name, linewidth=0.4, height=0.7, **area(number))
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

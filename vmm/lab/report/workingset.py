@@ -9,7 +9,7 @@ import numpy as np
 from ipc.shm import PAGE_SIZE
 
 from ...consumers.workingset import WINDOWS, Recording, heat
-from .document import Figure, Section, Table, bytes_text, count_text, seconds_text
+from .document import Figure, Section, Table, bytes_text, count_text, percent_text, seconds_text
 from .style import COLOURS, colour, heat_colours
 
 __all__ = ["section"]
@@ -29,7 +29,7 @@ def section(recording: Recording, name: str) -> Section:
     total = sum(count for _, _, count in recording.slots)
     found = Section("working-set", f"Working set ({name})",
                     f"In {seconds_text(float(recording.times[-1]))} the guest dirtied {bytes_text(whole * PAGE_SIZE)}, "
-                    f"{100 * whole / max(1, total):.3g} % of its {bytes_text(total * PAGE_SIZE)}.")
+                    f"{percent_text(whole, total)} of its {bytes_text(total * PAGE_SIZE)}.")
     found.facts = [("intervals", f"{recording.intervals:,} of {seconds_text(float(lengths.mean()))}"),
                    ("distinct pages per interval", f"{count_text(float(pages.mean()))} in the mean, "
                                                    f"{int(pages.max()):,} at most"),
@@ -48,7 +48,7 @@ def section(recording: Recording, name: str) -> Section:
     busy = shares.max(axis=1)
     found.figures.append(Figure(
         "working-set-heat", "Which memory is dirtied when",
-        f"Address by time; {100 * float((busy > 0).mean()):.3g} % of the rows have a dirty page at some time. The "
+        f"Address by time; {percent_text(float((busy > 0).mean()))} of the rows have a dirty page at some time. The "
         "further a cell's colour is from the ground's, the more of its pages were dirtied; for none, nothing is drawn.",
         lambda figure: _draw_heat(figure, recording, shares, heights),
         Table("Rows of the map, by the share of their pages that was dirtied",

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ... import optional
 from ...errors import VmmError
-from ...tables import print_table, size_text, table
+from ...tables import digits_text, print_table, size_text, table
 from ..hoststat import cores, describe_host
 from .model import Fit, busy_at, fit_all
 from .sweep import Point, PointResult, Sweep
@@ -79,11 +79,6 @@ def summaries(results: Sequence[PointResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def _load(point: Point) -> str:
-    text = point.workload + "".join(f" {name} {value:g}" for name, value in point.params)
-    return text + (f" <= {point.dirty_limit / 1e6:g} MB/s" if point.dirty_limit else "")
-
-
 # --- table --------------------------------------------------------------------------------------------
 
 
@@ -97,7 +92,7 @@ def _results_table(results: Sequence[PointResult]) -> tuple[Table, int]:
     """And how many of its columns say which point it is."""
     rows = summaries(results)
     columns: dict[str, Callable[[Point], str]] = {
-        "accel": lambda p: p.accel, "workload": _load, "RAM": lambda p: size_text(p.ram),
+        "accel": lambda p: p.accel, "workload": lambda p: p.load, "RAM": lambda p: size_text(p.ram),
         "ring": lambda p: f"{p.ring:,}" if p.ring else "bitmap", "reaper": lambda p: p.reaper,
         "machines": lambda p: str(p.machines), "vCPUs": lambda p: str(p.vcpus)}
     common = {name: text(rows[0]["point"]) for name, text in columns.items()
@@ -127,8 +122,8 @@ def _results_table(results: Sequence[PointResult]) -> tuple[Table, int]:
 
 def print_model(fits: Sequence[Fit], console: Console) -> None:
     for fit in fits:
-        terms = " + ".join(f"{t.value:.4g} (±{t.error:.2g})" + ("" if t.name == "constant" else f" x {t.name}")
-                           for t in fit.terms)
+        terms = " + ".join(f"{digits_text(t.value, 4)} (±{digits_text(t.error, 2)})"
+                           + ("" if t.name == "constant" else f" x {t.name}") for t in fit.terms)
         left = f"; no cost found for: {', '.join(fit.free)}" if fit.free else ""
         left += f"; not varied: {', '.join(fit.left_out)}" if fit.left_out else ""
         crowd = f"; {fit.contended} excluded for lack of a free core" if fit.contended else ""
@@ -187,9 +182,9 @@ def draw(results: Sequence[PointResult], figure: str, label: str, path: Path) ->
     many_sizes = len({r["point"].ram for r in rows}) > 1
     for row in rows:
         point = row["point"]
-        line = f"{'ring ' + format(point.ring, ',') if point.ring else 'bitmap'}, {point.reaper}"
+        line = f"{point.rings}, {point.reaper}"
         line += f", {size_text(point.ram)}" if many_sizes else ""
-        panels.setdefault((point.accel, _load(point)), {}).setdefault(line, []).append(row)
+        panels.setdefault((point.accel, point.load), {}).setdefault(line, []).append(row)
     wide = min(3, len(panels))
     tall = -(-len(panels) // wide)
     picture = optional.figure(figsize=(4.6 * wide + 0.4, 3.6 * tall + 0.4), layout="constrained")
@@ -204,7 +199,9 @@ def draw(results: Sequence[PointResult], figure: str, label: str, path: Path) ->
                     [r["most"][figure] - m for m, r in zip(middle, of_line, strict=True)]]
             axes.errorbar([r["point"].vcpus for r in of_line], middle, bars, fmt="o-", capsize=3, label=line)
         axes.axvline(cores(), color="grey", linestyle=":", linewidth=1)
-        axes.set(title=f"{accel}, {load}", xlabel="vCPUs (dotted: the host's cores)", ylabel=label, ylim=(0, None))
+        axes.set(title=f"{accel}, {load}", xlabel="vCPUs (dotted: the host's cores)", ylabel=label)
+        if all(r["least"][figure] >= 0 for of_line in lines.values() for r in of_line):     # a flush may be below it
+            axes.set_ylim(0, None)
         counts = sorted({r["point"].vcpus for of_line in lines.values() for r in of_line})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(n) for n in counts])

@@ -42,9 +42,10 @@ from ...errors import VmmError
 from ...guests import WORKLOADS, WorkloadError, get_workload
 from ...inputs import read_input
 from ...machine.spec import MachineSpec
+from ...tables import digits_text, size_text
 from .measure import Figures, Proof
 
-__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "open_results"]
+__all__ = ["Point", "PointResult", "Settings", "Sweep", "load_results", "load_sweep", "open_results", "sweep_of"]
 
 RESULTS = "results.jsonl"
 SWEEP = "sweep.json"
@@ -195,11 +196,19 @@ class Point:
     repetition: int
 
     def __str__(self) -> str:
-        load = self.workload + "".join(f" {name} {value:g}" for name, value in self.params)
-        limit = f", at most {self.dirty_limit / 1e6:g} MB/s" if self.dirty_limit else ""
         many = f"{self.machines} machines of " if self.machines > 1 else ""
-        return (f"{self.accel}, {load}{limit}, {many}{self.vcpus} vCPU{'s' if self.vcpus > 1 else ''}, "
-                f"ring {self.ring}, {self.reaper}, {self.ram >> 20} MiB")
+        return (f"{self.accel}, {self.load}, {many}{self.vcpus} vCPU{'s' if self.vcpus > 1 else ''}, {self.rings}, "
+                f"{self.reaper}, {size_text(self.ram)}")
+
+    @property
+    def load(self) -> str:
+        """The guest and its parameters, and what it is held to."""
+        text = self.workload + "".join(f" {name} {value:g}" for name, value in self.params)
+        return text + (f", at most {digits_text(self.dirty_limit / 1e6, 6)} MB/s" if self.dirty_limit else "")
+
+    @property
+    def rings(self) -> str:
+        return f"ring {self.ring:,}" if self.ring else "bitmap"
 
     def configuration(self, settings: Settings, *, verify: bool) -> MachineConfig:
         """Raises ValidationError, VmmError."""
@@ -209,10 +218,10 @@ class Point:
         document: dict[str, Any] = {
             "name": "stress", "accel": self.accel, "vcpus": self.vcpus, "dirty_ring_size": self.ring,
             "memory": [{"size": self.ram}], "log": "always", "dirty_limit": self.dirty_limit, "reaper": reaper,
-            "verify": settings.verify if verify else None, **self._load(), **shared}
+            "verify": settings.verify if verify else None, **self._guest(), **shared}
         return MachineConfig.model_validate(document)
 
-    def _load(self) -> dict[str, Any]:
+    def _guest(self) -> dict[str, Any]:
         if self.accel in registry.names("replay"):
             return {"replay": {"pattern": self.workload, **dict(self.params)}}
         try:
@@ -264,7 +273,12 @@ def load_sweep(path: Path | None, flags: dict[str, tuple[str, Any]] | None = Non
     Every point is planned, so that a sweep which cannot run says so at once; not ``here``: those whose accelerator
     this host does not have are only read. Raises ConfigError, naming file and line, or the flag."""
     path = None if path is None else find_config(path)
-    document, origins = read_yaml(path) if path is not None else ({}, Origins(""))
+    return sweep_of(*(read_yaml(path) if path is not None else ({}, Origins(""))), flags, here=here)
+
+
+def sweep_of(document: dict[str, Any], origins: Origins, flags: dict[str, tuple[str, Any]] | None = None, *,
+             here: bool = True) -> Sweep:
+    """As ``load_sweep``, of what ``read_yaml`` has read. Raises ConfigError."""
     for key, (flag, value) in (flags or {}).items():
         document[key] = value
         origins.given[key,] = flag
@@ -330,8 +344,12 @@ def _result(document: dict[str, Any]) -> PointResult:
 def load_results(directory: Path) -> list[PointResult]:
     """What DIR/results.jsonl holds. A last line that was cut off by a crash is left out. Raises VmmError."""
     path = directory / RESULTS
-    if not path.exists():
+    try:
+        path.stat()
+    except FileNotFoundError:
         return []
+    except OSError:
+        pass        # reading it says what is wrong
     lines = read_input(path, _RESULTS_MAX).split(b"\n")
     results = []
     for number, line in enumerate(lines[:-1], 1):   # the last one is empty, or has no end
