@@ -99,6 +99,13 @@ class Nodes:
         self._open.close()
         self.made.shutdown()
 
+    def kill_fleet(self) -> None:
+        """Its process; there will be another."""
+        (pid,) = [process.pid for process in psutil.process_iter(["cmdline"])
+                  if (process.info["cmdline"] or [""])[0].startswith("ray::Fleet")
+                  and os.environ["RAY_TMPDIR"] in process.environ().get("RAY_TMPDIR", "")]
+        os.kill(pid, signal.SIGKILL)
+
     def lose(self, node: str) -> None:
         found = next(each for each in self.made.nodes if each.node_id == node)
         self.made.remove_node(found, allow_graceful=False)
@@ -246,16 +253,40 @@ def _runs(folder: Path, name: str) -> bool:
         os.environ["XDG_RUNTIME_DIR"] = before
 
 
+def orphaned(directory: Path) -> Any:
+    """Whoever has asked for a drain is interrupted while the machine moves, and then the fleet's process is killed."""
+    nodes = Nodes(directory, 2)
+    (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
+    source, mark = there["node"], nodes.mark("web-0")
+    (target,) = [node for node in nodes.folders if node != source]
+    with nodes.draining(source) as drain:
+        assert drain.stderr is not None
+        next(line for line in drain.stderr if " moves to " in line)
+        wait(lambda: _migration(nodes.folders[source]), "the migration")
+        drain.send_signal(signal.SIGINT)
+        drain.communicate(timeout=_DEADLINE)
+    found: dict[str, Any] = {"target": target, "drain": drain.returncode}
+    nodes.kill_fleet()
+    found["moves"] = _migration(nodes.folders[source])
+    wait(lambda: nodes.machines()["web-0"]["state"] == "running", "it runs")
+    found |= {"node": nodes.machines()["web-0"]["node"], "kept": nodes.marked("web-0") == mark}
+    wait(lambda: not _runs(nodes.folders[source], "web-0"), "it has gone from where it was")
+    found["running"] = [node for node, folder in nodes.folders.items() if _runs(folder, "web-0")]
+    last = taken(nodes.machines()["web-0"])
+    wait(lambda: taken(nodes.machines()["web-0"]) > last, "snapshots go on")
+    found["nodes"] = {each["node"]: each["state"] for each in nodes.vmm("list")["nodes"]}
+    nodes.vmm("stop")
+    nodes.close()
+    return found
+
+
 def manager(directory: Path) -> Any:
     """The fleet's own process is killed; others are wanted that have no room; a machine has no other host, until one
     ends by itself."""
     nodes = Nodes(directory, 2)
     started = nodes.vmm(str(directory / "fleet.yaml"))
     found: dict[str, Any] = {"started": _where({each["name"]: each for each in started["machines"]})}
-    (pid,) = [process.pid for process in psutil.process_iter(["cmdline"])
-              if (process.info["cmdline"] or [""])[0].startswith("ray::Fleet")
-              and os.environ["RAY_TMPDIR"] in process.environ().get("RAY_TMPDIR", "")]
-    os.kill(pid, signal.SIGKILL)
+    nodes.kill_fleet()
     found["adopted"] = _where(nodes.machines())
     found["refused"] = nodes.vmm(str(directory / "fleet.yaml"), status=2)
     found["too_large"] = nodes.vmm(str(directory / "large.yaml"), status=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,8 +141,9 @@ def test_a_machine_goes_on_from_its_last_snapshot(accel: str, tmp_path: Path) ->
     (wanted, *_) = load_fleet(fleet_file(tmp_path, accel=accel, count=1))
     assert wanted.snapshots is not None
     chain = wanted.snapshots.directory
-    first = Resident(wanted, 1, "node", granted)
-    first.launch()
+    first = Resident(wanted, 1, granted)
+    assert first.launch()["accelerator"] == accel
+    first.keep()
     with Machine.attach("web-0") as machine:
         machine.write((4 << 20) + 2048, b"only this one")
     begun = len(list_snapshots(chain)) if chain.exists() else 0
@@ -149,10 +151,11 @@ def test_a_machine_goes_on_from_its_last_snapshot(accel: str, tmp_path: Path) ->
     assert first.status(0.1)["pages_per_s"] > 0
     assert first.status()["snapshot"]["error"] == ""
     first.stop()
-    assert first.ended()["state"] == "ended"
+    assert first.ended()["report"]["state"] == "ended"
+    assert not first.ended()["moved"]
     assert nothing_left("web-0")
 
-    again = Resident(wanted, 2, "node", granted)
+    again = Resident(wanted, 2, granted)
     with pytest.raises(VmmError, match="has snapshots of an earlier machine: --restore goes on with them"):
         again.launch()
     newest = list_snapshots(chain)[-1].id
@@ -160,6 +163,7 @@ def test_a_machine_goes_on_from_its_last_snapshot(accel: str, tmp_path: Path) ->
     with Machine.attach("web-0") as machine:
         assert machine.read((4 << 20) + 2048, 13) == b"only this one"
         assert runs(machine)
+    again.keep()
     until(lambda: int(list_snapshots(chain)[-1].id) >= int(newest) + 4, "more snapshots", 60.0)
     again.stop()
     assert nothing_left("web-0")
@@ -255,6 +259,18 @@ class TestOnNodes:
         assert found["source: node"] not in (found["source"], found["target: target"])
         assert found["source: running"] == [found["source: node"]]
         assert found["source: kept"]
+
+    def test_a_move_survives_who_has_asked_for_it_and_the_fleets_process(self, tmp_path: Path) -> None:
+        path = fleet_file(tmp_path, count=1, set=["memory.0.size=512MiB", "guest.params.spin=500"])
+        path.write_text(path.read_text() + "insecure: true\n")
+        found = on_nodes("orphaned", tmp_path)
+        assert found["drain"] == 128 + signal.SIGINT
+        assert found["moves"]
+        assert found["node"] == found["target"]
+        assert found["running"] == [found["target"]]
+        assert found["kept"]
+        assert set(found["nodes"].values()) == {"alive", "drained"}
+        assert found["nodes"][found["target"]] == "alive"
 
     def test_the_fleet_survives_its_own_process_and_says_what_it_cannot(self, tmp_path: Path) -> None:
         fleet_file(tmp_path, count=2, spread="apart", snapshots=False)
