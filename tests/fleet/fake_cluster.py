@@ -90,7 +90,7 @@ class Actor:
         return {"host": self.node, "report": {"state": "running"}, "pages_per_s": None, "snapshot": None,
                 "look": Look(self.cluster.memory, False)}
 
-    async def ended(self) -> dict[str, Any]:
+    async def ended(self, seconds: float) -> dict[str, Any]:
         await self.over.wait()
         return {"report": {"cause": "it has ended", "exit_code": 0}, "moved": self.handed_over}
 

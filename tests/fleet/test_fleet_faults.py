@@ -142,6 +142,25 @@ async def test_what_was_handed_over_to_a_host_that_is_cut_off_goes_on_where_it_w
     assert "goes on where it was" in said(cluster)
 
 
+@on("a", "b", "c")
+async def test_a_machine_that_neither_end_of_a_move_answers_for_is_restored_when_no_lease_is_left(
+        cluster: FakeCluster) -> None:
+    """The source's actor has ended, and the target is cut off with the machine."""
+    await start(cluster)
+
+    async def lost(actor: Actor) -> None:
+        there = cluster.actors["web", actor.generation + 1]
+        there.run()
+        cluster.cut_off(there.node)
+        actor.die()
+
+    cluster.points["handed over"] = lost
+    (moved,) = await cluster.fleet.drain("a", 1)
+    assert "error" in moved
+    await until(lambda: len(cluster.running("web")) == 1 and member(cluster).state == "running")
+    assert cluster.running("web") == [member(cluster).node] != ["a"]
+
+
 @on("a", "b")
 async def test_a_machine_that_cannot_be_taken_back_is_said_to_be_so(cluster: FakeCluster) -> None:
     await start(cluster)

@@ -36,6 +36,7 @@ _ARRIVAL_TIMEOUT = 90.0     # until it is known how a migration has ended whose 
 _AGAIN = 5.0                # seconds until a host with room is looked for again
 _AGAIN_MOST = 60.0          # or one that can restore a machine, after several tries
 _LOOK = 0.2                 # seconds between two looks whether what is under way with a machine has ended
+_FOLLOWED = 300.0           # seconds for which a machine's actor is asked at a time whether it has ended
 _MEASURED = 0.5             # seconds, before machines are moved
 _FAREWELL = 1.0             # seconds until the fleet ends
 
@@ -209,7 +210,8 @@ class Fleet:
         lost = ""
         while report is None and not lost:
             try:
-                ended = await self._cluster.call(actor, "ended")
+                if (ended := await self._cluster.call(actor, "ended", _FOLLOWED)) is None:
+                    continue
                 report, lost = ended["report"], "it has moved, and has not arrived" if ended["moved"] else ""
             except Unreachable:
                 await asyncio.sleep(_AGAIN)
@@ -379,25 +381,26 @@ class Fleet:
         """Its actor is lost, or the machine is; it is restored from its last snapshot. The caller holds its lock."""
         self._say_lost_node(member.node)
         self._cluster.kill(member.actor)
-        node, member.node, member.actor, member.holder = member.node, "", None, 0
+        node, generation = member.node, member.holder
+        member.node, member.actor, member.holder = "", None, 0
         if member.wanted.snapshots is None:
             self._become(member, "lost", f"{why}; no snapshots are taken of it")
             self._say(f"{member.name} is lost: {member.detail}")
             return
         self._become(member, "restoring", why)
         self._say(f"{member.name} is lost: {why}; it is restored from its last snapshot")
-        await self._over_there(member, node)
+        await self._await_end(member, generation, node)
         await self._restore(member)
 
-    async def _over_there(self, member: Member, node: str) -> None:
-        """Until no actor has it that may not have it: its last one was on that node."""
-        if not await self._cluster.has_ended(node, member.name):
-            await self._expire(member)
+    async def _await_end(self, member: Member, generation: int, node: str) -> None:
+        """Until no actor has it that may not have it; this one of them was on that node."""
+        ended = await self._cluster.has_ended(node, member.name)
+        await self._expire(member, generation if ended else 0)
 
-    async def _expire(self, member: Member) -> None:
-        """Until no actor that may not have it can have a lease of it, wherever that is."""
+    async def _expire(self, member: Member, ended: int = 0) -> None:
+        """Until no actor that may not have it can have a lease of it, wherever that is; nor does this generation's."""
         others = [at for (name, generation), at in self._renewed.items()
-                  if name == member.name and generation not in member.may]
+                  if name == member.name and generation not in member.may | {ended}]
         until = max([self._began, *others]) + member.lease      # an earlier process may have granted one just then
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(left)
@@ -426,6 +429,7 @@ class Fleet:
                 self._become(member, "lost", str(exc))
                 self._say(f"{member.name} is lost: {exc}")
             except (VmmError, TimeoutError) as exc:
+                generation = member.coming
                 self._put_out(member)
                 self._say_lost_node(host.id)
                 failed.add(host.id)
@@ -433,7 +437,7 @@ class Fleet:
                 if said != member.detail:
                     said = member.detail
                     self._say(f"{member.name} is not restored yet: {said}")
-                await self._over_there(member, host.id)
+                await self._await_end(member, generation, host.id)
                 member.node = ""
             else:
                 self._held(member, actor, host.id, found["accelerator"])

@@ -195,13 +195,18 @@ class Resident:
                 "snapshot": None if self._keeping is None else self._keeping.last, "look": look()}
 
     @_plain
-    def ended(self) -> dict[str, Any]:
-        """Until the machine has ended here: its last ``report``, and whether it was ``moved`` by the fleet. Raises
+    def ended(self, seconds: float) -> dict[str, Any] | None:
+        """Until the machine has ended here: its last ``report``, and whether it was ``moved`` by the fleet. None: it
+        has not in so many seconds. (Who has asked may be gone, and have a successor that asks again.) Raises
         VmmError."""
-        self._here.wait()
+        if not self._here.wait(seconds):
+            return None
         if self._report is None and not self._gone:
-            with self._attached() as machine:
-                self._report = machine.wait()
+            try:
+                with self._attached() as machine:
+                    self._report = machine.wait(seconds)
+            except TimeoutError:
+                return None
             self._close()
         report = self._report or {"cause": "its last report is not known", "exit_code": int(ExitCode.WORKER_DIED)}
         return {"report": report, "moved": self._leaving is not None and bool(report.get("handed_over", True))}
