@@ -195,6 +195,10 @@ class FakeCluster:
             if actor.node == node:
                 actor.die()
 
+    def freeze(self, node: str) -> None:
+        """Ray's own process there stands still, and Ray takes it for lost; the actors go on, and are heard."""
+        self.alive.discard(node)
+
     def cut_off(self, node: str) -> None:
         """It runs, hears nobody, and Ray takes it for lost."""
         self.alive.discard(node)
@@ -269,7 +273,7 @@ class FakeCluster:
         return [key for key, actor in self.actors.items() if not actor.dead]
 
     def kill(self, actor: Actor | None) -> None:
-        if actor is not None and not actor.cut:
+        if actor is not None and actor.node in self.alive and not actor.cut:
             actor.die()
 
     async def close(self) -> None:

@@ -19,7 +19,9 @@ import psutil
 from cluster_nodes import cluster
 
 from vmm import Machine
+from vmm.consumers.migration.control import change
 from vmm.consumers.migration.status import load_status
+from vmm.consumers.migration.steering import Changes
 from vmm.errors import VmmError
 from vmm.fleet.client import fleet_of
 from vmm.machine.runtime import is_running
@@ -56,13 +58,8 @@ class Nodes:
     @contextmanager
     def machine(self, name: str) -> Iterator[Any]:
         """Attached to on its node."""
-        before, os.environ["XDG_RUNTIME_DIR"] = (os.environ["XDG_RUNTIME_DIR"],
-                                                 str(self.folders[self.machines()[name]["node"]]))
-        try:
-            with Machine.attach(name) as machine:
-                yield machine
-        finally:
-            os.environ["XDG_RUNTIME_DIR"] = before
+        with under(self.folders[self.machines()[name]["node"]]), Machine.attach(name) as machine:
+            yield machine
 
     def mark(self, name: str) -> str:
         """Something in its memory that only this machine has."""
@@ -109,6 +106,16 @@ class Nodes:
     def lose(self, node: str) -> None:
         found = next(each for each in self.made.nodes if each.node_id == node)
         self.made.remove_node(found, allow_graceful=False)
+
+
+@contextmanager
+def under(folder: Path) -> Iterator[None]:
+    """This runtime directory, which is a node's."""
+    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
+    try:
+        yield
+    finally:
+        os.environ["XDG_RUNTIME_DIR"] = before
 
 
 def wait(holds: Callable[[], bool], what: str) -> None:
@@ -234,23 +241,18 @@ def mid_move(directory: Path) -> Any:
 
 def _migration(folder: Path) -> bool:
     """One sends memory from this node."""
-    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
     try:
-        found = load_status("web-0")
+        with under(folder):
+            found = load_status("web-0")
     except VmmError:
         return False
-    finally:
-        os.environ["XDG_RUNTIME_DIR"] = before
     return bool(found["direction"] == "outgoing" and found["status"] == "active")
 
 
 def _runs(folder: Path, name: str) -> bool:
     """A machine of this name, under this runtime directory."""
-    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
-    try:
+    with under(folder):
         return is_running(name)
-    finally:
-        os.environ["XDG_RUNTIME_DIR"] = before
 
 
 def orphaned(directory: Path) -> Any:
@@ -263,11 +265,15 @@ def orphaned(directory: Path) -> Any:
         assert drain.stderr is not None
         next(line for line in drain.stderr if " moves to " in line)
         wait(lambda: _migration(nodes.folders[source]), "the migration")
+        with under(nodes.folders[source]):
+            change("web-0", Changes(bandwidth=10e6))
         drain.send_signal(signal.SIGINT)
         drain.communicate(timeout=_DEADLINE)
     found: dict[str, Any] = {"target": target, "drain": drain.returncode}
     nodes.kill_fleet()
     found["moves"] = _migration(nodes.folders[source])
+    with under(nodes.folders[source]):
+        change("web-0", Changes(bandwidth=1e9))
     wait(lambda: nodes.machines()["web-0"]["state"] == "running", "it runs")
     found |= {"node": nodes.machines()["web-0"]["node"], "kept": nodes.marked("web-0") == mark}
     wait(lambda: not _runs(nodes.folders[source], "web-0"), "it has gone from where it was")

@@ -264,7 +264,7 @@ class TestOnNodes:
         assert found["source: kept"]
 
     def test_a_move_survives_who_has_asked_for_it_and_the_fleets_process(self, tmp_path: Path) -> None:
-        path = fleet_file(tmp_path, count=1, set=["memory.0.size=512MiB", "guest.params.spin=500"])
+        path = fleet_file(tmp_path, count=1, set=["memory.0.size=256MiB"])
         path.write_text(path.read_text() + "insecure: true\n")
         found = on_nodes("orphaned", tmp_path)
         assert found["drain"] == 128 + signal.SIGINT
