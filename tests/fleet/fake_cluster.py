@@ -143,6 +143,7 @@ class Actor:
         self.run()
 
     async def stop(self) -> None:
+        await self.cluster.meet("stop", self)
         self.runs = False
         self.cluster.seen(self)
 

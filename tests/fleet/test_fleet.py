@@ -76,6 +76,8 @@ def test_a_file_says_each_machine(tmp_path: Path) -> None:
      "fleet.yaml:3:3: machines.1: there is a machine 'web' already"),
     ({"machines": [{"config": "web.yaml", "set": ["vcpus=0"]}]}, "--set vcpus=0: vcpus: input should be greater"),
     ({"machines": [{"config": "web.yaml", "name": "x" * 31, "count": 2}]}, "fleet.yaml:2:3: machines.0: "),
+    ({"machines": [{"config": "web.yaml"}], "snapshots": {"directory": "chains", "lease": "5s"}},
+     "snapshots.lease: input should be greater than or equal"),
     ({"machines": [{"config": "none.yaml"}]}, "none.yaml: ")])
 def test_what_is_wrong_with_a_file_is_said_with_its_place(document: Any, error: str, tmp_path: Path) -> None:
     fleet_file(tmp_path)

@@ -278,6 +278,21 @@ async def test_a_start_that_the_fleets_process_did_not_survive_is_undone(cluster
 
 
 @on("a")
+async def test_a_stop_survives_the_fleets_process(cluster: FakeCluster) -> None:
+    await start(cluster)
+    there, go = held(at="stop", cluster=cluster)
+    stop = asyncio.ensure_future(cluster.fleet.stop([]))
+    await there.wait()
+    stop.cancel()
+    cluster.again()
+    go.set()
+    await until(lambda: not cluster.fleet._members)
+    assert cluster.running("web") == []
+    cluster.again()
+    assert not cluster.fleet._members
+
+
+@on("a")
 async def test_what_nobody_looks_after_any_more_is_said(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.has_ended = None        # type: ignore[assignment]
