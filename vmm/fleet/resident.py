@@ -102,6 +102,8 @@ class Resident:
     def restore(self) -> dict[str, Any]:
         """From its last snapshot: ``id``, ``created``, ``warnings``, ``accelerator``. Raises NoSnapshot, VmmError."""
         chain = self._wanted.snapshots
+        if chain is not None and not chain.directory.parent.is_dir():       # another host may have it
+            raise VmmError(f"{chain.directory.parent}: is not there")
         if chain is None or not has_snapshots(chain.directory):
             raise NoSnapshot(f"machine '{self._wanted.name}' has no snapshot")
         self._wait_for_lease()
@@ -143,9 +145,7 @@ class Resident:
         """Until the machine runs here; its accelerator. Raises VmmError when it does not, and will not."""
         if self._arriving is None:
             raise self._not_here()
-        self._arriving.result()
-        with self._attached() as machine:
-            return str(machine.status()["accelerator"])
+        return _accelerator(self._arriving.result())
 
     def _wait_for_lease(self) -> None:
         if self._lease is not None and not self._lease.wait():
@@ -155,7 +155,7 @@ class Resident:
         self._machine = machine
         tie(machine.name)
         self._here.set()
-        return {"warnings": machine.warnings, "accelerator": machine.status()["accelerator"]}
+        return {"warnings": machine.warnings, "accelerator": _accelerator(machine)}
 
     # --- while it is here -----------------------------------------------------------------------------------
 
@@ -292,10 +292,11 @@ class Resident:
 
     def _end_at_once(self) -> None:
         """The lease is over: the machine ends now, and not in order, as it would with this process."""
-        with contextlib.suppress(VmmError):
+        try:
             if self._has_it:
                 end_at_once(self._wanted.name)
-        os._exit(1)
+        finally:
+            os._exit(1)
 
     # --- what it is made of ---------------------------------------------------------------------------------
 
@@ -318,6 +319,12 @@ class Resident:
         if guest is None or guest.program is None:
             return Trees()
         return Trees(str(guest.root) if guest.root else "", {at: str(path) for at, path in guest.files.items()})
+
+
+def _accelerator(machine: Machine) -> str:
+    """Of one that began here."""
+    assert machine.spec is not None
+    return machine.spec.accel
 
 
 @contextlib.contextmanager
