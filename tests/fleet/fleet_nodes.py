@@ -96,10 +96,10 @@ class Nodes:
         self._open.close()
         self.made.shutdown()
 
-    def kill_fleet(self) -> None:
-        """Its process; there will be another."""
+    def kill(self, actor: str) -> None:
+        """The process of the only one of this class."""
         (pid,) = [process.pid for process in psutil.process_iter(["cmdline"])
-                  if (process.info["cmdline"] or [""])[0].startswith("ray::Fleet")
+                  if (process.info["cmdline"] or [""])[0].startswith(f"ray::{actor}")
                   and os.environ["RAY_TMPDIR"] in process.environ().get("RAY_TMPDIR", "")]
         os.kill(pid, signal.SIGKILL)
 
@@ -256,7 +256,8 @@ def _runs(folder: Path, name: str) -> bool:
 
 
 def orphaned(directory: Path) -> Any:
-    """Whoever has asked for a drain is interrupted while the machine moves, and then the fleet's process is killed."""
+    """Whoever has asked for a drain is interrupted while the machine moves, and then the fleet's process is killed; in
+    the end that of the machine's actor."""
     nodes = Nodes(directory, 2)
     (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
     source, mark = there["node"], nodes.mark("web-0")
@@ -270,7 +271,7 @@ def orphaned(directory: Path) -> Any:
         drain.send_signal(signal.SIGINT)
         drain.communicate(timeout=_DEADLINE)
     found: dict[str, Any] = {"target": target, "drain": drain.returncode}
-    nodes.kill_fleet()
+    nodes.kill("Fleet")
     found["moves"] = _migration(nodes.folders[source])
     with under(nodes.folders[source]):
         change("web-0", Changes(bandwidth=1e9))
@@ -280,6 +281,9 @@ def orphaned(directory: Path) -> Any:
     found["running"] = [node for node, folder in nodes.folders.items() if _runs(folder, "web-0")]
     last = taken(nodes.machines()["web-0"])
     wait(lambda: taken(nodes.machines()["web-0"]) > last, "snapshots go on")
+    nodes.kill("Resident")
+    wait(lambda: nodes.machines()["web-0"]["detail"].startswith("from snapshot "), "it is restored")
+    found["restored"] = nodes.marked("web-0") == mark
     found["nodes"] = {each["node"]: each["state"] for each in nodes.vmm("list")["nodes"]}
     nodes.vmm("stop")
     nodes.close()
@@ -292,7 +296,7 @@ def manager(directory: Path) -> Any:
     nodes = Nodes(directory, 2)
     started = nodes.vmm(str(directory / "fleet.yaml"))
     found: dict[str, Any] = {"started": _where({each["name"]: each for each in started["machines"]})}
-    nodes.kill_fleet()
+    nodes.kill("Fleet")
     found["adopted"] = _where(nodes.machines())
     found["refused"] = nodes.vmm(str(directory / "fleet.yaml"), status=2)
     found["too_large"] = nodes.vmm(str(directory / "large.yaml"), status=2)

@@ -266,6 +266,7 @@ class TestOnNodes:
         assert found["source: kept"]
 
     def test_a_move_survives_who_has_asked_for_it_and_the_fleets_process(self, tmp_path: Path) -> None:
+        """And the machine its actor's."""
         path = fleet_file(tmp_path, count=1, set=["memory.0.size=256MiB"])
         path.write_text(path.read_text() + "insecure: true\n")
         found = on_nodes("orphaned", tmp_path)
@@ -274,6 +275,7 @@ class TestOnNodes:
         assert found["node"] == found["target"]
         assert found["running"] == [found["target"]]
         assert found["kept"]
+        assert found["restored"]
         assert set(found["nodes"].values()) == {"alive", "drained"}
         assert found["nodes"][found["target"]] == "alive"
 

@@ -15,7 +15,7 @@ from vmm.fleet import fleet as module
 from vmm.fleet.cluster import Unreachable
 from vmm.fleet.members import Member
 
-_DEADLINE = 8.0
+_DEADLINE = 30.0
 
 
 @pytest.fixture(autouse=True)
