@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .libc import LIBC, SYS_SCHED_SETATTR, check
 
-__all__ = ["PR_GET_NAME", "PR_SET_NAME", "SERVICE_SLICE", "die_with_parent", "no_new_privileges",
+__all__ = ["PR_GET_NAME", "PR_SET_NAME", "SERVICE_SLICE", "die_with_parent", "no_new_privileges", "not_nice",
            "raise_descriptor_limit", "set_command_line", "set_group_nice", "set_name", "set_nice", "set_subreaper",
            "set_time_slice"]
 
@@ -59,6 +59,13 @@ def set_command_line(words: Sequence[str]) -> None:
 def set_nice(nice: int) -> None:
     """The calling thread's, as nice(1) has it."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+
+def not_nice() -> None:
+    """Some programs start their processes nice (Ray does), and with them all that those start; root may change that for
+    this process."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, min(0, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def set_group_nice(nice: int) -> None:

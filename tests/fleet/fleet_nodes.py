@@ -19,7 +19,9 @@ import psutil
 from cluster_nodes import cluster
 
 from vmm import Machine
+from vmm.consumers.migration.control import change
 from vmm.consumers.migration.status import load_status
+from vmm.consumers.migration.steering import Changes
 from vmm.errors import VmmError
 from vmm.fleet.client import fleet_of
 from vmm.machine.runtime import is_running
@@ -56,13 +58,8 @@ class Nodes:
     @contextmanager
     def machine(self, name: str) -> Iterator[Any]:
         """Attached to on its node."""
-        before, os.environ["XDG_RUNTIME_DIR"] = (os.environ["XDG_RUNTIME_DIR"],
-                                                 str(self.folders[self.machines()[name]["node"]]))
-        try:
-            with Machine.attach(name) as machine:
-                yield machine
-        finally:
-            os.environ["XDG_RUNTIME_DIR"] = before
+        with under(self.folders[self.machines()[name]["node"]]), Machine.attach(name) as machine:
+            yield machine
 
     def mark(self, name: str) -> str:
         """Something in its memory that only this machine has."""
@@ -99,9 +96,26 @@ class Nodes:
         self._open.close()
         self.made.shutdown()
 
+    def kill(self, actor: str) -> None:
+        """The process of the only one of this class."""
+        (pid,) = [process.pid for process in psutil.process_iter(["cmdline"])
+                  if (process.info["cmdline"] or [""])[0].startswith(f"ray::{actor}")
+                  and os.environ["RAY_TMPDIR"] in process.environ().get("RAY_TMPDIR", "")]
+        os.kill(pid, signal.SIGKILL)
+
     def lose(self, node: str) -> None:
         found = next(each for each in self.made.nodes if each.node_id == node)
         self.made.remove_node(found, allow_graceful=False)
+
+
+@contextmanager
+def under(folder: Path) -> Iterator[None]:
+    """This runtime directory, which is a node's."""
+    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
+    try:
+        yield
+    finally:
+        os.environ["XDG_RUNTIME_DIR"] = before
 
 
 def wait(holds: Callable[[], bool], what: str) -> None:
@@ -227,23 +241,53 @@ def mid_move(directory: Path) -> Any:
 
 def _migration(folder: Path) -> bool:
     """One sends memory from this node."""
-    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
     try:
-        found = load_status("web-0")
+        with under(folder):
+            found = load_status("web-0")
     except VmmError:
         return False
-    finally:
-        os.environ["XDG_RUNTIME_DIR"] = before
     return bool(found["direction"] == "outgoing" and found["status"] == "active")
 
 
 def _runs(folder: Path, name: str) -> bool:
     """A machine of this name, under this runtime directory."""
-    before, os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"], str(folder)
-    try:
+    with under(folder):
         return is_running(name)
-    finally:
-        os.environ["XDG_RUNTIME_DIR"] = before
+
+
+def orphaned(directory: Path) -> Any:
+    """Whoever has asked for a drain is interrupted while the machine moves, and then the fleet's process is killed; in
+    the end that of the machine's actor."""
+    nodes = Nodes(directory, 2)
+    (there,) = nodes.vmm(str(directory / "fleet.yaml"))["machines"]
+    source, mark = there["node"], nodes.mark("web-0")
+    (target,) = [node for node in nodes.folders if node != source]
+    with nodes.draining(source) as drain:
+        assert drain.stderr is not None
+        next(line for line in drain.stderr if " moves to " in line)
+        wait(lambda: _migration(nodes.folders[source]), "the migration")
+        with under(nodes.folders[source]):
+            change("web-0", Changes(bandwidth=10e6))
+        drain.send_signal(signal.SIGINT)
+        drain.communicate(timeout=_DEADLINE)
+    found: dict[str, Any] = {"target": target, "drain": drain.returncode}
+    nodes.kill("Fleet")
+    found["moves"] = _migration(nodes.folders[source])
+    with under(nodes.folders[source]):
+        change("web-0", Changes(bandwidth=1e9))
+    wait(lambda: nodes.machines()["web-0"]["state"] == "running", "it runs")
+    found |= {"node": nodes.machines()["web-0"]["node"], "kept": nodes.marked("web-0") == mark}
+    wait(lambda: not _runs(nodes.folders[source], "web-0"), "it has gone from where it was")
+    found["running"] = [node for node, folder in nodes.folders.items() if _runs(folder, "web-0")]
+    last = taken(nodes.machines()["web-0"])
+    wait(lambda: taken(nodes.machines()["web-0"]) > last, "snapshots go on")
+    nodes.kill("Resident")
+    wait(lambda: nodes.machines()["web-0"]["detail"].startswith("from snapshot "), "it is restored")
+    found["restored"] = nodes.marked("web-0") == mark
+    found["nodes"] = {each["node"]: each["state"] for each in nodes.vmm("list")["nodes"]}
+    nodes.vmm("stop")
+    nodes.close()
+    return found
 
 
 def manager(directory: Path) -> Any:
@@ -252,10 +296,7 @@ def manager(directory: Path) -> Any:
     nodes = Nodes(directory, 2)
     started = nodes.vmm(str(directory / "fleet.yaml"))
     found: dict[str, Any] = {"started": _where({each["name"]: each for each in started["machines"]})}
-    (pid,) = [process.pid for process in psutil.process_iter(["cmdline"])
-              if (process.info["cmdline"] or [""])[0].startswith("ray::Fleet")
-              and os.environ["RAY_TMPDIR"] in process.environ().get("RAY_TMPDIR", "")]
-    os.kill(pid, signal.SIGKILL)
+    nodes.kill("Fleet")
     found["adopted"] = _where(nodes.machines())
     found["refused"] = nodes.vmm(str(directory / "fleet.yaml"), status=2)
     found["too_large"] = nodes.vmm(str(directory / "large.yaml"), status=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,8 @@ def test_a_file_says_each_machine(tmp_path: Path) -> None:
      "fleet.yaml:3:3: machines.1: there is a machine 'web' already"),
     ({"machines": [{"config": "web.yaml", "set": ["vcpus=0"]}]}, "--set vcpus=0: vcpus: input should be greater"),
     ({"machines": [{"config": "web.yaml", "name": "x" * 31, "count": 2}]}, "fleet.yaml:2:3: machines.0: "),
+    ({"machines": [{"config": "web.yaml"}], "snapshots": {"directory": "chains", "lease": "5s"}},
+     "snapshots.lease: input should be greater than or equal"),
     ({"machines": [{"config": "none.yaml"}]}, "none.yaml: ")])
 def test_what_is_wrong_with_a_file_is_said_with_its_place(document: Any, error: str, tmp_path: Path) -> None:
     fleet_file(tmp_path)
@@ -140,8 +143,10 @@ def test_a_machine_goes_on_from_its_last_snapshot(accel: str, tmp_path: Path) ->
     (wanted, *_) = load_fleet(fleet_file(tmp_path, accel=accel, count=1))
     assert wanted.snapshots is not None
     chain = wanted.snapshots.directory
-    first = Resident(wanted, 1, "node", granted)
-    first.launch()
+    first = Resident(wanted, 1, granted)
+    assert first.launch()["accelerator"] == accel
+    first.keep()
+    assert first.ended(0.01) is None
     with Machine.attach("web-0") as machine:
         machine.write((4 << 20) + 2048, b"only this one")
     begun = len(list_snapshots(chain)) if chain.exists() else 0
@@ -149,10 +154,13 @@ def test_a_machine_goes_on_from_its_last_snapshot(accel: str, tmp_path: Path) ->
     assert first.status(0.1)["pages_per_s"] > 0
     assert first.status()["snapshot"]["error"] == ""
     first.stop()
-    assert first.ended()["state"] == "ended"
+    ended = first.ended(0.0)
+    assert ended is not None
+    assert ended["report"]["state"] == "ended"
+    assert not ended["moved"]
     assert nothing_left("web-0")
 
-    again = Resident(wanted, 2, "node", granted)
+    again = Resident(wanted, 2, granted)
     with pytest.raises(VmmError, match="has snapshots of an earlier machine: --restore goes on with them"):
         again.launch()
     newest = list_snapshots(chain)[-1].id
@@ -160,6 +168,7 @@ def test_a_machine_goes_on_from_its_last_snapshot(accel: str, tmp_path: Path) ->
     with Machine.attach("web-0") as machine:
         assert machine.read((4 << 20) + 2048, 13) == b"only this one"
         assert runs(machine)
+    again.keep()
     until(lambda: int(list_snapshots(chain)[-1].id) >= int(newest) + 4, "more snapshots", 60.0)
     again.stop()
     assert nothing_left("web-0")
@@ -255,6 +264,20 @@ class TestOnNodes:
         assert found["source: node"] not in (found["source"], found["target: target"])
         assert found["source: running"] == [found["source: node"]]
         assert found["source: kept"]
+
+    def test_a_move_survives_who_has_asked_for_it_and_the_fleets_process(self, tmp_path: Path) -> None:
+        """And the machine its actor's."""
+        path = fleet_file(tmp_path, count=1, set=["memory.0.size=256MiB"])
+        path.write_text(path.read_text() + "insecure: true\n")
+        found = on_nodes("orphaned", tmp_path)
+        assert found["drain"] == 128 + signal.SIGINT
+        assert found["moves"]
+        assert found["node"] == found["target"]
+        assert found["running"] == [found["target"]]
+        assert found["kept"]
+        assert found["restored"]
+        assert set(found["nodes"].values()) == {"alive", "drained"}
+        assert found["nodes"][found["target"]] == "alive"
 
     def test_the_fleet_survives_its_own_process_and_says_what_it_cannot(self, tmp_path: Path) -> None:
         fleet_file(tmp_path, count=2, spread="apart", snapshots=False)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmm.client.config import load_config
+from vmm.fleet.config import Wanted
+from vmm.fleet.members import Member
 from vmm.fleet.places import Host, Load, choose, place
 
 GIB = 1 << 30
@@ -67,3 +70,23 @@ def test_no_host_has_more_than_it_can_and_nobody_is_left_out_who_fits(
         assert memory_left >= 0
         for each in wanted:
             assert found[each.name] is not None or each.cpus > cpus_left or each.memory > memory_left
+
+
+def member(name: str, node: str, *, since: float, holder: int = 1, target: str = "") -> Member:
+    wanted = Wanted(name, name, load_config("quickstart", [], name=name), 1.0, GIB, "even", None, False)
+    return Member(wanted, node, target, holder=holder, state="running", since=since)
+
+
+def test_memory_of_a_machine_is_counted_once() -> None:
+    """What is free on a host is without that of machines which ran there when it was looked at; Ray's figure is with
+    it."""
+    there = host("a", memory=8 * GIB, free=5 * GIB, looked=100.0)
+    member("before", "a", since=50.0).take_from(there)
+    assert (there.memory, there.free, there.room) == (7 * GIB, 5 * GIB, 5 * GIB)
+    member("after", "a", since=101.0).take_from(there)
+    member("starts", "a", since=0.0, holder=0).take_from(there)
+    member("comes", "b", since=50.0, target="a").take_from(there)
+    member("elsewhere", "b", since=50.0).take_from(there)
+    assert (there.memory, there.free, there.room) == (4 * GIB, 2 * GIB, 2 * GIB)
+    assert chosen(load(memory=2 * GIB), there) == "a"
+    assert chosen(load(memory=3 * GIB), there) is None

@@ -155,7 +155,12 @@ class TestOthers:
 
 
 @pytest.mark.ray
-def test_the_cluster_that_this_host_was_a_node_of_is_gone(tmp_path: Path, rays_files: Path) -> None:
+@pytest.mark.parametrize("variable", [None, "", "auto"])
+def test_the_cluster_that_this_host_was_a_node_of_is_gone(
+        variable: str | None, rays_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Ray's own variable may name, or leave open."""
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
     (rays_files / "ray_current_cluster").write_text("127.0.0.1:1\n")
     with pytest.raises(VmmError, match=r"^no cluster at 127\.0\.0\.1:1: Connection refused"):
         list(run_points([1], lambda point, stop, progress: point, address="auto"))

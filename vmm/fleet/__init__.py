@@ -3,7 +3,7 @@
     config.py       the file: which machines, how many, how they are spread, where their snapshots are
     client.py       the command's end: finds the fleet of a cluster, and asks it
     fleet.py        an actor on the cluster's head: which machines there are and where; moves and restores them
-    adoption.py     its machines found again, when its process was lost
+    records.py      what it writes down for its successor, should its process be lost
     cluster.py      Ray's nodes and actors, as it has them
     members.py      one machine as it knows it; events.py: what it tells of them
     places.py       which host a machine goes to (pure)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ExitCode, VmmError
@@ -30,7 +30,7 @@ class FleetClient:
 
     def add(self, machines: list[Wanted], *, restored: bool, said: Callable[[str], None]) -> dict[str, list[str]]:
         """Start these, or none; {name: warnings}. ``said`` is told what happens meanwhile."""
-        found: dict[str, list[str]] = self._ask(self._actor.add.remote(machines, restored), said)
+        found: dict[str, list[str]] = self._ask("add", machines, restored, said=said)
         return found
 
     def overview(self, seconds: float = 0.0) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class FleetClient:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                found: dict[str, Any] = self._ask(self._actor.overview.remote(seconds))
+                found: dict[str, Any] = self._ask("overview", seconds)
                 return found
             except _Away:
                 if time.monotonic() > deadline:
@@ -47,32 +47,34 @@ class FleetClient:
 
     def drain(self, node: str, at_most: int, said: Callable[[str], None]) -> list[dict[str, Any]]:
         """See Fleet.drain; ``said`` is told what happens meanwhile."""
-        found: list[dict[str, Any]] = self._ask(self._actor.drain.remote(node, at_most), said)
+        found: list[dict[str, Any]] = self._ask("drain", node, at_most, said=said)
         return found
 
     def stop(self, names: list[str]) -> list[str]:
         """End these machines (none: all); who they were. With its last machine the fleet itself ends."""
-        found: list[str] = self._ask(self._actor.stop.remote(names))
+        found: list[str] = self._ask("stop", names)
         self.end_if_empty()
         return found
 
     def end_if_empty(self) -> None:
         """A fleet without machines ends."""
-        if not self.overview()["machines"]:
-            self._ray.kill(self._actor)
+        if self._ask("end_if_empty"):
+            with contextlib.suppress(self._ray.exceptions.RayError):    # it does so itself, somewhat later
+                self._ray.kill(self._actor)
 
-    def _ask(self, answer: Any, said: Callable[[str], None] | None = None) -> Any:
-        errors = self._ray.exceptions
-        after = self._ray.get(self._actor.next_event.remote()) if said else 0
+    def _ask(self, method: str, *arguments: Any, said: Callable[[str], None] | None = None) -> Any:
+        errors, get = self._ray.exceptions, self._ray.get
         try:
+            after = get(self._actor.next_event.remote(), timeout=_PATIENCE) if said else 0
+            answer = getattr(self._actor, method).remote(*arguments)
             while said is not None:
                 done, _ = self._ray.wait([answer], timeout=_LOOK)
-                for event in self._ray.get(self._actor.events.remote(after)):
+                for event in get(self._actor.events.remote(after), timeout=_PATIENCE):
                     said(event.text)
                     after = event.number + 1
                 if done:
                     break
-            return self._ray.get(answer)
+            return get(answer)
         except errors.RayTaskError as exc:
             raise exc.cause from None
         except errors.ActorUnavailableError:
@@ -82,24 +84,21 @@ class FleetClient:
             raise VmmError(f"the fleet does not answer ({type(exc).__name__})", ExitCode.WORKER_DIED) from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def fleet_of(address: str, *, made: bool = False) -> Iterator[FleetClient]:
     """Of the cluster at this address (vmm/lab/cluster/connection.py); ``made``: where it has none, one is made, on its
     head. Raises VmmError."""
     if address == "local":
         raise VmmError("--cluster local: it would end with this command; ray start --head starts one that stays")
-    with connect(address, "shardvmm") as ray:
-        from .cluster import FLEET, NAMESPACE
-        from .fleet import Fleet
+    from .cluster import FLEET, NAMESPACE
+    from .fleet import Fleet
 
-        if made:
+    with connect(address, NAMESPACE) as ray:
+        try:
             actor = ray.remote(Fleet).options(
                 name=FLEET, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, max_restarts=-1,
-                resources={_HEAD: 0.001}).remote()
-        else:
-            try:
-                actor = ray.get_actor(FLEET, namespace=NAMESPACE)
-            except ValueError:
-                raise VmmError(f"the cluster at {address} has no fleet: vmm fleet FILE starts one",
-                               ExitCode.NO_MACHINE) from None
+                resources={_HEAD: 0.001}).remote() if made else ray.get_actor(FLEET, namespace=NAMESPACE)
+        except ValueError:
+            raise VmmError(f"the cluster at {address} has no fleet: vmm fleet FILE starts one",
+                           ExitCode.NO_MACHINE) from None
         yield FleetClient(ray, actor)

@@ -16,11 +16,12 @@ from ..client.schema import PlainSchema
 from ..client.yamlfile import read_yaml
 from ..errors import VmmError
 from ..machine.names import check_machine_name
+from .lease import LEAST
 
 __all__ = ["Snapshots", "Spread", "Wanted", "fleet_schema", "load_fleet"]
 
-#: ``even``: where most is free; ``pack``: where least is free that is enough; ``apart``: as even, and no two machines
-#: of one entry on one host.
+#: ``even``: where machines dirty least memory, and of these where most is free; ``pack``: where least is free that is
+#: enough; ``apart``: as even, and no two machines of one entry on one host.
 Spread = Literal["even", "pack", "apart"]
 
 _COUNT_MAX = 1000
@@ -49,7 +50,7 @@ class SnapshotsConfig(_Model):
     directory: FileName
     every: Duration = 60.0
     keep: Annotated[int, Field(ge=1, le=1000)] = 10     # in a chain, before it is merged
-    lease: Annotated[Duration, Field(ge=1.0)] = 30.0    # how long a host may be cut off from the fleet
+    lease: Annotated[Duration, Field(ge=LEAST)] = 30.0    # how long a host may be cut off from the fleet
 
 
 class FleetConfig(_Model):

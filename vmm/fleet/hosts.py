@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from ipc.shm import room
 from workers.accel import registry
 
-__all__ = ["Look", "look"]
+from ..machine.runtime import is_running
+
+__all__ = ["Look", "await_end", "look"]
+
+_LOOK_EVERY = 0.05          # seconds
 
 
 @dataclass(frozen=True)
 class Look:
-    """``memory``: bytes that a machine may still have there (of /dev/shm, the host, and memory cgroups)."""
+    """``memory``: bytes that another machine may have there (of /dev/shm, the host, and memory cgroups)."""
 
     memory: int
     kvm: bool
@@ -21,3 +26,13 @@ class Look:
 def look() -> Look:
     """At this host."""
     return Look(room().free, not registry.available("kvm").reason)
+
+
+def await_end(machine: str, timeout: float) -> bool:
+    """Whether no machine of that name runs at this host; so many seconds are waited for that."""
+    deadline = time.monotonic() + timeout
+    while is_running(machine):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_EVERY)
+    return True

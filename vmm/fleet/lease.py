@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["Lease"]
+__all__ = ["LEAST", "Lease"]
 
+#: Seconds of a lease that leave time enough to end a machine at once, on a busy host too.
+LEAST = 10.0
 _OWN = 0.8                  # of the lease, after which the machine is ended: the rest of the time is for that
 _OFTEN = 6                  # times that it is asked for in that time
 
@@ -38,15 +40,16 @@ class Lease:
         self._given_up.set()
 
     def _renew(self) -> None:
+        every = self._seconds / _OFTEN
         while not self._given_up.is_set():
             at = time.monotonic()
             try:
-                if self._ask(self._seconds):
+                if self._ask(every):        # one that hangs leaves time for others
                     self._last = at
                     self._begun.set()
             except Exception:       # whatever it is, there is no answer
                 pass
-            self._given_up.wait(self._seconds / _OFTEN)
+            self._given_up.wait(max(0.0, at + every - time.monotonic()))
 
     def _watch(self) -> None:
         while not self._given_up.wait(self._seconds / _OFTEN / 4):

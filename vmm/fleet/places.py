@@ -7,6 +7,7 @@ with: the memory bus and the coordinators now, the network when the host is drai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -19,8 +20,10 @@ _QUIET = 1000.0         # pages per second (4 MB/s) by which hosts differ when o
 
 @dataclass
 class Host:
-    """What is free there, in Ray's CPUs and bytes. ``kvm``: guests run on KVM there. ``rate``: pages that its machines
-    dirty per second; ``groups``: whose machines it has. ``shared``: points that measure time may have it too."""
+    """``cpus``, ``memory`` (bytes): of Ray's, what machines have not been given. ``free``: bytes that the host had when
+    it was ``looked`` at (time.monotonic), less those of machines that came later. ``kvm``: guests run on KVM there.
+    ``rate``: pages that its machines dirty per second; ``groups``: whose machines it has. ``shared``: points that
+    measure time may have it too."""
 
     id: str
     name: str
@@ -31,6 +34,22 @@ class Host:
     shared: bool = False
     rate: float = 0.0
     groups: set[str] = field(default_factory=set)
+    free: float = math.inf
+    looked: float = 0.0
+
+    @property
+    def room(self) -> float:
+        """Bytes that another machine may have."""
+        return min(self.memory, self.free)
+
+    def take(self, load: Load, *, seen: bool = False) -> None:
+        """That machine has its part of it. ``seen``: what was free when the host was looked at is without that."""
+        self.cpus -= load.cpus
+        self.memory -= load.memory
+        if not seen:
+            self.free -= load.memory
+        self.rate += load.rate
+        self.groups.add(load.group)
 
 
 @dataclass(frozen=True)
@@ -49,11 +68,11 @@ class Load:
 def choose(load: Load, hosts: Iterable[Host]) -> Host | None:
     """None: there is no room for it."""
     fitting = [host for host in hosts
-               if host.cpus >= load.cpus and host.memory >= load.memory and (host.kvm or not load.kvm)
+               if host.cpus >= load.cpus and host.room >= load.memory and (host.kvm or not load.kvm)
                and not (load.spread == "apart" and load.group in host.groups)]
     if load.spread == "pack":
-        return min(fitting, key=lambda host: (host.memory, host.name, host.id), default=None)
-    return min(fitting, key=lambda host: (host.rate // _QUIET, -host.memory, host.name, host.id), default=None)
+        return min(fitting, key=lambda host: (host.room, host.name, host.id), default=None)
+    return min(fitting, key=lambda host: (host.rate // _QUIET, -host.room, host.name, host.id), default=None)
 
 
 def place(loads: Iterable[Load], hosts: list[Host]) -> dict[str, Host | None]:
@@ -62,8 +81,5 @@ def place(loads: Iterable[Load], hosts: list[Host]) -> dict[str, Host | None]:
     for load in sorted(loads, key=lambda load: -load.memory):
         host = found[load.name] = choose(load, hosts)
         if host is not None:
-            host.cpus -= load.cpus
-            host.memory -= load.memory
-            host.rate += load.rate
-            host.groups.add(load.group)
+            host.take(load)
     return found

@@ -19,8 +19,8 @@ from ..errors import ExitCode, VmmError
 from .names import belongings, between_name, is_machine_name, machine_dir, machine_of, runtime_root, scope_prefix
 
 __all__ = ["CONTINUES", "END", "KEEPER", "LET_GO", "PROGRAMS", "SOCKET_PATH_MAX", "adopt_claim", "await_upgrade",
-           "claim", "collect_garbage", "end_at_once", "goes_on", "is_running", "is_upgrading", "leftovers",
-           "machine_dir", "machine_names", "release", "runtime_root"]
+           "claim", "collect_garbage", "end_at_once", "goes_on", "is_running", "is_tied", "is_upgrading", "leftovers",
+           "machine_dir", "machine_names", "release", "runtime_root", "tie"]
 
 #: What a launching process tells the keeper on its life pipe: end the machine; it lives on without me.
 END, LET_GO = b"0", b"1"
@@ -34,6 +34,7 @@ CONTINUES = "continues"
 SOCKET_PATH_MAX = 107
 #: The longest name of a socket in a machine's directory; one that is made while it runs must be no longer.
 LONGEST_SOCKET = "userfault"
+_TIED = "tied"
 _ROOT_TRIES = 10
 _UPGRADE_PATIENCE = 10.0    # seconds
 
@@ -142,6 +143,18 @@ def end_at_once(name: str) -> int:
     finally:
         os.close(fd)
     return pid
+
+
+def tie(name: str) -> None:
+    """The running machine must end with the process that has launched it, so it cannot be upgraded: others start it
+    elsewhere when that is lost (vmm/fleet/)."""
+    with contextlib.suppress(OSError):      # it has just ended
+        (machine_dir(name) / _TIED).touch(mode=0o600)
+
+
+def is_tied(name: str) -> bool:
+    """The same was said of it."""
+    return (machine_dir(name) / _TIED).exists()
 
 
 def machine_names() -> list[str]:

@@ -43,7 +43,7 @@ from ...machine import records
 from ...machine.log import append_log
 from ...machine.names import between_name, machine_dir
 from ...machine.rules import Trees
-from ...machine.runtime import is_running
+from ...machine.runtime import is_running, is_tied
 from ...machine.spec import MachineSpec
 from ...version import VERSION
 from .fitness import ram_segments, specification
@@ -130,6 +130,9 @@ def _decide(machine: Machine) -> None:
 
 def _check(spec: MachineSpec) -> None:
     """Raises VmmError for what cannot be upgraded."""
+    if is_tied(spec.name):
+        raise VmmError(f"machine '{spec.name}' cannot be upgraded: it is a fleet's, and must end with a process of "
+                       "the fleet's, which its new processes would not")
     if spec.program is not None and spec.program.console != "lines":
         raise VmmError(f"machine '{spec.name}' cannot be upgraded: its program has the console of a vmm run, which its "
                        "new processes would not have")

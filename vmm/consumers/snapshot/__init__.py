@@ -29,9 +29,9 @@ from .manifest import Manifest, SnapshotError, load_manifest
 from .merge import delete, merge
 from .pagefile import PageFileError
 from .restore import restore, restore_many
-from .take import create
+from .take import NoParent, create
 from .underway import snapshot_underway
 
-__all__ = ["Damaged", "Manifest", "PageFileError", "SnapshotError", "chain", "create", "delete", "list_snapshots",
-           "load_manifest", "merge", "read_memory", "restore", "restore_many", "snapshot_underway", "survey",
-           "verify"]
+__all__ = ["Damaged", "Manifest", "NoParent", "PageFileError", "SnapshotError", "chain", "create", "delete",
+           "list_snapshots", "load_manifest", "merge", "read_memory", "restore", "restore_many", "snapshot_underway",
+           "survey", "verify"]

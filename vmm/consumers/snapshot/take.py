@@ -42,11 +42,15 @@ from .pagemap import Words, all_pages
 from .threads import Progress, behind
 from .underway import Underway
 
-__all__ = ["create"]
+__all__ = ["NoParent", "create"]
 
 _LIVE_ROUNDS = 8            # of copying what was dirtied meanwhile, at most
 _LOOKS = 4                  # at what the guest dirties, for its working set
 _LIVE_ENOUGH = 512          # pages that are few enough to stop the guest for
+
+
+class NoParent(SnapshotError):
+    """There is none that an incremental snapshot could be built on: a full one can be taken."""
 
 
 def create(machine: Machine, directory: Path, *, incremental: bool = False, live: bool = False,
@@ -55,7 +59,7 @@ def create(machine: Machine, directory: Path, *, incremental: bool = False, live
     """Take a snapshot. The machine is paused for it, or with ``live`` only for the last dirty pages and the
     vCPU states; it is as before when this returns, also when it fails. A migration, hotplug and the end of dirty
     logging are kept out meanwhile. ``working_set``: seconds before it in which is recorded what the guest dirties, for
-    lazy restores. Raises VmmError."""
+    lazy restores. Raises VmmError, NoParent among them."""
     machine.require_state()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -122,17 +126,17 @@ def _family(directory: Path) -> str:
 def _parent(machine: Machine, directory: Path) -> Manifest:
     there = survey(directory)
     if not there:
-        raise SnapshotError(f"{directory}: contains no snapshot to build on: take a full one first")
+        raise NoParent(f"{directory}: contains no snapshot to build on: take a full one first")
     newest = there[-1]
     if not isinstance(newest, Manifest):
-        raise SnapshotError(f"{newest.reason}: take a full snapshot, or delete the damaged one first")
+        raise NoParent(f"{newest.reason}: take a full snapshot, or delete the damaged one first")
     clients = machine.status()["clients"]
     # Not always the newest: another machine that was restored from this chain may have gone on with it, too.
     parent = next((m for m in reversed(there) if isinstance(m, Manifest) and m.epoch in clients), None)
     if parent is None:
-        raise SnapshotError(f"{directory / newest.id}: machine '{machine.name}' has no record of what was "
-                            "dirtied since (it is another machine, or its dirty-log client was dropped): "
-                            "take a full one")
+        raise NoParent(f"{directory / newest.id}: machine '{machine.name}' has no record of what was "
+                       "dirtied since (it is another machine, or its dirty-log client was dropped): "
+                       "take a full one")
     return parent
 
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from workers.accel import registry
 from ... import optional
 from ...errors import VmmError
 
-__all__ = ["HOST", "KVM", "PART", "connect", "not_nice"]
+__all__ = ["HOST", "KVM", "PART", "connect"]
 
 #: Custom resources of a node.
 HOST, KVM = "host", "kvm"
@@ -63,7 +63,7 @@ def connect(address: str, namespace: str = "") -> Iterator[Any]:
 
 def _own_cluster() -> str:
     """Its address, where Ray keeps it."""
-    if given := os.environ.get("RAY_ADDRESS"):
+    if (given := os.environ.get("RAY_ADDRESS", "auto")) not in ("", "auto"):
         return given
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     try:
@@ -93,9 +93,3 @@ def _own_signals() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-
-
-def not_nice() -> None:
-    """Ray's processes are nice, and with them all that they start; root may change that for this one."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, min(0, os.getpriority(os.PRIO_PROCESS, 0)))

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+from ipc.linux.process import not_nice
+
 from ...errors import VmmError
-from .connection import HOST, KVM, PART, not_nice
+from .connection import HOST, KVM, PART
 from .points import Needs, Stopped, Work
 
 __all__ = ["Nodes"]
