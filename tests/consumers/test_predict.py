@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from vmm.consumers.predict.costs import Costs
 from vmm.consumers.predict.dirtying import Guest, Memory
 from vmm.consumers.predict.grid import Study
 from vmm.consumers.predict.rings import fit
-from vmm.consumers.predict.simulate import simulate
+from vmm.consumers.predict.simulate import Prediction, simulate
 from vmm.errors import VmmError
 from vmm.machine.spec import RamSlot
 from vmm.machine.tracefile import Trace, TraceHeader, TraceWriter, pack
@@ -42,10 +44,11 @@ def walk(rate: int, seconds: float = 4.0, pages: int = MEMORY, step: float = 0.0
     return Trace(times, (np.arange(1, records + 1) * count).astype(np.uint64), pack(np.zeros_like(numbers), numbers))
 
 
-def by_hand(rate: float, bandwidth: float, downtime: float, rounds: int) -> tuple[list[int], float]:
+def by_hand(rate: float, bandwidth: float, downtime: float, rounds: int,
+            memory: int = MEMORY) -> tuple[list[int], float]:
     """Pages of each round, and left in the end, of a guest that dirties pages one after the other at this rate and
     repeats none within a round."""
-    sent, left = [MEMORY], 0.0
+    sent, left = [memory], 0.0
     while True:
         left = rate * sent[-1] * PAGE / bandwidth
         if left * PAGE / bandwidth <= downtime or len(sent) == rounds:
@@ -119,25 +122,58 @@ def test_postcopy_stands_still_for_no_page() -> None:
     assert found.downtime < 0.05 < found.pending * PAGE / 60e6
 
 
-def test_the_least_bandwidth_is_the_least() -> None:
-    study = Study(Guest([walk(20_000)], 4.0), Memory.whole({0: MEMORY}), Options(downtime=0.1), costs=FREE)
-    least = study.least_bandwidth()
+@settings(max_examples=8, deadline=None)
+@given(st.integers(10, 400).map(lambda n: n * 100), st.sampled_from([0.02, 0.05, 0.3, 1.0]), st.booleans(),
+       st.sampled_from([2, 30]))
+def test_from_the_least_bandwidth_on_it_converges_unthrottled_within_the_limit(rate: int, downtime: float,
+                                                                               converge: bool, rounds: int) -> None:
+    """Of the study's limit, not of the default one; at less it does not, which the rounds by hand say too."""
+    options = Options(downtime=downtime, converge=converge, max_rounds=rounds)
+    first = 1 << 13
+    guest, memory = Guest([walk(rate, 20.0, 1 << 19)], 20.0), Memory({0: 1 << 19}, {0: np.arange(first)}, first)
+    least = Study(guest, memory, options, costs=FREE).least_bandwidth()
     assert least is not None
-    assert study.predict(bandwidth=least, converge=False).outcome == "converges"
-    assert study.predict(bandwidth=least * 0.9, converge=False).outcome == "forced"
+    for share, wanted in ((0.9, False), (1.03, True), (1.5, True), (4.0, True)):
+        found = simulate(guest, memory, dataclasses.replace(options, bandwidth=least * share), costs=FREE)
+        assert (found.outcome == "converges" and not found.throttled) == wanted
+        assert found.downtime <= downtime or not wanted
+    for share, wanted in ((0.9, False), (1.1, True)) if not converge else ():
+        left = by_hand(rate, least * share, downtime, rounds, first)[1]
+        assert (left * PAGE / (least * share) <= downtime) == wanted
 
 
-def test_each_remedy_is_one() -> None:
-    guest, memory, options = Guest([walk(40_000)], 4.0), Memory.whole({0: MEMORY}), Options(bandwidth=60e6)
+def test_the_least_bandwidth_is_more_than_any_with_which_it_does_not() -> None:
+    """Of a guest that does not converge at some that are higher than others at which it does."""
+    class Odd(Study):
+        def predict(self, **changed: Any) -> Prediction:
+            good = 10e6 <= changed["bandwidth"] < 400e6 or changed["bandwidth"] >= 5e9
+            return Prediction("converges" if good else "forced")
+
+    study = Odd(Guest([walk(100)], 4.0), Memory.whole({0: MEMORY}), Options())
+    assert study.least_bandwidth([20e6, 1e9, 10e9]) == pytest.approx(5e9, rel=0.03)
+    assert study.least_bandwidth([1e6]) == pytest.approx(10e6, rel=0.03)
+    never = Study(Guest([walk(20_000)], 4.0), Memory.whole({0: MEMORY}), Options(downtime=1e-9, max_rounds=1))
+    assert never.least_bandwidth([1e6, 125e9]) is None
+
+
+@pytest.mark.parametrize("downtime", [0.02, 0.3])
+def test_each_remedy_is_one(downtime: float) -> None:
+    guest, memory = Guest([walk(40_000)], 4.0), Memory.whole({0: MEMORY})
+    options = Options(bandwidth=60e6, downtime=downtime)
     study = Study(guest, memory, options, costs=FREE)
-    found = {each.what: each for each in study.remedies(study.least_bandwidth())}
+    found = {each.what: each for each in study.remedies(study.least_bandwidth([options.bandwidth]))}
     assert {*found} == {"bandwidth", "downtime", "dirty-limit", "converge", "postcopy"}
-    assert all(found[name].found.outcome == "converges" for name in ("bandwidth", "dirty-limit", "converge"))
-    assert study.predict(downtime=found["downtime"].value * 1.02, converge=False).outcome == "converges"
+    assert all(each.found.outcome == "converges" for name, each in found.items() if name != "postcopy")
+    assert all(found[name].found.by_itself for name in ("bandwidth", "downtime", "dirty-limit"))
+    assert found["converge"].found.throttled
+    assert found["bandwidth"].value > options.bandwidth
+    assert found["downtime"].value > downtime
+    assert study.predict(downtime=found["downtime"].value * 1.02).by_itself
+    assert not study.predict(downtime=found["downtime"].value * 0.9).by_itself
     more = Study(guest, memory, options, costs=FREE, limits={0: found["dirty-limit"].value / PAGE * 1.1})
-    assert more.predict(converge=False).outcome == "forced"
+    assert not more.predict().by_itself
     assert study.remedies(None)
-    assert not Study(guest, memory, Options(bandwidth=10e9), costs=FREE).remedies(None)
+    assert not Study(guest, memory, Options(bandwidth=10e9, downtime=downtime), costs=FREE).remedies(None)
 
 
 @pytest.mark.parametrize(("rate", "entries"), [(1000, 1024), (10_000, 2048), (300_000, 32768), (660_000, None)])
@@ -176,6 +212,27 @@ def test_from_a_trace(trace: Path, tmp_path: Path) -> None:
     assert found["filled"] == 64 << 20
     assert found["remedies"] == []
     assert found["least_bandwidth"] < 125e6
+
+
+def test_each_limit_has_its_least_bandwidth(trace: Path) -> None:
+    """What is said of them agrees with what comes of each; what helps is of the lowest of both."""
+    asked = ["predict", "--trace", str(trace), "--bandwidth", "20MB/s", "--bandwidth", "25MB/s", "--bandwidth",
+             "1Gbit/s", "--downtime", "300ms", "--downtime", "10ms"]
+    found = json.loads(vmm(*asked, "--json").stdout)
+    least = {each["downtime_limit"]: each["bandwidth"] for each in found["least_bandwidths"]}
+    assert [*least] == [10, 300]
+    assert least[300] < least[10] == found["least_bandwidth"]
+    for cell in found["grid"]:
+        assert (cell["outcome"] == "converges" and not cell["throttled"]) == (
+            cell["bandwidth"] >= least[cell["downtime_limit"]])
+    more = next(each for each in found["remedies"] if each["what"] == "bandwidth")
+    assert (more["value"], more["outcome"], more["throttled"]) == (least[10], "converges", {})
+    shown = vmm(*asked).stdout
+    said = re.findall(r"It converges by itself at (.*) Gbit/s .* and above, with a downtime limit of (.*) ms\.", shown)
+    assert {float(limit): float(bandwidth) * 1e9 / 8 for bandwidth, limit in said} == pytest.approx(least)
+    assert "At 0.16 Gbit/s and 10 ms it does not" in shown
+    assert len(re.findall("converges, throttled", shown)) == sum(
+        cell["outcome"] == "converges" and bool(cell["throttled"]) for cell in found["grid"]) > 0
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

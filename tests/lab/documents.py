@@ -62,6 +62,7 @@ def _cell(bandwidth: float, outcome: str, left: list[int]) -> dict[str, Any]:
 PREDICTION: dict[str, Any] = {
     "from": "alpha", "vcpus": 2, "seconds": 5.0, "memory": 64 << 20, "filled": 32 << 20,
     "grid": [_cell(125e6, "forced", [8000, 8100]), _cell(1.25e9, "converges", [800, 80, 8])], "least_bandwidth": 3e8,
+    "least_bandwidths": [{"downtime_limit": 300.0, "bandwidth": 3e8}],
     "remedies": [{"what": "postcopy", "value": 0.0, **_cell(125e6, "postcopy", [9])}],
     "rings": [{"interval": 0.1, "median": 900, "most": 2000, "entries": 4096, "tracking": "ring"}]}
 

@@ -54,12 +54,23 @@ def test_numbers_are_rounded_before_their_unit_is_chosen_and_have_no_exponent(sa
     assert said == text
 
 
-def test_a_bandwidth_beyond_a_terabit_is_in_digits() -> None:
-    study = {"from": "a", "vcpus": 1, "seconds": 1.0, "memory": 1, "filled": 1, "least_bandwidth": 1.25e11,
+def test_a_prediction_says_from_which_bandwidth_on_for_each_limit_and_what_is_throttled() -> None:
+    """A terabit, too, is in digits."""
+    study = {"from": "a", "vcpus": 1, "seconds": 1.0, "memory": 1, "filled": 1, "least_bandwidth": None,
+             "least_bandwidths": [{"downtime_limit": 20.0, "bandwidth": None},
+                                  {"downtime_limit": 300.0, "bandwidth": 1.25e11}],
              "remedies": [], "rings": [], "grid": [{
-                 "bandwidth": 1.25e11, "downtime_limit": 300.0, "outcome": "converges", "total": 1.0, "downtime": 1.0,
-                 "transferred": 1, "short": False, "rounds": [{"pages": 1, "seconds": 1.0, "left": 0, "dirtied": 0}]}]}
-    assert prediction_section(study).outcome == "It converges by itself at 1,000 Gbit/s and above."
+                 "bandwidth": 1.25e11, "downtime_limit": limit, "outcome": "converges", "total": 1.0, "downtime": 1.0,
+                 "transferred": 1, "short": False, "throttled": throttled,
+                 "rounds": [{"pages": 1, "seconds": 1.0, "left": 0, "dirtied": 0}]}
+                 for limit, throttled in ((20.0, {"0": 100}), (300.0, {}))]}
+    found = prediction_section(study)
+    assert found.outcome == ("It converges by itself at no bandwidth with a downtime limit of 20 ms, "
+                             "at 1,000 Gbit/s and above with a downtime limit of 300 ms.")
+    figure = figure_of(found, "prediction-bandwidth")
+    assert [row[2] for row in figure.data.rows] == ["converges, throttled", "converges"]
+    assert figure.says == ("2 of 2 combinations of bandwidth and downtime limit converge, 1 of them only since vCPUs "
+                           "are throttled.")
 
 
 # --- events ----------------------------------------------------------------------------------------------------

@@ -99,10 +99,13 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
         tried = sorted(bandwidths or [parse_rate(text) for text in _BANDWIDTHS])
         allowed = sorted(downtimes or [options.downtime])
         with progress_bar() as bar:
-            task = bar.add_task("predicting", total=len(tried) * len(allowed))
+            task = bar.add_task("predicting", total=(len(tried) + 1) * len(allowed))
             cells = predict_grid(study, tried, allowed, cluster=cluster, progress=lambda: bar.advance(task))
-            least = study.least_bandwidth()
-        remedies = study.having(bandwidth=tried[0], downtime=allowed[0]).remedies(least)
+            least: dict[float, float | None] = {}
+            for limit in allowed:
+                least[limit] = study.having(downtime=limit).least_bandwidth(tried)
+                bar.advance(task)
+        remedies = study.having(bandwidth=tried[0], downtime=allowed[0]).remedies(least[allowed[0]])
         rings = [fit(guest, each) for each in _LOOKS if each <= guest.seconds]
         if drawn is not None:
             from ..consumers.predict.plot import draw
@@ -111,7 +114,9 @@ def predict(name: str | None, trace: Path | None, target: str | None, what: str 
     if as_json:
         print_json({"from": of, "vcpus": len(guest.vcpus), "seconds": guest.seconds,
                     "memory": sum(memory.sizes.values()) * PAGE_SIZE, "filled": memory.filled * PAGE_SIZE,
-                    "grid": [cell.as_dict() for cell in cells], "least_bandwidth": least,
+                    "grid": [cell.as_dict() for cell in cells], "least_bandwidth": least[allowed[0]],
+                    "least_bandwidths": [{"downtime_limit": limit * 1000, "bandwidth": bandwidth}
+                                         for limit, bandwidth in least.items()],
                     "remedies": [each.as_dict() for each in remedies], "rings": [each.as_dict() for each in rings]})
         return
     _print(guest, memory, cells, least)
@@ -151,10 +156,12 @@ def _from_machine(name: str, seconds: float, interval: float) -> tuple[Guest, Me
 def _rate(value: float) -> str:
     from ..tables import digits_text
 
-    return f"{digits_text(value * 8 / 1e9)} Gbit/s ({digits_text(value / 1e6, 4)} MB/s)"
+    return f"{digits_text(value * 8 / 1e9)} Gbit/s ({digits_text(value / 1e6, 6)} MB/s)"
 
 
-def _print(guest: Guest, memory: Memory, cells: list[Cell], least: float | None) -> None:
+def _print(guest: Guest, memory: Memory, cells: list[Cell], least: dict[float, float | None]) -> None:
+    """``least``: {downtime limit: bandwidth from which on it converges by itself}"""
+    from ..consumers.predict.simulate import outcome_text
     from ..tables import digits_text, print_table, screen, table
 
     total = sum(memory.sizes.values())
@@ -164,15 +171,17 @@ def _print(guest: Guest, memory: Memory, cells: list[Cell], least: float | None)
     for cell in cells:
         found = cell.found
         quota = min(found.throttled.values(), default=0) * PAGE_SIZE / 1e6
-        shown.add_row(f"{digits_text(cell.bandwidth * 8 / 1e9)} Gbit/s", f"{cell.downtime * 1000:g} ms", found.outcome,
-                      f"{found.total:,.2f}", f"{found.downtime * 1000:,.0f}", f"{found.transferred / 1e6:,.0f}",
+        shown.add_row(f"{digits_text(cell.bandwidth * 8 / 1e9)} Gbit/s", f"{cell.downtime * 1000:g} ms",
+                      outcome_text(found.outcome, found.throttled), f"{found.total:,.2f}",
+                      f"{found.downtime * 1000:,.0f}", f"{found.transferred / 1e6:,.0f}",
                       str(len(found.rounds)), f"{quota:,.1f} MB/s" if quota else "")
     print_table(shown, screen(), keys=2)
     if any(cell.found.short for cell in cells):
         click.echo(f"Some rounds take longer than the {guest.seconds:.1f} s that were recorded: more pages may get "
                    "dirty in them. Record for longer.")
-    click.echo("It converges by itself at no bandwidth." if least is None else
-               f"It converges by itself at {_rate(least)} and above.")
+    for limit, bandwidth in least.items():
+        where = "no bandwidth" if bandwidth is None else f"{_rate(bandwidth)} and above"
+        click.echo(f"It converges by itself at {where}, with a downtime limit of {limit * 1000:g} ms.")
 
 
 def _print_remedies(remedies: list[Remedy], cell: Cell) -> None:
@@ -185,14 +194,14 @@ def _print_remedies(remedies: list[Remedy], cell: Cell) -> None:
     for each in remedies:
         found = each.found
         takes = f"total {found.total:,.2f} s, downtime {found.downtime * 1000:,.0f} ms"
+        limit = digits_text(each.value * 1000).replace(",", "")
         how = {"bandwidth": f"{_rate(each.value)}",
-               "downtime": f"--downtime {each.value * 1000:.0f}ms, after {len(found.rounds)} rounds",
+               "downtime": f"--downtime {limit}ms, after {len(found.rounds)} rounds",
                "dirty-limit": f"vmm dirty-limit set NAME {digits_text(each.value / 1e6, 4).replace(',', '')}MB/s",
                "converge": "the migration throttles vCPUs" + (
                    f", to {min(found.throttled.values()) * PAGE_SIZE / 1e6:,.1f} MB/s" if found.throttled else ""),
                "postcopy": f"--postcopy, {found.pending:,} pages of it after the hand-over"}[each.what]
-        click.echo(f"  {how}: {takes}" + ("" if found.outcome != "forced" or each.what == "downtime"
-                                           else " (still over the limit)"))
+        click.echo(f"  {how}: {takes}" + (" (still over the limit)" if found.outcome == "forced" else ""))
 
 
 def _print_ring(ring: RingFit) -> None:

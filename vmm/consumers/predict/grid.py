@@ -4,7 +4,7 @@ itself; and what would help where it does not."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .simulate import Prediction, Way, simulate
 __all__ = ["Cell", "Remedy", "Study"]
 
 _LEAST, _MOST = 1e6, 125e9  # bytes per second between which a bandwidth is looked for: 8 Mbit/s, 1 Tbit/s
+_LONGEST = 1e6              # seconds: any guest is handed over within them
 _HALVINGS = 14
 _EXACT = 1.02               # that a bandwidth, or a limit, is found to
 
@@ -69,18 +70,18 @@ class Study:
         """With this bandwidth (bytes per second) and this limit (seconds)."""
         return Cell(bandwidth, downtime, self.predict(bandwidth=bandwidth, downtime=downtime))
 
-    def least_bandwidth(self) -> float | None:
-        """Bytes per second from which on it converges by itself: no vCPU is throttled, no round is the last for being
-        the last. None: at none, a host that sends without a cap included."""
-        def converges(bandwidth: float) -> bool:
-            return self._by_itself(bandwidth=bandwidth).outcome == "converges"
+    def least_bandwidth(self, tried: Iterable[float] = ()) -> float | None:
+        """Bytes per second from which on it converges by itself, within the options' downtime limit; more than each of
+        those ``tried`` with which it does not. None: at none, up to 1 Tbit/s."""
+        def converges(bits: float) -> bool:
+            return self._plain(bandwidth=bits / 8).by_itself
 
-        if not converges(0.0):
-            return None
-        return _MOST if not converges(_MOST) else _least(converges, _LEAST, _MOST)
+        low = max((bits for bandwidth in tried if not converges(bits := bandwidth * 8)), default=_LEAST * 8)
+        return None if low >= _MOST * 8 or not converges(_MOST * 8) else _least(converges, low, _MOST * 8) / 8
 
-    def _by_itself(self, **changed: Any) -> Prediction:
-        return self.predict(converge=False, postcopy=False, stall=0.0, **changed)
+    def _plain(self, **changed: Any) -> Prediction:
+        """Of pre-copy alone; throttled as the options say."""
+        return self.predict(postcopy=False, stall=0.0, **changed)
 
     def having(self, **changed: Any) -> Study:
         """The same, with options that are ``changed``."""
@@ -88,24 +89,27 @@ class Study:
                      self._limits)
 
     def remedies(self, least: float | None) -> list[Remedy]:
-        """For a guest that does not converge by itself; none where it does. ``least``: its least bandwidth."""
-        plain = self._by_itself()
-        if plain.outcome == "converges":
+        """For a guest that does not converge by itself; none where it does. ``least``: its least bandwidth, with the
+        same downtime limit."""
+        if self._plain().by_itself:
             return []
-        found = [] if least is None else [Remedy("bandwidth", least, self._by_itself(bandwidth=least))]
-        found.append(Remedy("downtime", plain.downtime, plain))
+        found = [] if least is None else [Remedy("bandwidth", least, self._plain(bandwidth=least))]
+        longer = _least(lambda limit: self._plain(downtime=limit).by_itself, self._options.downtime, _LONGEST)
+        found.append(Remedy("downtime", longer, self._plain(downtime=longer)))
         if (limit := self._dirty_limit()) is not None:
-            limits = dict.fromkeys(range(len(self._guest.vcpus)), limit)
-            found.append(Remedy("dirty-limit", limit * PAGE, self._simulate(limits, converge=False, postcopy=False)))
+            found.append(Remedy("dirty-limit", limit * PAGE, self._held(limit)))
         found.append(Remedy("converge", 0.0, self.predict(converge=True, postcopy=False)))
         found.append(Remedy("postcopy", 0.0, self.predict(postcopy=True)))
         return found
 
+    def _held(self, limit: float) -> Prediction:
+        """With each vCPU held to so many pages per second."""
+        return self._simulate(dict.fromkeys(range(len(self._guest.vcpus)), limit), postcopy=False, stall=0.0)
+
     def _dirty_limit(self) -> float | None:
-        """Pages per second: the highest limit for each vCPU with which it converges."""
+        """Pages per second: the highest limit for each vCPU with which it converges by itself."""
         def too_much(limit: float) -> bool:
-            limits = dict.fromkeys(range(len(self._guest.vcpus)), limit)
-            return self._simulate(limits, converge=False, postcopy=False).outcome != "converges"
+            return not self._held(limit).by_itself
 
         least, most = 10.0, 10e6
         if too_much(least):
@@ -114,12 +118,13 @@ class Study:
 
 
 def _least(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The least value between that ``holds`` (it does for all that are higher), by halves of the way."""
+    """The least value between that ``holds`` (it does for all that are higher), by halves of the way; of three
+    digits, so that what is shown is what was found."""
     if holds(low):
         return low
     for _ in range(_HALVINGS):
         if high / low < _EXACT:
             break
-        middle = (low * high) ** 0.5
+        middle = float(f"{(low * high) ** 0.5:.3g}")
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high

@@ -3,6 +3,7 @@ decided by the migration's own code; time goes by as bytes take it on the wire, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..migration.rounds import Rounds
 from .costs import Costs
 from .dirtying import Guest, Memory
 
-__all__ = ["Outcome", "PredictedRound", "Prediction", "Way", "simulate"]
+__all__ = ["Outcome", "PredictedRound", "Prediction", "Way", "outcome_text", "simulate"]
 
 _NUMBER = 4                 # bytes of a page's number
 _MESSAGE = 0.3              # of a page's number: what a message's head adds to each, about
@@ -45,10 +46,11 @@ class PredictedRound:
 
 @dataclass
 class Prediction:
-    """``outcome``: "converges" (what is left fits into the downtime), "forced" (the rounds were used up),
-    "postcopy", "cancelled". Times in seconds, ``transferred`` in bytes. ``pending``: pages that follow after the
-    hand-over, and the guest may wait for. ``throttled``: {vCPU: pages per second it was held to at the end}. ``short``:
-    a round took longer than was recorded, so that more pages may get dirty in it than are known."""
+    """``outcome``: "converges" (what is left fits into the downtime, perhaps only since vCPUs are ``throttled``),
+    "forced" (the rounds were used up), "postcopy", "cancelled". Times in seconds, ``transferred`` in bytes.
+    ``pending``: pages that follow after the hand-over, and the guest may wait for. ``throttled``: {vCPU: pages per
+    second it was held to at the end}. ``short``: a round took longer than was recorded, so that more pages may get
+    dirty in it than are known."""
 
     outcome: Outcome = ""
     total: float = 0.0
@@ -59,11 +61,21 @@ class Prediction:
     rounds: list[PredictedRound] = field(default_factory=list)
     throttled: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def by_itself(self) -> bool:
+        """It converges, and no vCPU is throttled for it."""
+        return self.outcome == "converges" and not self.throttled
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; times in milliseconds, as in a migration's report."""
         found = asdict(self)
         return found | {"total": self.total * 1000, "downtime": self.downtime * 1000,
                         "transferred": round(self.transferred)}
+
+
+def outcome_text(outcome: Outcome, throttled: Mapping[Any, int]) -> str:
+    """For a person: whether it converges by itself, or since these vCPUs are throttled."""
+    return f"{outcome}, throttled" if outcome == "converges" and throttled else outcome
 
 
 class _Sending:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ipc.shm import PAGE_SIZE
 
+from ...consumers.predict.simulate import outcome_text
 from ...tables import digits_text
 from .document import Figure, Section, Table, bytes_text, count_text, seconds_text
 from .style import colour
@@ -17,10 +18,9 @@ _ROUNDS_SHOWN = 6       # lines of the figure of rounds
 
 def section(study: dict[str, Any]) -> Section:
     """Raises LookupError, TypeError, ValueError for what is no such document."""
-    grid, least = study["grid"], study["least_bandwidth"]
+    grid = study["grid"]
     found = Section("prediction", f"Migration of {study['from']}, foretold",
-                    "It converges by itself at no bandwidth." if least is None else
-                    f"It converges by itself at {_rate(least)} and above.")
+                    f"It converges by itself {', '.join(map(_least, study['least_bandwidths']))}.")
     found.facts = [("memory", f"{bytes_text(study['memory'])}, {bytes_text(study['filled'])} of it filled"),
                    ("vCPUs", str(study["vcpus"])), ("recorded for", seconds_text(study["seconds"]))]
     if any(cell["short"] for cell in grid):
@@ -28,13 +28,15 @@ def section(study: dict[str, Any]) -> Section:
                               "pages may get dirty in them")
     table = Table("Predicted migrations", ["bandwidth", "downtime limit", "outcome", "total", "downtime", "sent",
                                            "rounds"],
-                  [[_rate(c["bandwidth"]), f"{c['downtime_limit']:g} ms", c["outcome"], seconds_text(c["total"] / 1e3),
+                  [[_rate(c["bandwidth"]), f"{c['downtime_limit']:g} ms", _outcome(c), seconds_text(c["total"] / 1e3),
                     seconds_text(c["downtime"] / 1e3), bytes_text(c["transferred"]), str(len(c["rounds"]))]
                    for c in grid])
     good = sum(c["outcome"] == "converges" for c in grid)
+    held = sum(c["outcome"] == "converges" and bool(c["throttled"]) for c in grid)
     found.figures.append(Figure(
         "prediction-bandwidth", "Time and downtime by bandwidth",
-        f"{good} of {len(grid)} combinations of bandwidth and downtime limit converge.",
+        f"{good} of {len(grid)} combinations of bandwidth and downtime limit converge"
+        + (f", {held} of them only since vCPUs are throttled." if held else "."),
         lambda figure: _draw_grid(figure, grid), table))
     lines = [c for c in grid if c["downtime_limit"] == grid[0]["downtime_limit"]][:_ROUNDS_SHOWN]
     found.figures.append(Figure(
@@ -44,7 +46,7 @@ def section(study: dict[str, Any]) -> Section:
         lambda figure: _draw_rounds(figure, lines), _rounds(lines)))
     if study["remedies"]:
         found.tables.append(Table("What helps", ["remedy", "outcome", "total", "downtime"],
-                                  [[_remedy(r), r["outcome"], seconds_text(r["total"] / 1e3),
+                                  [[_remedy(r), _outcome(r), seconds_text(r["total"] / 1e3),
                                     seconds_text(r["downtime"] / 1e3)] for r in study["remedies"]]))
     if study["rings"]:
         found.tables.append(Table(
@@ -53,6 +55,15 @@ def section(study: dict[str, Any]) -> Section:
               "none: track with bitmaps" if r["entries"] is None else f"{r['entries']:,} entries"]
              for r in study["rings"]]))
     return found
+
+
+def _outcome(one: dict[str, Any]) -> str:
+    return outcome_text(one["outcome"], one["throttled"])
+
+
+def _least(one: dict[str, Any]) -> str:
+    where = "no bandwidth" if one["bandwidth"] is None else f"{_rate(one['bandwidth'])} and above"
+    return f"at {where} with a downtime limit of {seconds_text(one['downtime_limit'] / 1e3)}"
 
 
 def _rate(value: float) -> str:
@@ -94,7 +105,7 @@ def _draw_rounds(figure: Any, cells: list[dict[str, Any]]) -> None:
         for one in cell["rounds"]:
             at += one["seconds"]
             ends.append(at)
-        axes.plot(ends, left, **colour(number), label=f"{_rate(cell['bandwidth'])}: {cell['outcome']}")
+        axes.plot(ends, left, **colour(number), label=f"{_rate(cell['bandwidth'])}: {_outcome(cell)}")
     axes.set(xlabel="time since the first round began (s)", ylabel="left dirty (MB)")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(0, 2 * max(r["left"] for c in cells for r in c["rounds"]) * PAGE_SIZE / 1e6 + 1)
