@@ -155,7 +155,7 @@ def test_without_privileges_ones_own_processes_can_be_watched_and_no_others(proc
     command = [*UNPRIVILEGED, sys.executable, "-m", "vmm", "watch", "--time", "200ms"]
     done = subprocess.run([*command, str(process.pid)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "is not this user's to look into: run vmm watch as its user, as root, or with CAP_SYS_PTRACE" in done.stderr
+    assert "is not this user's to look into: run this as its user, as root, or with CAP_SYS_PTRACE" in done.stderr
     assert done.stderr.count("\n") == 1
     with subprocess.Popen([*UNPRIVILEGED, sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) as own:
         assert own.stdout is not None
@@ -189,10 +189,10 @@ def test_a_kernel_without_it_is_said_in_a_line(process: subprocess.Popen[str], m
     monkeypatch.setattr("vmm.consumers.watch.attach.watching_missing", lambda: "PAGEMAP_SCAN: Inappropriate ioctl")
     done = vmm_here("watch", str(process.pid))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "vmm: error: PAGEMAP_SCAN: Inappropriate ioctl (--sample works without it)\n"
+    assert done.stderr == "vmm: error: PAGEMAP_SCAN: Inappropriate ioctl (vmm watch --sample works without it)\n"
 
 
-def test_a_stopped_process_and_one_under_a_filter_are_refused(process: subprocess.Popen[str]) -> None:
+def test_a_stopped_process_and_one_under_a_filter_are_refused(process: subprocess.Popen[str], tmp_path: Path) -> None:
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     done = vmm_here("watch", str(process.pid))
@@ -205,8 +205,10 @@ def test_a_stopped_process_and_one_under_a_filter_are_refused(process: subproces
     with subprocess.Popen([sys.executable, "-c", filtered], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "ready\n"
-        done = vmm_here("watch", str(other.pid))
-        assert done.returncode == 2
-        assert "under a seccomp filter" in done.stderr
+        for command in (["watch"], ["predict", "--pid"], ["trace", "record", str(tmp_path / "t"), "--pid"]):
+            done = vmm_here(*command, str(other.pid))
+            assert done.returncode == 2
+            assert "under a seccomp filter" in done.stderr
+            assert "(vmm watch --sample works without it)" in done.stderr
         assert other.poll() is None
         other.kill()

@@ -17,6 +17,7 @@ from ipc.userfault import WRITE_ASYNC, Userfault, UserfaultError
 from ipc.writelog import watching_missing
 
 from ...errors import VmmError, one_line
+from .threads import INSTEAD
 
 __all__ = ["Attached", "attach", "check_target"]
 
@@ -57,8 +58,8 @@ def check_target(pid: int) -> ProcessId:
             pass
         kind = _elf_class(pid)
     except PermissionError:
-        raise VmmError(f"process {pid} ({name}) is not this user's to look into: run vmm watch as its "
-                       "user, as root, or with CAP_SYS_PTRACE") from None
+        raise VmmError(f"process {pid} ({name}) is not this user's to look into: run this as its user, as "
+                       "root, or with CAP_SYS_PTRACE") from None
     except OSError as exc:
         raise VmmError(f"process {pid}: {exc.strerror}") from None
     if kind == 1:
@@ -78,7 +79,7 @@ def attach(process: ProcessId) -> Attached:
     """Have a helper process (injector.py) get a userfaultfd of ``process``. One of its threads stands still for some
     hundred microseconds. Raises VmmError, with nothing changed in the process."""
     if reason := watching_missing():
-        raise VmmError(f"{reason} (--sample works without it)")
+        raise VmmError(f"{reason} {INSTEAD}")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:

@@ -41,7 +41,7 @@ from ipc.userfault import WRITE_ASYNC
 
 from .frame import CALL_BYTES, build, frame_room
 from .gadgets import Gadgets, find_gadgets
-from .threads import Candidate, candidates, stack_unfit, why_none
+from .threads import INSTEAD, Candidate, candidates, stack_unfit, why_none
 
 __all__ = ["Injected", "inject", "main"]
 
@@ -272,7 +272,7 @@ def _with_any_thread(process: ProcessId, pidfd: int) -> Injected:
     gadgets = find_gadgets(pid, there)
     if gadgets is None:
         raise Refused(f"process {pid} has no code that makes system calls and returns from signals as is needed "
-                      "(--sample works without it)")
+                      + INSTEAD)
     found = candidates(pid, refused)
     _be_quick()
     for candidate in found:

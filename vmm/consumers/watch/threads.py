@@ -14,7 +14,10 @@ from typing import NamedTuple
 from ipc.linux.foreign import Mapping, call_of, status, threads
 from ipc.linux.ptrace import Registers
 
-__all__ = ["Candidate", "candidates", "stack_unfit", "why_none"]
+__all__ = ["INSTEAD", "Candidate", "candidates", "stack_unfit", "why_none"]
+
+#: For a process that cannot be watched; whichever verb it was.
+INSTEAD = "(vmm watch --sample works without it)"
 
 #: Calls that go on after a stop, by number (x86-64).
 _GOES_ON = {7: "poll", 23: "select", 35: "nanosleep", 61: "wait4", 202: "futex", 230: "clock_nanosleep", 247: "waitid",
@@ -74,7 +77,7 @@ def _unfit(told: dict[str, str]) -> str:
     if state == "D":
         return "in a wait that cannot be interrupted"
     if told.get("Seccomp", "0") != "0":
-        return "under a seccomp filter, which might end the process for the call (--sample works without it)"
+        return f"under a seccomp filter, which might end the process for the call {INSTEAD}"
     if "shstk" in told.get("x86_Thread_features", ""):
         return "on a shadow stack"
     return ""
