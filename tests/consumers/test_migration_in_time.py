@@ -102,6 +102,28 @@ def test_a_limit_can_be_moved_while_it_goes_on(busy: Machine, address: str) -> N
         goes_on(moved)
 
 
+def test_the_forecast_is_of_the_cap_there_is_now(busy: Machine, address: str) -> None:
+    """Soon after it was lowered, in a round of minutes; and once it was raised, no longer of the lower one."""
+    def can_be_sent() -> float | None:
+        forecast = load_status("source")["forecast"]
+        return None if forecast is None else forecast["rate"]
+
+    receiver = Receiver(address, accel="unicorn")
+    source = vmm("migrate", "source", address, "--downtime", "1us", "--max-rounds", "1000", "--no-converge",
+                 "--bandwidth", "8MB/s")
+    until(lambda: _rounds() > 0 and can_be_sent() is not None, "a round is over", TIMEOUT)
+    change("source", Changes(bandwidth=100e3))
+    until(lambda: (can_be_sent() or 1.0) <= 0.1, "it is of the lower cap")
+    lowered = _rounds()
+    change("source", Changes(bandwidth=50e6))
+    until(lambda: _rounds() > lowered, "the round has ended for it")
+    assert (can_be_sent() or 50.0) > 0.1
+    change("source", Changes(downtime=10.0))
+    ended(source)
+    with receiver.result() as moved:
+        goes_on(moved)
+
+
 def _rounds() -> int:
     with contextlib.suppress(VmmError):
         return len(load_status("source")["rounds"])

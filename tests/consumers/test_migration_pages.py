@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -288,6 +289,23 @@ def test_a_forecast_goes_on_as_the_last_round_did(left: int, downtime: float, co
 def test_without_a_rate_there_is_no_forecast() -> None:
     convergence, _ = rounds(RULES, Round(0, 1.0, 1000, [0.0]))
     assert convergence.forecast(1000) is None
+
+
+@pytest.mark.parametrize(("cap", "later", "rate"), [
+    (8e6, 2e6, 500), (0.0, 2e6, 500), (8e6, 8e6, 2000), (0.0, 0.0, 2000), (0.0, 20e6, 2000), (8e6, 20e6, None),
+    (8e6, 0.0, None)], ids=["lowered", "one", "the same", "none", "one that is never reached", "raised", "lifted"])
+def test_what_can_be_sent_is_bounded_by_the_cap_there_is_now(cap: float, later: float, rate: int | None) -> None:
+    """2,000 pages are sent in a second, of 4,000 bytes each; the 900 that are left fit into half of one, unless the cap
+    is a quarter of that."""
+    done = Round(2000, 1.0, 900, [0.0], sent=8_000_000, bandwidth=cap)
+    rules = Rules(0.5, 30, False, False, 1)
+    convergence, _ = rounds(dataclasses.replace(rules, bandwidth=cap), done)
+    convergence.rules = dataclasses.replace(rules, bandwidth=later)
+    found = convergence.forecast(900)
+    assert (found.rate if found else None) == rate
+    assert found is None or found.converges == (rate == 2000)
+    assert convergence.expected_downtime(done) == pytest.approx(900 / (rate or 2000))
+    assert convergence.fits(done) == (rate != 500)
 
 
 def test_zero_pages_that_are_left_take_an_eighth() -> None:

@@ -46,18 +46,22 @@ class Rules:
     postcopy_after: int
     stall: float = 0.0      # seconds without less being left, after which
     late: Next = Next.CANCEL    # this comes; 0: never
+    bandwidth: float = 0.0  # bytes per second that may be sent; 0: no cap
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """``normal``: pages sent with their bytes; ``left``: pages dirty after it, of which so many are ``zero``;
-    ``dirtied``: pages that each vCPU dirtied per second."""
+    ``dirtied``: pages that each vCPU dirtied per second; ``sent``: bytes on the wire (0: not known), under this cap of
+    the ``bandwidth`` (0: none)."""
 
     normal: int
     seconds: float
     left: int
     dirtied: list[float]
     zero: int = 0
+    sent: int = 0
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +92,19 @@ class Convergence:
         self._dirtied = 0.0                 # pages left by the last round, by its seconds
         #: Seconds of rounds since the one that left the least.
         self.stalled = 0.0
-        #: Pages per second that can be sent; None until some with bytes were.
-        self.rate: float | None = None
+        self._measured: float | None = None     # pages per second of the last round that sent some with bytes,
+        self._bytes = 0.0                       # what each was on the wire,
+        self._cap = 0.0                         # and the cap of the bandwidth meanwhile
         #: {vCPU: pages per second it is held to}
         self.quotas: dict[int, int] = {}
+
+    @property
+    def rate(self) -> float | None:
+        """Pages per second that can be sent, as in the last round, and under the cap there is now; None until some with
+        bytes were."""
+        if not (self._measured and self._bytes and self.rules.bandwidth):
+            return self._measured
+        return min(self._measured, self.rules.bandwidth / self._bytes)
 
     @property
     def budget(self) -> float:
@@ -116,10 +129,10 @@ class Convergence:
         return weight / self.rate if self.rate else None
 
     def forecast(self, left: int) -> Forecast | None:
-        """With so many pages left; None while that is not known."""
-        if not self.rate:
-            return None
+        """With so many pages left; None while that is not known, as after a cap was raised."""
         rate, dirtied, rules = self.rate, self._dirtied, self.rules
+        if not rate or (self._cap and not 0 < rules.bandwidth <= self._cap):
+            return None
         seconds, rounds, now = 0.0, 0, float(left)
         while now > rate * self.budget and self._rounds + rounds < rules.max_rounds:
             seconds, rounds, now = seconds + now / rate, rounds + 1, now * dirtied / rate
@@ -131,7 +144,8 @@ class Convergence:
         """``quotas`` may have changed afterwards. ``can_limit``: vCPUs can be held to a rate."""
         self._rounds += 1
         if done.normal:
-            self.rate = done.normal / max(done.seconds, 1e-6)
+            self._measured, self._cap = done.normal / max(done.seconds, 1e-6), done.bandwidth
+            self._bytes = done.sent / done.normal
         self._dirtied = done.left / max(done.seconds, 1e-6)
         if self._least is None or done.left < self._least:
             self._least, self.stalled = done.left, 0.0

@@ -39,7 +39,7 @@ _LOOKED_AT = 256            # pages of what is left, to tell how many are zero
 def rules(options: Options) -> Rules:
     """By which the rounds of a migration with these options go."""
     return Rules(options.downtime, options.max_rounds, options.converge, options.postcopy, options.postcopy_after,
-                 options.stall, LATE[options.on_timeout])
+                 options.stall, LATE[options.on_timeout], options.bandwidth)
 
 
 class PreCopy:
@@ -59,6 +59,7 @@ class PreCopy:
         self._limits = machine.limits(why)
         self._rounds: Rounds
         self._number = 0                # of the round
+        self._bandwidth = 0.0           # its cap
         self._torn: list[Torn] = []
         self._flushed: Flushed          # when ``dirty`` last looked
 
@@ -82,7 +83,8 @@ class PreCopy:
             dirtied = [(new - old) / since
                        for old, new in zip(before.vcpu_pages, flushed.vcpu_pages, strict=True)]
             before = flushed
-            done = Round(report.ram.normal - normal, took, left, dirtied, self._zero(rounds.todo, left))
+            done = Round(report.ram.normal - normal, took, left, dirtied, self._zero(rounds.todo, left),
+                         report.rounds[-1].transferred, self._bandwidth)
             convergence.rules = rules(self._steering.options)
             what = self._steering.now or (Next.ROUND if rest else rounds.decide(
                 done, can_limit=machine.status()["can_limit"]))
@@ -138,7 +140,8 @@ class PreCopy:
         began, sent_before, zero_before = time.monotonic(), report.ram.transferred, report.ram.duplicate
         number, self._number, progress.messages = self._number, self._number + 1, 0
         left = count = pages(todo)
-        chunk = chunk_pages(self._steering.options.bandwidth)
+        self._bandwidth = self._steering.options.bandwidth
+        chunk = chunk_pages(self._bandwidth)
         rest: Todo = {}
         talk.begin()
         for slot, numbers in todo.items():
