@@ -122,15 +122,15 @@ def test_postcopy_stands_still_for_no_page() -> None:
     assert found.downtime < 0.05 < found.pending * PAGE / 60e6
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(10, 400).map(lambda n: n * 100), st.sampled_from([0.02, 0.05, 0.3, 1.0]), st.booleans(),
        st.sampled_from([2, 30]))
 def test_from_the_least_bandwidth_on_it_converges_unthrottled_within_the_limit(rate: int, downtime: float,
                                                                                converge: bool, rounds: int) -> None:
     """Of the study's limit, not of the default one; at less it does not, which the rounds by hand say too."""
     options = Options(downtime=downtime, converge=converge, max_rounds=rounds)
-    first = 1 << 13
-    guest, memory = Guest([walk(rate, 20.0, 1 << 19)], 20.0), Memory({0: 1 << 19}, {0: np.arange(first)}, first)
+    first = 1 << 12
+    guest, memory = Guest([walk(rate, 10.0, 1 << 19)], 10.0), Memory({0: 1 << 19}, {0: np.arange(first)}, first)
     least = Study(guest, memory, options, costs=FREE).least_bandwidth()
     assert least is not None
     for share, wanted in ((0.9, False), (1.03, True), (1.5, True), (4.0, True)):
@@ -140,6 +140,23 @@ def test_from_the_least_bandwidth_on_it_converges_unthrottled_within_the_limit(r
     for share, wanted in ((0.9, False), (1.1, True)) if not converge else ():
         left = by_hand(rate, least * share, downtime, rounds, first)[1]
         assert (left * PAGE / (least * share) <= downtime) == wanted
+
+
+@pytest.mark.parametrize("downtime", [0.05, 0.3])
+def test_at_no_bandwidth_above_the_least_is_it_throttled_again(downtime: float) -> None:
+    """Of guests that write to pages at random: a round leaves now more, now less of what was left before."""
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        part = walk(9000)
+        numbers = np.where(random.random(len(part.entries)) < 0.5, random.integers(0, 1 << 10, len(part.entries)),
+                           random.integers(0, 1 << 15, len(part.entries)))
+        guest = Guest([Trace(part.times, part.ends, pack(np.zeros_like(numbers), numbers))], 4.0)
+        memory, options = Memory.whole({0: 1 << 15}), Options(downtime=downtime)
+        least = Study(guest, memory, options, costs=FREE).least_bandwidth()
+        assert least is not None
+        for n in range(19):
+            found = simulate(guest, memory, dataclasses.replace(options, bandwidth=least * 1.02 ** n), costs=FREE)
+            assert (found.outcome, found.throttled) == ("converges", {})
 
 
 def test_the_least_bandwidth_is_more_than_any_with_which_it_does_not() -> None:

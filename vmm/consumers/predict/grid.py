@@ -20,6 +20,7 @@ _LEAST, _MOST = 1e6, 125e9  # bytes per second between which a bandwidth is look
 _LONGEST = 1e6              # seconds: any guest is handed over within them
 _HALVINGS = 14
 _EXACT = 1.02               # that a bandwidth, or a limit, is found to
+_LOOKED_AT = 20             # bandwidths above, by as much each
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,17 @@ class Study:
         def converges(bits: float) -> bool:
             return self._plain(bandwidth=bits / 8).by_itself
 
-        low = max((bits for bandwidth in tried if not converges(bits := bandwidth * 8)), default=_LEAST * 8)
-        return None if low >= _MOST * 8 or not converges(_MOST * 8) else _least(converges, low, _MOST * 8) / 8
+        def too_low(some: Iterable[float]) -> float:
+            return max((bits for bits in some if not converges(bits)), default=0.0)
+
+        low, most = too_low(each * 8 for each in tried) or _LEAST * 8, _MOST * 8
+        while low < most and converges(most):
+            _, found = _edge(converges, low, most)
+            # Near the edge, a little more may have it throttled again, in a round that happens to leave more.
+            low = too_low(found * _EXACT ** n for n in range(1, _LOOKED_AT))
+            if not low:
+                return found / 8
+        return None
 
     def _plain(self, **changed: Any) -> Prediction:
         """Of pre-copy alone; throttled as the options say."""
@@ -94,7 +104,7 @@ class Study:
         if self._plain().by_itself:
             return []
         found = [] if least is None else [Remedy("bandwidth", least, self._plain(bandwidth=least))]
-        longer = _least(lambda limit: self._plain(downtime=limit).by_itself, self._options.downtime, _LONGEST)
+        _, longer = _edge(lambda limit: self._plain(downtime=limit).by_itself, self._options.downtime, _LONGEST)
         found.append(Remedy("downtime", longer, self._plain(downtime=longer)))
         if (limit := self._dirty_limit()) is not None:
             found.append(Remedy("dirty-limit", limit * PAGE, self._held(limit)))
@@ -112,19 +122,18 @@ class Study:
             return not self._held(limit).by_itself
 
         least, most = 10.0, 10e6
-        if too_much(least):
-            return None
-        return _least(too_much, least, most) / _EXACT
+        return None if too_much(least) else _edge(too_much, least, most)[0]
 
 
-def _least(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The least value between that ``holds`` (it does for all that are higher), by halves of the way; of three
-    digits, so that what is shown is what was found."""
+def _edge(holds: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
+    """Two values between, near one another, by halves of the way: with the first it does not hold, with the second it
+    does, as with ``high``; ``low`` twice where it holds with that. Of three digits, so that what is shown is what was
+    found."""
     if holds(low):
-        return low
+        return low, low
     for _ in range(_HALVINGS):
         if high / low < _EXACT:
             break
         middle = float(f"{(low * high) ** 0.5:.3g}")
         low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    return low, high
