@@ -54,7 +54,7 @@ from .postcopy_source import serve
 from .precopy import PreCopy, Todo, joined
 from .progress import Progress
 from .proof import proof
-from .report import MigrationError, Options, Report
+from .report import MigrationError, Options, Parts, Report
 from .sockets import Unreachable, connect_stream
 from .status import continued
 from .steering import Steering
@@ -64,6 +64,7 @@ from .wire import (
     Abort,
     Accept,
     Commit,
+    Counts,
     Done,
     Ended,
     Missing,
@@ -327,8 +328,9 @@ class Source:
         report.status = "device"
         self._progress.tell(force=True)
         talk.patience = PAUSED_PATIENCE
+        parts = Parts()
         with self._frozen():
-            stopped = time.monotonic()
+            parts.end("pause")
             step("migrate-frozen")
             self._pre_copy.release_limits()
             if not self.options.in_place:
@@ -336,7 +338,9 @@ class Source:
                 for slot in machine.status()["slots"]:
                     if not slot["logged"]:      # it is unknown what changed there: all of it, now
                         todo[slot["id"]] = self._pre_copy.touched(slot)
+                parts.end("sync")
                 self._send_rest(talk, todo)
+                parts.end("pages")
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)
@@ -347,10 +351,13 @@ class Source:
                 talk.send(message)
             talk.send(State(system, state["vcpus"], spec, state["paused"] or self.options.paused))
             talk.expect(Prepared)
+            parts.end("state")
             step("migrate-prepared")
             self._hand_over()
+            parts.end("hand_over")
             self._commit()
-            report.downtime = (time.monotonic() - stopped) * 1000
+            parts.end("start")
+            report.downtime, report.downtime_parts = parts.total, parts.ms
 
     def _send_rest(self, talk: Talk, todo: Todo) -> None:
         """The guest stands still: send what is left, or with post-copy say what it is."""
@@ -492,11 +499,14 @@ class Source:
             raise Lost("its settings have changed")
 
     def _completed(self) -> None:
-        self.report.warnings += self._travelling.warnings
+        report, ram = self.report, self.report.ram
+        report.warnings += self._travelling.warnings
         if self._talk is not None:
-            self._talk.close(Done(self.report.downtime))
+            self._talk.close(Done(report.downtime, report.downtime_parts, Counts(
+                ram.transferred, ram.duplicate, ram.normal, ram.normal_bytes, ram.resent, ram.postcopy_requests,
+                ram.postcopy_pages)))
             self._talk = None
-        self.report.status = "completed"
+        report.status = "completed"
         self._progress.tell(force=True)
 
     def _record(self, *, finished: bool = False) -> HandOver:
