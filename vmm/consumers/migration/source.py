@@ -44,7 +44,7 @@ from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
-from .fitness import needs, not_in_place, ram_segments, specification
+from .fitness import check_movable, needs, not_in_place, ram_segments, specification
 from .gathered import Travelling
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
@@ -178,12 +178,14 @@ class Source:
             if self._early:
                 self._progress.tell(force=True)
             self._listen()
-            began = time.monotonic()
-            spec = specification(self.machine)
-            standstill = time.monotonic() - began
             if self.options.in_place and (why := not_in_place(self._address, self.options)):
                 raise VmmError(why)
+            check_movable(self.machine)
             try:
+                self._talk = self._connect(_PATIENCE)   # first: with nobody there, the guest need not stand still
+                began = time.monotonic()
+                spec = specification(self.machine)
+                standstill = time.monotonic() - began
                 talk = self._offer_until_taken(spec)
                 self._travelling.follow()
                 for message in self._travelling.announced():
@@ -250,7 +252,7 @@ class Source:
         """To a target that may be busy for a while. Raises MigrationError, VmmError."""
         until = time.monotonic() + self.options.wait
         while True:
-            self._talk = talk = self._connect(_PATIENCE)
+            self._talk = talk = self._talk or self._connect(_PATIENCE)
             try:
                 self._offer(talk, spec)
                 return talk
