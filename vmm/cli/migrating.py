@@ -141,8 +141,8 @@ def print_report(report: Report) -> None:
     ram = report.ram
     moved = (f"{report.machine} was migrated to {report.target}" if report.direction == "outgoing" else
              f"{report.machine} has come from {report.source} at {report.target}")
-    click.echo(f"{moved}: total {report.total_time:,.0f} ms, downtime "
-               f"{report.downtime:,.1f} ms, {ram.dirty_sync_count} rounds")
+    downtime = f"{report.downtime:,.1f} ms" if report.downtime else "not known"
+    click.echo(f"{moved}: total {report.total_time:,.0f} ms, downtime {downtime}, {ram.dirty_sync_count} rounds")
     if report.downtime_parts:
         click.echo(f"downtime: {', '.join(_part(*each) for each in report.downtime_parts.items())}")
     click.echo(f"ram: {ram.transferred / _MIB:,.1f} MiB transferred, {ram.normal:,} pages, {ram.duplicate:,} zero "

@@ -140,8 +140,8 @@ class Report:
     machine runs. ``downtime_parts`` add up to it: "pause" (the vCPUs stop), "sync" (the dirty log is asked for the last
     time, limits are lifted), "pages" (the last of them are sent, and are there; in post-copy: which are missing is
     said), "state" (of vCPUs and devices: read, sent, and set at the target), "hand_over" (it is written down that the
-    machine is the target's), "start" (it is told so, starts the machine, and says that it runs). Empty, and 0, where
-    another process took over after the hand-over."""
+    machine is the target's), "start" (it is told so, starts the machine, and says that it runs). Empty, and 0 (not
+    known), where another process took over before that word came."""
 
     id: str
     machine: str

@@ -360,6 +360,7 @@ class Source:
             self._commit()
             parts.end("start")
             report.downtime, report.downtime_parts = parts.total, parts.ms
+            self._progress.tell(force=True)     # should this process be killed now, another knows it
 
     def _send_rest(self, talk: Talk, todo: Todo) -> None:
         """The guest stands still: send what is left, or with post-copy say what it is."""

@@ -20,8 +20,9 @@ def section(report: dict[str, Any]) -> Section:
     outgoing = report["direction"] == "outgoing"
     outcome = _OUTCOMES.get(status, f"It is {status}")
     if status == "completed":
-        outcome += (f" in {seconds_text(report['total_time'] / 1e3)}; the guest stood still for "
-                    f"{seconds_text(report['downtime'] / 1e3)}")
+        outcome += f" in {seconds_text(report['total_time'] / 1e3)}"
+        if report["downtime"]:      # else it is not known
+            outcome += f"; the guest stood still for {seconds_text(report['downtime'] / 1e3)}"
     title = f"Migration of {report['machine']} {'to' if outgoing else 'as it came to'} {report['target']}"
     found = Section("migration", title, f"{outcome}.")
     limit, parts = report["settings"].get("downtime"), report.get("downtime_parts", {})
