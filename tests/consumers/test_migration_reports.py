@@ -105,6 +105,7 @@ def test_when_it_is_over_nothing_remains_and_the_downtime_has_parts(in_place: bo
         assert bool(ram["mbps"]) == (not in_place)
     stopped = sum(each["seconds"] for each in here["rounds"] if each["left"] is None)
     assert here["downtime_parts"].get("pages", 0) >= stopped * 1000 - 0.1      # the round's is rounded
+    assert "100 % of memory is there, 0 MiB left" in text
     assert f"start {there['downtime_parts']['start']:,.1f} ms" in text
 
 

@@ -109,12 +109,15 @@ class Shown:
 
 
 def _progress_text(report: dict[str, Any]) -> str:
-    """One line of a migration under way."""
+    """One line of a migration under way, or as it ended."""
+    from ..consumers.migration.report import OVER
+
     ram = report["ram"]
     if report["status"] == "setup":
         return f"setup: {report['total_time'] / 1000:,.0f} s"
     share = f"{100 * (1 - ram['remaining'] / ram['total']):.0f} % of memory is there, " if ram["total"] else ""
-    left = f", {ram['remaining'] * 8 / (ram['mbps'] * 1e6):,.0f} s" if ram["mbps"] else ""
+    foreseen = ram["mbps"] and report["status"] not in OVER
+    left = f", {ram['remaining'] * 8 / (ram['mbps'] * 1e6):,.0f} s" if foreseen else ""
     rounds = ram["dirty_sync_count"]
     where = f"round {rounds + 1}" if report["status"] == "active" else f"{rounds} round{'s' * (rounds != 1)}"
     text = (f"{report['status']}: {where}: {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
@@ -170,10 +173,9 @@ def print_status(report: Report) -> None:
            f"{report.machine} from {report.source} at {report.target}")
     error = f": {report.error}" if report.error else ""
     click.echo(f"{report.id}: {way}, begun {report.began_at}, {report.total_time / 1000:,.1f} s{error}")
+    click.echo(_progress_text(report.as_dict()))
     if report.status == "completed":
         print_report(report)
-    else:
-        click.echo(_progress_text(report.as_dict()))
     if not report.rounds:
         return
     shown = table("round", numbers=("pages", "zero", "MB", "s", "MB/s", "dirtied MB/s", "left"))
