@@ -91,6 +91,9 @@ def test_a_source_killed_after_the_hand_over_is_kept_all_the_same(step: str, ste
         until(lambda: load_status("source")["status"] == "completed", "it is finished")
         assert load_hand_over("source").finished
         assert load_status("source")["rounds"], "what the first process counted is kept"
+        known = bool(load_status("source")["downtime"])
+        assert known == (step in ("migrate-stop", "migrate-done")), "and measured, if it had heard that it runs"
+        assert ("downtime not known" in ended(vmm("migrate", "status", "source"))[0]) == (not known)
         until(lambda: not [h for h in running.status()["holders"] if h["what"] == "lease"], "it is nobody's")
         is_a_copy(running)
         goes_on(moved)

@@ -7,12 +7,24 @@ import contextlib
 import itertools
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import nothing_left, until
-from migrations import TIMEOUT, WALK, PlayedSource, Receiver, ended, goes_on, receiver_process, touched, vmm
+from migrations import (
+    TIMEOUT,
+    WALK,
+    PlayedSource,
+    PlayedTarget,
+    Receiver,
+    ended,
+    goes_on,
+    receiver_process,
+    touched,
+    vmm,
+)
 
 from vmm import migrate
 from vmm.client.machine import Machine
@@ -30,6 +42,11 @@ def status(name: str) -> dict[str, Any]:
 
 #: Of a round, what both ends know alike.
 ALIKE = ("pages", "zero", "transferred")
+#: Of all of it.
+COUNTED = ("total", "remaining", "transferred", "duplicate", "normal", "normal_bytes", "resent", "dirty_sync_count",
+           "postcopy_requests", "postcopy_pages")
+#: Of the downtime, one after the other.
+PARTS = ["pause", "sync", "pages", "state", "hand_over", "start"]
 
 
 @pytest.mark.parametrize("postcopy", [pytest.param(False, id="precopy"),
@@ -59,10 +76,48 @@ def test_both_ends_have_the_report_afterwards_and_agree(postcopy: bool, running:
         assert [one[key] for key in ALIKE] == [other[key] for key in ALIKE]
         assert one["pages"] * PAGE >= one["transferred"] - one["pages"] * 64    # and what numbers and headers take
     assert (there["machine"], there["source"]) == ("target", "source")
-    assert there["downtime"] == pytest.approx(here["downtime"])
+    for what in COUNTED:
+        assert there["ram"][what] == here["ram"][what], what
+    assert (there["downtime"], there["downtime_parts"]) == (here["downtime"], here["downtime_parts"])
     text = ended(vmm("migrate", "status", "target"))[0]
     assert f"target from source at {there['target']}" in text
     assert "dirtied MB/s" in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == [
+        str(n) for n in range(1, len(here["rounds"]) + 1)]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_when_it_is_over_nothing_remains_and_the_downtime_has_parts(in_place: bool, running: Machine,
+                                                                    address: str) -> None:
+    receiver = Receiver(address, accel="unicorn")
+    migrate.migrate(running, address, Options(in_place=in_place))
+    with receiver.result():
+        there, here = status("target"), status("source")
+        text = ended(vmm("migrate", "status", "target"))[0]
+    for found in (here, there):
+        parts, ram = found["downtime_parts"], found["ram"]
+        assert list(parts) == [part for part in PARTS if not (in_place and part in ("sync", "pages"))]
+        assert min(parts.values()) >= 0
+        assert sum(parts.values()) == pytest.approx(found["downtime"])
+        assert found["setup_time"] + found["downtime"] <= here["total_time"]
+        assert ram["remaining"] == 0
+        assert ram["mbps"] == pytest.approx(ram["transferred"] * 8 / 1000 / (found["total_time"] - found["setup_time"]))
+        assert bool(ram["mbps"]) == (not in_place)
+    stopped = sum(each["seconds"] for each in here["rounds"] if each["left"] is None)
+    assert here["downtime_parts"].get("pages", 0) >= stopped * 1000 - 0.1      # the round's is rounded
+    assert "100 % of memory is there, 0 MiB left" in text
+    assert f"start {there['downtime_parts']['start']:,.1f} ms" in text
+
+
+def test_a_target_that_is_slow_is_found_in_the_parts_of_the_downtime(running: Machine, address: str) -> None:
+    """Where it is slow is where the time is."""
+    def slow(seconds: float, answer: wire.Wire) -> Any:
+        return lambda message: (time.sleep(seconds), [answer])[1]
+
+    with PlayedTarget(address, {wire.State: slow(0.3, wire.Prepared()), wire.Commit: slow(0.2, wire.Running())}):
+        parts = migrate.migrate(running, address).downtime_parts
+    assert parts["state"] >= 300
+    assert parts["start"] >= 200
 
 
 def test_rounds_say_what_was_dirtied_and_what_was_left(running: Machine, address: str) -> None:

@@ -319,12 +319,44 @@ def test_curve_lets_the_right_key_in_and_no_other(context: zmq.Context[zmq.Socke
     bad = pair_of(tmp_path, own, peer) if own and peer else None
     with listening(context, ANYWHERE, pair_of(tmp_path, "target", "source")) as (at, endpoint):
         address = parse_address(endpoint)
-        with pytest.raises(VmmError, match=r"rejected these keys|with the right keys"):
+        with pytest.raises(VmmError, match=r"rejected these keys|with the right keys" if bad else "target has keys"):
             connect(context, address, bad, until=time.monotonic() + 1.5)
         connection = connect(context, address, good, until=time.monotonic() + 10)
         connection.sock.send(b"hello")
         assert heard(at, 10)
         connection.close()
+
+
+@contextlib.contextmanager
+def program_that_says(banner: bytes) -> Iterator[str]:
+    """And closes; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    one, _ = listener.accept()
+                    with one:
+                        one.sendall(banner)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize("keyed", [True, False], ids=["keys", "insecure"])
+@pytest.mark.parametrize(("banner", "why"), [
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "another program listens there, not vmm receive"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100, "another program listens there, not vmm receive"),
+    (b"", r"was broken off there \(is it vmm receive")], ids=["ssh", "http", "closes"])
+def test_another_program_is_not_said_to_reject_keys(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path,
+                                                    banner: bytes, why: str, keyed: bool) -> None:
+    keys = pair_of(tmp_path, "source", "target") if keyed else None
+    with program_that_says(banner) as at, pytest.raises(VmmError, match=why):
+        connect(context, parse_address(at), keys, until=time.monotonic() + 0.5)
 
 
 def test_without_its_authenticator_a_target_lets_nobody_in(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path,

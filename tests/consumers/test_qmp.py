@@ -408,9 +408,16 @@ def test_a_migration_is_cancelled_and_the_machine_goes_on(machine: Machine, sess
     machine.write(4 << 20, bytes(range(1, 256)) * (8 << 12))
     assert session.ask("migrate-cancel") == {}      # nothing to cancel: as QEMU
     session.ask("migrate", uri="unix:/nobody")
-    assert session.ask("query-migrate")["status"] == "setup"
+    first = session.ask("query-migrate")
+    assert first["status"] == "setup"
+    until(lambda: session.ask("query-migrate")["total-time"] > first["total-time"], "its time goes on", TIMEOUT)
     session.ask("migrate-cancel")
     assert session.ask("query-migrate")["status"] == "cancelled"
+    session.ask("stop")
+    session.event("STOP")
+    session.ask("cont")
+    session.event("RESUME")
+    assert [each["event"] for each in session.told] == ["STOP", "RESUME"], "with nobody there the guest ran on"
     receiver = Receiver(address, accel="unicorn")
     session.ask("migrate-set-parameters", max_bandwidth=200_000)
     session.ask("migrate", uri="unix:" + address.removeprefix("ipc://"))

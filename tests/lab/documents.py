@@ -38,8 +38,9 @@ MACHINE: dict[str, Any] = {
 
 MIGRATION: dict[str, Any] = {
     "id": "x", "machine": "alpha", "target": "tcp://b:1", "status": "completed", "total_time": 3200.0,
-    "setup_time": 40.0, "downtime": 120.0, "expected_downtime": 100.0, "forecast": None,
-    "settings": {"downtime": 300.0}, "compression": "none", "compression_ratio": 1.0,
+    "setup_time": 40.0, "downtime": 120.0, "downtime_parts": {"pause": 5.0, "hand_over": 115.0},
+    "expected_downtime": 100.0, "forecast": None, "settings": {"downtime": 300.0}, "compression": "none",
+    "compression_ratio": 1.0,
     "ram": {"transferred": 400 << 20, "remaining": 0, "total": 256 << 20, "duplicate": 5, "normal": 100_000,
             "normal_bytes": 400 << 20, "dirty_sync_count": 3, "dirty_pages_rate": 9, "mbps": 900.0,
             "pages_per_second": 1, "page_size": 4096, "held": 0, "resent": 0, "postcopy_requests": 0,

@@ -235,6 +235,16 @@ def test_without_pages_that_had_bytes_there_is_no_line_of_the_downtime() -> None
     assert [line.get_label() for line in axes.lines] == ["left dirty"]
 
 
+def test_the_parts_of_the_downtime_are_said_and_what_else_there_was() -> None:
+    found = migration_kind.section(MIGRATION)
+    assert dict(found.facts)["of it"] == "pause 5 ms, hand-over 115 ms"
+    assert figure_of(found, "migration-time").says.endswith(
+        "else: 40 ms. Else: between rounds, asking for the dirty log; after the downtime, the end of the machine at "
+        "the source, and in post-copy, before that, the pages that followed the guest.")
+    older = {key: value for key, value in MIGRATION.items() if key != "downtime_parts"}
+    assert "of it" not in dict(migration_kind.section(older).facts)
+
+
 def test_waits_for_pages_are_counted_in_ranges() -> None:
     waits = [50e-6, 90e-6, 150e-6, 700e-6, 750e-6, 799e-6]
     found = migration_kind.section({**MIGRATION, "postcopy_latency": latency(waits)})

@@ -109,12 +109,18 @@ class Shown:
 
 
 def _progress_text(report: dict[str, Any]) -> str:
-    """One line of a migration under way."""
+    """One line of a migration under way, or as it ended."""
+    from ..consumers.migration.report import OVER
+
     ram = report["ram"]
-    share = f"{100 * (1 - ram['remaining'] / ram['total']):.0f} %, " if ram["total"] else ""
-    left = f", {ram['remaining'] * 8 / (ram['mbps'] * 1e6):,.0f} s" if ram["mbps"] else ""
+    if report["status"] == "setup":
+        return f"setup: {report['total_time'] / 1000:,.0f} s"
+    share = f"{100 * (1 - ram['remaining'] / ram['total']):.0f} % of memory is there, " if ram["total"] else ""
+    foreseen = ram["mbps"] and report["status"] not in OVER
+    left = f", {ram['remaining'] * 8 / (ram['mbps'] * 1e6):,.0f} s" if foreseen else ""
     rounds = ram["dirty_sync_count"]
-    text = (f"{report['status']}: round {rounds}, {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
+    where = f"round {rounds + 1}" if report["status"] == "active" else f"{rounds} round{'s' * (rounds != 1)}"
+    text = (f"{report['status']}: {where}: {share}{ram['remaining'] / _MIB:,.0f} MiB{left} left, "
             f"{ram['mbps'] / 8:,.1f} MB/s")
     if rounds and report["direction"] == "outgoing":
         text += f", dirty rate {ram['dirty_pages_rate'] * PAGE_SIZE / 1e6:,.1f} MB/s"
@@ -138,10 +144,12 @@ def print_report(report: Report) -> None:
     ram = report.ram
     moved = (f"{report.machine} was migrated to {report.target}" if report.direction == "outgoing" else
              f"{report.machine} has come from {report.source} at {report.target}")
-    click.echo(f"{moved}: total {report.total_time:,.0f} ms, downtime "
-               f"{report.downtime:,.1f} ms, {ram.dirty_sync_count} rounds")
+    downtime = f"{report.downtime:,.1f} ms" if report.downtime else "not known"
+    click.echo(f"{moved}: total {report.total_time:,.0f} ms, downtime {downtime}, {ram.dirty_sync_count} rounds")
+    if report.downtime_parts:
+        click.echo(f"downtime: {', '.join(_part(*each) for each in report.downtime_parts.items())}")
     click.echo(f"ram: {ram.transferred / _MIB:,.1f} MiB transferred, {ram.normal:,} pages, {ram.duplicate:,} zero "
-               f"pages, {ram.mbps:,.0f} Mbit/s in the last round, compression {report.compression} "
+               f"pages, {ram.mbps:,.1f} Mbit/s on average, compression {report.compression} "
                f"{report.compression_ratio:.2f}")
     if report.ram.postcopy_pages:
         click.echo(f"post-copy: {ram.postcopy_pages:,} pages, {ram.postcopy_requests:,} of them requested; vCPUs "
@@ -151,6 +159,10 @@ def print_report(report: Report) -> None:
                    f"(99 %), {waits['max_us']:,.0f} us at most")
     for vcpu, quota in report.throttled.items():
         click.echo(f"vCPU {vcpu} was throttled to {quota:,.1f} MB/s")
+
+
+def _part(name: str, ms: float) -> str:
+    return f"{name.replace('_', '-')} {ms:,.1f} ms"
 
 
 def print_status(report: Report) -> None:
@@ -167,7 +179,7 @@ def print_status(report: Report) -> None:
     if not report.rounds:
         return
     shown = table("round", numbers=("pages", "zero", "MB", "s", "MB/s", "dirtied MB/s", "left"))
-    for number, each in enumerate(report.rounds):
+    for number, each in enumerate(report.rounds, 1):
         shown.add_row(str(number), f"{each.pages:,}", f"{each.zero:,}", f"{each.transferred / 1e6:,.1f}",
                       f"{each.seconds:,.3f}", f"{each.transferred / 1e6 / max(each.seconds, 1e-6):,.1f}",
                       "" if each.dirtied is None else f"{each.dirtied * PAGE_SIZE / 1e6:,.1f}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from ipc.linux.processid import identity
 
 from ...errors import one_line
@@ -36,7 +38,8 @@ class Arrival:
         self.report = Report(one_line(offer.id, _SHOWN), name, self._address, direction="incoming",
                              source=one_line(offer.spec.name, _SHOWN), pid=process.pid, pid_started=process.start,
                              upgrade=self._upgrade)
-        self.report.ram.total = self.report.ram.remaining = sum(slot.size for slot in offer.spec.slots)
+        self.report.ram.total = sum(slot.size for slot in offer.spec.slots)
+        self.report.ram.remaining = 0 if offer.segments else self.report.ram.total      # in place: it is there
 
     def taking(self) -> None:
         """The first page may come."""
@@ -73,7 +76,7 @@ class Arrival:
         """Post-copy: no page is missing; each vCPU has waited so many milliseconds for some, so long for one."""
         assert self.report is not None
         self.report.postcopy_latency = latency
-        self.report.ram.remaining, self.report.postcopy_blocktime = 0, blocked
+        self.report.postcopy_blocktime = blocked
         self.tell("completed")
 
     def tell(self, status: str, error: str = "") -> None:
@@ -85,10 +88,17 @@ class Arrival:
         report.total_time = (time.monotonic() - self._began) * 1000
         if status in OVER:
             report.ended_at = now()
+            report.sum_up()
         save_status(report)
 
     def heard(self, done: Done) -> None:
-        """The source's last word."""
-        if self.report is not None and self.report.status == "completed":
-            self.report.downtime = done.downtime
-            save_status(self.report)
+        """The source's last word: from now on both reports have the same counts."""
+        report = self.report
+        if report is None or report.status != "completed":
+            return
+        report.downtime, report.downtime_parts = done.downtime, done.parts
+        if done.counts is not None:
+            for name, count in msgspec.structs.asdict(done.counts).items():
+                setattr(report.ram, name, count)
+        report.sum_up()
+        save_status(report)

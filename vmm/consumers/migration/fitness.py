@@ -24,16 +24,22 @@ from .offers import Limits, encodings, no_postcopy
 from .report import Options
 from .wire import Needs
 
-__all__ = ["in_the_way", "needs", "not_in_place", "notes", "ram_segments", "specification"]
+__all__ = ["check_movable", "in_the_way", "needs", "not_in_place", "notes", "ram_segments", "specification"]
 
 _LISTED = 12        # features that are named; of more, how many they are
 
 
-def specification(machine: Machine) -> MachineSpec:
-    """Of the machine, with its slots as they are. Raises VmmError when it is not one that can be moved."""
+def check_movable(machine: Machine) -> None:
+    """Raises VmmError when it is not one that can be moved."""
     machine.require_state()
     if (state := machine.status()["state"]) not in ("running", "paused"):
         raise VmmError(f"machine '{machine.name}' cannot be migrated: it is {state}")
+
+
+def specification(machine: Machine) -> MachineSpec:
+    """Of the machine, with its slots as they are; its guest stands still for a moment. Raises VmmError when it is not
+    one that can be moved."""
+    check_movable(machine)
     with machine.paused("migration"):   # for its specification; the state that comes with it is not used
         return msgspec.convert(machine.state()["spec"], MachineSpec)
 

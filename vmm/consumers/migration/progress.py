@@ -67,6 +67,7 @@ class Progress:
             report.compression_ratio = report.ram.normal_bytes / report.ram.transferred
         if report.status in OVER:
             report.ended_at = records.now()
+            report.sum_up()
         if self.kept:
             save_status(report)
         self._told(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from typing import Any, Literal
 from ...errors import ExitCode, VmmError
 from ...machine.records import now
 from .pages import PAGE, Encoding
+from .wire import Part
 
-__all__ = ["COMMITTED", "OVER", "Late", "MigrationError", "Options", "Ram", "Report", "RoundReport",
-           "latency"]
+__all__ = ["COMMITTED", "OVER", "Late", "MigrationError", "Options", "Parts", "Ram", "Report",
+           "RoundReport", "latency"]
 
 #: Of ``Report.status``: from here on the target runs the machine, or will; it can no longer be cancelled.
 COMMITTED = frozenset({"handed-over", "postcopy-active", "postcopy-paused", "completed"})
@@ -69,7 +71,7 @@ class Ram:
     normal_bytes: int = 0       # of those, before compression
     dirty_sync_count: int = 0   # rounds
     dirty_pages_rate: int = 0   # pages per second, in the last round
-    mbps: float = 0.0           # megabits per second, of late
+    mbps: float = 0.0           # megabits per second, of late; when it is over, of all since the set-up
     pages_per_second: int = 0
     page_size: int = PAGE
     held: int = 0               # pages dirtied in every round, which wait for the last
@@ -89,6 +91,25 @@ def latency(waits: list[float]) -> dict[str, float]:
              "p99_us": round(ranked[len(ranked) * 99 // 100], 1), "max_us": round(ranked[-1], 1)}
     counts = Counter(max(0, math.ceil(math.log2(max(each, 1.0) / _SHORTEST))) for each in ranked)
     return found | {f"upto_{_SHORTEST << step}_us": float(counts[step]) for step in sorted(counts)}
+
+
+class Parts:
+    """What a time went to, from when this was made on. ``ms``: milliseconds by part; they add up to all that has been
+    measured."""
+
+    def __init__(self) -> None:
+        self.ms: dict[Part, float] = {}
+        self._at = time.monotonic()
+
+    def end(self, part: Part) -> None:
+        """The time since the last end was this part's."""
+        before, self._at = self._at, time.monotonic()
+        self.ms[part] = self.ms.get(part, 0.0) + (self._at - before) * 1000
+
+    @property
+    def total(self) -> float:
+        """Milliseconds."""
+        return sum(self.ms.values())
 
 
 @dataclass
@@ -113,7 +134,14 @@ class Report:
     the second is (clock ticks since the boot, as in /proc/PID/stat). ``warnings``: what went wrong beside, after it
     was completed. ``direction``: "outgoing", or, of a machine that has come here, "incoming"; then ``machine`` is its
     name here, ``source`` the one that it had there, ``target`` the address at which it was awaited, and the process is
-    the receiver's. ``began_at``, ``ended_at``: ISO 8601, UTC."""
+    the receiver's. ``began_at``, ``ended_at``: ISO 8601, UTC.
+
+    ``downtime`` is the source's, by its clock: from when it asked for the pause until it had the target's word that the
+    machine runs. ``downtime_parts`` add up to it: "pause" (the vCPUs stop), "sync" (the dirty log is asked for the last
+    time, limits are lifted), "pages" (the last of them are sent, and are there; in post-copy: which are missing is
+    said), "state" (of vCPUs and devices: read, sent, and set at the target), "hand_over" (it is written down that the
+    machine is the target's), "start" (it is told so, starts the machine, and says that it runs). Empty, and 0 (not
+    known), where another process took over before that word came."""
 
     id: str
     machine: str
@@ -122,6 +150,7 @@ class Report:
     total_time: float = 0.0
     setup_time: float = 0.0
     downtime: float = 0.0
+    downtime_parts: dict[Part, float] = field(default_factory=dict)
     expected_downtime: float | None = None      # None: not known yet
     forecast: dict[str, Any] | None = None      # converge.Forecast in seconds and MB/s; ``at``: of total_time
     settings: dict[str, Any] = field(default_factory=dict)      # as in Options, as they are now; downtime in ms
@@ -141,6 +170,15 @@ class Report:
     upgrade: bool = False       # a half of one (upgrade.py)
     began_at: str = field(default_factory=now)
     ended_at: str = ""
+
+    def sum_up(self) -> None:
+        """It is over."""
+        ram, seconds = self.ram, (self.total_time - self.setup_time) / 1000
+        ram.mbps = ram.transferred * 8 / 1e6 / seconds if seconds > 0 else 0.0
+        if ram.transferred:
+            self.compression_ratio = ram.normal_bytes / ram.transferred
+        if self.status == "completed":
+            ram.remaining = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

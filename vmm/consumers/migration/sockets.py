@@ -17,7 +17,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -37,6 +37,9 @@ _HEARTBEAT_MS = 2000
 _HEARTBEAT_TIMEOUT_MS = 10_000  # without a sign of life a connection is broken
 _HANDSHAKE_MS = 10_000
 _RETRY = 0.1                # seconds between two attempts to connect
+_LOOK_EVERY_MS = 100
+_GREETS_WITHIN = 2.0        # seconds
+_GREETING = b"\xff" + bytes(8) + b"\x7f"    # what ZMTP begins with
 _QUEUE_IN = 64              # messages that wait here, per connection
 _MESSAGE_MAX = 1 << 30      # bytes
 _NEVER_MS = 1 << 30         # 12 days. Not -1, "never": ZeroMQ then drops what a peer said just before it went
@@ -96,20 +99,22 @@ class Connection:
         self.sock.close()
 
 
-def connect(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Keys | None, *,
-            until: float) -> Connection:
-    """Tried until a receiver listens there, or the monotonic time ``until``. Raises VmmError."""
+def connect(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Keys | None, *, until: float,
+            waiting: Callable[[], None] = lambda: None) -> Connection:
+    """Tried until a receiver listens there, or the monotonic time ``until``; ``waiting`` is called now and then
+    meanwhile. Raises VmmError."""
     endpoints = address.endpoints()
     why = "no receiver is listening there (start vmm receive there first)"
     while True:
         for endpoint in endpoints:
             try:
                 patience = min(until, time.monotonic() + _HANDSHAKE_MS / 1000)
-                return _attempt(context, endpoint, address, keys, patience)
+                return _attempt(context, endpoint, address, keys, patience, waiting)
             except _NotNow as exc:
                 why = str(exc) or why
         if time.monotonic() + _RETRY > until:
             raise Unreachable(f"{address.text}: {why}")
+        waiting()
         time.sleep(_RETRY)
 
 
@@ -122,7 +127,7 @@ class _NotNow(Exception):
 
 
 def _attempt(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, address: Address, keys: Keys | None,
-             until: float) -> Connection:
+             until: float, waiting: Callable[[], None]) -> Connection:
     sock = context.socket(zmq.DEALER)
     _common(sock)
     sock.ipv6 = "[" in endpoint
@@ -131,7 +136,7 @@ def _attempt(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, address: Ad
     connection = Connection(sock, sock.get_monitor_socket())
     try:
         sock.connect(endpoint)
-        _shake_hands(connection, address, keys, until)
+        _shake_hands(connection, address, keys, until, waiting)
     except zmq.ZMQError as exc:
         connection.close()
         raise VmmError(f"{address.text}: {exc.strerror}") from None
@@ -141,9 +146,13 @@ def _attempt(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, address: Ad
     return connection
 
 
-def _shake_hands(connection: Connection, address: Address, keys: Keys | None, until: float) -> None:
+def _shake_hands(connection: Connection, address: Address, keys: Keys | None, until: float,
+                 waiting: Callable[[], None]) -> None:
     monitor = connection._monitor
-    while monitor.poll(max(0, int((until - time.monotonic()) * 1000))):
+    while (left := int((until - time.monotonic()) * 1000)) > 0:
+        if not monitor.poll(min(left, _LOOK_EVERY_MS)):
+            waiting()
+            continue
         message = recv_monitor_message(monitor)
         event = message["event"]
         if event == zmq.EVENT_CONNECTED:
@@ -152,12 +161,31 @@ def _shake_hands(connection: Connection, address: Address, keys: Keys | None, un
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return
         elif event & _REFUSED or (event == zmq.EVENT_DISCONNECTED and keys is not None):
-            raise VmmError(f"{address.text}: the target rejected these keys")
+            _look_whether_ours(address, until)
+            raise VmmError(f"{address.text}: the target rejected these keys" if keys is not None else
+                           f"{address.text}: the target has keys: give --key and --peer")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            _look_whether_ours(address, until)
             raise _NotNow("the handshake was broken off there (is it vmm receive, with the right keys?)")
         elif event & _LOST:
             raise _NotNow
     raise _NotNow("there is no answer (is it vmm receive, with the right keys?)")
+
+
+def _look_whether_ours(address: Address, until: float) -> None:
+    """The handshake failed, and ZeroMQ does not tell a wrong key from another program's words: see how who listens
+    there begins. Raises VmmError for what is no receiver, _NotNow for who says nothing."""
+    for where in address.plain():
+        with contextlib.suppress(OSError), socket.socket(where.family, socket.SOCK_STREAM) as sock:
+            sock.settimeout(min(_GREETS_WITHIN, max(0.1, until - time.monotonic())))
+            sock.connect(where.name)
+            sock.sendall(_GREETING)
+            said = sock.recv(1)
+            if said and said != _GREETING[:1]:
+                raise VmmError(f"{address.text}: another program listens there, not vmm receive")
+            if said:
+                return
+    raise _NotNow("the handshake was broken off there (is it vmm receive, with the right keys?)")
 
 
 def _look_at_owner(fd: int, address: Address) -> None:

@@ -44,7 +44,7 @@ from .addresses import parse_address
 from .channels import Channels
 from .control import Control
 from .converge import Next
-from .fitness import needs, not_in_place, ram_segments, specification
+from .fitness import check_movable, needs, not_in_place, ram_segments, specification
 from .gathered import Travelling
 from .handover import HandOver, load_hand_over, save_hand_over, uninterrupted
 from .keys import load_keys
@@ -54,7 +54,7 @@ from .postcopy_source import serve
 from .precopy import PreCopy, Todo, joined
 from .progress import Progress
 from .proof import proof
-from .report import MigrationError, Options, Report
+from .report import MigrationError, Options, Parts, Report
 from .sockets import Unreachable, connect_stream
 from .status import continued
 from .steering import Steering
@@ -64,6 +64,7 @@ from .wire import (
     Abort,
     Accept,
     Commit,
+    Counts,
     Done,
     Ended,
     Missing,
@@ -177,12 +178,14 @@ class Source:
             if self._early:
                 self._progress.tell(force=True)
             self._listen()
-            began = time.monotonic()
-            spec = specification(self.machine)
-            standstill = time.monotonic() - began
             if self.options.in_place and (why := not_in_place(self._address, self.options)):
                 raise VmmError(why)
+            check_movable(self.machine)
             try:
+                self._talk = self._connect(_PATIENCE)   # first: with nobody there, the guest need not stand still
+                began = time.monotonic()
+                spec = specification(self.machine)
+                standstill = time.monotonic() - began
                 talk = self._offer_until_taken(spec)
                 self._travelling.follow()
                 for message in self._travelling.announced():
@@ -249,7 +252,7 @@ class Source:
         """To a target that may be busy for a while. Raises MigrationError, VmmError."""
         until = time.monotonic() + self.options.wait
         while True:
-            self._talk = talk = self._connect(_PATIENCE)
+            self._talk = talk = self._talk or self._connect(_PATIENCE)
             try:
                 self._offer(talk, spec)
                 return talk
@@ -327,8 +330,9 @@ class Source:
         report.status = "device"
         self._progress.tell(force=True)
         talk.patience = PAUSED_PATIENCE
+        parts = Parts()
         with self._frozen():
-            stopped = time.monotonic()
+            parts.end("pause")
             step("migrate-frozen")
             self._pre_copy.release_limits()
             if not self.options.in_place:
@@ -336,7 +340,9 @@ class Source:
                 for slot in machine.status()["slots"]:
                     if not slot["logged"]:      # it is unknown what changed there: all of it, now
                         todo[slot["id"]] = self._pre_copy.touched(slot)
+                parts.end("sync")
                 self._send_rest(talk, todo)
+                parts.end("pages")
             state = machine.state()
             spec = msgspec.convert(state["spec"], MachineSpec)
             self._check_slots(spec)
@@ -347,10 +353,14 @@ class Source:
                 talk.send(message)
             talk.send(State(system, state["vcpus"], spec, state["paused"] or self.options.paused))
             talk.expect(Prepared)
+            parts.end("state")
             step("migrate-prepared")
             self._hand_over()
+            parts.end("hand_over")
             self._commit()
-            report.downtime = (time.monotonic() - stopped) * 1000
+            parts.end("start")
+            report.downtime, report.downtime_parts = parts.total, parts.ms
+            self._progress.tell(force=True)     # should this process be killed now, another knows it
 
     def _send_rest(self, talk: Talk, todo: Todo) -> None:
         """The guest stands still: send what is left, or with post-copy say what it is."""
@@ -492,11 +502,14 @@ class Source:
             raise Lost("its settings have changed")
 
     def _completed(self) -> None:
-        self.report.warnings += self._travelling.warnings
+        report, ram = self.report, self.report.ram
+        report.warnings += self._travelling.warnings
         if self._talk is not None:
-            self._talk.close(Done(self.report.downtime))
+            self._talk.close(Done(report.downtime, report.downtime_parts, Counts(
+                ram.transferred, ram.duplicate, ram.normal, ram.normal_bytes, ram.resent, ram.postcopy_requests,
+                ram.postcopy_pages)))
             self._talk = None
-        self.report.status = "completed"
+        report.status = "completed"
         self._progress.tell(force=True)
 
     def _record(self, *, finished: bool = False) -> HandOver:

@@ -50,7 +50,7 @@ class Talk:
                  waiting: Callable[[], None]) -> None:
         self._address = address
         self._waiting = waiting
-        self._connection = connect(context, address, keys, until=until)
+        self._connection = connect(context, address, keys, until=until, waiting=waiting)
         self._taken = 0
         self._moved = self._pinged = time.monotonic()
         #: Seconds without progress that are borne.

@@ -16,7 +16,7 @@ vmm/consumers/migration/pages.py.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import xxhash
@@ -28,15 +28,18 @@ from ...errors import VmmError, one_line
 from ...machine.spec import MachineSpec
 
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Check", "Checked", "Commit",
-           "Complete", "Done", "Ended", "Gathered", "Join", "Message", "Missing", "Needs", "Offer", "OnStream",
-           "OtherVersion", "Pages", "Ping", "Prepared", "Received", "Refused", "RoundAck", "RoundEnd", "Running",
-           "State", "Torn", "Unknown", "Want", "WireError", "decode_answer", "decode_message", "decode_stream",
-           "frames"]
+           "Complete", "Counts", "Done", "Ended", "Gathered", "Join", "Message", "Missing", "Needs", "Offer",
+           "OnStream", "OtherVersion", "Pages", "Part", "Ping", "Prepared", "Received", "Refused", "RoundAck",
+           "RoundEnd", "Running", "State", "Torn", "Unknown", "Want", "WireError", "decode_answer", "decode_message",
+           "decode_stream", "frames"]
 
-VERSION = 5
+VERSION = 6
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
 
 Buffer = bytes | memoryview
+#: Of the downtime (report.py).
+Part = Literal["pause", "sync", "pages", "state", "hand_over", "start"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class WireError(VmmError):
@@ -160,11 +163,25 @@ class Commit(Wire, frozen=True, tag="commit"):
     token: str
 
 
+class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of the source's report (report.Ram), when all is over."""
+
+    transferred: Count = 0
+    duplicate: Count = 0
+    normal: Count = 0
+    normal_bytes: Count = 0
+    resent: Count = 0
+    postcopy_requests: Count = 0
+    postcopy_pages: Count = 0
+
+
 class Done(Wire, frozen=True, tag="done"):
-    """The source has heard that the machine runs (post-copy: that it is complete) and has ended. ``downtime``: as the
-    source has measured it, in milliseconds."""
+    """The source has heard that the machine runs (post-copy: that it is complete) and has ended. ``downtime`` and
+    its ``parts``: as the source has measured them, in milliseconds; ``counts``: what it has sent in all."""
 
     downtime: float = 0.0
+    parts: dict[Part, float] = {}
+    counts: Counts | None = None
 
 
 class Abort(Wire, frozen=True, tag="abort"):

@@ -20,14 +20,17 @@ def section(report: dict[str, Any]) -> Section:
     outgoing = report["direction"] == "outgoing"
     outcome = _OUTCOMES.get(status, f"It is {status}")
     if status == "completed":
-        outcome += (f" in {seconds_text(report['total_time'] / 1e3)}; the guest stood still for "
-                    f"{seconds_text(report['downtime'] / 1e3)}")
+        outcome += f" in {seconds_text(report['total_time'] / 1e3)}"
+        if report["downtime"]:      # else it is not known
+            outcome += f"; the guest stood still for {seconds_text(report['downtime'] / 1e3)}"
     title = f"Migration of {report['machine']} {'to' if outgoing else 'as it came to'} {report['target']}"
     found = Section("migration", title, f"{outcome}.")
-    limit = report["settings"].get("downtime")
+    limit, parts = report["settings"].get("downtime"), report.get("downtime_parts", {})
     found.facts = [
         ("began", report["began_at"]), ("total time", seconds_text(report["total_time"] / 1e3)),
         ("downtime", seconds_text(report["downtime"] / 1e3) + (f" (limit {limit:,.0f} ms)" if limit else "")),
+        *([("of it", ", ".join(f"{name.replace('_', '-')} {seconds_text(ms / 1e3)}" for name, ms in parts.items()))]
+          if parts else []),
         ("rounds", str(len(rounds))),
         ("sent", f"{bytes_text(ram['transferred'])} for {bytes_text(ram['total'])} of memory; {ram['normal']:,} pages "
                  f"with their bytes, {ram['duplicate']:,} zero"),
@@ -75,7 +78,7 @@ def _figures(report: dict[str, Any], outgoing: bool) -> list[Figure]:
             lambda figure: _draw_left(figure, report), table))
     made.append(Figure(
         "migration-time", "Where the time went",
-        ", ".join(f"{name}: {seconds_text(seconds)}" for name, seconds in _times(report)) + ".",
+        ", ".join(f"{name}: {seconds_text(seconds)}" for name, seconds in _times(report)) + f". {_else(report)}",
         lambda figure: _draw_time(figure, report), table, (8.0, 1.6)))
     return made
 
@@ -144,6 +147,15 @@ def _times(report: dict[str, Any]) -> list[tuple[str, float]]:
     if rounds:      # else it is the target's, which does not know
         found += [("rounds, guest running", rounds)]
     return [*found, ("downtime", down), ("else", max(0.0, total - setup - rounds - down))]
+
+
+def _else(report: dict[str, Any]) -> str:
+    """What is in the time of that name."""
+    if report["direction"] == "incoming":
+        return ("Else: the rounds until the guest stood still, and in post-copy the pages that came when it ran here "
+                "already.")
+    return ("Else: between rounds, asking for the dirty log; after the downtime, the end of the machine at the source, "
+            "and in post-copy, before that, the pages that followed the guest.")
 
 
 def _draw_time(figure: Any, report: dict[str, Any]) -> None:
