@@ -38,6 +38,13 @@ class Arrival:
                              upgrade=self._upgrade)
         self.report.ram.total = self.report.ram.remaining = sum(slot.size for slot in offer.spec.slots)
 
+    @property
+    def origin(self) -> str:
+        """How it comes, for people: completes "it arrives …"."""
+        assert self.report is not None
+        how = "in an upgrade" if self._upgrade else "by migration"
+        return f"{how} from machine '{self.report.source}' (migration {self.report.id})"
+
     def taking(self) -> None:
         """The first page may come."""
         assert self.report is not None
