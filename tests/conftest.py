@@ -138,6 +138,7 @@ def runtime_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
     # What machines leave on purpose (vmm/machine/records.py) is not looked at by nothing_left_behind.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    monkeypatch.delenv("COLUMNS", raising=False)        # what is printed is as wide as of a pipe
     return path
 
 

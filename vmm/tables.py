@@ -3,6 +3,7 @@ column fits is printed in parts."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -20,9 +21,9 @@ _FRAME = 3                  # characters of a column besides its text: a line, a
 
 
 def screen() -> Console:
-    """Standard output; wide enough for a table where it is not a terminal."""
+    """Standard output; where it is not a terminal as wide as $COLUMNS says, else wide enough for a table."""
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = _PLAIN_WIDTH
     return console
 

@@ -74,6 +74,7 @@ def test_the_slot_of_image_and_stacks_is_removed_only_by_force(idle: Machine) ->
     (["dirty-limit", "set", "t", "20MB/s", "--vcpu", "-1"], "-1"),
     (["dirty-limit", "cancel", "t", "--vcpu", "-1"], "-1"),
     (["dirty-limit", "set", "t", "-5MB/s"], "'-5MB/s' is not a rate"), (["dirty-limit", "set", "t", "1"], "one page"),
+    (["dirty-limit", "set", "t", "0MB/s"], "0MB/s is not a limit: vmm dirty-limit cancel NAME removes one"),
     (["dirty-limit", "set", "t", "20MB/s", "--vcpu", "7"], "there is no vCPU 7"),
     (["memory", "add", "t", "5", "٣", "4096"], "is not a size"),
     (["memory", "add", "t", "5", "0", "9" * 5000], "is not a size"),

@@ -26,7 +26,7 @@ from vmm.client.doctor import Finding
 from vmm.client.machine import Machine
 from vmm.machine.report import Report, report_schema
 from vmm.machine.spec import RamSlot
-from vmm.tables import print_table, size_text, table
+from vmm.tables import print_table, screen, size_text, table
 
 WIDTHS = (80, 120)
 wide = pytest.mark.parametrize("width", WIDTHS)
@@ -88,6 +88,20 @@ def test_each_part_has_all_its_keys() -> None:
     made.add_row("here", "much", "1" * 20, "2" * 20)
     text = shown(40, lambda console: print_table(made, console, keys=2))
     assert text.count("here") == text.count("much") == 2
+
+
+def test_a_pipe_is_as_wide_as_columns_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    made = table("name", numbers=("a", "b"), texts=("cause",))
+    made.add_row("x", "1" * 20, "2" * 20, "migrated to tcp://somewhere:7000")
+    print_table(made, screen())
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 60
+    row = read_tables(text)["x"]
+    assert (row["a"], row["b"]) == ("1" * 20, "2" * 20)
+    assert squeezed(row["cause"]) == "migratedtotcp://somewhere:7000"
+    monkeypatch.delenv("COLUMNS")
+    assert screen().width == 120
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -246,6 +260,16 @@ def test_machines_that_have_ended_with_when_and_why(report: dict[str, Any], widt
     assert [rows[name]["ended"] for name in ("over", "lost")] == [report["ended_at"], lost["ended_at"]]
     assert squeezed(rows["over"]["cause"]) == squeezed(cause)
     assert (rows["over"]["state"], rows["lost"]["state"]) == ("ended (6)", "lost (6)")
+
+
+def test_the_state_is_said_once_and_a_machine_that_was_handed_over_is_not_just_paused(report: dict[str, Any]) -> None:
+    for state, handed_over, said in (("running", "", "running"), ("paused", "", "paused"),
+                                     ("paused", "tcp://there:7000 (migration 1)", "handed over")):
+        now = report | {"state": state, "handed_over": handed_over, "ended_at": None}
+        first = shown(120, lambda console, now=now: print_report(now, console)).splitlines()[0]
+        assert re.findall("running|paused|handed over|exit code", first) == [said]
+        rows = read_tables(shown(120, lambda console, now=now: print_table(machines_table([now]), console)))
+        assert rows[report["name"]]["state"] == said
 
 
 @wide

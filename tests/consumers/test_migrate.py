@@ -439,6 +439,7 @@ def test_cancel_and_status_from_the_command_line(endless: Machine, address: str)
     _, err = source.communicate(timeout=TIMEOUT)
     assert source.returncode == 128 + signal.SIGINT
     assert receiver.failure() == "the source gave up: cancelled by the user"
+    assert err.endswith("vmm: the migration was cancelled: source runs on here\n")
     assert "KeyboardInterrupt" not in err + run("migrate", "status", "source")
     goes_on(endless)
     with pytest.raises(VmmError, match="is in progress"):

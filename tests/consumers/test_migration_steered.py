@@ -92,7 +92,9 @@ def test_a_lower_cap_holds_from_then_on(running: Machine, address: str) -> None:
     receiver = Receiver(address, accel="unicorn")
     source = vmm("migrate", "source", address, "--bandwidth", "2MB/s")
     until(sending, "pages are sent", TIMEOUT)
-    ended(vmm("migrate", "set", "source", "--bandwidth", "100kB/s"))
+    said, _ = ended(vmm("migrate", "set", "source", "--bandwidth", "100kB/s"))
+    assert said == ("source: bandwidth 0.100 MB/s, downtime 300 ms, compress none, channels 2, max-rounds 30, "
+                    "converge yes, timeout none, stall none, on-timeout cancel\n")
     until(lambda: len(load_status("source")["rounds"]) == 1, "the round has ended for it")
     before, began = load_status("source")["ram"]["transferred"], time.monotonic()
     until(lambda: load_status("source")["ram"]["transferred"] >= before + 200_000, "two seconds' worth is sent",

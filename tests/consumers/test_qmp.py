@@ -31,6 +31,7 @@ from vmm.consumers.qmp.commands import TABLE
 from vmm.consumers.qmp.follower import Follower
 from vmm.consumers.qmp.story import Story
 from vmm.errors import ExitCode, VmmError
+from vmm.machine.records import ended_names
 from vmm.machine.runtime import is_running
 from vmm.machine.spec import MachineSpec
 
@@ -182,6 +183,7 @@ def test_a_socket_that_cannot_be_had_leaves_no_machine(path: Path, tmp_path: Pat
     assert done.stderr.count("\n") == 1
     assert "cannot listen there: No such file or directory" in done.stderr
     assert nothing_left("t")
+    assert ended_names() == []      # not even a record: nothing was started
 
 
 def test_it_outlives_the_coordinator(machine: Machine, session: Session) -> None:

@@ -434,6 +434,7 @@ def test_a_machine_that_has_ended_has_no_snapshot(accel: str, tmp_path: Path) ->
 def test_an_incremental_one_without_its_base_is_refused(endless: Machine, tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match="contains no snapshot to build on"):
         snapshot.create(endless, tmp_path / "s", incremental=True)
+    assert not (tmp_path / "s").exists()
     snapshot.create(endless, tmp_path / "s")
     with (Machine.launch(spec("idle", accel="unicorn", name="other", mib=4)) as second,
           pytest.raises(SnapshotError, match="has no record of what was dirtied since")):
@@ -584,8 +585,15 @@ def test_missing_and_foreign_snapshots_are_one_line(tmp_path: Path) -> None:
             snapshot.restore(directory)
     folder = tmp_path / "0001"
     folder.mkdir()
-    with pytest.raises(SnapshotError, match=r"manifest\.json: cannot be read"):
+    with pytest.raises(SnapshotError, match="no snapshot 0001; it contains no snapshots"):
         snapshot.restore(tmp_path, "0001")
+    for name in ("0002", "0003"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    with pytest.raises(SnapshotError, match=r"no snapshot 0009; there are 0002, 0003$"):
+        snapshot.restore(tmp_path, "0009")
+    with pytest.raises(SnapshotError, match=r"0002/manifest\.sum: cannot be read"):
+        snapshot.restore(tmp_path, "0002")
 
 
 KILLED = """

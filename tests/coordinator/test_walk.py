@@ -421,10 +421,11 @@ def test_killed_while_it_stops(steps: Steps) -> None:
     for step in STEPS["stop"]:
         with Machine.launch(busy(ANY)) as machine:
             steps.kill(step)
-            machine.stop()
+            machine.stop("of this test")
             report = machine.wait(TIMEOUT)
             assert steps.reached()
             assert report["exit_code"] == ExitCode.STOPPED
+            assert report["cause"] == "stopped: of this test"
             assert [v["exit_reason"] for v in report["vcpus"]] == ["stopped"] * 2
             assert report["coordinator"]["restarts"] == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import click
 from ipc.shm import PAGE_SIZE
 
 from .. import optional
-from ..errors import VmmError
+from ..errors import VmmError, one_line
 from .common import Duration, Rate, json_option, on_machine, print_json, recording, text_aside
 
 if TYPE_CHECKING:
@@ -101,9 +102,20 @@ _vcpu_option = click.option("--vcpu", type=click.IntRange(min=0), default=None,
                             help="Only this vCPU (default: every vCPU).")
 
 
+class _Limit(Rate):
+    """Not 0, for which there is another verb."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from ..client.units import RATE
+
+        if isinstance(value, str) and (match := re.match(RATE, value)) and not match[1].strip("0."):
+            raise VmmError(f"RATE: {one_line(value, 20)} is not a limit: vmm dirty-limit cancel NAME removes one")
+        return super().convert(value, param, ctx)
+
+
 @dirty_limit.command("set", context_settings={"ignore_unknown_options": True})    # -5MB/s is a rate that cannot be
 @on_machine
-@click.argument("rate", type=Rate())
+@click.argument("rate", type=_Limit())
 @_vcpu_option
 @json_option
 def limit_set(machine: Machine, rate: float, vcpu: int | None, as_json: bool) -> None:

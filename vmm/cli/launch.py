@@ -94,6 +94,10 @@ def _launch_one(config: MachineConfig, traced: dict[str, Any], served: Served, d
     from ..client.machine import Machine
     from .exporter import MetricsPort
 
+    if served.qmp is not None:
+        from .qmp import check_qmp, start_qmp
+
+        check_qmp(served.qmp)       # before anything is started
     wanted = [] if config.guest is None else config.guest.forward
     with (HostPorts([] if detach else wanted) as ports,
           MetricsPort(served.metrics, dirty_rate=served.dirty_rate) as port):
@@ -101,8 +105,6 @@ def _launch_one(config: MachineConfig, traced: dict[str, Any], served: Served, d
         try:
             _warn(config, machine)
             if served.qmp is not None:
-                from .qmp import start_qmp
-
                 start_qmp(machine.name, served.qmp)
             if detach:
                 machine.start()

@@ -18,13 +18,16 @@ from ..errors import ExitCode, VmmError
 from .common import Duration, Rate, json_option, print_json
 from .completion import complete_ended, complete_machines
 from .migrating import MigrationLines, Shown, key_options, print_report, print_status
+from .run import Interrupted
 from .signals import raise_on
 
 if TYPE_CHECKING:
+    from ..client.machine import Machine
     from ..migrate import Options
 
 __all__ = ["migrate"]
 
+_ANSWERS_IN = 5.0           # seconds
 _LATE = click.Choice(["cancel", "force", "postcopy"])
 
 
@@ -130,7 +133,11 @@ def start(name: str, address: str, check: bool, recover: bool, background: bool,
         machine = stack.enter_context(Machine.attach(name))
         output = None if report_path is None else stack.enter_context(contextlib.closing(open_output(report_path)))
         shown = stack.enter_context(Shown(output, stack.enter_context(MigrationLines()) if json_lines else None))
-        report = run(machine, address, options, migration_id=migration_id, progress=shown.tell)
+        try:
+            report = run(machine, address, options, migration_id=migration_id, progress=shown.tell)
+        except KeyboardInterrupt:
+            click.echo(_how_it_stands(machine), err=True)
+            raise Interrupted(signal.SIGINT) from None
     if as_json:
         print_json(report.as_dict())
     elif not json_lines:
@@ -139,6 +146,19 @@ def start(name: str, address: str, check: bool, recover: bool, background: bool,
             click.echo(f"{name} stays paused here, as it was handed over: vmm stop {name} ends it; vmm resume {name} "
                        "--force runs it here, which is for when the other does not")
     return ExitCode.OK
+
+
+def _how_it_stands(machine: Machine) -> str:
+    """After a migration that was interrupted; in a line."""
+    try:
+        found = machine.status(_ANSWERS_IN)
+    except VmmError as exc:
+        return f"vmm: interrupted: {exc}"
+    if to := found["handed_over"]:
+        return (f"vmm: interrupted: {machine.name} stays paused here, since it was handed over to {to}; vmm migrate "
+                f"{machine.name} ADDRESS --recover tries again")
+    return f"vmm: the migration was cancelled: {machine.name} " + (
+        "runs on here" if found["state"] == "running" else f"is still here ({found['state']})")
 
 
 def _check(name: str, address: str, options: Options, as_json: bool) -> int:
@@ -232,13 +252,22 @@ def _change(name: str, as_json: bool, **changes: Any) -> None:
     elif changes.get("postcopy"):
         click.echo(f"{name}: goes over to post-copy")
     else:
-        click.echo(f"{name}: {', '.join(f'{key} {_text(key, value)}' for key, value in settings.items())}")
+        click.echo(f"{name}: {', '.join(_text(key, value) for key, value in settings.items())}")
 
 
 def _text(key: str, value: Any) -> str:
-    if key == "bandwidth":
-        return f"{value / 1e6:,.3f} MB/s" if value else "none"
-    return f"{value:g} ms" if key == "downtime" else str(value)
+    """A setting as it is given on the command line."""
+    if key in ("bandwidth", "timeout", "stall") and not value:
+        text = "none"
+    elif key == "bandwidth":
+        text = f"{value / 1e6:,.3f} MB/s"
+    elif key in ("timeout", "stall"):
+        text = f"{value:g} s"
+    elif key == "downtime":
+        text = f"{value:g} ms"
+    else:
+        text = ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    return f"{'compress' if key == 'compression' else key.replace('_', '-')} {text}"
 
 
 @migrate.command()

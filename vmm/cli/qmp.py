@@ -16,7 +16,7 @@ from .common import json_option
 from .completion import complete_machines
 from .migrating import key_options
 
-__all__ = ["qmp", "start_qmp"]
+__all__ = ["check_qmp", "qmp", "start_qmp"]
 
 
 @click.command()
@@ -45,6 +45,15 @@ def qmp(name: str, socket: str, as_json: bool, **addressing: Any) -> int:
             click.echo(f"{name} speaks QMP at {socket}", err=True)
 
     return server.run(ready)
+
+
+def check_qmp(socket: str) -> None:
+    """Somebody can listen there, now. Raises VmmError."""
+    from ..consumers.migration.addresses import parse_address
+    from ..consumers.migration.door import listening_at
+
+    with listening_at(parse_address(f"ipc://{os.path.abspath(socket)}", listen=True)):
+        pass
 
 
 def start_qmp(name: str, socket: str) -> None:

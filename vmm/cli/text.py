@@ -18,12 +18,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"[bold]{report['name']}[/bold]  {report['state']} at {report['ended_at']}, exit code "
                       f"{report['exit_code']}: {escape(report['cause'])}")
         return
-    outcome = "running" if report["state"] != "ended" else f"exit code {report['exit_code']}"
-    console.print(f"[bold]{report['name']}[/bold]  {report['state']}, {report['elapsed_s']:.3f} s, "
+    console.print(f"[bold]{report['name']}[/bold]  {_life_text(report)}, {report['elapsed_s']:.3f} s, "
                   f"{report['accelerator']}, tracking {report['tracking']}"
                   + (f" ({report['ring_entries']} entries)" if report["ring_entries"] else "")
                   + ("" if _logs(report) or report["state"] == "ended" else ", not logged: nobody needs it")
-                  + f", {outcome}")
+                  + (f", exit code {report['exit_code']}" if report["state"] == "ended" else ""))
     vcpus = table("vCPU", "pid", "state", "exit", "code", title="vCPUs",
                   numbers=("dirtied", "ring full", "resets", "guest s", "stalled s"))
     for v in report["vcpus"]:
@@ -149,8 +148,13 @@ def machines_table(machines: list[dict[str, Any]]) -> Table:
     return found
 
 
+def _life_text(machine: dict[str, Any]) -> str:
+    """Running, paused, …; a machine that was handed over is paused for good."""
+    return "handed over" if machine["state"] == "paused" and machine.get("handed_over") else str(machine["state"])
+
+
 def _state_text(machine: dict[str, Any]) -> str:
     if machine.get("ended_at"):
         return f"{machine['state']} ({machine['exit_code']})"
     dead = sum(v["state"] == "dead" for v in machine.get("vcpus", []))
-    return machine["state"] + (f" ({dead} vCPU{'s' if dead > 1 else ''} dead)" if dead else "")
+    return _life_text(machine) + (f" ({dead} vCPU{'s' if dead > 1 else ''} dead)" if dead else "")

@@ -49,6 +49,7 @@ class Families:
             holds=self._holds(), workers=[s.process for s in core.vcpus.all],
             exits={s.index: s.exited for s in core.vcpus.all if s.exited is not None},
             started=life.started, elapsed=life.elapsed_at_end, stopping=life.stopping,
+            stopped_by=life.stopped_by,
             tracking=core.parts.tracking, asked_tracking=self.tracking.asked, logging=log.on,
             incoming=core.incoming,
             verification=core.verifier.result if core.verifier else None)

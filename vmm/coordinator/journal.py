@@ -70,6 +70,7 @@ class Saved(msgspec.Struct, kw_only=True):
     started: float | None                   # when the guest was let go
     elapsed: float | None                   # seconds that it ran, once it has ended
     stopping: int                           # an ExitReason: why it has been asked to end
+    stopped_by: str                         # the same for people
     tracking: str                           # one of vmm.machine.trackings.MODES
     asked_tracking: str                     # one of vmm.machine.trackings.CHOICES
     logging: bool                           # the vCPUs log, because somebody needs it

@@ -14,6 +14,7 @@ before it looks what is dirty; so whatever it finds then is all there is.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable
 
 from ipc.steps import step
@@ -24,6 +25,9 @@ from .owners import Held, Hold
 from .pauses import HandedOver, Pauses
 
 __all__ = ["KINDS", "Change", "Lease", "Leases"]
+
+
+_log = logging.getLogger(__name__)
 
 
 class Change(enum.StrEnum):
@@ -127,6 +131,11 @@ class Leases:
         """The process that has the machine for a migration, for people; empty: none."""
         return next((lease.who for lease in self.held if lease.kind == "migration"), "")
 
+    def has_migration(self, token: str) -> bool:
+        """This lease is there, and a migration's."""
+        lease = self.held.get(token)
+        return lease is not None and lease.kind == "migration"
+
     # --- verbs; all may be repeated --------------------------------------------------------------
 
     def take(self, lease: Lease, *, recover: bool) -> None:
@@ -153,6 +162,8 @@ class Leases:
             self.held.pop(lease.token)
             self._pauses.unfinished(handed_over is not None and handed_over.unfinished)
             raise
+        if lease.kind == "incoming":
+            _log.info("it arrives %s", lease.why)
         step("lease-noted")
 
     def freeze(self, token: str) -> None:

@@ -14,12 +14,14 @@ from ..machine import records
 from .core import Core
 from .outcome import cause_of, exit_code
 
-__all__ = ["Life"]
+__all__ = ["ON_REQUEST", "Life"]
+
+ON_REQUEST = "stopped on request"
 
 
 class Life:
     """``done``: the machine is over and released, and the coordinator may end. ``final``: its last report, once it
-    has ended. ``stopping``: why it is to end, if it is."""
+    has ended. ``stopping``: why it is to end, if it is; ``stopped_by``: the same for people, if it was stopped."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -28,11 +30,12 @@ class Life:
         self.stopping = ExitReason.NONE
         self.done = False
         self.final: dict[str, Any] | None = None
-        self._stopped_by = "stopped on request"
+        self.stopped_by = ON_REQUEST
         self._linger = core.spec.linger
 
-    def adopt(self, started: float | None, elapsed: float | None, stopping: int) -> None:
+    def adopt(self, started: float | None, elapsed: float | None, stopping: int, stopped_by: str) -> None:
         """As a coordinator that died has left it."""
+        self.stopped_by = stopped_by
         self.started, self.elapsed_at_end, self.stopping = started, elapsed, ExitReason(stopping)
         self._core.state = "ready" if started is None else "running"
 
@@ -92,25 +95,23 @@ class Life:
                     vcpu.signal(signal.SIGKILL)
                 step("stop-asked")
 
-    def stop_or_go(self, why: str = "") -> None:
-        """``vmm stop``: of a running machine, and of one that has ended or never started. ``why``: for people, if
-        no user wants it."""
-        if why and self.stopping == ExitReason.NONE:
-            self._stopped_by = f"stopped: {why}"
+    def stop_or_go(self, stopped_by: str = ON_REQUEST) -> None:
+        """``vmm stop``: of a running machine, and of one that has ended or never started. ``stopped_by``: its cause,
+        for people."""
+        if self.stopping == ExitReason.NONE:
+            self.stopped_by = stopped_by
         self.stop(ExitReason.STOPPED)
         self.go()
 
     def terminate(self) -> None:
         """SIGTERM: as ``stop_or_go``, and it does not linger."""
         self._linger = False
-        if self.stopping == ExitReason.NONE:
-            self._stopped_by = records.BY_SIGTERM
-        self.stop_or_go()
+        self.stop_or_go(records.BY_SIGTERM)
 
     def go(self) -> None:
         """Let a machine go that does not run."""
         if self._core.state == "ready" and not self.done:
-            self._keep_report(ExitCode.STOPPED, f"{self._stopped_by}, before it was started")
+            self._keep_report(ExitCode.STOPPED, f"{self.stopped_by}, before it was started")
         self.done = self.done or self._core.state == "ended"
 
     def finish(self) -> None:
@@ -121,7 +122,7 @@ class Life:
             core.drain_and_verify()
         else:
             core.reaper.drain()
-        self._keep_report(exit_code(core), cause_of(core, self._stopped_by))
+        self._keep_report(exit_code(core), cause_of(core, self.stopped_by))
         self.done = not self._linger
 
     def _keep_report(self, code: ExitCode, cause: str) -> None:

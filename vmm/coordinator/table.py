@@ -14,6 +14,7 @@ from ..machine.spec import RamSlot
 from . import hotplug, programs, vcpu_states
 from .families import Families
 from .leases import Change, Lease
+from .life import ON_REQUEST
 from .limits import Limit, with_limits
 from .owners import Hold, unseen
 from .server import Handler
@@ -46,7 +47,7 @@ def handlers(machine: Families) -> dict[type[verbs.Verb], Handler]:
     return {
         verbs.Start: allowed(Change.START, lambda v: life.start(", ".join(pauses.holders))),
         verbs.Status: lambda v: life.final if life.final is not None else core.report(),
-        verbs.Stop: lambda v: life.stop_or_go(one_line(v.why)),
+        verbs.Stop: lambda v: life.stop_or_go(_stopped_by(machine, v)),
         verbs.Release: lambda v: life.go(),
         verbs.State: lambda v: _state(machine),
         verbs.SetState: allowed(Change.STATE, lambda v: vcpu_states.set_states(core, v.vcpus)),
@@ -96,6 +97,19 @@ def _owner(machine: Families, verb: verbs.Owned) -> ProcessId:
     if not (process.pid and process.start > 0):
         raise unseen(process)
     return process
+
+
+def _stopped_by(machine: Families, verb: verbs.Stop) -> str:
+    """The cause that the machine's report will have. A migration stops the machine that it has handed over once it
+    runs at the target."""
+    handed_over = machine.pauses.handed_over
+    if verb.why:
+        return f"stopped: {one_line(verb.why)}"
+    if handed_over is None:
+        return ON_REQUEST
+    if machine.leases.has_migration(verb.lease):
+        return f"migrated to {handed_over.to}"
+    return f"{ON_REQUEST}, after it was handed over to {handed_over.to}"
 
 
 def _give_back(machine: Families, token: str) -> None:

@@ -50,7 +50,7 @@ def take_over(machine: Families, saved: Saved, rounds: Rounds) -> None:
     core.parts.log.publish()
     machine.clients.adopt(holds.clients)
     machine.writes.adopt(holds.writes)
-    machine.life.adopt(saved.started, saved.elapsed, saved.stopping)
+    machine.life.adopt(saved.started, saved.elapsed, saved.stopping, saved.stopped_by)
     machine.pauses.adopt(holds.user_paused, holds.pauses, holds.handed_over)
     machine.leases.adopt(holds.leases)
     machine.limits.adopt(holds.user_limits, holds.limits)

@@ -28,7 +28,7 @@ from ipc.shm import PAGE_SIZE
 
 from .. import migrate, snapshot
 from ..client.config import MachineConfig
-from ..client.machine import Machine
+from ..client.machine import Flushed, Machine
 from ..errors import ExitCode, VmmError
 from ..machine import records
 from ..machine.runtime import runtime_root
@@ -40,6 +40,7 @@ STEPS = ("launch", "dirty rate", "dirty limit", "snapshot", "migration", "verifi
 MEMORY_MIN = 1 << 20        # bytes
 _VCPUS = 2
 _PREFIX = "shardvmm-demo-"
+_CLIENT = "demo"            # of the dirty log
 _LOOK = 0.5                 # seconds between two looks at the dirty rate
 _LOOKS = {"dirty rate": 6, "dirty limit": 5, "snapshot": 2, "verifier": 3}
 _VERIFY = 0.1               # seconds between two rounds of the verifier: several in each look
@@ -105,7 +106,7 @@ class Demo:
         self._seen = Seen(f"demo-{os.getpid()}", memory)
         self._tell = tell
         self._began = time.monotonic()
-        self._counted: tuple[float, list[int]] = (0.0, [])
+        self._counted: Flushed | None = None    # at the look before
 
     def run(self) -> Seen:
         """Nothing of it is left afterwards, also when it is left by an exception. Raises VmmError."""
@@ -161,23 +162,24 @@ class Demo:
 
     def _look(self, machine: Machine, step: str) -> None:
         """At what it dirties, for a while."""
-        self._counted = (0.0, [])
+        machine.register(_CLIENT, mine=True)
+        self._counted = None
         self._count(machine)
         for _ in range(_LOOKS[step]):
             self._say(step)
             time.sleep(_LOOK)
             self._count(machine)
+        machine.unregister(_CLIENT)
         self._say(step)
 
     def _count(self, machine: Machine) -> None:
-        report = machine.status()
-        at, pages = time.monotonic(), [vcpu["dirty_pages"] for vcpu in report["vcpus"]]
-        before, counted = self._counted
-        if counted:
-            self._seen.vcpu_rates = [(now - then) * PAGE_SIZE / (at - before)
-                                     for now, then in zip(pages, counted, strict=True)]
+        """What was dirtied before a flush is counted by then: nothing that was written before a limit is after it."""
+        now, before = machine.flush(_CLIENT), self._counted
+        if before is not None:
+            self._seen.vcpu_rates = [(pages - then) * PAGE_SIZE / (now.at - before.at)
+                                     for pages, then in zip(now.vcpu_pages, before.vcpu_pages, strict=True)]
             self._seen.rates.append(sum(self._seen.vcpu_rates))
-        self._counted = (at, pages)
+        self._counted = now
 
     def _limit(self, machine: Machine) -> None:
         seen = self._seen

@@ -47,7 +47,7 @@ class VcpuReport(msgspec.Struct, frozen=True, kw_only=True):
     ring_rebuilds: int          # after the ring's counts did not match
     bad_entries: int            # dropped: as_id, slot or offset cannot be
     guest_entries: int
-    guest_s: float              # seconds in the guest, at ring-full, throttled
+    guest_s: float              # seconds in the guest, at ring-full, throttled; each is counted when it is over
     stalled_s: float
     dirty_limit_pages_per_s: int    # 0: none
     throttled_s: float

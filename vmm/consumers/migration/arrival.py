@@ -41,6 +41,13 @@ class Arrival:
         self.report.ram.total = sum(slot.size for slot in offer.spec.slots)
         self.report.ram.remaining = 0 if offer.segments else self.report.ram.total      # in place: it is there
 
+    @property
+    def origin(self) -> str:
+        """How it comes, for people: completes "it arrives …"."""
+        assert self.report is not None
+        how = "in an upgrade" if self._upgrade else "by migration"
+        return f"{how} from machine '{self.report.source}' (migration {self.report.id})"
+
     def taking(self) -> None:
         """The first page may come."""
         assert self.report is not None

@@ -353,7 +353,7 @@ class _Target:
         self._ready = True
         try:
             # Only we may start it, or write to it; should we go before, it does.
-            self._lease = self._machine.lease("incoming", "via vmm receive")
+            self._lease = self._machine.lease("incoming", self._arrival.origin)
             self._gathered.begin(self._machine)
         except VmmError:
             self._look()

@@ -12,11 +12,11 @@ from pathlib import Path
 from ipc.linux.files import open_locked
 from ipc.steps import step
 
-from ...errors import VmmError
+from ...errors import VmmError, one_line
 from ...machine.names import is_snapshot_id
 
-__all__ = ["SnapshotError", "clear_leftovers", "discard", "foreign_file", "locked",
-           "new_aside", "next_id", "remove", "snapshot_ids", "sync_directory", "sync_file"]
+__all__ = ["SnapshotError", "clear_leftovers", "discard", "foreign_file", "has_manifest", "locked",
+           "new_aside", "next_id", "no_snapshot", "remove", "snapshot_ids", "sync_directory", "sync_file"]
 
 _ASIDE = re.compile(r"\.(?:new|old)-[0-9]{4,18}-[0-9a-f]{8}")
 _FILE = re.compile(r"manifest\.(?:json|sum)|(?:slot[0-9]{1,9}|system)\.(?:map|mem|zst)|image")
@@ -35,11 +35,19 @@ def snapshot_ids(directory: Path) -> list[str]:
         names = os.listdir(directory)
     except OSError as exc:
         raise SnapshotError(f"{directory}: cannot be read: {exc.strerror}") from None
-    return sorted((n for n in names if is_snapshot_id(n) and _has_manifest(directory / n)), key=int)
+    return sorted((n for n in names if is_snapshot_id(n) and has_manifest(directory / n)), key=int)
 
 
-def _has_manifest(folder: Path) -> bool:
+def has_manifest(folder: Path) -> bool:
+    """A snapshot is there, whole or damaged."""
     return any(os.path.lexists(folder / name) for name in ("manifest.json", "manifest.sum"))
+
+
+def no_snapshot(directory: Path, name: str) -> SnapshotError:
+    """What is said where there is none of that id."""
+    there = snapshot_ids(directory)
+    others = f"there {'is' if len(there) == 1 else 'are'} {', '.join(there)}" if there else "it contains no snapshots"
+    return SnapshotError(f"{one_line(str(directory))}: no snapshot {name}; {others}")
 
 
 def next_id(directory: Path) -> str:

@@ -22,7 +22,7 @@ from ...machine.loader import IMAGE_SIZE_MAX
 from ...machine.names import check_snapshot_id, is_epoch, is_snapshot_id
 from ...machine.rules import Trees, arriving
 from ...machine.spec import MachineSpec
-from .folder import SnapshotError, sync_directory, sync_file
+from .folder import SnapshotError, has_manifest, no_snapshot, sync_directory, sync_file
 from .heat import unpacked
 from .pagefile import PAGE
 
@@ -84,6 +84,8 @@ def _refuse(path: Path, what: str) -> SnapshotError:
 def load_manifest(directory: Path, name: str) -> Manifest:
     """Raises SnapshotError, and VmmError for a name that is not an id."""
     check_snapshot_id(name)
+    if not has_manifest(directory / name):
+        raise no_snapshot(directory, name)
     path = directory / name / "manifest.json"
     text = read_input(path, _MANIFEST_MAX, _refuse)
     checksum = read_input(path.with_suffix(".sum"), 1024, _refuse)

@@ -101,7 +101,7 @@ def delete(directory: Path, name: str, *, fold: bool = False,
     cannot be folded."""
     with locked(directory):
         if name not in snapshot_ids(directory):
-            load_manifest(directory, name)      # says what is wrong with the name, or with the file
+            load_manifest(directory, name)      # says what is wrong with the name
         children = [m.id for m in list_snapshots(directory) if m.parent == name]
         if children and not fold:
             raise SnapshotError(f"{directory / name}: needed by {', '.join(children)}: merge or delete that "

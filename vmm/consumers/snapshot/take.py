@@ -61,6 +61,8 @@ def create(machine: Machine, directory: Path, *, incremental: bool = False, live
     logging are kept out meanwhile. ``working_set``: seconds before it in which is recorded what the guest dirties, for
     lazy restores. Raises VmmError, NoParent among them."""
     machine.require_state()
+    if incremental and not os.path.lexists(directory):
+        raise _nothing_to_build_on(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -123,10 +125,14 @@ def _family(directory: Path) -> str:
     return "snap_" + hashlib.blake2b(os.fsencode(directory.resolve()), digest_size=4).hexdigest()
 
 
+def _nothing_to_build_on(directory: Path) -> NoParent:
+    return NoParent(f"{directory}: contains no snapshot to build on: take a full one first")
+
+
 def _parent(machine: Machine, directory: Path) -> Manifest:
     there = survey(directory)
     if not there:
-        raise NoParent(f"{directory}: contains no snapshot to build on: take a full one first")
+        raise _nothing_to_build_on(directory)
     newest = there[-1]
     if not isinstance(newest, Manifest):
         raise NoParent(f"{newest.reason}: take a full snapshot, or delete the damaged one first")
