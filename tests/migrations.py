@@ -292,6 +292,8 @@ class PlayedTarget(threading.Thread):
             case wire.RoundEnd(round=number, messages=messages):
                 self._expected[number] = messages
                 return self._barrier(number)
+            case wire.WhenReady():
+                return [wire.Ready()]
             case wire.State():
                 return [wire.Prepared()]
             case wire.Commit():

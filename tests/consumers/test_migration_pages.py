@@ -126,7 +126,7 @@ def test_a_zstd_bomb_is_not_unpacked() -> None:
 
 MESSAGES = [
     wire.Offer(wire.VERSION, "1", "00" * 16, spec("idle", accel="unicorn"), b"image", True),
-    wire.RoundEnd(1, 2), wire.Missing(0, b"x"), wire.Gathered("snap_0", 0, b"x"),
+    wire.RoundEnd(1, 2), wire.WhenReady(), wire.Missing(0, b"x"), wire.Gathered("snap_0", 0, b"x"),
     wire.State(b"x", [{}], spec("idle", accel="unicorn"), False), wire.Commit(wire.VERSION, "a"), wire.Done(),
     wire.Abort("why"), wire.Ping(),
     wire.Check(wire.VERSION, "1", spec("idle", accel="unicorn"), wire.Needs("kvm", ["sse"])),
@@ -134,7 +134,8 @@ MESSAGES = [
 ON_STREAMS = [wire.Join("a"), wire.Pages(1, 2, b"\0\0\0\0", "zero"), wire.Want(0, b"\0\0\0\0")]
 ANSWERS = [
     wire.Received(), wire.Accept(), wire.Alive(3), wire.RoundAck(1, [wire.Torn(0, b"\0\0\0\0", b"12345678")]),
-    wire.Prepared(), wire.Running(), wire.Missing(0, b"x"), wire.Want(0, b"\0\0\0\0"), wire.Complete([1.5]),
+    wire.Ready(), wire.Prepared(), wire.Running(), wire.Missing(0, b"x"), wire.Want(0, b"\0\0\0\0"),
+    wire.Complete([1.5]),
     wire.Refused("why"), wire.Ended("why"), wire.Unknown(), wire.Busy(),
     wire.Checked(["no"], ["note"], "a", "kvm"),
 ]

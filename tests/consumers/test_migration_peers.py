@@ -70,7 +70,7 @@ STRANGE: list[list[bytes]] = [
     wire.frames(wire.Pages(0, 0, b"\0\0\0\0", "zero")),
     wire.frames(wire.State(b"x", [{}, {}], IDLE, False)), wire.frames(wire.Join("00" * 16)),
     wire.frames(wire.Join("")), wire.frames(wire.Missing(0, b"")), wire.frames(wire.Abort("go")),
-    wire.frames(wire.Gathered("snap_0", 0, b"")),
+    wire.frames(wire.Gathered("snap_0", 0, b"")), wire.frames(wire.WhenReady()),
     wire.frames(wire.Done()), [b"\xc1", b"12345678"], [wire.frames(wire.Commit(wire.VERSION, ""))[0], b"12345678"],
 ]
 
@@ -201,6 +201,11 @@ def test_strangers_during_a_migration_are_ignored(address: str, paused: Machine)
         good.page(701, 0x22, stream=other)
         good.say(wire.RoundEnd(0, 2))
         assert good.hear(wire.RoundAck).torn == []
+        annoy()
+        good.say(wire.WhenReady())
+        good.hear(wire.Ready)
+        with Machine.attach("target") as arriving:      # it has a coordinator
+            assert arriving.status()["state"] == "ready"
         annoy()
         good.say(good.state(paused))
         good.hear(wire.Prepared)
@@ -464,7 +469,7 @@ def test_a_target_that_falls_silent_is_given_up(endless: Machine, address: str,
     monkeypatch.setattr(source, "_PATIENCE", 1.0)
     monkeypatch.setattr(source, "RUNNING_PATIENCE", 1.0)
     monkeypatch.setattr(source, "PAUSED_PATIENCE", 1.0)
-    for message in (wire.Offer, wire.Pages, wire.RoundEnd, wire.State):
+    for message in (wire.Offer, wire.Pages, wire.RoundEnd, wire.WhenReady, wire.State):
         with PlayedTarget(address, {message: []}) as played:
             assert "made no progress" in promptly(endless, address), message
             assert not played.has(wire.Commit)

@@ -29,7 +29,7 @@ from .report import Options, RoundReport
 from .rounds import Rounds
 from .steering import Steering
 from .talk import Lost, Talk
-from .wire import RoundAck, RoundEnd, Torn
+from .wire import Ready, RoundAck, RoundEnd, Torn, WhenReady
 
 __all__ = ["PreCopy", "Todo", "joined", "rules"]
 
@@ -78,6 +78,9 @@ class PreCopy:
             began, normal = time.monotonic(), report.ram.normal
             rest = self.send(talk, rounds.todo)
             took = max(time.monotonic() - began, 1e-6)
+            if len(report.rounds) == 1:     # the guest stands still for no machine that is still being made
+                talk.send(WhenReady())
+                talk.expect(Ready)
             left = rounds.over(rest, self.dirty())
             flushed, since = self._flushed, max(self._flushed.at - before.at, 1e-6)
             dirtied = [(new - old) / since

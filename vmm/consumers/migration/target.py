@@ -73,6 +73,7 @@ from .wire import (
     Pages,
     Ping,
     Prepared,
+    Ready,
     Received,
     Refused,
     RoundAck,
@@ -80,6 +81,7 @@ from .wire import (
     Running,
     State,
     Torn,
+    WhenReady,
     WireError,
 )
 
@@ -391,6 +393,9 @@ class _Target:
                     self._ends[message.round] = message
                     self._arrivals.round_end(message.round, message.messages)
                     self._acknowledge()
+                case WhenReady():
+                    self._await_machine(wait=True)
+                    self._peers.say(Ready())
                 case wire.Missing():
                     self._note_missing(message)
                 case Gathered():

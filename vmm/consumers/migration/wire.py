@@ -29,9 +29,9 @@ from ...machine.spec import MachineSpec
 
 __all__ = ["POSTCOPY", "VERSION", "Abort", "Accept", "Alive", "Answer", "Buffer", "Busy", "Check", "Checked", "Commit",
            "Complete", "Counts", "Done", "Ended", "Gathered", "Join", "Message", "Missing", "Needs", "Offer",
-           "OnStream", "OtherVersion", "Pages", "Part", "Ping", "Prepared", "Received", "Refused", "RoundAck",
-           "RoundEnd", "Running", "State", "Torn", "Unknown", "Want", "WireError", "decode_answer", "decode_message",
-           "decode_stream", "frames"]
+           "OnStream", "OtherVersion", "Pages", "Part", "Ping", "Prepared", "Ready", "Received", "Refused", "RoundAck",
+           "RoundEnd", "Running", "State", "Torn", "Unknown", "Want", "WhenReady", "WireError", "decode_answer",
+           "decode_message", "decode_stream", "frames"]
 
 VERSION = 6
 POSTCOPY = 1 << 30          # round number of pages that are sent after Commit
@@ -124,6 +124,10 @@ class RoundEnd(Wire, frozen=True, tag="round-end"):
     pages: int = 0
     zero: int = 0
     transferred: int = 0
+
+
+class WhenReady(Wire, frozen=True, tag="when-ready"):
+    """After the first round: the target is to say when the machine's processes are there. Until then the guest runs."""
 
 
 class Missing(Wire, frozen=True, tag="missing"):
@@ -233,6 +237,10 @@ class RoundAck(Wire, frozen=True, tag="round-ack"):
     torn: list[Torn] = []
 
 
+class Ready(Wire, frozen=True, tag="ready"):
+    """The machine's processes are there, and wait for its state."""
+
+
 class Prepared(Wire, frozen=True, tag="prepared"):
     """Everything is in its place; waits for Commit."""
 
@@ -287,8 +295,8 @@ class Unknown(Wire, frozen=True, tag="unknown"):
 
 
 OnStream = Join | Pages | Want      # on connections for pages
-Message = Check | Offer | RoundEnd | Missing | Gathered | State | Commit | Done | Abort | Ping
-Answer = (Received | Accept | Alive | RoundAck | Prepared | Running | Missing | Want | Complete | Refused
+Message = Check | Offer | RoundEnd | WhenReady | Missing | Gathered | State | Commit | Done | Abort | Ping
+Answer = (Received | Accept | Alive | RoundAck | Ready | Prepared | Running | Missing | Want | Complete | Refused
           | Ended | Unknown | Busy | Checked)
 
 
