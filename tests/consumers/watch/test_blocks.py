@@ -82,8 +82,13 @@ def test_what_a_vmm_was_told_is_on_its_command_line(words: list[str], sizes: lis
 
 
 def test_what_is_mapped_is_what_the_kernel_says() -> None:
-    with subprocess.Popen(["sleep", "60"]) as made:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as made:
         try:
+            assert made.stdin is not None
+            assert made.stdout is not None
+            made.stdin.write(b"\n")
+            made.stdin.flush()
+            assert made.stdout.readline() == b"\n"       # all that it needs is mapped
             there = mappings(made.pid)
             lines = Path(f"/proc/{made.pid}/maps").read_text().splitlines()
             assert [f"{m.start:08x}-{m.end:08x} {m.mode}" for m in there] == [" ".join(x.split()[:2]) for x in lines]
