@@ -62,6 +62,7 @@ class Round:
     zero: int = 0
     sent: int = 0
     bandwidth: float = 0.0
+    since: float = 0.0      # seconds in which what is left was dirtied; 0: those of the round
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class Convergence:
         if done.normal:
             self._measured, self._cap = done.normal / max(done.seconds, 1e-6), done.bandwidth
             self._bytes = done.sent / done.normal
-        self._dirtied = done.left / max(done.seconds, 1e-6)
+        self._dirtied = done.left / max(done.since or done.seconds, 1e-6)
         if self._least is None or done.left < self._least:
             self._least, self.stalled = done.left, 0.0
         else:

@@ -87,7 +87,7 @@ class PreCopy:
                        for old, new in zip(before.vcpu_pages, flushed.vcpu_pages, strict=True)]
             before = flushed
             done = Round(report.ram.normal - normal, took, left, dirtied, self._zero(rounds.todo, left),
-                         report.rounds[-1].transferred, self._bandwidth)
+                         report.rounds[-1].transferred, self._bandwidth, since)
             convergence.rules = rules(self._steering.options)
             what = self._steering.now or (Next.ROUND if rest else rounds.decide(
                 done, can_limit=machine.status()["can_limit"]))
