@@ -121,20 +121,16 @@ def test_a_target_that_is_slow_is_found_in_the_parts_of_the_downtime(running: Ma
 
 
 def test_the_guest_does_not_stand_still_for_a_machine_that_is_still_being_made(running: Machine, address: str) -> None:
+    states: list[str] = []
+
     def late(message: wire.Wire) -> list[wire.Wire]:
-        before = instructions()
-        until(lambda: instructions() > before, "the guest goes on")
+        with Machine.attach("source") as source:
+            states.append(source.status()["state"])
         return [wire.Ready()]
 
-    def instructions() -> float:
-        with Machine.attach("source") as source:
-            status = source.status()
-        assert status["state"] == "running"
-        return float(sum(vcpu["dirty_pages"] for vcpu in status["vcpus"]))
-
-    with PlayedTarget(address, {wire.WhenReady: late}) as played:
+    with PlayedTarget(address, {wire.WhenReady: late}):
         migrate.migrate(running, address)
-    assert played.has(wire.WhenReady)
+    assert states == ["running"]
 
 
 def test_rounds_say_what_was_dirtied_and_what_was_left(running: Machine, address: str) -> None:
