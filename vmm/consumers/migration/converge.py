@@ -69,7 +69,7 @@ class Round:
 class Forecast:
     """Whether what is left will fit into the downtime, if the guest goes on as in the last round; after how many more
     seconds and rounds, or with how many seconds of downtime after the last that the rules allow. ``dirtied``: pages
-    that were dirty after the last round, by the second that it took, against ``rate``, which can be sent."""
+    that were dirty after the last round, by the second in which they became so, against ``rate``, which can be sent."""
 
     converges: bool
     seconds: float
@@ -90,7 +90,7 @@ class Convergence:
         self._rounds = 0
         self._before: int | None = None     # pages left after the last round
         self._least: int | None = None      # and after any
-        self._dirtied = 0.0                 # pages left by the last round, by its seconds
+        self._dirtied = 0.0                 # pages left by the last round, by the second (Round.since)
         #: Seconds of rounds since the one that left the least.
         self.stalled = 0.0
         self._measured: float | None = None     # pages per second of the last round that sent some with bytes,

@@ -200,12 +200,12 @@ def _carry(source: socket.socket, sink: socket.socket) -> None:
 def listening_at(address: Address) -> Iterator[socket.socket]:
     """A socket that listens there; the file of a Unix socket is removed at the end. Raises VmmError when nobody can,
     with whatever is there as it was."""
-    if not address.local:
-        with _tcp(address) as listener:
+    if address.abstract or not address.local:       # no file
+        with _abstract(address) if address.abstract else _tcp(address) as listener:
             yield listener
         return
-    with contextlib.closing(_abstract(address) if address.abstract else _unix(address)) as listener:
-        yield listener if isinstance(listener, socket.socket) else listener.socket
+    with contextlib.closing(_unix(address)) as unix:
+        yield unix.socket
 
 
 def _abstract(address: Address) -> socket.socket:
