@@ -93,28 +93,28 @@ def complete_keys(ctx: click.Context) -> Iterable[tuple[str, str]]:
     return [(doc.name, doc.description.partition(". ")[0]) for doc in key_docs().values()]
 
 
-def complete_runs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Of ``vmm report``: machines, and files."""
-    from click.shell_completion import CompletionItem
-
-    return [*complete_ended(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
-
-
-def complete_recorded(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Of ``vmm trace record``: running machines, and files."""
-    from click.shell_completion import CompletionItem
-
-    return [*complete_machines(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
-
-
-def complete_configs(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Files, and the names of the examples."""
-    from click.shell_completion import CompletionItem
-
+@_completes
+def _examples(ctx: click.Context) -> Iterable[tuple[str, str]]:
+    """Example configurations."""
     from ..client.samples import sample_names
 
-    names = [CompletionItem(name, help="example") for name in sample_names() if name.startswith(incomplete)]
-    return [*names, CompletionItem(incomplete, type="file")]
+    return [(name, "example") for name in sample_names()]
+
+
+def _or_files(names: _Complete) -> _Complete:
+    """And files, which the shell finds."""
+    @functools.wraps(names)
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        return [*names(ctx, param, incomplete), CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+complete_runs = _or_files(complete_ended)           # of vmm report
+complete_recorded = _or_files(complete_machines)    # of vmm trace record
+complete_configs = _or_files(_examples)
 
 
 @_completes
