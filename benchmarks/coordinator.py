@@ -11,20 +11,25 @@ rate over 256 MiB unless said otherwise:
   microseconds, is not taken off).
 * **launch**: from the call of Machine.launch to the last vCPU's first guest instruction.
 * **pss**: a worker's memory beyond guest RAM.
+* **marks**: the part of a process's CPU time that goes into its marks (ipc/lanes.py), reckoned: those that it wrote,
+  by what one costs in a loop. The vCPU fills a ring of 1,024 entries under the 1 s reaper, so that each is a stall.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
 
+from ipc.lanes import Kind, Lane
 from ipc.layout import VcpuControl, vcpu_control
 from ipc.shm import Segment
 from vmm.client.accelerators import choose_accelerator
 from vmm.client.machine import Machine
 from vmm.errors import VmmError
 from vmm.guests import WORKLOADS, resolve_params
+from vmm.lab.hoststat import cpu_time
 from vmm.lab.stress.measure import Figures, measure
 from vmm.machine.names import segment_name
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec
@@ -69,6 +74,29 @@ def stall_beyond_reset(ring: int, seconds: float) -> float:
                 before = after
         del block
     return statistics.median(stalls)
+
+
+def one_mark() -> float:
+    """Seconds."""
+    lane, count = Lane(bytearray(1 << 17)), 20_000
+    began = time.perf_counter()
+    for number in range(count):
+        lane.put(Kind.STALL, took=number, value=number)
+    return (time.perf_counter() - began) / count
+
+
+def marks_shares(seconds: float) -> tuple[float, float]:
+    """Of the coordinator's CPU time and of the worker's, in per cent."""
+    with Machine.launch(spec(1, 1024, fixed=True)) as machine, contextlib.closing(machine.lanes()) as lanes:
+        status = machine.status()
+        both = [(status["coordinator"]["pid"], lanes.coordinator), (status["vcpus"][0]["pid"], lanes.vcpus[0])]
+        before = [(lane.read(0)[1], cpu_time(pid).used) for pid, lane in both]
+        time.sleep(seconds)
+        after = [(lane.read(0)[1], cpu_time(pid).used) for pid, lane in both]
+        cost = one_mark()
+    coordinator, worker = (100 * cost * (marks - m) / (used - u)
+                           for (m, u), (marks, used) in zip(before, after, strict=True))
+    return coordinator, worker
 
 
 def _totals(block: VcpuControl) -> tuple[int, int, int, int]:
@@ -128,6 +156,10 @@ def main() -> None:
     for vcpus in (1,) if quick else (1, 16):
         report.add(f"worker's memory, {vcpus} vCPU{'s' if vcpus > 1 else ''}",
                   lambda v=vcpus: figures(spec(v, 4096, load="idle"), 0.1).worker_pss_mib, "MiB", 20, ".1f")
+    report.add("a mark", lambda: 1e6 * one_mark(), "us", 1)
+    for which, process in enumerate(("coordinator", "vCPU")):
+        report.add(f"marks, of the CPU time of a {process} that stalls all the time",
+                   lambda w=which: marks_shares(seconds)[w], "%", 5)
     report.save(options.output)
 
 
