@@ -158,8 +158,8 @@ def main() -> None:
                   lambda v=vcpus: figures(spec(v, 4096, load="idle"), 0.1).worker_pss_mib, "MiB", 20, ".1f")
     report.add("a mark", lambda: 1e6 * one_mark(), "us", 1)
     for which, process in enumerate(("coordinator", "vCPU")):
-        report.add(f"marks, of the CPU time of a {process} that stalls all the time",
-                   lambda w=which: marks_shares(seconds)[w], "%", 5)
+        report.add(f"marks of a vCPU that always stalls, of the {process}'s CPU time",
+                   lambda w=which: marks_shares(seconds)[w], "%", 5, ".3f")
     report.save(options.output)
 
 

@@ -33,11 +33,12 @@ class Caller:
 
     def _has_answer(self) -> bool:
         self._after()
-        if select.select([self._sock], [], [], 0)[0]:
+        while b"\n" not in self._text and select.select([self._sock], [], [], 0)[0]:
             chunk = self._sock.recv(65536)
-            if not chunk and b"\n" not in self._text:
+            if not chunk:
                 raise EOFError
             self._text += chunk
+            self._after()
         return b"\n" in self._text
 
     def ask(self, data: bytes) -> dict[str, Any]:
