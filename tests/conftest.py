@@ -48,7 +48,7 @@ _LONG = re.compile("|".join([
     r"test_every_config_runs_as_it_says\[(?!quickstart).*-unicorn",
     r"test_bad_workers\.py::.*\[unicorn", r"test_consumers\.py::(?!.*limit).*\[unicorn",
     r"test_a_sweep_ends_with_figures_fits_and_pictures\[unicorn", r"however_many_vcpus\[unicorn-(1|2|8)\]",
-    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|dirtying|harvest|replay|tracked)",
+    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|dirtying|harvest|migration|predict|replay|snapshot|tracked)",
     r"test_a_small_comparison_is_kept_and_carried_on", r"test_two_machines_at_once",
     r"everything_is_read_when_nobody_prints",
     r"test_kicks_and_reaps_do_not_disturb_the_guest", r"the_guest_is_not_disturbed_by_switches",
@@ -63,6 +63,12 @@ _LONG = re.compile("|".join([
     r"the_second_hand_over_is_finished.*\[(?!migrate-handed-over|receive-started)",
     r"test_upgrade\.py::.*are_replaced\[(?!start-)",
     r"test_examples_run\[tutorial", r"coordinators_die_meanwhile\[False",
+    # one kill before the hand-over and one after it, where the same is done at each step in test_handover.py
+    r"killed_after_it_went_over_to_post_copy\[migrate-(?!hand-over|commit)",
+    r"it_goes_on_in_the_old\[migrate-(frozen|state|handed-over)", r"it_gets_its_name_back\[migrate-stop",
+    r"test_migrate\.py::.*(killed|lost)_in_post_copy.*\[unicorn", r"test_measured\.py::.*unicorn",
+    r"however_many_vcpus\[kvm-(2|8)\]", r"any_sequence_of_snapshots_migrations_and_restores\[1-",
+    r"test_to_and_fro\[False", r"(ends_at_any_step|interrupted_leaves_nothing).*\[.*unicorn",
 ]))
 
 

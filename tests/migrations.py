@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
+import select
 import socket
 import subprocess
 import sys
@@ -359,15 +360,14 @@ class Relay:
         return found
 
     def _forward(self, one: socket.socket, other: socket.socket) -> None:
-        one.settimeout(0.05)
+        """A thread for each way: so neither sets a timeout, which would be the other's too."""
         while not self._silent.is_set() and not self._over.is_set():
+            if not select.select([one], [], [], 0.05)[0]:
+                continue
             try:
                 data = one.recv(1 << 20)
                 self.seen += data
-                other.settimeout(None)
                 other.sendall(data)
-            except TimeoutError:
-                continue
             except OSError:
                 data = b""
             if not data:

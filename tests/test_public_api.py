@@ -76,6 +76,7 @@ def test_pyright_knows_its_types_from_outside(elsewhere: Path) -> None:
 # --- the pytest plugin ------------------------------------------------------------------------------------------------
 
 _TESTS = '''
+import time
 import pytest
 
 def test_small(vmm_machine):
@@ -93,7 +94,7 @@ def test_two(vmm_launch):
 @pytest.mark.vmm(verify={"inject": "lost", "interval": "20ms"})
 def test_lost(vmm_machine):
     while vmm_machine.status()["verification"]["rounds"] < 3:
-        pass
+        time.sleep(0.05)
 
 def test_wrong(vmm_machine):
     assert False, "on purpose"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -23,7 +24,7 @@ from vmm.consumers.migration import keys as keys_module
 from vmm.consumers.migration import sockets
 from vmm.consumers.migration.addresses import parse_address
 from vmm.consumers.migration.keys import Keys, load_keys, make_keys
-from vmm.consumers.migration.sockets import Unreachable, connect
+from vmm.consumers.migration.sockets import Connection, Unreachable, connect
 from vmm.errors import VmmError
 
 LOCAL = parse_address("ipc://x")
@@ -383,6 +384,27 @@ def test_nobody_there_is_said_after_a_while(context: zmq.Context[zmq.Socket[byte
     for text in (f"ipc://{tmp_path}/s", "tcp://127.0.0.1:1"):
         with pytest.raises(Unreachable, match="no receiver is listening there"):
             connect(context, parse_address(text), None, until=time.monotonic() + 0.3)
+
+
+def test_a_try_that_the_end_cuts_short_does_not_say_why(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was not is what there is to tell."""
+    attempt = sockets._attempt
+    tries: list[Any] = []
+
+    def slower(*arguments: Any) -> Connection:
+        tries.append(arguments)
+        if len(tries) == 1:
+            return attempt(*arguments)
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        return attempt(*arguments)
+
+    monkeypatch.setattr(sockets, "_attempt", slower)
+    until = time.monotonic() + 2.0
+    with pytest.raises(Unreachable, match="no receiver is listening there"):
+        connect(context, parse_address(f"ipc://{tmp_path}/s"), None, until=until)
+    assert len(tries) == 2
 
 
 def test_one_who_comes_later_is_waited_for(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:

@@ -104,14 +104,16 @@ def connect(context: zmq.Context[zmq.Socket[bytes]], address: Address, keys: Key
     """Tried until a receiver listens there, or the monotonic time ``until``; ``waiting`` is called now and then
     meanwhile. Raises VmmError."""
     endpoints = address.endpoints()
-    why = "no receiver is listening there (start vmm receive there first)"
+    why, tried = "no receiver is listening there (start vmm receive there first)", False
     while True:
         for endpoint in endpoints:
             try:
                 patience = min(until, time.monotonic() + _HANDSHAKE_MS / 1000)
                 return _attempt(context, endpoint, address, keys, patience, waiting)
             except _NotNow as exc:
-                why = str(exc) or why
+                if not tried or time.monotonic() < until:       # one that is cut short says nothing new
+                    why = str(exc) or why
+                tried = True
         if time.monotonic() + _RETRY > until:
             raise Unreachable(f"{address.text}: {why}")
         waiting()
