@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ __all__ = ["AreaRate", "Now", "Series", "Source", "follow"]
 _MIB = 1 << 20
 _WINDOW = 1.0           # seconds that the rates of now are of
 _FRESH = 1 << 20        # pages that are kept unsorted, at least
+_CHUNK = 1 << 16        # pages
 
 
 class Source(Protocol):
@@ -89,6 +90,42 @@ class _Distinct:
         return len(self._known)
 
 
+class _Window:
+    """Of one area: its pages in the turns of the last second. Each turn that comes or goes is counted by itself: to
+    look through all of them again, with each, took more than the collection."""
+
+    def __init__(self) -> None:
+        self.pages = 0          # written, each counted once an interval
+        self.distinct = 0
+        #: {page number / _CHUNK: uint16[_CHUNK], in how many of the turns each page is}
+        self._counts: dict[int, NDArray[np.uint16]] = {}
+
+    def add(self, pages: NDArray[np.int64]) -> None:
+        """Ascending, each of them once."""
+        self.pages += len(pages)
+        for counts, at in self._parts(pages):
+            found = counts[at]
+            counts[at] = found + 1
+            self.distinct += len(at) - int(np.count_nonzero(found))
+
+    def remove(self, pages: NDArray[np.int64]) -> None:
+        """That were added."""
+        self.pages -= len(pages)
+        for counts, at in self._parts(pages):
+            left = counts[at] - 1
+            counts[at] = left
+            self.distinct -= len(at) - int(np.count_nonzero(left))
+
+    def _parts(self, pages: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+        """A chunk's counts, and the places in these."""
+        chunks = pages // _CHUNK
+        for part in np.split(pages, np.flatnonzero(np.diff(chunks)) + 1):
+            chunk = int(part[0]) // _CHUNK
+            if chunk not in self._counts:
+                self._counts[chunk] = np.zeros(_CHUNK, np.uint16)
+            yield self._counts[chunk], part % _CHUNK
+
+
 class Series:
     """The turns of ``source`` since now. ``keep``: all of them, for ``recording``."""
 
@@ -102,6 +139,7 @@ class Series:
         self._turns: list[Turn] = []
         self._keep = keep
         self._window: deque[Turn] = deque()
+        self._windows: dict[int, _Window] = {}      # by area
         self._distinct: dict[int, _Distinct] = {}
         self._counts: dict[int, int] = {}
         self.intervals = self.most = 0
@@ -119,8 +157,12 @@ class Series:
             self._turns.append(turn)
         self._window.append(turn)
         while len(self._window) > 1 and turn.at - self._window[0].at >= _WINDOW:
-            self._left = self._window.popleft().at
+            left = self._window.popleft()
+            self._left = left.at
+            for area, pages in left.pages.items():
+                self._windows[area].remove(pages)
         for area, pages in turn.pages.items():
+            self._windows.setdefault(area, _Window()).add(pages)
             self._distinct.setdefault(area, _Distinct()).add(pages)
             self._counts[area] = self._counts.get(area, 0) + len(pages)
         self.intervals += 1
@@ -130,13 +172,9 @@ class Series:
 
     def now(self) -> Now:
         """There must have been a turn."""
-        found: dict[int, list[NDArray[np.int64]]] = {}
-        for turn in self._window:
-            for area, pages in turn.pages.items():
-                found.setdefault(area, []).append(pages)
         over = max(self._last - self._left, 1e-9)
-        rates = [self._rate(area, sum(map(len, parts)), over, len(np.unique(np.concatenate(parts))))
-                 for area, parts in found.items()]
+        rates = [self._rate(area, window.pages, over, window.distinct) for area, window in self._windows.items()
+                 if window.pages]
         return self._now(rates, over, len(self._window), self._took[-1])
 
     def total(self) -> Now:
