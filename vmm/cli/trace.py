@@ -116,34 +116,11 @@ def trace_info(file: Path, as_json: bool) -> None:
         click.echo(f"incomplete: {found['reason'] or str(found['lost']) + ' entries lost'}")
 
 
-class _Distinct:
-    """How many different values there were. Memory grows with these, not with all that were seen."""
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        self._np = np
-        self._known = np.zeros(0, np.uint64)
-        self._fresh: list[Any] = []
-        self._waiting = 0
-
-    def add(self, values: Any) -> None:
-        self._fresh.append(self._np.unique(values))
-        self._waiting += len(self._fresh[-1])
-        if self._waiting > max(1 << 20, len(self._known)):
-            self.values()
-
-    def values(self) -> Any:
-        self._known = self._np.unique(self._np.concatenate([self._known, *self._fresh]))
-        self._fresh.clear()
-        self._waiting = 0
-        return self._known
-
-
 def _summary(file: Path) -> dict[str, Any]:
     import msgspec
     import numpy as np
 
+    from ..distinct import Distinct
     from ..errors import one_line
     from ..machine.tracefile import TraceReader, unpack
 
@@ -151,7 +128,7 @@ def _summary(file: Path) -> dict[str, Any]:
         header = reader.header
         records = np.zeros(header.vcpus, np.int64)
         entries = np.zeros(header.vcpus, np.int64)
-        distinct = [_Distinct() for _ in range(header.vcpus)]
+        distinct = [Distinct(np.uint64) for _ in range(header.vcpus)]
         for found, packed in reader.blocks():
             owner = np.repeat(found["vcpu"], found["count"])
             records += np.bincount(found["vcpu"], minlength=header.vcpus)
@@ -160,7 +137,7 @@ def _summary(file: Path) -> dict[str, Any]:
                 distinct[vcpu].add(packed[owner == vcpu])
         end = reader.end
         assert end is not None
-    everywhere = _Distinct()
+    everywhere = Distinct(np.uint64)
     for each in distinct:
         everywhere.add(each.values())
     slots, _ = unpack(everywhere.values())

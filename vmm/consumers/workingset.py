@@ -43,6 +43,7 @@ from ipc.shm import PAGE_SIZE
 from .. import optional
 from ..client.interrupts import sleep
 from ..client.machine import Flushed, Machine
+from ..distinct import distinct
 from ..errors import ExitCode, VmmError, one_line
 from ..inputs import input_name, open_input
 from ..outputs import open_output
@@ -83,7 +84,7 @@ class Recording:
 
     def working_set(self, window: int) -> float:
         """Mean number of distinct pages in ``window`` intervals in a row (Denning's working set, of writes)."""
-        sizes = [sum(len(np.unique(self.pages[s][self.offsets[s][i]:self.offsets[s][i + window]]))
+        sizes = [sum(len(distinct(self.pages[s][self.offsets[s][i]:self.offsets[s][i + window]]))
                      for s, _, _ in self.slots)
                  for i in range(0, self.intervals - window + 1, max(1, window // 2))]
         return float(np.mean(sizes))

@@ -30,6 +30,7 @@ from ipc.layout import MachineControl
 from ipc.shm import PAGE_SIZE, Segment
 from ipc.steps import step
 
+from ..distinct import distinct
 from ..machine.names import VERIFIER, slot_segment
 from ..machine.spec import VerifySpec
 from ..vcpus.handle import VcpuHandle
@@ -293,7 +294,7 @@ class ReplayVerifier(_Rounds):
         self._take()
         for slot_id, slot in self._log.slots.items():
             synced = self._log.synced(VERIFIER, slot_id).synced
-            groups = np.unique(np.concatenate([set_bit_indices(m.summary) for m in (synced, *slot.records)]))
+            groups = distinct(np.concatenate([set_bit_indices(m.summary) for m in (synced, *slot.records)]))
             if len(groups) == 0:
                 groups = np.zeros(1, np.int64)      # where a surplus page may be injected
             at = words_of_groups(groups, len(synced.words))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...distinct import distinct
 from ...errors import VmmError
 from ...machine.tracefile import Trace, TraceReader, unpack
 from ..migration.hot import Todo
@@ -98,7 +99,7 @@ class Guest:
             raise VmmError("the trace is of no time at all: record a longer one")
         self.seconds = seconds
         #: Every page that it dirties, packed, once.
-        self.pages = np.unique(np.concatenate([np.zeros(0, np.uint64), *(part.entries for part in trace)]))
+        self.pages = distinct(np.concatenate([np.zeros(0, np.uint64), *(part.entries for part in trace)]))
         self.vcpus = [_Vcpu(part, np.searchsorted(self.pages, part.entries), len(self.pages), seconds)
                       for part in trace]
 

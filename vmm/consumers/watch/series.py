@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ipc.shm import PAGE_SIZE
 
+from ...distinct import Distinct
 from ...errors import VmmError
 from ..workingset import INTERRUPTED, Recording
 from .watcher import Area, Ended, Turn
@@ -22,7 +23,6 @@ __all__ = ["AreaRate", "Now", "Series", "Source", "follow"]
 
 _MIB = 1 << 20
 _WINDOW = 1.0           # seconds that the rates of now are of
-_FRESH = 1 << 20        # pages that are kept unsorted, at least
 _CHUNK = 1 << 16        # pages
 
 
@@ -66,28 +66,6 @@ class Now:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-class _Distinct:
-    """How many different pages there were. Memory grows with these, not with all that were seen."""
-
-    def __init__(self) -> None:
-        self._known: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._fresh: list[NDArray[np.int64]] = []
-        self._waiting = 0
-
-    def add(self, pages: NDArray[np.int64]) -> None:
-        self._fresh.append(pages)
-        self._waiting += len(pages)
-        if self._waiting > max(_FRESH, len(self._known)):
-            self.count()
-
-    def count(self) -> int:
-        if self._fresh:
-            self._known = np.unique(np.concatenate([self._known, *self._fresh]))
-            self._fresh.clear()
-            self._waiting = 0
-        return len(self._known)
 
 
 class _Window:
@@ -140,7 +118,7 @@ class Series:
         self._keep = keep
         self._window: deque[Turn] = deque()
         self._windows: dict[int, _Window] = {}      # by area
-        self._distinct: dict[int, _Distinct] = {}
+        self._distinct: dict[int, Distinct] = {}
         self._counts: dict[int, int] = {}
         self.intervals = self.most = 0
         self._last = self._left = self.began
@@ -163,7 +141,7 @@ class Series:
                 self._windows[area].remove(pages)
         for area, pages in turn.pages.items():
             self._windows.setdefault(area, _Window()).add(pages)
-            self._distinct.setdefault(area, _Distinct()).add(pages)
+            self._distinct.setdefault(area, Distinct(np.int64)).add(pages)
             self._counts[area] = self._counts.get(area, 0) + len(pages)
         self.intervals += 1
         self.most = max(self.most, turn.count)
@@ -180,7 +158,8 @@ class Series:
     def total(self) -> Now:
         """Of all there was."""
         over = max(self.seconds, 1e-9)
-        rates = [self._rate(area, count, over, self._distinct[area].count()) for area, count in self._counts.items()]
+        rates = [self._rate(area, count, over, len(self._distinct[area].values()))
+                 for area, count in self._counts.items()]
         return self._now(rates, over, self.intervals, float(np.mean(self._took)) if self._took else 0.0)
 
     def _rate(self, area: int, pages: int, over: float, distinct: int) -> AreaRate:
