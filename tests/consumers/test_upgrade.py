@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_handover import AFTER, BEFORE, Watch, killed, works
 
 from ipc.shm import SHM_DIRECTORY
 from ipc.steps import STEPS
+from vmm.cli.run import follow_machine
 from vmm.client.machine import Machine
 from vmm.consumers.migration.upgrade import upgrade
 from vmm.errors import ExitCode, VmmError
@@ -150,6 +152,30 @@ def test_whoever_launched_it_in_the_foreground_stays_with_it() -> None:
     assert launch.returncode == 128 + 15, (out, err)
     assert json.loads(out)["cause"] == "stopped on request"
     until(lambda: nothing_left("source"), "nothing is left")
+
+
+def test_whoever_follows_it_is_told_though_the_last_event_was_not_heard(walking: int,
+                                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """The connection was lost before that: of one that was attached to, its new processes are the next to answer."""
+    said: list[str] = []
+
+    def told() -> bool:
+        said.append(capsys.readouterr().err)
+        return "source' was upgraded; it goes on" in "".join(said)
+
+    with Machine.attach("source") as machine:
+        assert machine.status()["state"] == "running"
+        machine._client.close()
+        upgrade("source")
+        follower = threading.Thread(target=follow_machine, args=(machine, False))
+        follower.start()
+        until(told, "it is said", TIMEOUT)
+        with Machine.attach("source") as other:
+            other.stop()
+        follower.join(TIMEOUT)
+        assert not follower.is_alive()
+    told()
+    assert "".join(said).count("was upgraded") == 1
 
 
 def launched_in_foreground() -> subprocess.Popen[str]:

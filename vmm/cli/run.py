@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -78,13 +79,19 @@ def _run_in_foreground(machine: Machine, as_json: bool) -> int:
 
 def follow_machine(machine: Machine, as_json: bool, upgraded: str = "") -> None:
     """Show it until it ends, in whichever processes; ``upgraded``: what else there is to say of new ones."""
-    try:
-        while _follow(machine, as_json) == ExitCode.STOPPED and machine.goes_on():
-            click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes{upgraded}", err=True)
-    except VmmError as exc:
-        if exc.exit_code is not ExitCode.NO_MACHINE:
-            raise
-        # It has gone, and left its report.
+    def goes_on() -> None:
+        click.echo(f"vmm: machine '{machine.name}' was upgraded; it goes on in new processes{upgraded}", err=True)
+
+    while True:
+        try:
+            if _follow(machine, as_json, goes_on) != ExitCode.STOPPED:
+                return
+        except VmmError as exc:     # its last event was not heard: it has gone, and left its report, or goes on
+            if exc.exit_code is not ExitCode.NO_MACHINE:
+                raise
+        if not machine.goes_on():
+            return
+        goes_on()
 
 
 def _note(name: str, event: dict[str, Any]) -> str:
@@ -97,8 +104,9 @@ def _note(name: str, event: dict[str, Any]) -> str:
     return _NOTES[event["event"]].format(name=name, why=why, **event)
 
 
-def _follow(machine: Machine, as_json: bool) -> int:
-    """Console output as it comes, a progress line on a terminal, until the end; the exit status."""
+def _follow(machine: Machine, as_json: bool, upgraded: Callable[[], None]) -> int:
+    """Console output as it comes, a progress line on a terminal, until the end; the exit status. ``upgraded`` is called
+    when its new processes answer, and no event has said so."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -108,7 +116,7 @@ def _follow(machine: Machine, as_json: bool) -> int:
     screen = Console(stderr=True, highlight=False)
     with Live(console=screen, transient=True, auto_refresh=False, redirect_stdout=False,
               redirect_stderr=False) as live:
-        shown, dirtied = time.monotonic(), 0
+        shown, dirtied, keeper = time.monotonic(), 0, machine.keeper
         while True:
             for event in machine.events(_PROGRESS_S):
                 if event["event"] == "console":
@@ -121,6 +129,9 @@ def _follow(machine: Machine, as_json: bool) -> int:
                     screen.print(_note(machine.name, event), markup=False, soft_wrap=True)
                 if time.monotonic() - shown >= _PROGRESS_S:
                     break
+            if keeper not in (None, machine.keeper):
+                upgraded()
+            keeper = machine.keeper
             if screen.is_terminal:
                 report = machine.status()
                 now, total = time.monotonic(), sum(v["dirty_pages"] for v in report["vcpus"])

@@ -113,6 +113,11 @@ class Machine:
         return None if self._launched is None else self._launched.keeper
 
     @property
+    def keeper(self) -> int | None:
+        """Process id of the keeper of the processes that answered last; another once it was upgraded."""
+        return self._client.keeper
+
+    @property
     def spec(self) -> MachineSpec | None:
         """Of a machine that was launched here: what it was launched as."""
         return None if self._launched is None else self._launched.spec
