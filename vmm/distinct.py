@@ -29,9 +29,9 @@ class Distinct:
         self._waiting = 0
 
     def add(self, values: NDArray[Any]) -> None:
-        """In any order, of that type."""
-        self._fresh.append(distinct(values))
-        self._waiting += len(self._fresh[-1])
+        """In any order, of that type. They are kept: nobody changes them any more."""
+        self._fresh.append(values)
+        self._waiting += len(values)
         if self._waiting > max(_FRESH, len(self._known)):
             self.values()
 
