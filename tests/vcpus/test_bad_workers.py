@@ -26,7 +26,7 @@ from shared import control_blocks, machine_block
 
 from ipc import layout, sockets
 from ipc import messages as m
-from ipc.layout import PROTOCOL_VERSION, VcpuControl, VcpuState, control_error, control_size
+from ipc.layout import PROTOCOL_VERSION, VcpuControl, VcpuRequest, VcpuState, control_error, control_size
 from ipc.shm import Segment
 from ipc.sockets import FdListener, send_fd
 from vmm.client.machine import Machine
@@ -516,6 +516,24 @@ def test_a_worker_that_stands_still_is_given_up_and_the_others_go_on(
         assert still.control.state == VcpuState.DEAD
         assert "within 4 s" in still.fate
         assert set(pool.request([other], lambda seq, s: m.GetState(seq))) == {other.index}
+        pool.shut_down()
+
+
+def test_how_a_vcpu_has_ended_is_in_its_state_before_anybody_has_heard_of_it(accel: str) -> None:
+    """What it says by itself is not read here: that it is over is seen in its control block, as by a pause."""
+    with workers(spec("idle", accel=accel, milliseconds=0)) as (pool, _):
+        def exits() -> list[Any]:
+            replies = pool.request(pool.all, lambda seq, s: m.GetState(seq))
+            return [replies[vcpu.index].data.get("exit") for vcpu in pool.all]
+
+        pool.await_hello()
+        assert exits() == [None, None]
+        for vcpu in pool.all:
+            vcpu.control.stop_reason = m.ExitReason.TIMEOUT
+            vcpu.control.request |= VcpuRequest.STOP
+            vcpu.kick()
+        until(lambda: {vcpu.control.state for vcpu in pool.all} == {VcpuState.EXITED}, "they have ended", TIMEOUT)
+        assert exits() == [{"reason": m.ExitReason.TIMEOUT, "code": 0, "detail": ""}] * 2
         pool.shut_down()
 
 

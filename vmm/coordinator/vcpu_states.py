@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from ipc.messages import Done, Exited, GetState, SetState
-from workers.state import ExitState, Saved, StateError, check_states, plain_state
+from ipc.messages import Done, GetState, SetState
+from workers.state import Saved, StateError, check_states, plain_state
 
 from ..errors import ExitCode, VmmError
 from ..machine.spec import MachineSpec
@@ -38,14 +38,7 @@ def take_states(core: Core, spec: MachineSpec, *, paused: bool) -> dict[str, Any
         raise VmmError(f"vCPU {', '.join(gone)}: its worker ended, and its state is lost", ExitCode.WORKER_DIED)
     states = _checked([replies[s.index].data for s in core.vcpus.all], core)
     return {"spec": msgspec.to_builtins(spec),
-            "vcpus": [plain_state(_with_exit(state, vcpu.exited))
-                      for state, vcpu in zip(states, core.vcpus.all, strict=True)]}
-
-
-def _with_exit(state: Saved, exited: Exited | None) -> Saved:
-    if exited is None:
-        return state
-    return msgspec.structs.replace(state, exit=ExitState(exited.reason, exited.code, exited.detail))
+            "vcpus": [plain_state(state) for state in states]}
 
 
 def _checked(states: list[Any], core: Core) -> list[Saved]:
