@@ -335,6 +335,24 @@ def test_a_client_has_so_long_for_all_of_its_request(runtime_dir: Path, monkeypa
         assert client.recv(1) == b""
 
 
+def test_so_many_clients_are_served_at_once_and_the_next_is_hung_up_on(
+        runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_CLIENTS", 2)
+    with served(runtime_dir / "metrics", [GaugeMetricFamily("one", "x")]) as connected:
+        first, _ = connected(), connected()     # they say nothing
+        assert connected().recv(1) == b""
+        first.close()
+
+        def answered() -> bool:
+            client = connected()
+            with contextlib.suppress(ConnectionError):      # it was too early
+                client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                return b" 200 " in client.recv(100)
+            return False
+
+        until(answered, "there is room for another")
+
+
 def test_every_address_of_the_host_is_both_kinds() -> None:
     with exporter("--listen", ":0") as (url, _):
         port = int(url.rpartition(":")[2].partition("/")[0])

@@ -36,6 +36,7 @@ _LOCAL = "127.0.0.1"
 _HEARING = 10.0         # seconds for a client to say something, or take some of its answer
 _REQUEST = 30.0         # and for all of it
 _BACKLOG = 16
+_CLIENTS = 32           # at once; each has a thread
 _FORM = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]*):)?(?P<port>[0-9]{1,5})")
 
 
@@ -140,9 +141,12 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """Whoever comes while ``_CLIENTS`` are served is hung up on at once."""
+
     daemon_threads = True
 
     def __init__(self, listening: socket.socket) -> None:
+        self._free = threading.BoundedSemaphore(_CLIENTS)
         super().__init__(("", 0), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
@@ -153,6 +157,22 @@ class _Server(ThreadingMixIn, WSGIServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         client, where = self.socket.accept()
         return client, where or ("local", 0)        # of a Unix socket: the client has no name
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:       # there is no thread for it
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass    # it has gone, or does not speak HTTP
