@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ipc.linux.libc import SYS_FUTEX
 from vmm.client.machine import Machine
+from vmm.errors import ExitCode, VmmError
 from vmm.guests import WORKLOADS, resolve_params
 from vmm.machine.names import belongings
+from vmm.machine.runtime import is_running
 from vmm.machine.spec import MachineSpec, RamSlot, ReaperSpec, VerifySpec
 
 #: Parametrisation over both accelerators.
@@ -151,3 +153,15 @@ def machine_processes(name: str) -> list[int]:
 def nothing_left(name: str = "t") -> bool:
     """No process, segment, lock or directory of the machine."""
     return not machine_processes(name) and not belongings(name).left()
+
+
+def end(name: str) -> None:
+    """The machine of that name, if there is one and it has not ended by then; nothing of it is left."""
+    if is_running(name):
+        try:
+            with Machine.attach_pinned(name) as machine:
+                machine.stop()
+        except VmmError as exc:
+            if exc.exit_code is not ExitCode.NO_MACHINE:    # it had been told to, and was about to go
+                raise
+        until(lambda: nothing_left(name), "nothing is left")

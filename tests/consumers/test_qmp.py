@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 from command import vmm_here
-from machines import nothing_left, replace, runs, spec, stands_still, until
+from machines import end, nothing_left, replace, runs, spec, stands_still, until
 from migrations import PlayedTarget, Receiver, goes_on
 from qmp_schema import qemu_schema
 from qmp_session import TIMEOUT, Session, serving
@@ -32,7 +32,6 @@ from vmm.consumers.qmp.follower import Follower
 from vmm.consumers.qmp.story import Story
 from vmm.errors import ExitCode, VmmError
 from vmm.machine.records import ended_names
-from vmm.machine.runtime import is_running
 from vmm.machine.spec import MachineSpec
 
 #: Its guest dirties a few thousand pages per second, for ever.
@@ -218,9 +217,7 @@ def detached(launched: MachineSpec) -> Iterator[Machine]:
         with Machine.attach(launched.name) as found:
             yield found
     finally:
-        if is_running(launched.name):
-            with Machine.attach(launched.name) as found:
-                found.stop()
+        end(launched.name)
         until(lambda: nothing_left(launched.name), "nothing is left")
 
 

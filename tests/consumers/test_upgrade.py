@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from machines import nothing_left, replace, spec, until
+from machines import end, nothing_left, replace, spec, until
 from migrations import TIMEOUT, WALK, ended, vmm
 from test_handover import AFTER, BEFORE, Watch, killed, works
 
@@ -73,14 +73,7 @@ def walking() -> Iterator[int]:
     Machine.launch(replace(WALK, linger=False), detach=True).detach()
     yield owner()
     for name in (BETWEEN, "source"):
-        if is_running(name):
-            try:
-                with Machine.attach_pinned(name) as machine:
-                    machine.stop()
-            except VmmError as exc:
-                if exc.exit_code is not ExitCode.NO_MACHINE:    # the test has stopped it, and it was about to go
-                    raise
-            until(lambda name=name: nothing_left(name), "nothing is left")
+        end(name)
         collect_garbage(name)
 
 
