@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+import long_set
 import needs
 import pytest
 import zmq
@@ -38,39 +39,6 @@ for _signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 
 _CRASHES = pytest.StashKey[TextIO]()
 
-#: The long set, marked ``long``: more of the same, where a few say nearly as much. ``pytest -m ""`` runs all.
-_LONG = re.compile("|".join([
-    r"restored_machine_ends_as_one_that_was_never_stopped\[(\w+)-\w+-\1\]", r"never_stopped\[\w+-pingpong-",
-    r"moved_machine_ends_as_one_that_was_never_moved\[(\w+)-\2-",
-    r"never_stopped\[\w+-counter-", r"test_any_number_of_vcpus_and_any_ring\[kvm-",
-    r"test_walk\.py::.*\[unicorn", r"test_close_ends_a_machine_whose_coordinator_stands_still",
-    r"test_merging_takes_little_memory_whatever_the_slots_size\[True", r"runs_as_it_says\[replay-256-rings",
-    r"test_every_config_runs_as_it_says\[(?!quickstart).*-unicorn",
-    r"test_bad_workers\.py::.*\[unicorn", r"test_consumers\.py::(?!.*limit).*\[unicorn",
-    r"test_a_sweep_ends_with_figures_fits_and_pictures\[unicorn", r"however_many_vcpus\[unicorn-(1|2|8)\]",
-    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|dirtying|harvest|migration|predict|replay|snapshot|tracked)",
-    r"test_a_small_comparison_is_kept_and_carried_on", r"test_two_machines_at_once",
-    r"everything_is_read_when_nobody_prints",
-    r"test_kicks_and_reaps_do_not_disturb_the_guest", r"the_guest_is_not_disturbed_by_switches",
-    r"verified_machine_stays_verified_after_a_restore\[unicorn",
-    r"test_machine\.py::(?!test_no_page_is_lost\[|test_a_bad_guest).*\[unicorn",
-    r"test_tracking\.py::(?!test_uffd|.*switch).*\[unicorn",
-    r"test_migrate\.py::(?!.*post_copy|.*moved).*\[unicorn",
-    r"after_the_hand_over_is_replaced\[migrate-(stop|done)-",
-    r"leaves_the_source_to_a_person\[receive-\w+-foreground",
-    r"over_tcp_with_keys\[\[", r"test_a_short_campaign_loses_nothing\[unicorn",
-    r"a_machine_stopped_in_post_copy_is_gone.*\[unicorn",
-    r"the_second_hand_over_is_finished.*\[(?!migrate-handed-over|receive-started)",
-    r"test_upgrade\.py::.*are_replaced\[(?!start-)",
-    r"test_examples_run\[tutorial", r"coordinators_die_meanwhile\[False",
-    # one kill before the hand-over and one after it, where the same is done at each step in test_handover.py
-    r"killed_after_it_went_over_to_post_copy\[migrate-(?!hand-over|commit)",
-    r"it_goes_on_in_the_old\[migrate-(frozen|state|handed-over)", r"it_gets_its_name_back\[migrate-stop",
-    r"test_migrate\.py::.*(killed|lost)_in_post_copy.*\[unicorn", r"test_measured\.py::.*unicorn",
-    r"however_many_vcpus\[kvm-(2|8)\]", r"any_sequence_of_snapshots_migrations_and_restores\[1-",
-    r"test_to_and_fro\[False", r"(ends_at_any_step|interrupted_leaves_nothing).*\[.*unicorn",
-]))
-
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needs.apply(items)
     for item in items:
-        if not needs.missing("kvm") and _LONG.search(item.nodeid):
+        if long_set.has(item.nodeid):
             item.add_marker(pytest.mark.long)
 
 
