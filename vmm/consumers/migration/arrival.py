@@ -69,8 +69,7 @@ class Arrival:
         ram.dirty_sync_count += 1
         ram.remaining = 0       # what is dirty by now, the source alone knows
         ram.pages_per_second, ram.mbps = round(said.pages / took), said.transferred * 8 / 1e6 / took
-        if ram.transferred:
-            report.compression_ratio = ram.normal_bytes / ram.transferred
+        report.weigh()
         self.tell(report.status)
 
     def lack(self, pages: int) -> None:

@@ -63,11 +63,11 @@ class Progress:
         if now - since >= _RATE_OVER:
             report.ram.mbps = (report.ram.transferred - sent) * 8 / 1e6 / (now - since)
             self._measured = (now, report.ram.transferred)
-        if report.ram.transferred:
-            report.compression_ratio = report.ram.normal_bytes / report.ram.transferred
         if report.status in OVER:
             report.ended_at = records.now()
             report.sum_up()
+        else:
+            report.weigh()
         if self.kept:
             save_status(report)
         self._told(report)

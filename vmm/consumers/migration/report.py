@@ -175,10 +175,14 @@ class Report:
         """It is over."""
         ram, seconds = self.ram, (self.total_time - self.setup_time) / 1000
         ram.mbps = ram.transferred * 8 / 1e6 / seconds if seconds > 0 else 0.0
-        if ram.transferred:
-            self.compression_ratio = ram.normal_bytes / ram.transferred
+        self.weigh()
         if self.status == "completed":
             ram.remaining = 0
+
+    def weigh(self) -> None:
+        """How many bytes of pages there were for each that was transferred so far."""
+        if self.ram.transferred:
+            self.compression_ratio = self.ram.normal_bytes / self.ram.transferred
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
