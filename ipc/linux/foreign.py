@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from .libc import LIBC, SYS_PROCESS_MADVISE, check
 
-__all__ = ["Mapping", "call_of", "children", "collapse", "mappings", "read_memory", "read_pages", "status", "threads",
-           "write_memory"]
+__all__ = ["Mapping", "call_of", "children", "collapse", "has_memory", "mappings", "read_memory", "read_pages",
+           "status", "threads", "write_memory"]
 
 _VECTORS = 1024         # UIO_MAXIOV
 _MADV_COLLAPSE = 25
@@ -57,6 +57,14 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
     path = Path(f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status")
     pairs = (line.partition(":\t") for line in path.read_text(errors="replace").splitlines())
     return {key: value.strip() for key, _, value in pairs}
+
+
+def has_memory(pid: int) -> bool:
+    """False: the process has ended, or is about to. (A kernel's thread has none at any time.)"""
+    try:
+        return "VmSize" in status(pid)
+    except OSError:
+        return False
 
 
 def threads(pid: int) -> list[int]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_the_thread_goes_on_as_if_nothing_had_been(mode: str) -> None:
             assert target.check() == "ok"
         assert target.descriptors() == before
         assert target.tracers() == {"0"}
+
+
+@pytest.mark.parametrize("call", [attach, inject])
+def test_one_that_ends_before_anything_is_done_has_ended(call: Callable[[ProcessId], object]) -> None:
+    """It is a zombie: there is such a process, and it has no memory, code or threads."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        known = check_target(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises((VmmError, injector.Refused), match=f"^process {process.pid} has ended$"):
+            call(known)
+        with pytest.raises(VmmError, match="has ended"):
+            check_target(process.pid)
+
 
 
 def test_a_thread_is_found_that_is_not_interrupted_where_there_is_one() -> None:

@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipc.linux.foreign import status
+from ipc.linux.foreign import has_memory, status
 from ipc.linux.processid import ProcessId, identity
 from ipc.run import own_process
 from ipc.userfault import WRITE_ASYNC, Userfault, UserfaultError
@@ -61,7 +61,8 @@ def check_target(pid: int) -> ProcessId:
         raise VmmError(f"process {pid} ({name}) is not this user's to look into: run this as its user, as "
                        "root, or with CAP_SYS_PTRACE") from None
     except OSError as exc:
-        raise VmmError(f"process {pid}: {exc.strerror}") from None
+        raise VmmError(f"process {pid} ({name}) has ended" if not has_memory(pid) else
+                       f"process {pid}: {exc.strerror}") from None
     if kind == 1:
         raise VmmError(f"process {pid} ({name}) is a 32-bit program: only 64-bit ones can be watched")
     return process

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
 
-from ipc.linux.foreign import Mapping, mappings, read_memory, write_memory
+from ipc.linux.foreign import Mapping, has_memory, mappings, read_memory, write_memory
 from ipc.linux.libc import LIBC, SYS_PIDFD_GETFD, SYS_USERFAULTFD, check
 from ipc.linux.process import SERVICE_SLICE, set_time_slice
 from ipc.linux.processid import ProcessId, open_process
@@ -261,6 +261,10 @@ def inject(process: ProcessId) -> Injected:
         raise Refused(f"process {process.pid} has ended") from None
     try:
         return _with_any_thread(process, pidfd)
+    except (Refused, OSError):      # whatever it failed of
+        if not has_memory(process.pid):
+            raise Refused(f"process {process.pid} has ended") from None
+        raise
     finally:
         os.close(pidfd)
 
