@@ -63,8 +63,12 @@ def processes(beginning: str, folder: Path) -> list[psutil.Process]:
 
 
 def pss(found: list[psutil.Process]) -> float:
-    """MiB of each, mean."""
-    return statistics.mean(process.memory_full_info().pss for process in found) / 2**20 if found else 0.0
+    """MiB of each that has not ended meanwhile, mean."""
+    sizes = []
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes.append(process.memory_full_info().pss / 2**20)
+    return statistics.mean(sizes) if sizes else 0.0
 
 
 def spent(process: psutil.Process) -> float:
