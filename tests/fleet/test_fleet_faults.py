@@ -162,6 +162,32 @@ async def test_a_machine_that_neither_end_of_a_move_answers_for_is_restored_when
     assert cluster.running("web") == [member(cluster).node] != ["a"]
 
 
+@on("a", "b", "c")
+async def test_a_machine_that_is_lost_as_it_moves_runs_nowhere_until_it_is_restored(cluster: FakeCluster) -> None:
+    """It is never written down as running on the host that was lost."""
+    await start(cluster)
+    write, seen = cluster.write, []
+
+    def look(key: str, value: bytes | None) -> None:
+        if "a" not in cluster.alive:
+            seen.append((member(cluster).state, member(cluster).node))
+        write(key, value)
+
+    async def lost(actor: Actor) -> None:
+        cluster.lose("a")
+        cluster.actors["web", actor.generation + 1].arrived.set()       # it waits no longer, and nothing has come
+        raise VmmError("it is lost")
+
+    cluster.points["migrate"] = lost
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "write", look)
+        (moved,) = await cluster.fleet.drain("a", 1)
+        assert "error" in moved
+        await until(lambda: member(cluster).state == "running" and member(cluster).node != "a")
+    assert ("restoring", "") in seen
+    assert ("running", "a") not in seen
+
+
 @on("a", "b")
 async def test_a_machine_that_cannot_be_taken_back_is_said_to_be_so(cluster: FakeCluster) -> None:
     await start(cluster)

@@ -352,11 +352,10 @@ class Fleet:
     async def _has_not_moved(self, member: Member, to: str) -> None:
         """It stays where it was, and is taken back, should it have been handed over to that host."""
         self._put_out(member)
-        detail = ""
         try:
             detail = await self._take_back(member, to)
-        except Lost:        # whoever follows it restores it
-            pass
+        except Lost:        # whoever follows it restores it: it runs nowhere until then
+            return
         except (VmmError, TimeoutError) as exc:
             detail = f"it does not say whether it goes on, after it was to move to {to}: {_text(exc)}"
             self._say(f"{member.name}: {detail}")
