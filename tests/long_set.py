@@ -28,8 +28,8 @@ _LONG = re.compile("|".join([
     r"test_tracking\.py::(?!test_uffd|.*switch).*\[unicorn",
     r"test_any_number_of_vcpus_and_any_ring\[kvm-", r"however_many_vcpus\[(unicorn-(1|2|8)|kvm-(2|8))\]",
     r"test_merging_takes_little_memory_whatever_the_slots_size\[True", r"runs_as_it_says\[replay-256-rings",
-    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|dirtying|harvest|migration|predict|replay"
-    r"|snapshot|tracked)",
+    r"test_each_runs_at_its_smallest_or_says_why_not\[(coordinator|dirty_limit|dirtying|harvest|log_cost|migration"
+    r"|predict|replay|snapshot|tracked)",
     r"test_close_ends_a_machine_whose_coordinator_stands_still", r"test_a_small_comparison_is_kept_and_carried_on",
     r"test_two_machines_at_once", r"everything_is_read_when_nobody_prints",
     r"test_kicks_and_reaps_do_not_disturb_the_guest", r"the_guest_is_not_disturbed_by_switches",

@@ -339,7 +339,7 @@ def test_so_many_clients_are_served_at_once_and_the_next_is_hung_up_on(
         runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_CLIENTS", 2)
     with served(runtime_dir / "metrics", [GaugeMetricFamily("one", "x")]) as connected:
-        first, _ = connected(), connected()     # they say nothing
+        first, second = connected(), connected()        # they say nothing
         assert connected().recv(1) == b""
         first.close()
 
@@ -351,6 +351,7 @@ def test_so_many_clients_are_served_at_once_and_the_next_is_hung_up_on(
             return False
 
         until(answered, "there is room for another")
+        second.close()
 
 
 def test_every_address_of_the_host_is_both_kinds() -> None:

@@ -64,7 +64,7 @@ words = st.one_of(st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0x7FF
 @pytest.mark.parametrize(("name", "size"), [
     (name, size) for name, form in _FORMS.items() for size in (1, 2, 4, 8)
     if (form[0] or size > 1) and not (name == "cmpxchg8b" and size == 2)])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(memory=words, upper=words, rax=words, rbx=words, rcx=words, rdx=words,
        flags=st.integers(0, 63).map(lambda n: sum(f for i, f in enumerate((CF, PF, AF, ZF, SF, OF)) if n >> i & 1)),
        equal=st.booleans())
