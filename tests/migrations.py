@@ -125,17 +125,19 @@ def goes_on(machine: Machine) -> None:
 
 @contextlib.contextmanager
 def touched(name: str) -> Iterator[None]:
-    """Meanwhile some pages of the machine are dirtied all the time: after every round something is left."""
-    over = threading.Event()
+    """From now on some pages of the machine are dirtied all the time: after every round something is left."""
+    begun, over = threading.Event(), threading.Event()
 
     def touch() -> None:
         with contextlib.suppress(VmmError), Machine.attach(name) as machine:
             while not over.wait(0.001):
                 machine.mark_dirty(0, 1200, 8)
+                begun.set()
 
     thread = threading.Thread(target=touch)
     thread.start()
     try:
+        assert begun.wait(TIMEOUT), f"{name}: no page of it is dirtied"
         yield
     finally:
         over.set()
