@@ -47,7 +47,7 @@ from ipc.shm import SegmentError
 from .accel.base import Accelerator, AccelError
 from .memory import GuestMemory
 from .slots import Slots
-from .state import ExitState, Saved, StateError, SystemSaved, check_state, plain_state
+from .state import Saved, StateError, SystemSaved, check_state, plain_state
 from .vcpu import VcpuThread
 
 if TYPE_CHECKING:
@@ -172,10 +172,7 @@ class Service:
             found.append(accel.get_state())
         else:
             self._vcpu.do(lambda: found.append(accel.get_state()))
-        state = found[0]
-        if (ended := self._vcpu.ended) is not None:
-            state = msgspec.structs.replace(state, exit=ExitState(ended.reason, ended.code, ended.detail))
-        return plain_state(state)
+        return plain_state(msgspec.structs.replace(found[0], exit=self._vcpu.exit))
 
     def _of_system(self, look: Callable[[SystemAccelerator], dict[str, Any]]) -> dict[str, Any]:
         """What there is to see of it between two of its calls, or where one of them waits for its log. Raises

@@ -77,8 +77,7 @@ class VcpuThread:
         self.restored_exit: ExitState | None = None
         self.bucket = TokenBucket()
         self._timer: SliceTimer | None = None
-        #: How the guest ended on this vCPU: before its control block says that it has.
-        self.ended: Exited | None = None
+        self._ended: Exited | None = None
         self._ran = 0.0     # seconds in the guest since the bucket was last told
         self._job: Callable[[], None] | None = None     # that it is to do for the service thread
         self._job_lock = threading.Lock()
@@ -96,6 +95,13 @@ class VcpuThread:
         """Have the kick signal interrupt this thread (the main one) and fill the wake pipe."""
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(KICK_SIGNAL, _on_kick)
+
+    @property
+    def exit(self) -> ExitState | None:
+        """How the guest ended on this vCPU, here or before it was saved; no later than its control block says that it
+        has."""
+        ended = self._ended
+        return self.restored_exit if ended is None else ExitState(ended.reason, ended.code, ended.detail)
 
     def wake_up(self) -> None:
         """From the service thread: let the vCPU thread look around."""
@@ -323,12 +329,12 @@ class VcpuThread:
 
     def _end(self, leave: Exit, code: int = 0) -> None:
         self.ports.flush()
-        self.ended = Exited(self.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers)
+        self._ended = Exited(self.index, leave.reason, code, leave.detail[:DETAIL_MAX], leave.registers)
         self._say_end()
 
     def _say_end(self) -> None:
         """Say, and write down, how the vCPU ended: again where the control block has been written over."""
-        ended, control = self.ended, self.control
+        ended, control = self._ended, self.control
         if ended is not None and control.state != VcpuState.EXITED:
             control.exit_reason, control.exit_code = ended.reason, ended.code
             control.state = VcpuState.EXITED

@@ -118,7 +118,11 @@ def test_a_vcpu_that_had_ended_has_ended_when_it_is_restored(accel: str, tmp_pat
     with Machine.launch(machine_spec, start=False) as second:
         second.ram(0, writable=True)[:] = memory
         second.set_state(states)
+        second.pause()
         second.start()
+        kept = second.state()["vcpus"]      # it has not been let go on from where it was
+        assert (kept[0]["exit"], "exit" in kept[1]) == (states[0]["exit"], False)
+        second.resume()
         until(lambda: [v["state"] for v in second.status()["vcpus"]] == ["exited", "waiting"], "the same", 60.0)
         vcpu = second.status()["vcpus"][0]
         assert (vcpu["exit_reason"], vcpu["exit_code"], vcpu["guest_entries"]) == ("code", 7, 0)

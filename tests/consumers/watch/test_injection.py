@@ -57,7 +57,6 @@ def test_one_that_ends_before_anything_is_done_has_ended(call: Callable[[Process
             check_target(process.pid)
 
 
-
 def test_a_thread_is_found_that_is_not_interrupted_where_there_is_one() -> None:
     with Target("thread-poll") as target, attach(check_target(target.pid)).fault:
         pass
